@@ -1,0 +1,197 @@
+"""What Python users see: `camelid.load` and the Model that it returns."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from camelid.checkpoint import hf, layout
+from camelid.checkpoint.layout import Row
+from camelid.errors import UserError
+from camelid.generate.decode import generate
+from camelid.generate.sample import sampling
+from camelid.model.config import Compute, ModelConfig
+from camelid.model.decoder import Decoder, declare_decoder
+from camelid.model.params import abstract, build, named
+from camelid.parallel.hosts import is_main, to_host, wait_for_all
+from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
+from camelid.parallel.rules import check_divides
+from camelid.text.stream import TextStream
+from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt."""
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    """the new ids, without EOS"""
+    finish_reason: Literal["stop", "length"]
+    """"stop": the model ended the text; "length": max_new_tokens did"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder with its parameters, its tokenizer, and the way it is computed."""
+
+    config: ModelConfig
+    params: Decoder
+    tokenizer: Tokenizer | None
+    compute: Compute
+    mesh: Mesh
+    companions: tuple[Path, ...] = ()
+    """files that `save` carries along"""
+
+    def logits(self, tokens: Int[Array | np.ndarray, "B S"]) -> Float[Array, "B S V"]:
+        """For each token, the float32 logits of the one after it."""
+        with jax.set_mesh(self.mesh):
+            return _logits(self.params, jnp.asarray(tokens, jnp.int32), self.config, self.compute)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> list[Completion]:
+        """One completion a prompt, in order. A prompt is text, or token ids that already hold their BOS.
+
+        Temperature 0 is greedy; otherwise temperature, then top_k, then top_p. Row i draws with seed + i, whatever else
+        is in the batch. Raises UserError for prompts that do not fit the context, and numbers out of range.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self._encode(prompt) for prompt in prompts]
+        seeds = [seed + i for i in range(len(prompts))]
+        how = sampling(temperature, top_k, top_p)
+        eos_ids = self.config.eos_ids if self.tokenizer is None else self.tokenizer.eos_ids
+        rows = generate(
+            self.params, ids, seeds, how, max_new_tokens, eos_ids, self.config, self.compute, self.mesh
+        )
+        return [self._completion(*pair, max_new_tokens) for pair in zip(prompts, ids, rows, strict=True)]
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise UserError("the checkpoint has no tokenizer", "Give token ids, or put tokenizer.json beside it.")
+        return self.tokenizer.encode(prompt, specials=True)
+
+    def _completion(self, prompt: str | Sequence[int], ids: list[int], new: list[int], limit: int) -> Completion:
+        reason = "length" if len(new) == limit else "stop"
+        if self.tokenizer is None:
+            return Completion("", "", new, reason)
+        stream = TextStream(self.tokenizer, ids)
+        text = "".join(stream.push(token) for token in new) + stream.flush()
+        return Completion(prompt if isinstance(prompt, str) else self.tokenizer.decode(ids), text, new, reason)
+
+    def save(
+        self,
+        path: str | Path,
+        format: Literal["hf"] = "hf",
+        dtype: str | None = None,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Writes a Hugging Face folder with the tokenizer's files; `dtype` None keeps that of the parameters.
+
+        Raises UserError where the destination exists or the disk is full; nothing half-written stays there.
+        """
+        if format != "hf":
+            raise UserError(f"format {format!r} is unknown", "Use 'hf'.")
+        leaves = named(self.params)
+        dtypes = {
+            path: np.dtype(leaf.dtype) if dtype is None else hf.dtype_named(dtype) for path, leaf in leaves.items()
+        }
+        specs = named(declare_decoder(self.config))
+
+        def source(row: Row, layer: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+            leaf = leaves[row.path]
+            yield _host_layer(leaf, layer if specs[row.path].stacked else None, self.mesh).astype(dtype, copy=False)
+
+        if is_main():
+            hf.write_checkpoint(
+                Path(path), self.config, dtypes, source, self.companions, overwrite=overwrite, progress=progress
+            )
+        else:
+            # Fetching a layer is a collective: every process takes part in each, in the same order.
+            for row, layer, tensor in layout.plan([r for r in hf.ROWS if r.path in specs], specs, dtypes):
+                list(source(row, layer, tensor.dtype))
+        wait_for_all(f"saved {path}")
+
+
+def load(
+    path: str | Path,
+    dtype: str | None = "float32",
+    mesh: Mesh | MeshConfig | None = None,
+    compute: Compute | None = None,
+) -> Model:
+    """Opens a Hugging Face folder, or a repository on the Hub by its name.
+
+    `dtype` is that of parameters and products (None: that of the files); `mesh` None is the first device alone. `compute`
+    sets the rest: kernels, rematerialization, replicated axes. Raises UserError for files that are damaged, incomplete
+    or not understood.
+    """
+    checkpoint = hf.open_checkpoint(path)
+    if dtype is None:
+        found = {dtype.name for dtype in checkpoint.dtypes.values()}
+        if len(found) > 1:
+            raise UserError(f"the files mix {', '.join(sorted(found))}", "Choose one with dtype.")
+        dtype = found.pop()
+    hf.dtype_named(dtype)
+    compute = replace(compute or Compute(), dtype=dtype, param_dtype=dtype)
+    mesh = _mesh(mesh)
+    check_divides(checkpoint.config.axis_sizes, mesh, compute.replicate)
+    tokenizer = load_tokenizer(checkpoint.folder) if has_tokenizer(checkpoint.folder) else None
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, checkpoint.config.vocab_size)
+    params = load_params(checkpoint, compute, mesh)
+    return Model(checkpoint.config, params, tokenizer, compute, mesh, tuple(checkpoint.companions))
+
+
+def load_params(checkpoint: hf.Checkpoint, compute: Compute, mesh: Mesh) -> Decoder:
+    """The parameters of an opened checkpoint, in Compute.param_dtype, each device's part read for that device."""
+    specs = declare_decoder(checkpoint.config)
+    targets = named(abstract(specs, jnp.dtype(compute.param_dtype), mesh, compute.replicate))
+    arrays = layout.load(checkpoint.rows, checkpoint.specs, checkpoint.tensors, targets)
+    return build(specs, [arrays[path] for path in named(specs)])
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds a tokenizer that camelid reads."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _mesh(mesh: Mesh | MeshConfig | None) -> Mesh:
+    if isinstance(mesh, MeshConfig):
+        return make_mesh(mesh)
+    return one_device() if mesh is None else mesh
+
+
+@partial(jax.jit, static_argnames=("config", "compute"))
+def _logits(params: Decoder, tokens: Array, config: ModelConfig, compute: Compute) -> Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return params(tokens, positions, None, config, compute)[0]
+
+
+def _host_layer(leaf: Array, layer: int | None, mesh: Mesh) -> np.ndarray:
+    """One layer of a parameter (None: all of it) as numpy, in every process."""
+    if layer is not None:
+        leaf = _take(leaf, jnp.int32(layer), NamedSharding(mesh, PartitionSpec()))
+    return to_host(leaf)
+
+
+@partial(jax.jit, static_argnums=2)
+def _take(stacked: Array, layer: Array, whole: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False), whole)

@@ -1,0 +1,48 @@
+"""A folder that appears whole or not at all."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from camelid.errors import UserError
+
+
+@contextmanager
+def new_folder(destination: Path, need_bytes: int, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `destination` that takes its name when the block ends, and is removed when it fails.
+
+    Raises UserError where the destination exists and may not be replaced, or the disk lacks `need_bytes`.
+    """
+    destination = destination.absolute()
+    if destination.exists() and not overwrite:
+        raise UserError(f"{destination} exists already", "Choose another destination, or allow --overwrite.")
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"{destination} is a file", "Choose a folder as destination.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = destination.parent / f".{destination.name}.incomplete"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    if (free := shutil.disk_usage(destination.parent).free) < need_bytes:
+        raise UserError(
+            f"{destination.parent} has {free / 1e9:.1f} GB free, and {need_bytes / 1e9:.1f} GB are needed",
+            "Free some space, or choose another destination.",
+        )
+    temporary.mkdir()
+    try:
+        yield temporary
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk of {destination} is full", "Free some space and run it again.") from error
+        raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if destination.exists():
+        old = destination.parent / f".{destination.name}.replaced"
+        destination.rename(old)
+        temporary.rename(destination)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(destination)

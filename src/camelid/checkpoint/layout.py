@@ -1,0 +1,149 @@
+"""Moves tensors between a file's layout and ours, as told by a table of rows.
+
+    Row("layers.attn.q_proj", "model.layers.{layer}.self_attn.q_proj.weight", "(heads head_dim) embed")
+
+says that our parameter's layers are the tensors of that name, whose axes are ours, the first two laid together.
+Every row is read both ways. A tensor that no row reads and a row that no tensor fills are errors.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from camelid.checkpoint.tensors import CHUNK, Planned, Tensor
+from camelid.errors import UserError
+from camelid.model.params import Spec
+
+ALIGNMENT = 64  # bytes; XLA takes such a buffer on a CPU as it is, without a copy
+READERS = 4  # threads; enough to keep a disk busy while others cast
+
+
+@dataclass(frozen=True)
+class Row:
+    path: str
+    """ours: layers.attn.q_proj"""
+    name: str
+    """theirs, with {layer}: model.layers.{layer}.self_attn.q_proj.weight"""
+    axes: str
+    """theirs, in our order; axes in brackets are one axis of the file"""
+
+    def names(self, spec: Spec) -> list[str]:
+        """The file's tensors that hold the parameter, one a layer."""
+        return [self.name.format(layer=layer) for layer in range(spec.shape[0])] if spec.stacked else [self.name]
+
+    def groups(self, spec: Spec) -> list[tuple[int, ...]]:
+        """Sizes of our axes, by axis of the file."""
+        words = [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", self.axes)]
+        assert [word for group in words for word in group] == list(spec.outputs + spec.inputs), f"{self} is not {spec}"
+        sizes = iter(spec.shape[len(spec.stacked) :])
+        return [tuple(next(sizes) for _ in group) for group in words]
+
+    def shape(self, spec: Spec) -> tuple[int, ...]:
+        """The shape of one of the file's tensors."""
+        return tuple(int(np.prod(group)) for group in self.groups(spec))
+
+
+def check(rows: Sequence[Row], specs: Mapping[str, Spec], tensors: Mapping[str, Tensor], known: str) -> None:
+    """Raises UserError for missing tensors, wrong shapes, and tensors that neither a row nor the pattern `known` reads."""
+    expected = {name: row.shape(specs[row.path]) for row in rows for name in row.names(specs[row.path])}
+    if missing := [name for name in expected if name not in tensors]:
+        raise UserError(
+            f"the checkpoint lacks {_some(missing)}",
+            "The files are incomplete, or config.json describes another model.",
+        )
+    if extra := [name for name in tensors if name not in expected and not re.fullmatch(known, name)]:
+        raise UserError(
+            f"the checkpoint holds tensors that this model has no place for: {_some(extra)}",
+            "config.json describes another model, or the checkpoint has parts that camelid does not know.",
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{name} has shape {tensors[name].shape}, and config.json asks for {shape}",
+                "The files and config.json belong to different models.",
+            )
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def load(
+    rows: Sequence[Row],
+    specs: Mapping[str, Spec],
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """Parameters by path, of the dtypes and on the devices of `targets`; each device's slice is read for that device."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return {row.path: _load(row, specs[row.path], tensors, targets[row.path], pool) for row in rows}
+
+
+def _load(
+    row: Row, spec: Spec, tensors: Mapping[str, Tensor], target: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
+) -> jax.Array:
+    slices: dict[tuple, np.ndarray] = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        whole = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, spec.shape, strict=True))
+        key = tuple((s.start, s.stop) for s in whole)
+        if key not in slices:
+            slices[key] = _read(row, spec, tensors, whole, np.dtype(target.dtype), pool)
+        return slices[key]
+
+    return jax.make_array_from_callback(spec.shape, target.sharding, read)
+
+
+def _read(row, spec, tensors, index, dtype, pool) -> np.ndarray:
+    """Our slice `index` of a parameter, stacked in one aligned buffer."""
+    out = aligned([s.stop - s.start for s in index], dtype)
+    names = row.names(spec)
+    if not spec.stacked:
+        read_slice(row, spec, tensors[names[0]], index, out)
+    else:
+        layers = zip(names[index[0]], out, strict=True)
+        list(pool.map(lambda layer: read_slice(row, spec, tensors[layer[0]], index[1:], layer[1]), layers))
+    return out
+
+
+def read_slice(row: Row, spec: Spec, tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
+    """Fills `out` with our slice of one layer; `index` cuts our axes, of which only the outermost of a group may be cut."""
+    cuts, axes = [], iter(zip(index, spec.shape[len(spec.stacked) :], strict=True))
+    for group in row.groups(spec):
+        (outer, _), *inner = [next(axes) for _ in group]
+        assert all(s == slice(0, n) for s, n in inner), f"{row.path}: an inner axis is cut"
+        width = int(np.prod(group[1:]))
+        cuts.append(slice(outer.start * width, outer.stop * width))
+    tensor.read_into(out.reshape([cut.stop - cut.start for cut in cuts]), tuple(cuts))
+
+
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array whose first byte lies on a multiple of ALIGNMENT."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def plan(rows: Sequence[Row], specs: Mapping[str, Spec], dtypes: Mapping[str, np.dtype]) -> list[tuple[Row, int, Planned]]:
+    """The file's tensors in the order in which they are written: the row, the layer and the tensor of each."""
+    return [
+        (row, layer, Planned(name, row.shape(specs[row.path]), dtypes[row.path]))
+        for row in rows
+        for layer, name in enumerate(row.names(specs[row.path]))
+    ]
+
+
+def pieces(row: Row, spec: Spec, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """One layer of a parameter, from a file, in slices of at most CHUNK bytes or one row."""
+    shape = spec.shape[len(spec.stacked) :]
+    step = max(1, CHUNK * shape[0] // (int(np.prod(shape)) * dtype.itemsize))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        out = np.empty((stop - start, *shape[1:]), dtype)
+        read_slice(row, spec, tensor, (slice(start, stop), *(slice(0, n) for n in shape[1:])), out)
+        yield out

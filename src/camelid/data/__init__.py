@@ -1,0 +1,1 @@
+"""Text files to packed rows of tokens, in numpy on the host."""

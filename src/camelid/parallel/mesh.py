@@ -1,0 +1,62 @@
+"""The mesh: which devices work together, and along which axes arrays are cut over them."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from camelid.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices lie along each mesh axis; -1 takes all that are left.
+
+    The names `context` and `pipeline` are reserved for the axes that cut sequences and layers.
+    """
+
+    data: int = 1
+    """copies of the parameters; each copy sees other rows of the batch"""
+    fsdp: int = -1
+    """parameters and optimizer state are cut along this axis, and so are the rows of the batch"""
+    tensor: int = 1
+    """heads, MLP and vocabulary are cut along this axis"""
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Axis sizes whose product is `devices`; raises UserError where there are none."""
+        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+            raise UserError(f"mesh {sizes} is not a mesh", "Give every axis a size of 1 or more; one axis may be -1.")
+        known = math.prod(size for size in sizes.values() if size != -1)
+        if free and devices % known == 0:
+            sizes[free[0]] = devices // known
+        elif free or known != devices:
+            raise UserError(
+                f"mesh {sizes} does not fill {devices} devices",
+                f"Choose sizes whose product is {devices}; -1 takes all that are left.",
+            )
+        return sizes
+
+
+def make_mesh(config: MeshConfig) -> "jax.sharding.Mesh":
+    """A mesh over every device of every process."""
+    import jax
+
+    return _mesh(config.sizes(jax.device_count()), jax.devices())
+
+
+def one_device() -> "jax.sharding.Mesh":
+    """A mesh of this process's first device."""
+    import jax
+
+    return _mesh(MeshConfig().sizes(1), jax.local_devices()[:1])
+
+
+def _mesh(sizes: dict[str, int], devices: list) -> "jax.sharding.Mesh":
+    import jax
+
+    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)

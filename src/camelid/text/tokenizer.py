@@ -1,0 +1,224 @@
+"""One tokenizer interface over tokenizer.json and a bare tokenizer.model."""
+
+import functools
+import hashlib
+import json
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from camelid.errors import UserError
+from camelid.text.engines import SentencePieceEngine, TokenizersEngine
+
+Engine = TokenizersEngine | SentencePieceEngine
+
+# JSON can spell half of a surrogate pair, which is no character: it has no UTF-8 and no tokens.
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+# Everything a conversion must carry along, so that the copy tokenizes, stops and chats as the original does.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Strings to ids and back; may be used from several threads at once."""
+
+    engine: Engine
+    vocab_size: int
+    """Every id is below it; added tokens are counted."""
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    """Any of them ends a text; the first is the one that `eos=True` appends."""
+    adds_bos: bool
+    """Whether the checkpoint itself puts BOS in front of a text."""
+    files: tuple[Path, ...]
+    """The tokenizer's files beside each other, for a conversion to carry along."""
+    fingerprint: str
+    """SHA-256 of the file that holds the vocabulary."""
+    has_chat_template: bool
+
+    def encode(self, text: str, *, bos: bool | None = None, eos: bool = False, specials: bool = False) -> list[int]:
+        """The ids of a text, with one BOS if the checkpoint (None) or the caller says so.
+
+        Strings such as `</s>` are plain text unless `specials` is set.
+        """
+        return self.encode_batch([text], bos=bos, eos=eos, specials=specials)[0]
+
+    def encode_batch(
+        self, texts: Iterable[str], *, bos: bool | None = None, eos: bool = False, specials: bool = False
+    ) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+        head = self._bos(bos)
+        tail = self._eos(eos)
+        return [_framed(ids, head, tail) for ids in self.engine.encode(list(map(_unbroken, texts)), specials)]
+
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_specials: bool = True) -> str:
+        """The text of ids, exactly as the library behind the file gives it."""
+        known = self.checked(ids)
+        if skip_specials:
+            known = [token for token in known if token not in self.engine.special_ids]
+        return self.engine.decode(known)
+
+    def decode_after_text(self, ids: Iterable[SupportsIndex]) -> str:
+        """`decode` of ids that follow other text: a leading space stays."""
+        # Decoders strip what begins a text, so an ordinary letter stands in for the text before.
+        letter, shown = self._letter
+        return self.decode([*letter, *ids])[len(shown) :]
+
+    def checked(self, ids: Iterable[SupportsIndex]) -> list[int]:
+        """The ids as plain integers, each of them one of the vocabulary's."""
+        known = [operator.index(token) for token in ids]
+        for token in known:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(
+                    f"token id {token} is outside the tokenizer's vocabulary of {self.vocab_size}",
+                    "use the tokenizer that the model was trained with",
+                )
+        return known
+
+    @functools.cached_property
+    def _letter(self) -> tuple[list[int], str]:
+        ids = self.encode("a", bos=False)
+        return ids, self.decode(ids)
+
+    def _bos(self, wanted: bool | None) -> list[int]:
+        if wanted and self.bos_id is None:
+            raise UserError(
+                f"{self.files[0]}: BOS is asked for, but the tokenizer has none",
+                "leave BOS off, or name bos_token in tokenizer_config.json",
+            )
+        wanted = self.adds_bos if wanted is None else wanted
+        return [self.bos_id] if wanted and self.bos_id is not None else []
+
+    def _eos(self, wanted: bool) -> list[int]:
+        if wanted and not self.eos_ids:
+            raise UserError(
+                f"{self.files[0]}: EOS is asked for, but no file beside it names one",
+                "leave EOS off (add_eos = false in a recipe), or name eos_token in tokenizer_config.json",
+            )
+        return [self.eos_ids[0]] if wanted else []
+
+
+def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, or of one tokenizer.json or tokenizer.model."""
+    file = _vocabulary_file(Path(folder_or_file))
+    folder = file.parent
+    if file.suffix == ".json":
+        engine = TokenizersEngine(file)
+    else:
+        engine = SentencePieceEngine(file, added=_read(folder / "added_tokens.json"))
+    config = _read(folder / "tokenizer_config.json")
+    named = (config, _read(folder / "special_tokens_map.json"))
+    bos_id = _bos_id(engine, named)
+    adds_bos = config.get("add_bos_token")
+    files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    return Tokenizer(
+        engine=engine,
+        vocab_size=engine.vocab_size,
+        bos_id=bos_id,
+        eos_ids=_eos_ids(engine, named, _read(folder / "generation_config.json"), _read(folder / "config.json")),
+        adds_bos=bos_id is not None and (engine.bos_id is not None if adds_bos is None else adds_bos),
+        files=files if file in files else (file, *files),
+        fingerprint=hashlib.sha256(file.read_bytes()).hexdigest(),
+        has_chat_template="chat_template" in config or any(path.stem == "chat_template" for path in files),
+    )
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer that knows more ids than the model has embeddings."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{tokenizer.files[0]} has {tokenizer.vocab_size} ids, the model's vocabulary only {vocab_size}",
+            f"use the model's own tokenizer, or a model of vocab_size = {tokenizer.vocab_size} or more",
+        )
+
+
+def _vocabulary_file(path: Path) -> Path:
+    """The file that holds the vocabulary; tokenizer.json first, because it holds the added tokens too."""
+    candidates = [path] if path.is_file() else [path / "tokenizer.json", path / "tokenizer.model"]
+    for file in candidates:
+        if file.is_file():
+            return file
+    raise UserError(
+        f"no tokenizer: looked for {' and '.join(map(str, candidates))}",
+        "name a folder or file that has one; save vocab.json with merges.txt as tokenizer.json first",
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object beside the vocabulary; empty where the checkpoint has no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object", "mend or remove the file")
+    return content
+
+
+def _bos_id(engine: Engine, named: Sequence[dict[str, Any]]) -> int | None:
+    """BOS as the files name it (null: there is none), else as the vocabulary's own file uses it."""
+    for config in named:
+        # Early Llama conversions wrote "", which says nothing; null says that there is no BOS.
+        if config.get("bos_token", "") != "":
+            return _token_id(engine, config, "bos_token")
+    return engine.bos_id
+
+
+def _eos_ids(
+    engine: Engine, named: Sequence[dict[str, Any]], generation: dict[str, Any], model: dict[str, Any]
+) -> tuple[int, ...]:
+    """Every EOS that any file names, generation_config.json's first: chat models end turns by more than one."""
+    by_name = [_token_id(engine, config, "eos_token") for config in named]
+    found = [*_listed(generation), *by_name, *_listed(model), engine.eos_id]
+    return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def _listed(config: dict[str, Any]) -> list[int]:
+    ids = config.get("eos_token_id")
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _token_id(engine: Engine, config: dict[str, Any], key: str) -> int | None:
+    """The id of a special token that is named by its string, or by an object that holds the string."""
+    token = config.get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    if not text:
+        return None
+    found = engine.token_id(text)
+    if found is None:
+        raise UserError(
+            f"{key} is {text!r} in the tokenizer's configuration, but the vocabulary has no such token",
+            "take tokenizer_config.json and special_tokens_map.json from the same checkpoint as the vocabulary",
+        )
+    return found
+
+
+def _unbroken(text: str) -> str:
+    if half := HALF_CHARACTER.search(text):
+        raise UserError(
+            f"the text has half a character, {half[0]!r}, at position {half.start()}",
+            "give both halves of the surrogate pair, or neither",
+        )
+    return text
+
+
+def _framed(ids: list[int], head: list[int], tail: list[int]) -> list[int]:
+    """The ids between BOS and EOS, unless the text itself began or ended with them."""
+    return [*([] if ids[:1] == head else head), *ids, *([] if ids[-1:] == tail else tail)]

@@ -1,0 +1,1 @@
+"""From a recipe to trained parameters: loss, optimizer, step, loop."""

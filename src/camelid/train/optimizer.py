@@ -1,0 +1,54 @@
+"""AdamW with warmup and cosine decay."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import optax
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (arXiv:1711.05101); its moments are float32 whatever the parameters are."""
+
+    learning_rate: float = 3e-4
+    """at the end of warmup"""
+    final_fraction: float = 0.1
+    """the learning rate of the last step, as a fraction of learning_rate"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises in a line"""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """of matrices; norms never decay"""
+    clip_norm: float | None = 1.0
+    """gradients are scaled down to this global norm; None leaves them"""
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> "optax.Schedule":
+    """From the number of finished updates to the learning rate of the next one; the first is already above zero."""
+    import optax
+
+    rises = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(steps, config.warmup_steps + 1),
+        end_value=config.learning_rate * config.final_fraction,
+    )
+    return lambda count: rises(count + 1)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, decay: Any) -> "optax.GradientTransformation":
+    """`decay` is a tree of booleans shaped as the parameters: which of them weight decay touches."""
+    import optax
+
+    return optax.adamw(
+        learning_rate(config, steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay,
+    )

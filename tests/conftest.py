@@ -1,0 +1,64 @@
+"""What every test sees: eight CPU devices, strict dtype promotion, annotations that are checked, no network."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ON_GPU = os.environ.get("CAMELID_TEST_PLATFORM", "cpu") == "gpu"
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "JAX_PLATFORMS": "cuda,cpu" if ON_GPU else "cpu",
+    # Compiled programs are kept for the next run. With a size limit jax also locks the folder, so two runs can share
+    # it; its keys know the processor and the devices, and a loaded program gives the same bits as a compiled one.
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 << 30),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
+USER_ENVIRONMENT = os.environ | ENVIRONMENT
+USER_ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+# All of this before jax is imported, because it reads the environment once.
+os.environ.update(ENVIRONMENT)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Eight simulated devices on few cores wait for each other for ever once many dispatches are queued, unless XLA is told
+# to keep a thread for each.
+os.environ["NPROC"] = "16"
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jaxtyping.install_import_hook("camelid", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and jax.default_backend() != "gpu":
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and CAMELID_TEST_PLATFORM=gpu"))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Real models, tokenizers and data, and checkpoints written by other people's code."""
+    folder = os.environ.get("CAMELID_ASSETS")
+    if not folder:
+        pytest.skip("CAMELID_ASSETS is not set; point it at the folder of test assets (see CONTRIBUTING.md)")
+    if not Path(folder).is_dir():
+        pytest.fail(f"CAMELID_ASSETS is {folder!r}, which is no folder")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def stories(assets: Path) -> Path:
+    """A real Llama of 260 thousand parameters in Hugging Face form, that tells stories."""
+    return assets / "models" / "stories260K" / "hf"
+
+
+@pytest.fixture
+def user_env() -> dict[str, str]:
+    """The environment of a command that is run as a user would run it: one CPU device, this Python's scripts first."""
+    return dict(USER_ENVIRONMENT)

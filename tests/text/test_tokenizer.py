@@ -1,0 +1,281 @@
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+
+from camelid.errors import UserError
+from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from text.tiny import BOS, EOS, VOCAB_SIZE, save_byte_tokenizer
+
+STORIES = "models/stories260K/hf"
+MISTRAL = "tokenizers/mistral-v1"
+LLAMA2 = "tokenizers/llama2"
+PHI2 = "tokenizers/phi-2"
+TRICKY = (
+    "",
+    " ",
+    "  two  spaces ",
+    "tab\tnew\nline\r\n\n\n",
+    "café Straße 😀👩‍👩‍👧 日本語 한국어 नमस्ते",
+    "a <unk> b</s><s> <|endoftext|>",
+    "▁ <0x0A>",
+    "\x00\x07\ufeff\ufffd",
+)
+
+
+@pytest.fixture(scope="module")
+def lines(assets: Path) -> list[str]:
+    text = (assets / "data/wikitext-2/valid.txt").read_text(encoding="utf-8")
+    assert "<unk>" in text
+    return [*text.split("\n"), *TRICKY]
+
+
+@pytest.fixture
+def bytewise(tmp_path: Path) -> Tokenizer:
+    return load_tokenizer(save_byte_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        f"{STORIES}/tokenizer.json",
+        f"{STORIES}/tokenizer.model",
+        f"{MISTRAL}/tokenizer.json",
+        f"{MISTRAL}/tokenizer.model",
+        f"{LLAMA2}/tokenizer.model",
+    ],
+)
+def test_ids_and_texts_equal_those_of_sentencepiece(assets: Path, lines: list[str], file: str):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str((assets / file).with_name("tokenizer.model")))
+    tokenizer = load_tokenizer(assets / file)
+    ids = reference.encode(lines)
+    assert tokenizer.encode_batch(lines) == [[1, *line] for line in ids]
+    assert [tokenizer.decode([1, *line, 2]) for line in ids] == reference.decode(ids)
+
+
+@pytest.mark.parametrize("name", [STORIES, MISTRAL, PHI2])
+def test_ids_and_texts_equal_those_of_transformers(assets: Path, lines: list[str], name: str):
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(assets / name)
+    ours = load_tokenizer(assets / name)
+    lines = [*lines[::8], *TRICKY]
+    parsed = ours.encode_batch(lines, specials=True)
+    assert parsed == [theirs.encode(line, verbose=False) for line in lines]
+    chance = random.Random(0)
+    noise = [[chance.randrange(chance.choice([300, ours.vocab_size])) for _ in range(12)] for _ in range(500)]
+    for skip in (True, False):
+        for ids in (*parsed, *noise):
+            assert ours.decode(ids, skip_specials=skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("name", [STORIES, MISTRAL])
+def test_specials_are_the_same_in_both_files_of_a_checkpoint(assets: Path, name: str):
+    json_file = load_tokenizer(assets / name / "tokenizer.json")
+    model_file = load_tokenizer(assets / name / "tokenizer.model")
+    for text in (*TRICKY, "<s> a</s>", "<s><s>x </s> </s>", "<unk>"):
+        ids = json_file.encode(text, specials=True)
+        assert model_file.encode(text, specials=True) == ids
+        for skip in (True, False):
+            assert model_file.decode(ids, skip_specials=skip) == json_file.decode(ids, skip_specials=skip)
+
+
+def test_the_stories_tokenizer_agrees_with_its_reference(assets: Path):
+    cases = json.loads((assets / "models/stories260K/reference.json").read_text())["tokenizer_cases"]
+    tokenizer = load_tokenizer(assets / STORIES)
+    for case in cases:
+        assert tokenizer.encode(case["text"], bos=False) == case["ids"]
+        assert tokenizer.decode(case["ids"]) == case["decoded"]
+
+
+@pytest.mark.parametrize("name", [MISTRAL, LLAMA2, PHI2])
+def test_decoding_gives_the_text_back(assets: Path, lines: list[str], name: str):
+    tokenizer = load_tokenizer(assets / name)
+    lines = [line for line in lines if "▁" not in line]  # sentencepiece's own letter for a blank
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(lines)] == lines
+
+
+def test_gpt2s_own_files_make_the_same_ids_as_a_tokenizer_json(assets: Path, lines: list[str], tmp_path: Path):
+    parts = [str(assets / "tokenizers/gpt2" / name) for name in ("vocab.json", "merges.txt")]
+    gpt2 = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*parts))
+    gpt2.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    gpt2.decoder = tokenizers.decoders.ByteLevel()
+    gpt2.save(str(tmp_path / "tokenizer.json"))
+    phi2 = load_tokenizer(assets / PHI2)
+    single_spaced = [line for line in lines if "  " not in line]  # phi-2 added tokens for runs of blanks
+    assert load_tokenizer(tmp_path).encode_batch(single_spaced) == phi2.encode_batch(single_spaced)
+
+
+def test_special_strings_are_text_unless_asked_for(bytewise: Tokenizer):
+    assert bytewise.encode("</s>x", bos=False) == list(b"</s>x")
+    assert bytewise.encode("</s>x", bos=False, specials=True) == [EOS, ord("x")]
+
+
+def test_one_thread_may_parse_specials_while_another_does_not(bytewise: Tokenizer):
+    plain, parsed = [BOS, *b"</s>"], [BOS, EOS]
+    with ThreadPoolExecutor(4) as threads:
+        wanted = [bool(n % 2) for n in range(400)]
+        ids = list(threads.map(lambda specials: bytewise.encode("</s>", specials=specials), wanted))
+    assert ids == [parsed if specials else plain for specials in wanted]
+
+
+@pytest.mark.parametrize(
+    ("adds_bos", "config", "expected"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"add_bos_token": False}, False),
+        (False, {"add_bos_token": True, "bos_token": "<s>"}, True),
+        (True, {"add_bos_token": None}, True),
+        (True, {"bos_token": None}, False),
+        (True, {"bos_token": ""}, True),
+    ],
+)
+def test_bos_follows_the_checkpoint(tmp_path: Path, adds_bos: bool, config: dict, expected: bool):
+    tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path, adds_bos=adds_bos, config=config))
+    assert tokenizer.adds_bos is expected
+    assert tokenizer.encode("x") == ([BOS] if expected else []) + [ord("x")]
+
+
+def test_bos_is_put_once_and_the_caller_may_overrule_the_checkpoint(bytewise: Tokenizer):
+    assert bytewise.encode("<s>x", specials=True) == [BOS, ord("x")]
+    assert bytewise.encode("x", bos=False, eos=True) == [ord("x"), EOS]
+    assert bytewise.encode("x</s>", eos=True, specials=True) == [BOS, ord("x"), EOS]
+    assert bytewise.encode_batch(["", "y"], bos=True, eos=True) == [[BOS, EOS], [BOS, ord("y"), EOS]]
+
+
+def test_a_bare_llama_model_adds_bos_and_knows_its_specials(assets: Path):
+    tokenizer = load_tokenizer(assets / LLAMA2)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.adds_bos) == (1, (2,), True)
+    assert tokenizer.vocab_size == 32000
+
+
+def test_every_file_that_names_an_eos_is_heard(tmp_path: Path):
+    folder = save_byte_tokenizer(tmp_path, config={"eos_token": {"content": "</s>", "special": True}})
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "!"}')
+    (folder / "config.json").write_text('{"eos_token_id": 8}')
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_ids == (7, 8, EOS, ord("!"))
+    assert tokenizer.encode("x", eos=True)[-1] == 7
+    (folder / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert load_tokenizer(folder).eos_ids == (9, EOS, ord("!"), 8)
+
+
+def test_truncation_and_padding_saved_in_the_file_are_ignored(tmp_path: Path):
+    folder = save_byte_tokenizer(tmp_path)
+    saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    saved.enable_truncation(4)
+    saved.enable_padding(length=16)
+    saved.save(str(folder / "tokenizer.json"))
+    for specials in (False, True):
+        assert load_tokenizer(folder).encode("123456", specials=specials) == [BOS, *b"123456"]
+
+
+def test_tokens_added_to_a_bare_model_are_counted_parsed_and_spelled(assets: Path, tmp_path: Path):
+    shutil.copy(assets / LLAMA2 / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|im|>": 32000, "<|im|>x": 32002}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 32003
+    ids = tokenizer.encode("<|im|>x<|im|>", specials=True)
+    assert ids == [1, 32002, 32000]
+    assert tokenizer.decode(ids, skip_specials=False) == "<s><|im|>x<|im|>"
+    assert tokenizer.decode([*ids, 32001]) == ""
+    assert 32000 not in tokenizer.encode("<|im|>")
+
+
+def test_files_and_fingerprint_are_those_of_the_folder(assets: Path, tmp_path: Path):
+    folder = shutil.copytree(assets / STORIES, tmp_path / "copy")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = load_tokenizer(folder)
+    names = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
+    assert [file.name for file in tokenizer.files] == [*names, "chat_template.jinja", "generation_config.json"]
+    assert all(file.parent == folder for file in tokenizer.files)
+    assert tokenizer.fingerprint == hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    assert tokenizer.has_chat_template
+    assert not load_tokenizer(assets / STORIES).has_chat_template
+
+
+def test_a_vocabulary_under_another_name_is_carried_along(assets: Path):
+    file = assets / "models/stories260K/tok512.model"
+    assert load_tokenizer(file).files == (file,)
+    assert load_tokenizer(str(file)).encode("Once upon a time") == [1, 403, 407, 261, 378]
+
+
+def test_a_template_in_the_configuration_counts(tmp_path: Path):
+    assert load_tokenizer(save_byte_tokenizer(tmp_path, config={"chat_template": "x"})).has_chat_template
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB_SIZE])
+def test_ids_outside_the_vocabulary_are_refused(bytewise: Tokenizer, token: int):
+    with pytest.raises(UserError, match=f"{token} is outside .* {VOCAB_SIZE}"):
+        bytewise.decode([65, token])
+
+
+def test_ids_may_be_numpy(bytewise: Tokenizer):
+    assert bytewise.decode(np.array([104, 105], np.uint16)) == "hi"
+
+
+def test_half_a_character_is_refused_by_place(bytewise: Tokenizer):
+    with pytest.raises(UserError, match=r"half a character, '\\ud83d', at position 2"):
+        bytewise.encode("ab\ud83d")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(bytewise: Tokenizer):
+    check_vocabulary(bytewise, VOCAB_SIZE)
+    with pytest.raises(UserError, match=f"{VOCAB_SIZE} ids.* only 257"):
+        check_vocabulary(bytewise, 257)
+
+
+def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path):
+    with pytest.raises(UserError, match=r"looked for .*tokenizer\.json and .*tokenizer\.model"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{}", r"tokenizer\.json is no tokenizer"),
+        ("tokenizer.model", "IQ== 0\nIg== 1\n", r"tokenizer\.model is no sentencepiece model"),
+    ],
+)
+def test_a_vocabulary_of_another_kind_is_named(tmp_path: Path, name: str, content: str, message: str):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_broken_file_beside_the_vocabulary_is_named(tmp_path: Path):
+    folder = save_byte_tokenizer(tmp_path)
+    for content in ("{", "[1]"):
+        (folder / "generation_config.json").write_text(content)
+        with pytest.raises(UserError, match=r"generation_config\.json holds no JSON object"):
+            load_tokenizer(folder)
+
+
+def test_a_named_special_that_the_vocabulary_lacks_is_an_error(tmp_path: Path):
+    with pytest.raises(UserError, match="eos_token is '<end>'"):
+        load_tokenizer(save_byte_tokenizer(tmp_path, config={"eos_token": "<end>"}))
+
+
+def test_bos_or_eos_that_does_not_exist_is_refused(tmp_path: Path):
+    tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path, adds_bos=False, config={}))
+    with pytest.raises(UserError, match="BOS is asked for"):
+        tokenizer.encode("x", bos=True)
+    with pytest.raises(UserError, match="EOS is asked for"):
+        tokenizer.encode("x", eos=True)
+
+
+def test_importing_loads_neither_library():
+    code = "import sys, camelid.text.tokenizer; sys.exit(bool({'tokenizers', 'sentencepiece'} & sys.modules.keys()))"
+    source = str(Path(__file__).parents[2] / "src")
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": source}, check=False).returncode == 0
