@@ -76,9 +76,7 @@ class Model:
         seeds = [seed + i for i in range(len(prompts))]
         how = sampling(temperature, top_k, top_p)
         eos_ids = self.config.eos_ids if self.tokenizer is None else self.tokenizer.eos_ids
-        rows = generate(
-            self.params, ids, seeds, how, max_new_tokens, eos_ids, self.config, self.compute, self.mesh
-        )
+        rows = generate(self.params, ids, seeds, how, max_new_tokens, eos_ids, self.config, self.compute, self.mesh)
         return [self._completion(*pair, max_new_tokens) for pair in zip(prompts, ids, rows, strict=True)]
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:

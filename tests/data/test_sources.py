@@ -21,6 +21,11 @@ def test_a_text_file_is_one_document_kept_to_the_byte():
     assert read("a.txt") == ["one\r\n\ntwo\u2028é\n"]
 
 
+def test_the_last_ending_decides():
+    Path("a.jsonl.txt").write_text("{")
+    assert read("a.jsonl.txt") == ["{"]
+
+
 def test_json_lines_are_a_document_each_and_blank_lines_none():
     records = [{"id": 1, "body": "line\u2028one\n"}, {"body": ""}, {"body": "😀"}]
     lines = [json.dumps(record, ensure_ascii=False) for record in records]

@@ -86,17 +86,65 @@ FIXED: Mapping[str, tuple] = {
 ELSEWHERE = {"rope_theta", "rope_scaling", "rope_parameters", "eos_token_id"}  # read by functions below
 # Names, defaults of generation, and settings of training and of other heads: none changes what the decoder computes.
 HARMLESS = frozenset(
-    """
-    _name_or_path architectures torch_dtype dtype transformers_version use_cache pretraining_tp max_sequence_length auto_map
-    return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss pruned_heads
-    chunk_size_feed_forward tie_encoder_decoder cross_attention_hidden_size
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    decoder_start_token_id sep_token_id prefix task_specific_params problem_type finetuning_task id2label label2id
-    tokenizer_class unk_token_id selective_checkpoint_enabled sequence_parallel_enabled move_model_to_device
-    """.split()
+    [
+        "_name_or_path",
+        "architectures",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "use_cache",
+        "pretraining_tp",
+        "max_sequence_length",
+        "auto_map",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "torchscript",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "pruned_heads",
+        "chunk_size_feed_forward",
+        "tie_encoder_decoder",
+        "cross_attention_hidden_size",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "decoder_start_token_id",
+        "sep_token_id",
+        "prefix",
+        "task_specific_params",
+        "problem_type",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "tokenizer_class",
+        "unk_token_id",
+        "selective_checkpoint_enabled",
+        "sequence_parallel_enabled",
+        "move_model_to_device",
+    ]
 )
 LLAMA3_ROPE = (
     ("factor", "factor"),
@@ -118,7 +166,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise UserError("config.json has no model_type", "It must say which family the checkpoint belongs to.")
     if unknown := sorted(set(hf) - {field.theirs for field in FIELDS} - set(FIXED) - ELSEWHERE - HARMLESS):
         raise UserError(
-            f"config.json has fields that camelid does not know: " + ", ".join(f"{n} = {hf[n]!r}" for n in unknown),
+            "config.json has fields that camelid does not know: " + ", ".join(f"{n} = {hf[n]!r}" for n in unknown),
             "They may change what the model computes; remove those that do not.",
         )
     theta, scaling = _rope(hf)
@@ -347,9 +395,7 @@ def write_checkpoint(
 
             write_safetensors(folder / name, [tensor for *_, tensor in shard], (counted(*item) for item in shard))
         if len(shards) > 1:
-            weight_map = {
-                tensor.name: name for name, shard in zip(names, shards, strict=True) for *_, tensor in shard
-            }
+            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for *_, tensor in shard}
             write_json(
                 folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
             )

@@ -129,7 +129,9 @@ def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def plan(rows: Sequence[Row], specs: Mapping[str, Spec], dtypes: Mapping[str, np.dtype]) -> list[tuple[Row, int, Planned]]:
+def plan(
+    rows: Sequence[Row], specs: Mapping[str, Spec], dtypes: Mapping[str, np.dtype]
+) -> list[tuple[Row, int, Planned]]:
     """The file's tensors in the order in which they are written: the row, the layer and the tensor of each."""
     return [
         (row, layer, Planned(name, row.shape(specs[row.path]), dtypes[row.path]))

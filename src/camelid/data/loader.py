@@ -1,9 +1,11 @@
 """The batch of a step, as a function of the configuration and the step alone."""
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,8 +20,8 @@ from camelid.text.tokenizer import Tokenizer
 Split = Literal["train", "validation"]
 Progress = Callable[[int], None]
 
-# Enough to keep every core of the tokenizer busy, little beside the tokens.
-CHARACTERS_AT_ONCE = 4_000_000
+# Enough to keep every core busy; the tokenizer needs about a hundred bytes for each of them meanwhile.
+CHARACTERS_AT_ONCE = 1_000_000
 
 
 class Loader:
@@ -80,10 +82,7 @@ def _order(num_rows: int, config: DataConfig):
 
 def _pack_split(config: DataConfig, tokenizer: Tokenizer, split: Split, progress: Progress | None) -> Packing:
     files = _files(config, split)
-
-    def pack(texts: Iterable[str]) -> Packing:
-        return _pack(texts, config, tokenizer, progress)
-
+    pack = functools.partial(_pack, config=config, tokenizer=tokenizer, progress=progress)
     texts = read_documents(files, config.text_key)
     if not config.validation_fraction:
         return pack(texts)
@@ -95,7 +94,7 @@ def _pack_split(config: DataConfig, tokenizer: Tokenizer, split: Split, progress
     return pack(text for index, text in enumerate(texts) if (index in held_out) == (split == "validation"))
 
 
-def _files(config: DataConfig, split: Split) -> list:
+def _files(config: DataConfig, split: Split) -> list[Path]:
     assert split in ("train", "validation"), split
     train = list_files(config.train)
     if split == "train" or config.validation_fraction:

@@ -38,7 +38,7 @@ def read_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
     """The text of every document of the files."""
     for file in files:
         try:
-            yield from _lines(file, text_key) if ".jsonl" in file.suffixes else _whole(file)
+            yield from _whole(file) if file.suffix == ".txt" else _lines(file, text_key)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{file} cannot be read: {error}", "check the file and its permissions") from error
 

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder
-from camelid.parallel.hosts import batch_ways, own_rows, place, to_host
 from camelid.model.loss import cross_entropy
+from camelid.parallel.hosts import batch_ways, own_rows, place, to_host
 
 ROWS = 16  # windows that a device scores at once
 

@@ -29,13 +29,17 @@ def sampling(temperature: float, top_k: int | None, top_p: float | None) -> Samp
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k = {top_k} is below 1", "Use 1 or more, or leave it out to keep every token.")
     if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p = {top_p} is not in (0, 1]", "Use a fraction of 1, or leave it out to keep every token.")
+        raise UserError(
+            f"top_p = {top_p} is not in (0, 1]", "Use a fraction of 1, or leave it out to keep every token."
+        )
     if temperature == 0:
         return Sampling(None, None, None)
     return Sampling(jnp.float32(temperature), top_k, None if top_p is None else jnp.float32(top_p))
 
 
-def choose(logits: Float[Array, "B V"], seeds: UInt32[Array, " B"], step: Int[Array, ""], how: Sampling) -> Int[Array, " B"]:
+def choose(
+    logits: Float[Array, "B V"], seeds: UInt32[Array, " B"], step: Int[Array, ""], how: Sampling
+) -> Int[Array, " B"]:
     """The next token of each row; a row's draws depend on its own seed and the step alone."""
     if how.temperature is None:
         return jnp.argmax(logits, -1).astype(jnp.int32)

@@ -82,7 +82,15 @@ class Layer:
     mlp: MLP = child(MLP)
 
     def __call__(
-        self, x: Float[Array, "B S E"], rotation, positions, segments, cache, layer, config: ModelConfig, compute: Compute
+        self,
+        x: Float[Array, "B S E"],
+        rotation,
+        positions,
+        segments,
+        cache,
+        layer,
+        config: ModelConfig,
+        compute: Compute,
     ) -> tuple[Float[Array, "B S E"], KVCache | None]:
         with jax.named_scope("attention"):
             normed = self.attn_norm(x, config)

@@ -38,6 +38,11 @@ class Spec:
         return self.stacked + self.outputs + self.inputs
 
     @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
     def is_matrix(self) -> bool:
         """Matrices decay and take adapters; norms and biases do neither."""
         return bool(self.inputs)

@@ -134,7 +134,7 @@ def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
         adds_bos=bos_id is not None and (engine.bos_id is not None if adds_bos is None else adds_bos),
         files=files if file in files else (file, *files),
         fingerprint=hashlib.sha256(file.read_bytes()).hexdigest(),
-        has_chat_template="chat_template" in config or any(path.stem == "chat_template" for path in files),
+        has_chat_template=bool(config.get("chat_template")) or any(path.stem == "chat_template" for path in files),
     )
 
 

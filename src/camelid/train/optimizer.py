@@ -22,8 +22,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     """of matrices; norms never decay"""
-    clip_norm: float | None = 1.0
-    """gradients are scaled down to this global norm; None leaves them"""
+    clip_norm: float = 1.0
+    """gradients are scaled down to this global norm; inf leaves them"""
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> "optax.Schedule":

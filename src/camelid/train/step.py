@@ -24,16 +24,15 @@ class Trainer:
     compute: Compute
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    clip_norm: float | None
+    clip_norm: float
     accumulate: int = 1
 
     def step(self, state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
         """The state after one update, and the step's metrics: loss, weight, gradient_norm, learning_rate."""
         total, weight, grads = self.gradients(state.params, batch)
         norm = optax.global_norm(grads)
-        if self.clip_norm is not None:
-            shrink = jnp.minimum(1.0, self.clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * shrink, grads)
+        shrink = jnp.minimum(1.0, self.clip_norm / norm)
+        grads = jax.tree.map(lambda g: g * shrink, grads)
         params = _float32(state.params)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, params)
         new = optax.apply_updates(params, updates)

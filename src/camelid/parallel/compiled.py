@@ -1,0 +1,28 @@
+"""XLA's compiled programs, kept on disk between runs."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+LARGEST = 2 * 2**30  # bytes; the programs that were not used for longest make room
+
+
+def keep_compiled() -> None:
+    """Keeps what XLA compiles under CAMELID_CACHE, or the user's cache folder."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:
+        return  # the user has chosen another place by JAX's own variable
+    root = os.environ.get("CAMELID_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "camelid"
+    jax.config.update("jax_compilation_cache_dir", str(Path(root).expanduser() / "xla" / _processor()))
+    jax.config.update("jax_compilation_cache_max_size", LARGEST)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _processor() -> str:
+    """A name for this kind of processor: a home folder may be shared by machines whose programs differ."""
+    about = platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        about += next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(about.encode()).hexdigest()[:12]

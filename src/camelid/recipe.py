@@ -1,0 +1,175 @@
+"""A recipe: which run it is. Strict TOML, with dotted overrides."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import cattrs
+
+from camelid.data.config import DataConfig
+from camelid.errors import UserError
+from camelid.model.config import Compute, ModelConfig
+from camelid.parallel.mesh import MeshConfig
+from camelid.train.config import TrainConfig
+from camelid.train.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole training run. Give `init` to go on from a checkpoint, or `model` and `tokenizer` to begin from scratch."""
+
+    run: str
+    """the folder of the run: recipe, metrics, checkpoints, and the model in the end"""
+    init: str | None = None
+    """a checkpoint's folder or its name on the Hub: model, tokenizer and parameters"""
+    model: ModelConfig | None = None
+    tokenizer: str | None = None
+    """a folder with tokenizer.json or tokenizer.model; with `init`, its own is the default"""
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    compute: Compute = Compute()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        if (self.init is None) == (self.model is None):
+            raise UserError(
+                "the recipe needs one of init and model, and not both",
+                "Give init = a checkpoint to finetune it, or a [model] table to train from scratch.",
+            )
+        if self.init is None and self.tokenizer is None:
+            raise UserError("the recipe has a model and no tokenizer", "Give tokenizer = a folder with tokenizer.json.")
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a TOML file, with `--a.b value` pairs laid over it; raises UserError for what is not understood."""
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "Give the path of a TOML recipe.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not TOML: {error}", "docs/recipes.md shows one.") from error
+    for key, value in _pairs(overrides):
+        _lay_over(table, key, value)
+    return structure(table)
+
+
+def structure(table: Mapping[str, Any]) -> Recipe:
+    """A recipe from a table; raises UserError that names the first field at fault."""
+    _refuse_unknown(table, Recipe, "")
+    try:
+        return _converter().structure(table, Recipe)
+    except cattrs.BaseValidationError as error:
+        raise _explain(error) from error
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """The recipe as TOML, every field resolved; absent ones are left out."""
+    import tomli_w
+
+    return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
+
+
+def _pairs(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--a.b value` or `--a.b=value`, values read as TOML where they are TOML, else as plain strings."""
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r} is neither an option nor its value", "Write overrides as --train.steps 100.")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"{word} has no value", "Write overrides as --train.steps 100.")
+            value = rest.pop(0)
+        pairs.append((key.replace("-", "_"), _value(value)))
+    return pairs
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _lay_over(table: dict, key: str, value: Any) -> None:
+    *parents, name = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{key}: {parent} is not a table", "docs/recipes.md lists every field.")
+    table[name] = value
+
+
+def _refuse_unknown(table: Mapping[str, Any], cls: type, prefix: str) -> None:
+    hints = get_type_hints(cls)
+    for key, value in table.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1)
+            ask = f"did you mean {prefix + near[0]!r}?" if near else f"it has {', '.join(hints)}."
+            raise UserError(f"the recipe has no field {prefix + key!r}", ask[0].upper() + ask[1:])
+        inner = next((t for t in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(t)), None)
+        if isinstance(inner, type) and isinstance(value, Mapping):
+            _refuse_unknown(value, inner, f"{prefix}{key}.")
+
+
+def _converter() -> cattrs.Converter:
+    """Structures without the silent conversions: 3.7 is no int, and "false" is not true."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+
+    def exactly(*kinds: type):
+        def hook(value: Any, kind: type) -> Any:
+            if type(value) not in kinds:
+                raise TypeError(f"{value!r} is not of type {kind.__name__}")
+            return kind(value)
+
+        return hook
+
+    for kind, kinds in {int: (int,), float: (float, int), bool: (bool,), str: (str,)}.items():
+        converter.register_structure_hook(kind, exactly(*kinds))
+
+    def items(value: Any, kind: Any) -> tuple:
+        if isinstance(value, Mapping):
+            raise TypeError(f"{value!r} is not a list")
+        inner = typing.get_args(kind)[0]
+        return tuple(converter.structure(item, inner) for item in (value if isinstance(value, list) else [value]))
+
+    converter.register_structure_hook_func(lambda kind: typing.get_origin(kind) is tuple, items)
+
+    def optional(value: Any, kind: Any) -> Any:
+        (inner,) = (arm for arm in typing.get_args(kind) if arm is not types.NoneType)
+        return None if value is None else converter.structure(value, inner)
+
+    converter.register_structure_hook_func(lambda kind: typing.get_origin(kind) is types.UnionType, optional)
+    return converter
+
+
+def _explain(error: BaseException) -> UserError:
+    """The innermost fault, with the path to it."""
+    path = []
+    while isinstance(error, cattrs.BaseValidationError):
+        error = error.exceptions[0]
+        notes = getattr(error, "__notes__", [])
+        path += [note.name for note in notes if isinstance(note, cattrs.AttributeValidationNote)]
+    if isinstance(error, UserError):
+        return error
+    field = ".".join(path)
+    problem = f"the recipe lacks {field}" if isinstance(error, KeyError) else f"{field}: {error}"
+    return UserError(problem, "docs/recipes.md lists every field.")
+
+
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            plain[key] = _without_none(value)
+        elif value is not None:
+            plain[key] = list(value) if isinstance(value, tuple) else value
+    return plain

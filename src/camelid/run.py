@@ -1,0 +1,277 @@
+"""Wires a run together: recipe -> model, data, optimizer, loop -> a folder."""
+
+import contextlib
+import fcntl
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from camelid.api import Model, load_params
+from camelid.checkpoint import hf
+from camelid.checkpoint.native import RunCheckpoints
+from camelid.data.batch import Batch
+from camelid.data.loader import Loader, prefetched
+from camelid.errors import UserError
+from camelid.model.config import ModelConfig
+from camelid.model.decoder import Decoder, declare_decoder
+from camelid.model.flops import count_parameters, peak_flops, training_flops
+from camelid.model.params import initialize, map_specs
+from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, place, to_host, wait_for_all
+from camelid.parallel.mesh import make_mesh
+from camelid.parallel.rules import COMPUTE, check_divides, partition
+from camelid.recipe import Recipe, write_recipe
+from camelid.text.tokenizer import check_vocabulary, load_tokenizer
+from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
+from camelid.train.loop import Callback, train
+from camelid.train.optimizer import learning_rate, make_optimizer
+from camelid.train.state import TrainState, abstract_state, start_state
+from camelid.train.step import Trainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind."""
+
+    folder: Path
+    steps: int
+    finished: bool
+    """False: a signal ended it, and the same command goes on"""
+    model: Model
+
+
+def run(recipe: Recipe) -> Outcome:
+    """Trains as the recipe says, from the newest checkpoint of its folder where there is one.
+
+    Raises UserError for recipes that do not fit the data, the model, the machine or the folder.
+    """
+    folder = Path(recipe.run).absolute()
+    mesh = make_mesh(recipe.mesh)
+    _check_rows(recipe, mesh)
+    with _folder(folder, recipe), jax.set_mesh(mesh):
+        return _run(recipe, folder, mesh)
+
+
+def _run(recipe: Recipe, folder: Path, mesh: Mesh) -> Outcome:
+    source = None if recipe.init is None else hf.open_checkpoint(recipe.init)
+    config = recipe.model if source is None else source.config
+    assert config is not None  # a Recipe has one of both
+    tokenizer = load_tokenizer(recipe.tokenizer or source.folder)
+    check_vocabulary(tokenizer, config.vocab_size)
+    check_divides(config.axis_sizes, mesh, recipe.compute.replicate)
+    if recipe.data.sequence_length > config.context_length:
+        raise UserError(
+            f"data.sequence_length = {recipe.data.sequence_length} exceeds the model's context of {config.context_length}",
+            "Use shorter rows.",
+        )
+    steps = recipe.train.steps
+    loader = Loader(recipe.data, tokenizer)
+    validation = Loader(recipe.data, tokenizer, "validation") if _validates(recipe) else None
+    trainer = _trainer(recipe, config)
+    checkpoints = RunCheckpoints(folder / "checkpoints", recipe.train.keep_checkpoints)
+    state = _state(recipe, config, source, trainer, checkpoints, mesh)
+    first = int(state.step)
+    if first > steps:
+        raise UserError(f"the run has made {first} steps already, the recipe asks for {steps}", "Ask for more steps.")
+
+    terminal, metrics = Terminal(first, steps), None
+    if is_main():
+        metrics = MetricsFile(folder / "metrics.jsonl", first)
+        _introduce(terminal, recipe, config, loader, mesh, first)
+    batches = _batches(recipe, loader, mesh, first)
+    step = _compile(trainer, state, recipe, mesh, terminal) if first < steps else trainer.step
+    speed = Speed(first, steps, training_flops(config, recipe.data.sequence_length), _peak(recipe))
+    tokens = recipe.data.batch_size * recipe.data.sequence_length
+
+    def report(made: int, numbers: dict) -> None:
+        if made % recipe.train.log_every and made != steps:
+            return
+        row = {"step": made} | numbers | speed.read(made, tokens)
+        if metrics is not None:
+            metrics.write(row)
+            terminal.show(made, row)
+
+    def validate(made: int, state: TrainState) -> None:
+        loss = _validation_loss(trainer, state.params, validation, recipe, mesh)
+        if metrics is not None:
+            metrics.write({"step": made, "validation_loss": loss})
+            terminal.say(f"step {made}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}")
+
+    callbacks = [Callback(recipe.train.checkpoint_every, checkpoints.save, at_end=True, at_stop=True)]
+    if validation is not None:
+        callbacks.append(Callback(recipe.train.evaluate_every or steps, validate, at_end=True))
+    with StopSignal() as stop, contextlib.closing(terminal):
+        made, state = train(step, state, batches, report, callbacks, stop)
+    checkpoints.close()
+    companions = tokenizer.files if source is None else source.companions
+    model = Model(config, state.params, tokenizer, recipe.compute, mesh, tuple(companions))
+    if made == steps:
+        model.save(folder / "model", overwrite=True)
+    if metrics is not None:
+        metrics.close()
+        draw_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
+    return Outcome(folder, made, made == steps, model)
+
+
+@contextlib.contextmanager
+def _folder(folder: Path, recipe: Recipe) -> Iterator[None]:
+    """The run's folder, locked, with this recipe in it; refuses another run's."""
+    kept = folder / "recipe.toml"
+    text = write_recipe(recipe)
+    if not is_main():
+        wait_for_all("run folder")
+        yield
+        return
+    if folder.exists() and any(folder.iterdir()) and not kept.is_file():
+        raise UserError(f"{folder} holds something else than a run", "Choose another folder with --run.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process trains in {folder}", "Wait for it, or choose another --run.") from error
+        if kept.is_file() and (changed := _changed(kept.read_text("utf-8"), text)):
+            raise UserError(
+                f"{folder} holds a run with another recipe: {changed}",
+                "Choose another --run, or start with the recipe that the folder keeps.",
+            )
+        temporary = folder / ".recipe.incomplete"
+        temporary.write_text(text, "utf-8")
+        temporary.rename(kept)
+        wait_for_all("run folder")
+        yield
+
+
+FREE = {"train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.evaluate_every"}
+"""what may change when a run goes on; steps may only grow, and the mesh may be any"""
+
+
+def _changed(kept: str, new: str) -> str | None:
+    """The first field in which two recipes differ, other than those that may change."""
+    old_fields, new_fields = (_flat(tomllib.loads(text)) for text in (kept, new))
+    for field in sorted(old_fields.keys() | new_fields.keys()):
+        before, now = old_fields.get(field), new_fields.get(field)
+        if before != now and field not in FREE and not field.startswith("mesh."):
+            return f"{field} = {before!r} there, {now!r} here"
+    return None
+
+
+def _flat(table: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _check_rows(recipe: Recipe, mesh: Mesh) -> None:
+    rows, parts = recipe.data.batch_size, recipe.train.accumulate * batch_ways(mesh)
+    if rows % parts:
+        raise UserError(
+            f"data.batch_size = {rows} does not divide over {recipe.train.accumulate} microbatches of "
+            f"{batch_ways(mesh)} devices' rows",
+            f"Use a multiple of {parts}.",
+        )
+
+
+def _validates(recipe: Recipe) -> bool:
+    return bool(recipe.data.validation or recipe.data.validation_fraction)
+
+
+def _trainer(recipe: Recipe, config: ModelConfig) -> Trainer:
+    specs = declare_decoder(config)
+    steps = recipe.train.steps
+    return Trainer(
+        config,
+        recipe.compute,
+        make_optimizer(recipe.optimizer, steps, map_specs(lambda spec: spec.is_matrix, specs)),
+        learning_rate(recipe.optimizer, steps),
+        recipe.optimizer.clip_norm,
+        recipe.train.accumulate,
+    )
+
+
+def _state(
+    recipe: Recipe,
+    config: ModelConfig,
+    source: hf.Checkpoint | None,
+    trainer: Trainer,
+    checkpoints: RunCheckpoints,
+    mesh: Mesh,
+) -> TrainState:
+    """The newest checkpoint's state, or a first one; made where it lives, never whole on one device."""
+    specs = declare_decoder(config)
+    target = abstract_state(specs, trainer.optimizer, recipe.compute, mesh)
+    if (latest := checkpoints.latest()) is not None:
+        return checkpoints.restore(latest, target)
+    shardings = jax.tree.map(lambda x: x.sharding, target)
+    if source is not None:
+        params = load_params(source, recipe.compute, mesh)
+        return jax.jit(lambda p: start_state(p, trainer.optimizer), out_shardings=shardings)(params)
+
+    def fresh(key: jax.Array) -> TrainState:
+        params = initialize(specs, config, key, jnp.dtype(recipe.compute.param_dtype))
+        return start_state(params, trainer.optimizer)
+
+    return jax.jit(fresh, out_shardings=shardings)(jax.random.key(recipe.train.seed))
+
+
+def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int) -> Iterator[dict[str, jax.Array]]:
+    rows = recipe.data.batch_size
+    own = own_rows(rows, mesh)
+    for batch in prefetched(loader, first, recipe.train.steps, own.start, own.stop):
+        yield place(vars(batch), own, rows, mesh)
+
+
+def _compile(trainer: Trainer, state: TrainState, recipe: Recipe, mesh: Mesh, terminal: Terminal):
+    """The compiled step; the state is given up to it, so that its memory is used again."""
+    if is_main():
+        terminal.say("compiling the training step ...")
+    began = time.perf_counter()
+    shape = (recipe.data.batch_size, recipe.data.sequence_length)
+    sharding = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
+    dtypes = {field.name: jnp.float32 if field.name == "weights" else jnp.int32 for field in fields(Batch)}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    compiled = jax.jit(trainer.step, donate_argnums=0).lower(state, batch).compile()
+    if is_main():
+        terminal.say(f"compiled in {time.perf_counter() - began:.1f} s")
+    return compiled
+
+
+def _peak(recipe: Recipe) -> float | None:
+    device = peak_flops(jax.devices()[0].device_kind)
+    return None if device is None else device * jax.device_count()
+
+
+def _introduce(terminal: Terminal, recipe: Recipe, config: ModelConfig, loader: Loader, mesh: Mesh, first: int) -> None:
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    tokens = recipe.data.batch_size * recipe.data.sequence_length
+    terminal.say(
+        f"{count_parameters(config):,} parameters on {sizes} ({jax.devices()[0].device_kind}); "
+        f"{loader.num_tokens:,} tokens of text, {tokens:,} a step"
+    )
+    if first:
+        terminal.say(f"resuming after step {first}")
+
+
+def _validation_loss(trainer: Trainer, params: Decoder, loader: Loader, recipe: Recipe, mesh: Mesh) -> float:
+    """Nats a token over the whole validation split."""
+    rows = recipe.data.batch_size // recipe.train.accumulate
+    own = own_rows(rows, mesh)
+    total = weight = 0.0
+    for batch in loader.in_order(rows):
+        local = {name: x[own] for name, x in vars(batch).items()}
+        sums = to_host(_loss(params, place(local, own, rows, mesh), trainer))
+        total, weight = total + float(sums[0]), weight + float(sums[1])
+    return total / weight
+
+
+@partial(jax.jit, static_argnames="trainer")
+def _loss(params: Decoder, batch: dict[str, jax.Array], trainer: Trainer) -> tuple[jax.Array, jax.Array]:
+    return trainer.loss(params, batch)

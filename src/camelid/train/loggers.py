@@ -1,0 +1,108 @@
+"""Where a run's numbers go: metrics.jsonl, the terminal, and a picture at the end."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line; on resuming, lines after the step that training goes on from are dropped."""
+
+    def __init__(self, path: Path, resume_from: int):
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_from] if path.exists() else []
+        temporary = path.with_suffix(".incomplete")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        temporary.rename(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line cut short by a killed process is left out."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Terminal:
+    """A progress bar on a terminal; elsewhere a line about every twentieth of the run."""
+
+    def __init__(self, first: int, steps: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True, highlight=False)
+        self._steps, self._every = steps, max(1, steps // 20)
+        self._bar = None
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._bar = Progress(
+                TextColumn("train"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=steps, completed=first)
+            self._bar.start()
+
+    def show(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The newest metrics: loss, learning_rate, tokens_per_second, and mfu where it is known."""
+        text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        if metrics.get("mfu") is not None:
+            text += f"  MFU {metrics['mfu']:.1%}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step % self._every == 0 or step == self._steps:
+            self.say(f"step {step}/{self._steps}  {text}  {metrics['eta_s']:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Speed:
+    """Tokens a second since the last reading, and the time that is left."""
+
+    def __init__(self, first: int, steps: int, flops_per_token: float, peak_flops: float | None):
+        self._steps, self._flops, self._peak = steps, flops_per_token, peak_flops
+        self._step, self._time = first, time.perf_counter()
+
+    def read(self, step: int, tokens_per_step: int) -> dict[str, float | None]:
+        now = time.perf_counter()
+        seconds = max(now - self._time, 1e-9) / max(step - self._step, 1)
+        self._step, self._time = step, now
+        speed = tokens_per_step / seconds
+        mfu = None if self._peak is None else speed * self._flops / self._peak
+        return {"tokens_per_second": speed, "mfu": mfu, "step_s": seconds, "eta_s": (self._steps - step) * seconds}
+
+
+def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
+    """The loss curve as a PNG, validation beside training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, style in (("loss", {"linewidth": 1.2}), ("validation_loss", {"marker": "o", "markersize": 4})):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+    axes.set(xlabel="step", ylabel="nats per token", title="Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)

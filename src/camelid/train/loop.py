@@ -1,0 +1,62 @@
+"""The training loop: next batch, step, callbacks."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+
+from camelid.parallel.hosts import StopSignal, to_host
+from camelid.train.state import TrainState
+from camelid.train.step import Arrays
+
+
+@dataclass(frozen=True)
+class Callback:
+    """`do(step, state)` after every `every` steps."""
+
+    every: int
+    do: Callable[[int, TrainState], None]
+    at_end: bool = False
+    """after the last step too, whatever its number"""
+    at_stop: bool = False
+    """and where a signal ends the run"""
+
+
+def train(
+    step: Callable[[TrainState, Arrays], tuple[TrainState, Arrays]],
+    state: TrainState,
+    batches: Iterable[Arrays],
+    report: Callable[[int, dict], None],
+    callbacks: Sequence[Callback],
+    stop: StopSignal,
+) -> tuple[int, TrainState]:
+    """Trains until the batches end or a signal comes; returns the steps made, those before this start included.
+
+    Every process runs this in step; `report` gets the metrics of a finished step as numbers.
+    """
+    made, stopped = int(state.step), False
+    last_reported: tuple[int, Arrays] | None = None
+    for batch in batches:
+        state, metrics = step(state, batch)
+        made += 1
+        # The metrics of the step before: reading this step's would leave the devices idle until the next is sent.
+        if last_reported is not None:
+            _report(report, *last_reported)
+        last_reported = made, metrics
+        stopped = stop.at(made)
+        for callback in callbacks:
+            if made % callback.every == 0:
+                callback.do(made, state)
+        if stopped:
+            break
+    if last_reported is not None:
+        _report(report, *last_reported)
+    for callback in callbacks:
+        if (callback.at_stop if stopped else callback.at_end) and made % callback.every:
+            callback.do(made, state)
+    jax.block_until_ready(state)
+    return made, state
+
+
+def _report(report: Callable[[int, dict], None], step: int, metrics: Arrays) -> None:
+    report(step, {name: value.item() for name, value in to_host(metrics).items()})
