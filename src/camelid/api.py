@@ -71,13 +71,13 @@ class Model:
         Temperature 0 is greedy; otherwise temperature, then top_k, then top_p. Row i draws with seed + i, whatever else
         is in the batch. Raises UserError for prompts that do not fit the context, and numbers out of range.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self._encode(prompt) for prompt in prompts]
-        seeds = [seed + i for i in range(len(prompts))]
+        each = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self._encode(prompt) for prompt in each]
+        seeds = [seed + i for i in range(len(each))]
         how = sampling(temperature, top_k, top_p)
         eos_ids = self.config.eos_ids if self.tokenizer is None else self.tokenizer.eos_ids
         rows = generate(self.params, ids, seeds, how, max_new_tokens, eos_ids, self.config, self.compute, self.mesh)
-        return [self._completion(*pair, max_new_tokens) for pair in zip(prompts, ids, rows, strict=True)]
+        return [self._completion(*pair, max_new_tokens) for pair in zip(each, ids, rows, strict=True)]
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -137,9 +137,9 @@ def load(
 ) -> Model:
     """Opens a Hugging Face folder, or a repository on the Hub by its name.
 
-    `dtype` is that of parameters and products (None: that of the files); `mesh` None is the first device alone. `compute`
-    sets the rest: kernels, rematerialization, replicated axes. Raises UserError for files that are damaged, incomplete
-    or not understood.
+    `dtype` is that of parameters and products (None: that of the files); `mesh` None is the first device alone;
+    `compute` sets the rest: kernels, rematerialization, replicated axes. Raises UserError for files that are damaged,
+    incomplete or not understood.
     """
     checkpoint = hf.open_checkpoint(path)
     if dtype is None:

@@ -22,7 +22,7 @@ from camelid.train.optimizer import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole training run. Give `init` to go on from a checkpoint, or `model` and `tokenizer` to begin from scratch."""
+    """A whole training run: `init` goes on from a checkpoint, `model` and `tokenizer` begin from scratch."""
 
     run: str
     """the folder of the run: recipe, metrics, checkpoints, and the model in the end"""

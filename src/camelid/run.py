@@ -61,14 +61,15 @@ def run(recipe: Recipe) -> Outcome:
 
 def _run(recipe: Recipe, folder: Path, mesh: Mesh) -> Outcome:
     source = None if recipe.init is None else hf.open_checkpoint(recipe.init)
-    config = recipe.model if source is None else source.config
-    assert config is not None  # a Recipe has one of both
-    tokenizer = load_tokenizer(recipe.tokenizer or source.folder)
+    config, where = (recipe.model, recipe.tokenizer) if source is None else (source.config, source.folder)
+    assert config is not None  # a Recipe has init, or model and tokenizer
+    assert where is not None
+    tokenizer = load_tokenizer(recipe.tokenizer or where)
     check_vocabulary(tokenizer, config.vocab_size)
     check_divides(config.axis_sizes, mesh, recipe.compute.replicate)
     if recipe.data.sequence_length > config.context_length:
         raise UserError(
-            f"data.sequence_length = {recipe.data.sequence_length} exceeds the model's context of {config.context_length}",
+            f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.context_length}",
             "Use shorter rows.",
         )
     steps = recipe.train.steps
@@ -99,6 +100,7 @@ def _run(recipe: Recipe, folder: Path, mesh: Mesh) -> Outcome:
             terminal.show(made, row)
 
     def validate(made: int, state: TrainState) -> None:
+        assert validation is not None
         loss = _validation_loss(trainer, state.params, validation, recipe, mesh)
         if metrics is not None:
             metrics.write({"step": made, "validation_loss": loss})

@@ -43,7 +43,7 @@ TIED_HEAD = Row("embed", "lm_head.weight", "vocab_in embed_in")  # some files re
 BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # computed from config.json, never a parameter
 
 
-# config.json -----------------------------------------------------------------------------------------------------------
+# config.json --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -86,65 +86,17 @@ FIXED: Mapping[str, tuple] = {
 ELSEWHERE = {"rope_theta", "rope_scaling", "rope_parameters", "eos_token_id"}  # read by functions below
 # Names, defaults of generation, and settings of training and of other heads: none changes what the decoder computes.
 HARMLESS = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "use_cache",
-        "pretraining_tp",
-        "max_sequence_length",
-        "auto_map",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "torchscript",
-        "use_bfloat16",
-        "tf_legacy_loss",
-        "pruned_heads",
-        "chunk_size_feed_forward",
-        "tie_encoder_decoder",
-        "cross_attention_hidden_size",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "return_dict_in_generate",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "decoder_start_token_id",
-        "sep_token_id",
-        "prefix",
-        "task_specific_params",
-        "problem_type",
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "tokenizer_class",
-        "unk_token_id",
-        "selective_checkpoint_enabled",
-        "sequence_parallel_enabled",
-        "move_model_to_device",
-    ]
+    """
+    _name_or_path architectures torch_dtype dtype transformers_version use_cache pretraining_tp max_sequence_length
+    auto_map return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss pruned_heads
+    chunk_size_feed_forward tie_encoder_decoder cross_attention_hidden_size tokenizer_class unk_token_id sep_token_id
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens decoder_start_token_id
+    prefix task_specific_params problem_type finetuning_task id2label label2id selective_checkpoint_enabled
+    sequence_parallel_enabled move_model_to_device
+    """.split()
 )
 LLAMA3_ROPE = (
     ("factor", "factor"),
@@ -196,7 +148,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     names = {theirs for _, theirs in LLAMA3_ROPE}
     if kind != "llama3" or set(rope) != names:
         raise UserError(
-            f"config.json has rope scaling of type {kind!r} with {rope}; camelid computes 'llama3' with {sorted(names)}",
+            f"config.json has rope scaling {kind!r} with {rope}; camelid computes 'llama3' with {sorted(names)}",
             "This model is not supported yet.",
         )
     return float(theta), RopeScaling(**{ours: rope[theirs] for ours, theirs in LLAMA3_ROPE})
@@ -227,7 +179,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 assert {f.name for f in fields(ModelConfig)} == {f.ours for f in FIELDS} | {"eos_ids", "rope_theta", "rope_scaling"}
 
 
-# Reading ---------------------------------------------------------------------------------------------------------------
+# Reading --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -345,7 +297,7 @@ def _check_tied(tensors: Mapping[str, Tensor]) -> None:
     )
 
 
-# Writing ---------------------------------------------------------------------------------------------------------------
+# Writing --------------------------------------------------------------------------------
 
 Source = Callable[[Row, int, np.dtype], Iterator[np.ndarray]]
 """from a row, a layer and a dtype to that layer's values, in arrays that lie end to end"""

@@ -48,7 +48,7 @@ class Row:
 
 
 def check(rows: Sequence[Row], specs: Mapping[str, Spec], tensors: Mapping[str, Tensor], known: str) -> None:
-    """Raises UserError for missing tensors, wrong shapes, and tensors that neither a row nor the pattern `known` reads."""
+    """Raises UserError for missing tensors, wrong shapes, and tensors that no row reads and `known` does not match."""
     expected = {name: row.shape(specs[row.path]) for row in rows for name in row.names(specs[row.path])}
     if missing := [name for name in expected if name not in tensors]:
         raise UserError(
@@ -78,7 +78,7 @@ def load(
     tensors: Mapping[str, Tensor],
     targets: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """Parameters by path, of the dtypes and on the devices of `targets`; each device's slice is read for that device."""
+    """Parameters by path, of the dtypes and on the devices of `targets`; each device's slice is read for it."""
     with ThreadPoolExecutor(READERS) as pool:
         return {row.path: _load(row, specs[row.path], tensors, targets[row.path], pool) for row in rows}
 
@@ -88,7 +88,8 @@ def _load(
 ) -> jax.Array:
     slices: dict[tuple, np.ndarray] = {}
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         whole = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, spec.shape, strict=True))
         key = tuple((s.start, s.stop) for s in whole)
         if key not in slices:
@@ -111,7 +112,7 @@ def _read(row, spec, tensors, index, dtype, pool) -> np.ndarray:
 
 
 def read_slice(row: Row, spec: Spec, tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
-    """Fills `out` with our slice of one layer; `index` cuts our axes, of which only the outermost of a group may be cut."""
+    """Fills `out` with our slice `index` of one layer; of axes in one bracket, only the first may be cut."""
     cuts, axes = [], iter(zip(index, spec.shape[len(spec.stacked) :], strict=True))
     for group in row.groups(spec):
         (outer, _), *inner = [next(axes) for _ in group]

@@ -26,13 +26,13 @@ class RunCheckpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, step: int, target: Any) -> Any:
-        """The state of a step, on the devices and of the dtypes that `target` says; raises UserError where it differs."""
+        """The state of a step, on the devices of `target`; raises UserError where shapes or dtypes differ from it."""
         saved = self._manager.item_metadata(step)
         theirs, ours = (_describe(tree) for tree in (saved, target))
         if odd := sorted(path for path in theirs.keys() | ours.keys() if theirs.get(path) != ours.get(path)):
             first = odd[0]
             raise UserError(
-                f"the checkpoint of step {step} has {first} as {theirs.get(first)}, the recipe asks for {ours.get(first)}",
+                f"the checkpoint of step {step} has {first} as {theirs.get(first)}, not as {ours.get(first)}",
                 "Resume with the recipe that the run began with.",
             )
         return self._manager.restore(step, args=ocp.args.StandardRestore(target))

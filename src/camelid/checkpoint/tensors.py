@@ -1,7 +1,7 @@
 """Safetensors files: tensors read by byte range, and written one after another.
 
-The format (huggingface/safetensors, README "Format"): 8 bytes with the header's length N, N bytes of JSON that gives each
-tensor's dtype, shape and byte range, and the bytes of all tensors without gaps.
+The format (huggingface/safetensors, README "Format"): 8 bytes with the header's length N, N bytes of JSON that gives
+each tensor's dtype, shape and byte range, and the bytes of all tensors without gaps.
 """
 
 import json
@@ -59,7 +59,7 @@ class Tensor:
 
 
 def _read_exactly(file, offset: int, out: np.ndarray) -> None:
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     while view:
         count = os.preadv(file.fileno(), [view], offset)
         if count == 0:
@@ -120,7 +120,8 @@ class Planned:
 
 def write_safetensors(path: Path, tensors: Sequence[Planned], pieces: Iterable[Iterator[np.ndarray]]) -> None:
     """Writes one file; `pieces` gives, for each tensor in turn, arrays that lie end to end in it."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for tensor in tensors:
         header[tensor.name] = {
             "dtype": CODES[tensor.dtype],

@@ -30,7 +30,7 @@ class Perplexity:
 
 
 def windows(tokens: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """Rows of at most `length` tokens and their targets, the tokens one later; each token but the first is a target once.
+    """Rows of `length` tokens and their targets, the tokens one later; each token but the first is a target once.
 
     tokens  a b c d e f      rows  a b c    targets  b c d
                                    d e .             e f .     (length 3)

@@ -15,7 +15,7 @@ from camelid.errors import UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedy where `temperature` is None, else drawn after temperature, top-k and top-p."""
+    """How the next token is chosen: greedy where `temperature` is None, else drawn after it, top-k and top-p."""
 
     temperature: Array | None
     top_k: int | None = dataclasses.field(metadata={"static": True})

@@ -2,7 +2,7 @@
 
 Axes: B batch, S queries, T keys, H query heads, K key/value heads, G query heads per K, D head_dim, C block.
 
-Every query knows its `order`: the index, among the keys, of its own token. It sees that key and earlier ones of its segment:
+Every query knows its `order`: the index, among the keys, of its own token. It sees it and earlier ones of its segment:
 
     segments  1 1 1 2 2     sees   x . . . .
                                    x x . . .
@@ -133,7 +133,8 @@ def blockwise(
         k, v = (jnp.pad(x, ((0, 0),) * 2 + ((0, more_k), (0, 0))) for x in (k, v))
         order = jnp.pad(order, ((0, 0), (0, more_q)), mode="edge")
         segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, more_q)))
-    return _blockwise(q, k, v, order, segments, q_block, k_block)[:, :, :, :S]
+    out: Array = _blockwise(q, k, v, order, segments, q_block, k_block)
+    return out[:, :, :, :S]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -251,7 +252,9 @@ def _splash(
         kernel = splash.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, interpret=interpret)
         # One kernel for all kinds of heads: keys and values are repeated for the queries that share them.
         k, v = (jnp.repeat(x, heads // x.shape[1], 1) for x in (k, v))
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+        assert isinstance(out, Array)  # it gives more only where asked for residuals
+        return out
 
     if not (mesh := jax.sharding.get_abstract_mesh()).empty:
         heads, kv_heads, rows = (

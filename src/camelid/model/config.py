@@ -1,4 +1,4 @@
-"""What a model is, and how a run computes it. Nothing in ModelConfig depends on a machine; nothing in Compute on a model."""
+"""What a model is, and how a run computes it: ModelConfig names no machine, Compute no model."""
 
 import functools
 from collections.abc import Mapping
@@ -75,7 +75,7 @@ class Compute:
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of stored parameters"""
     remat: Literal["none", "elementwise", "layer"] = "elementwise"
-    """what the backward pass computes again: nothing, all but products and attention (less memory, no slower), or layers"""
+    """what the backward pass computes again: nothing, all but products and attention (the fastest), or whole layers"""
     attention: Literal["auto", "dense", "blockwise", "cudnn", "splash"] = "auto"
     """the kernel; auto takes what the device offers"""
     replicate: tuple[str, ...] = ()

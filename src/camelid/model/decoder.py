@@ -84,11 +84,11 @@ class Layer:
     def __call__(
         self,
         x: Float[Array, "B S E"],
-        rotation,
-        positions,
-        segments,
-        cache,
-        layer,
+        rotation: tuple[Float[Array, "B S half"], ...],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"] | None,
+        cache: KVCache | None,
+        layer: Int[Array, ""],
         config: ModelConfig,
         compute: Compute,
     ) -> tuple[Float[Array, "B S E"], KVCache | None]:

@@ -11,7 +11,7 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def training_flops(config: ModelConfig, length: int) -> float:
-    """Floating-point operations a token of a training step, causal attention over `length` tokens counted as it is used.
+    """Floating-point operations a token of a training step over rows of `length`, half of attention masked away.
 
     Two for each weight of a product, forward, and twice that backward (arXiv:2204.02311, appendix B).
     """

@@ -39,13 +39,14 @@ def cross_entropy(
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _total(hidden, head, targets, weights, chunk):
     def one_chunk(total, i):
-        return total + _losses(*_chunk(i, chunk, hidden, targets, weights), head)[0], None
+        x, y, w = _chunk(i, chunk, hidden, targets, weights)
+        return total + _losses(x, y, w, head)[0], None
 
     return lax.scan(one_chunk, jnp.zeros(()), jnp.arange(targets.shape[1] // chunk))[0]
 
 
 def _forward(hidden, head, targets, weights, chunk):
-    """The loss with its gradients: the logits are at hand here, and a second product to get them back would cost more."""
+    """The loss with its gradients: the logits are at hand here, and to compute them again would cost a product."""
 
     def one_chunk(carry, i):
         total, dhead = carry

@@ -134,7 +134,7 @@ def initialize(specs: Any, config: ModelConfig, key: jax.Array, dtype: Any = jnp
     def leaf(path: str, spec: Spec) -> jax.Array:
         if spec.init in ("zeros", "ones"):
             return getattr(jnp, spec.init)(spec.shape, dtype)
-        # Projections that add to the residual stream start smaller, so that depth does not widen it (GPT-2, section 2.3).
+        # What adds to the residual stream starts smaller, so that depth does not widen it (GPT-2, section 2.3).
         std = config.init_std / math.sqrt(2 * config.num_layers) if spec.init == "residual" else config.init_std
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         return (std * jax.random.normal(own, spec.shape, jnp.float32)).astype(dtype)

@@ -12,8 +12,8 @@ def keep_compiled() -> None:
     """Keeps what XLA compiles under CAMELID_CACHE, or the user's cache folder."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir:
-        return  # the user has chosen another place by JAX's own variable
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return  # the user has chosen a place by JAX's own variable
     root = os.environ.get("CAMELID_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "camelid"
     jax.config.update("jax_compilation_cache_dir", str(Path(root).expanduser() / "xla" / _processor()))
     jax.config.update("jax_compilation_cache_max_size", LARGEST)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from camelid.errors import UserError
 from camelid.parallel.rules import COMPUTE, partition
@@ -64,7 +64,7 @@ def own_rows(rows: int, mesh: Mesh) -> slice:
             f"Use a multiple of {ways} rows for each batch (and each of its microbatches).",
         )
     indices = _rows_sharding(mesh).addressable_devices_indices_map((rows, 1)).values()
-    cuts = [index[0].indices(rows) for index in indices]
+    cuts = [index[0].indices(rows) for index in indices if index is not None]
     return slice(min(start for start, *_ in cuts), max(stop for _, stop, _ in cuts))
 
 
@@ -72,7 +72,8 @@ def place(local: Mapping[str, np.ndarray], own: slice, rows: int, mesh: Mesh) ->
     """Global arrays of `rows` rows, cut over the mesh as batches are; `local` holds the rows `own` of each."""
 
     def one(x: np.ndarray) -> jax.Array:
-        def cut(index: tuple[slice, ...]) -> np.ndarray:
+        def cut(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(rows)
             return x[start - own.start : stop - own.start]
 
@@ -89,9 +90,9 @@ def to_host(tree):
     """The whole of each array as numpy, in every process; every process calls this."""
 
     def fetch(x: jax.Array) -> np.ndarray:
-        if not x.is_fully_addressable and not x.is_fully_replicated:
-            x = jax.jit(lambda y: y, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
-        return np.asarray(x)
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(fetch, tree)
 

@@ -1,6 +1,6 @@
 """Rules: which mesh axes cut an axis word. One table stores parameters, another computes with activations.
 
-A parameter is stored cut over `fsdp` and `tensor`; the compiler gathers its `fsdp` pieces where a layer needs them (ZeRO-3).
+Parameters are stored cut over `fsdp` and `tensor`; the compiler gathers their `fsdp` pieces for the layer at work.
 Rows of the batch are cut over `data` and `fsdp`, so each device computes with its own rows.
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line; on resuming, lines after the step that training goes on from are dropped."""
+    """metrics.jsonl: one JSON object a line; lines after the step that training resumes from are dropped."""
 
     def __init__(self, path: Path, resume_from: int):
         kept = [row for row in read_metrics(path) if row["step"] <= resume_from] if path.exists() else []
@@ -59,7 +59,8 @@ class Terminal:
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The newest metrics: loss, learning_rate, tokens_per_second, and mfu where it is known."""
-        text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
+        text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
         if metrics.get("mfu") is not None:
             text += f"  MFU {metrics['mfu']:.1%}"
         if self._bar is not None:
@@ -98,10 +99,11 @@ def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for name, style in (("loss", {"linewidth": 1.2}), ("validation_loss", {"marker": "o", "markersize": 4})):
+    for name, style in (("loss", "-"), ("validation_loss", "o-")):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, style, label=name.replace("_", " "))
     axes.set(xlabel="step", ylabel="nats per token", title="Loss")
     axes.grid(alpha=0.3)
     axes.legend()

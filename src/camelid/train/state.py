@@ -38,4 +38,4 @@ def abstract_state(specs: Decoder, optimizer: optax.GradientTransformation, comp
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole if like is None else like.sharding)
 
     opt_state = optax.tree.map_params(optimizer, place, state.opt_state, params, transform_non_params=place)
-    return TrainState(place(state.step), params, opt_state)
+    return dataclasses.replace(state, step=place(state.step), params=params, opt_state=opt_state)
