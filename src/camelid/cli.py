@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect as inspect_module
 import json as json_module
@@ -11,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, Suppress, arg
@@ -263,14 +264,23 @@ def main() -> None:
     try:
         _run(sys.argv[1:])
     except UserError as error:
-        print(f"camelid: {error.problem}\n         {error.advice}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error.problem, error.advice)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody to tell, and nothing to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        about = f"{error.filename}: " if error.filename else ""
+        _fail(f"{about}{error.strerror}", "Check the path, its permissions, and the disk.")
+
+
+def _fail(problem: str, advice: str) -> NoReturn:
+    print(f"camelid: {problem}\n         {advice}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _run(words: list[str]) -> None:

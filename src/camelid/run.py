@@ -28,7 +28,7 @@ from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, pl
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, check_divides, partition
 from camelid.recipe import Recipe, write_recipe
-from camelid.text.tokenizer import check_vocabulary, load_tokenizer
+from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.loop import Callback, train
 from camelid.train.optimizer import learning_rate, make_optimizer
@@ -53,13 +53,28 @@ def run(recipe: Recipe) -> Outcome:
     Raises UserError for recipes that do not fit the data, the model, the machine or the folder.
     """
     folder = Path(recipe.run).absolute()
+    _check_folder(folder, recipe)
     mesh = make_mesh(recipe.mesh)
     _check_rows(recipe, mesh)
-    with _folder(folder, recipe), jax.set_mesh(mesh):
-        return _run(recipe, folder, mesh)
+    with jax.set_mesh(mesh):
+        parts = _prepare(recipe, mesh)
+        with _folder(folder, recipe), contextlib.closing(_checkpoints(folder, recipe)) as checkpoints:
+            return _run(recipe, parts, folder, checkpoints, mesh)
 
 
-def _run(recipe: Recipe, folder: Path, mesh: Mesh) -> Outcome:
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, read and checked before anything is written."""
+
+    source: hf.Checkpoint | None
+    config: ModelConfig
+    tokenizer: Tokenizer
+    loader: Loader
+    validation: Loader | None
+    trainer: Trainer
+
+
+def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
     source = None if recipe.init is None else hf.open_checkpoint(recipe.init)
     config, where = (recipe.model, recipe.tokenizer) if source is None else (source.config, source.folder)
     assert config is not None  # a Recipe has init, or model and tokenizer
@@ -72,12 +87,15 @@ def _run(recipe: Recipe, folder: Path, mesh: Mesh) -> Outcome:
             f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.context_length}",
             "Use shorter rows.",
         )
-    steps = recipe.train.steps
     loader = Loader(recipe.data, tokenizer)
     validation = Loader(recipe.data, tokenizer, "validation") if _validates(recipe) else None
-    trainer = _trainer(recipe, config)
-    checkpoints = RunCheckpoints(folder / "checkpoints", recipe.train.keep_checkpoints)
-    state = _state(recipe, config, source, trainer, checkpoints, mesh)
+    return Parts(source, config, tokenizer, loader, validation, _trainer(recipe, config))
+
+
+def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints, mesh: Mesh) -> Outcome:
+    config, loader, validation, trainer = parts.config, parts.loader, parts.validation, parts.trainer
+    steps = recipe.train.steps
+    state = _state(recipe, config, parts.source, trainer, checkpoints, mesh)
     first = int(state.step)
     if first > steps:
         raise UserError(f"the run has made {first} steps already, the recipe asks for {steps}", "Ask for more steps.")
@@ -108,12 +126,15 @@ def _run(recipe: Recipe, folder: Path, mesh: Mesh) -> Outcome:
 
     callbacks = [Callback(recipe.train.checkpoint_every, checkpoints.save, at_end=True, at_stop=True)]
     if validation is not None:
-        callbacks.append(Callback(recipe.train.evaluate_every or steps, validate, at_end=True))
+        # Before the checkpoint: what a run resumes from is in metrics.jsonl already.
+        callbacks.insert(0, Callback(recipe.train.evaluate_every or steps, validate, at_end=True))
+        if first == 0:
+            validate(0, state)
     with StopSignal() as stop, contextlib.closing(terminal):
         made, state = train(step, state, batches, report, callbacks, stop)
-    checkpoints.close()
-    companions = tokenizer.files if source is None else source.companions
-    model = Model(config, state.params, tokenizer, recipe.compute, mesh, tuple(companions))
+    checkpoints.wait()
+    companions = parts.tokenizer.files if parts.source is None else parts.source.companions
+    model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, tuple(companions))
     if made == steps:
         model.save(folder / "model", overwrite=True)
     if metrics is not None:
@@ -124,31 +145,40 @@ def _run(recipe: Recipe, folder: Path, mesh: Mesh) -> Outcome:
 
 @contextlib.contextmanager
 def _folder(folder: Path, recipe: Recipe) -> Iterator[None]:
-    """The run's folder, locked, with this recipe in it; refuses another run's."""
-    kept = folder / "recipe.toml"
-    text = write_recipe(recipe)
+    """The run's folder, locked, with this recipe in it."""
     if not is_main():
         wait_for_all("run folder")
         yield
         return
-    if folder.exists() and any(folder.iterdir()) and not kept.is_file():
-        raise UserError(f"{folder} holds something else than a run", "Choose another folder with --run.")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another process trains in {folder}", "Wait for it, or choose another --run.") from error
-        if kept.is_file() and (changed := _changed(kept.read_text("utf-8"), text)):
-            raise UserError(
-                f"{folder} holds a run with another recipe: {changed}",
-                "Choose another --run, or start with the recipe that the folder keeps.",
-            )
+        _check_folder(folder, recipe)
         temporary = folder / ".recipe.incomplete"
-        temporary.write_text(text, "utf-8")
-        temporary.rename(kept)
+        temporary.write_text(write_recipe(recipe), "utf-8")
+        temporary.rename(folder / "recipe.toml")
         wait_for_all("run folder")
         yield
+
+
+def _check_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuses a folder of something else, and a run that has begun with another recipe."""
+    kept = folder / "recipe.toml"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", "Choose another folder with --run.")
+    if not kept.is_file():
+        if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+            raise UserError(f"{folder} holds something else than a run", "Choose another folder with --run.")
+        return
+    begun = any(file.name.isdigit() for file in folder.glob("checkpoints/*"))
+    if begun and (changed := _changed(kept.read_text("utf-8"), write_recipe(recipe))):
+        raise UserError(
+            f"{folder} holds a run with another recipe: {changed}",
+            "Choose another --run, or start with the recipe that the folder keeps.",
+        )
 
 
 FREE = {"train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.evaluate_every"}
@@ -180,6 +210,10 @@ def _check_rows(recipe: Recipe, mesh: Mesh) -> None:
             f"{batch_ways(mesh)} devices' rows",
             f"Use a multiple of {parts}.",
         )
+
+
+def _checkpoints(folder: Path, recipe: Recipe) -> RunCheckpoints:
+    return RunCheckpoints(folder / "checkpoints", recipe.train.keep_checkpoints)
 
 
 def _validates(recipe: Recipe) -> bool:

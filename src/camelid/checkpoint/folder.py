@@ -41,6 +41,7 @@ def new_folder(destination: Path, need_bytes: int, overwrite: bool = False) -> I
         raise
     if destination.exists():
         old = destination.parent / f".{destination.name}.replaced"
+        shutil.rmtree(old, ignore_errors=True)
         destination.rename(old)
         temporary.rename(destination)
         shutil.rmtree(old)

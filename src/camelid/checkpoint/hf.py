@@ -70,6 +70,7 @@ FIELDS = (
     Field("bos_id", "bos_token_id", lambda hf: None if "bos_token_id" in hf else 1),
     Field("pad_id", "pad_token_id", lambda hf: None),
 )
+KINDS: Mapping[str, Any] = {field.name: field.type for field in fields(ModelConfig)}
 # What camelid computes is right for these values only.
 FIXED: Mapping[str, tuple] = {
     "model_type": ("llama",),
@@ -126,15 +127,22 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     values["pad_id"] = None if values["pad_id"] == -1 else values["pad_id"]
     eos = hf.get("eos_token_id", 2)
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    return ModelConfig(**values, eos_ids=eos_ids, rope_theta=theta, rope_scaling=scaling)
+    try:
+        return ModelConfig(**values, eos_ids=eos_ids, rope_theta=theta, rope_scaling=scaling)
+    except ValueError as error:
+        raise UserError(f"config.json: {error}", "Download or copy the file again.") from error
 
 
 def _value(field: Field, hf: Mapping[str, Any]) -> Any:
-    if hf.get(field.theirs) is not None:
-        return hf[field.theirs]
-    if field.default is None:
-        raise UserError(f"config.json has no {field.theirs}", "The checkpoint cannot be opened without it.")
-    return field.default(hf)
+    value, kind = hf.get(field.theirs), KINDS[field.ours]
+    if value is None:
+        if field.default is None:
+            raise UserError(f"config.json has no {field.theirs}", "The checkpoint cannot be opened without it.")
+        return field.default(hf)
+    fits = isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not fits or (kind is int and value < 1):
+        raise UserError(f"config.json has {field.theirs} = {value!r}", "Download or copy the file again.")
+    return value
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -266,7 +274,9 @@ def _open_files(folder: Path) -> dict[str, Tensor]:
                 "Give the folder of a Hugging Face checkpoint in safetensors format.",
             )
         return open_safetensors(single)
-    weight_map = read_json(index)["weight_map"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index} has no weight_map", "Download the file again.")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
         file = folder / name

@@ -1,5 +1,8 @@
 """Training state on disk, through Orbax: asynchronous, atomic, restored onto any mesh."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +11,37 @@ import orbax.checkpoint as ocp
 
 from camelid.errors import UserError
 
+MORE_SPACE = "Free some space; the same command goes on from the checkpoint before."
+
 
 class RunCheckpoints:
     """The checkpoints of one run, by step; the newest `keep` stay."""
 
     def __init__(self, folder: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handler = ocp.StandardCheckpointHandler()  # without it, item_metadata of an earlier process's steps is empty
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler)
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        """Copies the state and writes it in the background; every process calls this at the same step."""
-        if step != self.latest():
+        """Copies the state and writes it in the background; every process calls this at the same step.
+
+        Raises UserError where the disk is full; the checkpoints before stay.
+        """
+        if step == self.latest():
+            return
+        with _full_disk_told(self._folder):
+            self._manager.wait_until_finished()  # what it writes is not yet missing from the free space
+            need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            if (free := shutil.disk_usage(self._folder).free) < need:
+                raise UserError(
+                    f"{self._folder} has {free / 1e9:.1f} GB free, and a checkpoint of {need / 1e9:.1f} GB is due",
+                    MORE_SPACE,
+                )
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, step: int, target: Any) -> Any:
@@ -37,10 +56,25 @@ class RunCheckpoints:
             )
         return self._manager.restore(step, args=ocp.args.StandardRestore(target))
 
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises UserError where the disk is full."""
+        with _full_disk_told(self._folder):
+            self._manager.wait_until_finished()
+
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Ends the writing; call `wait` before where it matters."""
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    """The many errors in which a full disk comes out of Orbax, as one."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if "No space left" not in str(error):
+            raise
+        raise UserError(f"the disk of {folder} is full", MORE_SPACE) from error
 
 
 def _describe(tree: Any) -> dict[str, tuple]:

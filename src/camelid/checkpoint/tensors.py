@@ -79,9 +79,12 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise UserError(f"{path} has an unreadable header ({error})", "Download or copy the file again.") from error
-    header.pop("__metadata__", None)
-    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} has a header of another format", "Download or copy the file again.") from error
     if end != size:
         raise UserError(
             f"{path} is cut short: its header speaks of {end:,} bytes and it has {size:,}"

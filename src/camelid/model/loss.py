@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from camelid.model.weights import dot
+from camelid.model.weights import dot, weight_gradient
 
 LOGITS = 2**26  # logits held at once: 256 MiB in float32
 
@@ -54,7 +54,7 @@ def _forward(hidden, head, targets, weights, chunk):
         loss, dlogits = _losses(x, y, w, head)
         dlogits = dlogits.astype(x.dtype)
         dx = dot("BCV,VE->BCE", dlogits, head.astype(x.dtype)).astype(x.dtype)
-        return (total + loss, dhead + dot("BCV,BCE->VE", dlogits, x)), dx
+        return (total + loss, dhead + weight_gradient("BCV,BCE->VE", dlogits, x)), dx
 
     start = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
     (total, dhead), dx = lax.scan(one_chunk, start, jnp.arange(targets.shape[1] // chunk))
@@ -85,4 +85,4 @@ def _losses(
     hit = targets[..., None] == jnp.arange(logits.shape[-1])
     chosen = jnp.sum(jnp.where(hit, logits - top, 0.0), -1)
     losses = jnp.log(total[..., 0]) - chosen
-    return jnp.sum(losses * weights), (exp / total - hit) * weights[..., None]
+    return jnp.sum(losses * weights), (exp / total - hit.astype(exp.dtype)) * weights[..., None]

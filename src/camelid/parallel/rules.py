@@ -58,7 +58,9 @@ def placement(axes: tuple[str, ...], mesh: Mesh, replicate: tuple[str, ...] = ()
 
 
 def check_divides(sizes: Mapping[str, int], mesh: Mesh, replicate: tuple[str, ...] = ()) -> None:
-    """Raises UserError where an axis of the model does not divide over its mesh axes."""
+    """Raises UserError where an axis of the model does not divide over its mesh axes, or `replicate` names no axis."""
+    if unknown := [axis for axis in replicate if axis not in sizes]:
+        raise UserError(f"compute.replicate names {unknown[0]!r}", f"The axes are {', '.join(sizes)}.")
     for rules in (STORE, COMPUTE):
         for axis, cut in rules.items():
             ways = _product(mesh, cut)

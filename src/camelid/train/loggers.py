@@ -8,10 +8,11 @@ from typing import Any
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line; lines after the step that training resumes from are dropped."""
+    """metrics.jsonl: one JSON object a line; lines after the step that training resumes from are dropped (0: all)."""
 
     def __init__(self, path: Path, resume_from: int):
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_from] if path.exists() else []
+        earlier = read_metrics(path) if resume_from and path.exists() else []
+        kept = [row for row in earlier if row["step"] <= resume_from]
         temporary = path.with_suffix(".incomplete")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
         temporary.rename(path)

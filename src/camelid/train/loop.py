@@ -32,31 +32,33 @@ def train(
 ) -> tuple[int, TrainState]:
     """Trains until the batches end or a signal comes; returns the steps made, those before this start included.
 
-    Every process runs this in step; `report` gets the metrics of a finished step as numbers.
+    Every process runs this in step; `report` gets the metrics of a finished step as numbers, before its callbacks run.
     """
-    made, stopped = int(state.step), False
-    last_reported: tuple[int, Arrays] | None = None
+    first = made = int(state.step)
+    stopped, waiting = False, []
     for batch in batches:
         state, metrics = step(state, batch)
         made += 1
         # The metrics of the step before: reading this step's would leave the devices idle until the next is sent.
-        if last_reported is not None:
-            _report(report, *last_reported)
-        last_reported = made, metrics
+        _report(report, waiting)
+        waiting.append((made, metrics))
         stopped = stop.at(made)
-        for callback in callbacks:
-            if made % callback.every == 0:
-                callback.do(made, state)
+        due = [callback for callback in callbacks if made % callback.every == 0]
+        if due:
+            _report(report, waiting)
+        for callback in due:
+            callback.do(made, state)
         if stopped:
             break
-    if last_reported is not None:
-        _report(report, *last_reported)
+    _report(report, waiting)
     for callback in callbacks:
-        if (callback.at_stop if stopped else callback.at_end) and made % callback.every:
+        if made > first and (callback.at_stop if stopped else callback.at_end) and made % callback.every:
             callback.do(made, state)
     jax.block_until_ready(state)
     return made, state
 
 
-def _report(report: Callable[[int, dict], None], step: int, metrics: Arrays) -> None:
-    report(step, {name: value.item() for name, value in to_host(metrics).items()})
+def _report(report: Callable[[int, dict], None], waiting: list[tuple[int, Arrays]]) -> None:
+    for step, metrics in waiting:
+        report(step, {name: value.item() for name, value in to_host(metrics).items()})
+    waiting.clear()

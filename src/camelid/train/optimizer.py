@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from camelid.errors import UserError
+
 if TYPE_CHECKING:
     import optax
 
@@ -24,6 +26,20 @@ class OptimizerConfig:
     """of matrices; norms never decay"""
     clip_norm: float = 1.0
     """gradients are scaled down to this global norm; inf leaves them"""
+
+    def __post_init__(self) -> None:
+        for name, fits, advice in (
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("final_fraction", 0 <= self.final_fraction <= 1, "from 0 to 1"),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+            ("beta1", 0 <= self.beta1 < 1, "from 0 up to 1"),
+            ("beta2", 0 <= self.beta2 < 1, "from 0 up to 1"),
+            ("eps", self.eps > 0, "above 0"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("clip_norm", self.clip_norm > 0, "above 0"),
+        ):
+            if not fits:
+                raise UserError(f"optimizer.{name} = {getattr(self, name)}", f"Choose a number {advice}.")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> "optax.Schedule":

@@ -38,7 +38,7 @@ class Trainer:
         new = optax.apply_updates(params, updates)
         new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, state.params)
         metrics = {
-            "loss": total / weight,
+            "loss": _mean(total, weight),
             "weight": weight,
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
@@ -60,7 +60,7 @@ class Trainer:
             start = (jnp.zeros(()), jnp.zeros(()), zeros)
             (total, weight, grads), _ = lax.scan(one_microbatch, start, self.microbatches(batch))
         # Divided once, by the weight of the whole batch: no cutting of it can change the result.
-        return total, weight, jax.tree.map(lambda g: g / weight, grads)
+        return total, weight, jax.tree.map(lambda g: _mean(g, weight), grads)
 
     def microbatches(self, batch: Arrays) -> Arrays:
         """Each array as (accumulate, rows, sequence); a device keeps its own rows."""
@@ -71,6 +71,11 @@ class Trainer:
         """Summed loss and summed weight of some rows."""
         x, _ = params.hidden(batch["tokens"], batch["positions"], batch["segments"], self.config, self.compute)
         return cross_entropy(x, params.head, batch["targets"], batch["weights"])
+
+
+def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """0 for a batch of padding alone, which must not turn the parameters into NaN."""
+    return total / jnp.where(weight > 0, weight, 1.0)
 
 
 def _float32(tree: Any) -> Any:

@@ -1,0 +1,136 @@
+"""The main job on an embedded default: the English manual that every CPython carries becomes a corpus and a Llama.
+
+Nothing is downloaded. With a checkpoint of the user's, that is finetuned on the same corpus instead.
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from camelid.api import load
+from camelid.checkpoint.hf import open_checkpoint, write_json
+from camelid.data.config import DataConfig
+from camelid.model.config import ModelConfig
+from camelid.recipe import Recipe
+from camelid.run import Outcome, run
+from camelid.train.config import TrainConfig
+from camelid.train.loggers import read_metrics
+from camelid.train.optimizer import OptimizerConfig
+
+VOCAB = 2048
+HELD_OUT = 0.08  # of the topics
+PROMPTS = ("The statement", "If the object is a class,", "A list of")
+MODEL = {"embed_dim": 192, "mlp_dim": 512, "num_layers": 4, "num_heads": 6, "num_kv_heads": 3, "head_dim": 32}
+
+
+def main(folder: Path, model: str | None) -> None:
+    """Corpus, tokenizer, training, measurement, text, saving, opening again; all under `folder`."""
+    began = time.perf_counter()
+    train, held_out = write_corpus(folder)
+    _say(f"corpus     {train.parent}: the manual of Python {sys.version_info.major}.{sys.version_info.minor}")
+    recipe = finetuning(folder, model, train, held_out) if model else from_scratch(folder, train, held_out)
+    outcome = run(recipe)
+    if not outcome.finished:
+        return _say("stopped; the same command goes on from here")
+    saved = outcome.folder / "model"
+    losses = [row for row in read_metrics(outcome.folder / "metrics.jsonl") if "validation_loss" in row]
+    _summarize(outcome, saved, losses[0]["validation_loss"], losses[-1]["validation_loss"], began)
+    return None
+
+
+def _summarize(outcome: Outcome, saved: Path, before: float, after: float, began: float) -> None:
+    _say("")
+    _say(f"held-out text   perplexity {math.exp(before):,.1f} before training, {math.exp(after):,.2f} after")
+    for completion in outcome.model.generate(PROMPTS, max_new_tokens=40, temperature=0.7, top_p=0.95):
+        _say(f"it writes       {completion.prompt}|{' '.join(completion.text.split())}")
+    tokens = np.arange(32)[None] % outcome.model.config.vocab_size
+    again = load(saved, dtype=outcome.model.compute.dtype)
+    difference = float(np.max(np.abs(np.asarray(again.logits(tokens)) - np.asarray(outcome.model.logits(tokens)))))
+    _say(f"opened again    {saved}: logits differ by at most {difference:.1e}")
+    _say(f"loss curve      {outcome.folder / 'loss.png'}")
+    _say(f"recipe          {outcome.folder / 'recipe.toml'}")
+    _say(f"took            {time.perf_counter() - began:.0f} s")
+    _say("")
+    _say("try next")
+    _say(f'  camelid generate {saved} "The statement" --temperature 0.7')
+    _say(f"  camelid evaluate perplexity {saved} README.md")
+    _say(f"  camelid inspect {saved}")
+    _say("  make demo MODEL=path/to/a/checkpoint      finetunes one of your own on the same text")
+
+
+def write_corpus(folder: Path) -> tuple[Path, Path]:
+    """The topics of `pydoc_data.topics` as JSON lines, whole topics held out; those contained in others are dropped."""
+    from pydoc_data.topics import topics
+
+    texts = sorted({text.strip() for text in topics.values()}, key=len)
+    whole = [text for i, text in enumerate(texts) if not any(text in longer for longer in texts[i + 1 :])]
+    random.Random(0).shuffle(whole)
+    cut = max(1, round(len(whole) * HELD_OUT))
+    corpus = folder / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    files = corpus / "train.jsonl", corpus / "held_out.jsonl"
+    for file, part in zip(files, (whole[cut:], whole[:cut]), strict=True):
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in part), "utf-8")
+    return files
+
+
+def train_tokenizer(folder: Path, corpus: Path) -> Path:
+    """A byte-level BPE tokenizer of the corpus, in the files of a Hugging Face checkpoint."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (json.loads(line)["text"] for line in corpus.read_text("utf-8").splitlines())
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    write_json(
+        folder / "tokenizer_config.json",
+        names | {"add_bos_token": True, "add_eos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"},
+    )
+    return folder
+
+
+def from_scratch(folder: Path, corpus: Path, held_out: Path) -> Recipe:
+    """A small Llama and its tokenizer, both new."""
+    tokenizer = train_tokenizer(folder / "tokenizer", corpus)
+    model = ModelConfig(
+        vocab_size=VOCAB, context_length=512, norm_eps=1e-5, rope_theta=10_000.0, bos_id=0, eos_ids=(1,), **MODEL
+    )
+    return Recipe(
+        run=str(folder / "run"),
+        model=model,
+        tokenizer=str(tokenizer),
+        data=DataConfig(train=(str(corpus),), validation=(str(held_out),), sequence_length=256, batch_size=16),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+        train=TrainConfig(steps=300, evaluate_every=100, checkpoint_every=100),
+    )
+
+
+def finetuning(folder: Path, checkpoint: str, corpus: Path, held_out: Path) -> Recipe:
+    """The user's checkpoint, for a few steps."""
+    length = min(256, open_checkpoint(checkpoint).config.context_length)
+    return Recipe(
+        run=str(folder / Path(checkpoint).name),
+        init=checkpoint,
+        data=DataConfig(train=(str(corpus),), validation=(str(held_out),), sequence_length=length, batch_size=8),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5, weight_decay=0.0),
+        train=TrainConfig(steps=50, evaluate_every=25, checkpoint_every=50),
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,100 @@
+"""Whole generations: in batches, with a cache, to an end. tests/parity compares greedy ones with transformers."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camelid.errors import UserError
+from camelid.generate.decode import generate
+from camelid.generate.sample import Sampling, choose, sampling
+from camelid.model.config import Compute
+from camelid.model.decoder import Decoder
+from camelid.parallel.mesh import one_device
+from tiny import tiny_config, tiny_params, tiny_tokens
+
+CONFIG = tiny_config()
+GREEDY, SAMPLED = sampling(0.0, None, None), sampling(0.8, 40, 0.95)
+PROMPTS = [tiny_tokens(CONFIG, 1, length, seed=length)[0].tolist() for length in (1, 9, 30, 5)]
+SEEDS = [3, 2**32 + 5, -7, 3]
+
+
+@pytest.fixture(scope="module")
+def params() -> Decoder:
+    return tiny_params(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def run(params: Decoder):
+    def run(prompts, seeds, how: Sampling, max_new_tokens: int = 30, eos_ids=()) -> list[list[int]]:
+        return generate(params, prompts, seeds, how, max_new_tokens, eos_ids, CONFIG, Compute(), one_device())
+
+    return run
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_row_of_a_batch_is_what_it_is_alone(run, how: Sampling):
+    together = run(PROMPTS, SEEDS, how)
+    assert [len(row) for row in together] == [30] * len(PROMPTS)
+    for prompt, seed, row in zip(PROMPTS, SEEDS, together, strict=True):
+        assert run([prompt], [seed], how) == [row]
+
+
+def test_sampled_tokens_are_those_of_full_forwards_without_a_cache(run, params: Decoder):
+    logits = jax.jit(lambda tokens: params(tokens, jnp.arange(64)[None], None, CONFIG, Compute())[0])
+    tokens = list(PROMPTS[1])
+    for step in range(12):
+        row = np.zeros((1, 64), np.int32)
+        row[0, : len(tokens)] = tokens
+        last = logits(row)[:, len(tokens) - 1]
+        tokens += choose(last, jnp.uint32([SEEDS[1] % 2**32]), jnp.int32(step), SAMPLED).tolist()
+    assert run(PROMPTS[1:2], SEEDS[1:2], SAMPLED, 12) == [tokens[len(PROMPTS[1]) :]]
+
+
+def test_seeds_differ_and_repeat(run):
+    same, other = run([PROMPTS[0]] * 4, [1, 1, 1, 2], SAMPLED)[1:3], run([PROMPTS[0]] * 4, [1, 2, 3, 4], SAMPLED)
+    assert same[0] == same[1] == other[0]
+    assert len({tuple(row) for row in other}) == 4
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_row_ends_before_its_first_eos_and_the_others_go_on(run, how: Sampling):
+    free = run(PROMPTS, SEEDS, how)
+    eos = (free[0][3], free[1][11])  # any of several ends a row
+    ends = [next((i for i, token in enumerate(row) if token in eos), len(row)) for row in free]
+    assert 0 < min(ends) < max(ends)
+    assert run(PROMPTS, SEEDS, how, eos_ids=eos) == [row[:end] for row, end in zip(free, ends, strict=True)]
+
+
+def test_a_row_may_end_at_once(run):
+    first = run(PROMPTS, SEEDS, GREEDY)[2][0]
+    assert run([PROMPTS[2]], [0], GREEDY, eos_ids=[first]) == [[]]
+
+
+def test_a_prompt_may_fill_the_context_to_the_last_token(run):
+    prompt = tiny_tokens(CONFIG, 1, 60)[0].tolist()
+    assert len(run([prompt], [0], GREEDY, 4)[0]) == 4
+    assert run([prompt[:50]], [0], GREEDY, 14)[0][:3] == run([prompt[:50]], [0], GREEDY, 3)[0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_new_tokens", "message"),
+    [
+        ([], 5, "there is no prompt"),
+        ([[1], []], 5, "prompt 1 is empty"),
+        ([[1, 97]], 5, "prompt 0 has token 97, and the vocabulary has 97"),
+        ([[5], [-1, 5]], 5, "prompt 1 has token -1"),
+        ([[1]], 0, "max_new_tokens = 0 is below 1"),
+        (
+            [[1] * 40],
+            25,
+            "prompt 0 has 40 tokens, and 25 new ones are asked for: more than the context of 64\nShorten the "
+            "prompt, or ask for at most 24 new tokens.",
+        ),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(run, prompts, max_new_tokens: int, message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(prompts, [0] * len(prompts), GREEDY, max_new_tokens)

@@ -1,0 +1,158 @@
+"""What the decoder promises beyond the numbers of one plain row, which tests/parity compares with transformers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camelid.model.cache import empty_cache
+from camelid.model.config import Compute, ModelConfig
+from camelid.model.decoder import Decoder
+from camelid.model.loss import cross_entropy
+from camelid.model.params import named
+from tiny import tiny_config, tiny_params, tiny_tokens
+
+CONFIG = tiny_config()
+# The same sums in another order, float32: differences are near 1e-6 of the largest value.
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def params() -> Decoder:
+    return tiny_params(CONFIG)
+
+
+def counted(length: int, rows: int = 1) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(length), (rows, length))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def logits_and_gradients(params, tokens, positions, segments, targets, weights, config: ModelConfig, compute: Compute):
+    def loss(params):
+        x, _ = params.hidden(tokens, positions, segments, config, compute)
+        return cross_entropy(x, params.head, targets, weights)[0], params.logits(x, compute)
+
+    (_, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return logits, gradients
+
+
+def assert_close(ours, reference) -> None:
+    ours, reference = np.asarray(ours, np.float32), np.asarray(reference, np.float32)
+    np.testing.assert_allclose(ours, reference, rtol=0, atol=CLOSE * np.abs(reference).max())
+
+
+@pytest.fixture(scope="module")
+def separate() -> dict[str, np.ndarray]:
+    """Three documents, a row each; what follows a document's end is garbage without weight."""
+    lengths = np.array([[13], [1], [9]])
+    tokens, targets = (tiny_tokens(CONFIG, 3, 13, seed) for seed in (1, 2))
+    at = np.broadcast_to(np.arange(13, dtype=np.int32), tokens.shape)
+    return {"tokens": tokens, "targets": targets, "positions": at, "weights": np.float32(at < lengths)}
+
+
+@pytest.fixture(scope="module")
+def packed(separate) -> dict[str, np.ndarray]:
+    """The same documents end to end in one row, with padding in segment 0."""
+    segments = np.broadcast_to(np.int32([[1], [2], [3]]), (3, 13))
+    inside = separate["weights"] > 0
+    rows = {name: x[inside][None] for name, x in (separate | {"segments": segments}).items()}
+    return {name: np.pad(x, ((0, 0), (0, 4))) for name, x in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def run_packed(params: Decoder, packed):
+    """Logits and gradients of the packed row, once for each Compute."""
+    return functools.cache(lambda compute: logits_and_gradients(params, **packed, config=CONFIG, compute=compute))
+
+
+def test_packed_documents_equal_separate_documents(params: Decoder, separate, packed, run_packed):
+    """Logits, and the gradients of the loss."""
+    alone, reference = logits_and_gradients(params, **separate, segments=None, config=CONFIG, compute=Compute())
+    together, gradients = run_packed(Compute())
+    assert_close(together[packed["weights"] > 0], alone[separate["weights"] > 0])
+    for path, theirs in named(reference).items():
+        assert_close(named(gradients)[path], theirs)
+
+
+def test_a_token_does_not_change_what_came_before_it(params: Decoder):
+    run = jax.jit(lambda tokens: params(tokens, counted(20), None, CONFIG, Compute())[0])
+    tokens = tiny_tokens(CONFIG, 1, 20)
+    changed = tokens.copy()
+    changed[0, 12] = (changed[0, 12] + 1) % CONFIG.vocab_size
+    before, after = run(tokens), run(changed)
+    np.testing.assert_array_equal(before[:, :12], after[:, :12])
+    assert (np.abs(before - after).max(-1)[0, 12:] > 0.01).all()
+
+
+@pytest.mark.parametrize("compute", [Compute(), Compute(dtype="bfloat16")], ids=["float32", "bfloat16"])
+def test_decoding_with_a_cache_equals_the_full_forward(params: Decoder, compute: Compute):
+    """Prompts of unequal length are written together, then each row goes on from its own end, a token at a time."""
+    length, lengths, slots = 20, np.array([9, 4, 1], np.int32), 24
+    tokens = tiny_tokens(CONFIG, 3, length)
+    step = jax.jit(lambda *args: params(*args[:2], None, CONFIG, compute, args[2]))
+    full, _ = jax.jit(lambda tokens: params(tokens, counted(length, 3), None, CONFIG, compute))(tokens)
+    cache = empty_cache(CONFIG, 3, slots, jnp.dtype(compute.dtype), compute.replicate)
+    prompt = np.where(np.arange(lengths.max()) < lengths[:, None], tokens[:, : lengths.max()], 5)
+    logits, cache = step(prompt, counted(lengths.max(), 3), cache)
+    got = [[(i, logits[row, i]) for i in range(end)] for row, end in enumerate(lengths)]
+    for i in range(length - lengths.max()):
+        positions = (lengths + i)[:, None]
+        logits, cache = step(np.take_along_axis(tokens, positions, 1), positions, cache)
+        for row in range(3):
+            got[row].append((lengths[row] + i, logits[row, 0]))
+    assert cache.k.dtype == cache.v.dtype == compute.dtype
+    # In bfloat16 the two ways round at other places: 8 bits, through four layers.
+    close = CLOSE if compute.dtype == "float32" else 0.05
+    for row, pairs in enumerate(got):
+        for position, values in pairs:
+            np.testing.assert_allclose(values, full[row, position], rtol=0, atol=close * np.abs(full).max())
+
+
+def test_a_write_beyond_the_last_slot_is_dropped():
+    cache = empty_cache(CONFIG, 2, 5, jnp.dtype("float32"), ())
+    new = jnp.ones((2, 1, CONFIG.num_kv_heads, CONFIG.head_dim))
+    cache = cache.write(jnp.int32(1), new, 2 * new, jnp.array([[5], [4]]))
+    expected = np.zeros(cache.k.shape, np.float32)
+    expected[1, 1, :, 4] = 1
+    np.testing.assert_array_equal(cache.k, expected)
+    np.testing.assert_array_equal(cache.v, 2 * expected)
+
+
+# Rematerialization --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_rematerialization_changes_neither_logits_nor_gradients(run_packed, remat: str):
+    (logits, gradients), (reference, theirs) = (run_packed(Compute(remat=choice)) for choice in (remat, "elementwise"))
+    assert_close(logits, reference)
+    for path, values in named(theirs).items():
+        assert_close(named(gradients)[path], values)
+
+
+def kept_numbers(remat: str) -> int:
+    """How many numbers a token each layer keeps for the backward pass, parameters not counted."""
+    rows, length = 5, 11
+    params = jax.eval_shape(lambda: tiny_params(CONFIG))
+    tokens = jnp.zeros((rows, length), jnp.int32)
+
+    def pullback(params):
+        compute = Compute(remat=remat)
+        return jax.vjp(lambda p: p.hidden(tokens, counted(length, rows), None, CONFIG, compute)[0], params)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(pullback, params))
+    kept = [leaf.size for leaf in leaves if leaf.shape[:2] == (CONFIG.num_layers, rows)]
+    return sum(kept) // (CONFIG.num_layers * rows * length)
+
+
+def test_remat_layer_keeps_the_input_of_each_layer_only():
+    assert kept_numbers("layer") == CONFIG.embed_dim
+
+
+def test_remat_elementwise_keeps_products_and_attention_but_not_what_lies_between():
+    q, kv = CONFIG.num_heads * CONFIG.head_dim, CONFIG.num_kv_heads * CONFIG.head_dim
+    products = q + 2 * kv + CONFIG.embed_dim + 2 * CONFIG.mlp_dim  # q, k, v, o, gate, up; nobody reads down again
+    attention = q + CONFIG.num_heads  # the output, and the sum of exponentials
+    assert kept_numbers("elementwise") == CONFIG.embed_dim + products + attention
+    assert kept_numbers("none") > kept_numbers("elementwise") + 2 * CONFIG.mlp_dim
