@@ -67,7 +67,12 @@ def main(words: list[str]) -> None:
         sys.exit(f"benchmarks/run.py: no part {sorted(unknown)}; parts: {', '.join(parts)}")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_twin(Path(folder) / "llama-125m")
-        rows = [row for name in words or parts for dtype in ("float32", "bfloat16") for row in parts[name](checkpoint, dtype)]
+        rows = [
+            row
+            for name in words or parts
+            for dtype in ("float32", "bfloat16")
+            for row in parts[name](checkpoint, dtype)
+        ]
     show(rows)
     RESULTS.mkdir(exist_ok=True)
     kept = {"machine": machine(), "commit": commit(), "rows": rows}

@@ -1,6 +1,7 @@
 """Small training runs, and the command line in this process or in one of its own."""
 
 import dataclasses
+import io
 import json
 import os
 import random
@@ -9,14 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import tomli_w
 from safetensors.numpy import load_file
 
+from camelid.cli import main
 from camelid.recipe import Recipe, structure
 from camelid.train.loggers import read_metrics
 from text.tiny import VOCAB_SIZE, save_byte_tokenizer
@@ -149,3 +152,31 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen | None =
 
 def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def called(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """`camelid` in this process, which costs no start; an exception other than an exit goes through, as a traceback."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        mock.patch.object(sys, "argv", ["camelid", *map(str, arguments)]),
+        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+    ):
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *about: str) -> None:
+    """Exit status 2, nothing on standard output, one line that names the fault and one of advice."""
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert result.stdout == ""
+    problem, advice = result.stderr.strip().split("\n")[-2:]
+    assert problem.startswith("camelid: "), result.stderr
+    assert advice.startswith("         "), result.stderr
+    for part in about:
+        assert part in problem, problem

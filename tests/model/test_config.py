@@ -16,13 +16,13 @@ def test_a_config_that_no_model_can_have_is_refused(field: dict[str, int], messa
         tiny_config(**field)
 
 
-SIZES = (
+NEEDED = (
     "vocab_size embed_dim mlp_dim num_layers num_heads num_kv_heads head_dim context_length norm_eps rope_theta".split()
 )
 
 
-@pytest.mark.parametrize("forgotten", SIZES)
+@pytest.mark.parametrize("forgotten", NEEDED)
 def test_nothing_that_changes_every_model_has_a_default(forgotten: str):
     given = vars(tiny_config())
     with pytest.raises(TypeError, match=forgotten):
-        ModelConfig(**{name: given[name] for name in SIZES if name != forgotten})
+        ModelConfig(**{name: given[name] for name in NEEDED if name != forgotten})

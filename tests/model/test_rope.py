@@ -43,13 +43,16 @@ def test_scores_depend_on_the_distance_alone():
     assert abs(score(5, 2) - score(5, 3)) > 0.01
 
 
-def test_angles_are_float32_whatever_the_activations_are():
+def test_angles_are_exact_far_into_the_context_and_whatever_the_activations_are():
     """bfloat16 could not tell position 1001 from 1002."""
     config = tiny_config()
+    positions = np.array([[1001, 1002]])
+    rotation = rotations(jnp.asarray(positions), config)
+    angles = positions[..., None] * config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    for part, exact in zip(rotation, (np.cos(angles), np.sin(angles)), strict=True):
+        assert part.dtype == jnp.float32
+        np.testing.assert_allclose(part, exact, rtol=0, atol=2e-4)  # an angle of 1002 is known to 6e-5, twice rounded
     x = jax.random.normal(jax.random.key(0), (1, 2, 1, config.head_dim), jnp.bfloat16)
-    rotation = rotations(jnp.array([[1001, 1002]]), config)
-    assert all(part.dtype == jnp.float32 for part in rotation)
-    turned = rotate(x, rotation)
+    turned, in_float32 = rotate(x, rotation), rotate(x.astype(jnp.float32), rotation)
     assert turned.dtype == jnp.bfloat16
-    exact = rotate(x.astype(jnp.float32), rotation)
-    np.testing.assert_array_equal(turned, exact.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(turned, in_float32.astype(jnp.bfloat16))

@@ -121,25 +121,28 @@ def test_32_greedy_tokens_equal_transformers(pair: Pair):
         do_sample=False,
         pad_token_id=0,
     )
+    print([len(set(row)) for row in ours])
     assert ours == theirs[:, prompts.shape[1] :].tolist()
 
 
-def test_bfloat16_rounds_no_more_than_transformers_in_bfloat16():
+# The spread of the differences, as a part of the logits' own, and the largest: what numbers of 8 and of 11 bits leave
+# after four layers. transformers' own in bfloat16 are 2.2% and 4.4%.
+@pytest.mark.parametrize(("dtype", "spread", "largest"), [("bfloat16", 0.025, 0.05), ("float16", 0.004, 0.01)])
+def test_16_bits_round_no_more_than_transformers_in_16_bits(dtype: str, spread: float, largest: float):
     config = tiny_config()
     params = tiny_params(config)
     tokens = tiny_tokens(config, 4, LENGTH)
     exact, theirs = (
-        transformers_twin(config, params).to(dtype)(torch.from_numpy(tokens.astype(np.int64))).logits
-        for dtype in (torch.float32, torch.bfloat16)
+        transformers_twin(config, params).to(kind)(torch.from_numpy(tokens.astype(np.int64))).logits.detach()
+        for kind in (torch.float32, getattr(torch, dtype))
     )
-    exact, theirs = exact.detach().numpy(), theirs.detach().float().numpy()
+    exact, theirs = exact.numpy(), theirs.float().numpy()
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
     ours, _ = jax.jit(Decoder.__call__, static_argnums=(4, 5))(
-        params, jnp.asarray(tokens), positions, None, config, Compute(dtype="bfloat16")
+        params, jnp.asarray(tokens), positions, None, config, Compute(dtype=dtype)
     )
     assert ours.dtype == jnp.float32
-    # Numbers of 8 bits through four layers: 1.7% of the logits' spread, where transformers' differ by 2.2%.
-    assert np.std(ours - exact) < min(np.std(theirs - exact), 0.025 * np.std(exact))
-    assert far(ours, exact) < 0.05
-    # Where the two best tokens are closer than that, either may win: 96% agree.
-    assert np.mean(np.argmax(ours, -1) == np.argmax(exact, -1)) > 0.9
+    assert np.std(ours - exact) < min(np.std(theirs - exact), spread * np.std(exact))
+    assert far(ours, exact) < largest
+    # Where the two best tokens are closer than that, either may win.
+    assert np.mean(np.argmax(ours, -1) == np.argmax(exact, -1)) > 1 - 4 * spread

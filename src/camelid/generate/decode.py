@@ -17,7 +17,7 @@ from camelid.errors import UserError
 from camelid.generate.sample import Sampling, choose
 from camelid.model.cache import empty_cache
 from camelid.model.config import Compute, ModelConfig
-from camelid.model.decoder import Decoder
+from camelid.model.decoder import Decoder, unstacked
 from camelid.parallel.hosts import batch_ways, own_rows, place, to_host
 
 BUCKET = 64  # prompts and new tokens are padded to multiples, so that few shapes are compiled
@@ -53,7 +53,15 @@ def generate(
     eos = np.array(eos_ids, np.int32)
     with jax.set_mesh(mesh):
         out, counts = _generate(
-            params, place(local, own, rows, mesh), how, eos, np.int32(max_new_tokens), room, config, compute
+            params,
+            unstacked(params),
+            place(local, own, rows, mesh),
+            how,
+            eos,
+            np.int32(max_new_tokens),
+            room,
+            config,
+            compute,
         )
         out, counts = to_host((out, counts))
     return [row[:count].tolist() for row, count in zip(out[: len(prompts)], counts, strict=False)]
@@ -87,6 +95,7 @@ def _round_up(n: int) -> int:
 @partial(jax.jit, static_argnames=("room", "config", "compute"))
 def _generate(
     params: Decoder,
+    one_by_one: Decoder,
     rows: dict[str, Array],
     how: Sampling,
     eos: Int[Array, " ids"],
@@ -95,7 +104,10 @@ def _generate(
     config: ModelConfig,
     compute: Compute,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """At most `limit` new tokens of each row, in a buffer of `room`, and how many come before its EOS."""
+    """At most `limit` new tokens of each row, in a buffer of `room`, and how many come before its EOS.
+
+    `params` read the prompt; `one_by_one` are the same, as decoding wants them.
+    """
     tokens: Int[Array, "B P"] = rows["tokens"]
     lengths: Int[Array, " B"] = rows["lengths"][:, 0]
     seeds: UInt32[Array, " B"] = rows["seeds"][:, 0]
@@ -118,7 +130,7 @@ def _generate(
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], step, 1)
         counts = counts + ~done
         positions = (lengths + step)[:, None]
-        logits, cache = params(token[:, None], positions, None, config, compute, cache)
+        logits, cache = one_by_one(token[:, None], positions, None, config, compute, cache)
         return step + 1, out, cache, choose(logits[:, 0], seeds, step + 1, how), done, counts
 
     start = (jnp.int32(0), out, cache, first, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))

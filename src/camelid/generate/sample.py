@@ -4,6 +4,7 @@ Axes: B batch, V vocab.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,10 @@ class Sampling:
 
 def sampling(temperature: float, top_k: int | None, top_p: float | None) -> Sampling:
     """Sampling from plain numbers; temperature 0 is greedy. Raises UserError for numbers out of range."""
-    if temperature < 0:
-        raise UserError(f"temperature = {temperature} is below 0", "Use 0 for greedy decoding, or a positive number.")
+    if not 0 <= temperature < math.inf:
+        raise UserError(
+            f"temperature = {temperature} is not in [0, inf)", "Use 0 for greedy decoding, or a positive number."
+        )
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k = {top_k} is below 1", "Use 1 or more, or leave it out to keep every token.")
     if top_p is not None and not 0 < top_p <= 1:
@@ -34,7 +37,7 @@ def sampling(temperature: float, top_k: int | None, top_p: float | None) -> Samp
         )
     if temperature == 0:
         return Sampling(None, None, None)
-    return Sampling(jnp.float32(temperature), top_k, None if top_p is None else jnp.float32(top_p))
+    return Sampling(jnp.float32(temperature), top_k, None if top_p in (None, 1) else jnp.float32(top_p))
 
 
 def choose(

@@ -3,8 +3,11 @@
 Axes: B batch, S tokens, E embed, H query heads, K key/value heads, D head_dim, M mlp, V vocab.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -105,7 +108,7 @@ class Layer:
 class Decoder:
     # Declared in the direction of the head that may share it: one row a token.
     embed: Array = param("embed_in -> vocab_in")
-    layers: Layer = child(Layer, stack="layers")
+    layers: Layer | tuple[Layer, ...] = child(Layer, stack="layers")
     final_norm: Norm = child(Norm)
     lm_head: Array | None = param("embed -> vocab", when=lambda c: not c.tie_embeddings)
 
@@ -139,6 +142,11 @@ class Decoder:
         x = shard(x, "batch seq embed", compute.replicate)
         rotation = rotations(positions, config)
 
+        if isinstance(self.layers, tuple):
+            for index, layer in enumerate(self.layers):
+                x, cache = layer(x, rotation, positions, segments, cache, jnp.int32(index), config, compute)
+            return self.final_norm(x, config), cache
+
         def one_layer(carry, indexed):
             (x, cache), (index, layer) = carry, indexed
             return layer(x, rotation, positions, segments, cache, index, config, compute), None
@@ -155,6 +163,24 @@ class Decoder:
     @property
     def head(self) -> Float[Array, "V E"]:
         return self.embed if self.lm_head is None else self.lm_head
+
+
+def unstacked(params: Decoder) -> Decoder:
+    """The same parameters, layer by layer, for decoding; on one CPU in the same memory, elsewhere as they are.
+
+    XLA's CPU backend copies each layer's weights out of the stack before it uses them, at twice the cost of the
+    products of a single token.
+    """
+    devices = params.embed.devices()
+    if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+        return params
+
+    def views(stack: Array) -> list[Array]:
+        return [jax.device_put(layer, next(iter(devices))) for layer in np.asarray(stack)]
+
+    stacks, tree = jax.tree.flatten(params.layers)
+    layers = [jax.tree.unflatten(tree, parts) for parts in zip(*map(views, stacks), strict=True)]
+    return dataclasses.replace(params, layers=tuple(layers))
 
 
 def rematerialized(one_layer, compute: Compute):

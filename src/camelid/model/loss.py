@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from camelid.model.weights import dot, weight_gradient
 
-LOGITS = 2**26  # logits held at once: 256 MiB in float32
+LOGITS = 2**24  # logits held at once: 64 MiB in float32
 
 
 def cross_entropy(
@@ -28,7 +28,9 @@ def cross_entropy(
     is finished, with its share of both gradients, before the next.
     """
     batch, length = targets.shape
-    chunk = min(length, chunk or max(1, LOGITS // (head.shape[0] * batch)))
+    if chunk is None:
+        count = -(-length * batch * head.shape[0] // LOGITS)
+        chunk = -(-length // count)
     more = -length % chunk
     if more:
         hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
@@ -54,7 +56,7 @@ def _forward(hidden, head, targets, weights, chunk):
         loss, dlogits = _losses(x, y, w, head)
         dlogits = dlogits.astype(x.dtype)
         dx = dot("BCV,VE->BCE", dlogits, head.astype(x.dtype)).astype(x.dtype)
-        return (total + loss, dhead + weight_gradient("BCV,BCE->VE", dlogits, x)), dx
+        return (total + loss, dhead + weight_gradient(dlogits, x)), dx
 
     start = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
     (total, dhead), dx = lax.scan(one_chunk, start, jnp.arange(targets.shape[1] // chunk))

@@ -16,7 +16,7 @@ from camelid.model.params import abstract
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    step: jax.Array
+    step: Any  # an array, or what stands for one in a tree of shapes or shardings
     """updates made so far"""
     params: Decoder
     opt_state: Any

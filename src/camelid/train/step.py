@@ -30,7 +30,7 @@ class Trainer:
     def step(self, state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
         """The state after one update, and the step's metrics: loss, weight, gradient_norm, learning_rate."""
         total, weight, grads = self.gradients(state.params, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         shrink = jnp.minimum(1.0, self.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * shrink, grads)
         params = _float32(state.params)

@@ -1,0 +1,175 @@
+"""A destination appears whole or not at all: full disks, kills and failures leave nothing half-written."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from camelid.checkpoint.folder import new_folder
+from camelid.checkpoint.hf import from_checkpoint, open_checkpoint, write_checkpoint
+from camelid.errors import UserError
+from runs import TIMEOUT_S, assert_refused, called, command, tensor_bytes
+from tiny import save_hf, tiny_config, tiny_params, transformers_twin
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About half a megabyte."""
+    config = tiny_config(vocab_size=997)
+    return save_hf(transformers_twin(config, tiny_params(config)), tmp_path_factory.mktemp("folder") / "model")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose disk fills up after 300 KB, and says that it is nearly empty; a real one where we may mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", disk], capture_output=True, check=False)
+    if mounted.returncode == 0:
+        yield disk
+        subprocess.run(["umount", disk], check=True)
+        return
+
+    def refuse(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    yield disk
+
+
+def entries(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+# What goes wrong while it is written -----------------------------------------------------
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_nothing(model: Path, full_disk: Path):
+    assert_refused(called("convert", model, full_disk / "out"), f"the disk of {full_disk / 'out'} is full")
+    assert entries(full_disk) == set()
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    size = sum(len(data) for *_, data in tensor_bytes(model).values())
+    for free, fits in ((size - 1, False), (size, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if fits:
+            assert called("convert", model, tmp_path / "out").returncode == 0
+        else:
+            assert_refused(called("convert", model, tmp_path / "out"), "0.0 GB free")
+            assert entries(tmp_path) == set()
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt(), OSError(errno.EIO, "bad disk")])
+def test_a_failure_in_the_middle_leaves_nothing_and_is_not_hidden(
+    model: Path, tmp_path: Path, failure: BaseException
+):
+    checkpoint = open_checkpoint(model)
+    source, count = from_checkpoint(checkpoint), 0
+
+    def failing(row, layer, dtype) -> Iterator[np.ndarray]:
+        nonlocal count
+        count += 1
+        if count == 5:
+            assert entries(tmp_path) == {".out.incomplete"}
+            raise failure
+        yield from source(row, layer, dtype)
+
+    with pytest.raises(type(failure)) as seen:
+        write_checkpoint(tmp_path / "out", checkpoint.config, checkpoint.dtypes, failing, [])
+    assert seen.value is failure
+    assert entries(tmp_path) == set()
+
+
+KILLED_AT_THE_END_OF_WRITING = """
+import os, signal, sys
+os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+from camelid.cli import main
+main()
+"""
+
+
+def test_a_process_killed_while_saving_leaves_no_destination_and_the_next_one_saves(
+    model: Path, tmp_path: Path, user_env: dict[str, str]
+):
+    words = [sys.executable, "-c", KILLED_AT_THE_END_OF_WRITING, "convert", str(model), str(tmp_path / "out")]
+    killed = subprocess.run(words, env=user_env, capture_output=True, timeout=TIMEOUT_S, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    # It did write: what it left is the temporary folder alone.
+    assert entries(tmp_path) == {".out.incomplete"}
+    assert entries(tmp_path / ".out.incomplete") == {"model.safetensors"}
+    assert command("convert", model, tmp_path / "out", env=user_env).returncode == 0
+    assert entries(tmp_path) == {"out"}
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(model)
+
+
+# What was there before -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
+def test_an_existing_destination_is_refused_and_stays(model: Path, tmp_path: Path, kind: str):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        if kind == "folder":
+            (out / "notes.txt").write_text("mine")
+    assert_refused(called("convert", model, out), f"{out} exists already")
+    assert entries(tmp_path) == {"out"}
+    if kind != "empty folder":
+        assert (out if kind == "file" else out / "notes.txt").read_text() == "mine"
+
+
+def test_overwriting_replaces_the_whole_folder_but_only_when_the_new_one_is_whole(model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with new_folder(out, 0) as folder:
+        (folder / "old").write_text("old")
+    with pytest.raises(RuntimeError), new_folder(out, 0, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+        raise RuntimeError
+    assert entries(out) == {"old"}
+    with new_folder(out, 0, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+        assert entries(out) == {"old"}
+    assert entries(out) == {"new"}
+    assert entries(tmp_path) == {"out"}
+
+
+def test_a_file_is_never_overwritten_by_a_folder(tmp_path: Path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="is a file"), new_folder(tmp_path / "out", 0, overwrite=True):
+        pass
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_what_killed_processes_left_is_swept_away(tmp_path: Path):
+    for name in ("out", ".out.incomplete", ".out.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").write_text("old")
+    with new_folder(tmp_path / "out", 0, overwrite=True) as folder:
+        assert entries(folder) == set()
+        (folder / "new").write_text("new")
+    assert entries(tmp_path) == {"out"}
+    assert entries(tmp_path / "out") == {"new"}
+
+
+def test_folders_above_the_destination_are_made(model: Path, tmp_path: Path):
+    assert called("convert", model, tmp_path / "a" / "b" / "out").returncode == 0
+    assert json.loads((tmp_path / "a" / "b" / "out" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(model: Path):
+    assert_refused(called("convert", model, "/proc/nowhere/out"), "/proc/nowhere")

@@ -1,0 +1,93 @@
+"""Plants each fault in a copy of src and runs the test that must notice it.
+
+    python tests/mutations/run.py                 all of them; some minutes
+    python tests/mutations/run.py blockwise rope  those with one of these words in their name or file
+
+Ends with status 1 when a fault goes unnoticed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
+sys.path.insert(0, str(TESTS))
+
+from mutations.faults import FAULTS, Fault  # noqa: E402
+
+JOBS = 2
+# Fails the session where the tests did not see the copy: a fault would seem to go unnoticed, or to be noticed.
+PLUGIN = """
+def pytest_sessionfinish(session):
+    import camelid
+    assert camelid.__file__.startswith({copy!r}), camelid.__file__
+"""
+
+
+def planted(fault: Fault) -> str:
+    """The text of the fault's file with the fault in it."""
+    text = (ROOT / "src" / "camelid" / fault.file).read_text("utf-8")
+    found = text.count(fault.text)
+    assert found == 1, f"{fault.name}: {fault.file} has {found} times {fault.text!r}; bring tests/mutations up to date"
+    return text.replace(fault.text, fault.instead)
+
+
+def run_tests(tests: Iterable[str], fault: Fault | None = None) -> tuple[int, str]:
+    """pytest's exit status and what it said, with the fault in a copy of src."""
+    with tempfile.TemporaryDirectory(prefix="camelid-fault-") as folder:
+        copy = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(folder) / "sees_the_copy.py").write_text(PLUGIN.format(copy=str(copy)))
+        if fault is not None:
+            (copy / "camelid" / fault.file).write_text(planted(fault), "utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "sees_the_copy"]
+        command += ["-o", f"pythonpath={copy} {TESTS}", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+        environment = os.environ | {"PYTHONPATH": folder}
+        done = subprocess.run(
+            [*command, *(str(TESTS / test) for test in tests)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    return done.returncode, done.stdout + done.stderr
+
+
+def noticed(fault: Fault) -> bool:
+    """Whether the fault's test fails; raises where it could not run."""
+    status, said = run_tests([fault.test], fault)
+    if status not in (0, 1):
+        raise RuntimeError(f"{fault.name}: pytest ended with {status}\n{said}")
+    return status == 1
+
+
+def main(words: list[str]) -> int:
+    faults = [f for f in FAULTS if not words or any(word in f"{f.name} {f.file}" for word in words)]
+    status, said = run_tests(dict.fromkeys(fault.test for fault in faults))
+    if status:
+        print(said, "these tests fail without any fault", sep="\n", file=sys.stderr)
+        return status
+
+    def timed(fault: Fault) -> tuple[bool, float]:
+        start = time.monotonic()
+        return noticed(fault), time.monotonic() - start
+
+    missed = 0
+    with ThreadPoolExecutor(JOBS) as pool:
+        for fault, (seen, seconds) in zip(faults, pool.map(timed, faults), strict=True):
+            missed += not seen
+            print(f"{'caught' if seen else 'MISSED'}  {seconds:4.0f} s  {fault.name}  [{fault.test}]", flush=True)
+    print(f"{len(faults) - missed} of {len(faults)} faults caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

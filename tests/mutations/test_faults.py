@@ -1,0 +1,30 @@
+"""That the faults can still be planted; `python tests/mutations/run.py` plants them all and runs their tests."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from mutations.faults import FAULTS, Fault
+from mutations.run import noticed, planted
+
+TESTS = Path(__file__).parents[1]
+
+
+def by_name(fault: Fault) -> str:
+    return fault.name
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=by_name)
+def test_a_fault_finds_its_text_and_its_test(fault: Fault):
+    ast.parse(planted(fault))
+    file, name = fault.test.partition("[")[0].split("::")
+    functions = [node.name for node in ast.parse((TESTS / file).read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert name in functions
+
+
+# One of each kind of cost: the whole list takes minutes.
+@pytest.mark.parametrize("name", ["a mesh axis may cut an array twice", "top-p drops the token that crosses it"])
+def test_a_planted_fault_is_noticed(name: str):
+    (fault,) = (fault for fault in FAULTS if fault.name == name)
+    assert noticed(fault)

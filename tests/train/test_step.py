@@ -1,0 +1,209 @@
+"""One training step: microbatches, clipping, AdamW, beside torch where torch can say what is right."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from camelid.data.batch import Batch
+from camelid.model.config import Compute, ModelConfig
+from camelid.model.decoder import Decoder, declare_decoder
+from camelid.model.params import map_specs, named
+from camelid.parallel.mesh import one_device
+from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from camelid.train.state import TrainState, abstract_state, start_state
+from camelid.train.step import Trainer
+from tiny import tiny_config, tiny_params, tiny_tokens, to_transformers, transformers_twin
+
+CONFIG = tiny_config()
+STEPS = 6
+
+
+def trainer(optimizer: OptimizerConfig = OptimizerConfig(), accumulate: int = 1, compute: Compute = Compute()) -> Trainer:
+    decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
+    return Trainer(
+        CONFIG,
+        compute,
+        make_optimizer(optimizer, STEPS, decay),
+        learning_rate(optimizer, STEPS),
+        optimizer.clip_norm,
+        accumulate,
+    )
+
+
+def plain_descent(clip_norm: float) -> Trainer:
+    """params - gradient: what is applied can be read from the parameters."""
+    return Trainer(CONFIG, Compute(), optax.sgd(1.0), lambda count: 1.0, clip_norm)
+
+
+def batch(seed: int, rows: int = 8, length: int = 12) -> dict[str, jax.Array]:
+    """Weights that differ much between rows; the last row, and with four microbatches one of these, has none."""
+    tokens = tiny_tokens(CONFIG, rows, length + 1, seed)
+    weights = np.random.default_rng(seed).uniform(0, 1, (rows, length)).astype(np.float32)
+    weights *= np.array([4.0, 0.01, 1.0, 0.0] * (rows // 4), np.float32)[:, None]
+    made = Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        weights=weights,
+        positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        segments=np.ones((rows, length), np.int32),
+    )
+    return {name: jnp.asarray(x) for name, x in vars(made).items()}
+
+
+def train(how: Trainer, params: Decoder, steps: int = STEPS) -> tuple[TrainState, list[dict[str, float]]]:
+    state, step, seen = start_state(params, how.optimizer), jax.jit(how.step), []
+    for seed in range(steps):
+        state, metrics = step(state, batch(seed))
+        seen.append({name: float(value) for name, value in metrics.items()})
+    return state, seen
+
+
+def test_training_equals_torch():
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip_norm=0.5, weight_decay=0.3, beta2=0.9)
+    params = tiny_params(CONFIG)
+    state, seen = train(trainer(optimizer), params)
+
+    twin = transformers_twin(CONFIG, params)
+    matrices = [p for p in twin.parameters() if p.ndim > 1]
+    norms = [p for p in twin.parameters() if p.ndim == 1]
+    assert len(norms) == 2 * CONFIG.num_layers + 1
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": norms, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.9), eps=1e-8)
+    rates = [5e-4, 1e-3, *(1e-4 + 9e-4 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(1, 5))]
+    for seed, (rate, metrics) in enumerate(zip(rates, seen, strict=True)):
+        given = {name: torch.from_numpy(np.array(x)) for name, x in batch(seed).items()}
+        logits = twin(given["tokens"].long()).logits
+        losses = torch.nn.functional.cross_entropy(logits.mT, given["targets"].long(), reduction="none")
+        loss = (losses * given["weights"]).sum() / given["weights"].sum()
+        theirs.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        for group in theirs.param_groups:
+            group["lr"] = rate
+        theirs.step()
+        # float32 sums in another order: 1e-5 a step, and these models are steep.
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert metrics["learning_rate"] == pytest.approx(rate, rel=1e-5)
+        assert metrics["weight"] == pytest.approx(given["weights"].sum().item(), rel=1e-5)
+    assert norm > 0.5, "nothing was clipped"
+    for name, array in to_transformers(state.params).items():
+        final = twin.get_parameter(name).detach().numpy()
+        # AdamW moves every number by about the learning rate, however small its gradient: 6 steps make 4e-3.
+        np.testing.assert_allclose(array.reshape(final.shape), final, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_microbatches_change_nothing_however_uneven_their_weights(accumulate: int):
+    params = tiny_params(CONFIG)
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    (whole, seen), (cut, seen_cut) = (train(trainer(optimizer, n), params, 3) for n in (1, accumulate))
+    # The same sums in another order.
+    for one, other in zip(seen, seen_cut, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+    for path, array in named(whole.params).items():
+        np.testing.assert_allclose(named(cut.params)[path], array, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_microbatches_share_the_rows_without_loss():
+    given = batch(0)
+    cut = trainer(accumulate=4).microbatches(given)
+    for name, x in given.items():
+        assert cut[name].shape == (4, 2, 12)
+        rows = np.asarray(cut[name]).reshape(8, 12)
+        assert sorted(map(bytes, rows)) == sorted(map(bytes, np.asarray(x)))
+        assert not np.array_equal(rows, x) or name in ("positions", "segments")
+
+
+def test_gradients_are_those_of_the_mean_over_all_weights():
+    params, given = tiny_params(CONFIG), batch(0)
+    total, weight, grads = trainer(accumulate=4).gradients(params, given)
+
+    def mean(params: Decoder) -> jax.Array:
+        total, weight = trainer().loss(params, given)
+        return total / weight
+
+    expected = jax.grad(mean)(params)
+    assert float(weight) == pytest.approx(float(given["weights"].sum()), rel=1e-6)
+    for path, grad in named(grads).items():
+        assert grad.dtype == jnp.float32
+        largest = np.abs(named(expected)[path]).max()
+        np.testing.assert_allclose(grad, named(expected)[path], atol=1e-5 * largest, err_msg=path)
+
+
+@pytest.mark.parametrize(("clip", "applied"), [(0.25, 0.25), (1e6, None), (math.inf, None)])
+def test_gradients_are_scaled_down_to_the_norm_and_never_up(clip: float, applied: float | None):
+    params = tiny_params(CONFIG)
+    state, metrics = jax.jit(plain_descent(clip).step)(start_state(params, optax.sgd(1.0)), batch(0))
+    moved = jax.tree.map(lambda new, old: old - new, state.params, params)
+    norm = float(metrics["gradient_norm"])
+    assert norm > 0.25
+    # Parameters of about 1 lose digits of a difference of 1e-2.
+    assert float(optax.tree.norm(moved)) == pytest.approx(norm if applied is None else applied, rel=1e-4)
+
+
+def test_a_batch_of_padding_alone_moves_nothing():
+    params = tiny_params(CONFIG)
+    given = batch(0) | {"weights": jnp.zeros((8, 12))}
+    state, metrics = jax.jit(plain_descent(1.0).step)(start_state(params, optax.sgd(1.0)), given)
+    assert float(metrics["loss"]) == float(metrics["weight"]) == 0
+    assert all(map(np.array_equal, jax.tree.leaves(state.params), jax.tree.leaves(params)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_are_float32_and_parameters_keep_their_dtype(dtype: str):
+    compute = Compute(dtype=dtype, param_dtype=dtype)
+    how = trainer(compute=compute)
+    params = jax.tree.map(lambda p: p.astype(dtype), tiny_params(CONFIG))
+    state = start_state(params, how.optimizer)
+    after, metrics = jax.jit(how.step)(state, batch(0))
+    for made in (state, after):
+        assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {jnp.dtype(dtype)}
+        moments = [leaf for leaf in jax.tree.leaves(made.opt_state) if leaf.ndim]
+        assert len(moments) == 2 * len(jax.tree.leaves(params))
+        assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
+    assert all(value.dtype == jnp.float32 for value in metrics.values())
+    assert int(after.step) == 1
+    # Before anything is allocated, the same is known of the state.
+    told = abstract_state(declare_decoder(CONFIG), how.optimizer, compute, one_device())
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), told) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+
+
+def test_updates_of_bfloat16_parameters_are_computed_in_float32():
+    how = trainer(OptimizerConfig(learning_rate=1e-3), compute=Compute(param_dtype="bfloat16"))
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params(CONFIG))
+    masters = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    rounded, _ = train(how, params, 1)
+    exact, _ = train(dataclasses.replace(how, compute=Compute()), masters, 1)
+    for path, leaf in named(rounded.params).items():
+        np.testing.assert_array_equal(leaf, named(exact.params)[path].astype(jnp.bfloat16), err_msg=path)
+
+
+def test_padding_documents_and_their_order_in_a_row_do_not_touch_each_other(config: ModelConfig = CONFIG):
+    """What packing promises: the loss of two documents in one row is that of each alone."""
+    how, params = trainer(), tiny_params(config)
+    tokens = tiny_tokens(config, 1, 13)[0]
+
+    def row(pieces: list[np.ndarray], length: int) -> dict[str, jax.Array]:
+        columns = {name: np.zeros((1, length), np.int32) for name in ("tokens", "targets", "positions", "segments")}
+        weights = np.zeros((1, length), np.float32)
+        start = 0
+        for number, piece in enumerate(pieces, start=1):
+            here = (0, slice(start, start + len(piece) - 1))
+            columns["tokens"][here], columns["targets"][here] = piece[:-1], piece[1:]
+            columns["positions"][here], columns["segments"][here] = np.arange(len(piece) - 1), number
+            weights[here] = 1
+            start += len(piece) - 1
+        return {name: jnp.asarray(x) for name, x in (columns | {"weights": weights}).items()}
+
+    first, second = tokens[:8], tokens[8:]
+    packed = how.loss(params, row([first, second], 16))
+    apart = [how.loss(params, row([piece], 16)) for piece in (first, second)]
+    assert float(packed[0]) == pytest.approx(sum(float(total) for total, _ in apart), rel=1e-5)
+    assert float(packed[1]) == sum(float(weight) for _, weight in apart) == 11
