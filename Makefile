@@ -15,7 +15,7 @@ endif
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## see it work in a minute (MODEL=path for a model of your own)
+demo: $(STAMP) ## train, measure and use a small Llama, offline, in minutes (MODEL=path: one of yours)
 	@$(RUN) -m camelid demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(STAMP) ## run the tests (ARGS="-k rope -x" goes to pytest)

@@ -55,13 +55,11 @@ def generate(
         seed: of the draws; prompt i uses seed + i
         json: print one JSON object
     """
-    import camelid
-
     texts = list(prompts) or [sys.stdin.read().removesuffix("\n")]
     loaded = _load(model, dtype)
     if loaded.tokenizer is not None and loaded.tokenizer.has_chat_template:
         _note("this model was tuned to chat; prompts here are plain text, without its chat template")
-    completions: list[camelid.Completion] = loaded.generate(
+    completions = loaded.generate(
         texts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     if json:
@@ -230,7 +228,7 @@ def inspect(model: Checkpoint, json: bool = False) -> None:
     return None
 
 
-def demo(model: str | None = None, folder: Path = Path("runs/demo")) -> None:
+def demo(model: str | None = None, folder: Path = Path("runs/demo"), steps: int = 200) -> None:
     """Train a tokenizer and a small Llama from scratch, measure it, write with it, save it: offline, in minutes.
 
     camelid demo
@@ -239,11 +237,12 @@ def demo(model: str | None = None, folder: Path = Path("runs/demo")) -> None:
     Args:
         model: finetune this checkpoint instead of training from scratch
         folder: where everything goes
+        steps: of training
     """
     _keep_compiled()
     from camelid.demo import main
 
-    main(folder, model)
+    main(folder, model, steps)
 
 
 COMMANDS: dict[str, Callable] = {
@@ -287,9 +286,9 @@ def _run(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help", "help"):
         return print(_overview())
     if words[0] == "--version":
-        import camelid
+        from camelid import __version__
 
-        return print(f"camelid {camelid.__version__}")
+        return print(f"camelid {__version__}")
     name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
     if name is None:
         return _unknown(words)
@@ -349,9 +348,9 @@ def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _load(model: str, dtype: str):
     _keep_compiled()
-    import camelid
+    from camelid.api import load
 
-    return camelid.load(model, dtype=dtype)
+    return load(model, dtype=dtype)
 
 
 def _keep_compiled() -> None:

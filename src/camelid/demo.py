@@ -25,15 +25,29 @@ from camelid.train.optimizer import OptimizerConfig
 VOCAB = 2048
 HELD_OUT = 0.08  # of the topics
 PROMPTS = ("The statement", "If the object is a class,", "A list of")
-MODEL = {"embed_dim": 192, "mlp_dim": 512, "num_layers": 4, "num_heads": 6, "num_kv_heads": 3, "head_dim": 32}
+MODEL = ModelConfig(
+    vocab_size=VOCAB,
+    embed_dim=192,
+    mlp_dim=512,
+    num_layers=4,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=32,
+    context_length=512,
+    norm_eps=1e-5,
+    rope_theta=10_000.0,
+    bos_id=0,
+    eos_ids=(1,),
+)
 
 
-def main(folder: Path, model: str | None) -> None:
+def main(folder: Path, model: str | None, steps: int) -> None:
     """Corpus, tokenizer, training, measurement, text, saving, opening again; all under `folder`."""
     began = time.perf_counter()
     train, held_out = write_corpus(folder)
     _say(f"corpus     {train.parent}: the manual of Python {sys.version_info.major}.{sys.version_info.minor}")
-    recipe = finetuning(folder, model, train, held_out) if model else from_scratch(folder, train, held_out)
+    data = {"train": (str(train),), "validation": (str(held_out),)}
+    recipe = finetuning(folder, model, data, steps) if model else from_scratch(folder, train, data, steps)
     outcome = run(recipe)
     if not outcome.finished:
         return _say("stopped; the same command goes on from here")
@@ -104,31 +118,27 @@ def train_tokenizer(folder: Path, corpus: Path) -> Path:
     return folder
 
 
-def from_scratch(folder: Path, corpus: Path, held_out: Path) -> Recipe:
+def from_scratch(folder: Path, corpus: Path, data: dict, steps: int) -> Recipe:
     """A small Llama and its tokenizer, both new."""
-    tokenizer = train_tokenizer(folder / "tokenizer", corpus)
-    model = ModelConfig(
-        vocab_size=VOCAB, context_length=512, norm_eps=1e-5, rope_theta=10_000.0, bos_id=0, eos_ids=(1,), **MODEL
-    )
     return Recipe(
         run=str(folder / "run"),
-        model=model,
-        tokenizer=str(tokenizer),
-        data=DataConfig(train=(str(corpus),), validation=(str(held_out),), sequence_length=256, batch_size=16),
+        model=MODEL,
+        tokenizer=str(train_tokenizer(folder / "tokenizer", corpus)),
+        data=DataConfig(**data, sequence_length=256, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
-        train=TrainConfig(steps=300, evaluate_every=100, checkpoint_every=100),
+        train=TrainConfig(steps=steps, evaluate_every=50, checkpoint_every=100),
     )
 
 
-def finetuning(folder: Path, checkpoint: str, corpus: Path, held_out: Path) -> Recipe:
-    """The user's checkpoint, for a few steps."""
+def finetuning(folder: Path, checkpoint: str, data: dict, steps: int) -> Recipe:
+    """The user's checkpoint, gently."""
     length = min(256, open_checkpoint(checkpoint).config.context_length)
     return Recipe(
         run=str(folder / Path(checkpoint).name),
         init=checkpoint,
-        data=DataConfig(train=(str(corpus),), validation=(str(held_out),), sequence_length=length, batch_size=8),
+        data=DataConfig(**data, sequence_length=length, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5, weight_decay=0.0),
-        train=TrainConfig(steps=50, evaluate_every=25, checkpoint_every=50),
+        train=TrainConfig(steps=steps, evaluate_every=50, checkpoint_every=100),
     )
 
 

@@ -101,7 +101,9 @@ def test_both_spellings_of_llama3_scaling_give_the_same_config():
     assert hf.config_from_hf(old) == config
 
 
-@pytest.mark.parametrize("name", ["bos_id", "eos_ids", "pad_id", "tie_embeddings", "rope_theta", "init_std", "norm_eps"])
+@pytest.mark.parametrize(
+    "name", ["bos_id", "eos_ids", "pad_id", "tie_embeddings", "rope_theta", "init_std", "norm_eps"]
+)
 def test_every_field_survives_the_way_through_transformers(name: str):
     values = {"bos_id": 3, "eos_ids": (5, 7), "pad_id": 0, "tie_embeddings": True, "rope_theta": 5e5}
     values |= {"init_std": 0.5, "norm_eps": 1e-3}

@@ -34,7 +34,9 @@ def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     disk = tmp_path / "disk"
     disk.mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", disk], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "none", disk], capture_output=True, check=False
+    )
     if mounted.returncode == 0:
         yield disk
         subprocess.run(["umount", disk], check=True)
@@ -73,9 +75,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt(), OSError(errno.EIO, "bad disk")])
-def test_a_failure_in_the_middle_leaves_nothing_and_is_not_hidden(
-    model: Path, tmp_path: Path, failure: BaseException
-):
+def test_a_failure_in_the_middle_leaves_nothing_and_is_not_hidden(model: Path, tmp_path: Path, failure: BaseException):
     checkpoint = open_checkpoint(model)
     source, count = from_checkpoint(checkpoint), 0
 

@@ -126,7 +126,9 @@ def test_a_checkpoint_that_was_never_finished_is_not_the_newest_and_is_swept_awa
     ],
     ids=["dtype", "shape", "leaf"],
 )
-def test_a_state_of_another_dtype_shape_or_leaf_is_refused(tmp_path: Path, config: ModelConfig, dtype: str, message: str):
+def test_a_state_of_another_dtype_shape_or_leaf_is_refused(
+    tmp_path: Path, config: ModelConfig, dtype: str, message: str
+):
     saved(tmp_path, 1)
     later = RunCheckpoints(tmp_path, 2)
     with pytest.raises(UserError, match=message) as refusal:

@@ -121,12 +121,11 @@ def test_32_greedy_tokens_equal_transformers(pair: Pair):
         do_sample=False,
         pad_token_id=0,
     )
-    print([len(set(row)) for row in ours])
     assert ours == theirs[:, prompts.shape[1] :].tolist()
 
 
 # The spread of the differences, as a part of the logits' own, and the largest: what numbers of 8 and of 11 bits leave
-# after four layers. transformers' own in bfloat16 are 2.2% and 4.4%.
+# after four layers. transformers' own are 2.2% and 3.9%, 0.3% and 0.6%.
 @pytest.mark.parametrize(("dtype", "spread", "largest"), [("bfloat16", 0.025, 0.05), ("float16", 0.004, 0.01)])
 def test_16_bits_round_no_more_than_transformers_in_16_bits(dtype: str, spread: float, largest: float):
     config = tiny_config()

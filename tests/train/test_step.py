@@ -22,9 +22,14 @@ from tiny import tiny_config, tiny_params, tiny_tokens, to_transformers, transfo
 
 CONFIG = tiny_config()
 STEPS = 6
+# AdamW divides a gradient by its own size: with the usual eps, one of 1e-9 moves as far as one of 1, and rounding decides
+# which way. A large eps lets the comparisons below be narrow.
+EPS = 1e-3
 
 
-def trainer(optimizer: OptimizerConfig = OptimizerConfig(), accumulate: int = 1, compute: Compute = Compute()) -> Trainer:
+def trainer(
+    optimizer: OptimizerConfig = OptimizerConfig(), accumulate: int = 1, compute: Compute = Compute()
+) -> Trainer:
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
     return Trainer(
         CONFIG,
@@ -65,7 +70,7 @@ def train(how: Trainer, params: Decoder, steps: int = STEPS) -> tuple[TrainState
 
 
 def test_training_equals_torch():
-    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip_norm=0.5, weight_decay=0.3, beta2=0.9)
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, clip_norm=0.5, weight_decay=0.3, beta2=0.9, eps=EPS)
     params = tiny_params(CONFIG)
     state, seen = train(trainer(optimizer), params)
 
@@ -74,8 +79,8 @@ def test_training_equals_torch():
     norms = [p for p in twin.parameters() if p.ndim == 1]
     assert len(norms) == 2 * CONFIG.num_layers + 1
     groups = [{"params": matrices, "weight_decay": 0.3}, {"params": norms, "weight_decay": 0.0}]
-    theirs = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.9), eps=1e-8)
-    rates = [5e-4, 1e-3, *(1e-4 + 9e-4 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(1, 5))]
+    theirs = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.9), eps=EPS)
+    rates = [5e-3, 1e-2, *(1e-3 + 9e-3 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(1, 5))]
     for seed, (rate, metrics) in enumerate(zip(rates, seen, strict=True)):
         given = {name: torch.from_numpy(np.array(x)) for name, x in batch(seed).items()}
         logits = twin(given["tokens"].long()).logits
@@ -95,15 +100,14 @@ def test_training_equals_torch():
     assert norm > 0.5, "nothing was clipped"
     for name, array in to_transformers(state.params).items():
         final = twin.get_parameter(name).detach().numpy()
-        # AdamW moves every number by about the learning rate, however small its gradient: 6 steps make 4e-3.
         np.testing.assert_allclose(array.reshape(final.shape), final, atol=2e-5, err_msg=name)
+        assert np.abs(final - to_transformers(params)[name].reshape(final.shape)).max() > 5e-3, "hardly moved"
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_microbatches_change_nothing_however_uneven_their_weights(accumulate: int):
+def test_microbatches_change_nothing_however_uneven_their_weights():
     params = tiny_params(CONFIG)
-    optimizer = OptimizerConfig(learning_rate=1e-3)
-    (whole, seen), (cut, seen_cut) = (train(trainer(optimizer, n), params, 3) for n in (1, accumulate))
+    optimizer = OptimizerConfig(learning_rate=1e-3, eps=EPS)
+    (whole, seen), (cut, seen_cut) = (train(trainer(optimizer, n), params, 3) for n in (1, 4))
     # The same sums in another order.
     for one, other in zip(seen, seen_cut, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
@@ -176,13 +180,15 @@ def test_moments_are_float32_and_parameters_keep_their_dtype(dtype: str):
 
 
 def test_updates_of_bfloat16_parameters_are_computed_in_float32():
-    how = trainer(OptimizerConfig(learning_rate=1e-3), compute=Compute(param_dtype="bfloat16"))
+    how = trainer(OptimizerConfig(learning_rate=1e-2, eps=EPS), compute=Compute(param_dtype="bfloat16"))
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params(CONFIG))
     masters = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     rounded, _ = train(how, params, 1)
     exact, _ = train(dataclasses.replace(how, compute=Compute()), masters, 1)
     for path, leaf in named(rounded.params).items():
-        np.testing.assert_array_equal(leaf, named(exact.params)[path].astype(jnp.bfloat16), err_msg=path)
+        # One rounding of the parameter, and that of its gradient, which moves it by less than 1e-2.
+        reference = named(exact.params)[path]
+        np.testing.assert_allclose(leaf.astype(jnp.float32), reference, rtol=2**-8, atol=1e-4, err_msg=path)
 
 
 def test_padding_documents_and_their_order_in_a_row_do_not_touch_each_other(config: ModelConfig = CONFIG):

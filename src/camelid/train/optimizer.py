@@ -44,6 +44,7 @@ class OptimizerConfig:
 
 def learning_rate(config: OptimizerConfig, steps: int) -> "optax.Schedule":
     """From the number of finished updates to the learning rate of the next one; the first is already above zero."""
+    import jax.numpy as jnp
     import optax
 
     rises = optax.warmup_cosine_decay_schedule(
@@ -53,14 +54,15 @@ def learning_rate(config: OptimizerConfig, steps: int) -> "optax.Schedule":
         decay_steps=max(steps, config.warmup_steps + 1),
         end_value=config.learning_rate * config.final_fraction,
     )
-    return lambda count: rises(count + 1)
+    return lambda count: rises(jnp.asarray(count + 1, jnp.float32))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, decay: Any) -> "optax.GradientTransformation":
     """`decay` is a tree of booleans shaped as the parameters: which of them weight decay touches."""
+    import jax
     import optax
 
-    return optax.adamw(
+    adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.beta1,
         b2=config.beta2,
@@ -68,3 +70,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, decay: Any) -> "optax.Gr
         weight_decay=config.weight_decay,
         mask=decay,
     )
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # optax raises floats to the power of an integer count.
+        with jax.numpy_dtype_promotion("standard"):
+            return adamw.update(grads, state, params)
+
+    return optax.GradientTransformation(adamw.init, update)
