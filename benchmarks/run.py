@@ -93,8 +93,8 @@ def bench_training(checkpoint: Path, dtype: str) -> list[dict]:
     """One AdamW step on 2 x 512 tokens with clipping; float32 weights, products in `dtype`."""
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (ROWS, LENGTH + 1))
     sides = {"ours": our_step(checkpoint, dtype, tokens)}
-    sides |= {f"eager": their_step(checkpoint, dtype, tokens, compiled=False)}
-    sides |= {f"compile": their_step(checkpoint, dtype, tokens, compiled=True)}
+    sides |= {"eager": their_step(checkpoint, dtype, tokens, compiled=False)}
+    sides |= {"compile": their_step(checkpoint, dtype, tokens, compiled=True)}
     seconds = in_turns(sides, rounds=9)
     peer = min(("eager", "compile"), key=seconds.get)
     flops = training_flops(CONFIG, LENGTH) * ROWS * LENGTH

@@ -5,7 +5,9 @@ Nothing is downloaded. With a checkpoint of the user's, that is finetuned on the
 
 import json
 import math
+import os
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -51,13 +53,14 @@ def main(folder: Path, model: str | None, steps: int) -> None:
     outcome = run(recipe)
     if not outcome.finished:
         return _say("stopped; the same command goes on from here")
-    saved = outcome.folder / "model"
     losses = [row for row in read_metrics(outcome.folder / "metrics.jsonl") if "validation_loss" in row]
-    _summarize(outcome, saved, losses[0]["validation_loss"], losses[-1]["validation_loss"], began)
+    _summarize(outcome, losses[0]["validation_loss"], losses[-1]["validation_loss"], began)
     return None
 
 
-def _summarize(outcome: Outcome, saved: Path, before: float, after: float, began: float) -> None:
+def _summarize(outcome: Outcome, before: float, after: float, began: float) -> None:
+    place = Path(os.path.relpath(outcome.folder))
+    saved = place / "model"
     _say("")
     _say(f"held-out text   perplexity {math.exp(before):,.1f} before training, {math.exp(after):,.2f} after")
     for completion in outcome.model.generate(PROMPTS, max_new_tokens=40, temperature=0.7, top_p=0.95):
@@ -66,14 +69,16 @@ def _summarize(outcome: Outcome, saved: Path, before: float, after: float, began
     again = load(saved, dtype=outcome.model.compute.dtype)
     difference = float(np.max(np.abs(np.asarray(again.logits(tokens)) - np.asarray(outcome.model.logits(tokens)))))
     _say(f"opened again    {saved}: logits differ by at most {difference:.1e}")
-    _say(f"loss curve      {outcome.folder / 'loss.png'}")
-    _say(f"recipe          {outcome.folder / 'recipe.toml'}")
+    _say(f"loss curve      {place / 'loss.png'}")
+    _say(f"recipe          {place / 'recipe.toml'}")
     _say(f"took            {time.perf_counter() - began:.0f} s")
     _say("")
     _say("try next")
-    _say(f'  camelid generate {saved} "The statement" --temperature 0.7')
-    _say(f"  camelid evaluate perplexity {saved} README.md")
-    _say(f"  camelid inspect {saved}")
+    here = Path(os.path.relpath(sys.executable)).with_name("camelid")
+    camelid = "camelid" if shutil.which("camelid") else here
+    _say(f'  {camelid} generate {saved} "The statement" --temperature 0.7')
+    _say(f"  {camelid} evaluate perplexity {saved} README.md")
+    _say(f"  {camelid} inspect {saved}")
     _say("  make demo MODEL=path/to/a/checkpoint      finetunes one of your own on the same text")
 
 

@@ -61,12 +61,12 @@ def run_tests(tests: Iterable[str], fault: Fault | None = None) -> tuple[int, st
     return done.returncode, done.stdout + done.stderr
 
 
-def noticed(fault: Fault) -> bool:
-    """Whether the fault's test fails; raises where it could not run."""
+def notice(fault: Fault) -> str | None:
+    """What the fault's test says against it, None where it passes; raises where it could not run."""
     status, said = run_tests([fault.test], fault)
     if status not in (0, 1):
         raise RuntimeError(f"{fault.name}: pytest ended with {status}\n{said}")
-    return status == 1
+    return None if status == 0 else next((line[2:].strip() for line in said.splitlines() if line[:2] == "E "), said)
 
 
 def main(words: list[str]) -> int:
@@ -76,15 +76,16 @@ def main(words: list[str]) -> int:
         print(said, "these tests fail without any fault", sep="\n", file=sys.stderr)
         return status
 
-    def timed(fault: Fault) -> tuple[bool, float]:
+    def timed(fault: Fault) -> tuple[str | None, float]:
         start = time.monotonic()
-        return noticed(fault), time.monotonic() - start
+        return notice(fault), time.monotonic() - start
 
     missed = 0
     with ThreadPoolExecutor(JOBS) as pool:
-        for fault, (seen, seconds) in zip(faults, pool.map(timed, faults), strict=True):
-            missed += not seen
-            print(f"{'caught' if seen else 'MISSED'}  {seconds:4.0f} s  {fault.name}  [{fault.test}]", flush=True)
+        for fault, (why, seconds) in zip(faults, pool.map(timed, faults), strict=True):
+            missed += why is None
+            print(f"{'MISSED' if why is None else 'caught'}  {seconds:4.0f} s  {fault.name}", flush=True)
+            print(f"        {fault.test}\n        {(why or 'passed')[:100]}", flush=True)
     print(f"{len(faults) - missed} of {len(faults)} faults caught")
     return 1 if missed else 0
 

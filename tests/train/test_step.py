@@ -189,27 +189,3 @@ def test_updates_of_bfloat16_parameters_are_computed_in_float32():
         # One rounding of the parameter, and that of its gradient, which moves it by less than 1e-2.
         reference = named(exact.params)[path]
         np.testing.assert_allclose(leaf.astype(jnp.float32), reference, rtol=2**-8, atol=1e-4, err_msg=path)
-
-
-def test_padding_documents_and_their_order_in_a_row_do_not_touch_each_other(config: ModelConfig = CONFIG):
-    """What packing promises: the loss of two documents in one row is that of each alone."""
-    how, params = trainer(), tiny_params(config)
-    tokens = tiny_tokens(config, 1, 13)[0]
-
-    def row(pieces: list[np.ndarray], length: int) -> dict[str, jax.Array]:
-        columns = {name: np.zeros((1, length), np.int32) for name in ("tokens", "targets", "positions", "segments")}
-        weights = np.zeros((1, length), np.float32)
-        start = 0
-        for number, piece in enumerate(pieces, start=1):
-            here = (0, slice(start, start + len(piece) - 1))
-            columns["tokens"][here], columns["targets"][here] = piece[:-1], piece[1:]
-            columns["positions"][here], columns["segments"][here] = np.arange(len(piece) - 1), number
-            weights[here] = 1
-            start += len(piece) - 1
-        return {name: jnp.asarray(x) for name, x in (columns | {"weights": weights}).items()}
-
-    first, second = tokens[:8], tokens[8:]
-    packed = how.loss(params, row([first, second], 16))
-    apart = [how.loss(params, row([piece], 16)) for piece in (first, second)]
-    assert float(packed[0]) == pytest.approx(sum(float(total) for total, _ in apart), rel=1e-5)
-    assert float(packed[1]) == sum(float(weight) for _, weight in apart) == 11

@@ -1,0 +1,111 @@
+"""metrics.jsonl goes on where a run goes on; the picture is a picture."""
+
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def written(path: Path, *steps: int, resume_from: int = 0) -> None:
+    metrics = MetricsFile(path, resume_from)
+    for step in steps:
+        metrics.write({"step": step, "loss": step / 2})
+    metrics.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_written(path: Path):
+    metrics = MetricsFile(path, 0)
+    for step in (1, 2):
+        metrics.write({"step": step})
+        assert rows(path) == [{"step": n} for n in range(1, step + 1)]
+    metrics.close()
+
+
+def test_a_resumed_run_drops_what_it_will_do_again_and_keeps_the_rest(path: Path):
+    written(path, 1, 2, 3, 4, 5)
+    written(path, 4, 5, 6, resume_from=3)
+    assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5, 6]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_run_that_starts_again_from_nothing_keeps_nothing(path: Path):
+    written(path, 0, 1, 2)
+    written(path, 0, 1, resume_from=0)
+    assert [row["step"] for row in rows(path)] == [0, 1]
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(path: Path):
+    written(path, 1, 2)
+    path.write_text(path.read_text() + '{"step": 3, "lo')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    written(path, 3, resume_from=2)
+    assert [row["step"] for row in rows(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"step": step, "loss": 5 / step} for step in range(1, 30)],
+        [{"step": 0, "validation_loss": 5.0}, {"step": 1, "loss": 4.0}, {"step": 1, "validation_loss": 4.5}],
+        [{"step": 1, "loss": float("nan")}],
+        [],
+    ],
+    ids=["losses", "with validation", "nan", "empty"],
+)
+def test_the_loss_curve_is_a_png(tmp_path: Path, content: list[dict]):
+    draw_losses(content, tmp_path / "loss.png")
+    image = (tmp_path / "loss.png").read_bytes()
+    assert image[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", image[16:24])
+    assert (width, height) == (960, 540)
+    assert len(set(zlib.decompress(b"".join(chunks(image))))) > 10, "nothing is drawn"
+
+
+def chunks(image: bytes) -> list[bytes]:
+    """The pixels' chunks of a PNG, each with its checksum right."""
+    found, place = [], 8
+    while place < len(image):
+        (length,), kind = struct.unpack(">I", image[place : place + 4]), image[place + 4 : place + 8]
+        content = image[place + 8 : place + 8 + length]
+        assert zlib.crc32(kind + content) == struct.unpack(">I", image[place + 8 + length : place + 12 + length])[0]
+        found += [content] if kind == b"IDAT" else []
+        place += 12 + length
+    return found
+
+
+def test_without_a_terminal_about_twenty_plain_lines_are_printed(capsys: pytest.CaptureFixture[str]):
+    terminal = Terminal(0, 100)
+    for step in range(1, 101):
+        numbers = {"loss": 1.0, "learning_rate": 1e-3, "tokens_per_second": 1e4, "mfu": 0.5, "eta_s": 3.0}
+        terminal.show(step, numbers)
+    terminal.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 20
+    assert lines[-1] == "step 100/100  loss 1.0000  lr 1.00e-03  10,000 tokens/s  MFU 50.0%  3 s left"
+    assert "\x1b" not in err
+
+
+def test_speed_counts_the_tokens_since_the_last_reading(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([10.0, 12.0, 13.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    speed = Speed(first=5, steps=25, flops_per_token=3.0, peak_flops=6000.0)
+    assert speed.read(9, 100) == {"tokens_per_second": 200.0, "mfu": 0.1, "step_s": 0.5, "eta_s": 8.0}
+    later = speed.read(10, 100)
+    assert later == {"tokens_per_second": 100.0, "mfu": 0.05, "step_s": 1.0, "eta_s": 15.0}
+    assert not np.isnan(list(later.values())).any()
