@@ -137,9 +137,8 @@ def test_overwriting_replaces_the_whole_folder_but_only_when_the_new_one_is_whol
     out = tmp_path / "out"
     with new_folder(out, 0) as folder:
         (folder / "old").write_text("old")
-    with pytest.raises(RuntimeError), new_folder(out, 0, overwrite=True) as folder:
-        (folder / "new").write_text("new")
-        raise RuntimeError
+    with pytest.raises(FileNotFoundError), new_folder(out, 0, overwrite=True) as folder:
+        (folder / "new" / "missing").write_text("new")
     assert entries(out) == {"old"}
     with new_folder(out, 0, overwrite=True) as folder:
         (folder / "new").write_text("new")

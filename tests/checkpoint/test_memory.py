@@ -20,8 +20,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=TIMEOUT_S).stdout)
 
 
-# 500 MB above the model's size are promised. The interpreter with JAX takes about 170 of them; a second copy of this model
-# would go unseen in the rest, so these bounds are narrower.
+# 500 MB above the model's size are promised. The interpreter with JAX takes about 170 of them; a second copy of this
+# model would go unseen in the rest, so these bounds are narrower.
 
 
 def test_loading_in_the_files_dtype_holds_the_model_once(report: dict):

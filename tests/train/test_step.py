@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from camelid.data.batch import Batch
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import Compute
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import map_specs, named
 from camelid.parallel.mesh import one_device
@@ -22,13 +22,15 @@ from tiny import tiny_config, tiny_params, tiny_tokens, to_transformers, transfo
 
 CONFIG = tiny_config()
 STEPS = 6
-# AdamW divides a gradient by its own size: with the usual eps, one of 1e-9 moves as far as one of 1, and rounding decides
-# which way. A large eps lets the comparisons below be narrow.
+# AdamW divides a gradient by its own size: with the usual eps, one of 1e-9 moves as far as one of 1, and rounding
+# decides which way. A large eps lets the comparisons below be narrow.
 EPS = 1e-3
 
 
 def trainer(
-    optimizer: OptimizerConfig = OptimizerConfig(), accumulate: int = 1, compute: Compute = Compute()
+    optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+    accumulate: int = 1,
+    compute: Compute = Compute(),  # noqa: B008
 ) -> Trainer:
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
     return Trainer(
@@ -127,7 +129,7 @@ def test_microbatches_share_the_rows_without_loss():
 
 def test_gradients_are_those_of_the_mean_over_all_weights():
     params, given = tiny_params(CONFIG), batch(0)
-    total, weight, grads = trainer(accumulate=4).gradients(params, given)
+    _, weight, grads = trainer(accumulate=4).gradients(params, given)
 
     def mean(params: Decoder) -> jax.Array:
         total, weight = trainer().loss(params, given)

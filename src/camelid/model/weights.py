@@ -53,13 +53,18 @@ product.defvjp(_forward, _backward)
 def weight_gradient(g: Float[Array, "B S O"], x: Float[Array, "B S I"]) -> Float[Array, "O I"]:
     """The gradient of a weight from those of its outputs, summed over all tokens, in float32."""
 
+    def plain(g: Array, x: Array) -> Array:
+        return dot("BSO,BSI->OI", g, x)
+
     def rows_first(g: Array, x: Array) -> Array:
         # XLA's CPU backend folds the transpose of `g` into the product, which then runs at a third of its speed in
         # bfloat16; written out first, the transpose costs far less than it saves.
         turned = with_layout_constraint(g.reshape(-1, g.shape[-1]).T, Layout(major_to_minor=(0, 1)))
         return dot("ON,NI->OI", turned, x.reshape(-1, x.shape[-1]))
 
-    return lax.platform_dependent(g, x, cpu=rows_first, default=lambda g, x: dot("BSO,BSI->OI", g, x))
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return plain(g, x)  # the partitioner cannot see through a layout: it would gather all tokens on every device
+    return lax.platform_dependent(g, x, cpu=rows_first, default=plain)
 
 
 def dot(equation: str, a: Array, b: Array) -> Array:

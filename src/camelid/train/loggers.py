@@ -105,7 +105,7 @@ def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
         if points:
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, style, label=name.replace("_", " "))
+            axes.legend()
     axes.set(xlabel="step", ylabel="nats per token", title="Loss")
     axes.grid(alpha=0.3)
-    axes.legend()
     figure.savefig(path)
