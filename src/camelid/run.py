@@ -5,7 +5,7 @@ import fcntl
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from camelid.train.loop import Callback, train
 from camelid.train.optimizer import learning_rate, make_optimizer
 from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import Trainer
+from camelid.train.trackers import make_tracker
 
 
 @dataclass(frozen=True)
@@ -100,28 +101,33 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
     if first > steps:
         raise UserError(f"the run has made {first} steps already, the recipe asks for {steps}", "Ask for more steps.")
 
-    terminal, metrics = Terminal(first, steps), None
+    terminal, sinks = Terminal(first, steps), []
     if is_main():
-        metrics = MetricsFile(folder / "metrics.jsonl", first)
+        trackers = (make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers)
+        sinks = [MetricsFile(folder / "metrics.jsonl", first), *trackers]
         _introduce(terminal, recipe, config, loader, mesh, first)
     batches = _batches(recipe, loader, mesh, first)
     step = _compile(trainer, state, recipe, mesh, terminal) if first < steps else trainer.step
     speed = Speed(first, steps, training_flops(config, recipe.data.sequence_length), _peak(recipe))
     tokens = recipe.data.batch_size * recipe.data.sequence_length
 
+    def record(row: dict) -> None:
+        for sink in sinks:
+            sink.write(row)
+
     def report(made: int, numbers: dict) -> None:
         if made % recipe.train.log_every and made != steps:
             return
         row = {"step": made} | numbers | speed.read(made, tokens)
-        if metrics is not None:
-            metrics.write(row)
+        record(row)
+        if is_main():
             terminal.show(made, row)
 
     def validate(made: int, state: TrainState) -> None:
         assert validation is not None
         loss = _validation_loss(trainer, state.params, validation, recipe, mesh)
-        if metrics is not None:
-            metrics.write({"step": made, "validation_loss": loss})
+        record({"step": made, "validation_loss": loss})
+        if is_main():
             terminal.say(f"step {made}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}")
 
     callbacks = [Callback(recipe.train.checkpoint_every, checkpoints.save, at_end=True, at_stop=True)]
@@ -130,15 +136,17 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
         callbacks.insert(0, Callback(recipe.train.evaluate_every or steps, validate, at_end=True))
         if first == 0:
             validate(0, state)
-    with StopSignal() as stop, contextlib.closing(terminal):
+    with StopSignal() as stop, contextlib.closing(terminal), contextlib.ExitStack() as ending:
+        for sink in sinks:
+            ending.callback(sink.close)
         made, state = train(step, state, batches, report, callbacks, stop)
     checkpoints.wait()
-    companions = parts.tokenizer.files if parts.source is None else parts.source.companions
-    model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, tuple(companions))
+    inherited = [] if parts.source is None else parts.source.companions
+    companions = {file.name: file for file in [*inherited, *parts.tokenizer.files]}
+    model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, tuple(companions.values()))
     if made == steps:
         model.save(folder / "model", overwrite=True)
-    if metrics is not None:
-        metrics.close()
+    if is_main():
         draw_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
     return Outcome(folder, made, made == steps, model)
 
@@ -181,7 +189,10 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
         )
 
 
-FREE = {"train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.evaluate_every"}
+FREE = {
+    f"train.{name}"
+    for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
+}
 """what may change when a run goes on; steps may only grow, and the mesh may be any"""
 
 

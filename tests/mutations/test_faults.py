@@ -23,8 +23,9 @@ def test_a_fault_finds_its_text_and_its_test(fault: Fault):
     assert name in functions
 
 
-# One of each kind of cost: the whole list takes minutes.
-@pytest.mark.parametrize("name", ["a mesh axis may cut an array twice", "top-p drops the token that crosses it"])
-def test_a_planted_fault_is_noticed(name: str):
-    (fault,) = (fault for fault in FAULTS if fault.name == name)
+def test_a_planted_fault_is_noticed():
+    """A cheap one; the whole list takes minutes."""
+    (fault,) = (
+        fault for fault in FAULTS if fault.name == "blockwise: the backward pass forgets that weights add up to 1"
+    )
     assert notice(fault) is not None

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
-from tiny import tiny_config
 
 from camelid.model.config import Compute
 from camelid.model.decoder import declare_decoder
@@ -16,6 +15,7 @@ from camelid.parallel.rules import COMPUTE, partition
 from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from camelid.train.state import abstract_state
 from camelid.train.step import Trainer
+from tiny import tiny_config
 
 ROWS, LENGTH = 16, 64
 

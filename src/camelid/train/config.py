@@ -1,6 +1,7 @@
 """How long a run trains and what it leaves behind; declared without JAX, so that the command line starts fast."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from camelid.errors import UserError
 
@@ -19,6 +20,8 @@ class TrainConfig:
     """the newest so many stay"""
     evaluate_every: int | None = None
     """steps between validation losses; the last step is always validated where there is validation text"""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """services that get the metrics too; each is an extra of the same name"""
     seed: int = 0
     """of fresh parameters"""
 

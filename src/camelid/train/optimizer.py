@@ -71,9 +71,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, decay: Any) -> "optax.Gr
         mask=decay,
     )
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         # optax raises floats to the power of an integer count.
         with jax.numpy_dtype_promotion("standard"):
-            return adamw.update(grads, state, params)
+            return adamw.update(updates, state, params)
 
     return optax.GradientTransformation(adamw.init, update)

@@ -1,0 +1,186 @@
+"""The folder of a run: what goes on in it, what is refused, and that a bad start leaves nothing."""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import camelid
+import camelid.run
+from camelid.parallel.mesh import one_device
+from runs import assert_refused, called, lay_over, losses, tiny_run, write_recipe_file
+
+
+@pytest.fixture(autouse=True)
+def _on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run of four steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+        assert train(folder).returncode == 0
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, its recipe.toml apart."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return tmp_path
+
+
+def train(folder: Path, **fields: Any):
+    table = lay_over(tiny_run(folder, train={"steps": 4, "checkpoint_every": 2, "evaluate_every": 3}), fields)
+    # Paths are fields too: those of a copied run are the original's.
+    table |= {"run": str(folder / "run")}
+    return called("train", write_recipe_file(table, folder / "recipe.toml"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+# Going on --------------------------------------------------------------------------------
+
+
+def test_a_finished_run_leaves_a_recipe_metrics_a_picture_and_a_model_that_opens(finished: Path):
+    run = finished / "run"
+    assert [row["step"] for row in losses(run)] == [1, 2, 3, 4]
+    assert {file.name for file in run.iterdir()} == {
+        ".lock",
+        "recipe.toml",
+        "metrics.jsonl",
+        "checkpoints",
+        "loss.png",
+        "model",
+    }
+    model = camelid.load(run / "model")
+    assert model.generate("ab", max_new_tokens=3)[0].prompt == "ab"
+    # What the folder keeps is the recipe, and starts the same run.
+    assert camelid.recipe.read_recipe(run / "recipe.toml").train.steps == 4
+
+
+def test_starting_a_finished_run_again_changes_nothing(finished: Path):
+    before = contents(finished / "run")
+    again = train(finished)
+    assert (again.returncode, "resuming after step 4" in again.stderr) == (0, True)
+    assert contents(finished / "run") == before
+
+
+def test_a_run_may_be_asked_for_more_steps_and_other_notes(folder: Path, finished: Path):
+    more = train(finished, train__steps=6, train__log_every=2, run=str(finished / "run"))
+    assert more.returncode == 0, more.stderr
+    assert [row["step"] for row in losses(finished / "run")] == [1, 2, 3, 4, 6]
+    # Put back for the other tests.
+    shutil.rmtree(finished / "run")
+    shutil.copytree(folder / "run", finished / "run")
+
+
+def test_fewer_steps_than_were_made_are_refused(finished: Path):
+    assert_refused(train(finished, train__steps=3), "has made 4 steps already, the recipe asks for 3")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "there"),
+    [("data__seed", 1, "0"), ("optimizer__learning_rate", 0.5, "0.001"), ("compute__dtype", "bfloat16", "'float32'")],
+)
+def test_another_recipe_is_refused_with_the_field_and_both_values(finished: Path, field: str, value: Any, there: str):
+    before = contents(finished / "run")
+    path = field.replace("__", ".")
+    assert_refused(train(finished, **{field: value}), f"another recipe: {path} = {there} there, {value!r} here")
+    assert contents(finished / "run") == before
+
+
+def test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it(tmp_path: Path):
+    assert train(tmp_path, train__steps=1).returncode == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    mended = train(tmp_path, train__steps=1, data__seed=1)
+    assert mended.returncode == 0, mended.stderr
+    assert [row["step"] for row in losses(tmp_path / "run")] == [1]
+    assert "seed = 1" in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+# Refusing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "about"),
+    [
+        ({"data__train": ["missing.txt"]}, "missing.txt matches no file"),
+        ({"data__batch_size": 6, "train__accumulate": 4}, "data.batch_size = 6 does not divide over 4 microbatches"),
+        ({"data__sequence_length": 65}, "data.sequence_length = 65 exceeds the context of 64"),
+        ({"model__vocab_size": 200}, "has 258 ids, the model's vocabulary only 200"),
+        ({"model__num_kv_heads": 4}, "num_heads = 6 is not a multiple of num_kv_heads = 4"),
+        ({"model__head_dim": 9}, "head_dim = 9 is odd"),
+        ({"tokenizer": "nowhere"}, "no tokenizer: looked for nowhere"),
+        ({"compute__replicate": ["head"]}, "compute.replicate names 'head'"),
+        ({"data__train": ["empty.txt"]}, "empty.txt"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_start_that_cannot_work_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], about: str
+):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(train(tmp_path, **fields), about)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_init_that_is_no_checkpoint_leaves_no_folder(tmp_path: Path):
+    table = tiny_run(tmp_path, init=str(tmp_path / "nowhere"))
+    del table["model"], table["tokenizer"]
+    assert_refused(called("train", write_recipe_file(table, tmp_path / "recipe.toml")), "nowhere does not exist")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_do_not_divide_over_the_devices_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()  # all eight devices
+    assert_refused(train(tmp_path, data__batch_size=12), "data.batch_size = 12 does not divide", "8 devices")
+    assert_refused(train(tmp_path, mesh={"data": 3, "fsdp": 1}), "does not fill 8 devices")
+    assert_refused(train(tmp_path, model__vocab_size=260), "vocab_in = 260 does not divide over fsdp x tensor = 8")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_refused_and_stays(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert_refused(train(tmp_path), "holds something else than a run")
+    assert contents(tmp_path / "run") == {"notes.txt": b"mine"}
+
+
+def test_a_file_in_the_folders_place_is_refused_and_stays(tmp_path: Path):
+    (tmp_path / "run").write_text("mine")
+    assert_refused(train(tmp_path), "is a file")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_run_that_another_process_trains_is_refused(finished: Path):
+    before = contents(finished / "run")
+    with (finished / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert_refused(train(finished), "another process trains in")
+    assert contents(finished / "run") == before
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_keeps_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    free = iter([10**12, 1000])  # at step 2, and at step 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+    assert_refused(train(tmp_path), "0.0 GB free, and a checkpoint of 0.0 GB is due")
+    assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    assert not (tmp_path / "run" / "model").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+    again = train(tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "resuming after step 2" in again.stderr
+    assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2, 3, 4]
