@@ -95,7 +95,7 @@ def bench_training(checkpoint: Path, dtype: str) -> list[dict]:
     sides = {"ours": our_step(checkpoint, dtype, tokens)}
     sides |= {"eager": their_step(checkpoint, dtype, tokens, compiled=False)}
     sides |= {"compile": their_step(checkpoint, dtype, tokens, compiled=True)}
-    seconds = in_turns(sides, rounds=9)
+    seconds = in_turns(sides, rounds=5)
     peer = min(("eager", "compile"), key=seconds.get)
     flops = training_flops(CONFIG, LENGTH) * ROWS * LENGTH
     limit = product_limit(dtype)
@@ -167,7 +167,7 @@ def bench_decoding(checkpoint: Path, dtype: str) -> list[dict]:
         "peer": their_generate,
         "read": lambda: big.sum(),
     }
-    seconds = in_turns(sides, rounds=7)
+    seconds = in_turns(sides, rounds=5)
     read = (count_parameters(CONFIG) - CONFIG.vocab_size * CONFIG.embed_dim) * jnp.dtype(dtype).itemsize * NEW
     limit = big.nbytes / seconds["read"]
     return [row("decode, batch 1", dtype, seconds["ours"] / NEW, seconds["peer"] / NEW, read / seconds["ours"] / limit)]

@@ -94,9 +94,11 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, Any]]:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    # No field is a date, but the name of a run may look like one.
+    return value if isinstance(value, bool | int | float | str | list | dict) else text
 
 
 def _lay_over(table: dict, key: str, value: Any) -> None:
@@ -116,7 +118,9 @@ def _refuse_unknown(table: Mapping[str, Any], cls: type, prefix: str) -> None:
             ask = f"did you mean {prefix + near[0]!r}?" if near else f"it has {', '.join(hints)}."
             raise UserError(f"the recipe has no field {prefix + key!r}", ask[0].upper() + ask[1:])
         inner = next((t for t in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(t)), None)
-        if isinstance(inner, type) and isinstance(value, Mapping):
+        if isinstance(inner, type) and not isinstance(value, Mapping):
+            raise UserError(f"{prefix}{key} = {value!r} is not a table", "docs/recipes.md lists every field.")
+        if isinstance(inner, type):
             _refuse_unknown(value, inner, f"{prefix}{key}.")
 
 

@@ -12,6 +12,7 @@ import pytest
 import camelid
 import camelid.run
 from camelid.parallel.mesh import one_device
+from camelid.train.loggers import read_metrics
 from runs import assert_refused, called, lay_over, losses, tiny_run, write_recipe_file
 
 
@@ -184,3 +185,27 @@ def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_keeps_the_checkpoi
     assert again.returncode == 0, again.stderr
     assert "resuming after step 2" in again.stderr
     assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_run_that_dies_between_validation_and_checkpoint_leaves_no_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever is checkpointed is in metrics.jsonl already, so a resumed run has nothing to make up for."""
+    validate, calls = camelid.run._validation_loss, 0
+
+    def dying(*given: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # before training, after step 2, after step 4
+            raise RuntimeError("power failure")
+        return validate(*given)
+
+    fields = {"train__evaluate_every": 2, "data__validation_fraction": 0.1, "train__steps": 6}
+    with monkeypatch.context() as patch:
+        patch.setattr(camelid.run, "_validation_loss", dying)
+        with pytest.raises(RuntimeError, match="power failure"):
+            train(tmp_path, **fields)
+    assert train(tmp_path, **fields).returncode == 0
+    rows = [(row["step"], "loss" in row) for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    expected = [(0, False), *((1, True), (2, True), (2, False)), *((3, True), (4, True), (4, False))]
+    assert rows == [*expected, (5, True), (6, True), (6, False)]

@@ -11,8 +11,9 @@ from camelid.errors import UserError
 from camelid.generate.decode import generate
 from camelid.generate.sample import Sampling, choose, sampling
 from camelid.model.config import Compute
-from camelid.model.decoder import Decoder
-from camelid.parallel.mesh import one_device
+from camelid.model.decoder import Decoder, declare_decoder
+from camelid.model.params import abstract
+from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from tiny import tiny_config, tiny_params, tiny_tokens
 
 CONFIG = tiny_config()
@@ -40,6 +41,15 @@ def test_a_row_of_a_batch_is_what_it_is_alone(run, how: Sampling):
     assert [len(row) for row in together] == [30] * len(PROMPTS)
     for prompt, seed, row in zip(PROMPTS, SEEDS, together, strict=True):
         assert run([prompt], [seed], how) == [row]
+
+
+def test_a_mesh_generates_what_one_device_does(run, params: Decoder):
+    """Three prompts on four parts of a batch: one part has none."""
+    mesh, compute = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), Compute(replicate=("vocab", "vocab_in"))
+    specs = abstract(declare_decoder(CONFIG), jnp.float32, mesh, compute.replicate)
+    cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
+    rows = generate(cut, PROMPTS[:3], SEEDS[:3], SAMPLED, 30, (), CONFIG, compute, mesh)
+    assert rows == run(PROMPTS, SEEDS, SAMPLED)[:3]
 
 
 def test_sampled_tokens_are_those_of_full_forwards_without_a_cache(run, params: Decoder):

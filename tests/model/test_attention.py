@@ -1,7 +1,7 @@
 """Every kernel against dense attention, and that against a plain loop in float64."""
 
 import math
-from functools import partial
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -170,19 +170,21 @@ def test_auto_takes_the_kernel_that_fits(monkeypatch, device, dtype, length, hea
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=1, tensor=4)], ids=["one device", "mesh"])
-def test_splash_equals_dense(packed: bool, mesh: MeshConfig | None):
+def test_splash_equals_dense_in_outputs_and_gradients(packed: bool, mesh: MeshConfig | None):
     """TPU's kernel, as Pallas interprets it on other devices."""
     length = 256
-    q, k, v, _ = inputs(length, heads=8, kv_heads=4, head_dim=128)
+    q, k, v, g = inputs(length, heads=8, kv_heads=4, head_dim=128)
     segments = documents(length) if packed else None
-    splash = jax.jit(partial(attention._splash, replicate=(), interpret=True))
-    dense = attend(q, k, v, None, segments, DENSE)
-    if mesh is None:
-        out = splash(q, k, v, segments)
-    else:
-        with jax.set_mesh(make_mesh(mesh)):
-            out = splash(q, k, v, segments)
-    np.testing.assert_allclose(out, dense, **CLOSE)
+
+    @jax.jit
+    def run(q, k, v, g):
+        out, pullback = jax.vjp(lambda *qkv: attention._splash(*qkv, segments, (), interpret=True), q, k, v)
+        return out, *pullback(g)
+
+    with nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
+        splash = run(q, k, v, g)
+    for ours, reference in zip(splash, with_gradients(q, k, v, g, None, segments, DENSE), strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
 
 
 @pytest.mark.gpu

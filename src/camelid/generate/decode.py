@@ -75,9 +75,9 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelC
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {number} is empty", "Give at least one token; BOS is enough.")
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        if odd := [token for token in prompt if not 0 <= token < config.vocab_size]:
             raise UserError(
-                f"prompt {number} has token {max(prompt)}, and the vocabulary has {config.vocab_size}",
+                f"prompt {number} has token {odd[0]}, and the vocabulary has {config.vocab_size}",
                 "The tokenizer and the model belong to different checkpoints.",
             )
         if len(prompt) + max_new_tokens > config.context_length:
@@ -128,7 +128,7 @@ def _generate(
         step, out, cache, token, done, counts = carry
         done = done | jnp.any(token[:, None] == eos, -1)
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], step, 1)
-        counts = counts + ~done
+        counts = counts + jnp.where(done, 0, 1)
         positions = (lengths + step)[:, None]
         logits, cache = one_by_one(token[:, None], positions, None, config, compute, cache)
         return step + 1, out, cache, choose(logits[:, 0], seeds, step + 1, how), done, counts

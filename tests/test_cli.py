@@ -1,0 +1,300 @@
+"""The command line as users meet it: standard output, exit statuses, and mistakes answered in two lines."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+
+from camelid.recipe import read_recipe
+from runs import TIMEOUT_S, assert_refused, called, command, tiny_run, words, write_recipe_file
+
+ESCAPE = "\x1b"
+
+
+@pytest.fixture(scope="module")
+def reference(assets: Path) -> list[dict[str, Any]]:
+    """Prompts, their ids and 64 greedy ids, by transformers."""
+    return json.loads((assets / "models" / "stories260K" / "reference.json").read_text())["prompts"]
+
+
+@pytest.fixture
+def story(assets: Path) -> Path:
+    return assets / "data" / "tinystories" / "tinystories_sample.txt"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe_file(tiny_run(tmp_path), tmp_path / "recipe.toml")
+
+
+# generate -------------------------------------------------------------------------------
+
+
+def test_generate_json_is_one_object_with_the_reference_tokens_and_nothing_else(
+    stories: Path, reference: list[dict[str, Any]], user_env: dict[str, str]
+):
+    prompts = [prompt["text"] for prompt in reference]
+    done = command("generate", stories, *prompts, "--max-new-tokens", 64, "--json", env=user_env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+    (name, completions), *rest = json.loads(done.stdout).items()
+    assert (name, rest) == ("completions", [])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(stories)
+    for completion, expected in zip(completions, reference, strict=True):
+        assert completion.keys() == {"prompt", "text", "tokens", "finish_reason"}
+        assert completion["prompt"] == expected["text"]
+        assert completion["tokens"] == expected["greedy_ids"]
+        assert completion["finish_reason"] == "length"
+        whole = tokenizer.decode(expected["ids"] + expected["greedy_ids"], skip_special_tokens=True)
+        assert expected["text"] + completion["text"] == whole
+
+
+def test_generate_reads_standard_input_and_prints_the_prompt_with_its_continuation(
+    stories: Path, reference: list[dict[str, Any]]
+):
+    expected = reference[0]
+    plain = called("generate", stories, "--max-new-tokens", "64", stdin=expected["text"] + "\n")
+    as_json = called("generate", stories, "--max-new-tokens", "64", "--json", stdin=expected["text"])
+    (completion,) = json.loads(as_json.stdout)["completions"]
+    assert (completion["prompt"], completion["tokens"]) == (expected["text"], expected["greedy_ids"])
+    assert plain.stdout == expected["text"] + completion["text"] + "\n"
+
+
+def test_prompts_are_answered_in_order_and_seeds_repeat(stories: Path):
+    options = ["--max-new-tokens", "8", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", "--json"]
+    first, again, other = (
+        json.loads(called("generate", stories, "One day", "Lily", "One day", *options, "--seed", seed).stdout)
+        for seed in ("1", "1", "2")
+    )
+    assert [completion["prompt"] for completion in first["completions"]] == ["One day", "Lily", "One day"]
+    assert first == again
+    assert first != other
+    assert first["completions"][0] != first["completions"][2]
+
+
+def test_a_prompt_that_does_not_fit_the_context_is_refused(stories: Path):
+    assert_refused(called("generate", stories, "a" * 2000), "prompt 0 has", "context of 512")
+    assert_refused(called("generate", stories, "a", "--max-new-tokens", "512"), "prompt 0 has", "512 new ones")
+    assert_refused(called("generate", stories, "a", "--max-new-tokens", "0"), "max_new_tokens = 0")
+    assert_refused(called("generate", stories, "a", "--temperature", "-1"), "temperature = -1.0")
+    assert_refused(called("generate", stories, "a", "--top-p", "1.5", "--temperature", "1"), "top_p = 1.5")
+
+
+def test_ctrl_c_ends_quietly(stories: Path):
+    with mock.patch("camelid.checkpoint.hf.open_checkpoint", side_effect=KeyboardInterrupt):
+        done = called("inspect", stories)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"], ["--help"]], ids=" ".join)
+def test_a_reader_that_goes_away_is_not_an_error_to_talk_about(
+    stories: Path, user_env: dict[str, str], arguments: list[str]
+):
+    given = words(*arguments, *([stories] if arguments[0] == "inspect" else []))
+    process = subprocess.Popen(given, env=user_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()  # as `| true` does; `| head -1` may come before or after the output
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert err == b""
+
+
+# evaluate, inspect, convert -------------------------------------------------------------
+
+
+def test_perplexity_json_holds_the_loss_its_exponent_and_bits_of_the_text(stories: Path, story: Path):
+    done = called("evaluate", "perplexity", stories, story, "--json", "--sequence-length", "128")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result.keys() == {"perplexity", "loss", "bits_per_byte", "tokens"}
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    bits = result["loss"] * result["tokens"] / math.log(2)
+    assert result["bits_per_byte"] == pytest.approx(bits / story.stat().st_size)
+    assert 1 < result["perplexity"] < 10
+    printed = called("evaluate", "perplexity", stories, story, "--sequence-length", "128").stdout
+    assert f"perplexity     {result['perplexity']:.4f}" in printed
+
+
+def test_perplexity_of_nothing_and_of_no_text_is_refused(stories: Path, tmp_path: Path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bytes.txt").write_bytes(b"ab\xff")
+    score = ("evaluate", "perplexity", stories)
+    assert_refused(called(*score, tmp_path / "empty.txt"), "the text has 0 tokens")
+    assert_refused(called(*score, tmp_path / "bytes.txt"), "bytes.txt is not UTF-8 at byte 2")
+    assert_refused(called(*score, tmp_path / "none.txt"), "none.txt cannot be read")
+
+
+def test_inspect_json_describes_every_parameter(stories: Path):
+    report = json.loads(called("inspect", stories, "--json").stdout)
+    assert report.keys() == {"parameters", "bytes", "config", "tree"}
+    assert (report["parameters"], report["bytes"]) == (260_032, 1_040_128)
+    assert report["config"]["num_kv_heads"] == 4
+    assert report["tree"]["layers.attn.q_proj"] == {
+        "axes": ["layers", "heads", "head_dim", "embed"],
+        "shape": [5, 8, 8, 64],
+        "dtype": "float32",
+        "parameters": 20_480,
+        "bytes": 81_920,
+    }
+    for total in ("parameters", "bytes"):
+        assert sum(entry[total] for entry in report["tree"].values()) == report[total]
+
+
+def test_inspect_prints_a_line_for_every_parameter(stories: Path):
+    printed = called("inspect", stories).stdout
+    assert printed.splitlines()[-1] == "260,032 parameters, 1,040,128 bytes"
+    tree = json.loads(called("inspect", stories, "--json").stdout)["tree"]
+    assert all(any(line.split()[:1] == [path] for line in printed.splitlines()) for path in tree)
+
+
+def test_convert_writes_what_transformers_opens(stories: Path, tmp_path: Path):
+    done = called("convert", stories, tmp_path / "out", "--dtype", "bfloat16")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"wrote {tmp_path / 'out'}\n"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert model.num_parameters() == 260_032
+    again = called("convert", stories, tmp_path / "out")
+    assert_refused(again, "exists already")
+    assert "--overwrite" in again.stderr
+    assert called("convert", stories, tmp_path / "out", "--overwrite").returncode == 0
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+
+
+# train ----------------------------------------------------------------------------------
+
+
+def test_the_printed_recipe_is_the_recipe(recipe: Path, tmp_path: Path):
+    overrides = ["--train.steps", "9", "--optimizer.clip-norm=inf", "--run", str(tmp_path / "other")]
+    printed = called("train", recipe, "--print-recipe", *overrides)
+    assert (printed.returncode, printed.stderr) == (0, "")
+    (tmp_path / "again.toml").write_text(printed.stdout)
+    assert read_recipe(tmp_path / "again.toml") == read_recipe(recipe, overrides)
+    assert read_recipe(tmp_path / "again.toml").train.steps == 9
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_takes_overrides_and_says_where_the_model_is(recipe: Path, tmp_path: Path):
+    done = called("train", recipe, "--train.steps", "2", "--run", tmp_path / "other")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.splitlines()[-1].startswith(f"model {tmp_path / 'other' / 'model'}")
+    assert "step 2/2" in done.stderr
+    assert ESCAPE not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_a_recipe_is_two_lines(recipe: Path, tmp_path: Path):
+    assert_refused(called("train", recipe, "--train.stpes", "3"), "no field 'train.stpes'")
+    assert_refused(called("train", recipe, "--train.steps", "3.7"), "train.steps: 3.7 is not of type int")
+    assert_refused(called("train", recipe, "--data.shuffle", '"false"'), "data.shuffle: 'false' is not of type bool")
+    assert_refused(called("train", recipe, "--max-steps", "3"), "no field 'max_steps'")
+    assert_refused(called("train", tmp_path / "none.toml"), "none.toml cannot be read")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_numbers_of_processes_belong_together(recipe: Path, tmp_path: Path):
+    refusal = called("train", recipe, "--coordinator", "localhost:1")
+    assert_refused(refusal, "coordinator, processes and process-id belong together")
+    assert not (tmp_path / "run").exists()
+
+
+# mistakes, help, and looks --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem", "advice"),
+    [
+        (["trian", "r.toml"], "there is no command 'trian'", "Did you mean 'camelid train'?"),
+        (["evaluate", "perplexty"], "there is no command 'evaluate perplexty'", "Did you mean 'camelid evaluate perpl"),
+        (["--verbose"], "there is no command '--verbose'", "Commands: generate, evaluate perplexity, train"),
+        (["evaluate"], "there is no command 'evaluate'", "evaluate perplexity"),
+    ],
+)
+def test_an_unknown_command_is_refused_with_the_nearest(arguments: list[str], problem: str, advice: str):
+    done = called(*arguments)
+    assert_refused(done, problem)
+    assert advice in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "about"),
+    [
+        (["generate", "model", "--max-new-tokenz", "3"], "--max-new-tokenz"),
+        (["generate", "model", "--max-new-tokens", "many"], "many"),
+        (["generate", "model", "--dtype", "int8"], "int8"),
+        (["generate"], "MODEL"),
+        (["convert", "a"], "DESTINATION"),
+        (["convert", "a", "b", "--to", "gguf"], "gguf"),
+        (["inspect", "a", "b"], "b"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_unknown_option_or_value_is_refused_by_name(arguments: list[str], about: str):
+    done = called(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert about in done.stderr
+    assert "Traceback" not in done.stderr
+    assert ESCAPE not in done.stderr
+
+
+def test_every_command_has_help_with_an_example_and_an_end_without_color():
+    overview = called("--help").stdout
+    assert overview == called().stdout == called("-h").stdout == called("help").stdout
+    for name in ("generate", "evaluate perplexity", "train", "convert", "inspect", "demo"):
+        assert f"\n  {name} " in overview
+        done = called(*name.split(), "--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"camelid {name} " in done.stdout.split("usage:")[1].split("\n", 1)[1], "no example"
+        assert ESCAPE not in done.stdout
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert called("--version").stdout == f"camelid {version('camelid')}\n"
+
+
+FAST = """
+import io, sys
+from contextlib import redirect_stdout, redirect_stderr
+from camelid.cli import main
+for words in {commands!r}:
+    sys.argv = ["camelid", *words]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            main()
+        except SystemExit:
+            pass
+slow = {{"jax", "numpy", "optax", "orbax", "grain", "torch", "transformers", "tokenizers", "safetensors"}}
+print(sorted(slow & sys.modules.keys()))
+"""
+
+
+def test_help_mistakes_and_recipes_do_not_wait_for_jax(recipe: Path, user_env: dict[str, str]):
+    commands = [
+        ["--help"],
+        ["--version"],
+        ["trian"],
+        ["generate", "--help"],
+        ["train", "--help"],
+        ["train", str(recipe), "--train.stpes", "1"],
+        ["train", str(recipe), "--print-recipe"],
+    ]
+    program = FAST.format(commands=commands)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=user_env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
+
+
+def test_python_m_camelid_and_camelid_are_the_same(user_env: dict[str, str]):
+    script = subprocess.run(["camelid"], env=user_env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert script.returncode == 0
+    assert script.stdout == called().stdout
