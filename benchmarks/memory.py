@@ -68,21 +68,23 @@ def load(folder: str) -> dict:
     """The checkpoint in its own dtype."""
     import jax
 
-    import camelid
+    import camelid.api
 
+    start = peak_bytes()
     model = camelid.load(folder, dtype=None)
     jax.block_until_ready(model.params)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    return {"dtype": model.compute.dtype, "bytes": size, "peak_bytes": peak_bytes()}
+    return {"dtype": model.compute.dtype, "bytes": size, "imports_bytes": start, "peak_bytes": peak_bytes()}
 
 
 def convert(source: str, destination: str) -> dict:
     """The checkpoint written anew in float32."""
     from camelid.checkpoint.convert import convert
 
+    start = peak_bytes()
     convert(source, destination, dtype="float32")
     size = sum(file.stat().st_size for file in Path(destination).glob("*.safetensors"))
-    return {"dtype": "float32", "bytes": size, "peak_bytes": peak_bytes()}
+    return {"dtype": "float32", "bytes": size, "imports_bytes": start, "peak_bytes": peak_bytes()}
 
 
 def peak_bytes() -> int:

@@ -3,8 +3,8 @@
     make bench                     both
     make bench ARGS="train"        one of them
 
-Ratios are peer / ours of median times: above 1, camelid is faster. `limit_fraction` is the share of what the machine was
-measured to do in the same run: arithmetic of a matrix product for training, a plain read of memory for decoding.
+Ratios are peer / ours of median times: above 1, camelid is faster. `limit_fraction` is the share of what the machine
+was measured to do in the same run: products for training, a plain read of memory for decoding.
 """
 
 import os

@@ -20,17 +20,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=TIMEOUT_S).stdout)
 
 
-# 500 MB above the model's size are promised. The interpreter with JAX takes about 170 of them; a second copy of this
-# model would go unseen in the rest, so these bounds are narrower.
-
-
 def test_loading_in_the_files_dtype_holds_the_model_once(report: dict):
     size = report["checkpoint"]["bytes"]
     assert 250 * MB < size < 350 * MB
     assert report["load"]["bytes"] == size
-    assert size < report["load"]["peak_bytes"] < size + 300 * MB
+    assert size < report["load"]["peak_bytes"] < size + 500 * MB
+    # Narrower, because a second copy of so small a model would go unseen in 500 MB.
+    assert report["load"]["peak_bytes"] - report["load"]["imports_bytes"] < size + 150 * MB
 
 
 def test_converting_with_a_cast_holds_no_tensor_whole(report: dict):
     assert report["convert"]["bytes"] > 2 * report["checkpoint"]["bytes"]
-    assert report["convert"]["peak_bytes"] < 350 * MB
+    assert report["convert"]["peak_bytes"] < 500 * MB
+    # A slice of 32 MiB is read, and another written; the largest tensor has 131 MB in float32.
+    assert report["convert"]["peak_bytes"] - report["convert"]["imports_bytes"] < 120 * MB
