@@ -108,7 +108,7 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
         _introduce(terminal, recipe, config, loader, mesh, first)
     batches = _batches(recipe, loader, mesh, first)
     step = _compile(trainer, state, recipe, mesh, terminal) if first < steps else trainer.step
-    speed = Speed(first, steps, training_flops(config, recipe.data.sequence_length), _peak(recipe))
+    speed = Speed(first, steps, training_flops(config, recipe.data.sequence_length), _peak())
     tokens = recipe.data.batch_size * recipe.data.sequence_length
 
     def record(row: dict) -> None:
@@ -291,7 +291,7 @@ def _compile(trainer: Trainer, state: TrainState, recipe: Recipe, mesh: Mesh, te
     return compiled
 
 
-def _peak(recipe: Recipe) -> float | None:
+def _peak() -> float | None:
     device = peak_flops(jax.devices()[0].device_kind)
     return None if device is None else device * jax.device_count()
 
