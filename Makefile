@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# A training step touches fresh memory; in huge pages that costs less (glibc on Linux, for every library alike).
+HUGE := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 STAMP := $(VENV)/.stamp
 
 # The stamp holds the folder it was made in: a venv that was copied or moved still points to the old one.
@@ -16,7 +18,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## train, measure and use a small Llama, offline, in minutes (MODEL=path: one of yours)
-	@$(RUN) -m camelid demo $(if $(MODEL),--model "$(MODEL)")
+	@$(HUGE) $(RUN) -m camelid demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(STAMP) ## run the tests (ARGS="-k rope -x" goes to pytest)
 	@$(RUN) -m pytest -q $(ARGS)
@@ -27,7 +29,7 @@ check: $(STAMP) ## lint, format and types, as CI does
 	@$(RUN) -m pyright --pythonpath $(RUN)
 
 bench: $(STAMP) ## time training and decoding (ARGS goes to benchmarks/run.py)
-	@$(RUN) benchmarks/run.py $(ARGS)
+	@$(HUGE) $(RUN) benchmarks/run.py $(ARGS)
 
 docs: $(STAMP) ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict

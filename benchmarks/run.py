@@ -75,7 +75,8 @@ def main(words: list[str]) -> None:
         ]
     show(rows)
     RESULTS.mkdir(exist_ok=True)
-    kept = {"machine": machine(), "commit": commit(), "rows": rows}
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    kept = {"machine": machine(), "commit": commit(), "GLIBC_TUNABLES": tunables, "rows": rows}
     (RESULTS / f"{time.strftime('%Y-%m-%d')}-cpu.json").write_text(json.dumps(kept, indent=2) + "\n")
     print(json.dumps(rows))
 
