@@ -56,6 +56,7 @@ CONFIG = ModelConfig(
 )
 ROWS, LENGTH = 2, 512
 PROMPT, NEW = 16, 64
+REST = 0.3  # seconds between sides: the threads of the one before still spin for a while
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
 
 
@@ -192,6 +193,7 @@ def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
+            time.sleep(REST)
             began = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - began)
