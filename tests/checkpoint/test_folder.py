@@ -136,13 +136,13 @@ def test_an_existing_destination_is_refused_and_stays(model: Path, tmp_path: Pat
 def test_overwriting_replaces_the_whole_folder_but_only_when_the_new_one_is_whole(model: Path, tmp_path: Path):
     out = tmp_path / "out"
     with new_folder(out, 0) as folder:
-        (folder / "old").write_text("old")
+        (folder / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError), new_folder(out, 0, overwrite=True) as folder:
         (folder / "new" / "missing").write_text("new")
-    assert entries(out) == {"old"}
+    assert entries(out) == {"config.json"}
     with new_folder(out, 0, overwrite=True) as folder:
         (folder / "new").write_text("new")
-        assert entries(out) == {"old"}
+        assert entries(out) == {"config.json"}
     assert entries(out) == {"new"}
     assert entries(tmp_path) == {"out"}
 
@@ -157,7 +157,7 @@ def test_a_file_is_never_overwritten_by_a_folder(tmp_path: Path):
 def test_what_killed_processes_left_is_swept_away(tmp_path: Path):
     for name in ("out", ".out.incomplete", ".out.replaced"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "old").write_text("old")
+        (tmp_path / name / "config.json").write_text("{}")
     with new_folder(tmp_path / "out", 0, overwrite=True) as folder:
         assert entries(folder) == set()
         (folder / "new").write_text("new")
@@ -172,3 +172,11 @@ def test_folders_above_the_destination_are_made(model: Path, tmp_path: Path):
 
 def test_a_place_that_cannot_be_written_is_one_line(model: Path):
     assert_refused(called("convert", model, "/proc/nowhere/out"), "/proc/nowhere")
+
+
+def test_overwriting_spares_a_folder_that_is_no_checkpoint(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="something else"), new_folder(tmp_path / "home", 0, overwrite=True):
+        pass
+    assert (tmp_path / "home" / "letter.txt").read_text() == "dear"

@@ -20,6 +20,8 @@ def new_folder(destination: Path, need_bytes: int, overwrite: bool = False) -> I
         raise UserError(f"{destination} exists already", "Choose another destination, or allow --overwrite.")
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination} is a file", "Choose a folder as destination.")
+    if destination.exists() and any(destination.iterdir()) and not (destination / "config.json").is_file():
+        raise UserError(f"{destination} holds something else than a checkpoint", "Choose another destination.")
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.parent / f".{destination.name}.incomplete"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
