@@ -20,8 +20,6 @@ DISTRIBUTIONS = {"google": "protobuf", "jaxlib": "jax", "mlflow": "mlflow-skinny
 OWNERS = {"serve": "serve", "evaluate/lm_eval.py": "eval"}
 HEAVY = ("jax", "optax", "orbax", "grain", "torch", "transformers", "matplotlib")
 
-needs_command_line = pytest.mark.skipif(not (SOURCE / "cli.py").exists(), reason="there is no camelid.cli yet")
-
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", name)[0]).lower()
@@ -70,7 +68,6 @@ def test_importing_it_does_not_import_jax(part: str, user_env: dict[str, str]):
     assert not {"jax", "torch", "transformers"} & set(run("-c", code, env=user_env).split())
 
 
-@needs_command_line
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_the_command_line_answers_without_importing_jax(option: str, user_env: dict[str, str]):
     code = f"""
@@ -86,7 +83,6 @@ print("heavy:", *(name for name in {HEAVY!r} if name in sys.modules))
     assert run("-c", code, env=user_env).splitlines()[-1].split() == ["heavy:"]
 
 
-@needs_command_line
 def test_the_version_is_the_one_of_pyproject(user_env: dict[str, str]):
     assert PROJECT["version"] in run("-m", "camelid", "--version", env=user_env).split()
     assert run("-c", "import camelid; print(camelid.__version__)", env=user_env).strip() == PROJECT["version"]
