@@ -124,7 +124,7 @@ class Model:
             )
         else:
             # Fetching a layer is a collective: every process takes part in each, in the same order.
-            for row, layer, tensor in layout.plan([r for r in hf.ROWS if r.path in specs], specs, dtypes):
+            for row, layer, tensor in layout.plan(hf.rows_of(specs), specs, dtypes):
                 list(source(row, layer, tensor.dtype))
         wait_for_all(f"saved {path}")
 

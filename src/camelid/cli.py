@@ -18,6 +18,7 @@ import tyro
 from tyro.conf import Positional, Suppress, arg
 
 from camelid.errors import UserError
+from camelid.parallel.compiled import keep_compiled
 
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="of parameters and products")]
 Checkpoint = Annotated[
@@ -143,7 +144,7 @@ def train(
     resolved = read_recipe(recipe, overrides)
     if print_recipe:
         return print(write_recipe(resolved), end="")
-    _keep_compiled()
+    keep_compiled()
     from camelid.parallel import hosts
 
     hosts.start(hosts.Processes(coordinator=coordinator, count=processes, id=process_id, detect=detect))
@@ -239,7 +240,7 @@ def demo(model: str | None = None, folder: Path = Path("runs/demo"), steps: int 
         folder: where everything goes
         steps: of training
     """
-    _keep_compiled()
+    keep_compiled()
     from camelid.demo import main
 
     main(folder, model, steps)
@@ -347,17 +348,10 @@ def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _load(model: str, dtype: str):
-    _keep_compiled()
+    keep_compiled()
     from camelid.api import load
 
     return load(model, dtype=dtype)
-
-
-def _keep_compiled() -> None:
-    """Keeps what XLA compiles in a folder of the user's, so that a second start is quick."""
-    from camelid.parallel.compiled import keep_compiled
-
-    keep_compiled()
 
 
 def _read(path: Path) -> str:

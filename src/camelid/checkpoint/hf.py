@@ -39,8 +39,14 @@ ROWS = (
     Row("final_norm.scale", "model.norm.weight", "embed"),
     Row("lm_head", "lm_head.weight", "vocab embed"),
 )
+
 TIED_HEAD = Row("embed", "lm_head.weight", "vocab_in embed_in")  # some files repeat the table as the head
 BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # computed from config.json, never a parameter
+
+
+def rows_of(specs: Mapping[str, Spec]) -> list[Row]:
+    """The rows of the parameters that a model has."""
+    return [row for row in ROWS if row.path in specs]
 
 
 # config.json --------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = find(path)
     config = config_from_hf(read_json(folder / "config.json"))
     specs = named(declare_decoder(config))
-    rows = [row for row in ROWS if row.path in specs]
+    rows = rows_of(specs)
     assert len(rows) == len(specs), f"no row for {set(specs) - {row.path for row in rows}}"
     tensors = _open_files(folder)
     known = BUFFERS
@@ -339,7 +345,7 @@ def write_checkpoint(
     `dtypes` are those of the tensors, by path of ours; `progress` hears of bytes done and bytes in all.
     """
     specs = named(declare_decoder(config))
-    planned = plan([row for row in ROWS if row.path in specs], specs, dtypes)
+    planned = plan(rows_of(specs), specs, dtypes)
     total = sum(tensor.bytes for *_, tensor in planned)
     with new_folder(destination, total, overwrite) as folder:
         shards, done = _shards(planned, shard_bytes), 0
