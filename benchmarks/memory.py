@@ -56,9 +56,8 @@ def build(folder: str, size: str) -> dict:
     specs = named(declare_decoder(sized))
     draw = np.random.default_rng(0)
 
-    def source(row, layer, dtype) -> Iterator[np.ndarray]:
-        spec = specs[row.path]
-        yield draw.standard_normal(spec.shape[len(spec.stacked) :], np.float32).astype(dtype)
+    def source(part, layer, dtype) -> Iterator[np.ndarray]:
+        yield draw.standard_normal(part.spec.shape[len(part.spec.stacked) :], np.float32).astype(dtype)
 
     write_checkpoint(Path(folder), sized, dict.fromkeys(specs, dtype_named("bfloat16")), source, [])
     return {"dtype": "bfloat16", "bytes": 2 * count_parameters(sized)}

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "evaluate": "generate text checkpoint model parallel data.batch",
     "serve": "generate text",
     "api": "text generate checkpoint model parallel",
+    "describe": "checkpoint model parallel",
     "recipe": "*",
     "run": "*",
     "demo": "*",

@@ -133,7 +133,7 @@ def test_perplexity_of_nothing_and_of_no_text_is_refused(stories: Path, tmp_path
 
 def test_inspect_json_describes_every_parameter(stories: Path):
     report = json.loads(called("inspect", stories, "--json").stdout)
-    assert report.keys() == {"parameters", "bytes", "config", "tree"}
+    assert report.keys() >= {"parameters", "bytes", "config", "tree"}
     assert (report["parameters"], report["bytes"]) == (260_032, 1_040_128)
     assert report["config"]["num_kv_heads"] == 4
     assert report["tree"]["layers.attn.q_proj"] == {

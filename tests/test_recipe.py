@@ -5,12 +5,22 @@ import datetime
 import math
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import tomli_w
 
 from camelid.errors import UserError
+from camelid.model.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ModelConfig,
+    RopeScaling,
+    YarnScaling,
+)
+from camelid.model.presets import PRESETS, preset
 from camelid.recipe import Recipe, read_recipe, structure, write_recipe
 
 MODEL = {
@@ -38,6 +48,13 @@ def table(**fields: Any) -> dict[str, Any]:
     return {key: value for key, value in (whole | fields).items() if value is not None}
 
 
+def from_scratch(**model: Any) -> ModelConfig:
+    """The model of a recipe with this [model] table."""
+    found = structure(table(init=None, tokenizer="tok", model=model)).model
+    assert found is not None
+    return found
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.toml"
@@ -57,14 +74,11 @@ def test_what_a_recipe_leaves_out_is_the_default(file: Path):
 
 
 def test_a_recipe_from_scratch_has_a_model_and_a_tokenizer():
-    scaling = {"factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 512}
-    recipe = structure(table(init=None, tokenizer="tok", model=MODEL | {"rope_scaling": scaling, "eos_ids": [1, 2]}))
-    assert recipe.model is not None
-    assert recipe.model.rope_theta == 10_000.0
-    assert type(recipe.model.rope_theta) is float
-    assert recipe.model.eos_ids == (1, 2)
-    assert recipe.model.rope_scaling is not None
-    assert recipe.model.rope_scaling.factor == 8.0
+    model = from_scratch(**MODEL, eos_ids=[1, 2], sliding_window=8, window_pattern=[True, False])
+    assert model.rope_theta == 10_000.0
+    assert type(model.rope_theta) is float
+    assert model.eos_ids == (1, 2)
+    assert (model.sliding_window, model.window_pattern) == (8, (True, False))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +87,7 @@ def test_a_recipe_from_scratch_has_a_model_and_a_tokenizer():
         table(),
         table(
             init=None,
-            model=MODEL | {"pad_id": 0, "tie_embeddings": True, "eos_ids": [1, 2]},
+            model=MODEL | {"pad_id": 0, "tie_embeddings": True, "eos_ids": [1, 2], "norm": "layer", "family": "llama"},
             tokenizer="tok",
             optimizer={"clip_norm": math.inf, "warmup_steps": 3},
             compute={"replicate": ["kv_heads"], "dtype": "bfloat16"},
@@ -95,6 +109,133 @@ def test_a_recipe_written_and_read_back_is_the_same(tmp_path: Path, recipe: dict
 def test_a_single_value_stands_for_a_list_of_one():
     data = table()["data"] | {"train": "only.txt"}
     assert structure(table(data=data)).data.train == ("only.txt",)
+
+
+# The model ------------------------------------------------------------------------------
+
+LLAMA3 = {"kind": "llama3", "factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 512}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"kind": "linear", "factor": 2}, LinearScaling(factor=2.0)),
+        ({"kind": "dynamic", "factor": 1.5}, DynamicScaling(factor=1.5)),
+        (LLAMA3, Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=512)),
+        ({"kind": "yarn", "original_context": 64}, YarnScaling(original_context=64)),
+        (
+            {"kind": "yarn", "original_context": 64, "factor": 4, "truncate": False},
+            YarnScaling(original_context=64, factor=4.0, truncate=False),
+        ),
+        (
+            {"kind": "longrope", "original_context": 64, "short_factor": [1, 1, 1, 2], "long_factor": [1.5, 2, 3, 4]},
+            LongRopeScaling(original_context=64, short_factor=(1.0, 1.0, 1.0, 2.0), long_factor=(1.5, 2.0, 3.0, 4.0)),
+        ),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_each_kind_of_rope_scaling_is_read_and_written(tmp_path: Path, scaling: dict[str, Any], expected: RopeScaling):
+    recipe = structure(table(init=None, tokenizer="tok", model=MODEL | {"rope_scaling": scaling}))
+    assert recipe.model is not None
+    assert recipe.model.rope_scaling == expected
+    (tmp_path / "again.toml").write_text(write_recipe(recipe))
+    assert read_recipe(tmp_path / "again.toml") == recipe
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "llama1-7B", "tiny_llama_1b"])
+def test_a_preset_is_resolved_and_survives_writing(tmp_path: Path, name: str):
+    recipe = structure(table(init=None, tokenizer="tok", model={"preset": name}))
+    assert recipe.model == preset(name)
+    written = tomllib.loads(write_recipe(recipe))["model"]
+    assert "preset" not in written
+    present = {key for key, value in dataclasses.asdict(preset(name)).items() if value is not None}
+    assert written.keys() == present
+    (tmp_path / "again.toml").write_text(write_recipe(recipe))
+    assert read_recipe(tmp_path / "again.toml") == recipe
+
+
+def test_what_the_table_says_is_laid_over_the_preset():
+    model = from_scratch(preset="llama2_7b", num_layers=8, eos_ids=[7, 8], pad_id=0)
+    assert model == dataclasses.replace(preset("llama2_7b"), num_layers=8, eos_ids=(7, 8), pad_id=0)
+
+
+def test_a_table_of_the_same_kind_is_laid_over_the_presets_and_one_of_another_replaces_it():
+    stretched = preset("llama3_1_8b")
+    assert isinstance(stretched.rope_scaling, Llama3Scaling)
+    further = dataclasses.replace(stretched.rope_scaling, factor=16.0)
+    for kind in ({}, {"kind": "llama3"}):
+        model = from_scratch(preset="llama3_1_8b", rope_scaling={"factor": 16, **kind})
+        assert model == dataclasses.replace(stretched, rope_scaling=further)
+    model = from_scratch(preset="llama3_1_8b", rope_scaling={"kind": "linear", "factor": 2})
+    assert model.rope_scaling == LinearScaling(factor=2.0)
+
+
+def test_a_preset_can_be_chosen_and_changed_on_the_command_line(tmp_path: Path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps(table(init=None, tokenizer="tok", model={"preset": "llama2_7b", "num_layers": 2})))
+    words = ["--model.preset", "llama3_1_8b", "--model.rope-scaling.factor", "4", "--model.embed-dim=64"]
+    model = read_recipe(path, words).model
+    assert model is not None
+    assert (model.vocab_size, model.num_layers, model.embed_dim) == (128256, 2, 64)
+    assert isinstance(model.rope_scaling, Llama3Scaling)
+    assert model.rope_scaling.factor == 4.0
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"preset": "llama2_7bb"}, r"no preset 'llama2_7bb'\nDid you mean llama2_7b or"),
+        ({"preset": 7}, r"model\.preset = 7 is not a name\n.*camelid inspect --presets"),
+        ({"prset": "llama2_7b"}, r"no field 'model\.prset'\nDid you mean 'model\.preset'\?"),
+        ({"preset": "llama2_7b", "num_layer": 2}, r"no field 'model\.num_layer'\nDid you mean 'model\.num_layers'\?"),
+        ({"preset": "llama2_7b", "xyz": 2}, r"no field 'model\.xyz'\nIt has vocab_size, .*, preset\."),
+        ({"preset": "llama2_7b", "num_layers": "2"}, r"model\.num_layers: '2' is not of type int"),
+        ({"preset": "llama2_7b", "num_kv_heads": 5}, r"num_heads = 32 is not a multiple of num_kv_heads = 5"),
+        ({"preset": "llama2_7b", "norm": "layr"}, r"model\.norm: .*layr"),
+        ({"preset": "llama2_7b", "rope_scaling": {"factor": 2}}, r"lacks model\.rope_scaling\.kind\n.*linear, dynamic"),
+        ({"preset": "llama3_1_8b", "rope_scaling": 3}, r"model\.rope_scaling = 3 is not a table"),
+        (MODEL | {"rope_scaling": {}}, r"lacks model\.rope_scaling\.kind\nChoose one of .*, yarn, longrope\."),
+        (
+            MODEL | {"rope_scaling": {"kind": "yran"}},
+            r"model\.rope_scaling\.kind = 'yran' is unknown\nChoose one of lin",
+        ),
+        (MODEL | {"rope_scaling": {"kind": ["yarn"]}}, r"model\.rope_scaling\.kind = \['yarn'\] is unknown"),
+        (MODEL | {"rope_scaling": "yarn"}, r"model\.rope_scaling = 'yarn' is not a table"),
+        (MODEL | {"rope_scaling": {"kind": "yarn"}}, r"lacks model\.rope_scaling\.original_context"),
+        (MODEL | {"rope_scaling": LLAMA3 | {"factor": "8"}}, r"model\.rope_scaling\.factor: '8' is not of type float"),
+        (
+            MODEL | {"rope_scaling": LLAMA3 | {"fator": 2}},
+            r"'model\.rope_scaling\.fator'\nDid you .*rope_scaling\.factor",
+        ),
+        (
+            # a field of another kind
+            MODEL | {"rope_scaling": {"kind": "linear", "factor": 2, "truncate": False}},
+            r"no field 'model\.rope_scaling\.truncate'\nIt has kind, factor\.",
+        ),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_not_understood_is_refused_by_its_field(model: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        from_scratch(**model)
+
+
+def test_the_page_on_recipes_lists_every_field():
+    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+
+    def listed(cls: type, prefix: str) -> None:
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            row = f"| `{prefix}{field.name}` |"
+            assert row in page, row
+            arms = [arm for arm in (hints[field.name], *get_args(hints[field.name])) if dataclasses.is_dataclass(arm)]
+            if len(arms) == 1:
+                listed(arms[0], f"{prefix}{field.name}.")
+
+    listed(Recipe, "")
+    for kind in get_args(RopeScaling):
+        for field in dataclasses.fields(kind):
+            assert field.name == "kind" or f"| `{kind.kind}` | `{field.name}` |" in page, (kind, field.name)
 
 
 # Overrides ------------------------------------------------------------------------------
@@ -157,10 +298,6 @@ def test_an_override_that_fits_nowhere_is_refused(file: Path, words: list[str], 
         ({"modle": {}}, r"no field 'modle'\nDid you mean 'model'\?"),
         ({"train": {"steps": 5, "acumulate": 2}}, r"no field 'train\.acumulate'\nDid you mean 'train\.accumulate'\?"),
         ({"train": {"steps": 5, "xyz": 2}}, r"no field 'train\.xyz'\nIt has steps, accumulate"),
-        (
-            {"init": None, "tokenizer": "t", "model": MODEL | {"rope_scaling": {"fator": 2}}},
-            r"'model\.rope_scaling\.fator'",
-        ),
         ({"train": {"steps": 3.7}}, r"train\.steps: 3\.7 is not of type int"),
         ({"train": {"steps": "20"}}, r"train\.steps: '20' is not of type int"),
         ({"train": {"steps": True}}, r"train\.steps: True is not of type int"),

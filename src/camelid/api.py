@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from camelid.checkpoint import hf, layout
-from camelid.checkpoint.layout import Row
+from camelid.checkpoint.layout import Part
 from camelid.errors import UserError
 from camelid.generate.decode import generate
 from camelid.generate.sample import sampling
@@ -112,11 +112,10 @@ class Model:
         dtypes = {
             path: np.dtype(leaf.dtype) if dtype is None else hf.dtype_named(dtype) for path, leaf in leaves.items()
         }
-        specs = named(declare_decoder(self.config))
 
-        def source(row: Row, layer: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-            leaf = leaves[row.path]
-            yield _host_layer(leaf, layer if specs[row.path].stacked else None, self.mesh).astype(dtype, copy=False)
+        def source(part: Part, layer: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+            leaf = leaves[part.row.path]
+            yield _host_layer(leaf, layer if part.spec.stacked else None, self.mesh).astype(dtype, copy=False)
 
         if is_main():
             hf.write_checkpoint(
@@ -124,8 +123,9 @@ class Model:
             )
         else:
             # Fetching a layer is a collective: every process takes part in each, in the same order.
-            for row, layer, tensor in layout.plan(hf.rows_of(specs), specs, dtypes):
-                list(source(row, layer, tensor.dtype))
+            for parts in hf.table_of(self.config).tensors.values():
+                for part, layer in parts:
+                    list(source(part, layer, dtypes[part.row.path]))
         wait_for_all(f"saved {path}")
 
 
@@ -162,7 +162,7 @@ def load_params(checkpoint: hf.Checkpoint, compute: Compute, mesh: Mesh) -> Deco
     """The parameters of an opened checkpoint, in Compute.param_dtype, each device's part read for that device."""
     specs = declare_decoder(checkpoint.config)
     targets = named(abstract(specs, jnp.dtype(compute.param_dtype), mesh, compute.replicate))
-    arrays = layout.load(checkpoint.rows, checkpoint.specs, checkpoint.tensors, targets)
+    arrays = layout.load(checkpoint.table, checkpoint.tensors, targets)
     return build(specs, [arrays[path] for path in named(specs)])
 
 

@@ -184,49 +184,31 @@ def convert(
     _note(f"wrote {destination}")
 
 
-def inspect(model: Checkpoint, json: bool = False) -> None:
-    """What a checkpoint holds: configuration, parameters with their axes, count, bytes.
+def inspect(
+    model: Annotated[
+        Positional[str | None], arg(metavar="MODEL", help="a checkpoint's folder, its name on the Hub, or a preset")
+    ] = None,
+    presets: bool = False,
+    json: bool = False,
+) -> None:
+    """What a model is: configuration, parameters with their axes, count, bytes, FLOPs.
 
     camelid inspect ./TinyLlama
+    camelid inspect llama2_70b
+    camelid inspect --presets
 
     Args:
+        presets: list the presets: names of released models, for training from scratch
         json: print one JSON object
     """
-    from camelid.checkpoint.hf import open_checkpoint
+    if presets == (model is not None):
+        raise UserError("inspect takes a MODEL, or --presets", "camelid inspect --help shows examples.")
+    from camelid import describe
 
-    checkpoint = open_checkpoint(model)
-    dtypes = checkpoint.dtypes
-    tree = {
-        path: {
-            "axes": list(spec.axes),
-            "shape": list(spec.shape),
-            "dtype": dtypes[path].name,
-            "parameters": spec.size,
-            "bytes": spec.size * dtypes[path].itemsize,
-        }
-        for path, spec in checkpoint.specs.items()
-    }
-    report = {
-        "parameters": sum(entry["parameters"] for entry in tree.values()),
-        "bytes": sum(entry["bytes"] for entry in tree.values()),
-        "config": dataclasses.asdict(checkpoint.config),
-        "tree": tree,
-    }
+    report = describe.presets() if model is None else describe.report(model)
     if json:
         return _print_json(report)
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    for name, value in report["config"].items():
-        console.print(f"{name:16} {value}", markup=False)
-    table = Table("parameter", "axes", "shape", "dtype", "count", box=None, header_style="bold")
-    for path, entry in tree.items():
-        shape = " x ".join(map(str, entry["shape"]))
-        table.add_row(path, " ".join(entry["axes"]), shape, entry["dtype"], f"{entry['parameters']:,}")
-    console.print(table)
-    console.print(f"{report['parameters']:,} parameters, {report['bytes']:,} bytes")
-    return None
+    return describe.show_presets(report) if model is None else describe.show(report)
 
 
 def demo(model: str | None = None, folder: Path = Path("runs/demo"), steps: int = 200) -> None:

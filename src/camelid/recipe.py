@@ -15,9 +15,12 @@ import cattrs
 from camelid.data.config import DataConfig
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
+from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
 from camelid.train.config import TrainConfig
 from camelid.train.optimizer import OptimizerConfig
+
+PRESET = "preset"  # in [model]: the others are laid over its fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def structure(table: Mapping[str, Any]) -> Recipe:
     """A recipe from a table; raises UserError that names the first field at fault."""
+    table = _preset_laid_under(table)
     _refuse_unknown(table, Recipe, "")
     try:
         return _converter().structure(table, Recipe)
@@ -110,18 +114,53 @@ def _lay_over(table: dict, key: str, value: Any) -> None:
     table[name] = value
 
 
+def _preset_laid_under(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`table` with the fields of model.preset in its place, under those that the model has of its own."""
+    model = table.get("model")
+    if not isinstance(model, Mapping) or PRESET not in model:
+        return table
+    own = {key: value for key, value in model.items() if key != PRESET}
+    if not isinstance(name := model[PRESET], str):
+        raise UserError(f"model.preset = {name!r} is not a name", "`camelid inspect --presets` lists them.")
+    under = _without_none(dataclasses.asdict(preset(name)))
+    return {**table, "model": under | {key: _over(value, under.get(key)) for key, value in own.items()}}
+
+
+def _over(value: Any, below: Any) -> Any:
+    """A table laid over the one below it, where the two are of one kind; anything else takes its place."""
+    kind = below.get("kind") if isinstance(below, Mapping) else None
+    if isinstance(value, Mapping) and isinstance(below, Mapping) and value.get("kind", kind) == kind:
+        return {**below, **value}
+    return value
+
+
 def _refuse_unknown(table: Mapping[str, Any], cls: type, prefix: str) -> None:
     hints = get_type_hints(cls)
+    known = [*hints, PRESET] if cls is ModelConfig else hints
     for key, value in table.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1)
-            ask = f"did you mean {prefix + near[0]!r}?" if near else f"it has {', '.join(hints)}."
+            near = difflib.get_close_matches(key, known, 1)
+            ask = f"did you mean {prefix + near[0]!r}?" if near else f"it has {', '.join(known)}."
             raise UserError(f"the recipe has no field {prefix + key!r}", ask[0].upper() + ask[1:])
-        inner = next((t for t in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(t)), None)
-        if isinstance(inner, type) and not isinstance(value, Mapping):
-            raise UserError(f"{prefix}{key} = {value!r} is not a table", "docs/recipes.md lists every field.")
-        if isinstance(inner, type):
+        if inner := _table_class(hints[key], value, prefix + key):
             _refuse_unknown(value, inner, f"{prefix}{key}.")
+
+
+def _table_class(hint: Any, value: Any, name: str) -> type | None:
+    """The dataclass that `value` is to become, of several the one of its kind; None where `hint` has none."""
+    classes: list[Any] = [arm for arm in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(arm)]
+    if not classes:
+        return None
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name} = {value!r} is not a table", "docs/recipes.md lists every field.")
+    if len(classes) == 1:
+        return classes[0]
+    kinds = {cls.kind: cls for cls in classes}
+    if "kind" not in value:
+        raise UserError(f"the recipe lacks {name}.kind", f"Choose one of {', '.join(kinds)}.")
+    if not isinstance(kind := value["kind"], str) or kind not in kinds:
+        raise UserError(f"{name}.kind = {kind!r} is unknown", f"Choose one of {', '.join(kinds)}.")
+    return kinds[kind]
 
 
 def _converter() -> cattrs.Converter:
@@ -148,8 +187,8 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook_func(lambda kind: typing.get_origin(kind) is tuple, items)
 
     def optional(value: Any, kind: Any) -> Any:
-        (inner,) = (arm for arm in typing.get_args(kind) if arm is not types.NoneType)
-        return None if value is None else converter.structure(value, inner)
+        plain = next(arm for arm in typing.get_args(kind) if arm is not types.NoneType)
+        return None if value is None else converter.structure(value, _table_class(kind, value, "") or plain)
 
     converter.register_structure_hook_func(lambda kind: typing.get_origin(kind) is types.UnionType, optional)
     return converter

@@ -83,9 +83,10 @@ def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
     tokenizer = load_tokenizer(recipe.tokenizer or where)
     check_vocabulary(tokenizer, config.vocab_size)
     check_divides(config.axis_sizes, mesh, recipe.compute.replicate)
-    if recipe.data.sequence_length > config.context_length:
+    hf.table_of(config)  # what could not be saved is not trained
+    if recipe.data.sequence_length > config.max_length:
         raise UserError(
-            f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.context_length}",
+            f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.max_length}",
             "Use shorter rows.",
         )
     loader = Loader(recipe.data, tokenizer)

@@ -148,11 +148,11 @@ def test_the_sound_checkpoint_of_these_tests_opens(folder: Path, tmp_path: Path)
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(folder: Path):
     checkpoint = open_checkpoint(folder)
-    row, spec = next((row, checkpoint.specs[row.path]) for row in checkpoint.rows if row.path == "lm_head")
+    part = checkpoint.table.parts["lm_head"]
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:4000])
     with pytest.raises(UserError, match="ended while it was read"):
-        list(pieces(row, spec, checkpoint.tensors[row.name], np.dtype(np.float32)))
+        list(pieces(part, checkpoint.tensors[part.row.name], np.dtype(np.float32)))
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./no/where", "/no/where", "a/b/c"])

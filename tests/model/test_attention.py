@@ -1,17 +1,20 @@
 """Every kernel against dense attention, and that against a plain loop in float64."""
 
+import dataclasses
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from camelid.errors import UserError
 from camelid.model import attention
 from camelid.model.attention import attend, choose_kernel
-from camelid.model.config import Compute
+from camelid.model.config import Compute, ModelConfig
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from programs import largest_array
 
@@ -19,6 +22,19 @@ BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 6, 3, 10
 DENSE, BLOCKWISE = Compute(attention="dense"), Compute(attention="blockwise")
 # Sums of some dozens of float32 products, in another order; values and gradients are of scale 1.
 CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+def model(**of_attention) -> ModelConfig:
+    """A config that says to attention what is given; the rest it does not read."""
+    sizes = dict.fromkeys(("vocab_size", "embed_dim", "mlp_dim", "num_layers", "head_dim", "context_length"), 2)
+    return ModelConfig(**sizes, num_heads=1, num_kv_heads=1, norm_eps=1e-5, rope_theta=1e4, **of_attention)
+
+
+PLAIN = model()
+# Scores have a standard deviation of some 3, so that a cap of 2 bends most of them.
+CAPPED = model(attn_softcap=2.0, query_pre_attn_scalar=7)
+WINDOW = model(sliding_window=5)
+CAPPED_WINDOW = model(attn_softcap=2.0, query_pre_attn_scalar=7, sliding_window=11)
 
 
 def inputs(queries: int, keys: int | None = None, dtype=np.float32, **sizes: int) -> tuple[jax.Array, ...]:
@@ -39,30 +55,37 @@ def documents(length: int) -> jax.Array:
     return jnp.asarray(np.stack([first, second]), jnp.int32)
 
 
-def plain_loop(q, k, v, order, segments) -> np.ndarray:
+def plain_loop(q, k, v, order, segments, config: ModelConfig = PLAIN, local: bool = True) -> np.ndarray:
     """Attention as its definition says, one query at a time; consecutive query heads share a key head."""
+    window = config.sliding_window if local else None
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     for b, s, h in np.ndindex(q.shape[:3]):
         seen = [
-            t for t in range(k.shape[2]) if t <= order[b, s] and (segments is None or segments[b, s] == segments[b, t])
+            t
+            for t in range(order[b, s] + 1)
+            if (segments is None or segments[b, s] == segments[b, t]) and (window is None or order[b, s] - t < window)
         ]
         kv = h * k.shape[1] // q.shape[2]
-        scores = k[b, kv, seen] @ q[b, s, h] / math.sqrt(q.shape[3])
+        scores = k[b, kv, seen] @ q[b, s, h] / math.sqrt(config.query_pre_attn_scalar or q.shape[3])
+        if config.attn_softcap is not None:
+            scores = config.attn_softcap * np.tanh(scores / config.attn_softcap)
         weights = np.exp(scores - scores.max())
         out[b, s, h] = weights @ v[b, kv, seen] / weights.sum()
     return out
 
 
-def with_gradients(q, k, v, g, order, segments, compute: Compute) -> list[np.ndarray]:
+def with_gradients(
+    q, k, v, g, order, segments, compute: Compute, config: ModelConfig = PLAIN, local: bool | jax.Array = True
+) -> list[np.ndarray]:
     """The output and the gradients by q, k and v."""
 
-    @jax.jit
-    def run(q, k, v, g):
-        out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, order, segments, compute), q, k, v)
+    def run(q, k, v, g, local):
+        out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, order, segments, local, config, compute), q, k, v)
         return out, *pullback(g)
 
-    return [np.asarray(x, np.float32) for x in run(q, k, v, g)]
+    static = (4,) if isinstance(local, bool) else ()
+    return [np.asarray(x, np.float32) for x in jax.jit(run, static_argnums=static)(q, k, v, g, local)]
 
 
 @pytest.fixture
@@ -72,12 +95,24 @@ def block(monkeypatch) -> int:
     return 8
 
 
+@pytest.mark.parametrize("config", [PLAIN, CAPPED, WINDOW, CAPPED_WINDOW], ids=["plain", "capped", "window", "both"])
 @pytest.mark.parametrize("segments", [None, documents(13)], ids=["one document", "packed"])
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
-def test_attention_is_the_plain_loop(compute: Compute, segments, block):
+def test_attention_is_the_plain_loop(compute: Compute, segments, config: ModelConfig, block):
     q, k, v, _ = inputs(13)
     order = np.broadcast_to(np.arange(13), (BATCH, 13))
-    np.testing.assert_allclose(attend(q, k, v, None, segments, compute), plain_loop(q, k, v, order, segments), **CLOSE)
+    ours = attend(q, k, v, None, segments, True, config, compute)
+    np.testing.assert_allclose(ours, plain_loop(q, k, v, order, segments, config), **CLOSE)
+
+
+@pytest.mark.parametrize("window", [1, 5, 8, 9, 12, 13, 14])
+@pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
+def test_a_query_sees_as_many_tokens_as_the_window_its_own_the_last(compute: Compute, window: int, block):
+    q, k, v, _ = inputs(13)
+    out = attend(0 * q, k, v, None, None, True, model(sliding_window=window), compute)
+    v = np.repeat(np.asarray(v), HEADS // KV_HEADS, 1)  # scores are equal, so each output is a mean
+    means = [v[:, :, max(0, last + 1 - window) : last + 1].mean(2) for last in range(13)]
+    np.testing.assert_allclose(out, np.stack(means, 1), **CLOSE)
 
 
 # Of blocks of 8: a part of one, several, several and a part.
@@ -90,11 +125,104 @@ def test_blockwise_equals_dense_in_outputs_and_gradients(length: int, packed: bo
         np.testing.assert_allclose(ours, reference, **CLOSE)
 
 
-def test_blockwise_in_bfloat16_is_as_near_to_float32_as_dense_is(block):
+# In blocks of 8: the own token alone, part of a block, one, one and a token or two, two and a part, almost all, all.
+WINDOWS = {f"window of {n}": model(sliding_window=n) for n in (1, 5, 8, 9, 10, 19, 28, 29, 100)}
+VARIANTS = WINDOWS | {"capped": CAPPED, "capped window": CAPPED_WINDOW}
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_blockwise_equals_dense_for_every_window_and_with_a_cap(config: ModelConfig, packed: bool, block):
+    arrays = inputs(29)
+    segments = documents(29) if packed else None
+    dense, blockwise = (with_gradients(*arrays, None, segments, compute, config) for compute in (DENSE, BLOCKWISE))
+    for ours, reference in zip(blockwise, dense, strict=True):
+        np.testing.assert_allclose(ours, reference, **CLOSE)
+
+
+@pytest.mark.parametrize("config", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
+@pytest.mark.parametrize("starts", [[2], [0, 11]], ids=["one order for all rows", "an order a row"])
+def test_blockwise_equals_dense_wherever_the_queries_are(starts: list[int], config: ModelConfig, monkeypatch, block):
+    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_: asked)
+    q, k, v, g = inputs(29, 40)
+    order = jnp.asarray(starts, jnp.int32)[:, None] + jnp.arange(29)
+    grouped = q.reshape(BATCH, 29, KV_HEADS, -1, HEAD_DIM).transpose(0, 2, 3, 1, 4)
+    scoring = attention.Scoring(1 / math.sqrt(7), config.attn_softcap)
+    window = config.sliding_window and jnp.int32(config.sliding_window)
+
+    def run(kernel):
+        out, pullback = jax.vjp(lambda *qkv: kernel(*qkv, order, None, window, scoring), grouped, k, v)
+        return out, *pullback(g.reshape(grouped.shape))
+
+    for ours, reference in zip(run(attention.blockwise), run(attention.dense), strict=True):
+        np.testing.assert_allclose(ours, reference, **CLOSE)
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
+def test_a_traced_local_means_what_a_python_bool_means(compute: Compute, local: bool, block):
+    arrays, segments = inputs(29), documents(29)
+    traced = with_gradients(*arrays, None, segments, compute, CAPPED_WINDOW, jnp.asarray(local))
+    known = with_gradients(*arrays, None, segments, DENSE, CAPPED_WINDOW if local else CAPPED)
+    for ours, reference in zip(traced, known, strict=True):
+        np.testing.assert_allclose(ours, reference, **CLOSE)
+
+
+@pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
+def test_one_scan_runs_layers_with_and_without_the_window(compute: Compute, block):
+    q, k, v, g = inputs(29, heads=HEADS, kv_heads=HEADS)
+    layers = [True, False, True]
+
+    def layer(q, k, v, local):
+        return attend(q, k, v, None, None, local, CAPPED_WINDOW, compute)
+
+    def scanned(q, k, v):
+        one = jax.checkpoint(lambda q, local: (layer(q, k, v, local), None), prevent_cse=False)
+        return lax.scan(one, q, jnp.asarray(layers))[0]
+
+    def one_by_one(q, k, v):
+        for local in layers:
+            q = layer(q, k, v, local)
+        return q
+
+    def run(function):
+        out, pullback = jax.vjp(function, q, k, v)
+        return out, *pullback(g)
+
+    for ours, reference in zip(*(jax.jit(run, static_argnums=0)(f) for f in (scanned, one_by_one)), strict=True):
+        np.testing.assert_allclose(ours, reference, **CLOSE)
+
+
+@pytest.mark.parametrize("local", [True, jnp.asarray(True)], ids=["static", "traced"])
+def test_blocks_outside_the_window_are_skipped_forward_and_backward(local, block):
+    """A block that is read spreads its NaN, hidden or not; these are read for the first two blocks of queries only."""
+    q, k, v, g = inputs(29)
+    bad_k, bad_v = (x.at[:, :, :block].set(jnp.nan) for x in (k, v))
+    config = model(sliding_window=9)
+    # out and dq have tokens along axis 1, dk and dv along 2.
+    bad = with_gradients(q, bad_k, bad_v, g, None, None, BLOCKWISE, config, local)
+    good = with_gradients(q, k, v, g, None, None, DENSE, config)
+    for axis, ours, reference in zip((1, 1, 2, 2), bad, good, strict=True):
+        ours, reference = (np.moveaxis(x, axis, 0) for x in (ours, reference))
+        assert np.isnan(ours[:block]).all()
+        np.testing.assert_allclose(ours[2 * block :], reference[2 * block :], **CLOSE)
+
+
+def test_blocks_outside_the_window_are_skipped_in_a_cache(block):
+    q, k, v, _ = inputs(11, 40)
+    order = np.stack([np.arange(11) + 17, np.arange(11) + 29]).astype(np.int32)
+    bad_k, bad_v = (x.at[:, :, :block].set(jnp.nan) for x in (k, v))
+    ours = attend(q, bad_k, bad_v, jnp.asarray(order), None, True, model(sliding_window=10), Compute())
+    np.testing.assert_allclose(ours, plain_loop(q, k, v, order, None, model(sliding_window=10)), **CLOSE)
+
+
+@pytest.mark.parametrize("config", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
+def test_blockwise_in_bfloat16_is_as_near_to_float32_as_dense_is(config: ModelConfig, block):
     segments = documents(29)
-    exact = with_gradients(*inputs(29), None, segments, DENSE)
+    exact = with_gradients(*inputs(29), None, segments, DENSE, config)
     dense, blockwise = (
-        with_gradients(*inputs(29, dtype=jnp.bfloat16), None, segments, compute) for compute in (DENSE, BLOCKWISE)
+        with_gradients(*inputs(29, dtype=jnp.bfloat16), None, segments, compute, config)
+        for compute in (DENSE, BLOCKWISE)
     )
     for ours, reference, float32 in zip(blockwise, dense, exact, strict=True):
         # Both round to 8 bits: dense the weights, blockwise their numerators, whose errors do not share a factor.
@@ -103,34 +231,51 @@ def test_blockwise_in_bfloat16_is_as_near_to_float32_as_dense_is(block):
 
 
 @pytest.mark.parametrize("steps", [np.geomspace(0.03, 30, 29), np.geomspace(30, 0.03, 29)], ids=["up", "down"])
-def test_blockwise_survives_blocks_whose_scores_differ_by_hundreds(steps, block):
+@pytest.mark.parametrize("config", [PLAIN, WINDOW], ids=["plain", "window"])
+def test_blockwise_survives_blocks_whose_scores_differ_by_hundreds(config: ModelConfig, steps, block):
     q, k, v, g = inputs(29)
     k = k * jnp.asarray(steps, jnp.float32)[:, None]
-    dense, blockwise = (with_gradients(q, k, v, g, None, None, compute) for compute in (DENSE, BLOCKWISE))
+    dense, blockwise = (with_gradients(q, k, v, g, None, None, compute, config) for compute in (DENSE, BLOCKWISE))
     for ours, reference in zip(blockwise, dense, strict=True):
         # A score of 1000 is known to 1e-4 in float32, and so is its exponential, relatively.
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-4 * np.abs(reference).max())
 
 
+def test_what_a_query_does_not_see_leaves_no_trace_of_rounding(block):
+    """A query whose first blocks are all hidden sums them for a while; not one bit of that may stay."""
+    q, k, v, g = inputs(32)
+    segments = jnp.asarray(np.arange(32) // 20 + jnp.asarray([[1], [0]]), jnp.int32)  # also: segment 0 is padding
+    seen = np.arange(32) >= 20
+    other = [jnp.where(seen[:, None], x, 1e3 * x) for x in (k, v)]
+    config = model(sliding_window=11)
+    ours, theirs = (with_gradients(q, *kv, g, None, segments, BLOCKWISE, config) for kv in ((k, v), other))
+    for axis, a, b in zip((1, 1, 2, 2), ours, theirs, strict=True):
+        a, b = (np.moveaxis(x, axis, 0) for x in (a, b))
+        np.testing.assert_array_equal(a[20:], b[20:])
+
+
+@pytest.mark.parametrize("config", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
+@pytest.mark.parametrize("local", [False, True, jnp.asarray(True)], ids=["all tokens", "local", "traced"])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 29), (11, 40), (1, 29)])
-def test_queries_over_a_cache_see_their_own_slots_and_earlier(queries: int, keys: int, block):
+def test_queries_over_a_cache_see_their_own_slots_and_earlier(queries: int, keys: int, local, config, block):
     """Rows are at different places; what lies in later slots is garbage that nobody may see."""
     q, k, v, _ = inputs(queries, keys)
     order = np.stack([np.arange(queries) + 3, np.arange(queries) + keys - queries]).astype(np.int32)
     beyond = np.arange(keys) > order[:, -1:]
     k, v = (jnp.where(beyond[:, None, :, None], 1e4, x) for x in (k, v))
-    ours = attend(q, k, v, jnp.asarray(order), None, Compute())
-    np.testing.assert_allclose(ours, plain_loop(q, k, v, order, None), **CLOSE)
+    ours = attend(q, k, v, jnp.asarray(order), None, local, config, Compute())
+    np.testing.assert_allclose(ours, plain_loop(q, k, v, order, None, config, bool(local)), **CLOSE)
 
 
+@pytest.mark.parametrize("config", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
-def test_only_dense_makes_an_array_of_queries_by_keys(compute: Compute):
+def test_only_dense_makes_an_array_of_queries_by_keys(compute: Compute, config: ModelConfig):
     length = 8 * attention.BLOCK
     q, k = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in ((length, 1, 2), (1, length, 2)))
     segments = jnp.zeros((1, length), jnp.int32)
 
     def run(q, k, v):
-        return jax.vjp(lambda q, k, v: attend(q, k, v, None, segments, compute), q, k, v)[1](q)
+        return jax.vjp(lambda q, k, v: attend(q, k, v, None, segments, True, config, compute), q, k, v)[1](q)
 
     assert (largest_array(run, q, k, k) >= length**2) == (compute == DENSE)
 
@@ -142,7 +287,16 @@ def test_only_dense_makes_an_array_of_queries_by_keys(compute: Compute):
 def test_a_kernel_that_the_device_lacks_is_refused(kernel: str):
     q, k, v, _ = inputs(13)
     with pytest.raises(UserError, match=f"attention = '{kernel}' needs .* here are {jax.default_backend()}, float32"):
-        attend(q, k, v, None, None, Compute(attention=kernel))
+        attend(q, k, v, None, None, False, PLAIN, Compute(attention=kernel))
+
+
+def test_capped_scores_are_not_for_cudnn(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose_kernel("auto", "bfloat16", 512, 64, True, 50.0) == "blockwise"
+    with pytest.raises(UserError, match=r"'cudnn' needs .* no attn_softcap; here are gpu, .* attn_softcap = 50\.0"):
+        choose_kernel("cudnn", "bfloat16", 512, 64, True, 50.0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert choose_kernel("auto", "bfloat16", 512, 128, True, 50.0) == "splash"
 
 
 @pytest.mark.parametrize(
@@ -165,36 +319,80 @@ def test_a_kernel_that_the_device_lacks_is_refused(kernel: str):
 )
 def test_auto_takes_the_kernel_that_fits(monkeypatch, device, dtype, length, head_dim, own, kernel):
     monkeypatch.setattr(jax, "default_backend", lambda: device)
-    assert choose_kernel("auto", dtype, length, head_dim, own) == kernel
+    assert choose_kernel("auto", dtype, length, head_dim, own, None) == kernel
 
 
+# Static, and traced as in a scan over layers.
+LOCAL = pytest.mark.parametrize(
+    ("config", "local"),
+    [
+        (PLAIN, False),
+        (model(sliding_window=75), True),
+        (model(sliding_window=75), jnp.asarray(True)),
+        (model(sliding_window=75), jnp.asarray(False)),
+    ],
+    ids=["all tokens", "window", "traced window", "traced all tokens"],
+)
+
+
+@LOCAL
+@pytest.mark.parametrize("cap", [None, 2.0], ids=["plain", "capped"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=1, tensor=4)], ids=["one device", "mesh"])
-def test_splash_equals_dense_in_outputs_and_gradients(packed: bool, mesh: MeshConfig | None):
+def test_splash_equals_dense_in_outputs_and_gradients(
+    packed: bool, mesh: MeshConfig | None, cap: float | None, config: ModelConfig, local, monkeypatch
+):
     """TPU's kernel, as Pallas interprets it on other devices."""
+    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_: asked)
+    monkeypatch.setattr(attention, "_splash", partial(attention._splash, interpret=True))
     length = 256
-    q, k, v, g = inputs(length, heads=8, kv_heads=4, head_dim=128)
+    config = dataclasses.replace(config, attn_softcap=cap)
+    arrays = inputs(length, heads=8, kv_heads=4, head_dim=128)
     segments = documents(length) if packed else None
-
-    @jax.jit
-    def run(q, k, v, g):
-        out, pullback = jax.vjp(lambda *qkv: attention._splash(*qkv, segments, (), interpret=True), q, k, v)
-        return out, *pullback(g)
-
     with nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
-        splash = run(q, k, v, g)
-    for ours, reference in zip(splash, with_gradients(q, k, v, g, None, segments, DENSE), strict=True):
+        splash = with_gradients(*arrays, None, segments, Compute(attention="splash"), config, local)
+    dense = with_gradients(*arrays, None, segments, DENSE, config, local)
+    for ours, reference in zip(splash, dense, strict=True):
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
 
 
+@LOCAL
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_what_cudnn_is_asked_for_is_dense_attention(packed: bool, config: ModelConfig, local, monkeypatch):
+    """The call of cuDNN's kernel, as JAX computes it on devices that have none."""
+    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_: asked)
+    plain, asked = jax.nn.dot_product_attention, []
+
+    def without_cudnn(*qkv, implementation: str, **how):
+        asked.append((implementation, how["mask"] is None, how["local_window_size"]))
+        return plain(*qkv, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", without_cudnn)
+    config = dataclasses.replace(config, query_pre_attn_scalar=7)
+    segments = documents(200) if packed else None
+    cudnn, dense = (
+        with_gradients(*inputs(200), None, segments, compute, config, local)
+        for compute in (Compute(attention="cudnn"), DENSE)
+    )
+    for ours, reference in zip(cudnn, dense, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+    # cuDNN before 9.10.2 takes a mask or a window, not both.
+    assert asked
+    assert all(kernel == "cudnn" and (no_mask or sides is None) for kernel, no_mask, sides in asked)
+
+
 @pytest.mark.gpu
+@LOCAL
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-def test_cudnn_equals_dense_in_outputs_and_gradients(packed: bool, dtype):
+def test_cudnn_equals_dense_in_outputs_and_gradients(packed: bool, dtype, config: ModelConfig, local):
     length = 200
     segments = documents(length) if packed else None
-    exact = with_gradients(*inputs(length, head_dim=64), None, segments, DENSE)
+    exact = with_gradients(*inputs(length, head_dim=64), None, segments, DENSE, config, local)
     arrays = inputs(length, dtype=dtype, head_dim=64)
-    dense, cudnn = (with_gradients(*arrays, None, segments, compute) for compute in (DENSE, Compute(attention="cudnn")))
+    dense, cudnn = (
+        with_gradients(*arrays, None, segments, compute, config, local)
+        for compute in (DENSE, Compute(attention="cudnn"))
+    )
     for ours, reference, float32 in zip(cudnn, dense, exact, strict=True):
         assert np.std(ours - float32) < 1.2 * np.std(reference - float32)

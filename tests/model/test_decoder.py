@@ -10,11 +10,22 @@ import pytest
 from camelid.model.cache import empty_cache
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder
-from camelid.model.loss import cross_entropy
 from camelid.model.params import named
+from families import FAMILIES
 from tiny import tiny_config, tiny_params, tiny_tokens
 
 CONFIG = tiny_config()
+# Every way in which a token's logits may depend on its place: windows, rotations, both kinds of layers in turn.
+KINDS = [
+    "llama, grouped queries, heads wider than embed",
+    "llama, dynamic scaling beyond the context",
+    "mistral, sliding window",
+    "qwen2, windows in later layers",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3, longrope beyond the original context",
+]
 # The same sums in another order, float32: differences are near 1e-6 of the largest value.
 CLOSE = 1e-5
 
@@ -32,7 +43,7 @@ def counted(length: int, rows: int = 1) -> jax.Array:
 def logits_and_gradients(params, tokens, positions, segments, targets, weights, config: ModelConfig, compute: Compute):
     def loss(params):
         x, _ = params.hidden(tokens, positions, segments, config, compute)
-        return cross_entropy(x, params.head, targets, weights)[0], params.logits(x, compute)
+        return params.loss(x, targets, weights, config)[0], params.logits(x, config, compute)
 
     (_, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     return logits, gradients
@@ -43,19 +54,26 @@ def assert_close(ours, reference) -> None:
     np.testing.assert_allclose(ours, reference, rtol=0, atol=CLOSE * np.abs(reference).max())
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> ModelConfig:
+    return FAMILIES[request.param].ours
+
+
 @pytest.fixture(scope="module")
 def separate() -> dict[str, np.ndarray]:
     """Three documents, a row each; what follows a document's end is garbage without weight."""
-    lengths = np.array([[13], [1], [9]])
-    tokens, targets = (tiny_tokens(CONFIG, 3, 13, seed) for seed in (1, 2))
-    at = np.broadcast_to(np.arange(13, dtype=np.int32), tokens.shape)
-    return {"tokens": tokens, "targets": targets, "positions": at, "weights": np.float32(at < lengths)}
+    lengths = np.array([[23], [1], [9]])
+    tokens, targets = (tiny_tokens(CONFIG, 3, 23, seed) for seed in (1, 2))
+    at = np.broadcast_to(np.arange(23, dtype=np.int32), tokens.shape)
+    inside = at < lengths
+    rows = {"tokens": tokens, "targets": targets, "positions": at, "weights": np.float32(inside)}
+    return rows | {"segments": np.int32(inside)}
 
 
 @pytest.fixture(scope="module")
 def packed(separate) -> dict[str, np.ndarray]:
     """The same documents end to end in one row, with padding in segment 0."""
-    segments = np.broadcast_to(np.int32([[1], [2], [3]]), (3, 13))
+    segments = np.broadcast_to(np.int32([[1], [2], [3]]), (3, 23))
     inside = separate["weights"] > 0
     rows = {name: x[inside][None] for name, x in (separate | {"segments": segments}).items()}
     return {name: np.pad(x, ((0, 0), (0, 4))) for name, x in rows.items()}
@@ -67,10 +85,11 @@ def run_packed(params: Decoder, packed):
     return functools.cache(lambda compute: logits_and_gradients(params, **packed, config=CONFIG, compute=compute))
 
 
-def test_packed_documents_equal_separate_documents(params: Decoder, separate, packed, run_packed):
+def test_packed_documents_equal_separate_documents(kind: ModelConfig, separate, packed):
     """Logits, and the gradients of the loss."""
-    alone, reference = logits_and_gradients(params, **separate, segments=None, config=CONFIG, compute=Compute())
-    together, gradients = run_packed(Compute())
+    params = tiny_params(kind)
+    alone, reference = logits_and_gradients(params, **separate, config=kind, compute=Compute())
+    together, gradients = logits_and_gradients(params, **packed, config=kind, compute=Compute())
     assert_close(together[packed["weights"] > 0], alone[separate["weights"] > 0])
     for path, theirs in named(reference).items():
         assert_close(named(gradients)[path], theirs)
@@ -86,14 +105,26 @@ def test_a_token_does_not_change_what_came_before_it(params: Decoder):
     assert (np.abs(before - after).max(-1)[0, 12:] > 0.01).all()
 
 
-@pytest.mark.parametrize("compute", [Compute(), Compute(dtype="bfloat16")], ids=["float32", "bfloat16"])
-def test_decoding_with_a_cache_equals_the_full_forward(params: Decoder, compute: Compute):
-    """Prompts of unequal length are written together, then each row goes on from its own end, a token at a time."""
+def test_decoding_with_a_cache_equals_the_full_forward(kind: ModelConfig):
+    assert_cached_equals_full(kind, Compute(), CLOSE)
+
+
+def test_decoding_in_bfloat16_equals_the_full_forward():
+    # The two ways round at other places: 8 bits, through four layers.
+    assert_cached_equals_full(CONFIG, Compute(dtype="bfloat16"), 0.05)
+
+
+def assert_cached_equals_full(config: ModelConfig, compute: Compute, close: float) -> None:
+    """Prompts of unequal length are written together, then each row goes on from its own end, a token at a time.
+
+    A window of some kinds ends within the prompt, and moves on while they decode.
+    """
+    params = tiny_params(config)
     length, lengths, slots = 20, np.array([9, 4, 1], np.int32), 24
-    tokens = tiny_tokens(CONFIG, 3, length)
-    step = jax.jit(lambda *args: params(*args[:2], None, CONFIG, compute, args[2]))
-    full, _ = jax.jit(lambda tokens: params(tokens, counted(length, 3), None, CONFIG, compute))(tokens)
-    cache = empty_cache(CONFIG, 3, slots, jnp.dtype(compute.dtype), compute.replicate)
+    tokens, ends = tiny_tokens(config, 3, length), jnp.full(3, length)
+    step = jax.jit(lambda *args: params(*args[:2], None, config, compute, args[2], ends))
+    full, _ = jax.jit(lambda tokens: params(tokens, counted(length, 3), None, config, compute))(tokens)
+    cache = empty_cache(config, 3, slots, jnp.dtype(compute.dtype), compute.replicate)
     prompt = np.where(np.arange(lengths.max()) < lengths[:, None], tokens[:, : lengths.max()], 5)
     logits, cache = step(prompt, counted(lengths.max(), 3), cache)
     got = [[(i, logits[row, i]) for i in range(end)] for row, end in enumerate(lengths)]
@@ -103,8 +134,6 @@ def test_decoding_with_a_cache_equals_the_full_forward(params: Decoder, compute:
         for row in range(3):
             got[row].append((lengths[row] + i, logits[row, 0]))
     assert cache.k.dtype == cache.v.dtype == compute.dtype
-    # In bfloat16 the two ways round at other places: 8 bits, through four layers.
-    close = CLOSE if compute.dtype == "float32" else 0.05
     for row, pairs in enumerate(got):
         for position, values in pairs:
             np.testing.assert_allclose(values, full[row, position], rtol=0, atol=close * np.abs(full).max())

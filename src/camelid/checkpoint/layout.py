@@ -3,9 +3,11 @@
     Row("layers.attn.q_proj", "model.layers.{layer}.self_attn.q_proj.weight", "(heads head_dim) embed")
 
 says that our parameter's layers are the tensors of that name, whose axes are ours, the first two laid together.
-Every row is read both ways. A tensor that no row reads and a row that no tensor fills are errors.
+Rows of one name lie end to end along that tensor's first axis, in the order of the table. Every row is read both ways.
+A tensor that no row reads and a row that no tensor fills are errors.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from camelid.checkpoint.tensors import CHUNK, Planned, Tensor
+from camelid.checkpoint.tensors import CHUNK, CODES, Planned, Tensor
 from camelid.errors import UserError
 from camelid.model.params import Spec
 
@@ -43,28 +45,77 @@ class Row:
         return [tuple(next(sizes) for _ in group) for group in words]
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
-        """The shape of one of the file's tensors."""
+        """The shape that one layer has in the file."""
         return tuple(int(np.prod(group)) for group in self.groups(spec))
 
 
-def check(rows: Sequence[Row], specs: Mapping[str, Spec], tensors: Mapping[str, Tensor], known: str) -> None:
+@dataclass(frozen=True)
+class Part:
+    """The layers of one parameter, as they lie in the tensors of a file."""
+
+    row: Row
+    spec: Spec
+    start: int
+    """where it begins along the first axis of its tensor"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every parameter of a model, and where it lies."""
+
+    parts: Mapping[str, Part]
+    """by path of ours"""
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, list[tuple[Part, int]]]:
+        """By name in the file: the parameters' layers that lie in it, end to end."""
+        tensors: dict[str, list[tuple[Part, int]]] = {}
+        for part in self.parts.values():
+            for layer, name in enumerate(part.row.names(part.spec)):
+                tensors.setdefault(name, []).append((part, layer))
+        return tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor of the file."""
+        first, *rest = (part.row.shape(part.spec) for part, _ in self.tensors[name])
+        return first[0] + sum(shape[0] for shape in rest), *first[1:]
+
+
+def table(rows: Sequence[Row], specs: Mapping[str, Spec]) -> Table:
+    """The table of the parameters that a model has; rows of others are left out."""
+    ends: dict[str, int] = {}
+    parts = {}
+    for row in rows:
+        if row.path in specs:
+            start = ends.get(row.name, 0)
+            parts[row.path] = Part(row, specs[row.path], start)
+            ends[row.name] = start + row.shape(specs[row.path])[0]
+    assert parts.keys() == specs.keys(), f"no row for {specs.keys() - parts.keys()}"
+    return Table(parts)
+
+
+def check(table: Table, tensors: Mapping[str, Tensor], known: str) -> None:
     """Raises UserError for missing tensors, wrong shapes, and tensors that no row reads and `known` does not match."""
-    expected = {name: row.shape(specs[row.path]) for row in rows for name in row.names(specs[row.path])}
-    if missing := [name for name in expected if name not in tensors]:
+    if missing := [name for name in table.tensors if name not in tensors]:
         raise UserError(
             f"the checkpoint lacks {_some(missing)}",
             "The files are incomplete, or config.json describes another model.",
         )
-    if extra := [name for name in tensors if name not in expected and not re.fullmatch(known, name)]:
+    if extra := [name for name in tensors if name not in table.tensors and not re.fullmatch(known, name)]:
         raise UserError(
             f"the checkpoint holds tensors that this model has no place for: {_some(extra)}",
             "config.json describes another model, or the checkpoint has parts that camelid does not know.",
         )
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
+    for name in table.tensors:
+        if tensors[name].shape != (shape := table.shape(name)):
             raise UserError(
                 f"{name} has shape {tensors[name].shape}, and config.json asks for {shape}",
                 "The files and config.json belong to different models.",
+            )
+        if tensors[name].dtype not in CODES:
+            raise UserError(
+                f"{name} is {tensors[name].dtype}; parameters are {', '.join(dtype.name for dtype in CODES)}",
+                "Save the checkpoint in one of these dtypes first.",
             )
 
 
@@ -73,52 +124,50 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 
 def load(
-    rows: Sequence[Row],
-    specs: Mapping[str, Spec],
-    tensors: Mapping[str, Tensor],
-    targets: Mapping[str, jax.ShapeDtypeStruct],
+    table: Table, tensors: Mapping[str, Tensor], targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Parameters by path, of the dtypes and on the devices of `targets`; each device's slice is read for it."""
     with ThreadPoolExecutor(READERS) as pool:
-        return {row.path: _load(row, specs[row.path], tensors, targets[row.path], pool) for row in rows}
+        return {path: _load(part, tensors, targets[path], pool) for path, part in table.parts.items()}
 
 
 def _load(
-    row: Row, spec: Spec, tensors: Mapping[str, Tensor], target: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
+    part: Part, tensors: Mapping[str, Tensor], target: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
 ) -> jax.Array:
     slices: dict[tuple, np.ndarray] = {}
+    shape = part.spec.shape
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
-        whole = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, spec.shape, strict=True))
+        whole = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
         key = tuple((s.start, s.stop) for s in whole)
         if key not in slices:
-            slices[key] = _read(row, spec, tensors, whole, np.dtype(target.dtype), pool)
+            slices[key] = _read(part, tensors, whole, np.dtype(target.dtype), pool)
         return slices[key]
 
-    return jax.make_array_from_callback(spec.shape, target.sharding, read)
+    return jax.make_array_from_callback(shape, target.sharding, read)
 
 
-def _read(row, spec, tensors, index, dtype, pool) -> np.ndarray:
+def _read(part, tensors, index, dtype, pool) -> np.ndarray:
     """Our slice `index` of a parameter, stacked in one aligned buffer."""
     out = aligned([s.stop - s.start for s in index], dtype)
-    names = row.names(spec)
-    if not spec.stacked:
-        read_slice(row, spec, tensors[names[0]], index, out)
+    names = part.row.names(part.spec)
+    if not part.spec.stacked:
+        read_slice(part, tensors[names[0]], index, out)
     else:
         layers = zip(names[index[0]], out, strict=True)
-        list(pool.map(lambda layer: read_slice(row, spec, tensors[layer[0]], index[1:], layer[1]), layers))
+        list(pool.map(lambda layer: read_slice(part, tensors[layer[0]], index[1:], layer[1]), layers))
     return out
 
 
-def read_slice(row: Row, spec: Spec, tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
+def read_slice(part: Part, tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
     """Fills `out` with our slice `index` of one layer; of axes in one bracket, only the first may be cut."""
-    cuts, axes = [], iter(zip(index, spec.shape[len(spec.stacked) :], strict=True))
-    for group in row.groups(spec):
+    cuts, axes = [], iter(zip(index, part.spec.shape[len(part.spec.stacked) :], strict=True))
+    for group in part.row.groups(part.spec):
         (outer, _), *inner = [next(axes) for _ in group]
-        assert all(s == slice(0, n) for s, n in inner), f"{row.path}: an inner axis is cut"
-        width = int(np.prod(group[1:]))
-        cuts.append(slice(outer.start * width, outer.stop * width))
+        assert all(s == slice(0, n) for s, n in inner), f"{part.row.path}: an inner axis is cut"
+        width, start = int(np.prod(group[1:])), 0 if cuts else part.start
+        cuts.append(slice(start + outer.start * width, start + outer.stop * width))
     tensor.read_into(out.reshape([cut.stop - cut.start for cut in cuts]), tuple(cuts))
 
 
@@ -130,23 +179,17 @@ def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def plan(
-    rows: Sequence[Row], specs: Mapping[str, Spec], dtypes: Mapping[str, np.dtype]
-) -> list[tuple[Row, int, Planned]]:
-    """The file's tensors in the order in which they are written: the row, the layer and the tensor of each."""
-    return [
-        (row, layer, Planned(name, row.shape(specs[row.path]), dtypes[row.path]))
-        for row in rows
-        for layer, name in enumerate(row.names(specs[row.path]))
-    ]
+def plan(table: Table, dtypes: Mapping[str, np.dtype]) -> list[Planned]:
+    """The file's tensors in the order in which they are written; `dtypes` are those of our parameters, by path."""
+    return [Planned(name, table.shape(name), dtypes[parts[0][0].row.path]) for name, parts in table.tensors.items()]
 
 
-def pieces(row: Row, spec: Spec, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
+def pieces(part: Part, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
     """One layer of a parameter, from a file, in slices of at most CHUNK bytes or one row."""
-    shape = spec.shape[len(spec.stacked) :]
+    shape = part.spec.shape[len(part.spec.stacked) :]
     step = max(1, CHUNK * shape[0] // (int(np.prod(shape)) * dtype.itemsize))
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
         out = np.empty((stop - start, *shape[1:]), dtype)
-        read_slice(row, spec, tensor, (slice(start, stop), *(slice(0, n) for n in shape[1:])), out)
+        read_slice(part, tensor, (slice(start, stop), *(slice(0, n) for n in shape[1:])), out)
         yield out

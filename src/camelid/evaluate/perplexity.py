@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder
-from camelid.model.loss import cross_entropy
 from camelid.parallel.hosts import batch_ways, own_rows, place, to_host
 
 ROWS = 16  # windows that a device scores at once
@@ -62,10 +61,10 @@ def perplexity(
     """
     if len(tokens) < 2:
         raise UserError(f"the text has {len(tokens)} tokens", "At least two are needed: one to see, one to score.")
-    if not 1 <= length <= config.context_length:
+    if not 1 <= length <= config.max_length:
         raise UserError(
-            f"sequence length {length} does not fit the context of {config.context_length}",
-            f"Use --sequence-length {config.context_length} or less.",
+            f"sequence length {length} does not fit the context of {config.max_length}",
+            f"Use --sequence-length {config.max_length} or less.",
         )
     if (highest := int(np.max(tokens))) >= config.vocab_size:
         raise UserError(
@@ -98,4 +97,4 @@ def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
 def _score(params: Decoder, rows: dict[str, jax.Array], config: ModelConfig, compute: Compute):
     positions = jnp.broadcast_to(jnp.arange(rows["tokens"].shape[1]), rows["tokens"].shape)
     x, _ = params.hidden(rows["tokens"], positions, None, config, compute)
-    return cross_entropy(x, params.head, rows["targets"], rows["weights"])
+    return params.loss(x, rows["targets"], rows["weights"], config)

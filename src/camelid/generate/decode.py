@@ -40,8 +40,8 @@ def generate(
     """
     _check(prompts, max_new_tokens, config)
     longest = max(len(prompt) for prompt in prompts)
-    length = min(_round_up(longest), config.context_length)
-    room = min(_round_up(max_new_tokens), config.context_length)
+    length = min(_round_up(longest), config.max_length)
+    room = min(_round_up(max_new_tokens), config.max_length)
     rows = -len(prompts) % batch_ways(mesh) + len(prompts)
     tokens = np.zeros((rows, length), np.int32)
     lengths = np.ones((rows, 1), np.int32)
@@ -80,11 +80,11 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelC
                 f"prompt {number} has token {odd[0]}, and the vocabulary has {config.vocab_size}",
                 "The tokenizer and the model belong to different checkpoints.",
             )
-        if len(prompt) + max_new_tokens > config.context_length:
+        if len(prompt) + max_new_tokens > config.max_length:
             raise UserError(
                 f"prompt {number} has {len(prompt)} tokens, and {max_new_tokens} new ones are asked for: more than the "
-                f"context of {config.context_length}",
-                f"Shorten the prompt, or ask for at most {max(0, config.context_length - len(prompt))} new tokens.",
+                f"context of {config.max_length}",
+                f"Shorten the prompt, or ask for at most {max(0, config.max_length - len(prompt))} new tokens.",
             )
 
 
@@ -115,9 +115,11 @@ def _generate(
     cache = empty_cache(config, batch, length + room, jnp.dtype(compute.dtype), compute.replicate)
     # A prompt's padding fills slots that its new tokens overwrite before any query can see them.
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    x, cache = params.hidden(tokens, positions, None, config, compute, cache)
+    # Where rotations depend on how long a row gets, that is decided here: keys in the cache are not turned again.
+    ends = lengths + limit
+    x, cache = params.hidden(tokens, positions, None, config, compute, cache, ends)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)
-    first = choose(params.logits(last, compute)[:, 0], seeds, jnp.int32(0), how)
+    first = choose(params.logits(last, config, compute)[:, 0], seeds, jnp.int32(0), how)
     out = jnp.zeros((batch, room), jnp.int32)
 
     def goes_on(carry) -> Array:
@@ -130,7 +132,7 @@ def _generate(
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], step, 1)
         counts = counts + jnp.where(done, 0, 1)
         positions = (lengths + step)[:, None]
-        logits, cache = one_by_one(token[:, None], positions, None, config, compute, cache)
+        logits, cache = one_by_one(token[:, None], positions, None, config, compute, cache, ends)
         return step + 1, out, cache, choose(logits[:, 0], seeds, step + 1, how), done, counts
 
     start = (jnp.int32(0), out, cache, first, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))

@@ -53,9 +53,9 @@ def param(axes: str, *, init: str = "normal", when: Callable[[ModelConfig], bool
     return dataclasses.field(metadata={"axes": axes, "init": init, "when": when})
 
 
-def child(cls: type, *, stack: str | None = None) -> Any:
-    """Declares a module field; `stack` puts that axis in front of each of its arrays."""
-    return dataclasses.field(metadata={"child": cls, "stack": stack, "when": lambda config: True})
+def child(cls: type, *, stack: str | None = None, when: Callable[[ModelConfig], bool] = lambda config: True) -> Any:
+    """Declares a module field, None when `when` says no; `stack` puts that axis in front of each of its arrays."""
+    return dataclasses.field(metadata={"child": cls, "stack": stack, "when": when})
 
 
 @dataclass_transform(field_specifiers=(param, child), frozen_default=True)
@@ -132,8 +132,8 @@ def initialize(specs: Any, config: ModelConfig, key: jax.Array, dtype: Any = jnp
     """Fresh parameters; the same on any mesh, and each the same whatever others the model has."""
 
     def leaf(path: str, spec: Spec) -> jax.Array:
-        if spec.init in ("zeros", "ones"):
-            return getattr(jnp, spec.init)(spec.shape, dtype)
+        if spec.init in ("zeros", "norm"):
+            return jnp.full(spec.shape, 0.0 if spec.init == "zeros" else 1.0 - config.norm_offset, dtype)
         # What adds to the residual stream starts smaller, so that depth does not widen it (GPT-2, section 2.3).
         std = config.init_std / math.sqrt(2 * config.num_layers) if spec.init == "residual" else config.init_std
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))

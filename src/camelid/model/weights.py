@@ -29,6 +29,11 @@ def einsum(equation: str, x: Array, weight: Array) -> Array:
     return checkpoint_name(y, KEPT)
 
 
+def add_bias(y: Float[Array, "*rows"], bias: Float[Array, "*outputs"] | None) -> Float[Array, "*rows"]:
+    """`y` with the bias of a product, if it has one; added, and its gradient summed over the tokens, in float32."""
+    return y if bias is None else (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+
+
 # The default gradient of a bfloat16 product mixes float32 and bfloat16 operands, for which CPUs have no fast kernel,
 # and rounds the weight's gradient to bfloat16; this one casts the cotangent once and keeps the gradient in float32.
 @jax.custom_vjp

@@ -10,7 +10,6 @@ from jax import lax
 
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder
-from camelid.model.loss import cross_entropy
 from camelid.train.state import TrainState
 
 Arrays = dict[str, jax.Array]  # a batch on the devices: the fields of data.batch.Batch, each (rows, sequence)
@@ -70,7 +69,7 @@ class Trainer:
     def loss(self, params: Decoder, batch: Arrays) -> tuple[jax.Array, jax.Array]:
         """Summed loss and summed weight of some rows."""
         x, _ = params.hidden(batch["tokens"], batch["positions"], batch["segments"], self.config, self.compute)
-        return cross_entropy(x, params.head, batch["targets"], batch["weights"])
+        return params.loss(x, batch["targets"], batch["weights"], self.config)
 
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
