@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
+from camelid.checkpoint import hf
 from camelid.errors import UserError
 from camelid.model.flops import count_parameters
 from camelid.model.presets import ALIASES, PRESETS, preset
@@ -176,7 +176,7 @@ def test_every_preset_has_the_published_count():
 @pytest.mark.parametrize(("file", "name"), RELEASED.items())
 def test_a_preset_is_what_the_released_config_says(assets: Path, file: str, name: str):
     table = released(assets, file)
-    assert preset(name) == config_from_hf(table)
+    assert preset(name) == hf.config_from_hf(table)
     assert preset(name).family == table["model_type"]
 
 
@@ -204,9 +204,9 @@ def test_a_preset_is_what_metas_params_json_says(assets: Path, file: str, name: 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_saved_as_its_own_family(name: str):
-    table = config_to_hf(preset(name), "bfloat16")
+    table = hf.config_to_hf(preset(name), "bfloat16")
     assert table["model_type"] == preset(name).family
-    assert config_from_hf(table) == preset(name)
+    assert hf.config_from_hf(table) == preset(name)
 
 
 # Names --------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class Field:
     """fields of ModelConfig, all of which have its value"""
     theirs: str
     default: Any = REQUIRED
-    """what an absent one means, or a function of config.json; a null one means the same where that is null or computed"""
+    """what an absent one means, or a function of config.json; if that is null, or computed, a null one means it too"""
     names: Mapping[Any, Any] | None = None
     """their values to ours; of two with one meaning, the first is written"""
 
@@ -156,7 +156,7 @@ class Family:
     fields: tuple[Field, ...]
     rows: tuple[Row, ...] = LLAMA
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """what absent fields of config.json mean, where other families have another default or none; they are never null"""
+    """what absent fields of config.json mean, where other families have another default or none"""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """what it says of a ModelConfig without a field, or a function of the values that the fields gave"""
     fixed: Mapping[str, tuple] = field(default_factory=dict)
@@ -189,11 +189,12 @@ class Windows:
     """whether the family has that field"""
 
 
-EVERY_LAYER = Windows(lambda hf: (True,), layer_types=False)
+EVERY_LAYER = Windows(lambda hf: (hf["sliding_window"] is not None,), layer_types=False)
 
 
 def _qwen_pattern(hf: Mapping[str, Any]) -> list[bool]:
-    return [i >= hf["max_window_layers"] for i in range(hf["num_hidden_layers"])]
+    used = hf["use_sliding_window"] and hf["sliding_window"] is not None
+    return [used and i >= hf["max_window_layers"] for i in range(hf["num_hidden_layers"])]
 
 
 def _write_qwen_windows(config: ModelConfig) -> dict[str, Any]:
@@ -331,8 +332,10 @@ FAMILIES: Mapping[str, Family] = {
         | {"bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000, "original_max_position_embeddings": 4096},
         implied=HEAD_DIM_IMPLIED,
         # Phi-4-mini spells out what it does not have.
-        fixed=dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False, None))
-        | dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1, None)),
+        fixed={
+            **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False, None)),
+            **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1, None)),
+        },
         repeated=HEAD_DIM_REPEATED,
         windows=EVERY_LAYER,
         rope_kinds=dict.fromkeys(("longrope", "su", "yarn"), LongRopeScaling),

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
+from dataclasses import Field as DataclassField
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from camelid.checkpoint.families import FAMILIES, FIXED, HARMLESS, REQUIRED, Family, Field
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig, RopeScaling
 
+ORIGINAL = "original_max_position_embeddings"
 # Every family has these, and functions below read them.
-SPECIAL = frozenset(
-    {"model_type", "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
-)
+SPECIAL = frozenset({"model_type", "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters", ORIGINAL})
 HINTS = get_type_hints(ModelConfig)
 LAYER_TYPES = {True: "sliding_attention", False: "full_attention"}
 ADVICE = "Download or copy the file again."
@@ -92,16 +93,16 @@ def _id(name: str, value: Any) -> int | None:
 
 
 def _checked(name: str, value: Any, hint: Any, least: int | None = None) -> Any:
-    """`value`, where it is of the type that `hint` asks and at least `least`, or positive; a float may be written as an int."""
-    kinds = get_args(hint) or (hint,)
-    if bool in kinds:
+    """`value`, if it is what `hint` asks, and positive or at least `least`; a float may be written as an int."""
+    kind = next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
+    if kind is bool:
         fits = isinstance(value, bool)
     else:
-        fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(value, bool)
+        fits = isinstance(value, (kind, int)) and not isinstance(value, bool)
         fits = fits and value < 2**63 and (value > 0 if least is None else value >= least)
     if not fits:
         raise UserError(f"config.json has {name} = {value!r}", ADVICE)
-    return float(value) if float in kinds else value
+    return kind(value)
 
 
 def _windows(hf: Mapping[str, Any], family: Family, layers: int) -> dict[str, Any]:
@@ -110,29 +111,171 @@ def _windows(hf: Mapping[str, Any], family: Family, layers: int) -> dict[str, An
         return {}
     for name, least in family.windows.settings.items():
         _checked(name, hf[name], type(least), least)
-    types = hf.get("layer_types")
-    window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
+    types, window = hf.get("layer_types"), hf.get("sliding_window")
+    window = None if window is None else _checked("sliding_window", window, int)
     if types is None:
         pattern = family.windows.pattern(hf)
-        windowed = [pattern[i % len(pattern)] and window is not None for i in range(layers)]
+        windowed = [pattern[i % len(pattern)] for i in range(layers)]
     else:
         windowed = [kind == LAYER_TYPES[True] for kind in types] if isinstance(types, list) else []
         if [LAYER_TYPES[local] for local in windowed] != types or len(types) != layers:
             raise UserError(f"config.json has layer_types = {types!r} for {layers} layers", ADVICE)
-        if any(windowed) and window is None:
-            raise UserError(f"config.json has layer_types = {types!r} and no sliding_window", ADVICE)
+    if any(windowed) and not (window and hf.get("use_sliding_window", True)):
+        raise UserError("config.json has layers of sliding_attention, and no sliding_window for them", ADVICE)
     if not any(windowed):
         return {"sliding_window": None, "local_rope_theta": None}
     period = next(n for n in range(1, layers + 1) if all(windowed[i] == windowed[i % n] for i in range(layers)))
-    return {"sliding_window": _checked("sliding_window", window, int), "window_pattern": tuple(windowed[:period])}
+    return {"sliding_window": window, "window_pattern": tuple(windowed[:period])}
 
 
 def _rope(hf: Mapping[str, Any], family: Family, context_length: int) -> dict[str, Any]:
     """Both spellings: rope_theta with rope_scaling, and rope_parameters, which holds both since transformers 5."""
-    if hf.get("rope_parameters") and hf.get("rope_scaling"):
+    tables = {name: _table(name, hf.get(name)) for name in ("rope_parameters", "rope_scaling")}
+    if all(tables.values()):
         raise UserError("config.json has both rope_parameters and rope_scaling", "Remove one of them.")
-    name = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    rope, values = _table(name, hf.get(name)), {}
-    if family.rope_by_layer and name == "rope_parameters":
-        local, rope = (_table(f"{name}.{kind}", rope.pop(kind, None), rope) for kind in LAYER_TYPES.values())
-    ...
+    told = "rope_parameters" if tables["rope_parameters"] else "rope_scaling"
+    rope, values = tables[told], {}
+    if family.rope_by_layer and told == "rope_parameters":
+        by_layer = {local: _table(f"{told}.{kind}", rope.pop(kind, None)) for local, kind in LAYER_TYPES.items()}
+        if "rope_theta" in by_layer[True]:
+            values["local_rope_theta"] = _checked("rope_theta", by_layer[True].pop("rope_theta"), float)
+        if rope or by_layer[True] not in ({}, {"rope_type": "default"}):
+            raise UserError(f"config.json has {told} = {hf[told]!r}; camelid scales full_attention only", UNSUPPORTED)
+        rope = by_layer[False]
+    theta = rope.pop("rope_theta", hf.get("rope_theta", family.rope_theta))
+    values["rope_theta"] = _checked("rope_theta", theta, float)
+    fraction = rope.pop("partial_rotary_factor", None)
+    if fraction is not None and any("rotary_fraction" in field.ours for field in family.fields):
+        values["rotary_fraction"] = _checked("partial_rotary_factor", fraction, float)
+    elif fraction not in (None, 1.0):
+        raise UserError(f"config.json has partial_rotary_factor = {fraction!r}", UNSUPPORTED)
+    return values | {"rope_scaling": _scaling(told, rope, hf, family, context_length)}
+
+
+def _table(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+        raise UserError(f"config.json has {name} = {value!r}", ADVICE)
+    return dict(value or {})
+
+
+def _scaling(
+    told: str, rope: dict[str, Any], hf: Mapping[str, Any], family: Family, context_length: int
+) -> RopeScaling | None:
+    beside = None if hf.get(ORIGINAL) is None else _checked(ORIGINAL, hf[ORIGINAL], int)
+    kind = rope.pop("rope_type", rope.pop("type", "default"))  # some files give both names
+    if kind == "default" and not rope:
+        return None
+    cls = family.rope_kinds.get(kind) if isinstance(kind, str) else None
+    options = {} if cls is None else _options(cls)
+    # A null stands for the default, but of truncate for false.
+    given = {name: False if name == "truncate" and value is None else value for name, value in rope.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if ORIGINAL in options:
+        inside = given.get(ORIGINAL)
+        if not family.original_context_beside and None not in (inside, beside) and inside != beside:
+            raise UserError(f"config.json has {ORIGINAL} = {beside!r}, and {inside!r} in {told}", ADVICE)
+        given[ORIGINAL] = next(value for value in (beside, inside, context_length) if value is not None)
+    lacks = [name for name, option in options.items() if option.default is MISSING and name not in given]
+    if cls is None or lacks or rope.keys() - options.keys():
+        raise UserError(
+            f"config.json has {told} = {hf[told]!r}; camelid computes "
+            + (f"{kind!r} with {', '.join(options)}" if cls else ", ".join(family.rope_kinds)),
+            UNSUPPORTED,
+        )
+    hints = get_type_hints(cls)
+    return cls(**{options[name].name: _option(name, value, hints[options[name].name]) for name, value in given.items()})
+
+
+def _options(cls: type[RopeScaling]) -> dict[str, DataclassField]:
+    """The fields of a kind of scaling, by their names in config.json."""
+    return {(ORIGINAL if f.name == "original_context" else f.name): f for f in fields(cls) if f.name != "kind"}
+
+
+def _option(name: str, value: Any, hint: Any) -> Any:
+    if hint == tuple[float, ...]:
+        return tuple(_checked(name, item, float) for item in (value if isinstance(value, list) else [value]))
+    return _checked(name, value, hint)
+
+
+# Writing --------------------------------------------------------------------------------
+
+
+def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json for transformers of this year and of 2023; `dtype` is that of the tensors beside it.
+
+    Raises UserError where no family, or not the one of `config`, can say all of it.
+    """
+    if config.family not in (None, *FAMILIES):
+        raise UserError(f"family = {config.family!r} is not known", f"Known are {', '.join(FAMILIES)}.")
+    refusals: dict[str, tuple[int, str]] = {}
+    for name in FAMILIES if config.family is None else [config.family]:
+        hf = _written(_plain(config), name, dtype)
+        try:
+            lacks = _differences(config, config_from_hf(hf))
+        except UserError as error:
+            refusals[name] = (len(HINTS), f"it: {error.problem}")
+            continue
+        if not lacks:
+            return hf
+        refusals[name] = (len(lacks), ", ".join(lacks))
+    name = min(refusals, key=lambda name: refusals[name][0])
+    raise UserError(
+        f"a config.json of model_type {name!r} cannot say {refusals[name][1]}",
+        "Change that, or the family." if config.family else "No family of Hugging Face computes this model.",
+    )
+
+
+def _written(config: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
+    family, hf = FAMILIES[name], {}
+    for field in family.fields:
+        value = getattr(config, field.ours[0])
+        if field.names is not None:
+            value = next((theirs for theirs, ours in field.names.items() if ours == value), value)
+        if value is not None or field.default is None:
+            hf[field.theirs] = value
+    if (windows := family.windows) is not None:
+        hf |= {"sliding_window": config.sliding_window, **windows.write(config)}
+        hf |= {"layer_types": [LAYER_TYPES[local] for local in config.windowed]} if windows.layer_types else {}
+    eos = config.eos_ids
+    return {
+        **hf,
+        **family.written,
+        **_rope_to_hf(config, family),
+        "architectures": [family.architecture],
+        "model_type": name,
+        "attention_dropout": 0.0,
+        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def _rope_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
+    if (scaling := config.rope_scaling) is None:
+        return {"rope_theta": config.rope_theta, "rope_scaling": None}
+    kind = next((name for name, cls in family.rope_kinds.items() if cls is type(scaling)), scaling.kind)
+    # The kinds that transformers knew in 2023 were named by `type`, and nothing else was allowed beside the factor.
+    later = family.rope_by_layer or scaling.kind in ("llama3", "yarn")
+    rope: dict[str, Any] = {"rope_type" if later else "type": kind}
+    for name, option in _options(type(scaling)).items():
+        value = getattr(scaling, option.name)
+        # A factor that is left to the two contexts stands there as null in YaRN, and not at all in LongRoPE.
+        if value != option.default or (name, kind) == ("factor", "yarn"):
+            rope[name] = list(value) if isinstance(value, tuple) else value
+    beside = {ORIGINAL: rope.pop(ORIGINAL)} if family.original_context_beside and ORIGINAL in rope else {}
+    return {"rope_theta": config.rope_theta, "rope_scaling": rope, **beside}
+
+
+def _plain(config: ModelConfig) -> ModelConfig:
+    """The same model, of the ways to say it the one without omissions and repetitions."""
+    config = replace(config, query_pre_attn_scalar=config.query_pre_attn_scalar or config.head_dim)
+    if True in config.windowed:
+        return replace(config, window_pattern=config.windowed)
+    return replace(config, sliding_window=None, window_pattern=(True,), local_rope_theta=None)
+
+
+def _differences(config: ModelConfig, other: ModelConfig) -> list[str]:
+    """The fields of `config` that mean something else in `other`."""
+    one, two = _plain(config), _plain(other)
+    names = [f.name for f in fields(ModelConfig) if f.compare and getattr(one, f.name) != getattr(two, f.name)]
+    return [f"{name} = {getattr(config, name)!r}" for name in names]

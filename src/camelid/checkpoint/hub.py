@@ -1,43 +1,113 @@
 """Where a checkpoint lies: a folder, or a repository of the Hugging Face Hub, downloaded into its cache."""
 
+import json
 import re
+from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
+from typing import Any
 
 from camelid.errors import UserError
 
+NAME = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(@(?P<revision>\S+))?")
 BESIDE = """
-    config.json generation_config.json tokenizer* special_tokens_map.json added_tokens.json vocab.json merges.txt
-    chat_template* preprocessor_config.json LICEN* NOTICE* USE_POLICY* README*
+    generation_config.json tokenizer* special_tokens_map.json added_tokens.json vocab.json merges.txt
+    chat_template* preprocessor_config.json LICEN[SC]E* NOTICE* USE_POLICY* README*
 """.split()
-SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-BIN = ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"]
+FORMS = ("model.safetensors", "pytorch_model.bin")
+"""of the weights, the preferred one first; each is one file, or shards that an index names"""
 
 
 def find(path: str | Path) -> Path:
-    """The folder of a checkpoint; what is not a local path is looked up in, and downloaded from, the Hub."""
+    """The folder of a checkpoint; what is no local path is a Hub name, `org/name` or `org/name@revision`."""
     folder = Path(path).expanduser()
-    if folder.exists():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} has no config.json", "Give the folder of a Hugging Face checkpoint.")
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
-        raise UserError(f"{folder} does not exist", "Give a checkpoint's folder, or a name on the Hugging Face Hub.")
-    folder = _download(str(path), BESIDE + SAFETENSORS)
-    if not any(folder.glob("model*.safetensors")):
-        folder = _download(str(path), BESIDE + BIN)
+    if not folder.exists():
+        name = NAME.fullmatch(str(path))
+        if name is None:
+            raise UserError(
+                f"{folder} does not exist", "Give a checkpoint's folder, or a name on the Hugging Face Hub."
+            )
+        folder = _download(name["repo"], name["revision"])
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} has no config.json", "Give the folder or the Hub name of a Hugging Face checkpoint.")
     return folder
 
 
-def _download(name: str, wanted: list[str]) -> Path:
-    import huggingface_hub
+def _download(repo: str, revision: str | None) -> Path:
+    """The snapshot of a repository, with one form of the weights; they come last, so that what has them is whole."""
+    folder = _snapshot(repo, revision, BESIDE, quiet=True)
+    if not (folder / "config.json").is_file():
+        return folder
+    commit = folder.name  # what comes next belongs to it, even if the branch moves on
+    for form in FORMS:
+        index = f"{form}.index.json"
+        _snapshot(repo, commit, [index], quiet=True)
+        files = _shards(folder / index) or [form]
+        if not all((folder / name).is_file() for name in files):
+            _snapshot(repo, commit, map(escape, files))
+        if any((folder / name).is_file() for name in (index, form)):
+            break
+    return folder
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; none where there is no index, or a damaged one, which its reader refuses."""
+    try:
+        return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return []
+
+
+def _snapshot(repo: str, revision: str | None, wanted: Iterable[str], *, quiet: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options | {"disable": quiet or None})  # None: shown on a terminal
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise UserError(
-            f"{name} is not a local folder, and the Hub did not give it: {_first_line(error)}",
-            "Check the name and the network; HF_TOKEN opens gated repositories.",
-        ) from error
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=["config.json", *wanted],  # the library warns where nothing matches
+                ignore_patterns="*/*",  # the library's * does not stop at a /
+                tqdm_class=Bar,
+            )
+        )
+    except Exception as error:  # those of its HTTP client, of Xet and of the disk come as they are
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise _refusal(repo, revision, error) from error
+
+
+def _refusal(repo: str, revision: str | None, error: BaseException) -> UserError:
+    from huggingface_hub import constants, errors
+
+    # The library looks into its cache when the Hub fails, and reports that; why it had to look is the cause.
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    page = f"{constants.ENDPOINT}/{repo}"
+    match error:
+        case errors.OfflineModeIsEnabled():
+            why = f"offline mode finds no whole copy of it in {constants.HF_HUB_CACHE}"
+            advice = "Open it once with a network, and without HF_HUB_OFFLINE."
+        case errors.GatedRepoError():
+            why = "the Hub gives it only to those who have accepted its licence"
+            advice = f"Accept it on {page}, and set HF_TOKEN to a token of the same account."
+        case errors.RepositoryNotFoundError():
+            why = "the Hub shows you no such model"
+            advice = "Check the name; if it is private or gated, set HF_TOKEN to a token that may read it."
+        case errors.RevisionNotFoundError():
+            why, advice = f"on the Hub it has no revision {revision}", f"Its branches and tags are on {page}."
+        case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
+            why = f"the Hub refused it: {_first_line(error)}"
+            advice = f"Set HF_TOKEN to a valid token that may read {page}."
+        case _:
+            why = f"the Hub did not give it: {_first_line(error)}"
+            advice = "Check the name and the network, and try again; what was downloaded before opens without one."
+    return UserError(f"{repo} is not a local folder, and {why}", advice)
 
 
 def _first_line(error: BaseException) -> str:

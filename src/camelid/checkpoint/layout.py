@@ -151,12 +151,16 @@ def _load(
 def _read(part, tensors, index, dtype, pool) -> np.ndarray:
     """Our slice `index` of a parameter, stacked in one aligned buffer."""
     out = aligned([s.stop - s.start for s in index], dtype)
+    first, rest = index[0], index[1:]
     names = part.row.names(part.spec)
-    if not part.spec.stacked:
-        read_slice(part, tensors[names[0]], index, out)
+    if part.spec.stacked:
+        blocks = [(name, rest, layer) for name, layer in zip(names[first], out, strict=True)]
     else:
-        layers = zip(names[index[0]], out, strict=True)
-        list(pool.map(lambda layer: read_slice(part, tensors[layer[0]], index[1:], layer[1]), layers))
+        step = -(-len(out) // READERS)
+        starts = range(first.start, first.stop, step)
+        cuts = [slice(start, min(start + step, first.stop)) for start in starts]
+        blocks = [(names[0], (cut, *rest), out[i * step :][:step]) for i, cut in enumerate(cuts)]
+    list(pool.map(lambda block: read_slice(part, tensors[block[0]], *block[1:]), blocks))
     return out
 
 

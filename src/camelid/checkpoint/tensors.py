@@ -17,7 +17,7 @@ import numpy as np
 
 from camelid.errors import UserError
 
-CHUNK = 32 * 2**20  # bytes in flight while a tensor is cast or copied
+CHUNK = 2**20  # bytes in flight while a tensor is cast or copied; few enough to stay in a core's cache
 MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -51,11 +51,11 @@ class Tensor:
             if whole_rows and out.dtype == self.dtype:
                 return _read_exactly(file, self.offset + rows.start * row_bytes, out)
             step = max(1, CHUNK // max(row_bytes, 1))
+            held = np.empty((min(step, len(rows)), *self.shape[1:]), self.dtype)
             for start in range(0, len(rows), step):
-                stop = min(start + step, len(rows))
-                chunk = np.empty((stop - start, *self.shape[1:]), self.dtype)
+                chunk = held[: len(rows) - start]
                 _read_exactly(file, self.offset + (rows.start + start) * row_bytes, chunk)
-                out[start:stop] = chunk[:, *index[1:]]
+                out[start : start + step] = chunk[:, *index[1:]]
 
 
 def _read_exactly(file, offset: int, out: np.ndarray) -> None:
