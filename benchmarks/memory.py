@@ -13,6 +13,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # imports count
+    from camelid.model.config import ModelConfig
 
 SHAPES = {"vocab_size": 32_000, "embed_dim": 1024, "mlp_dim": 4096, "num_heads": 16, "num_kv_heads": 8, "head_dim": 64}
 
@@ -40,27 +44,33 @@ def in_a_process(part: str, *words: object) -> dict:
 
 def build(folder: str, size: str) -> dict:
     """A random checkpoint in bfloat16 of about `size` bytes."""
-    import numpy as np
-
-    from camelid.checkpoint.hf import dtype_named, write_checkpoint
     from camelid.model.config import ModelConfig
-    from camelid.model.decoder import declare_decoder
     from camelid.model.flops import count_parameters
-    from camelid.model.params import named
 
     def config(layers: int) -> ModelConfig:
         return ModelConfig(num_layers=layers, context_length=2048, norm_eps=1e-5, rope_theta=10_000.0, **SHAPES)
 
     one, two = (2 * count_parameters(config(layers)) for layers in (1, 2))
     sized = config(max(1, round(1 + (float(size) - one) / (two - one))))
-    specs = named(declare_decoder(sized))
+    write_random(Path(folder), sized)
+    return {"dtype": "bfloat16", "bytes": 2 * count_parameters(sized)}
+
+
+def write_random(folder: Path, config: "ModelConfig") -> None:
+    """A random checkpoint in bfloat16."""
+    import numpy as np
+
+    from camelid.checkpoint.hf import dtype_named, write_checkpoint
+    from camelid.model.decoder import declare_decoder
+    from camelid.model.params import named
+
     draw = np.random.default_rng(0)
 
     def source(part, layer, dtype) -> Iterator[np.ndarray]:
         yield draw.standard_normal(part.spec.shape[len(part.spec.stacked) :], np.float32).astype(dtype)
 
-    write_checkpoint(Path(folder), sized, dict.fromkeys(specs, dtype_named("bfloat16")), source, [])
-    return {"dtype": "bfloat16", "bytes": 2 * count_parameters(sized)}
+    dtypes = dict.fromkeys(named(declare_decoder(config)), dtype_named("bfloat16"))
+    write_checkpoint(folder, config, dtypes, source, [])
 
 
 def load(folder: str) -> dict:

@@ -26,6 +26,7 @@ ATTENTION = "model/test_attention.py::"
 WINDOWS = f"{ATTENTION}test_blockwise_equals_dense_for_every_window_and_with_a_cap"
 SKIPPED = f"{ATTENTION}test_blocks_outside_the_window_are_skipped_forward_and_backward"
 ROPE = "model/test_rope.py::test_frequencies_and_attention_factors_equal_transformers"
+CONFIG_JSON = "checkpoint/test_config_json.py::"
 LOSS = "model/test_loss.py::test_loss_and_gradients_equal_torch_for_any_chunk"
 
 FAULTS = (
@@ -777,17 +778,101 @@ FAULTS = (
     # Checkpoints
     Fault(
         "an eps that a file leaves out is another",
-        "checkpoint/hf.py",
-        '"rms_norm_eps", lambda hf: 1e-6',
-        '"rms_norm_eps", lambda hf: 1e-5',
-        "checkpoint/test_config_json.py::test_what_a_file_leaves_out_means_what_it_means_in_transformers",
+        "checkpoint/families.py",
+        'RMS = _field("norm_eps", "rms_norm_eps", 1e-6)',
+        'RMS = _field("norm_eps", "rms_norm_eps", 1e-5)',
+        f"{CONFIG_JSON}test_what_a_file_leaves_out_means_what_it_means_in_transformers",
     ),
     Fault(
         "attention biases are accepted and left out",
-        "checkpoint/hf.py",
-        '"attention_bias": (False, None)',
-        '"attention_bias": (False, True, None)',
-        "checkpoint/test_config_json.py::test_what_would_be_computed_wrongly_is_refused_with_its_name_and_value",
+        "checkpoint/families.py",
+        'dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False, None))',
+        'dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False, True, None))',
+        f"{CONFIG_JSON}test_what_would_be_computed_wrongly_is_refused_with_its_name_and_value",
+    ),
+    Fault(
+        "YaRN's truncate is false wherever it is given",
+        "checkpoint/hf_config.py",
+        'False if name == "truncate" and value is None else value',
+        'False if name == "truncate" else value',
+        f"{CONFIG_JSON}test_a_field_means_what_it_means_in_transformers",
+    ),
+    Fault(
+        "the original context inside rope_scaling wins",
+        "checkpoint/hf_config.py",
+        "(beside, inside, context_length)",
+        "(inside, beside, context_length)",
+        f"{CONFIG_JSON}test_a_field_means_what_it_means_in_transformers",
+    ),
+    Fault(
+        "Gemma 3's scaling is named so that transformers 5 overlooks it",
+        "checkpoint/hf_config.py",
+        "later = family.rope_by_layer or scaling.kind in",
+        "later = scaling.kind in",
+        f"{CONFIG_JSON}test_a_field_survives_where_the_family_can_say_it_and_is_refused_by_name_elsewhere",
+    ),
+    Fault(
+        "YaRN is written without its factor",
+        "checkpoint/hf_config.py",
+        ' or (name, kind) == ("factor", "yarn")',
+        "",
+        f"{CONFIG_JSON}test_a_field_survives_where_the_family_can_say_it_and_is_refused_by_name_elsewhere",
+    ),
+    Fault(
+        "Qwen has windows without use_sliding_window",
+        "checkpoint/families.py",
+        'used = hf["use_sliding_window"] and hf["sliding_window"] is not None',
+        'used = hf["sliding_window"] is not None',
+        f"{CONFIG_JSON}test_a_field_means_what_it_means_in_transformers",
+    ),
+    Fault(
+        "key heads that a Mistral leaves out are the query heads",
+        "checkpoint/families.py",
+        '| {"num_key_value_heads": 8, "sliding_window": 4096}',
+        '| {"sliding_window": 4096}',
+        f"{CONFIG_JSON}test_what_a_file_leaves_out_means_what_it_means_in_transformers",
+    ),
+    Fault(
+        "a null stands for a default",
+        "checkpoint/hf_config.py",
+        "(value is None and field.theirs not in family.defaults)",
+        "value is None",
+        f"{CONFIG_JSON}test_what_would_be_computed_wrongly_is_refused_with_its_name_and_value",
+    ),
+    Fault(
+        "infinite numbers are accepted",
+        "checkpoint/hf_config.py",
+        "fits = fits and value < 2**63 and (",
+        "fits = fits and (",
+        f"{CONFIG_JSON}test_what_would_be_computed_wrongly_is_refused_with_its_name_and_value",
+    ),
+    Fault(
+        "what a family cannot say is written all the same",
+        "checkpoint/hf_config.py",
+        "        if not lacks:\n            return hf",
+        "        if True:\n            return hf",
+        f"{CONFIG_JSON}test_a_field_survives_where_the_family_can_say_it_and_is_refused_by_name_elsewhere",
+    ),
+    Fault(
+        "unknown fields are ignored",
+        "checkpoint/hf_config.py",
+        "if unknown := sorted(set(hf) - known):",
+        "if (unknown := sorted(set(hf) - known)) and False:",
+        f"{CONFIG_JSON}test_what_would_be_computed_wrongly_is_refused_with_its_name_and_value",
+    ),
+    Fault(
+        "a download that breaks ends in a traceback",
+        "checkpoint/hub.py",
+        "except Exception as error:",
+        "except (OSError, ValueError) as error:",
+        "checkpoint/test_hub.py::test_a_download_that_breaks_is_refused_until_it_is_whole",
+    ),
+    Fault(
+        "the Hub's .bin files come beside its safetensors",
+        "checkpoint/hub.py",
+        "        if files:\n            break",
+        "        if files:\n            continue",
+        "checkpoint/test_hub.py::test_only_the_files_needed_are_downloaded_and_they_open_again_offline[safetensors]",
     ),
     Fault(
         "a tied head is not compared with its table",

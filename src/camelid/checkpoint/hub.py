@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ FORMS = ("model.safetensors", "pytorch_model.bin")
 """of the weights, the preferred one first; each is one file, or shards that an index names"""
 
 
-def find(path: str | Path) -> Path:
-    """The folder of a checkpoint; what is no local path is a Hub name, `org/name` or `org/name@revision`."""
+def find(path: str | Path, look: Callable[[Path], object] = lambda folder: None) -> Path:
+    """The folder of a checkpoint; what is no local path is a Hub name, `org/name` or `org/name@revision`.
+
+    `look` sees a folder before its weights are downloaded, and raises UserError where they would be of no use.
+    """
     folder = Path(path).expanduser()
     if not folder.exists():
         name = NAME.fullmatch(str(path))
@@ -27,25 +30,30 @@ def find(path: str | Path) -> Path:
             raise UserError(
                 f"{folder} does not exist", "Give a checkpoint's folder, or a name on the Hugging Face Hub."
             )
-        folder = _download(name["repo"], name["revision"])
+        folder = _download(name["repo"], name["revision"], look)
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} has no config.json", "Give the folder or the Hub name of a Hugging Face checkpoint.")
     return folder
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, look: Callable[[Path], object]) -> Path:
     """The snapshot of a repository, with one form of the weights; they come last, so that what has them is whole."""
     folder = _snapshot(repo, revision, BESIDE, quiet=True)
     if not (folder / "config.json").is_file():
         return folder
+    look(folder)
     commit = folder.name  # what comes next belongs to it, even if the branch moves on
     for form in FORMS:
+        if not (folder / form).is_file():
+            _snapshot(repo, commit, [form])
+        if (folder / form).is_file():
+            break
         index = f"{form}.index.json"
         _snapshot(repo, commit, [index], quiet=True)
-        files = _shards(folder / index) or [form]
+        files = _shards(folder / index)
         if not all((folder / name).is_file() for name in files):
             _snapshot(repo, commit, map(escape, files))
-        if any((folder / name).is_file() for name in (index, form)):
+        if files:
             break
     return folder
 

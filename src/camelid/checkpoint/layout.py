@@ -157,9 +157,8 @@ def _read(part, tensors, index, dtype, pool) -> np.ndarray:
         blocks = [(name, rest, layer) for name, layer in zip(names[first], out, strict=True)]
     else:
         step = -(-len(out) // READERS)
-        starts = range(first.start, first.stop, step)
-        cuts = [slice(start, min(start + step, first.stop)) for start in starts]
-        blocks = [(names[0], (cut, *rest), out[i * step :][:step]) for i, cut in enumerate(cuts)]
+        rows = [slice(i, min(i + step, len(out))) for i in range(0, len(out), step)]
+        blocks = [(names[0], (slice(first.start + r.start, first.start + r.stop), *rest), out[r]) for r in rows]
     list(pool.map(lambda block: read_slice(part, tensors[block[0]], *block[1:]), blocks))
     return out
 
