@@ -28,7 +28,7 @@ check: $(STAMP) ## lint, format and types, as CI does
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m pyright --pythonpath $(RUN)
 
-bench: $(STAMP) ## time training and decoding (ARGS goes to benchmarks/run.py)
+bench: $(STAMP) ## time training, decoding and loading (ARGS goes to benchmarks/run.py)
 	@$(HUGE) $(RUN) benchmarks/run.py $(ARGS)
 
 docs: $(STAMP) ## build the documentation into site/

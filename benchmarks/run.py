@@ -1,7 +1,7 @@
 """Training and decoding beside transformers: same weights, shapes, dtype and threads, taken in turns in one process.
 
-    make bench                     both
-    make bench ARGS="train"        one of them
+    make bench                     both, and loading (load.py says how)
+    make bench ARGS="train"        one of them: train, decode, load
 
 Ratios are peer / ours of median times: above 1, camelid is faster. `limit_fraction` is the share of what the machine
 was measured to do in the same run: products for training, a plain read of memory for decoding.
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import load
 import numpy as np
 import torch
 import transformers
@@ -64,22 +65,31 @@ def main(words: list[str]) -> None:
     torch.set_num_threads(THREADS)
     keep_compiled()
     parts = {"train": bench_training, "decode": bench_decoding}
-    if unknown := set(words) - set(parts):
-        sys.exit(f"benchmarks/run.py: no part {sorted(unknown)}; parts: {', '.join(parts)}")
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = write_twin(Path(folder) / "llama-125m")
-        rows = [
-            row
-            for name in words or parts
-            for dtype in ("float32", "bfloat16")
-            for row in parts[name](checkpoint, dtype)
-        ]
-    show(rows)
+    if unknown := set(words) - {*parts, "load"}:
+        sys.exit(f"benchmarks/run.py: no part {sorted(unknown)}; parts: {', '.join([*parts, 'load'])}")
+    words = words or [*parts, "load"]
+    if names := [name for name in words if name in parts]:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = write_twin(Path(folder) / "llama-125m")
+            rows = [
+                row for name in names for dtype in ("float32", "bfloat16") for row in parts[name](checkpoint, dtype)
+            ]
+        show(rows)
+        keep("cpu", {"rows": rows})
+    if "load" in words:
+        report = load.measure()
+        show(report["rows"])
+        show(report["ratios"])
+        keep("cpu-load", report)
+
+
+def keep(name: str, measured: dict) -> None:
+    """Written to results/ with what it was measured on, and printed."""
     RESULTS.mkdir(exist_ok=True)
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    kept = {"machine": machine(), "commit": commit(), "GLIBC_TUNABLES": tunables, "rows": rows}
-    (RESULTS / f"{time.strftime('%Y-%m-%d')}-cpu.json").write_text(json.dumps(kept, indent=2) + "\n")
-    print(json.dumps(rows))
+    kept = {"machine": machine(), "commit": commit(), "GLIBC_TUNABLES": tunables, **measured}
+    (RESULTS / f"{time.strftime('%Y-%m-%d')}-{name}.json").write_text(json.dumps(kept, indent=2) + "\n")
+    print(json.dumps(measured))
 
 
 def write_twin(folder: Path) -> Path:
@@ -208,10 +218,11 @@ def row(name: str, dtype: str, ours: float, peer: float, limit_fraction: float) 
 def show(rows: list[dict]) -> None:
     table = Table(title=machine())
     for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("name", "dtype", "unit") else "right")
+        words = column in ("name", "dtype", "unit")
+        table.add_column(column.replace("bytes", "MB"), justify="left" if words else "right")
     for entry in rows:
-        table.add_row(*(str(value) for value in entry.values()))
-    Console(stderr=True).print(table)
+        table.add_row(*(f"{v / 1e6:,.0f}" if k.endswith("bytes") else str(v) for k, v in entry.items()))
+    Console(stderr=True, width=120).print(table)
 
 
 def machine() -> str:

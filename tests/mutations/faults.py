@@ -870,8 +870,8 @@ FAULTS = (
     Fault(
         "the Hub's .bin files come beside its safetensors",
         "checkpoint/hub.py",
-        "        if files:\n            break",
-        "        if files:\n            continue",
+        "        if (folder / form).is_file():\n            break",
+        "        if (folder / form).is_file():\n            continue",
         "checkpoint/test_hub.py::test_only_the_files_needed_are_downloaded_and_they_open_again_offline[safetensors]",
     ),
     Fault(
