@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,17 +59,19 @@ def write_random(folder: Path, config: "ModelConfig") -> None:
     """A random checkpoint in bfloat16."""
     import numpy as np
 
-    from camelid.checkpoint.hf import dtype_named, write_checkpoint
+    from camelid.checkpoint.formats import write_checkpoint
+    from camelid.checkpoint.opened import Saving
+    from camelid.checkpoint.tensors import dtype_named
     from camelid.model.decoder import declare_decoder
     from camelid.model.params import named
 
     draw = np.random.default_rng(0)
 
-    def source(part, layer, dtype) -> Iterator[np.ndarray]:
-        yield draw.standard_normal(part.spec.shape[len(part.spec.stacked) :], np.float32).astype(dtype)
+    def source(path, layer, index, dtype) -> np.ndarray:
+        return draw.standard_normal([s.stop - s.start for s in index], np.float32).astype(dtype)
 
     dtypes = dict.fromkeys(named(declare_decoder(config)), dtype_named("bfloat16"))
-    write_checkpoint(folder, config, dtypes, source, [])
+    write_checkpoint(folder, Saving(config, dtypes, source))
 
 
 def load(folder: str) -> dict:

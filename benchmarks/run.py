@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 import camelid
-from camelid.checkpoint.hf import config_to_hf, write_json
+from camelid.checkpoint.folder import write_json
+from camelid.checkpoint.hf_config import config_to_hf
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.flops import count_parameters, training_flops

@@ -89,7 +89,7 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused(stories: Path):
 
 
 def test_ctrl_c_ends_quietly(stories: Path):
-    with mock.patch("camelid.checkpoint.hf.open_checkpoint", side_effect=KeyboardInterrupt):
+    with mock.patch("camelid.describe.open_checkpoint", side_effect=KeyboardInterrupt):
         done = called("inspect", stories)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 

@@ -1,8 +1,9 @@
 """What Python users see: `camelid.load` and the Model that it returns."""
 
-from collections.abc import Callable, Iterator, Sequence
+import collections
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from camelid.checkpoint import hf, layout
-from camelid.checkpoint.layout import Part
+from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
+from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.tensors import dtype_named
 from camelid.errors import UserError
 from camelid.generate.decode import generate
 from camelid.generate.sample import sampling
@@ -97,35 +100,36 @@ class Model:
     def save(
         self,
         path: str | Path,
-        format: Literal["hf"] = "hf",
+        format: str = "hf",
         dtype: str | None = None,
         overwrite: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Writes a Hugging Face folder with the tokenizer's files; `dtype` None keeps that of the parameters.
+        """Writes a folder in a format of checkpoint/formats.py; `dtype` None keeps that of the parameters.
 
-        Raises UserError where the destination exists or the disk is full; nothing half-written stays there.
+        Raises UserError where the destination exists, the disk is full, or the format cannot hold the model; nothing
+        half-written stays there.
         """
-        if format != "hf":
-            raise UserError(f"format {format!r} is unknown", "Use 'hf'.")
+        if format != "hf" and jax.process_count() > 1:
+            raise UserError(f"several processes cannot save as {format!r}", "Save as 'hf', and convert that.")
         leaves = named(self.params)
-        dtypes = {
-            path: np.dtype(leaf.dtype) if dtype is None else hf.dtype_named(dtype) for path, leaf in leaves.items()
-        }
+        dtypes = {path: np.dtype(leaf.dtype) if dtype is None else dtype_named(dtype) for path, leaf in leaves.items()}
 
-        def source(part: Part, layer: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-            leaf = leaves[part.row.path]
-            yield _host_layer(leaf, layer if part.spec.stacked else None, self.mesh).astype(dtype, copy=False)
+        @lru_cache(1)
+        def whole(path: str, layer: int | None) -> np.ndarray:
+            return _host_layer(leaves[path], layer, self.mesh)
 
+        def source(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
+            return np.ascontiguousarray(whole(path, layer)[index], dtype)
+
+        saving = Saving(self.config, dtypes, source, self.companions, progress)
         if is_main():
-            hf.write_checkpoint(
-                Path(path), self.config, dtypes, source, self.companions, overwrite=overwrite, progress=progress
-            )
+            write_checkpoint(Path(path), saving, format, overwrite=overwrite)
         else:
             # Fetching a layer is a collective: every process takes part in each, in the same order.
-            for parts in hf.table_of(self.config).tensors.values():
-                for part, layer in parts:
-                    list(source(part, layer, dtypes[part.row.path]))
+            rows = hf.table_of(self.config)
+            for tensor in layout.plan(rows, dtypes):
+                collections.deque(layout.pieces(rows, tensor.name, tensor.dtype, source), maxlen=0)
         wait_for_all(f"saved {path}")
 
 
@@ -134,20 +138,23 @@ def load(
     dtype: str | None = "float32",
     mesh: Mesh | MeshConfig | None = None,
     compute: Compute | None = None,
+    *,
+    format: str | None = None,
+    config: ModelConfig | None = None,
 ) -> Model:
-    """Opens a Hugging Face folder, or a repository on the Hub by its name.
+    """Opens a checkpoint of any format where it lies, or a repository of the Hugging Face Hub by its name.
 
-    `dtype` is that of parameters and products (None: that of the files); `mesh` None is the first device alone;
-    `compute` sets the rest: kernels, rematerialization, replicated axes. Raises UserError for files that are damaged,
-    incomplete or not understood.
+    `format` None asks the files; `config` describes a model whose files do not. `dtype` is that of parameters and
+    products (None: that of the files); `mesh` None is the first device alone; `compute` sets the rest: kernels,
+    rematerialization, replicated axes. Raises UserError for files that are damaged, incomplete or not understood.
     """
-    checkpoint = hf.open_checkpoint(path)
+    checkpoint = open_checkpoint(path, format, config)
     if dtype is None:
         found = {dtype.name for dtype in checkpoint.dtypes.values()}
         if len(found) > 1:
             raise UserError(f"the files mix {', '.join(sorted(found))}", "Choose one with dtype.")
         dtype = found.pop()
-    hf.dtype_named(dtype)
+    dtype_named(dtype)
     compute = replace(compute or Compute(), dtype=dtype, param_dtype=dtype)
     mesh = _mesh(mesh)
     check_divides(checkpoint.config.axis_sizes, mesh, compute.replicate)
@@ -158,7 +165,7 @@ def load(
     return Model(checkpoint.config, params, tokenizer, compute, mesh, tuple(checkpoint.companions))
 
 
-def load_params(checkpoint: hf.Checkpoint, compute: Compute, mesh: Mesh) -> Decoder:
+def load_params(checkpoint: Checkpoint, compute: Compute, mesh: Mesh) -> Decoder:
     """The parameters of an opened checkpoint, in Compute.param_dtype, each device's part read for that device."""
     specs = declare_decoder(checkpoint.config)
     targets = named(abstract(specs, jnp.dtype(compute.param_dtype), mesh, compute.replicate))

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from camelid.api import load
-from camelid.checkpoint.hf import open_checkpoint, write_json
+from camelid.checkpoint.folder import write_json
+from camelid.checkpoint.formats import open_checkpoint
 from camelid.data.config import DataConfig
 from camelid.model.config import ModelConfig
 from camelid.recipe import Recipe

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from camelid.checkpoint import hf
+from camelid.checkpoint.formats import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -33,7 +33,7 @@ def report(model: str) -> dict[str, Any]:
     """What a preset is, or what a checkpoint holds: its folder, or its name on the Hub."""
     if "/" not in model and not Path(model).expanduser().exists():
         return {"preset": ALIASES.get(model, model)} | of_config(_preset(model))
-    checkpoint = hf.open_checkpoint(model)
+    checkpoint = open_checkpoint(model)
     whole = of_config(checkpoint.config)
     for path, dtype in checkpoint.dtypes.items():
         entry = whole["tree"][path]

@@ -16,7 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from camelid.api import Model, load_params
 from camelid.checkpoint import hf
+from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.native import RunCheckpoints
+from camelid.checkpoint.opened import Checkpoint
 from camelid.data.batch import Batch
 from camelid.data.loader import Loader, prefetched
 from camelid.errors import UserError
@@ -67,7 +69,7 @@ def run(recipe: Recipe) -> Outcome:
 class Parts:
     """What a run is made of, read and checked before anything is written."""
 
-    source: hf.Checkpoint | None
+    source: Checkpoint | None
     config: ModelConfig
     tokenizer: Tokenizer
     loader: Loader
@@ -76,7 +78,7 @@ class Parts:
 
 
 def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
-    source = None if recipe.init is None else hf.open_checkpoint(recipe.init)
+    source = None if recipe.init is None else open_checkpoint(recipe.init)
     config, where = (recipe.model, recipe.tokenizer) if source is None else (source.config, source.folder)
     assert config is not None  # a Recipe has init, or model and tokenizer
     assert where is not None
@@ -248,7 +250,7 @@ def _trainer(recipe: Recipe, config: ModelConfig) -> Trainer:
 def _state(
     recipe: Recipe,
     config: ModelConfig,
-    source: hf.Checkpoint | None,
+    source: Checkpoint | None,
     trainer: Trainer,
     checkpoints: RunCheckpoints,
     mesh: Mesh,

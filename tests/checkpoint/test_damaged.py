@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import camelid
-from camelid.checkpoint.hf import open_checkpoint
+from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.layout import pieces
 from camelid.errors import UserError
 from runs import assert_refused, called, tensor_bytes
@@ -148,11 +148,10 @@ def test_the_sound_checkpoint_of_these_tests_opens(folder: Path, tmp_path: Path)
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(folder: Path):
     checkpoint = open_checkpoint(folder)
-    part = checkpoint.table.parts["lm_head"]
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:4000])
     with pytest.raises(UserError, match="ended while it was read"):
-        list(pieces(part, checkpoint.tensors[part.row.name], np.dtype(np.float32)))
+        list(pieces(checkpoint.table, "lm_head.weight", np.dtype(np.float32), checkpoint.source))
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./no/where", "/no/where", "a/b/c"])

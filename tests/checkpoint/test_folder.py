@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from camelid.checkpoint.folder import new_folder
-from camelid.checkpoint.hf import from_checkpoint, open_checkpoint, write_checkpoint
+from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
+from camelid.checkpoint.opened import Saving
 from camelid.errors import UserError
 from runs import TIMEOUT_S, assert_refused, called, command, tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
@@ -77,18 +78,18 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt(), OSError(errno.EIO, "bad disk")])
 def test_a_failure_in_the_middle_leaves_nothing_and_is_not_hidden(model: Path, tmp_path: Path, failure: BaseException):
     checkpoint = open_checkpoint(model)
-    source, count = from_checkpoint(checkpoint), 0
+    count = 0
 
-    def failing(row, layer, dtype) -> Iterator[np.ndarray]:
+    def failing(*slice_of) -> np.ndarray:
         nonlocal count
         count += 1
         if count == 5:
             assert entries(tmp_path) == {".out.incomplete"}
             raise failure
-        yield from source(row, layer, dtype)
+        return checkpoint.source(*slice_of)
 
     with pytest.raises(type(failure)) as seen:
-        write_checkpoint(tmp_path / "out", checkpoint.config, checkpoint.dtypes, failing, [])
+        write_checkpoint(tmp_path / "out", Saving(checkpoint.config, checkpoint.dtypes, failing))
     assert seen.value is failure
     assert entries(tmp_path) == set()
 

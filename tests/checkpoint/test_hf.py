@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import camelid
 from camelid.checkpoint import hf
 from camelid.checkpoint.convert import convert
+from camelid.checkpoint.formats import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.params import named
 from runs import tensor_bytes
@@ -155,17 +156,12 @@ def test_save_of_load_of_a_real_model_is_the_model_itself(stories: Path, tmp_pat
     np.testing.assert_allclose(np.asarray(model.logits(np.array([IDS]))), original.numpy(), atol=1e-4)
 
 
-def test_a_checkpoint_in_shards_opens_in_transformers_and_in_camelid(theirs: Path, tmp_path: Path):
-    checkpoint = hf.open_checkpoint(theirs)
-    limit = 40_000
-    hf.write_checkpoint(
-        tmp_path / "shards",
-        checkpoint.config,
-        checkpoint.dtypes,
-        hf.from_checkpoint(checkpoint),
-        checkpoint.companions,
-        shard_bytes=limit,
-    )
+def test_a_checkpoint_in_shards_opens_in_transformers_and_in_camelid(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint, limit = open_checkpoint(theirs), 40_000
+    monkeypatch.setattr(hf, "SHARD_BYTES", limit)
+    convert(theirs, tmp_path / "shards")
     files = sorted((tmp_path / "shards").glob("*.safetensors"))
     assert len(files) > 3
     assert [file.name for file in files] == [
@@ -199,10 +195,7 @@ def test_every_companion_of_the_weights_is_carried_along_and_nothing_else(theirs
     carried = ("tokenizer.json", "LICENSE.txt", "README.md", "chat_template.jinja", "USE_POLICY.md")
     for name in (*carried, "optimizer.pt", "train.log"):
         (theirs / name).write_text("{}" if name.endswith("json") else name)
-    checkpoint = hf.open_checkpoint(theirs)
-    hf.write_checkpoint(
-        tmp_path / "ours", checkpoint.config, checkpoint.dtypes, hf.from_checkpoint(checkpoint), checkpoint.companions
-    )
+    convert(theirs, tmp_path / "ours")
     names = {file.name for file in (tmp_path / "ours").iterdir()}
     assert names == {*carried, "config.json", "generation_config.json", "model.safetensors"}
 
@@ -246,7 +239,7 @@ def test_converting_keeps_the_dtype_of_each_tensor(theirs: Path, tmp_path: Path)
 
 def test_large_tensors_are_converted_in_pieces(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     convert(theirs, tmp_path / "whole", dtype="bfloat16")
-    monkeypatch.setattr("camelid.checkpoint.layout.CHUNK", 1000)
+    monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 1000)
     monkeypatch.setattr("camelid.checkpoint.tensors.CHUNK", 700)
     convert(theirs, tmp_path / "pieces", dtype="bfloat16")
     assert tensor_bytes(tmp_path / "pieces") == tensor_bytes(tmp_path / "whole")

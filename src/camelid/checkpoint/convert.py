@@ -3,28 +3,42 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from camelid.checkpoint.hf import dtype_named, from_checkpoint, open_checkpoint, write_checkpoint
+from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
+from camelid.checkpoint.opened import Saving
+from camelid.checkpoint.tensors import dtype_named
+from camelid.model.config import ModelConfig
 
 
 def convert(
     source: str | Path,
     destination: str | Path,
     *,
+    to: str = "hf",
+    format: str | None = None,
+    config: ModelConfig | None = None,
     dtype: str | None = None,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Writes `source` as a Hugging Face folder; `dtype` None keeps each tensor's own."""
-    checkpoint = open_checkpoint(source)
+) -> tuple[str, ...]:
+    """Writes `source` in the format `to`; `dtype` None keeps each tensor's own.
+
+    `format` is that of the source, None asks its files; `config` describes a model whose files do not. Returns what was
+    guessed or left out.
+    """
+    checkpoint = open_checkpoint(source, format, config)
     dtypes = checkpoint.dtypes
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, dtype_named(dtype))
-    write_checkpoint(
-        Path(destination),
+    saving = Saving(
         checkpoint.config,
         dtypes,
-        from_checkpoint(checkpoint),
+        checkpoint.source,
         checkpoint.companions,
-        overwrite=overwrite,
-        progress=progress,
+        progress,
+        tensor_parallel,
+        pipeline_parallel,
     )
+    write_checkpoint(Path(destination), saving, to, overwrite=overwrite)
+    return checkpoint.notes

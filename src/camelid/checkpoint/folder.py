@@ -1,10 +1,12 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears whole or not at all, and the JSON in it."""
 
 import errno
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from camelid.errors import UserError
 
@@ -49,3 +51,19 @@ def new_folder(destination: Path, need_bytes: int, overwrite: bool = False) -> I
         shutil.rmtree(old)
     else:
         temporary.rename(destination)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises UserError with the place of the fault."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", "Download or copy the file again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object", "Download or copy the file again.")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON as Hugging Face writes it."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,21 +1,18 @@
 """Hugging Face folders: config.json, the tensors, and the files that go with them."""
 
-import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from camelid.checkpoint.families import BUFFERS, FAMILIES, TIED_HEAD
-from camelid.checkpoint.folder import new_folder
+from camelid.checkpoint.folder import read_json, write_json
 from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
-from camelid.checkpoint.hub import find
-from camelid.checkpoint.layout import Part, Table, check, pieces, plan, table
-from camelid.checkpoint.tensors import CODES, Planned, Tensor, open_safetensors, write_safetensors
+from camelid.checkpoint.layout import Table, check, plan, table
+from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.tensors import Planned, Tensor, open_safetensors, write_safetensors
 from camelid.checkpoint.torch_files import open_torch
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -23,68 +20,45 @@ from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 
 SHARD_BYTES = 5 * 10**9
-COMPANIONS = re.compile(
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|vocab\.json|merges\.txt"
-    r"|generation_config\.json|preprocessor_config\.json|LICEN[SC]E.*|NOTICE.*|USE_POLICY.*|README.*"
-)
 
 
 def table_of(config: ModelConfig) -> Table:
     """Where each parameter of a model lies in the files of its family; raises UserError where no family has it."""
     name = config_to_hf(config, "float32")["model_type"]
-    return table(FAMILIES[name].rows, named(declare_decoder(config)))
+    return table(FAMILIES[name].rows, named(declare_decoder(config)), config.axis_sizes)
 
 
 # Reading --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """An opened folder: everything but the tensors' bytes."""
-
-    folder: Path
-    config: ModelConfig
-    tensors: Mapping[str, Tensor]
-    table: Table
-
-    @property
-    def dtypes(self) -> dict[str, np.dtype]:
-        """By path: the dtype of each parameter in the files."""
-        return {path: self.tensors[part.row.names(part.spec)[0]].dtype for path, part in self.table.parts.items()}
-
-    @property
-    def companions(self) -> list[Path]:
-        """The files that go wherever the weights go: tokenizer, generation settings, licence."""
-        return sorted(file for file in self.folder.iterdir() if COMPANIONS.fullmatch(file.name) and file.is_file())
+def looks(path: Path) -> bool:
+    """Whether a folder has config.json and one of the forms of weights."""
+    return (path / "config.json").is_file() and any(
+        (path / name).is_file() for file in FILES for name in (file, f"{file}.index.json")
+    )
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder, or the name of a repository on the Hugging Face Hub, and checks it against its config.json."""
-    folder = find(path)
-    config = config_from_hf(read_json(folder / "config.json"))
-    assert config.family is not None  # config.json has named it
-    rows = table(FAMILIES[config.family].rows, named(declare_decoder(config)))
+def understood(folder: Path) -> ModelConfig:
+    """The model that a folder's config.json describes."""
+    return config_from_hf(read_json(folder / "config.json"))
+
+
+def open_folder(folder: Path, config: ModelConfig | None = None) -> Checkpoint:
+    """Opens a folder and checks it against its config.json, or against `config` where that is given."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json", "Give the folder of a Hugging Face checkpoint.")
+    config = config or understood(folder)
+    rows = table_of(config)
     tensors = _open_files(folder)
     known = BUFFERS
     if config.tie_embeddings and TIED_HEAD in tensors:
         _check_tied(tensors[rows.parts["embed"].row.name], tensors[TIED_HEAD])
         known += "|" + re.escape(TIED_HEAD)
     check(rows, tensors, known)
-    return Checkpoint(folder, config, tensors, rows)
+    return Checkpoint("hf", folder, config, tensors, rows)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError with the place of the fault."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}", "Download or copy the file again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object", "Download or copy the file again.")
-    return value
-
-
-FORMATS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
+FILES: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
     "model.safetensors": open_safetensors,
     "pytorch_model.bin": open_torch,
 }
@@ -92,13 +66,13 @@ FORMATS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
 
 def _open_files(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name; with an index file, exactly those that it lists."""
-    for single, open_file in FORMATS.items():
+    for single, open_file in FILES.items():
         if (index := folder / f"{single}.index.json").is_file():
             return _open_shards(index, open_file)
         if (folder / single).is_file():
             return open_file(folder / single)
     raise UserError(
-        f"{folder} has neither {' nor '.join(FORMATS)}, whole or with an index",
+        f"{folder} has neither {' nor '.join(FILES)}, whole or with an index",
         "Give the folder of a Hugging Face checkpoint.",
     )
 
@@ -138,61 +112,23 @@ def _check_tied(table: Tensor, head: Tensor) -> None:
 
 # Writing --------------------------------------------------------------------------------
 
-Source = Callable[[Part, int, np.dtype], Iterator[np.ndarray]]
-"""from a parameter, a layer and a dtype to that layer's values, in arrays that lie end to end"""
 
-
-def from_checkpoint(checkpoint: Checkpoint) -> Source:
-    """The values of an opened checkpoint, a slice at a time."""
-
-    def source(part: Part, layer: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-        return pieces(part, checkpoint.tensors[part.row.names(part.spec)[layer]], dtype)
-
-    return source
-
-
-def write_checkpoint(
-    destination: Path,
-    config: ModelConfig,
-    dtypes: Mapping[str, np.dtype],
-    source: Source,
-    companions: Sequence[Path],
-    *,
-    overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Writes a folder that transformers opens: one tensor at a time, under a temporary name until it is whole.
-
-    `dtypes` are those of the tensors, by path of ours; `progress` hears of bytes done and bytes in all.
-    """
-    rows = table_of(config)
-    planned = plan(rows, dtypes)
-    total = sum(tensor.bytes for tensor in planned)
-    with new_folder(destination, total, overwrite) as folder:
-        shards, done = _shards(planned, shard_bytes), 0
-        names = ["model.safetensors"]
-        if len(shards) > 1:
-            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards, strict=True):
-
-            def counted(tensor: Planned) -> Iterator[np.ndarray]:
-                nonlocal done
-                for part, layer in rows.tensors[tensor.name]:
-                    for piece in source(part, layer, tensor.dtype):
-                        yield piece
-                        done += piece.nbytes
-                        progress(done, total)
-
-            write_safetensors(folder / name, shard, (counted(tensor) for tensor in shard))
-        if len(shards) > 1:
-            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            write_json(
-                folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-            )
-        for file in companions:
-            shutil.copyfile(file, folder / file.name)
-        write_json(folder / "config.json", config_to_hf(config, dtypes["embed"].name))
+def write(folder: Path, saving: Saving) -> None:
+    """Writes what transformers opens, one tensor at a time."""
+    rows = table_of(saving.config)
+    shards = _shards(plan(rows, saving.dtypes), SHARD_BYTES)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / name, shard, (saving.pieces(rows, tensor) for tensor in shard))
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": saving.total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    for file in saving.companions:
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "config.json", config_to_hf(saving.config, saving.dtypes["embed"].name))
 
 
 def _shards(planned: Sequence[Planned], most: int) -> list[list[Planned]]:
@@ -205,16 +141,3 @@ def _shards(planned: Sequence[Planned], most: int) -> list[list[Planned]]:
         shards[-1].append(tensor)
         size += tensor.bytes
     return shards
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON as Hugging Face writes it."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def dtype_named(name: str) -> np.dtype:
-    """The numpy dtype of "float32", "bfloat16" or "float16"; raises UserError for another."""
-    table = {dtype.name: dtype for dtype in CODES}
-    if name not in table:
-        raise UserError(f"dtype {name!r} is unknown", f"Choose one of {', '.join(table)}.")
-    return table[name]

@@ -2,26 +2,38 @@
 
     Row("layers.attn.q_proj", "model.layers.{layer}.self_attn.q_proj.weight", "(heads head_dim) embed")
 
-says that our parameter's layers are the tensors of that name, whose axes are ours, the first two laid together.
-Rows of one name lie end to end along that tensor's first axis, in the order of the table. Every row is read both ways.
-A tensor that no row reads and a row that no tensor fills are errors.
+says that our parameter's layers are the tensors of that name, whose axes are ours, the first two laid together. Where
+the file cuts an axis finer than we do, both sides say how; here its rotary pairs are neighbours, and ours are halves:
+
+    Row("layers.attn.q_proj", "...attention.wq.weight", "(heads freq pair) embed", "heads (pair freq) embed")
+
+A file that holds all layers in one tensor has `layers` among its axes. Rows of one name lie end to end in that tensor,
+in the order of the table: along its first axis, or along the one that they name. Every row is read both ways. A tensor
+that no row reads and a row that no tensor fills are errors.
 """
 
 import functools
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 
-from camelid.checkpoint.tensors import CHUNK, CODES, Planned, Tensor
+from camelid.checkpoint.tensors import CODES, Planned, Tensor
 from camelid.errors import UserError
 from camelid.model.params import Spec
 
 ALIGNMENT = 64  # bytes; XLA takes such a buffer on a CPU as it is, without a copy
 READERS = 4  # threads; enough to keep a disk busy while others cast
+PIECE = 32 * 2**20  # bytes in flight while a tensor is written
+BLOCK = 64  # numbers a side; a transposed block of them stays in a core's cache
+
+Groups = tuple[tuple[str, ...], ...]
+"""axes, each of words that are laid together"""
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -31,32 +43,44 @@ class Row:
     name: str
     """theirs, with {layer}: model.layers.{layer}.self_attn.q_proj.weight"""
     axes: str
-    """theirs, in our order; axes in brackets are one axis of the file"""
-
-    def names(self, spec: Spec) -> list[str]:
-        """The file's tensors that hold the parameter, one a layer."""
-        return [self.name.format(layer=layer) for layer in range(spec.shape[0])] if spec.stacked else [self.name]
-
-    def groups(self, spec: Spec) -> list[tuple[int, ...]]:
-        """Sizes of our axes, by axis of the file."""
-        words = [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", self.axes)]
-        assert [word for group in words for word in group] == list(spec.outputs + spec.inputs), f"{self} is not {spec}"
-        sizes = iter(spec.shape[len(spec.stacked) :])
-        return [tuple(next(sizes) for _ in group) for group in words]
-
-    def shape(self, spec: Spec) -> tuple[int, ...]:
-        """The shape that one layer has in the file."""
-        return tuple(int(np.prod(group)) for group in self.groups(spec))
+    """theirs, in the file's order; words in brackets are one axis of the file"""
+    ours: str = ""
+    """our axes, where one is cut finer; words in brackets are one axis of ours"""
+    along: str = ""
+    """the word along which rows of this name lie end to end; without one, the first axis of the file"""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The layers of one parameter, as they lie in the tensors of a file."""
+    """One parameter, and where its layers lie in the tensors of a file."""
 
     row: Row
     spec: Spec
-    start: int
-    """where it begins along the first axis of its tensor"""
+    theirs: Groups
+    ours: Groups
+    sizes: Mapping[str, int]
+    """of every word"""
+    start: int = 0
+    """where it begins along row.along or the first axis"""
+    length: int = 0
+    """of what lies end to end there in all"""
+
+    def layers(self) -> Sequence[int | None]:
+        """The layers that have tensors of their own; None is all of them, or a parameter without."""
+        own = self.spec.stacked and ("layers",) not in self.theirs
+        return range(self.spec.shape[0]) if own else [None]
+
+    def name(self, layer: int | None) -> str:
+        return self.row.name.format(layer=layer)
+
+    def held(self, word: str) -> int:
+        """How many of a word the file's tensor has."""
+        return self.length if word == self.row.along else self.sizes[word]
+
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the file's tensor."""
+        first, *rest = (math.prod(map(self.held, group)) for group in self.theirs)
+        return (first if self.row.along else self.length, *rest)
 
 
 @dataclass(frozen=True)
@@ -67,31 +91,128 @@ class Table:
     """by path of ours"""
 
     @functools.cached_property
-    def tensors(self) -> dict[str, list[tuple[Part, int]]]:
+    def tensors(self) -> dict[str, list[tuple[Part, int | None]]]:
         """By name in the file: the parameters' layers that lie in it, end to end."""
-        tensors: dict[str, list[tuple[Part, int]]] = {}
+        tensors: dict[str, list[tuple[Part, int | None]]] = {}
         for part in self.parts.values():
-            for layer, name in enumerate(part.row.names(part.spec)):
-                tensors.setdefault(name, []).append((part, layer))
+            for layer in part.layers():
+                tensors.setdefault(part.name(layer), []).append((part, layer))
         return tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the file."""
-        first, *rest = (part.row.shape(part.spec) for part, _ in self.tensors[name])
-        return first[0] + sum(shape[0] for shape in rest), *first[1:]
+        return self.tensors[name][0][0].shape()
 
 
-def table(rows: Sequence[Row], specs: Mapping[str, Spec]) -> Table:
-    """The table of the parameters that a model has; rows of others are left out."""
+def table(rows: Sequence[Row], specs: Mapping[str, Spec], sizes: Mapping[str, int]) -> Table:
+    """The table of the parameters that a model has; rows of others are left out.
+
+    `sizes` are those of the words that are no axes of ours; of each bracket, one may be missing.
+    """
     ends: dict[str, int] = {}
     parts = {}
     for row in rows:
         if row.path in specs:
+            part = _part(row, specs[row.path], sizes)
             start = ends.get(row.name, 0)
-            parts[row.path] = Part(row, specs[row.path], start)
-            ends[row.name] = start + row.shape(specs[row.path])[0]
+            along = part.sizes[row.along] if row.along else math.prod(part.sizes[word] for word in part.theirs[0])
+            ends[row.name] = start + along
+            parts[row.path] = replace(part, start=start)
     assert parts.keys() == specs.keys(), f"no row for {specs.keys() - parts.keys()}"
-    return Table(parts)
+    return Table({path: replace(part, length=ends[part.row.name]) for path, part in parts.items()})
+
+
+def _part(row: Row, spec: Spec, sizes: Mapping[str, int]) -> Part:
+    theirs, ours = (
+        tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", axes))
+        for axes in (row.axes, row.ours or " ".join(spec.outputs + spec.inputs))
+    )
+    known = {**sizes, **dict(zip(spec.axes, spec.shape, strict=True))}
+    for group, axis in zip(ours, spec.outputs + spec.inputs, strict=True):
+        whole, missing = known[axis], [word for word in group if word not in known]
+        assert len(missing) <= 1, f"{row}: {missing} have no size"
+        rest = math.prod(known[word] for word in group if word in known)
+        if missing:
+            known[missing[0]] = whole // rest
+        assert math.prod(known[word] for word in group) == whole, f"{row}: {group} is not {axis}"
+    assert {*sum(theirs, ())} - {"layers"} == {*sum(ours, ())}, f"{row} is not {spec}"
+    return Part(row, spec, theirs, ours, known)
+
+
+# Where a slice lies ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """A slice of a file's tensor, and how a slice of ours stands in it."""
+
+    index: Index
+    words: tuple[int, ...]
+    """its shape, brackets opened"""
+    picks: Index
+    """of these, what is ours"""
+    order: tuple[int, ...]
+    """our words, among theirs"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(s.stop - s.start for s in self.index)
+
+    @property
+    def plain(self) -> bool:
+        """Whether both hold the same numbers in the same order."""
+        whole = all(s == slice(0, n) for s, n in zip(self.picks, self.words, strict=True))
+        return whole and self.order == tuple(sorted(self.order))
+
+    def ours(self, held: np.ndarray) -> np.ndarray:
+        """A view of the slice, in the order of our words."""
+        return held.reshape(self.words)[self.picks].transpose(self.order)
+
+
+def window(part: Part, index: Index, layer: int | None) -> Window:
+    """Where our slice `index` of a layer lies in its tensor; of words in one bracket, only the first may be cut."""
+    cuts = {word: slice(0, part.sizes[word]) for word in sum(part.theirs, ())}
+    for group, s in zip(part.ours, index, strict=True):
+        width = math.prod(part.sizes[word] for word in group[1:])
+        assert s.start % width == s.stop % width == 0, f"{part.row.path}: {group} is cut at {s}"
+        cuts[group[0]] = slice(s.start // width, s.stop // width)
+    if ("layers",) in part.theirs and layer is not None:
+        cuts["layers"] = slice(layer, layer + 1)
+    if along := part.row.along:
+        cuts[along] = slice(cuts[along].start + part.start, cuts[along].stop + part.start)
+    file_index, words, picks = [], [], []
+    for axis, (outer, *inner) in enumerate(part.theirs):
+        width, cut = math.prod(map(part.held, inner)), cuts[outer]
+        first = part.start if axis == 0 and not along else 0
+        file_index.append(slice(first + cut.start * width, first + cut.stop * width))
+        words += [cut.stop - cut.start, *map(part.held, inner)]
+        picks += [slice(0, cut.stop - cut.start), *(cuts[word] for word in inner)]
+    theirs, ours = sum(part.theirs, ()), sum(part.ours, ())
+    order = [theirs.index(word) for word in (("layers",) if "layers" in theirs else ()) + ours]
+    return Window(tuple(file_index), tuple(words), tuple(picks), tuple(order))
+
+
+def move(source: np.ndarray, target: np.ndarray) -> None:
+    """target[...] = source, of one dtype; where they run along different axes, block by block."""
+    bits = np.dtype(f"u{source.itemsize}")  # numpy copies its own integers faster than bfloat16
+    source, target = source.view(bits), target.view(bits)
+    near = [_fastest(x) for x in (source, target)]
+    if near[0] == near[1]:
+        target[...] = source
+        return
+    for i in range(0, source.shape[near[0]], BLOCK):
+        for j in range(0, source.shape[near[1]], BLOCK):
+            at = [slice(None)] * source.ndim
+            at[near[0]], at[near[1]] = slice(i, i + BLOCK), slice(j, j + BLOCK)
+            target[*at] = source[*at]
+
+
+def _fastest(x: np.ndarray) -> int:
+    """The axis along which neighbours lie closest."""
+    return min(range(x.ndim), key=lambda axis: x.strides[axis] if x.shape[axis] > 1 else 2**62)
+
+
+# Reading --------------------------------------------------------------------------------
 
 
 def check(table: Table, tensors: Mapping[str, Tensor], known: str) -> None:
@@ -137,7 +258,7 @@ def _load(
     slices: dict[tuple, np.ndarray] = {}
     shape = part.spec.shape
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+    def read(index: Index | None) -> np.ndarray:
         assert index is not None
         whole = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
         key = tuple((s.start, s.stop) for s in whole)
@@ -151,27 +272,32 @@ def _load(
 def _read(part, tensors, index, dtype, pool) -> np.ndarray:
     """Our slice `index` of a parameter, stacked in one aligned buffer."""
     out = aligned([s.stop - s.start for s in index], dtype)
-    first, rest = index[0], index[1:]
-    names = part.row.names(part.spec)
+    first, *rest = index
     if part.spec.stacked:
-        blocks = [(name, rest, layer) for name, layer in zip(names[first], out, strict=True)]
+        blocks = [(layer, rest, block) for layer, block in zip(range(first.start, first.stop), out, strict=True)]
     else:
         step = -(-len(out) // READERS)
-        rows = [slice(i, min(i + step, len(out))) for i in range(0, len(out), step)]
-        blocks = [(names[0], (slice(first.start + r.start, first.start + r.stop), *rest), out[r]) for r in rows]
-    list(pool.map(lambda block: read_slice(part, tensors[block[0]], *block[1:]), blocks))
+        starts = range(first.start, first.stop, step)
+        cuts = [slice(start, min(start + step, first.stop)) for start in starts]
+        blocks = [(None, (cut, *rest), out[cut.start - first.start :][: cut.stop - cut.start]) for cut in cuts]
+
+    def one_block(block: tuple) -> None:
+        layer, cut, values = block
+        read_slice(part, tensors[part.name(layer)], tuple(cut), layer, values)
+
+    list(pool.map(one_block, blocks))
     return out
 
 
-def read_slice(part: Part, tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
-    """Fills `out` with our slice `index` of one layer; of axes in one bracket, only the first may be cut."""
-    cuts, axes = [], iter(zip(index, part.spec.shape[len(part.spec.stacked) :], strict=True))
-    for group in part.row.groups(part.spec):
-        (outer, _), *inner = [next(axes) for _ in group]
-        assert all(s == slice(0, n) for s, n in inner), f"{part.row.path}: an inner axis is cut"
-        width, start = int(np.prod(group[1:])), 0 if cuts else part.start
-        cuts.append(slice(start + outer.start * width, start + outer.stop * width))
-    tensor.read_into(out.reshape([cut.stop - cut.start for cut in cuts]), tuple(cuts))
+def read_slice(part: Part, tensor: Tensor, index: Index, layer: int | None, out: np.ndarray) -> None:
+    """Fills `out`, contiguous, with our slice `index` of one layer."""
+    at = window(part, index, layer)
+    if at.plain:
+        return tensor.read_into(out.reshape(at.shape), at.index)
+    held = np.empty(at.shape, out.dtype)
+    tensor.read_into(held, at.index)
+    view = at.ours(held)
+    move(view, out.reshape(view.shape))
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -182,17 +308,60 @@ def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+# Writing --------------------------------------------------------------------------------
+
+Source = Callable[[str, int | None, Index, np.dtype], np.ndarray]
+"""from a path, a layer, a slice of it and a dtype to its values, contiguous"""
+
+
 def plan(table: Table, dtypes: Mapping[str, np.dtype]) -> list[Planned]:
     """The file's tensors in the order in which they are written; `dtypes` are those of our parameters, by path."""
     return [Planned(name, table.shape(name), dtypes[parts[0][0].row.path]) for name, parts in table.tensors.items()]
 
 
-def pieces(part: Part, tensor: Tensor, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """One layer of a parameter, from a file, in slices of at most CHUNK bytes or one row."""
-    shape = part.spec.shape[len(part.spec.stacked) :]
-    step = max(1, CHUNK * shape[0] // (int(np.prod(shape)) * dtype.itemsize))
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        out = np.empty((stop - start, *shape[1:]), dtype)
-        read_slice(part, tensor, (slice(start, stop), *(slice(0, n) for n in shape[1:])), out)
-        yield out
+def pieces(table: Table, name: str, dtype: np.dtype, source: Source) -> Iterator[np.ndarray]:
+    """One of the file's tensors, in arrays of about PIECE bytes that lie end to end in it."""
+    members = table.tensors[name]
+    for together in [members] if members[0][0].row.along else [[member] for member in members]:
+        part, layer = together[0]
+        lead = part.theirs[0][0]
+        width = math.prod(part.shape()) // part.shape()[0] * math.prod(map(part.held, part.theirs[0][1:]))
+        step = 1 if lead == "layers" else max(1, PIECE // (width * dtype.itemsize))
+        for start in range(0, part.sizes[lead], step):
+            cut = slice(start, min(start + step, part.sizes[lead]))
+            held = None
+            for part, own in together:
+                layer = start if lead == "layers" else own
+                index = our_index(part, {} if lead == "layers" else {lead: cut})
+                at, values = window(part, index, layer), source(part.row.path, layer, index, dtype)
+                if at.plain:
+                    held = values.reshape(at.shape)
+                    continue
+                held = np.empty(at.shape, dtype) if held is None else held
+                view = at.ours(held)
+                move(values.reshape(view.shape), view)
+            assert held is not None
+            yield held
+
+
+def our_index(part: Part, cuts: Mapping[str, slice]) -> Index:
+    """The slice of ours that holds these slices of words, and all of every other."""
+
+    def one(group: tuple[str, ...]) -> slice:
+        width = math.prod(part.sizes[word] for word in group[1:])
+        cut = cuts.get(group[0], slice(0, part.sizes[group[0]]))
+        return slice(cut.start * width, cut.stop * width)
+
+    return tuple(map(one, part.ours))
+
+
+def from_tensors(table: Table, tensors: Mapping[str, Tensor]) -> Source:
+    """The values of an opened checkpoint, read as they are asked for."""
+
+    def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
+        part = table.parts[path]
+        out = np.empty([s.stop - s.start for s in index], dtype)
+        read_slice(part, tensors[part.name(layer)], index, layer, out)
+        return out
+
+    return source

@@ -67,6 +67,46 @@ def _read_exactly(file, offset: int, out: np.ndarray) -> None:
         view, offset = view[count:], offset + count
 
 
+@dataclass(frozen=True)
+class Joined(Tensor):
+    """Tensors of several files that lie end to end along an axis, as shards of one."""
+
+    parts: tuple[Tensor, ...]
+    axis: int
+
+    def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
+        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype."""
+        want, start = index[self.axis], 0
+        before, after = index[: self.axis], index[self.axis + 1 :]
+        for part in self.parts:
+            stop = start + part.shape[self.axis]
+            first, last = max(want.start, start), min(want.stop, stop)
+            if first < last:
+                at = out[*(slice(None) for _ in before), slice(first - want.start, last - want.start)]
+                held = at if self.axis == 0 else np.empty(at.shape, out.dtype)
+                part.read_into(held, (*before, slice(first - start, last - start), *after))
+                if held is not at:
+                    at[...] = held
+            start = stop
+
+
+def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """One tensor of shards; raises UserError where they do not fit together."""
+    first, *rest = parts
+    for part in rest:
+        fits = part.dtype == first.dtype and len(part.shape) == len(first.shape)
+        if not fits or any(a != b for i, (a, b) in enumerate(zip(first.shape, part.shape, strict=True)) if i != axis):
+            raise UserError(
+                f"{first.name} is {first.shape} {first.dtype} in {first.file}, and {part.shape} {part.dtype} in "
+                f"{part.file}",
+                "The shards belong to different checkpoints.",
+            )
+    if not rest:
+        return first
+    shape = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
+    return Joined(first.file, first.name, 0, shape, first.dtype, tuple(parts), axis)
+
+
 def open_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, checked against its size; raises UserError where the file is cut short or not one."""
     size = path.stat().st_size
@@ -145,3 +185,11 @@ def write_safetensors(path: Path, tensors: Sequence[Planned], pieces: Iterable[I
             assert written == tensor.bytes, f"{tensor.name}: {written} bytes written, {tensor.bytes} promised"
         file.flush()
         os.fsync(file.fileno())
+
+
+def dtype_named(name: str) -> np.dtype:
+    """The numpy dtype of "float32", "bfloat16" or "float16"; raises UserError for another."""
+    table = {dtype.name: dtype for dtype in CODES}
+    if name not in table:
+        raise UserError(f"dtype {name!r} is unknown", f"Choose one of {', '.join(table)}.")
+    return table[name]
