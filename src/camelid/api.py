@@ -53,6 +53,8 @@ class Model:
     mesh: Mesh
     companions: tuple[Path, ...] = ()
     """files that `save` carries along"""
+    notes: tuple[str, ...] = ()
+    """what had to be guessed when the checkpoint was opened, and what was left out"""
 
     def logits(self, tokens: Int[Array | np.ndarray, "B S"]) -> Float[Array, "B S V"]:
         """For each token, the float32 logits of the one after it."""
@@ -162,7 +164,8 @@ def load(
     if tokenizer is not None:
         check_vocabulary(tokenizer, checkpoint.config.vocab_size)
     params = load_params(checkpoint, compute, mesh)
-    return Model(checkpoint.config, params, tokenizer, compute, mesh, tuple(checkpoint.companions))
+    companions = tuple(checkpoint.companions)
+    return Model(checkpoint.config, params, tokenizer, compute, mesh, companions, checkpoint.notes)
 
 
 def load_params(checkpoint: Checkpoint, compute: Compute, mesh: Mesh) -> Decoder:

@@ -28,7 +28,21 @@ Prompts = Annotated[
     Positional[tuple[str, ...]],
     arg(metavar="PROMPT...", help="texts to go on from; without one, standard input is the prompt"),
 ]
-Format = Literal["hf"]
+Format = Literal[
+    "hf",
+    "meta",
+    "easylm",
+    "easylm-flax",
+    "mindspore",
+    "mindspore-interleaved",
+    "llama2-jax",
+    "llama2c",
+    "llama2c-v1",
+    "llama2c-v2",
+    "gguf",
+    "gguf-q8_0",
+    "gguf-q4_0",
+]
 Texts = Annotated[Positional[tuple[str, ...]], arg(metavar="TEXTFILE...", help="UTF-8 text")]
 
 
@@ -206,7 +220,7 @@ def convert(
         _note(f"note: {note}")
     _note(f"wrote {destination}")
     if verify:
-        _verify(source, destination, from_format, described)
+        _verify(source, destination, from_format, described, to)
 
 
 def diff(
@@ -392,7 +406,10 @@ def _load(model: str, dtype: str):
     keep_compiled()
     from camelid.api import load
 
-    return load(model, dtype=dtype)
+    loaded = load(model, dtype=dtype)
+    for note in loaded.notes:
+        _note(f"note: {note}")
+    return loaded
 
 
 def _model_config(text: str):
@@ -407,23 +424,23 @@ def _model_config(text: str):
     return preset(text)
 
 
-def _verify(source: str, written: Path, format: str | None, config) -> None:
+def _verify(source: str, written: Path, format: str | None, config, to: str) -> None:
     """Says how far what was written is from its source."""
     import numpy as np
 
     from camelid.api import load
     from camelid.checkpoint.compare import compare
-    from camelid.checkpoint.formats import open_checkpoint
+    from camelid.checkpoint.formats import FORMATS, open_checkpoint
 
     with _progress("verify") as progress:
-        found = list(compare(open_checkpoint(source, format, config), open_checkpoint(written), progress))
+        found = list(compare(open_checkpoint(source, format, config), open_checkpoint(written, to), progress))
     if all(difference.equal for difference in found):
         _note("every tensor is equal")
     else:
         _note(f"tensors were rounded: they are at most {max(difference.largest for difference in found):.3g} apart")
-    if not all(difference.rounded for difference in found):
+    if not FORMATS[to].lossy and not all(difference.rounded for difference in found):
         raise UserError(f"{written} does not hold what {source} does", "This is a fault of camelid; please report it.")
-    models = (load(source, format=format, config=config), load(written))
+    models = (load(source, format=format, config=config), load(written, format=to))
     tokens = np.arange(32)[None] % models[0].config.vocab_size
     before, after = (np.asarray(model.logits(tokens)) for model in models)
     agree = np.mean(before.argmax(-1) == after.argmax(-1))

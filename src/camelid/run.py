@@ -108,6 +108,8 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers)
         sinks = [MetricsFile(folder / "metrics.jsonl", first), *trackers]
+        for note in () if parts.source is None else parts.source.notes:
+            terminal.say(f"note: {note}")
         _introduce(terminal, recipe, config, loader, mesh, first)
     batches = _batches(recipe, loader, mesh, first)
     step = _compile(trainer, state, recipe, mesh, terminal) if first < steps else trainer.step

@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import pickle
+import pickletools
 import random
 import struct
 import subprocess
@@ -20,8 +21,8 @@ import pytest
 import torch
 
 from camelid.checkpoint import torch_files
-from camelid.checkpoint.tensors import Tensor
-from camelid.checkpoint.torch_files import MAGIC, PROTOCOL, Strided, open_torch, unpickle
+from camelid.checkpoint.tensors import Planned, Tensor
+from camelid.checkpoint.torch_files import MAGIC, PROTOCOL, Strided, open_torch, unpickle, write_torch
 from camelid.errors import UserError
 
 BOTH = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -536,3 +537,75 @@ def test_objects_of_other_libraries_are_refused_by_name(assets: Path):
     for path in (assets / "golden" / "megatron").rglob("*.pt"):
         with pytest.raises(UserError, match=r"would call (argparse|megatron)\.\S+ when it is opened"):
             open_torch(path)
+
+
+# Writing ----------------------------------------------------------------------------------
+
+
+def written(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state that write_torch wrote, a few numbers at a time, as torch reads it."""
+    arrays = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in state.items()}
+    dtypes = {name: torch_files.DTYPES[tensor.type()[6:].removesuffix("Tensor")] for name, tensor in state.items()}
+    planned = [Planned(name, tuple(tensor.shape), dtypes[name]) for name, tensor in state.items()]
+    whole = (arrays[name].view(dtype) for name, dtype in dtypes.items())
+    write_torch(path, planned, ((array[i : i + 5] for i in range(0, len(array), 5)) for array in whole))
+    return torch.load(path, weights_only=True)
+
+
+WRITTEN = {
+    "every dtype": lambda: {str(dtype): count(3, 4, dtype=dtype) for dtype in NAMED},
+    "every number of axes": lambda: {str(n): count(*range(2, 2 + n)).contiguous() for n in range(6)},
+    "nothing": lambda: {"a": torch.empty(0), "b": torch.empty(2, 0, 3), "ü": torch.ones(1)},
+    "no tensors": dict,
+    "many": lambda: {f"layers.{i}.weight": count(i % 7) for i in range(300)},
+}
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "in zip64"])
+@pytest.mark.parametrize("state", WRITTEN.values(), ids=WRITTEN)
+def test_torch_opens_what_is_written(
+    tmp_path: Path, state: Callable[[], dict[str, torch.Tensor]], large: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if large:  # as if these files were beyond what a plain zip file can say
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 20)
+    held, path = state(), tmp_path / "consolidated.00.pth"
+    for tensors in (written(path, held), torch.load(path, weights_only=True, mmap=True) if held else {}):
+        assert list(tensors) == list(held)
+        for name, tensor in held.items():
+            assert (tensors[name].dtype, tensors[name].shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(tensors[name], tensor)
+            assert tensors[name].stride() == tensor.stride() or tensor.numel() == 0
+    opened = open_torch(path)
+    assert list(opened) == list(held)
+    for name, tensor in opened.items():
+        assert tensor.offset % 64 == 0
+        assert read(tensor).tobytes() == held[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        names = archive.namelist()
+    assert [name for name in names if "/data/" not in name] == [
+        f"consolidated.00/{name}" for name in ("data.pkl", "byteorder", "version")
+    ]
+
+
+def test_sizes_beyond_32_bits_are_told_as_they_are():
+    planned = [Planned("w", (2**33, 3), np.dtype(np.int8))]
+    sizes = [value for _, value, _ in pickletools.genops(torch_files._program(planned)) if isinstance(value, int)]
+    assert sizes.count(3 * 2**33) == 1
+    assert sizes.count(2**33) == 1
+
+
+def test_a_tensor_of_fewer_numbers_than_planned_is_noticed(tmp_path: Path):
+    parts = iter([np.ones(3, np.float32)])
+    with pytest.raises(AssertionError, match="w: 12 bytes written, 16 promised"):
+        write_torch(tmp_path / "model.pth", [Planned("w", (4,), np.dtype(np.float32))], iter([parts]))
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [({"model": {"a": count(2)}}, ["a"]), ({"a": count(2)}, ["a"]), ({"model": count(2)}, ["model"])],
+)
+def test_a_table_inside_stands_for_all_where_it_is_alone(tmp_path: Path, value: Any, names: list[str]):
+    assert list(open_torch(saved(value, tmp_path, True), "model")) == names
+    with pytest.raises(UserError, match="holds more than tensors by name: model"):
+        open_torch(saved({"model": {"a": count(2)}, "b": count(2)}, tmp_path, True), "model")

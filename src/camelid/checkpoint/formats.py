@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from camelid.checkpoint import hf
+from camelid.checkpoint import easylm, gguf, hf, llama2_jax, llama2c, meta, mindspore
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.hub import find
 from camelid.checkpoint.opened import Checkpoint, Saving
@@ -15,18 +16,66 @@ from camelid.model.config import ModelConfig
 @dataclass(frozen=True)
 class Format:
     what: str
+    """for messages"""
     looks: Callable[[Path], bool]
     """whether a file or a folder looks like it, from names and first bytes"""
     open: Callable[[Path, ModelConfig | None], Checkpoint]
     """opens it; the config is what the user says of a model whose files do not"""
     write: Callable[[Path, Saving], None]
     """writes into a folder that is new"""
+    lossy: bool = False
+    """whether numbers are rounded to fewer bits than their dtype has"""
+
+
+def _never(path: Path) -> bool:
+    """Of another way to write what a format before it opens."""
+    return False
 
 
 FORMATS: Mapping[str, Format] = {
     "hf": Format("Hugging Face: config.json with safetensors or .bin", hf.looks, hf.open_folder, hf.write),
+    "meta": Format("Meta: params.json with consolidated.00.pth", meta.looks, meta.open_folder, meta.write),
+    "easylm": Format(
+        "EasyLM and LL3M: streaming_params, flax_params or streaming_train_state",
+        easylm.looks,
+        easylm.open_path,
+        easylm.write,
+    ),
+    "easylm-flax": Format(
+        "EasyLM: flax_params", _never, partial(easylm.open_path, prefix="flax_params"), easylm.write_flax
+    ),
+    "mindspore": Format(
+        "MindSpore: .ckpt files or rank_x folders with MindFormers' names",
+        mindspore.looks,
+        mindspore.open_path,
+        mindspore.write,
+    ),
+    "mindspore-interleaved": Format(
+        "MindSpore, with MindFormers' rotary layout before August 2023",
+        _never,
+        partial(mindspore.open_path, rope_layout="interleaved"),
+        partial(mindspore.write, rope_layout="interleaved"),
+    ),
+    "llama2-jax": Format("llama-2-jax: a .pickle", llama2_jax.looks, llama2_jax.open_file, llama2_jax.write),
+    **{
+        f"llama2c{suffix}": Format(
+            f"llama2.c: .bin of version {version}",
+            partial(llama2c.looks, version=version),
+            llama2c.open_file,
+            partial(llama2c.write, version=version),
+            lossy=version == 2,
+        )
+        for version, suffix in enumerate(("", "-v1", "-v2"))
+    },
+    "gguf": Format("GGUF, llama.cpp's", gguf.looks, gguf.open_gguf, gguf.write),
+    "gguf-q8_0": Format("GGUF of 8 bits", _never, gguf.open_gguf, partial(gguf.write, kind="q8_0"), lossy=True),
+    "gguf-q4_0": Format("GGUF of 4 bits", _never, gguf.open_gguf, partial(gguf.write, kind="q4_0"), lossy=True),
 }
-PREFIXES = {name: name for name in FORMATS}
+# What may stand before `::` in a path: the formats, and EasyLM's own words for its files.
+OPEN: Mapping[str, Callable[[Path, ModelConfig | None], Checkpoint]] = {
+    **{prefix: partial(easylm.open_path, prefix=prefix) for prefix in easylm.PREFIXES},
+    **{name: format.open for name, format in FORMATS.items()},
+}
 
 
 def open_checkpoint(path: str | Path, format: str | None = None, config: ModelConfig | None = None) -> Checkpoint:
@@ -37,28 +86,25 @@ def open_checkpoint(path: str | Path, format: str | None = None, config: ModelCo
     """
     prefix, colons, rest = str(path).partition("::")
     if colons and not Path(path).exists():
-        if prefix not in PREFIXES:
-            raise UserError(f"{prefix}:: names no format", f"The prefixes are {', '.join(PREFIXES)}.")
-        format, path = PREFIXES[prefix], rest
+        format, path = prefix, rest
     place = Path(path).expanduser()
     if not place.exists():
         place = find(path, hf.understood)
     format = format or detect(place)
-    if format not in FORMATS:
-        raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(FORMATS)}.")
-    return FORMATS[format].open(place, config)
+    if format not in OPEN:
+        raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(OPEN)}.")
+    return OPEN[format](place, config)
 
 
 def detect(place: Path) -> str:
     """The name of the one format that a path looks like."""
     found = [name for name, format in FORMATS.items() if format.looks(place)]
-    if len(found) == 1:
-        return found[0]
+    if found == ["hf", "mindspore"]:
+        return "mindspore"  # safetensors too, with names of its own
+    if len(found) > 1:
+        raise UserError(f"{place} could be {' or '.join(found)}", f"Say which, for example as {found[0]}::{place}")
     if found:
-        raise UserError(
-            f"{place} could be {' or '.join(found)}",
-            f"Say which, for example as {found[0]}::{place}.",
-        )
+        return found[0]
     if (place / "config.json").is_file():
         return "hf"  # whose reader can say what is missing
     kinds = "; ".join(format.what for format in FORMATS.values())

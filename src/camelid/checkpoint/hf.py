@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json, the tensors, and the files that go with them."""
 
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -93,21 +94,28 @@ def _open_shards(index: Path, open_file: Callable[[Path], dict[str, Tensor]]) ->
 
 
 def _check_tied(table: Tensor, head: Tensor) -> None:
-    if table.shape == head.shape and table.dtype == head.dtype:
-        rows = max(1, 2**24 // table.shape[1])
-        for start in range(0, table.shape[0], rows):
-            index = (slice(start, min(start + rows, table.shape[0])), slice(None))
-            a, b = (np.empty((index[0].stop - start, table.shape[1]), table.dtype) for _ in range(2))
-            table.read_into(a, index)
-            head.read_into(b, index)
-            if a.tobytes() != b.tobytes():
-                break
-        else:
-            return
-    raise UserError(
-        f"config.json ties the head to the embedding table, and {TIED_HEAD} differs from it",
-        "Set tie_word_embeddings to false in config.json if the head is to be used.",
-    )
+    if not same_values(table, head):
+        raise UserError(
+            f"config.json ties the head to the embedding table, and {TIED_HEAD} differs from it",
+            "Set tie_word_embeddings to false in config.json if the head is to be used.",
+        )
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bit for bit; they are read as far as they are."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.shape:
+        return False
+    length, *rest = one.shape
+    rows = max(1, 2**24 // max(1, math.prod(rest)))
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        index = (slice(start, stop), *(slice(0, n) for n in rest))
+        a, b = (np.empty((stop - start, *rest), one.dtype) for _ in range(2))
+        one.read_into(a, index)
+        other.read_into(b, index)
+        if a.tobytes() != b.tobytes():
+            return False
+    return True
 
 
 # Writing --------------------------------------------------------------------------------

@@ -291,6 +291,12 @@ def _read(part, tensors, index, dtype, pool) -> np.ndarray:
 
 def read_slice(part: Part, tensor: Tensor, index: Index, layer: int | None, out: np.ndarray) -> None:
     """Fills `out`, contiguous, with our slice `index` of one layer."""
+    if (whole := _widened(part, index)) != index:
+        held = np.empty([s.stop - s.start for s in whole], out.dtype)
+        read_slice(part, tensor, whole, layer, held)
+        wanted = (slice(s.start - w.start, s.stop - w.start) for s, w in zip(index, whole, strict=True))
+        out[...] = held[*wanted]
+        return
     at = window(part, index, layer)
     if at.plain:
         return tensor.read_into(out.reshape(at.shape), at.index)
@@ -298,6 +304,16 @@ def read_slice(part: Part, tensor: Tensor, index: Index, layer: int | None, out:
     tensor.read_into(held, at.index)
     view = at.ours(held)
     move(view, out.reshape(view.shape))
+
+
+def _widened(part: Part, index: Index) -> Index:
+    """The least slice around `index` that cuts only the first word of each bracket: query heads of whole groups."""
+
+    def one(group: tuple[str, ...], s: slice) -> slice:
+        width = math.prod(part.sizes[word] for word in group[1:])
+        return slice(s.start // width * width, -(-s.stop // width) * width)
+
+    return tuple(map(one, part.ours, index))
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -1,8 +1,7 @@
-"""PyTorch files (`pytorch_model.bin`, Meta's `.pth`), read without torch and without running what they ask for.
+"""PyTorch files (`pytorch_model.bin`, Meta's `.pth`), read and written without torch, running nothing they ask for.
 
-A pickle is a program for a small stack machine. Python's own machine trusts it: nine bytes can ask for gigabytes, and
-a deep tuple as a key ends the process. The machine here knows what torch.save writes, and can call nothing but the
-functions in GLOBALS. The formats (torch/serialization.py, _save and _legacy_save), where R is any folder:
+Their pickles can call nothing but the functions in GLOBALS (pickles.py). The formats (torch/serialization.py, _save
+and _legacy_save), where R is any folder:
 
     zip, since torch 1.6    R/data.pkl, R/byteorder, and R/data/<key> for each storage, not compressed
     before                  pickles of MAGIC, PROTOCOL, the system, the object and the keys of its storages;
@@ -12,11 +11,10 @@ functions in GLOBALS. The formats (torch/serialization.py, _save and _legacy_sav
 import io
 import math
 import os
-import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from camelid.checkpoint.tensors import Tensor
+from camelid.checkpoint.pickles import Record, run, shown
+from camelid.checkpoint.tensors import Planned, Tensor
 from camelid.errors import UserError
 
 MAX_PICKLE = 16 * 2**20  # bytes; a checkpoint of a thousand tensors needs a tenth of a megabyte
@@ -76,14 +75,19 @@ class Storage:
     count: int
 
 
-def open_torch(path: Path) -> dict[str, Tensor]:
-    """The tensors of a saved state dict, checked against the file's size; raises UserError for anything else."""
+def open_torch(path: Path, inside: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a saved state dict, checked against the file's size; raises UserError for anything else.
+
+    A table that has nothing but `inside`, a table itself, stands for that one.
+    """
     held = unpickle(path)
+    if inside is not None and isinstance(held, dict) and list(held) == [inside] and isinstance(held[inside], dict):
+        held = held[inside]
     if not isinstance(held, dict):
         raise UserError(f"{path} holds a {type(held).__name__} and not tensors by name", SAVE)
     odd = {k: type(v).__name__ for k, v in held.items() if not (isinstance(k, str) and isinstance(v, Tensor))}
     if odd:
-        names = (_shown(key) if isinstance(key, str) else "a number" for key in odd)
+        names = (shown(key) if isinstance(key, str) else "a number" for key in odd)
         some = ", ".join(f"{name} (a {kind})" for name, kind in [*zip(names, odd.values(), strict=True)][:3])
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         advice = f"The weights may lie inside one of them. {SAVE}" if "dict" in odd.values() else SAVE
@@ -91,26 +95,29 @@ def open_torch(path: Path) -> dict[str, Tensor]:
     return {name: replace(tensor, name=name) for name, tensor in held.items()}
 
 
-def unpickle(path: Path) -> Any:
-    """The object in a file, of dicts, lists, tuples, plain values, and tensors that are named after their storages."""
+def unpickle(path: Path, inert: re.Pattern[str] | None = None) -> Any:
+    """The object in a file, of dicts, lists, tuples, plain values, and tensors that are named after their storages.
+
+    Objects of globals that `inert` matches, as "module name", become records; of all others, they are refused.
+    """
     if not path.is_file():
         raise UserError(f"{path} is not a file", "Give the path of a file that torch.save wrote.")
     try:
         with path.open("rb") as file:
             start = file.read(262)
             if start.startswith(b"PK\x03\x04"):
-                return _unpickle_zip(path, file)
+                return _unpickle_zip(path, file, inert)
             if start.endswith(b"ustar"):
                 raise UserError(f"{path} is a tar file, as the first versions of torch wrote", "Save it again.")
-            return _unpickle_legacy(path, file)
+            return _unpickle_legacy(path, file, inert)
     except UserError:
         raise
     except Exception as error:  # a damaged file fails anywhere in zipfile, in pickletools and below
-        reason = f"{type(error).__name__}: {_shown(error)}"
+        reason = f"{type(error).__name__}: {shown(error)}"
         raise UserError(f"{path} is damaged, or is not a PyTorch checkpoint ({reason})", AGAIN) from error
 
 
-def _unpickle_zip(path: Path, file: io.BufferedReader) -> Any:
+def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | None) -> Any:
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -146,10 +153,10 @@ def _unpickle_zip(path: Path, file: io.BufferedReader) -> Any:
 
     if roots[0] + "byteorder" in entries:
         _check_order(path, content("byteorder") == b"little")
-    return _run(path, io.BytesIO(content("data.pkl")), storage)
+    return _run(path, io.BytesIO(content("data.pkl")), storage, inert)
 
 
-def _unpickle_legacy(path: Path, file: io.BufferedReader) -> Any:
+def _unpickle_legacy(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | None) -> Any:
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     program = io.BytesIO(file.read(min(size, MAX_PICKLE)))
@@ -163,7 +170,7 @@ def _unpickle_legacy(path: Path, file: io.BufferedReader) -> Any:
     _check_order(path, _run(path, program, noted)["little_endian"] is True)
     # The object comes before its storages: a first run finds their sizes, a second one knows where they are.
     body = program.tell()
-    _run(path, program, noted)
+    _run(path, program, noted, inert)
     keys = _run(path, program, noted)
     if sorted(keys) != sorted(storages):
         raise ValueError("its storages are not those of its tensors")
@@ -178,7 +185,7 @@ def _unpickle_legacy(path: Path, file: io.BufferedReader) -> Any:
         if not count == storage.count >= 0 or end > size:
             raise ValueError(f"storage {key} should have {storage.count:,} numbers and ends after {size:,} bytes")
     program.seek(body)
-    return _run(path, program, lambda dtype, key, count: placed[key])
+    return _run(path, program, lambda dtype, key, count: placed[key], inert)
 
 
 def _check_order(path: Path, little: bool) -> None:
@@ -230,63 +237,28 @@ GLOBALS: Mapping[str, Any] = {
 
 # The machine --------------------------------------------------------------------------------
 
-LITERALS = frozenset(
-    """
-    BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8
-    BINBYTES SHORT_BINBYTES BINBYTES8
-    """.split()
-)
-CONSTANTS: Mapping[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-# How much of the stack an operation uses up: all above the last mark, or so many values.
-TO_MARK = ("TUPLE", "APPENDS", "SETITEMS")
-COUNTS = ("TUPLE1 APPEND BUILD BINPERSID", "TUPLE2 SETITEM STACK_GLOBAL REDUCE", "TUPLE3")
-TAKES: Mapping[str, int] = {name: count for count, names in enumerate(COUNTS, 1) for name in names.split()}
 
-
-def _run(path: Path, program: io.BytesIO, storage: Callable[[np.dtype, str, int], Storage]) -> Any:
+def _run(
+    path: Path,
+    program: io.BytesIO,
+    storage: Callable[[np.dtype, str, int], Storage],
+    inert: re.Pattern[str] | None = None,
+) -> Any:
     """What the next pickle of `program` makes; `storage` finds the storages that it speaks of."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
-    for operation, value, _ in pickletools.genops(program):
-        name = operation.name
-        base = marks.pop() if name in TO_MARK else len(stack) - TAKES.get(name, 0)
-        if not 0 <= base <= len(stack):
-            raise IndexError(f"{name} finds too little on the stack")
-        items = stack[base:]
-        del stack[base:]
-        match name:
-            case "PROTO" | "FRAME" | "STOP" | "BUILD":
-                pass  # BUILD sets attributes, such as state_dict()'s _metadata
-            case _ if name in LITERALS:
-                stack.append(value)
-            case _ if name in CONSTANTS:
-                stack.append(CONSTANTS[name])
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(items))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "APPEND" | "APPENDS":
-                stack[-1].extend(items)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "SETITEM" | "SETITEMS":
-                _fill(stack[-1], items)
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                memo[len(memo) if name == "MEMOIZE" else value] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[value])
-            case "GLOBAL" | "STACK_GLOBAL":
-                stack.append(_allowed(path, value if name == "GLOBAL" else " ".join(items)))
-            case "REDUCE":
-                stack.append(items[0](*items[1]))  # whatever can be called here came out of GLOBALS
-            case "BINPERSID":
-                stack.append(storage(*_storage(items[0])))
-            case _:  # INST, NEWOBJ and their like, which would call something as well
-                raise ValueError(f"{name} {value}, which torch.save does not write")
-    return stack.pop()
+    calls = {
+        "BINPERSID": lambda reference: storage(*_storage(reference)),
+        "BUILD": _with_attributes,
+    }
+    if inert is not None:
+        calls["NEWOBJ"] = lambda kind, arguments: kind(*arguments)  # a record: REDUCE could call it as well
+    return run(path, program, GLOBALS, calls, "torch.save", inert=inert)
+
+
+def _with_attributes(thing: Any, state: Any) -> Any:
+    """Sets attributes; those of tables, such as state_dict()'s _metadata, are left out."""
+    if isinstance(thing, Record) and isinstance(state, dict):
+        thing.state = state
+    return thing
 
 
 def _storage(reference: Any) -> tuple[np.dtype, str, int]:
@@ -299,24 +271,103 @@ def _storage(reference: Any) -> tuple[np.dtype, str, int]:
     raise ValueError("a reference to something else than a storage")
 
 
-def _fill(table: Any, items: list[Any]) -> None:
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        # Other keys may be traps: the hash of a deep tuple ends Python, and large numbers can be made to collide.
-        named = isinstance(key, str) or (isinstance(key, int) and 0 <= key < 2**32)
-        if not isinstance(table, dict) or not named or key in table:
-            raise ValueError("a table with a strange key, or with one key twice")
-        table[key] = value
+# Writing ------------------------------------------------------------------------------------
+
+ALIGNMENT = 64  # bytes; torch lets storages begin on a multiple of it, so that they can be mapped into memory
+CODES = {dtype: name for name, dtype in DTYPES.items()}
+REBUILD, TABLE = b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n)R"
 
 
-def _allowed(path: Path, name: Any) -> Any:
-    if name not in GLOBALS:
-        raise UserError(
-            f"{path} would call {_shown(name.replace(' ', '.'))} when it is opened; it is refused",
-            "Convert it to safetensors where you trust it, or get the weights from another source.",
-        )
-    return GLOBALS[name]
+@dataclass(frozen=True)
+class Attributes:
+    """An argparse.Namespace that is to be written."""
+
+    values: Mapping[str, Any]
 
 
-def _shown(value: object) -> str:
-    """Text of a file, safe for a terminal."""
-    return ascii(str(value))[1:-1][:200]
+def write_torch(
+    path: Path, tensors: Sequence[Planned], pieces: Iterable[Iterator[np.ndarray]], tree: Any = None
+) -> None:
+    """Writes one zip file that torch.load opens as tensors by name, each with a storage of its own.
+
+    Or as `tree`, of dicts, plain values, dtypes, Attributes, and each planned tensor in its place.
+
+    `pieces` gives, for each tensor in turn, arrays that lie end to end in it.
+    """
+    with path.open("wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            start = f"{path.stem}/"
+            archive.writestr(zipfile.ZipInfo(start + "data.pkl"), _program(tensors, tree))
+            archive.writestr(zipfile.ZipInfo(start + "byteorder"), "little")
+            for key, (tensor, parts) in enumerate(zip(tensors, pieces, strict=True)):
+                entry = _aligned_entry(f"{start}data/{key}", tensor.bytes, file.tell())
+                written = 0
+                with archive.open(entry, "w", force_zip64=_is_large(tensor.bytes)) as storage:
+                    for part in parts:
+                        part = np.ascontiguousarray(part, tensor.dtype)
+                        storage.write(part.reshape(-1).view(np.uint8).data)
+                        written += part.nbytes
+                assert written == tensor.bytes, f"{tensor.name}: {written} bytes written, {tensor.bytes} promised"
+            archive.writestr(zipfile.ZipInfo(start + "version"), "3\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_large(size: int) -> bool:
+    """Whether an entry needs the header of zip64, which is 20 bytes longer."""
+    return size >= zipfile.ZIP64_LIMIT
+
+
+def _aligned_entry(name: str, size: int, offset: int) -> zipfile.ZipInfo:
+    """An entry whose header, at `offset`, is so long that its content begins on a multiple of ALIGNMENT."""
+    entry = zipfile.ZipInfo(name)
+    header = 30 + len(name.encode()) + 20 * _is_large(size) + 4
+    padding = -(offset + header) % ALIGNMENT
+    entry.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)  # the same field as torch's
+    return entry
+
+
+def _program(tensors: Sequence[Planned], tree: Any = None) -> bytes:
+    """The pickle, of protocol 2, that makes a dict of tensors or a tree; storages are named by number."""
+    keys = {tensor: key for key, tensor in enumerate(tensors)}
+    return b"\x80\x02" + _tree({tensor.name: tensor for tensor in tensors} if tree is None else tree, keys) + b"."
+
+
+def _tree(value: Any, keys: Mapping[Planned, int]) -> bytes:
+    match value:
+        case Planned():
+            return _tensor(value, keys[value])
+        case Attributes():
+            return b"cargparse\nNamespace\n)\x81" + _tree(value.values, keys) + b"b"
+        case Mapping():
+            return b"}(" + b"".join(_pickled(key) + _tree(item, keys) for key, item in value.items()) + b"u"
+    return _pickled(value)
+
+
+def _tensor(tensor: Planned, key: int) -> bytes:
+    strides = tuple(math.prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape)))
+    kind = f"ctorch\n{CODES[tensor.dtype]}Storage\n".encode()
+    program = REBUILD + b"((" + _pickled("storage") + kind + _pickled(str(key)) + _pickled("cpu")
+    program += _pickled(math.prod(tensor.shape)) + b"tQ"
+    # Offset, shape, strides, no gradient, no hooks.
+    return program + _pickled(0) + _pickled(tensor.shape) + _pickled(strides) + b"\x89" + TABLE + b"tR"
+
+
+def _pickled(value: str | int | float | tuple[int, ...] | np.dtype | None) -> bytes:
+    """Operations that put a value on the stack."""
+    match value:
+        case None:
+            return b"N"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case np.dtype():
+            return f"ctorch\n{value.name}\n".encode()
+        case str():
+            return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+        case tuple():
+            return b"(" + b"".join(map(_pickled, value)) + b"t"
+        case _ if value < 2**31:
+            return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)

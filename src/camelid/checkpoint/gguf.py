@@ -1,0 +1,159 @@
+"""GGUF, llama.cpp's format, for its architecture "llama": float32, float16, bfloat16, Q8_0 and Q4_0.
+
+Rotary pairs are neighbours. The tokenizer inside is in llama.cpp's own words, and is neither read nor written: camelid
+takes tokenizer.json or tokenizer.model beside the file, and llama.cpp opens what camelid writes without a vocabulary,
+to work on token ids.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from camelid.checkpoint import hf
+from camelid.checkpoint.folder import write_json
+from camelid.checkpoint.ggml import BLOCK, BY_NAME, CODES, F16, F32, KINDS, Quantised, quantise
+from camelid.checkpoint.gguf_config import (
+    ROPE,
+    config_of,
+    disagreements,
+    fields_of,
+    held_stretch,
+    metadata_of,
+    stretch_of,
+)
+from camelid.checkpoint.gguf_file import MAGIC, Entry, read_file, write_file
+from camelid.checkpoint.hf_config import config_to_hf
+from camelid.checkpoint.layout import Row, Table, check, plan
+from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, table_for
+from camelid.checkpoint.tensors import Planned
+from camelid.errors import UserError
+from camelid.model.config import Llama3Scaling, ModelConfig
+
+ROWS = (
+    Row("embed", "token_embd.weight", "vocab_in embed_in"),
+    Row("layers.attn_norm.scale", "blk.{layer}.attn_norm.weight", "embed"),
+    Row("layers.attn.q_proj", "blk.{layer}.attn_q.weight", "(heads freq pair) embed", "heads (pair freq) embed"),
+    Row("layers.attn.k_proj", "blk.{layer}.attn_k.weight", "(kv_heads freq pair) embed", "kv_heads (pair freq) embed"),
+    Row("layers.attn.v_proj", "blk.{layer}.attn_v.weight", "(kv_heads head_dim) embed"),
+    Row("layers.attn.o_proj", "blk.{layer}.attn_output.weight", "embed (heads head_dim)"),
+    Row("layers.mlp_norm.scale", "blk.{layer}.ffn_norm.weight", "embed"),
+    Row("layers.mlp.gate_proj", "blk.{layer}.ffn_gate.weight", "mlp embed"),
+    Row("layers.mlp.up_proj", "blk.{layer}.ffn_up.weight", "mlp embed"),
+    Row("layers.mlp.down_proj", "blk.{layer}.ffn_down.weight", "embed mlp"),
+    Row("final_norm.scale", "output_norm.weight", "embed"),
+    Row("lm_head", "output.weight", "vocab embed"),
+)
+WHAT = "a GGUF file of architecture llama"
+CAN_SAY = ("tie_embeddings", "rope_scaling")
+FILE = "model.gguf"
+
+# Reading --------------------------------------------------------------------------------
+
+
+def looks(path: Path) -> bool:
+    """Whether a file, or some .gguf of a folder, starts as GGUF does."""
+    try:
+        return any(_starts(file) for file in (path.glob("*.gguf") if path.is_dir() else [path]))
+    except OSError:
+        return False
+
+
+def _starts(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC
+
+
+def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+    """Opens a file, or the one of a folder; the model is `config`, config.json beside it, or what the file says."""
+    path = _file(path)
+    held, tensors = read_file(path)
+    said = fields_of(path, held, tensors)
+    stretch = held_stretch(path, held, tensors, said)
+    notes = []
+    if config is not None:
+        if odd := disagreements(config, said, stretch):
+            raise UserError(f"{path} and the given config disagree: {odd}", "They belong to different models.")
+    elif (path.parent / "config.json").is_file():
+        try:
+            config = hf.understood(path.parent)
+            odd = disagreements(config, said, stretch)
+        except UserError as error:  # some folders hold a config.json of one line
+            odd = error.problem
+        if odd:
+            notes.append(f"config.json beside {path.name} does not describe it and was left out: {odd}")
+            config = None
+    if config is None:
+        config = config_of(path, held, said, stretch, ROPE in tensors, notes)
+    windows = ("sliding_window", "window_pattern")  # llama.cpp does not compute Mistral's, and says nothing of them
+    refuse_beyond(WHAT, config, (*CAN_SAY, *windows))
+    table = _table(config)
+    check(table, tensors, known=r"rope_freqs\.weight")
+    if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, Quantised)}):
+        notes.append(f"the weights of {path.name} are quantised ({', '.join(kinds)}); they are read as float32")
+    tokenizers = ("tokenizer.json", "tokenizer.model")
+    if "tokenizer.ggml.tokens" in held and not any((path.parent / name).is_file() for name in tokenizers):
+        notes.append(f"the tokenizer inside {path.name} is not read; put {' or '.join(tokenizers)} beside it")
+    return Checkpoint("gguf", path.parent, config, tensors, table, tuple(notes))
+
+
+def _table(config: ModelConfig) -> Table:
+    return table_for(WHAT, ROWS, config, {"pair": 2})
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    names = ", ".join(file.name for file in files[:3])
+    raise UserError(
+        f"{path} has {len(files)} files of GGUF: {names}" if files else f"{path} has no .gguf file",
+        "Give the path of the file.",
+    )
+
+
+# Writing --------------------------------------------------------------------------------
+
+
+def write(folder: Path, saving: Saving, kind: str | None = None) -> None:
+    """Writes model.gguf, with config.json and the companions beside it.
+
+    `kind` "q8_0" or "q4_0" quantises every matrix whose rows are multiples of 32; the others are float16 then. Norms
+    are always float32, as llama.cpp wants them.
+    """
+    config = saving.config
+    refuse_beyond(WHAT, config, CAN_SAY)
+    stretch = stretch_of(config.rope_scaling, config.rope_theta, config.head_dim)
+    if stretch is None:
+        raise UserError(f"{WHAT} cannot hold rope_scaling = {config.rope_scaling!r}", "Use the format hf.")
+    if kind not in (None, *BY_NAME):
+        raise UserError(f"quantisation {kind!r} is unknown", f"Choose one of {', '.join(BY_NAME)}.")
+    table = _table(config)
+    entries = [Entry(p.name, p.shape, _code(p, kind)) for p in plan(table, saving.dtypes)]
+    contents = [_pieces(saving, table, entry) for entry in entries]
+    if isinstance(config.rope_scaling, Llama3Scaling):
+        entries.append(Entry(ROPE, stretch.shape, F32))
+        contents.append(iter([stretch]))
+    code = CODES[saving.dtypes["embed"]] if kind is None else BY_NAME[kind]
+    write_file(folder / FILE, metadata_of(config, code), entries, contents)
+    for file in saving.companions:
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "config.json", config_to_hf(config, saving.dtypes["embed"].name))
+
+
+def _code(tensor: Planned, kind: str | None) -> int:
+    if len(tensor.shape) == 1:
+        return F32
+    if kind is None:
+        return CODES[tensor.dtype]
+    return F16 if tensor.shape[-1] % BLOCK else BY_NAME[kind]
+
+
+def _pieces(saving: Saving, table: Table, entry: Entry) -> Iterator[np.ndarray]:
+    for piece in saving.pieces(table, entry.planned):
+        yield quantise(piece, KINDS[entry.code].name) if entry.code in KINDS else piece

@@ -1,0 +1,187 @@
+"""MindSpore checkpoints with the names of MindFormers' LLaMA: .ckpt files, folders of ranks, and safetensors.
+
+The files hold names and tensors, and nothing of the model: neither its sizes nor how rotary pairs lie (RopeLayout).
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from camelid.checkpoint import hf
+from camelid.checkpoint.folder import write_json
+from camelid.checkpoint.hf_config import config_to_hf
+from camelid.checkpoint.layout import Row, check, plan
+from camelid.checkpoint.mindspore_file import TRAINING, cipher, ckpts, open_file, single, unverified, write_ckpt
+from camelid.checkpoint.mindspore_ranks import open_ranks
+from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, table_for
+from camelid.checkpoint.tensors import Planned
+from camelid.errors import UserError
+from camelid.model.config import ModelConfig
+
+WHAT = "a MindSpore checkpoint of MindFormers' LLaMA"
+
+RopeLayout = Literal["half", "interleaved"]
+"""how the rows of wq and wk lie: first and second halves of pairs, or pair by pair; the names are the same"""
+
+
+def _rows(q: Sequence[str], k: Sequence[str]) -> tuple[Row, ...]:
+    # In the order in which MindFormers' converter writes a layer.
+    return (
+        Row("embed", "model.tok_embeddings.embedding_weight", "vocab_in embed_in"),
+        Row("layers.attn.q_proj", "model.layers.{layer}.attention.wq.weight", *q),
+        Row("layers.attn.k_proj", "model.layers.{layer}.attention.wk.weight", *k),
+        Row("layers.attn.v_proj", "model.layers.{layer}.attention.wv.weight", "(kv_heads head_dim) embed"),
+        Row("layers.attn.o_proj", "model.layers.{layer}.attention.wo.weight", "embed (heads head_dim)"),
+        Row("layers.mlp.gate_proj", "model.layers.{layer}.feed_forward.w1.weight", "mlp embed"),
+        Row("layers.mlp.up_proj", "model.layers.{layer}.feed_forward.w3.weight", "mlp embed"),
+        Row("layers.mlp.down_proj", "model.layers.{layer}.feed_forward.w2.weight", "embed mlp"),
+        Row("layers.attn_norm.scale", "model.layers.{layer}.attention_norm.weight", "embed"),
+        Row("layers.mlp_norm.scale", "model.layers.{layer}.ffn_norm.weight", "embed"),
+        Row("final_norm.scale", "model.norm_out.weight", "embed"),
+        Row("lm_head", "lm_head.weight", "vocab embed"),
+    )
+
+
+ROWS: Mapping[RopeLayout, tuple[Row, ...]] = {
+    "half": _rows(("(heads head_dim) embed",), ("(kv_heads head_dim) embed",)),
+    "interleaved": _rows(
+        ("(heads freq pair) embed", "heads (pair freq) embed"),
+        ("(kv_heads freq pair) embed", "kv_heads (pair freq) embed"),
+    ),
+}
+SIZES = {"pair": 2, "one": 1}
+# With qkv_concat, a key head comes after its queries and before its value head, and rows of gate and up take turns.
+QKV, GATE_UP = "model.layers.{layer}.attention.w_qkv.weight", "model.layers.{layer}.feed_forward.w_gate_hidden.weight"
+CONCAT = (
+    Row("layers.attn.q_proj", QKV, "(kv_heads group head_dim) embed", "(kv_heads group) head_dim embed", "group"),
+    Row("layers.attn.k_proj", QKV, "(kv_heads one head_dim) embed", "(kv_heads one) head_dim embed", "one"),
+    Row("layers.attn.v_proj", QKV, "(kv_heads one head_dim) embed", "(kv_heads one) head_dim embed", "one"),
+    Row("layers.mlp.gate_proj", GATE_UP, "(mlp one) embed", "(mlp one) embed", "one"),
+    Row("layers.mlp.up_proj", GATE_UP, "(mlp one) embed", "(mlp one) embed", "one"),
+)
+HEAD = "lm_head.weight"
+
+
+def rows_for(names: Iterable[str], rope_layout: RopeLayout) -> tuple[Row, ...]:
+    """The rows of a file with tensors of these names."""
+    names = set(names)
+    concat = [row for row in CONCAT if row.name.format(layer=0) in names]
+    if rope_layout != "half" and any(row.name == QKV for row in concat):
+        raise UserError("w_qkv is always half-split", "Open it as mindspore::PATH.")
+    paths = {row.path for row in concat}
+    return (*(row for row in ROWS[rope_layout] if row.path not in paths), *concat)
+
+
+# Reading --------------------------------------------------------------------------------
+
+
+def looks(path: Path) -> bool:
+    """Whether a file or a folder is of MindSpore, from names and first bytes."""
+    try:
+        if not path.is_dir():
+            return _looks_file(path)
+        if (path / "rank_0").is_dir():
+            return any(map(_looks_file, ckpts(path / "rank_0")))
+        return any(map(_looks_file, [*ckpts(path), path / "model.safetensors"]))
+    except OSError:
+        return False
+
+
+def _looks_file(path: Path) -> bool:
+    if path.suffix not in (".ckpt", ".safetensors"):
+        return False
+    with path.open("rb") as file:
+        head = file.read(2**16)
+    if path.suffix == ".safetensors":
+        return b"tok_embeddings.embedding_weight" in head or re.search(rb'"format"\s*:\s*"ms"', head) is not None
+    begins = re.match(rb"\x0a[\x80-\xff]{0,9}[\x00-\x7f]\x0a[\x01-\x7f][!-~]", head)
+    return begins is not None or cipher(head) is not None
+
+
+def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLayout | None = None) -> Checkpoint:
+    """Opens a file, a folder with one, or a folder of ranks.
+
+    MindSpore's files do not describe their model: `config` does, or a config.json beside them. They also do not say
+    which RopeLayout they have; None is the one that MindFormers has had since 3 August 2023 (its commit f40d0aab8).
+    """
+    folder = path if path.is_dir() else path.parent
+    notes: list[str] = []
+    if path.is_dir() and (path / "rank_0").is_dir():
+        tensors, aside = open_ranks(path)
+    else:
+        tensors = open_file(path if path.is_file() else single(path))
+        aside = [name for name in tensors if re.fullmatch(TRAINING, name)]
+    if config is None and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{path} does not say which model it holds", "Say it with --config PRESET_OR_JSON, or a config.json beside."
+        )
+    config = config or hf.understood(folder)
+    for file in filter(unverified, {tensor.file for tensor in tensors.values()}):
+        notes.append(f"the checksum of {file.name} was not verified; the file is larger than 1 GiB")
+    if aside:
+        more = ", ..." if len(aside) > 3 else ""
+        notes.append(f"values of the training run were left out: {', '.join(aside[:3])}{more}")
+    rows = rows_for(tensors, rope_layout or "half")
+    if rope_layout is None and not any(row.name == QKV for row in rows):
+        notes.append(
+            "wq and wk are taken to be half-split, as MindFormers writes them since August 2023; where the text that "
+            "the model writes is broken, open it as mindspore-interleaved::PATH"
+        )
+    table = table_for(WHAT, rows, config, SIZES)
+    known = TRAINING
+    embed = tensors.get(table.parts["embed"].row.name)
+    # MindFormers holds a tied table twice.
+    if config.tie_embeddings and HEAD in tensors and embed is not None and 0 not in embed.shape:
+        if not hf.same_values(embed, tensors[HEAD]):
+            raise UserError(
+                f"the config ties the head to the embedding table, and {HEAD} differs from it",
+                "Set tie_word_embeddings to false in config.json if the head is to be used.",
+            )
+        known += "|" + re.escape(HEAD)
+    check(table, tensors, known)
+    return Checkpoint("mindspore", folder, config, tensors, table, tuple(notes))
+
+
+# Writing --------------------------------------------------------------------------------
+
+
+def write(folder: Path, saving: Saving, *, rope_layout: RopeLayout = "half", crc: bool = False) -> None:
+    """Writes model.ckpt as MindFormers' converter does, and config.json, which only camelid reads.
+
+    What MindFormers has to be told in its YAML: sizes, n_kv_heads, theta, rms_norm_eps, seq_length.
+    """
+    config = saving.config
+    refuse_beyond(WHAT, config, ("tie_embeddings",))
+    if config.head_dim * config.num_heads != config.embed_dim:
+        raise UserError(
+            f"{WHAT} cannot hold head_dim = {config.head_dim}; it is embed_dim / num_heads, "
+            f"{config.embed_dim} / {config.num_heads}",
+            "Use the format hf, which holds every model.",
+        )
+    theirs = _untied(saving) if config.tie_embeddings else saving
+    table = table_for(WHAT, ROWS[rope_layout], theirs.config, SIZES)
+    planned = plan(table, theirs.dtypes)
+
+    def place(tensor: Planned) -> int:
+        part, layer = table.tensors[tensor.name][0]
+        return layer if layer is not None else -1 if part.row.path == "embed" else config.num_layers
+
+    planned = sorted(planned, key=place)
+    write_ckpt(folder / "model.ckpt", planned, (theirs.pieces(table, tensor) for tensor in planned), crc=crc)
+    for file in saving.companions:
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "config.json", config_to_hf(config, saving.dtypes["embed"].name))
+
+
+def _untied(saving: Saving) -> Saving:
+    """The same model with the embedding table as a head of its own; MindFormers does not tie them."""
+    source: Callable = saving.source
+    return replace(
+        saving,
+        config=replace(saving.config, tie_embeddings=False),
+        dtypes={**saving.dtypes, "lm_head": saving.dtypes["embed"]},
+        source=lambda path, *where: source("embed" if path == "lm_head" else path, *where),
+    )

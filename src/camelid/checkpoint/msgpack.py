@@ -1,0 +1,403 @@
+"""The little of msgpack that flax writes: arrays read by byte range, and written one after another.
+
+Every value is a head of 1 to 9 bytes and what it counts (github.com/msgpack/msgpack, spec.md). flax.serialization packs
+
+    an array          ext 1 of [shape, dtype's name, bin of little-endian numbers, C order]; ext 3 is a single number
+    one above LIMIT   {"__msgpack_chunked_array__": true, "shape": {"0": n, ..}, "chunks": {"0": flat array, ..}}
+    a tree            maps of them; a file is one tree
+
+EasyLM's streams (EasyLM/checkpoint.py) are records end to end: [key, bin], an array of names and a value in a bin.
+"""
+
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from camelid.checkpoint.tensors import CHUNK, Planned, Tensor
+from camelid.errors import UserError
+
+LIMIT = 2**30  # bytes; flax cuts longer arrays
+MAX_RECORD = 2**32 - 1  # bytes that the head of a bin can count
+MAX_TEXT = 1000  # bytes of a name
+MAX_DEPTH = 32  # of maps in maps, and of names in a key; a Llama's train state has 11
+MARK = "__msgpack_chunked_array__"
+AGAIN = "Download or copy the file again."
+
+DTYPES: Mapping[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    **{
+        name: np.dtype(name)
+        for name in "float16 float32 float64 bool int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+    },
+}
+Leaf = Tensor | int | float | str | None
+
+# Heads, by first byte: what comes, and how it is counted or, for a number, how it lies there.
+CONSTANTS: Mapping[int, Any] = {0xC0: None, 0xC2: False, 0xC3: True}
+COUNTED: Mapping[int, tuple[str, str]] = {
+    **{0xC4 + i: ("bin", form) for i, form in enumerate((">B", ">H", ">I"))},
+    **{0xC7 + i: ("ext", form) for i, form in enumerate((">B", ">H", ">I"))},
+    **{0xCA + i: ("value", f">{form}") for i, form in enumerate("fdBHIQbhiq")},
+    **{0xD9 + i: ("str", form) for i, form in enumerate((">B", ">H", ">I"))},
+    **{0xDC + i: ("array", form) for i, form in enumerate((">H", ">I"))},
+    **{0xDE + i: ("map", form) for i, form in enumerate((">H", ">I"))},
+}
+
+
+# Reading --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunked(Tensor):
+    """A tensor whose numbers lie in several flat arrays; a row may begin in one and end in the next."""
+
+    parts: tuple[Tensor, ...]
+
+    def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
+        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype."""
+        rows = range(*index[0].indices(self.shape[0]))
+        width = math.prod(self.shape[1:])
+        if all(range(n) == range(*s.indices(n)) for s, n in zip(index[1:], self.shape[1:], strict=True)):
+            return self._read_flat(out.reshape(-1), rows.start * width)
+        step = max(1, CHUNK // max(width * self.dtype.itemsize, 1))
+        for start in range(0, len(rows), step):
+            held = np.empty((min(step, len(rows) - start), *self.shape[1:]), self.dtype)
+            self._read_flat(held.reshape(-1), (rows.start + start) * width)
+            out[start : start + step] = held[:, *index[1:]]
+
+    def _read_flat(self, out: np.ndarray, first: int) -> None:
+        start = 0
+        for part in self.parts:
+            stop = start + part.shape[0]
+            low, high = max(first, start), min(first + len(out), stop)
+            if low < high:
+                part.read_into(out[low - first : high - first], (slice(low - start, high - start),))
+            start = stop
+
+
+def read_stream(path: Path) -> dict[str, Leaf]:
+    """The leaves of a stream of records, by their names joined with "/"."""
+    return _read(path, _records)
+
+
+def read_tree(path: Path) -> dict[str, Leaf]:
+    """The leaves of a file with one tree, by their names joined with "/"."""
+    return _read(path, _tree)
+
+
+class _Cursor:
+    """A place in a file; of arrays it sees the heads only."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
+        self.at = 0
+        self.key: tuple[str, ...] = ()
+        """of what is being read, for messages"""
+
+    def need(self, count: int) -> None:
+        if count > self.size - self.at:
+            raise ValueError(f"{count:,} bytes should follow, and {self.size - self.at:,} do")
+
+    def take(self, count: int) -> bytes:
+        self.need(count)
+        taken = self.file.read(count)
+        self.at += len(taken)
+        if len(taken) != count:
+            raise ValueError("the file ended while it was read")
+        return taken
+
+    def skip(self, count: int) -> None:
+        self.need(count)
+        self.at += count
+        self.file.seek(self.at)
+
+    def head(self) -> tuple[str, Any]:
+        """What comes next, and its value or count; the code of an ext is still to be read."""
+        byte = self.take(1)[0]
+        if byte < 0x80 or byte >= 0xE0:
+            return "value", byte if byte < 0x80 else byte - 256
+        if byte < 0xC0:
+            kind, mask = ("map", 15) if byte < 0x90 else ("array", 15) if byte < 0xA0 else ("str", 31)
+            return kind, byte & mask
+        if 0xD4 <= byte <= 0xD8:
+            return "ext", 1 << (byte - 0xD4)
+        if byte in CONSTANTS:
+            return "value", CONSTANTS[byte]
+        if byte not in COUNTED:
+            raise ValueError("a byte that msgpack does not use")
+        kind, form = COUNTED[byte]
+        return kind, struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def count(self, kind: str, most: int = MAX_RECORD) -> int:
+        """The count of what must be of a kind."""
+        found, count = self.head()
+        if found != kind or count > most:
+            raise ValueError(f"no {kind} where one should be, or an absurd one")
+        return count
+
+    def integer(self) -> int:
+        kind, value = self.head()
+        return _integer(value if kind == "value" else None)
+
+    def text(self) -> str:
+        text = self.take(self.count("str", MAX_TEXT)).decode()
+        if not text.isprintable():
+            raise ValueError("a name that cannot be printed")
+        return text
+
+
+def _read(path: Path, parse: Callable[[_Cursor], dict[str, Leaf]]) -> dict[str, Leaf]:
+    with path.open("rb") as file:
+        cursor = _Cursor(path, file)
+        try:
+            return parse(cursor)
+        except UserError:
+            raise
+        except ValueError as error:
+            key = "/".join(cursor.key) or "the first key"
+            problem = f"{path} is cut short or damaged: at {key}, byte {cursor.at:,}, {error}"
+            raise UserError(problem, AGAIN) from error
+
+
+def _records(cursor: _Cursor) -> dict[str, Leaf]:
+    leaves: dict[str, Leaf] = {}
+    while cursor.at < cursor.size:
+        if cursor.count("array") != 2:
+            raise ValueError("a record is not a key and a value")
+        key = tuple(cursor.text() for _ in range(cursor.count("array", MAX_DEPTH)))
+        cursor.key = key
+        end = cursor.count("bin") + cursor.at
+        _add(leaves, key, _value(cursor, key))
+        if cursor.at != end:
+            raise ValueError("the record has another length than it says")
+    return leaves
+
+
+def _tree(cursor: _Cursor) -> dict[str, Leaf]:
+    leaves: dict[str, Leaf] = {}
+    _add(leaves, (), _value(cursor, ()))
+    if cursor.at != cursor.size:
+        raise ValueError("more follows after the tree's end")
+    return leaves
+
+
+def _add(leaves: dict[str, Leaf], key: tuple[str, ...], value: Any) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _add(leaves, (*key, name), inner)
+    elif (name := "/".join(key)) in leaves:
+        raise ValueError("the key stands there twice")
+    else:
+        leaves[name] = value
+
+
+def _value(cursor: _Cursor, key: tuple[str, ...]) -> Any:
+    """A leaf, or a dict of values."""
+    kind, count = cursor.head()
+    match kind:
+        case "value":
+            return count
+        case "map":
+            return _map(cursor, key, count)
+        case "ext":
+            return _array(cursor, key, count)
+    raise ValueError(f"msgpack's {kind}, which is neither an array of numbers nor a number")
+
+
+def _map(cursor: _Cursor, key: tuple[str, ...], count: int) -> Any:
+    if len(key) >= MAX_DEPTH:
+        raise ValueError(f"more than {MAX_DEPTH} maps lie in each other")
+    held: dict[str, Any] = {}
+    for _ in range(count):
+        cursor.key = key
+        name = cursor.text()
+        cursor.key = (*key, name)
+        if name in held:
+            raise ValueError("the key stands there twice")
+        held[name] = _value(cursor, cursor.key)
+    return _chunked(cursor, key, held) if MARK in held else held
+
+
+def _array(cursor: _Cursor, key: tuple[str, ...], length: int) -> Tensor | int | float:
+    code = cursor.take(1)[0]
+    cursor.need(length)
+    end = cursor.at + length
+    if code not in (1, 3):
+        raise ValueError(f"an extension of type {code} where an array of numbers should be")
+    if cursor.count("array") != 3:
+        raise ValueError("an array of numbers without its three parts")
+    shape = tuple(cursor.integer() for _ in range(cursor.count("array", MAX_DEPTH)))
+    dtype = DTYPES.get(name := cursor.text())
+    if dtype is None:
+        raise UserError(
+            f"{'/'.join(key)} in {cursor.path} is {name}; camelid reads {', '.join(DTYPES)}",
+            "Save the checkpoint in one of these dtypes first.",
+        )
+    count = cursor.count("bin")
+    if count != math.prod(shape) * dtype.itemsize or cursor.at + count != end:
+        raise ValueError(f"{count:,} bytes are no {dtype} of shape {shape}")
+    if not shape:
+        number = np.frombuffer(cursor.take(count), dtype)[0]
+        return float(number) if dtype.name in ("bfloat16", "float16", "float32", "float64") else int(number)
+    tensor = Tensor(cursor.path, "/".join(key), cursor.at, shape, dtype)
+    cursor.skip(count)
+    return tensor
+
+
+def _chunked(cursor: _Cursor, key: tuple[str, ...], held: Mapping[str, Any]) -> Tensor:
+    if held.keys() != {MARK, "shape", "chunks"}:
+        raise ValueError("a cut array with other parts than a shape and pieces")
+    shape = tuple(map(_integer, _listed(held["shape"])))
+    parts = tuple(_listed(held["chunks"]))
+    same = all(isinstance(part, Tensor) and len(part.shape) == 1 and part.dtype == parts[0].dtype for part in parts)
+    if not (shape and same) or sum(part.shape[0] for part in parts) != math.prod(shape):
+        raise ValueError(f"its pieces do not make up an array of shape {shape}")
+    return Chunked(cursor.path, "/".join(key), parts[0].offset, shape, parts[0].dtype, parts)
+
+
+def _listed(held: Any) -> list[Any]:
+    """The values of {"0": .., "1": ..}, in that order."""
+    if not isinstance(held, dict) or not held or held.keys() != {str(i) for i in range(len(held))}:
+        raise ValueError("a cut array whose shape or pieces are not counted from 0")
+    return [held[str(i)] for i in range(len(held))]
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("a shape of something else than whole numbers")
+    return value
+
+
+# Writing --------------------------------------------------------------------------------
+
+
+def write_stream(path: Path, tensors: Sequence[Planned], pieces: Iterable[Iterator[np.ndarray]]) -> None:
+    """Writes records in this order; `pieces` gives, for each tensor in turn, arrays that lie end to end in it."""
+    with path.open("wb") as file:
+        for tensor, parts in zip(tensors, pieces, strict=True):
+            key = tensor.name.split("/")
+            value = _leaf(tensor)
+            if (length := _length(value)) > MAX_RECORD:
+                raise UserError(
+                    f"{tensor.name} has {length:,} bytes, and a record of EasyLM's streams holds {MAX_RECORD:,}",
+                    "Save in bfloat16, or in another format.",
+                )
+            head = _counted("array", 2) + _counted("array", len(key)) + b"".join(map(_text, key))
+            _emit(file, [head + _counted("bin", length), *value], parts)
+        _sync(file)
+
+
+def write_tree(path: Path, tensors: Sequence[Planned], pieces: Iterable[Iterator[np.ndarray]]) -> None:
+    """Writes one tree with maps in the order in which names first appear, and tensors in this order."""
+    tree: dict[str, Any] = {}
+    for tensor in tensors:
+        *outer, last = tensor.name.split("/")
+        inner = tree
+        for name in outer:
+            inner = inner.setdefault(name, {})
+        inner[last] = tensor
+    source = iter(pieces)
+
+    def emit(held: Any) -> None:
+        if isinstance(held, Planned):
+            return _emit(file, _leaf(held), next(source))
+        file.write(_counted("map", len(held)))
+        for name, inner in held.items():
+            file.write(_text(name))
+            emit(inner)
+
+    assert [tensor.name for tensor in tensors] == list(_leaves(tree)), "tensors of one branch lie apart"
+    with path.open("wb") as file:
+        emit(tree)
+        _sync(file)
+
+
+def _leaves(tree: Mapping[str, Any]) -> Iterator[str]:
+    for held in tree.values():
+        yield from (held.name,) if isinstance(held, Planned) else _leaves(held)
+
+
+Parts = list[bytes | int]
+"""bytes as they are, and counts of bytes that a tensor's numbers fill"""
+
+
+def _leaf(tensor: Planned) -> Parts:
+    if tensor.bytes <= LIMIT:
+        return _ext(tensor.shape, tensor.dtype)
+    count, most = math.prod(tensor.shape), max(1, LIMIT // tensor.dtype.itemsize)
+    starts = range(0, count, most)
+    head = _counted("map", 3) + _text(MARK) + b"\xc3"
+    head += _text("shape") + _counted("map", len(tensor.shape))
+    head += b"".join(_text(str(i)) + _number(n) for i, n in enumerate(tensor.shape))
+    parts: Parts = [head + _text("chunks") + _counted("map", len(starts))]
+    for i, start in enumerate(starts):
+        parts += [_text(str(i)), *_ext((min(most, count - start),), tensor.dtype)]
+    return parts
+
+
+def _ext(shape: tuple[int, ...], dtype: np.dtype) -> Parts:
+    count = math.prod(shape) * dtype.itemsize
+    inner = _counted("array", 3) + _counted("array", len(shape)) + b"".join(map(_number, shape))
+    inner += _text(dtype.name) + _counted("bin", count)
+    length = len(inner) + count
+    fixed = (1, 2, 4, 8, 16)
+    head = bytes([0xD4 + fixed.index(length)]) if length in fixed else _counted("ext", length)
+    return [head + b"\x01" + inner, count]
+
+
+def _length(parts: Parts) -> int:
+    return sum(len(part) if isinstance(part, bytes) else part for part in parts)
+
+
+def _emit(file: BinaryIO, parts: Parts, pieces: Iterator[np.ndarray]) -> None:
+    left = memoryview(b"")
+    for part in parts:
+        if isinstance(part, bytes):
+            file.write(part)
+            continue
+        while part:
+            left = left or np.ascontiguousarray(next(pieces)).reshape(-1).view(np.uint8).data
+            now, left = left[:part], left[part:]
+            file.write(now)
+            part -= len(now)
+    assert not left, "more numbers came than were promised"
+    assert next(pieces, None) is None, "more numbers came than were promised"
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+SMALL = {"map": (0x80, 15), "array": (0x90, 15), "str": (0xA0, 31)}
+"""the first byte of a head that also counts, and up to how much"""
+
+
+def _counted(kind: str, count: int) -> bytes:
+    """The shortest head, as every writer of msgpack chooses it."""
+    first, most = SMALL.get(kind, (0, -1))
+    if count <= most:
+        return bytes([first + count])
+    return _shortest(kind, count)
+
+
+def _number(value: int) -> bytes:
+    return bytes([value]) if value < 0x80 else _shortest("value", value)
+
+
+def _shortest(kind: str, count: int) -> bytes:
+    for byte, (found, form) in COUNTED.items():
+        if found == kind and form in (">B", ">H", ">I", ">Q") and count < 1 << 8 * struct.calcsize(form):
+            return bytes([byte]) + struct.pack(form, count)
+    raise ValueError(f"{count} is too much for a {kind}")
+
+
+def _text(text: str) -> bytes:
+    return _counted("str", len(text.encode())) + text.encode()

@@ -1,0 +1,131 @@
+"""Runs pickles without trusting them: the machine that torch_files.py and llama2_jax.py share.
+
+A pickle is a program for a small stack machine. Python's own machine trusts it: nine bytes can ask for gigabytes, and
+a deep tuple as a key ends the process. The machine here, on pickletools' parser, knows the operations that checkpoints
+need, and can call nothing but what it is given.
+"""
+
+import pickletools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from camelid.errors import UserError
+
+LITERALS = frozenset(
+    """
+    BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    """.split()
+)
+BYTES = frozenset("BINBYTES SHORT_BINBYTES BINBYTES8".split())
+CONSTANTS: Mapping[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+# How much of the stack an operation uses up: all above the last mark, or so many values.
+TO_MARK = ("TUPLE", "APPENDS", "SETITEMS")
+COUNTS = ("TUPLE1 APPEND BINPERSID", "TUPLE2 SETITEM STACK_GLOBAL REDUCE NEWOBJ BUILD", "TUPLE3")
+TAKES: Mapping[str, int] = {name: count for count, names in enumerate(COUNTS, 1) for name in names.split()}
+
+
+
+@dataclass
+class Record:
+    """What stands for an object whose class is never looked up: nothing is called, and nothing calls it."""
+
+    name: str
+    """of the global: module and name"""
+    arguments: tuple[Any, ...]
+    state: dict[Any, Any] = field(default_factory=dict)
+    """attributes, where the program sets them"""
+
+
+def run(
+    path: Path,
+    program: Any,
+    allowed: Mapping[str, Any],
+    calls: Mapping[str, Callable[..., Any]],
+    writer: str,
+    held: Callable[[Any], Any] = lambda value: value,
+    inert: re.Pattern[str] | None = None,
+) -> Any:
+    """What the next pickle of `program`, an open file, makes.
+
+    `allowed` are the globals that it may name, as "module name"; `calls` say what more operations make of the values
+    that they take; `held` is what is kept of bytes, right after they were read. `writer` is whom messages speak of. Objects of
+    globals that `inert` matches become records.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
+    for operation, value, _ in pickletools.genops(program):
+        name = operation.name
+        base = marks.pop() if name in TO_MARK else len(stack) - TAKES.get(name, 0)
+        if not 0 <= base <= len(stack):
+            raise IndexError(f"{name} finds too little on the stack")
+        items = stack[base:]
+        del stack[base:]
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case _ if name in LITERALS:
+                stack.append(value)
+            case _ if name in BYTES:
+                stack.append(held(value))
+            case _ if name in CONSTANTS:
+                stack.append(CONSTANTS[name])
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(items))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND" | "APPENDS":
+                stack[-1].extend(items)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM" | "SETITEMS":
+                _fill(stack[-1], items)
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if name == "MEMOIZE" else value] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "GLOBAL" | "STACK_GLOBAL":
+                stack.append(_allowed(path, value if name == "GLOBAL" else " ".join(items), allowed, inert))
+            case "REDUCE":
+                stack.append(items[0](*items[1]))  # whatever can be called here came out of `allowed`
+            case _ if name in calls:
+                stack.append(calls[name](*items))
+            case _:  # INST, OBJ and their like, which would call something as well
+                raise ValueError(f"{name} {value}, which {writer} does not write")
+    return stack.pop()
+
+
+def _fill(table: Any, items: list[Any]) -> None:
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        # Other keys may be traps: the hash of a deep tuple ends Python, and large numbers can be made to collide.
+        named = isinstance(key, str) or (isinstance(key, int) and 0 <= key < 2**32)
+        if not isinstance(table, dict) or not named or key in table:
+            raise ValueError("a table with a strange key, or with one key twice")
+        table[key] = value
+
+
+def _allowed(path: Path, name: Any, allowed: Mapping[str, Any], inert: re.Pattern[str] | None) -> Any:
+    if name not in allowed and inert is not None and inert.fullmatch(name):
+        return partial(_record, name)
+    if name not in allowed:
+        raise UserError(
+            f"{path} would call {shown(name.replace(' ', '.'))} when it is opened; it is refused",
+            "Convert it to safetensors where you trust it, or get the weights from another source.",
+        )
+    return allowed[name]
+
+
+
+def _record(name: str, *arguments: Any) -> Record:
+    return Record(name, arguments)
+
+
+def shown(value: object) -> str:
+    """Text of a file, safe for a terminal."""
+    return ascii(str(value))[1:-1][:200]
