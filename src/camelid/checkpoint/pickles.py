@@ -28,7 +28,6 @@ COUNTS = ("TUPLE1 APPEND BINPERSID", "TUPLE2 SETITEM STACK_GLOBAL REDUCE NEWOBJ 
 TAKES: Mapping[str, int] = {name: count for count, names in enumerate(COUNTS, 1) for name in names.split()}
 
 
-
 @dataclass
 class Record:
     """What stands for an object whose class is never looked up: nothing is called, and nothing calls it."""
@@ -52,8 +51,8 @@ def run(
     """What the next pickle of `program`, an open file, makes.
 
     `allowed` are the globals that it may name, as "module name"; `calls` say what more operations make of the values
-    that they take; `held` is what is kept of bytes, right after they were read. `writer` is whom messages speak of. Objects of
-    globals that `inert` matches become records.
+    that they take; `held` is what is kept of bytes, right after they were read. `writer` is whom messages speak of.
+    Objects of globals that `inert` matches become records.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -119,7 +118,6 @@ def _allowed(path: Path, name: Any, allowed: Mapping[str, Any], inert: re.Patter
             "Convert it to safetensors where you trust it, or get the weights from another source.",
         )
     return allowed[name]
-
 
 
 def _record(name: str, *arguments: Any) -> Record:
