@@ -35,6 +35,8 @@ Format = Literal[
     "easylm-flax",
     "mindspore",
     "mindspore-interleaved",
+    "megatron",
+    "megatron-legacy",
     "llama2-jax",
     "llama2c",
     "llama2c-v1",
@@ -185,6 +187,7 @@ def convert(
         Literal["float32", "bfloat16", "float16"] | None, arg(help="of the tensors; each keeps its own if left out")
     ] = None,
     tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
     verify: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -197,7 +200,8 @@ def convert(
         to: format that is written
         from_format: format of SOURCE, where its files leave a doubt
         config: what SOURCE is, where its files do not say: a preset, or a config.json
-        tensor_parallel: shards, of formats that have them
+        tensor_parallel: shards of every matrix, in formats that have them
+        pipeline_parallel: stages of layers, in formats that have them
         verify: open the result again, and compare every tensor and the logits of a few tokens
         overwrite: replace the destination
     """
@@ -213,6 +217,7 @@ def convert(
             config=described,
             dtype=dtype,
             tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
             overwrite=overwrite,
             progress=progress,
         )

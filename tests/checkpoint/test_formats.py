@@ -97,6 +97,19 @@ def test_what_could_be_two_things_is_listed(written: dict[str, Path], tmp_path: 
     assert called("inspect", f"meta::{tmp_path / 'both'}").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "ways"),
+    [("gguf", "--tensor-parallel", 2), ("meta", "--pipeline-parallel", 2), ("meta", "--tensor-parallel", 0)],
+)
+def test_shards_that_a_format_does_not_have_are_refused(
+    stories: Path, tmp_path: Path, name: str, option: str, ways: int
+):
+    done = called("convert", stories, tmp_path / "out", "--to", name, option, ways)
+    assert done.returncode == 2
+    assert f"{option[2:].replace('-', '_')} = {ways} is not for the format {name}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unknown_prefix_is_refused(written: dict[str, Path]):
     with pytest.raises(UserError, match=r"format 'metta' is unknown\nThe formats are .*meta"):
         open_checkpoint(f"metta::{written['meta']}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from camelid.checkpoint import easylm, gguf, hf, llama2_jax, llama2c, meta, mindspore
+from camelid.checkpoint import easylm, gguf, hf, llama2_jax, llama2c, megatron, meta, mindspore
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.hub import find
 from camelid.checkpoint.opened import Checkpoint, Saving
@@ -25,6 +25,11 @@ class Format:
     """writes into a folder that is new"""
     lossy: bool = False
     """whether numbers are rounded to fewer bits than their dtype has"""
+    cuts: tuple[str, ...] = ()
+    """the fields of Saving by which it is cut into shards"""
+
+
+TENSOR, PIPELINE = ("tensor_parallel",), ("pipeline_parallel",)
 
 
 def _never(path: Path) -> bool:
@@ -34,7 +39,7 @@ def _never(path: Path) -> bool:
 
 FORMATS: Mapping[str, Format] = {
     "hf": Format("Hugging Face: config.json with safetensors or .bin", hf.looks, hf.open_folder, hf.write),
-    "meta": Format("Meta: params.json with consolidated.00.pth", meta.looks, meta.open_folder, meta.write),
+    "meta": Format("Meta: params.json with consolidated.00.pth", meta.looks, meta.open_folder, meta.write, cuts=TENSOR),
     "easylm": Format(
         "EasyLM and LL3M: streaming_params, flax_params or streaming_train_state",
         easylm.looks,
@@ -55,6 +60,20 @@ FORMATS: Mapping[str, Format] = {
         _never,
         partial(mindspore.open_path, rope_layout="interleaved"),
         partial(mindspore.write, rope_layout="interleaved"),
+    ),
+    "megatron": Format(
+        "Megatron-LM: latest_checkpointed_iteration.txt with iter_*/mp_rank_*/model_optim_rng.pt",
+        megatron.looks,
+        megatron.open_path,
+        megatron.write,
+        cuts=TENSOR + PIPELINE,
+    ),
+    "megatron-legacy": Format(
+        "Megatron-LM, with the names before Megatron core",
+        _never,
+        megatron.open_path,
+        partial(megatron.write, names="legacy"),
+        cuts=TENSOR + PIPELINE,
     ),
     "llama2-jax": Format("llama-2-jax: a .pickle", llama2_jax.looks, llama2_jax.open_file, llama2_jax.write),
     **{
@@ -115,5 +134,9 @@ def write_checkpoint(destination: Path, saving: Saving, format: str = "hf", *, o
     """Writes a folder under a temporary name until it is whole."""
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(FORMATS)}.")
+    for name in TENSOR + PIPELINE:
+        if (ways := getattr(saving, name)) != 1 and (ways < 1 or name not in FORMATS[format].cuts):
+            which = ", ".join(other for other, kind in FORMATS.items() if name in kind.cuts)
+            raise UserError(f"{name} = {ways} is not for the format {format}", f"It takes 1; {which} take more.")
     with new_folder(destination, saving.total, overwrite) as folder:
         FORMATS[format].write(folder, saving)

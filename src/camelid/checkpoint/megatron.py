@@ -1,0 +1,369 @@
+"""Megatron-LM's checkpoints: iter_0000001/mp_rank_00/model_optim_rng.pt, a file for each rank of the model.
+
+Names and layouts are those of Megatron-LM 307dcf37f0 and core_v0.12.3. A rank TT of tensor parallelism and PPP of the
+pipeline is the folder mp_rank_TT, or mp_rank_TT_PPP where there are stages; layers are numbered within a stage.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from camelid.checkpoint import layout
+from camelid.checkpoint.folder import write_json
+from camelid.checkpoint.hf import same_values, understood
+from camelid.checkpoint.hf_config import config_to_hf
+from camelid.checkpoint.layout import Row
+from camelid.checkpoint.megatron_args import (
+    WHAT,
+    args_from_config,
+    check_agree,
+    check_plain,
+    config_from_args,
+    same,
+    told,
+    vocab_step,
+)
+from camelid.checkpoint.megatron_files import AGAIN, FILE, RANK, TRACKER, Shard, find_ranks, rank_files
+from camelid.checkpoint.opened import Checkpoint, Saving, table_for
+from camelid.checkpoint.pickles import shown
+from camelid.checkpoint.tensors import Tensor, joined
+from camelid.checkpoint.torch_files import Attributes, Strided, write_torch
+from camelid.errors import UserError
+from camelid.model.config import ModelConfig
+from camelid.model.decoder import declare_decoder
+from camelid.model.params import Spec, named
+
+QUERY, KEY, VALUE, GATE, UP = "query", "key", "value", "gate", "up"
+MCORE = {
+    "embed": "embedding.word_embeddings.weight",
+    "attn_norm": "decoder.layers.{layer}.input_layernorm.weight",
+    "qkv": "decoder.layers.{layer}.self_attention.linear_qkv.weight",
+    "o_proj": "decoder.layers.{layer}.self_attention.linear_proj.weight",
+    "mlp_norm": "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+    "fc1": "decoder.layers.{layer}.mlp.linear_fc1.weight",
+    "fc2": "decoder.layers.{layer}.mlp.linear_fc2.weight",
+    "final_norm": "decoder.final_layernorm.weight",
+    "lm_head": "output_layer.weight",
+}
+ENGINE = MCORE | {  # Transformer Engine's layers hold the norm before them
+    "attn_norm": "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+    "mlp_norm": "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+}
+LEGACY = {
+    "embed": "language_model.embedding.word_embeddings.weight",
+    "attn_norm": "language_model.encoder.layers.{layer}.input_norm.weight",
+    "qkv": "language_model.encoder.layers.{layer}.self_attention.query_key_value.weight",
+    "o_proj": "language_model.encoder.layers.{layer}.self_attention.dense.weight",
+    "mlp_norm": "language_model.encoder.layers.{layer}.post_attention_norm.weight",
+    "fc1": "language_model.encoder.layers.{layer}.mlp.dense_h_to_4h.weight",
+    "fc2": "language_model.encoder.layers.{layer}.mlp.dense_4h_to_h.weight",
+    "final_norm": "language_model.encoder.final_norm.weight",
+    "lm_head": "language_model.output_layer.weight",
+}
+NAMES = {"mcore": MCORE, "legacy": LEGACY}
+BUFFERS = r".*rotary_pos_emb\.inv_freq|.*rotary_emb\.inv_freq"
+# Modules with a state beside their weights, which is empty; Megatron's strict loader looks for it.
+STATES = ("qkv", "o_proj", "fc1", "fc2", "lm_head")
+CUT = frozenset({"heads", "kv_heads", "mlp", "vocab", "vocab_in"})
+
+
+def rows(names: Mapping[str, str], version: float = 3.0, split: bool = False) -> tuple[Row, ...]:
+    """The rows of a shard; with `split`, gate and up lie in tensors of their own, as the reader presents them.
+
+    Queries, keys and values lie group by group. Before version 2, where every head had its own keys, they were words
+    of the last place (version 1), or one after the other (version 0, which the reader presents as three tensors).
+    """
+    grouped, ours = "(kv_heads slot head_dim) embed", "(kv_heads slot) head_dim embed"
+    first = [
+        Row("layers.attn.q_proj", names["qkv"], grouped, ours, along="slot"),
+        Row("layers.attn.k_proj", names["qkv"], grouped, ours, along="slot"),
+        Row("layers.attn.v_proj", names["qkv"], grouped, ours, along="slot"),
+    ]
+    if version < 2:
+        words = (("q_proj", "heads", QUERY), ("k_proj", "kv_heads", KEY), ("v_proj", "kv_heads", VALUE))
+        first = [
+            Row(f"layers.attn.{name}", f"{names['qkv']} ({word})", f"({heads} head_dim) embed")
+            if version < 1
+            else Row(
+                f"layers.attn.{name}",
+                names["qkv"],
+                f"({heads} head_dim slot) embed",
+                f"{heads} (head_dim slot) embed",
+                along="slot",
+            )
+            for name, heads, word in words
+        ]
+    return (
+        Row("embed", names["embed"], "vocab_in embed_in"),
+        Row("layers.attn_norm.scale", names["attn_norm"], "embed"),
+        *first,
+        Row("layers.attn.o_proj", names["o_proj"], "embed (heads head_dim)"),
+        Row("layers.mlp_norm.scale", names["mlp_norm"], "embed"),
+        Row("layers.mlp.gate_proj", names["fc1"] + f" ({GATE})" * split, "mlp embed"),
+        Row("layers.mlp.up_proj", names["fc1"] + f" ({UP})" * split, "mlp embed"),
+        Row("layers.mlp.down_proj", names["fc2"], "embed mlp"),
+        Row("final_norm.scale", names["final_norm"], "embed"),
+        Row("lm_head", names["lm_head"], "vocab embed"),
+    )
+
+
+# Reading --------------------------------------------------------------------------------
+
+
+def looks(path: Path) -> bool:
+    """Whether a folder tells of its last iteration or holds ranks, or is one, or a file is that of a rank."""
+    return (
+        (path / TRACKER).is_file()
+        or (path.name == FILE and path.is_file())
+        or (RANK.fullmatch(path.name) is not None and (path / FILE).is_file())
+        or any((path / f"mp_rank_00{stage}" / FILE).is_file() for stage in ("", "_000"))
+    )
+
+
+def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+    """Opens a checkpoint's folder, the one of an iteration or of a rank, or its file.
+
+    What the model is comes from `config`, from a config.json in the folder or the one around it, or from its settings.
+    """
+    folder = find_ranks(path)
+    stages = [[Shard(file) for file in files] for files in rank_files(folder)]
+    shards = [shard for stage in stages for shard in stage]
+    args, version, ways = shards[0].args, shards[0].version, len(stages[0])
+    _check_ranks(shards, len(stages), ways)
+    check_plain(shards[0].file, args)
+    home = next((place for place in (folder, folder.parent) if (place / "config.json").is_file()), None)
+    root = home or (folder.parent if (folder.parent / TRACKER).is_file() else folder)
+    parts = _by_name(stages)
+    names = LEGACY if LEGACY["embed"] in parts else ENGINE if ENGINE["attn_norm"].format(layer=0) in parts else MCORE
+    notes: tuple[str, ...] = ()
+    if config is not None or home is not None:
+        source = "the given config" if config is not None else "config.json"
+        config = understood(home) if config is None and home is not None else config
+        assert config is not None
+        check_agree(shards[0].file, args, config, source)
+    else:
+        config, notes = config_from_args(shards[0].file, args)
+    if version < 2 and config.num_heads != config.num_kv_heads:
+        raise UserError(f"{shards[0].file} is of version {version}, which has no grouped queries", AGAIN)
+    if config.num_layers > len(parts):  # before a table is made of them
+        raise UserError(f"{folder} has too few tensors for {config.num_layers} layers", "Ranks are missing.")
+    tensors = _joined_all(parts, names, config, version, vocab_step(args) * ways)
+    table, known = table_for(WHAT, rows(names, version, split=True), config, _sizes(config)), BUFFERS
+    if config.tie_embeddings and names["lm_head"] in tensors:
+        if not same_values(tensors[names["embed"]], tensors[names["lm_head"]]):
+            raise UserError(f"the model is tied, and {names['lm_head']} in {folder} differs from its table", AGAIN)
+        known += "|" + re.escape(names["lm_head"])
+    layout.check(table, tensors, known)
+    return Checkpoint("megatron", root, config, tensors, table, notes)
+
+
+def _sizes(config: ModelConfig, ways: int = 1) -> dict[str, int]:
+    return {"kv_heads": config.num_kv_heads // ways}
+
+
+def _check_ranks(shards: Sequence[Shard], stages: int, ways: int) -> None:
+    """Every file says the same of the model, and there are as many as they say."""
+    first = shards[0]
+    for key, count in (("tensor_model_parallel_size", ways), ("pipeline_model_parallel_size", stages)):
+        if not same(first.args.get(key, count), count):
+            raise UserError(
+                f"{first.file} has {key} = {told(first.args[key])}, and there are folders for {count}",
+                "Copy all ranks.",
+            )
+    for shard in shards[1:]:
+        if (shard.version, len(shard.chunks)) != (first.version, len(first.chunks)):
+            raise UserError(f"{shard.file} is of another checkpoint than {first.file}", AGAIN)
+
+
+def _by_name(stages: Sequence[Sequence[Shard]]) -> dict[str, list[Tensor]]:
+    """The shards of every tensor, layers counted through the model."""
+    parts: dict[str, list[Tensor]] = {}
+    before = 0
+    for chunk in range(len(stages[0][0].chunks)):
+        for stage in stages:
+            tables = [shard.chunks[chunk] for shard in stage]
+            for shard, table in zip(stage, tables, strict=True):
+                if odd := sorted(table.keys() ^ tables[0].keys()):
+                    raise UserError(f"{shard.file} and {stage[0].file} disagree about {shown(odd[0])}", AGAIN)
+            layers: set[int] = set()
+            for name in tables[0]:
+                if match := re.fullmatch(r"(.*\.layers\.)(\d{1,9})(\..*)", name):
+                    layers.add(int(match[2]))
+                own = f"{match[1]}{before + int(match[2])}{match[3]}" if match else name
+                if own in parts:
+                    raise UserError(f"{stage[0].file} has {shown(name)}, as a stage before it has", AGAIN)
+                parts[own] = [replace(table[name], name=own) for table in tables]
+            if layers != {*range(len(layers))}:
+                raise UserError(f"{stage[0].file} lacks some of its layers", AGAIN)
+            before += len(layers)
+    return parts
+
+
+def _joined_all(
+    parts: Mapping[str, list[Tensor]], names: Mapping[str, str], config: ModelConfig, version: float, step: int
+) -> dict[str, Tensor]:
+    by_name = {row.name: row for row in rows(names)}
+    tensors: dict[str, Tensor] = {}
+    for name, shards in parts.items():
+        general = re.sub(r"\.layers\.\d+\.", ".layers.{layer}.", name)
+        axis, matrix = _axis(by_name.get(general)), all(len(shard.shape) == 2 for shard in shards)
+        if axis is None or not matrix:  # tensors of other forms are refused by name in layout.check
+            _check_copies(shards)
+            tensors[name] = shards[0]
+        elif general == names["fc1"] or (general == names["qkv"] and version < 1):
+            words = (GATE, UP) if general == names["fc1"] else (QUERY, KEY, VALUE)
+            for i, word in enumerate(words):
+                cuts = [_cut_rows(shard, i, len(words)) for shard in shards]
+                tensors[f"{name} ({word})"] = joined(cuts, 0)
+        elif general in (names["embed"], names["lm_head"]):
+            tensors[name] = joined(_unpadded(shards, config.vocab_size, step), 0)
+        else:
+            tensors[name] = joined(shards, axis)
+    return tensors
+
+
+def _axis(row: Row | None) -> int | None:
+    """The axis along which the shards of a tensor lie end to end; None where each has all of it."""
+    groups = re.findall(r"\([^)]*\)|\S+", row.axes) if row else []
+    return next((axis for axis, group in enumerate(groups) if CUT & {*group.strip("()").split()}), None)
+
+
+def _check_copies(shards: Sequence[Tensor]) -> None:
+    for shard in shards[1:]:
+        if not same_values(shard, shards[0]):
+            raise UserError(f"{shown(shard.name)} in {shard.file} differs from that in {shards[0].file}", AGAIN)
+
+
+def _rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Some rows of a matrix, where they lie."""
+    stride = tensor.strides[0] if isinstance(tensor, Strided) else tensor.shape[1]
+    offset = tensor.offset + start * stride * tensor.dtype.itemsize
+    return replace(tensor, offset=offset, shape=(stop - start, *tensor.shape[1:]))
+
+
+def _cut_rows(tensor: Tensor, part: int, count: int) -> Tensor:
+    height = tensor.shape[0] // count
+    if height * count != tensor.shape[0]:
+        raise UserError(f"{tensor.name} in {tensor.file} has {tensor.shape[0]} rows, of {count} equal parts", AGAIN)
+    return _rows_of(tensor, part * height, (part + 1) * height)
+
+
+def _unpadded(shards: Sequence[Tensor], vocab_size: int, step: int) -> list[Tensor]:
+    """The shards without the rows that fill up the vocabulary to a multiple of `step`."""
+    if not vocab_size <= sum(shard.shape[0] for shard in shards) < vocab_size + step:
+        return list(shards)  # layout.check says that it is of another size
+    start, cuts = 0, []
+    for shard in shards:
+        if (height := min(shard.shape[0], vocab_size - start)) > 0:
+            cuts.append(_rows_of(shard, 0, height))
+        start += shard.shape[0]
+    return cuts
+
+
+# Writing --------------------------------------------------------------------------------
+
+
+def write(folder: Path, saving: Saving, names: str = "mcore") -> None:
+    """Writes iter_0000001 with a file for each rank, the tracker, and a config.json that says all of the model.
+
+    `names` are those of Megatron core's own layers ("mcore"), or of what came before it ("legacy").
+    """
+    config, ways, stages = saving.config, saving.tensor_parallel, saving.pipeline_parallel
+    args = args_from_config(config, saving.dtypes["embed"], ways, stages) | {
+        "use_mcore_models": names == "mcore",
+        "use_legacy_models": names == "legacy",
+    }
+    hf = config_to_hf(config, saving.dtypes["embed"].name)
+    for word in sorted(CUT):
+        if (size := config.axis_sizes[word]) % ways:
+            raise UserError(f"{word} = {size} does not divide over {ways} ranks", "Choose another tensor_parallel.")
+    if config.num_layers % stages:
+        raise UserError(
+            f"num_layers = {config.num_layers} does not divide over {stages} stages", "Choose fewer or more."
+        )
+    rank = 0
+    for stage in range(stages):
+        for way in range(ways):
+            name = f"mp_rank_{way:02}" + f"_{stage:03}" * (stages > 1)
+            (folder / "iter_0000001" / name).mkdir(parents=True)
+            _write_rank(folder / "iter_0000001" / name / FILE, saving, NAMES[names], args | {"rank": rank}, way, stage)
+            rank += 1
+    for file in saving.companions:
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "config.json", hf)
+    (folder / TRACKER).write_text("1", "ascii")
+
+
+def _write_rank(
+    file: Path, saving: Saving, names: Mapping[str, str], args: Mapping[str, Any], way: int, stage: int
+) -> None:
+    config, ways, stages = saving.config, saving.tensor_parallel, saving.pipeline_parallel
+    last, dtypes = stage == stages - 1, dict(saving.dtypes)
+    tied = config.tie_embeddings
+    if tied and stages > 1:  # the last stage has a copy of the table
+        dtypes["lm_head"] = dtypes["embed"]
+    specs = {
+        path: _of_rank(spec, ways, stages)
+        for path, spec in named(declare_decoder(replace(config, tie_embeddings=tied and stages == 1))).items()
+        if spec.stacked or (stage == 0 if path == "embed" else last)
+    }
+    table = layout.table(rows(names), specs, _sizes(config, ways))
+    tensors = layout.plan(table, dtypes)
+    shard = replace(saving, source=_source(saving.source, specs, way, stage, tied))
+    tree = {
+        "args": Attributes(args),
+        "checkpoint_version": 3.0,
+        "iteration": 1,
+        "model": _tree({tensor.name: tensor for tensor in tensors}, names, tied, last),
+        "num_floating_point_operations_so_far": 0,
+    }
+    write_torch(file, tensors, (shard.pieces(table, tensor) for tensor in tensors), tree)
+
+
+def _of_rank(spec: Spec, ways: int, stages: int) -> Spec:
+    """The parameter of one rank."""
+    over = dict.fromkeys(CUT, ways) | {"layers": stages}
+    return replace(spec, shape=tuple(n // over.get(axis, 1) for axis, n in zip(spec.axes, spec.shape, strict=True)))
+
+
+def _source(source: layout.Source, specs: Mapping[str, Spec], way: int, stage: int, tied: bool) -> layout.Source:
+    """The values of one rank, out of those of the model."""
+
+    def values(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
+        spec = specs[path]
+        sizes = zip(spec.outputs + spec.inputs, spec.shape[len(spec.stacked) :], strict=True)
+        starts = [way * n * (axis in CUT) for axis, n in sizes]
+        whole = tuple(slice(s.start + start, s.stop + start) for s, start in zip(index, starts, strict=True))
+        own = None if layer is None else layer + stage * spec.shape[0]
+        return source("embed" if tied and path == "lm_head" else path, own, whole, dtype)
+
+    return values
+
+
+def _tree(tensors: Mapping[str, Any], names: Mapping[str, str], tied: bool, last: bool) -> dict[str, Any]:
+    """The tensors as a file holds them: flat, or as older modules lie in each other; and the empty states."""
+    general = {names[key] for key in STATES}
+    entries: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        entries[name] = tensor
+        if re.sub(r"\.layers\.\d+\.", ".layers.{layer}.", name) in general:
+            entries[name.removesuffix("weight") + "_extra_state"] = None
+    if names is MCORE:  # whose last stage has a head even where it is the table
+        return entries | ({"output_layer._extra_state": None} if last else {})
+    tree: dict[str, Any] = {"language_model": {}}
+    for name, value in entries.items():
+        _, module, rest = name.split(".", 2)
+        if module == "output_layer" and tied:
+            if rest == "weight":
+                tree["word_embeddings_for_head"] = {rest: value}
+        elif module == "embedding":
+            word, weight = rest.split(".")
+            tree["language_model"][module] = {word: {weight: value}}
+        else:
+            tree["language_model"].setdefault(module, {})[rest] = value
+    return tree
