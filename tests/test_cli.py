@@ -231,7 +231,7 @@ def test_an_unknown_command_is_refused_with_the_nearest(arguments: list[str], pr
         (["generate", "model", "--dtype", "int8"], "int8"),
         (["generate"], "MODEL"),
         (["convert", "a"], "DESTINATION"),
-        (["convert", "a", "b", "--to", "gguf"], "gguf"),
+        (["convert", "a", "b", "--to", "onnx"], "onnx"),
         (["inspect", "a", "b"], "b"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
