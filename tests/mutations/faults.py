@@ -890,9 +890,9 @@ FAULTS = (
     ),
     Fault(
         "the tokenizer is left behind",
-        "checkpoint/hf.py",
-        "for file in saving.companions:",
-        "for file in saving.companions[:0]:",
+        "checkpoint/opened.py",
+        "for file in self.companions:",
+        "for file in self.companions[:0]:",
         "checkpoint/test_hf.py::test_every_companion_of_the_weights_is_carried_along_and_nothing_else",
     ),
     Fault(

@@ -11,7 +11,6 @@ its own; the converter from Hugging Face writes the table there when a model is 
 """
 
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -283,6 +282,5 @@ def _write(folder: Path, saving: Saving, name: str, writer: Writer) -> None:
     tensors = [planned.pop(name) for name in (*order, HEAD)]
     assert not planned, f"{planned.keys()} have no place in the file"
     writer(folder / name, tensors, (saving.pieces(tables[tensor.name], tensor) for tensor in tensors))
-    for file in saving.companions:
-        shutil.copyfile(file, folder / file.name)
+    saving.carry_companions(folder)
     write_json(folder / "config.json", config_to_hf(config, saving.dtypes["embed"].name))

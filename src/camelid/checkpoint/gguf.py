@@ -5,7 +5,6 @@ takes tokenizer.json or tokenizer.model beside the file, and llama.cpp opens wha
 to work on token ids.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,8 +140,7 @@ def write(folder: Path, saving: Saving, kind: str | None = None) -> None:
         contents.append(iter([stretch]))
     code = CODES[saving.dtypes["embed"]] if kind is None else BY_NAME[kind]
     write_file(folder / FILE, metadata_of(config, code), entries, contents)
-    for file in saving.companions:
-        shutil.copyfile(file, folder / file.name)
+    saving.carry_companions(folder)
     write_json(folder / "config.json", config_to_hf(config, saving.dtypes["embed"].name))
 
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -134,8 +133,7 @@ def write(folder: Path, saving: Saving) -> None:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": saving.total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
-    for file in saving.companions:
-        shutil.copyfile(file, folder / file.name)
+    saving.carry_companions(folder)
     write_json(folder / "config.json", config_to_hf(saving.config, saving.dtypes["embed"].name))
 
 

@@ -16,7 +16,6 @@ of other groups where R > 1.
 
 import math
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ import numpy as np
 from camelid.checkpoint import hf
 from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.hf_config import config_to_hf
-from camelid.checkpoint.layout import Index, Row, check, plan
+from camelid.checkpoint.layout import Row, check, plan
 from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, table_for
 from camelid.checkpoint.pickles import run, shown
 from camelid.checkpoint.tensors import CHUNK, CODES, Planned, Tensor
@@ -320,7 +319,7 @@ def write(folder: Path, saving: Saving) -> None:
             f"llama-2-jax cannot hold rope_theta = {config.rope_theta!r}; it computes with {THETA}",
             "Use the format hf, which holds every model.",
         )
-    whole = _untied(saving)
+    whole = saving.untied()
     table = table_for("llama-2-jax", ROWS, whole.config, {})
     arrays = {tensor.name: tensor for tensor in plan(table, whole.dtypes)}
     with (folder / FILE).open("wb") as file:
@@ -345,8 +344,7 @@ def write(folder: Path, saving: Saving) -> None:
         file.write(b".")
         file.flush()
         os.fsync(file.fileno())
-    for companion in saving.companions:
-        shutil.copyfile(companion, folder / companion.name)
+    saving.carry_companions(folder)
     write_json(folder / "config.json", config_to_hf(config, saving.dtypes["embed"].name))
 
 
@@ -356,18 +354,6 @@ WHERE: Mapping[tuple[str, ...], tuple[str, str]] = {
     ("model", "decoder"): ("lib.llama.decoder_block", "DecoderBlock"),
     ("model", "decoder", "attention"): ("lib.llama.attention", "Attention"),
 }
-
-
-def _untied(saving: Saving) -> Saving:
-    """The same model with a head of its own, which a tied one's table is as well."""
-    if not saving.config.tie_embeddings:
-        return saving
-
-    def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
-        return saving.source("embed" if path == "lm_head" else path, layer, index, dtype)
-
-    config = replace(saving.config, tie_embeddings=False)
-    return replace(saving, config=config, dtypes={**saving.dtypes, "lm_head": saving.dtypes["embed"]}, source=source)
 
 
 def _around(tensor: Planned, config: ModelConfig) -> tuple[bytes, bytes]:

@@ -14,7 +14,6 @@ Numbers are little-endian, matrices outputs first, rotary pairs neighbours. In v
 
 import math
 import os
-import shutil
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -263,8 +262,7 @@ def write(folder: Path, saving: Saving, version: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     assert (folder / FILE).stat().st_size == header.bytes
-    for companion in saving.companions:
-        shutil.copyfile(companion, folder / companion.name)
+    saving.carry_companions(folder)
     write_json(folder / "config.json", config_to_hf(config, FLOAT.name))
 
 

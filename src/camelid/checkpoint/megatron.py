@@ -5,7 +5,6 @@ pipeline is the folder mp_rank_TT, or mp_rank_TT_PPP where there are stages; lay
 """
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -293,8 +292,7 @@ def write(folder: Path, saving: Saving, names: str = "mcore") -> None:
             (folder / "iter_0000001" / name).mkdir(parents=True)
             _write_rank(folder / "iter_0000001" / name / FILE, saving, NAMES[names], args | {"rank": rank}, way, stage)
             rank += 1
-    for file in saving.companions:
-        shutil.copyfile(file, folder / file.name)
+    saving.carry_companions(folder)
     write_json(folder / "config.json", hf)
     (folder / TRACKER).write_text("1", "ascii")
 

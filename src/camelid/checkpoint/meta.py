@@ -6,7 +6,6 @@ the table of embeddings is cut by columns up to Llama 2 and by rows since Llama 
 
 import math
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -230,8 +229,7 @@ def write(folder: Path, saving: Saving) -> None:
     for rank in range(ways):
         shard = replace(saving, source=_of_shard(saving.source, specs, cut, rank, config.tie_embeddings))
         write_torch(folder / _shard_name(rank), tensors, (shard.pieces(table, tensor) for tensor in tensors))
-    for file in saving.companions:
-        shutil.copyfile(file, folder / file.name)
+    saving.carry_companions(folder)
     write_json(folder / PARAMS, params)
     write_json(folder / "config.json", hf)
 

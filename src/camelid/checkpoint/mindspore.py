@@ -4,9 +4,7 @@ The files hold names and tensors, and nothing of the model: neither its sizes no
 """
 
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -161,7 +159,7 @@ def write(folder: Path, saving: Saving, *, rope_layout: RopeLayout = "half", crc
             f"{config.embed_dim} / {config.num_heads}",
             "Use the format hf, which holds every model.",
         )
-    theirs = _untied(saving) if config.tie_embeddings else saving
+    theirs = saving.untied()
     table = table_for(WHAT, ROWS[rope_layout], theirs.config, SIZES)
     planned = plan(table, theirs.dtypes)
 
@@ -171,17 +169,5 @@ def write(folder: Path, saving: Saving, *, rope_layout: RopeLayout = "half", crc
 
     planned = sorted(planned, key=place)
     write_ckpt(folder / "model.ckpt", planned, (theirs.pieces(table, tensor) for tensor in planned), crc=crc)
-    for file in saving.companions:
-        shutil.copyfile(file, folder / file.name)
+    saving.carry_companions(folder)
     write_json(folder / "config.json", config_to_hf(config, saving.dtypes["embed"].name))
-
-
-def _untied(saving: Saving) -> Saving:
-    """The same model with the embedding table as a head of its own; MindFormers does not tie them."""
-    source: Callable = saving.source
-    return replace(
-        saving,
-        config=replace(saving.config, tie_embeddings=False),
-        dtypes={**saving.dtypes, "lm_head": saving.dtypes["embed"]},
-        source=lambda path, *where: source("embed" if path == "lm_head" else path, *where),
-    )

@@ -1,13 +1,15 @@
 """What every format has in common: a checkpoint that is opened, and a model that is to be written."""
 
+import functools
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint.layout import Row, Source, Table, from_tensors, pieces, table
+from camelid.checkpoint.layout import Index, Row, Source, Table, from_tensors, pieces, table
 from camelid.checkpoint.tensors import Planned, Tensor
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -64,7 +66,7 @@ class Saving:
     pipeline_parallel: int = 1
     _done: list[int] = field(default_factory=lambda: [0])
 
-    @property
+    @functools.cached_property
     def total(self) -> int:
         """Bytes of all parameters."""
         specs = named(declare_decoder(self.config))
@@ -72,11 +74,26 @@ class Saving:
 
     def pieces(self, table: Table, tensor: Planned) -> Iterator[np.ndarray]:
         """One of the file's tensors, in arrays that lie end to end in it."""
-        total = self.total
         for piece in pieces(table, tensor.name, tensor.dtype, self.source):
             yield piece
             self._done[0] += piece.nbytes
-            self.progress(min(self._done[0], total), total)
+            self.progress(min(self._done[0], self.total), self.total)
+
+    def untied(self) -> "Saving":
+        """The same model with a head of its own, for systems that tie none: the table is written as the head too."""
+        if not self.config.tie_embeddings:
+            return self
+
+        def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
+            return self.source("embed" if path == "lm_head" else path, layer, index, dtype)
+
+        config = replace(self.config, tie_embeddings=False)
+        return replace(self, config=config, dtypes={**self.dtypes, "lm_head": self.dtypes["embed"]}, source=source)
+
+    def carry_companions(self, folder: Path) -> None:
+        """Copies the files that go wherever the weights go."""
+        for file in self.companions:
+            shutil.copyfile(file, folder / file.name)
 
 
 def table_for(what: str, rows: Sequence[Row], config: ModelConfig, sizes: Mapping[str, int]) -> Table:
