@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import camelid
-from camelid import cli
+from camelid.cli import checkpoints
 from camelid.checkpoint.compare import compare, config_differences
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.formats import FORMATS, OPEN, detect, open_checkpoint
@@ -40,7 +40,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_the_command_line_names_every_format():
-    assert list(get_args(cli.Format)) == list(FORMATS)
+    assert list(get_args(checkpoints.Format)) == list(FORMATS)
     assert set(OPEN) >= set(FORMATS)
 
 

@@ -1,0 +1,119 @@
+"""The command line. Each command is a function; JAX is imported where a command needs it."""
+
+import difflib
+import errno
+import functools
+import inspect as inspect_module
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import tyro
+
+from camelid.cli.checkpoints import convert, diff
+from camelid.cli.models import generate, inspect, perplexity
+from camelid.cli.training import demo, train
+from camelid.errors import UserError
+
+COMMANDS: dict[str, Callable] = {
+    "generate": generate,
+    "evaluate perplexity": perplexity,
+    "train": train,
+    "convert": convert,
+    "diff": diff,
+    "inspect": inspect,
+    "demo": demo,
+}
+
+
+QUIET = (tyro.conf.FlagCreatePairsOff,)  # --json, and no --no-json
+
+
+def main() -> None:
+    """Runs a command; user errors are one line and one line of advice, with exit status 2."""
+    try:
+        _run(sys.argv[1:])
+    except UserError as error:
+        _fail(error.problem, error.advice)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody to tell, and nothing to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        about = f"{error.filename}: " if error.filename else ""
+        _fail(f"{about}{error.strerror}", "Check the path, its permissions, and the disk.")
+
+
+def _fail(problem: str, advice: str) -> NoReturn:
+    print(f"camelid: {problem}\n         {advice}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _run(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        return print(_overview())
+    if words[0] == "--version":
+        from camelid import __version__
+
+        return print(f"camelid {__version__}")
+    name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    if name is None:
+        return _unknown(words)
+    command, rest = COMMANDS[name], words[len(name.split()) :]
+    if name == "train":
+        rest, overrides = _split_overrides(rest)
+        command = functools.partial(train, overrides=tuple(overrides))
+    return tyro.cli(command, prog=f"camelid {name}", description=_paragraphs(COMMANDS[name]), args=rest, config=QUIET)
+
+
+def _overview() -> str:
+    lines = [f"  {name:20} {command_help(function).splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join(
+        [
+            "camelid: the Llama family end to end in JAX",
+            "",
+            "usage: camelid COMMAND [ARGUMENTS]",
+            "",
+            *lines,
+            "",
+            "  camelid COMMAND --help shows its options with examples; camelid --version prints the version.",
+        ]
+    )
+
+
+def _paragraphs(function: Callable) -> str:
+    """A command's help with a line of its own for each example."""
+    return re.sub(r"\n+", "\n\n", command_help(function))
+
+
+def command_help(function: Callable) -> str:
+    """What a command's docstring says before its arguments."""
+    return inspect_module.cleandoc(function.__doc__ or "").split("\nArgs:")[0].strip()
+
+
+def _unknown(words: list[str]) -> None:
+    asked = " ".join(words[:2] if words[0] == "evaluate" else words[:1])
+    near = difflib.get_close_matches(asked, COMMANDS, 1)
+    advice = f"Did you mean 'camelid {near[0]}'?" if near else f"Commands: {', '.join(COMMANDS)}."
+    raise UserError(f"there is no command {asked!r}", advice)
+
+
+def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words that are train's own, and the recipe fields among them with their values."""
+    own = {f"--{name.replace('_', '-')}" for name in inspect_module.signature(train).parameters} | {"--help", "-h"}
+    mine, overrides, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word.partition("=")[0].replace("_", "-") in own:
+            mine.append(word)
+        else:
+            overrides.append(word)
+            if "=" not in word and rest:
+                overrides.append(rest.pop(0))
+    return mine, overrides

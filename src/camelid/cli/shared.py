@@ -1,0 +1,73 @@
+"""What several commands share: words of their options, progress, notes, files."""
+
+import contextlib
+import json as json_module
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from camelid.errors import UserError
+from camelid.parallel.compiled import keep_compiled
+
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="of parameters and products")]
+Checkpoint = Annotated[
+    Positional[str], arg(metavar="MODEL", help="a checkpoint's folder, or its name on the Hugging Face Hub")
+]
+
+
+def load(model: str, dtype: str):
+    """The model, with its notes told."""
+    keep_compiled()
+    from camelid.api import load
+
+    loaded = load(model, dtype=dtype)
+    for text in loaded.notes:
+        note(f"note: {text}")
+    return loaded
+
+
+def model_config(text: str):
+    """A preset by name, or what a config.json describes."""
+    if Path(text).is_file():
+        from camelid.checkpoint.folder import read_json
+        from camelid.checkpoint.hf_config import config_from_hf
+
+        return config_from_hf(read_json(Path(text)))
+    from camelid.model.presets import preset
+
+    return preset(text)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file; raises UserError where it is none."""
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "Give the path of a text file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}", "Convert the file to UTF-8.") from error
+
+
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error where that is a terminal; `progress(done, total)` moves it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_json(value: object) -> None:
+    """One JSON object on standard output."""
+    print(json_module.dumps(value, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """A line for people, on standard error."""
+    print(text, file=sys.stderr)
