@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from camelid.checkpoint import hf, layout
-from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
+from camelid.checkpoint import layout
+from camelid.checkpoint.files import WORKERS
+from camelid.checkpoint.formats import files_of, open_checkpoint, write_checkpoint
 from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.checkpoint.tensors import dtype_named
 from camelid.errors import UserError
@@ -27,7 +28,7 @@ from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from camelid.parallel.rules import check_divides
 from camelid.text.stream import TextStream
-from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from camelid.text.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Model:
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
-            raise UserError("the checkpoint has no tokenizer", "Give token ids, or put tokenizer.json beside it.")
+            raise UserError("the checkpoint has no tokenizer", "Give token ids, or name a tokenizer.")
         return self.tokenizer.encode(prompt, specials=True)
 
     def _completion(self, prompt: str | Sequence[int], ids: list[int], new: list[int], limit: int) -> Completion:
@@ -112,26 +113,25 @@ class Model:
         Raises UserError where the destination exists, the disk is full, or the format cannot hold the model; nothing
         half-written stays there.
         """
-        if format != "hf" and jax.process_count() > 1:
-            raise UserError(f"several processes cannot save as {format!r}", "Save as 'hf', and convert that.")
         leaves = named(self.params)
         dtypes = {path: np.dtype(leaf.dtype) if dtype is None else dtype_named(dtype) for path, leaf in leaves.items()}
 
-        @lru_cache(1)
+        @lru_cache(WORKERS)
         def whole(path: str, layer: int | None) -> np.ndarray:
             return _host_layer(leaves[path], layer, self.mesh)
 
         def source(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
-            return np.ascontiguousarray(whole(path, layer)[index], dtype)
+            return whole(path, layer)[index].astype(dtype, copy=False)
 
-        saving = Saving(self.config, dtypes, source, self.companions, progress)
+        saving = Saving(self.config, dtypes, source, self.companions)
+        # Fetching a layer is a collective: every process takes part in each, one after another in the same order.
         if is_main():
-            write_checkpoint(Path(path), saving, format, overwrite=overwrite)
+            workers = WORKERS if jax.process_count() == 1 else 1
+            write_checkpoint(Path(path), saving, format, overwrite=overwrite, progress=progress, workers=workers)
         else:
-            # Fetching a layer is a collective: every process takes part in each, in the same order.
-            rows = hf.table_of(self.config)
-            for tensor in layout.plan(rows, dtypes):
-                collections.deque(layout.pieces(rows, tensor.name, tensor.dtype, source), maxlen=0)
+            for file in files_of(saving, format):
+                for segment in file.segments:
+                    collections.deque(segment.chunks(), maxlen=0)
         wait_for_all(f"saved {path}")
 
 
@@ -143,10 +143,12 @@ def load(
     *,
     format: str | None = None,
     config: ModelConfig | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Model:
     """Opens a checkpoint of any format where it lies, or a repository of the Hugging Face Hub by its name.
 
-    `format` None asks the files; `config` describes a model whose files do not. `dtype` is that of parameters and
+    `format` None asks the files; `config` describes a model whose files do not; `tokenizer` is a folder or a file, None
+    the checkpoint's own. `dtype` is that of parameters and
     products (None: that of the files); `mesh` None is the first device alone; `compute` sets the rest: kernels,
     rematerialization, replicated axes. Raises UserError for files that are damaged, incomplete or not understood.
     """
@@ -160,12 +162,12 @@ def load(
     compute = replace(compute or Compute(), dtype=dtype, param_dtype=dtype)
     mesh = _mesh(mesh)
     check_divides(checkpoint.config.axis_sizes, mesh, compute.replicate)
-    tokenizer = load_tokenizer(checkpoint.folder) if has_tokenizer(checkpoint.folder) else None
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, checkpoint.config.vocab_size)
+    found = find_tokenizer(checkpoint.folder) if tokenizer is None else load_tokenizer(tokenizer)
+    if found is not None:
+        check_vocabulary(found, checkpoint.config.vocab_size)
     params = load_params(checkpoint, compute, mesh)
-    companions = tuple(checkpoint.companions)
-    return Model(checkpoint.config, params, tokenizer, compute, mesh, companions, checkpoint.notes)
+    companions = {file.name: file for file in (*checkpoint.companions, *(found.files if found is not None else ()))}
+    return Model(checkpoint.config, params, found, compute, mesh, tuple(companions.values()), checkpoint.notes)
 
 
 def load_params(checkpoint: Checkpoint, compute: Compute, mesh: Mesh) -> Decoder:
@@ -174,11 +176,6 @@ def load_params(checkpoint: Checkpoint, compute: Compute, mesh: Mesh) -> Decoder
     targets = named(abstract(specs, jnp.dtype(compute.param_dtype), mesh, compute.replicate))
     arrays = layout.load(checkpoint.table, checkpoint.tensors, targets)
     return build(specs, [arrays[path] for path in named(specs)])
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint's folder holds a tokenizer that camelid reads."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def _mesh(mesh: Mesh | MeshConfig | None) -> Mesh:

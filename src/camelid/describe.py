@@ -29,11 +29,14 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 WIDTH = 120  # of a line, where no terminal tells
 
 
-def report(model: str) -> dict[str, Any]:
-    """What a preset is, or what a checkpoint holds: its folder, or its name on the Hub."""
+def report(model: str, config: ModelConfig | None = None) -> dict[str, Any]:
+    """What a preset is, or what a checkpoint holds: its folder, or its name on the Hub.
+
+    `config` describes a model whose files do not.
+    """
     if "/" not in model and not Path(model).expanduser().exists():
         return {"preset": ALIASES.get(model, model)} | of_config(_preset(model))
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, config=config)
     whole = of_config(checkpoint.config)
     for path, dtype in checkpoint.dtypes.items():
         entry = whole["tree"][path]

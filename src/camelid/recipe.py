@@ -30,7 +30,9 @@ class Recipe:
     run: str
     """the folder of the run: recipe, metrics, checkpoints, and the model in the end"""
     init: str | None = None
-    """a checkpoint's folder or its name on the Hub: model, tokenizer and parameters"""
+    """a checkpoint of any format, or its name on the Hub: model, tokenizer and parameters"""
+    init_optimizer: bool = False
+    """also take its step and AdamW's moments, as EasyLM's train states and runs' folders have them"""
     model: ModelConfig | None = None
     tokenizer: str | None = None
     """a folder with tokenizer.json or tokenizer.model; with `init`, its own is the default"""
@@ -45,6 +47,10 @@ class Recipe:
             raise UserError(
                 "the recipe needs one of init and model, and not both",
                 "Give init = a checkpoint to finetune it, or a [model] table to train from scratch.",
+            )
+        if self.init is None and self.init_optimizer:
+            raise UserError(
+                "the recipe has init_optimizer and no init", "Give init = a train state of EasyLM or a run's folder."
             )
         if self.init is None and self.tokenizer is None:
             raise UserError("the recipe has a model and no tokenizer", "Give tokenizer = a folder with tokenizer.json.")

@@ -4,32 +4,37 @@ import contextlib
 import fcntl
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 
 from camelid.api import Model, load_params
-from camelid.checkpoint import hf
+from camelid.checkpoint import hf, layout
+from camelid.checkpoint.folder import json_text
 from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.native import RunCheckpoints
-from camelid.checkpoint.opened import Checkpoint
+from camelid.checkpoint.opened import Checkpoint, Training
+from camelid.checkpoint.tensors import Tensor
 from camelid.data.batch import Batch
 from camelid.data.loader import Loader, prefetched
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import count_parameters, peak_flops, training_flops
-from camelid.model.params import initialize, map_specs
+from camelid.model.params import build, initialize, map_specs, named
 from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, place, to_host, wait_for_all
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, check_divides, partition
-from camelid.recipe import Recipe, write_recipe
+from camelid.recipe import Recipe, structure, write_recipe
 from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.loop import Callback, train
@@ -61,7 +66,7 @@ def run(recipe: Recipe) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         parts = _prepare(recipe, mesh)
-        with _folder(folder, recipe), contextlib.closing(_checkpoints(folder, recipe)) as checkpoints:
+        with _folder(folder, recipe, parts), contextlib.closing(_checkpoints(folder, recipe)) as checkpoints:
             return _run(recipe, parts, folder, checkpoints, mesh)
 
 
@@ -76,12 +81,20 @@ class Parts:
     validation: Loader | None
     trainer: Trainer
 
+    @property
+    def companions(self) -> dict[str, Path]:
+        """By name: the files that go wherever the model goes."""
+        inherited = [] if self.source is None else self.source.companions
+        return {file.name: file for file in [*inherited, *self.tokenizer.files]}
+
 
 def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
     source = None if recipe.init is None else open_checkpoint(recipe.init)
     config, where = (recipe.model, recipe.tokenizer) if source is None else (source.config, source.folder)
     assert config is not None  # a Recipe has init, or model and tokenizer
     assert where is not None
+    if source is not None and recipe.init_optimizer and not _begun(Path(recipe.run)):
+        _check_training(source, recipe)
     tokenizer = load_tokenizer(recipe.tokenizer or where)
     check_vocabulary(tokenizer, config.vocab_size)
     check_divides(config.axis_sizes, mesh, recipe.compute.replicate)
@@ -96,10 +109,25 @@ def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
     return Parts(source, config, tokenizer, loader, validation, _trainer(recipe, config))
 
 
+def _check_training(source: Checkpoint, recipe: Recipe) -> None:
+    """Raises UserError where there is nothing to go on from, or no step to make."""
+    if source.training is None:
+        raise UserError(
+            f"init = {recipe.init!r} holds no step and no moments of AdamW",
+            "Train states of EasyLM and runs' checkpoints do; without init_optimizer, training begins at step 0.",
+        )
+    if (made := source.training.step) >= recipe.train.steps:
+        raise UserError(
+            f"init has made {made} steps already, the recipe asks for {recipe.train.steps}",
+            "train.steps counts them too: ask for more.",
+        )
+
+
 def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints, mesh: Mesh) -> Outcome:
     config, loader, validation, trainer = parts.config, parts.loader, parts.validation, parts.trainer
     steps = recipe.train.steps
-    state = _state(recipe, config, parts.source, trainer, checkpoints, mesh)
+    latest = checkpoints.latest()
+    state = _state(recipe, parts, checkpoints, mesh)
     first = int(state.step)
     if first > steps:
         raise UserError(f"the run has made {first} steps already, the recipe asks for {steps}", "Ask for more steps.")
@@ -107,10 +135,8 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
     terminal, sinks = Terminal(first, steps), []
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers)
-        sinks = [MetricsFile(folder / "metrics.jsonl", first), *trackers]
-        for note in () if parts.source is None else parts.source.notes:
-            terminal.say(f"note: {note}")
-        _introduce(terminal, recipe, config, loader, mesh, first)
+        sinks = [MetricsFile(folder / "metrics.jsonl", 0 if latest is None else first), *trackers]
+        _introduce(terminal, recipe, parts, mesh, first, latest)
     batches = _batches(recipe, loader, mesh, first)
     step = _compile(trainer, state, recipe, mesh, terminal) if first < steps else trainer.step
     speed = Speed(first, steps, training_flops(config, recipe.data.sequence_length), _peak())
@@ -139,16 +165,15 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
     if validation is not None:
         # Before the checkpoint: what a run resumes from is in metrics.jsonl already.
         callbacks.insert(0, Callback(recipe.train.evaluate_every or steps, validate, at_end=True))
-        if first == 0:
-            validate(0, state)
+        if latest is None:
+            validate(first, state)
     with StopSignal() as stop, contextlib.closing(terminal), contextlib.ExitStack() as ending:
         for sink in sinks:
             ending.callback(sink.close)
         made, state = train(step, state, batches, report, callbacks, stop)
     checkpoints.wait()
-    inherited = [] if parts.source is None else parts.source.companions
-    companions = {file.name: file for file in [*inherited, *parts.tokenizer.files]}
-    model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, tuple(companions.values()))
+    companions = tuple(parts.companions.values())
+    model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, companions)
     if made == steps:
         model.save(folder / "model", overwrite=True)
     if is_main():
@@ -157,8 +182,8 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
 
 
 @contextlib.contextmanager
-def _folder(folder: Path, recipe: Recipe) -> Iterator[None]:
-    """The run's folder, locked, with this recipe in it."""
+def _folder(folder: Path, recipe: Recipe, parts: Parts) -> Iterator[None]:
+    """The run's folder, locked, with this recipe and all but the numbers of a checkpoint in it."""
     if not is_main():
         wait_for_all("run folder")
         yield
@@ -170,11 +195,20 @@ def _folder(folder: Path, recipe: Recipe) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"another process trains in {folder}", "Wait for it, or choose another --run.") from error
         _check_folder(folder, recipe)
-        temporary = folder / ".recipe.incomplete"
-        temporary.write_text(write_recipe(recipe), "utf-8")
-        temporary.rename(folder / "recipe.toml")
+        # The recipe first: it is what tells this folder from one of something else.
+        _write(folder / "recipe.toml", write_recipe(recipe).encode())
+        for name, file in parts.companions.items():
+            _write(folder / name, file.read_bytes())
+        _write(folder / "config.json", json_text(config_to_hf(parts.config, recipe.compute.param_dtype)).encode())
         wait_for_all("run folder")
         yield
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file that is there whole, or as it was before."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_bytes(content)
+    temporary.rename(path)
 
 
 def _check_folder(folder: Path, recipe: Recipe) -> None:
@@ -186,12 +220,16 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
         if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise UserError(f"{folder} holds something else than a run", "Choose another folder with --run.")
         return
-    begun = any(file.name.isdigit() for file in folder.glob("checkpoints/*"))
-    if begun and (changed := _changed(kept.read_text("utf-8"), write_recipe(recipe))):
+    if _begun(folder) and (changed := _changed(kept.read_text("utf-8"), write_recipe(recipe))):
         raise UserError(
             f"{folder} holds a run with another recipe: {changed}",
             "Choose another --run, or start with the recipe that the folder keeps.",
         )
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run has checkpoints to go on from."""
+    return any(file.name.isdigit() for file in folder.glob("checkpoints/*"))
 
 
 FREE = {
@@ -203,6 +241,8 @@ FREE = {
 
 def _changed(kept: str, new: str) -> str | None:
     """The first field in which two recipes differ, other than those that may change."""
+    # Read and written again, the kept one has the fields that came to recipes after it.
+    kept = write_recipe(structure(tomllib.loads(kept)))
     old_fields, new_fields = (_flat(tomllib.loads(text)) for text in (kept, new))
     for field in sorted(old_fields.keys() | new_fields.keys()):
         before, now = old_fields.get(field), new_fields.get(field)
@@ -249,29 +289,51 @@ def _trainer(recipe: Recipe, config: ModelConfig) -> Trainer:
     )
 
 
-def _state(
-    recipe: Recipe,
-    config: ModelConfig,
-    source: Checkpoint | None,
-    trainer: Trainer,
-    checkpoints: RunCheckpoints,
-    mesh: Mesh,
-) -> TrainState:
+def _state(recipe: Recipe, parts: Parts, checkpoints: RunCheckpoints, mesh: Mesh) -> TrainState:
     """The newest checkpoint's state, or a first one; made where it lives, never whole on one device."""
+    config, trainer = parts.config, parts.trainer
     specs = declare_decoder(config)
     target = abstract_state(specs, trainer.optimizer, recipe.compute, mesh)
     if (latest := checkpoints.latest()) is not None:
         return checkpoints.restore(latest, target)
-    shardings = jax.tree.map(lambda x: x.sharding, target)
-    if source is not None:
-        params = load_params(source, recipe.compute, mesh)
-        return jax.jit(lambda p: start_state(p, trainer.optimizer), out_shardings=shardings)(params)
+    if parts.source is not None:
+        training = parts.source.training if recipe.init_optimizer else None
+        return from_checkpoint(parts.source, training, trainer, mesh)
 
     def fresh(key: jax.Array) -> TrainState:
         params = initialize(specs, config, key, jnp.dtype(recipe.compute.param_dtype))
         return start_state(params, trainer.optimizer)
 
+    shardings = jax.tree.map(lambda x: x.sharding, target)
     return jax.jit(fresh, out_shardings=shardings)(jax.random.key(recipe.train.seed))
+
+
+def from_checkpoint(source: Checkpoint, training: Training | None, trainer: Trainer, mesh: Mesh) -> TrainState:
+    """The state that goes on from a checkpoint: with `training` its step and moments, without, none made.
+
+    Each device's part is read for that device; moments become float32.
+    """
+    specs = declare_decoder(source.config)
+    target = abstract_state(specs, trainer.optimizer, trainer.compute, mesh)
+    params = load_params(source, trainer.compute, mesh)
+    if training is None:
+        shardings = jax.tree.map(lambda x: x.sharding, target)
+        return jax.jit(lambda p: start_state(p, trainer.optimizer), out_shardings=shardings)(params)
+
+    step, mu, nu = training.step, training.mu, training.nu
+
+    def moments(tensors: Mapping[str, Tensor], like: Any) -> Any:
+        arrays = layout.load(source.table, tensors, named(like))
+        return build(specs, [arrays[path] for path in named(specs)])
+
+    def taken(part: Any) -> Any:
+        if isinstance(part, optax.ScaleByAdamState):
+            return optax.ScaleByAdamState(taken(part.count), moments(mu, part.mu), moments(nu, part.nu))
+        assert part.shape == (), "beside its moments AdamW holds counters, which count the same steps"
+        return jax.device_put(np.asarray(step, part.dtype), part.sharding)
+
+    opt_state = jax.tree.map(taken, target.opt_state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState))
+    return TrainState(taken(target.step), params, opt_state)
 
 
 def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int) -> Iterator[dict[str, jax.Array]]:
@@ -301,15 +363,24 @@ def _peak() -> float | None:
     return None if device is None else device * jax.device_count()
 
 
-def _introduce(terminal: Terminal, recipe: Recipe, config: ModelConfig, loader: Loader, mesh: Mesh, first: int) -> None:
+def _introduce(terminal: Terminal, recipe: Recipe, parts: Parts, mesh: Mesh, first: int, resumed: int | None) -> None:
+    for note in () if parts.source is None else parts.source.notes:
+        terminal.say(f"note: {note}")
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     tokens = recipe.data.batch_size * recipe.data.sequence_length
     terminal.say(
-        f"{count_parameters(config):,} parameters on {sizes} ({jax.devices()[0].device_kind}); "
-        f"{loader.num_tokens:,} tokens of text, {tokens:,} a step"
+        f"{count_parameters(parts.config):,} parameters on {sizes} ({jax.devices()[0].device_kind}); "
+        f"{parts.loader.num_tokens:,} tokens of text, {tokens:,} a step"
     )
-    if first:
+    if resumed is not None:
         terminal.say(f"resuming after step {first}")
+    elif first:
+        terminal.say(f"going on after step {first} of init")
+    elif parts.source is not None and (training := parts.source.training) is not None:
+        terminal.say(
+            f"note: the {training.step} steps of init and its moments of AdamW are left out; "
+            "init_optimizer = true takes them"
+        )
 
 
 def _validation_loss(trainer: Trainer, params: Decoder, loader: Loader, recipe: Recipe, mesh: Mesh) -> float:

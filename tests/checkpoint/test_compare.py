@@ -5,13 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
-from camelid.checkpoint.compare import compare
+import camelid
+from camelid.checkpoint.compare import compare, survey
 from camelid.checkpoint.convert import convert
+from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.errors import UserError
-from runs import called
+from camelid.evaluate.parity import logits, loss
+from runs import assert_refused, called
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
 
 
@@ -51,7 +55,7 @@ def test_rounding_is_told_from_change(model: Path, tmp_path: Path):
 def test_equal_checkpoints_differ_in_nothing(model: Path, tmp_path: Path):
     assert called("convert", model, tmp_path / "same", "--verify").stderr.splitlines()[-2:] == [
         "every tensor is equal",
-        "logits of 32 tokens are at most 0 apart; 100% agree on the next one",
+        "logits of 64 tokens, up to 4.66, are at most 0 apart; 100% agree on the next token",
     ]
     done = called("diff", model, tmp_path / "same", "--json")
     assert done.returncode == 0
@@ -71,3 +75,94 @@ def test_other_fields_are_differences_and_other_shapes_another_model(model: Path
         list(compare(open_checkpoint(model), open_checkpoint(saved(tmp_path / "wide", mlp_dim=96))))
     with pytest.raises(UserError, match="only one of the two has lm_head"):
         list(compare(open_checkpoint(model), open_checkpoint(saved(tmp_path / "tied", tie_embeddings=True))))
+
+
+# convert --verify, --check, --rope-layout --------------------------------------------------
+
+
+def test_verify_tells_what_was_rounded_and_what_only_config_json_says(stories: Path, tmp_path: Path):
+    told = called("convert", stories, tmp_path / "meta", "--to", "meta", "--dtype", "bfloat16", "--verify").stderr
+    assert "warning: tensors were rounded; they are at most 0.0" in told
+    assert "logits of 64 tokens" in told
+    assert "warning: files of meta do not say context_length = 512, tie_embeddings = True" in told
+    told = called("convert", stories, tmp_path / "easylm", "--to", "easylm", "--verify").stderr
+    assert "every tensor is equal" in told
+    assert "warning: files of easylm do not say what their model is; keep config.json beside them" in told
+
+
+def test_the_streamed_logits_are_those_of_the_whole_model(stories: Path):
+    checkpoint, tokens = open_checkpoint(stories), np.arange(40) * 7 % 512
+    whole = np.asarray(camelid.load(stories).logits(tokens[None]))[0]
+    streamed = logits(checkpoint, tokens)
+    np.testing.assert_allclose(streamed, whole, atol=1e-5 * np.abs(whole).max())
+    log_probs = torch.log_softmax(torch.tensor(whole[:-1]), -1)
+    expected = -log_probs[np.arange(39), tokens[1:]].mean()
+    assert loss(checkpoint, tokens) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_check_reads_everything_and_writes_nothing(model: Path, tmp_path: Path):
+    before = {file.name for file in tmp_path.iterdir()}
+    done = called("convert", model, "--check")
+    assert done.returncode == 0
+    size = sum(each.size for each in survey(open_checkpoint(model)))
+    assert done.stdout.splitlines() == [f"hf: {size:,} parameters in float32", "checksums: the folder has none"]
+    assert {file.name for file in tmp_path.iterdir()} == before
+    convert(model, tmp_path / "ours")
+    assert called("convert", tmp_path / "ours", "--check").stdout.splitlines()[1].endswith("are as they were written")
+
+
+def test_check_finds_one_changed_bit_by_its_checksum(model: Path, tmp_path: Path):
+    convert(model, tmp_path / "ours", shards=2)
+    file = tmp_path / "ours" / "model-00002-of-00002.safetensors"
+    held = json.loads((tmp_path / "ours" / MANIFEST).read_text())["files"][file.name]["tensors"]
+    content = bytearray(file.read_bytes())
+    content[held["model.layers.3.mlp.up_proj.weight"]["offset"] + 5] ^= 1
+    file.write_bytes(content)
+    assert_refused(called("convert", tmp_path / "ours", "--check"), f"model.layers.3.mlp.up_proj.weight in {file}")
+
+
+def test_check_names_parameters_with_numbers_that_are_none(model: Path):
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, :2] = [np.nan, np.inf]
+    save_file(tensors, file, metadata={"format": "pt"})
+    done = called("convert", model, "--check")
+    assert done.returncode == 1
+    assert "layers.mlp.up_proj: 2 of " in done.stdout
+
+
+def test_a_destination_and_check_exclude_each_other(model: Path, tmp_path: Path):
+    assert_refused(called("convert", model), "convert takes a DESTINATION")
+    assert_refused(called("convert", model, tmp_path / "out", "--check"), "--check writes nothing")
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_the_rotary_layout_is_decided_by_a_text(stories: Path, assets: Path, tmp_path: Path, layout: str):
+    convert(stories, tmp_path / "theirs", to="mindspore" if layout == "half" else "mindspore-interleaved")
+    text = tmp_path / "text.txt"
+    text.write_text((assets / "data" / "tinystories" / "tinystories_sample.txt").read_text()[:1000])
+    done = called("convert", tmp_path / "theirs", tmp_path / "out", "--rope-layout", "auto", "--reference", text)
+    assert done.returncode == 0, done.stderr
+    assert f"the rotary layout is {layout}: a token of " in done.stderr
+    assert all(each.equal for each in compare(open_checkpoint(stories), open_checkpoint(tmp_path / "out")))
+    done = called("convert", tmp_path / "theirs", tmp_path / "said", "--rope-layout", layout)
+    assert "taken to be half-split" not in done.stderr
+    assert all(each.equal for each in compare(open_checkpoint(stories), open_checkpoint(tmp_path / "said")))
+
+
+def test_the_rotary_layout_is_asked_of_mindspore_alone(stories: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    assert_refused(called("convert", stories, out, "--rope-layout", "half"), "is for MindSpore's files")
+    assert_refused(called("convert", stories, out, "--reference", "a.txt"), "--reference is for --rope-layout auto")
+    convert(stories, tmp_path / "theirs", to="mindspore")
+    assert_refused(called("convert", tmp_path / "theirs", out, "--rope-layout", "auto"), "needs a text")
+
+
+def test_a_file_that_does_not_say_its_model_or_tokenizer_is_told_them(assets: Path, stories: Path):
+    file = assets / "golden" / "easylm" / "streaming_params_fp32"
+    described = ["--config", stories / "config.json"]
+    words = ["Once upon a time", *described, "--tokenizer", stories, "--max-new-tokens", 8]
+    done = called("generate", file, *words)
+    assert done.stdout == called("generate", stories, "Once upon a time", "--max-new-tokens", 8).stdout
+    assert_refused(called("generate", file, "Once", *described), "the checkpoint has no tokenizer")
+    assert "260,032" in called("inspect", file, *described).stdout

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 
 from camelid.api import Model, load_params
 from camelid.checkpoint import easylm, hf, layout, msgpack
+from camelid.checkpoint.files import segment, write_files
 from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.checkpoint.tensors import Planned, Tensor
 from camelid.errors import UserError
@@ -25,8 +25,9 @@ from camelid.parallel.mesh import one_device
 from families import FAMILIES
 from runs import tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
+from writing import in_pieces, put
 
-WRITERS = {"streaming_params": easylm.write, "flax_params": easylm.write_flax}
+WRITERS = {"streaming_params": easylm.files, "flax_params": easylm.flax_files}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CONFIGS = {
     "grouped queries": tiny_config(head_dim=8),
@@ -57,7 +58,7 @@ def written(
     folder: Path, checkpoint: Checkpoint, name: str = "streaming_params", dtype: np.dtype | None = None
 ) -> Path:
     folder.mkdir()
-    WRITERS[name](folder, saving(checkpoint, dtype))
+    put(folder, WRITERS[name], saving(checkpoint, dtype))
     return folder / name
 
 
@@ -145,13 +146,13 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path: Path, case: str):
     for dtype in (np.dtype(np.float32), BFLOAT16):
         theirs = tmp_path / dtype.name
         theirs.mkdir()
-        hf.write(theirs, saving(original, dtype))
+        put(theirs, hf.files, saving(original, dtype))
         for name in WRITERS:
             there = easylm.open_path(written(theirs / f"to {name}", hf.open_folder(theirs), name).parent)
             assert there.config == CONFIGS[case]
             back = theirs / f"from {name}"
             back.mkdir()
-            hf.write(back, saving(there))
+            put(back, hf.files, saving(there))
             assert tensor_bytes(back) == tensor_bytes(theirs)
             assert (back / "config.json").read_text() == (theirs / "config.json").read_text()
 
@@ -193,11 +194,6 @@ def drawn(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.random.default_rng(math.prod(shape)).standard_normal(shape, np.float32).astype(dtype)
 
 
-def in_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
-    flat = array.reshape(-1)
-    return iter([flat[start : start + 37] for start in range(0, len(flat), 37)])
-
-
 # Each of msgpack's heads comes in several widths: 1 bfloat16 is an ext of 16 bytes, which has a head of its own.
 SHAPES = [(1,), (15,), (16,), (127,), (128,), (120, 1), (31, 257), (255,), (70000, 1), (2, 3, 4, 5)]
 
@@ -212,8 +208,8 @@ def test_arrays_of_every_size_are_written_as_flax_does_and_read_again(
     arrays = {f"h/{i}/{'x' * (i * 7)}/kernel": drawn(shape, dtype) for i, shape in enumerate(shapes * 2)}
     planned = [Planned(name, array.shape, array.dtype) for name, array in arrays.items()]
     stream, tree = tmp_path / "stream", tmp_path / "tree"
-    msgpack.write_stream(stream, planned, map(in_pieces, arrays.values()))
-    msgpack.write_tree(tree, planned, map(in_pieces, arrays.values()))
+    segments = [in_pieces(one, array.reshape(-1), 37) for one, array in zip(planned, arrays.values(), strict=True)]
+    write_files(tmp_path, [msgpack.stream_file("stream", segments), msgpack.tree_file("tree", segments)])
 
     records = [(name.split("/"), reference.packb(packed(array, limit))) for name, array in arrays.items()]
     assert stream.read_bytes() == b"".join(map(reference.packb, records))
@@ -233,7 +229,8 @@ def test_any_slice_of_an_array_in_pieces_is_that_slice(tmp_path: Path, monkeypat
     """Pieces of 11 numbers, rows of 7 x 5."""
     monkeypatch.setattr(msgpack, "LIMIT", 44)
     array = drawn((13, 7, 5), np.float32)
-    msgpack.write_stream(tmp_path / "x", [Planned("a", array.shape, array.dtype)], [iter([array])])
+    segments = [in_pieces(Planned("a", array.shape, array.dtype), array.reshape(-1), array.size)]
+    write_files(tmp_path, [msgpack.stream_file("x", segments)])
     (tensor,) = msgpack.read_stream(tmp_path / "x").values()
     assert isinstance(tensor, msgpack.Chunked)
     assert [part.shape[0] for part in tensor.parts] == [11] * 41 + [4]
@@ -265,22 +262,25 @@ def test_a_model_in_pieces_is_the_same_model(
 def test_a_record_that_the_stream_cannot_count_is_refused(tmp_path: Path):
     planned = Planned("transformer/wte/embedding", (2**17, 2**13), np.dtype(np.float32))
     with pytest.raises(UserError, match=r"wte/embedding has 4,29.* bytes.*\n.*bfloat16"):
-        msgpack.write_stream(tmp_path / "x", [planned], [iter([])])
+        msgpack.stream_file("x", [segment(planned, list)])
 
 
 # Train states -----------------------------------------------------------------------------
 
 
-def test_a_train_state_holds_parameters_moments_and_counts(golden: Path, config: ModelConfig):
-    state = easylm.read_train_state(golden / "streaming_train_state", config)
+@pytest.mark.parametrize("prefix", [None, "trainstate"])
+def test_a_train_state_holds_parameters_moments_and_counts(golden: Path, config: ModelConfig, prefix: str | None):
+    state = easylm.open_path(golden / "streaming_train_state", config, prefix)
     steps = json.loads((golden / "training_run.json").read_text())["steps"]
-    assert (state.step, state.count) == (len(steps), len(steps))
-    assert state.params.config == replace(config, tie_embeddings=False)
-    assert any("not tied" in note for note in state.params.notes)
-    held = {name: numbers_of(getattr(state, name)) for name in ("params", "mu", "nu")}
+    assert state.training is not None
+    assert state.training.step == len(steps)
+    assert state.config == replace(config, tie_embeddings=False)
+    assert any("not tied" in note for note in state.notes)
+    held = {"params": numbers_of(state)}
+    held |= {name: numbers_of(replace(state, tensors=getattr(state.training, name))) for name in ("mu", "nu")}
     for name, leaves in held.items():
         assert {path: leaf.shape for path, leaf in leaves.items()} == {
-            path: part.spec.shape for path, part in state.params.table.parts.items()
+            path: part.spec.shape for path, part in state.table.parts.items()
         }, name
     # EasyLM's own norm of all parameters after its last step; the moments lie in the places of their parameters.
     norm = math.sqrt(sum(float(np.sum(np.square(leaf, dtype=np.float64))) for leaf in held["params"].values()))
@@ -289,6 +289,13 @@ def test_a_train_state_holds_parameters_moments_and_counts(golden: Path, config:
     assert all((leaf < 0).any() for leaf in held["mu"].values())
     for path, nu in held["nu"].items():  # |sum of w g| <= sqrt(sum of w) sqrt(sum of w g^2), for AdamW's weights w
         assert (np.square(held["mu"][path]) <= 3 * nu + 1e-12).all(), path
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("streaming_train_state", "trainstate_params"), ("streaming_params_fp32", None)]
+)
+def test_parameters_alone_have_no_training(golden: Path, config: ModelConfig, name: str, prefix: str | None):
+    assert easylm.open_path(golden / name, config, prefix).training is None
 
 
 def test_parameters_of_a_train_state_are_what_its_training_reached(golden: Path, config: ModelConfig):
@@ -318,13 +325,15 @@ def test_a_train_state_with_accumulated_gradients_is_the_same(golden: Path, conf
     records += [
         (["opt_state", name], reference.packb(count)) for name, count in (("mini_step", 3), ("gradient_step", 6))
     ]
+    # Its own step counts microbatches, AdamW's count the updates.
+    records = [(key, reference.packb(27) if key == ["step"] else value) for key, value in records]
     write_records(tmp_path / "streaming_train_state_6", records)
-    ours = easylm.read_train_state(tmp_path, config)
-    theirs = easylm.read_train_state(golden / "streaming_train_state", config)
-    assert (ours.step, ours.count) == (theirs.step, theirs.count)
-    assert any("3 microbatches" in note for note in ours.params.notes)
-    for name in ("params", "mu", "nu"):
-        tensors = [getattr(state, name).tensors for state in (ours, theirs)]
+    states = [easylm.open_path(path, config) for path in (tmp_path, golden / "streaming_train_state")]
+    assert any("3 microbatches" in note for note in states[0].notes)
+    trainings = [state.training for state in states]
+    assert [training and training.step for training in trainings] == [6, 6]
+    held = [states[0].tensors, states[1].tensors]
+    for tensors in (held, *([getattr(training, name) for training in trainings] for name in ("mu", "nu"))):
         assert tensors[0].keys() == tensors[1].keys()
         assert all(whole(tensor).tobytes() == whole(tensors[1][key]).tobytes() for key, tensor in tensors[0].items())
 
@@ -335,6 +344,7 @@ def test_a_train_state_with_accumulated_gradients_is_the_same(golden: Path, conf
         (lambda r: r.pop("step"), "has no step"),
         (lambda r: r.pop("opt_state/1/0/count"), "has no opt_state/1/0/count"),
         (lambda r: r.pop("opt_state/1/0/nu/params/lm_head/kernel"), "lacks lm_head/kernel"),
+        (lambda r: r.update({"opt_state/1/0/count": reference.packb(-1)}), "says that -1 updates were made"),
         (lambda r: r.update({"opt_state/1/3/count": r["step"]}), "opt_state/1/3/count"),
         (
             lambda r: r.update({"opt_state/1/0/mu/params/lm_head/kernel": r["step"]}),
@@ -348,7 +358,9 @@ def test_other_train_states_are_refused(golden: Path, config: ModelConfig, tmp_p
     held = [(name.split("/"), value) for name, value in records.items()]
     file = write_records(tmp_path / "streaming_train_state", held)
     with pytest.raises(UserError, match=problem):
-        easylm.read_train_state(file, config)
+        easylm.open_path(file, config)
+    if "lm_head" not in problem:
+        assert easylm.open_path(file, config, "trainstate_params").tensors
 
 
 # What is opened ---------------------------------------------------------------------------
@@ -368,7 +380,7 @@ def test_a_prefix_must_agree_with_the_file(golden: Path, config: ModelConfig):
                 with pytest.raises(UserError, match=re.escape(f"{golden / name} is {easylm.KINDS[found]}, and not")):
                     easylm.open_path(golden / name, config, prefix)
     with pytest.raises(UserError, match=r"params_fp32 is .*, and not a stream with a train state"):
-        easylm.read_train_state(golden / "flax_params_fp32", config)
+        easylm.open_path(golden / "flax_params_fp32", config, "trainstate")
 
 
 def test_a_folder_needs_one_file_of_the_kind(golden: Path, config: ModelConfig, tmp_path: Path):
@@ -429,7 +441,7 @@ def test_a_model_that_easylm_cannot_compute_is_refused(tmp_path: Path, config: M
     held = Saving(config, dict.fromkeys(params, np.dtype(np.float32)), lambda *_: pytest.fail("read"))
     for write in WRITERS.values():
         with pytest.raises(UserError, match=f"EasyLM cannot hold {field}"):
-            write(tmp_path, held)
+            put(tmp_path, write, held)
     assert not list(tmp_path.iterdir())
 
 

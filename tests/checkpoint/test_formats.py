@@ -1,23 +1,30 @@
 """All formats by name: each is told from the others, and every lossless one leads to every other and back."""
 
+import functools
 import itertools
+import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 
 import camelid
-from camelid.cli import checkpoints
 from camelid.checkpoint.compare import compare, config_differences
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.formats import FORMATS, OPEN, detect, open_checkpoint
+from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
+from camelid.cli import checkpoints
 from camelid.errors import UserError
+from camelid.model.config import DynamicScaling, LinearScaling, ModelConfig, YarnScaling
 from camelid.model.params import named
 from families import FAMILIES
 from runs import called, tensor_bytes
-from tiny import save_hf, tiny_config, tiny_params, transformers_twin
+from tiny import LLAMA3, save_hf, tiny_config, tiny_params, transformers_twin
 
 # What every format can hold: heads as wide as embed together, and what llama2.c has as constants.
 MODELS = {
@@ -25,18 +32,72 @@ MODELS = {
     "grouped, tied": tiny_config(head_dim=8, tie_embeddings=True, bos_id=1, eos_ids=(2,)),
     "every head its own keys": tiny_config(head_dim=8, num_kv_heads=6, bos_id=1, eos_ids=(2,)),
 }
-LOSSLESS = [name for name, format in FORMATS.items() if not format.lossy]
+WRITTEN = [name for name, format in FORMATS.items() if format.files is not None]
+LOSSLESS = [name for name in WRITTEN if not FORMATS[name].lossy]
+# Whose files do not say all of a model: what is assumed without config.json, and the words of the note that says so.
+SILENT = {
+    "meta": {
+        "context_length": "how long the context is",
+        "bos_id": "BOS",
+        "eos_ids": "EOS",
+        "pad_id": "pad_id = None",
+        "init_std": "init_std = 0.02",
+        "family": "family = 'llama'",
+        "tie_embeddings": "tie_embeddings = False",
+    },
+    "megatron": {
+        "bos_id": "bos_id = None",
+        "eos_ids": "eos_ids = ()",
+        "pad_id": "pad_id = None",
+        "family": "family = 'llama'",
+    },
+    "llama2c": {
+        "bos_id": "BOS 1",
+        "eos_ids": "EOS 2",
+        "pad_id": "pad_id = None",
+        "init_std": "init_std = 0.02",
+        "family": "family = 'llama'",
+    },
+    "gguf": {"init_std": "init_std = 0.02", "family": "family = 'llama'"},
+}
+# What opens without a config; the others ask for one. llama2.c has norm_eps and rope_theta as constants.
+ALONE = [name for name in WRITTEN if name.split("-")[0] in SILENT]
+LLAMA3_1 = replace(LLAMA3, original_context=8192)
+SCALINGS = {
+    "linear": LinearScaling(factor=4.0),
+    "dynamic": DynamicScaling(factor=4.0),
+    "llama3": LLAMA3_1,
+    "llama3, of another context": LLAMA3,
+    "yarn": YarnScaling(factor=4.0, original_context=16),
+}
+# Which of them a format can hold; GGUF the last one only where config.json says what its numbers mean.
+HELD = {
+    "meta": {"llama3"},
+    "megatron": {"llama3"},
+    "gguf": {"linear", "llama3", "llama3, of another context"},
+}
+
+
+def written_in_all(config: ModelConfig, folder: Path, dtype: torch.dtype) -> dict[str, Path]:
+    """A model as transformers writes it, and from there in every lossless format, by name."""
+    save_hf(transformers_twin(config, tiny_params(config)).type(dtype), folder / "theirs")
+    for name in LOSSLESS:
+        convert(folder / "theirs", folder / name, to=name)
+    return {name: folder / name for name in (*LOSSLESS, "theirs")}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same model in every lossless format, by name."""
-    config = MODELS[request.param]
-    folder = tmp_path_factory.mktemp("formats")
-    save_hf(transformers_twin(config, tiny_params(config)), folder / "theirs")
-    for name in LOSSLESS:
-        convert(folder / "theirs", folder / name, to=name)
-    return {name: folder / name for name in LOSSLESS} | {"theirs": folder / "theirs"}
+    return written_in_all(MODELS[request.param], tmp_path_factory.mktemp("formats"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
+    """From a model's name to it in bfloat16, in every lossless format."""
+    return functools.cache(
+        lambda model: written_in_all(MODELS[model], tmp_path_factory.mktemp("rounded"), torch.bfloat16)
+    )
 
 
 def test_the_command_line_names_every_format():
@@ -52,11 +113,124 @@ def test_each_is_known_by_its_files_and_holds_the_model(written: dict[str, Path]
     assert all(difference.equal for difference in compare(original, found))
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def assert_there_and_back(written: dict[str, Path], tmp_path: Path, first: str, second: str, dtype: str | None = None):
+    """The same files again, byte for byte, and no field of the model lost on the way."""
+    convert(written[first], tmp_path / "second", to=second, format=first, dtype=dtype)
+    convert(tmp_path / "second", tmp_path / "back", to=first, format=second, dtype=dtype)
+    assert contents(tmp_path / "back") == contents(written[first])
+    configs = [
+        open_checkpoint(path, name).config for path, name in ((written[first], first), (tmp_path / "second", second))
+    ]
+    assert config_differences(*configs) == {}
+    assert configs[0].family == configs[1].family
+
+
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(LOSSLESS, 2)))
 def test_every_format_leads_to_every_other_and_back(written: dict[str, Path], tmp_path: Path, first: str, second: str):
-    convert(written[first], tmp_path / "second", to=second, format=first)
-    convert(tmp_path / "second", tmp_path / "back", format=second)
-    assert tensor_bytes(tmp_path / "back") == tensor_bytes(written["theirs"])
+    assert_there_and_back(written, tmp_path, first, second)
+
+
+# bfloat16 ---------------------------------------------------------------------------------
+
+# What is float32 in a format whatever the model is: nothing is lost, and the way back has to say bfloat16.
+WIDER = {"llama2c": "everything", "llama2c-v1": "everything", "gguf": "norms"}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("model", MODELS)
+def test_each_holds_a_model_in_bfloat16(rounded: Callable[[str], dict[str, Path]], model: str, name: str):
+    found, original = (open_checkpoint(rounded(model)[which], of) for which, of in ((name, name), ("theirs", "hf")))
+    wider = {path for path in found.dtypes if WIDER.get(name) == "everything" or "norm" in path * (name in WIDER)}
+    assert {path for path, dtype in found.dtypes.items() if dtype.name == "float32"} == wider
+    assert {dtype.name for path, dtype in found.dtypes.items() if path not in wider} <= {"bfloat16"}
+    assert all(difference.equal for difference in compare(original, found))
+
+
+# Each format once on either side, with another one for every model.
+@pytest.mark.parametrize(
+    ("model", "first", "second"),
+    [
+        (model, first, LOSSLESS[(i + step) % len(LOSSLESS)])
+        for model, step in zip(MODELS, (1, 5, 7), strict=True)
+        for i, first in enumerate(LOSSLESS)
+    ],
+)
+def test_every_format_leads_to_others_and_back_in_bfloat16(
+    rounded: Callable[[str], dict[str, Path]], tmp_path: Path, model: str, first: str, second: str
+):
+    assert_there_and_back(rounded(model), tmp_path, first, second, "bfloat16")
+
+
+# What files cannot say ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """From fields of a model to a checkpoint that has them; nothing in it is what anyone would assume."""
+    folder = tmp_path_factory.mktemp("odd")
+
+    def save(**fields: Any) -> Path:
+        config = tiny_config(head_dim=8, bos_id=3, eos_ids=(5, 7), pad_id=9, init_std=0.05, family="mistral", **fields)
+        place = folder / str(len([*folder.iterdir()]))
+        plain = replace(config, rope_scaling=None, init_std=0.02)
+        save_hf(transformers_twin(plain, tiny_params(plain)), place)
+        (place / "config.json").write_text(json.dumps(config_to_hf(config, "float32")))
+        return place
+
+    return save
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ALONE)
+def test_what_files_alone_do_not_say_of_a_model_is_named(
+    odd: Callable[..., Path], tmp_path: Path, name: str, tied: bool
+):
+    constants = {} if name.startswith("llama2c") else {"norm_eps": 2e-6, "rope_theta": 70_000.0}
+    source = odd(tie_embeddings=tied, context_length=48, **constants)
+    convert(source, tmp_path / "out", to=name)
+    (tmp_path / "out" / "config.json").unlink()
+    found, config = open_checkpoint(f"{name}::{tmp_path / 'out'}"), open_checkpoint(source).config
+    lost = {*config_differences(config, found.config), *(["family"] if config.family != found.config.family else [])}
+    words = SILENT[name.split("-")[0]]
+    assert lost == words.keys() - (set() if tied else {"tie_embeddings"})
+    for field in lost:
+        assert any(words[field] in note for note in found.notes), (field, found.notes)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if name not in (*ALONE, "hf")])
+def test_the_others_do_not_open_without_a_config(odd: Callable[..., Path], tmp_path: Path, name: str):
+    source = odd(context_length=48)
+    convert(source, tmp_path / "out", to=name)
+    config = tmp_path / "config.json"
+    (tmp_path / "out" / "config.json").rename(config)
+    with pytest.raises(UserError, match="--config"):
+        open_checkpoint(f"{name}::{tmp_path / 'out'}")
+    given = config_from_hf(json.loads(config.read_text()))
+    found = open_checkpoint(f"{name}::{tmp_path / 'out'}", config=given).config
+    assert config_differences(open_checkpoint(source).config, found) == {}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_scaling_of_rotations_is_held_or_refused_by_name(odd: Callable[..., Path], tmp_path: Path, kind: str):
+    scaling = SCALINGS[kind]
+    source = odd(rope_scaling=scaling)
+    for name in (name for name in WRITTEN if name != "hf"):
+        if kind not in HELD.get(name.split("-")[0], ()):
+            with pytest.raises(UserError, match="cannot hold rope_scaling"):
+                convert(source, tmp_path / name, to=name)
+            continue
+        convert(source, tmp_path / name, to=name)
+        assert open_checkpoint(tmp_path / name, name).config.rope_scaling == scaling
+        (tmp_path / name / "config.json").unlink()
+        if scaling == LLAMA3:
+            with pytest.raises(UserError, match="none of the factors that Llama 3"):
+                open_checkpoint(tmp_path / name, name)
+        else:
+            assert open_checkpoint(tmp_path / name, name).config.rope_scaling == scaling
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
@@ -68,7 +242,7 @@ def test_load_opens_and_save_writes_each(written: dict[str, Path], tmp_path: Pat
         np.testing.assert_array_equal(array, named(model.params)[path], err_msg=path)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "hf"])
+@pytest.mark.parametrize("name", [name for name in WRITTEN if name != "hf"])
 @pytest.mark.parametrize(
     ("family", "field"),
     [

@@ -1,5 +1,6 @@
 """GGUF files, against the gguf package of llama.cpp's authors and against transformers' own reader of them."""
 
+import dataclasses
 import json
 import math
 import random
@@ -19,6 +20,7 @@ import transformers
 import camelid
 from camelid.api import load_params
 from camelid.checkpoint import gguf as ours
+from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
 from camelid.checkpoint.ggml import dequantise, quantise
@@ -32,6 +34,7 @@ from camelid.parallel.mesh import one_device
 from families import FAMILIES
 from runs import tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, tiny_tokens, to_transformers, transformers_twin
+from writing import put
 
 QUANTISABLE: dict[str, Any] = {
     "embed_dim": 96,
@@ -178,7 +181,7 @@ def saving_of(source: Path | Checkpoint, dtype: str | None = None) -> Saving:
 
 def written(folder: Path, source: Path | Checkpoint, dtype: str | None = None, kind: str | None = None) -> Path:
     with new_folder(folder, 0) as new:
-        ours.write(new, saving_of(source, dtype), kind)
+        put(new, ours.files, saving_of(source, dtype), kind)
     return folder
 
 
@@ -234,7 +237,7 @@ def test_what_a_file_leaves_out_has_llama_cpps_defaults(tmp_path: Path):
     config = tiny_config(num_kv_heads=6, head_dim=8, rope_theta=10_000.0)
     checkpoint = ours.open_gguf(write_theirs(tmp_path / "a.gguf", config, sparse=True))
     assert checkpoint.config == config
-    assert checkpoint.notes == ()
+    assert [note.split(": ")[1] for note in checkpoint.notes] == ["init_std = 0.02, family = 'llama'"]
 
 
 def test_version_2_is_read_as_version_3(sound: bytes, tmp_path: Path):
@@ -376,6 +379,7 @@ def test_companions_go_along_and_large_tensors_go_in_pieces(tmp_path: Path, monk
     assert {file.name for file in pieces.iterdir()} == {
         "model.gguf",
         "config.json",
+        MANIFEST,
         "tokenizer.json",
         "generation_config.json",
     }
@@ -393,13 +397,18 @@ REFUSED = {
 def test_a_model_that_llama_cpps_llama_is_not_is_refused(refused: camelid.ModelConfig, field: str, tmp_path: Path):
     saving = Saving(refused, {}, lambda *_: pytest.fail("something was read"))
     with pytest.raises(UserError, match=field):
-        ours.write(tmp_path, saving)
+        put(tmp_path, ours.files, saving)
     assert not list(tmp_path.iterdir())
+
+
+def test_more_ends_than_llama_cpp_knows_are_refused():
+    with pytest.raises(UserError, match=r"eos_ids = \(1, 2, 3, 4\): it has room for 3"):
+        metadata_of(dataclasses.replace(PLAIN, eos_ids=(1, 2, 3, 4)), 0)
 
 
 def test_an_unknown_quantisation_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"'q4_k' is unknown\n.*q8_0, q4_0"):
-        ours.write(tmp_path, Saving(PLAIN, {}, lambda *_: pytest.fail("something was read")), "q4_k")
+        put(tmp_path, ours.files, Saving(PLAIN, {}, lambda *_: pytest.fail("something was read")), "q4_k")
 
 
 # Quantisation ---------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from safetensors.numpy import save_file
 
 from camelid.checkpoint import layout
 from camelid.checkpoint.layout import Row, from_tensors, pieces, plan, table
-from camelid.checkpoint.tensors import dtype_named, open_safetensors
+from camelid.checkpoint.safetensors import open_safetensors
+from camelid.checkpoint.tensors import dtype_named
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 from tiny import tiny_config, tiny_params

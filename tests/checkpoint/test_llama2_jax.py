@@ -31,6 +31,7 @@ from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from families import FAMILIES
 from runs import tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, to_transformers, transformers_twin
+from writing import put
 
 CONFIGS = {
     "grouped queries, untied": tiny_config(),
@@ -161,8 +162,8 @@ def written(config: camelid.ModelConfig, folder: Path, dtype: str) -> tuple[Path
     theirs = save_hf(transformers_twin(config, tiny_params(config)), folder / "hf")
     for name in ("first", "file"):
         (folder / name).mkdir()
-    hf.write(folder / "first", saving(open_checkpoint(theirs), dtype))
-    llama2_jax.write(folder / "file", saving(open_checkpoint(folder / "first")))
+    put(folder / "first", hf.files, saving(open_checkpoint(theirs), dtype))
+    put(folder / "file", llama2_jax.files, saving(open_checkpoint(folder / "first")))
     return folder / "first", folder / "file"
 
 
@@ -192,7 +193,7 @@ def test_the_real_file_gives_the_reference_logits(golden: Path, stories: Path):
 
 
 def test_the_real_model_is_written_with_the_arrays_of_the_real_file(golden: Path, stories: Path, tmp_path: Path):
-    llama2_jax.write(tmp_path, saving(open_checkpoint(stories)))
+    put(tmp_path, llama2_jax.files, saving(open_checkpoint(stories)))
     ours, theirs = llama2_jax._unpickle(tmp_path / "model.pickle"), llama2_jax._unpickle(golden)
     for name, tensor in theirs.items():
         assert (ours[name].shape, ours[name].dtype) == (tensor.shape, tensor.dtype), name
@@ -233,7 +234,7 @@ def test_there_and_back_again_is_exact(config: camelid.ModelConfig, tmp_path: Pa
     again = llama2_jax.open_file(file)
     assert again.config == config
     (tmp_path / "back").mkdir()
-    hf.write(tmp_path / "back", saving(again))
+    put(tmp_path / "back", hf.files, saving(again))
     assert tensor_bytes(tmp_path / "back") == tensor_bytes(first)
 
 
@@ -242,7 +243,7 @@ def test_small_pieces_make_the_same_file(config: camelid.ModelConfig, tmp_path: 
     monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 700)
     monkeypatch.setattr(llama2_jax, "CHUNK", 10)
     (tmp_path / "pieces").mkdir()
-    llama2_jax.write(tmp_path / "pieces", saving(open_checkpoint(first)))
+    put(tmp_path / "pieces", llama2_jax.files, saving(open_checkpoint(first)))
     assert (tmp_path / "pieces" / "model.pickle").read_bytes() == (file / "model.pickle").read_bytes()
     llama2_jax.open_file(file)
 
@@ -288,7 +289,7 @@ def test_devices_read_their_heads_of_a_model_without_groups(tmp_path: Path, clas
 )
 def test_what_llama_2_jax_cannot_compute_is_not_written(tmp_path: Path, model: camelid.ModelConfig, about: str):
     with pytest.raises(UserError, match=f"llama-2-jax cannot hold {about}"):
-        llama2_jax.write(tmp_path, Saving(model, {}, lambda *_: np.empty(0)))
+        put(tmp_path, llama2_jax.files, Saving(model, {}, lambda *_: np.empty(0)))
     assert not list(tmp_path.iterdir())
 
 

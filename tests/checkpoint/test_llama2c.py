@@ -15,6 +15,7 @@ import torch
 import camelid
 from camelid.api import load_params
 from camelid.checkpoint import hf, llama2c
+from camelid.checkpoint.files import segment
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.errors import UserError
@@ -25,6 +26,7 @@ from camelid.parallel.mesh import one_device
 from families import FAMILIES
 from runs import tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, to_transformers, transformers_twin
+from writing import put
 
 VERSIONS = pytest.mark.parametrize("version", range(3))
 tiny = partial(tiny_config, head_dim=8)
@@ -110,7 +112,7 @@ def test_the_real_file_gives_the_reference_logits_without_being_told_anything(as
 
 def test_the_real_model_is_written_as_the_real_file(stories: Path, tmp_path: Path):
     """Byte for byte but for cos and sin: one in twenty is rounded to the other side, by 2**-24 at most."""
-    llama2c.write(tmp_path, saving(open_checkpoint(stories)), 0)
+    put(tmp_path, llama2c.files, saving(open_checkpoint(stories)), 0)
     ours, theirs = (tmp_path / "model.bin").read_bytes(), (stories.parent / "stories260K.bin").read_bytes()
     size, config = 4 * 512 * 8, hf.understood(stories)
     assert len(ours) == len(theirs)
@@ -131,7 +133,7 @@ def test_files_hold_what_export_writes(config: camelid.ModelConfig, tmp_path: Pa
     theirs = save_hf(transformers_twin(config, params), tmp_path / "hf")
     expected = export(config, params, version)
     (tmp_path / "made").mkdir()
-    llama2c.write(tmp_path / "made", saving(open_checkpoint(theirs)), version)
+    put(tmp_path / "made", llama2c.files, saving(open_checkpoint(theirs)), version)
     written = (tmp_path / "made" / "model.bin").read_bytes()
     if version == 0:
         assert len(written) == len(expected)
@@ -187,11 +189,11 @@ def test_there_and_back_again_is_exact(config: camelid.ModelConfig, tmp_path: Pa
     for name in ("first", "file", "back"):
         (tmp_path / name).mkdir()
     kind = llama2c.FLOAT if dtype == "float32" else np.dtype(camelid.checkpoint.tensors.dtype_named(dtype))
-    hf.write(tmp_path / "first", saving(open_checkpoint(theirs), kind))
-    llama2c.write(tmp_path / "file", saving(open_checkpoint(tmp_path / "first")), version)
+    put(tmp_path / "first", hf.files, saving(open_checkpoint(theirs), kind))
+    put(tmp_path / "file", llama2c.files, saving(open_checkpoint(tmp_path / "first")), version)
     again = llama2c.open_file(tmp_path / "file")
     assert again.config == config
-    hf.write(tmp_path / "back", saving(again, kind))
+    put(tmp_path / "back", hf.files, saving(again, kind))
     assert tensor_bytes(tmp_path / "back") == tensor_bytes(tmp_path / "first")
 
 
@@ -204,7 +206,7 @@ def test_small_pieces_make_the_same_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 2000)
     monkeypatch.setattr(llama2c, "CHUNK", 1000)
     checkpoint = llama2c.open_file(tmp_path / "a.bin")
-    llama2c.write(tmp_path / "made", saving(checkpoint), version)
+    put(tmp_path / "made", llama2c.files, saving(checkpoint), version)
     after = params_of(llama2c.open_file(tmp_path / "made"))
     for name in before:
         # A scale of version 2 is found again but for its last bit.
@@ -214,13 +216,13 @@ def test_small_pieces_make_the_same_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_groups_of_zeros_stay_zeros_and_the_tiniest_numbers_stay_tiny(tmp_path: Path):
     tiniest = np.float32(1.4e-45) * np.array([143, -143, 1, 0] * 12, np.float32)
     values = np.concatenate([np.zeros((2, 48), np.float32), tiniest[None]])
-    tensor = camelid.checkpoint.tensors.Planned("w", values.shape, llama2c.FLOAT)
-    levels, _ = llama2c._quantized(iter([values]), tensor, 16)
+    matrix = segment(camelid.checkpoint.tensors.Planned("w", values.shape, llama2c.FLOAT), lambda: [values])
+    levels, _ = llama2c._levels(matrix, 16)
     assert not np.any(levels[:6])
     assert set(levels[6:].flatten()) == {127, -127, 1, 0}
     values[0, 0] = np.inf
     with pytest.raises(UserError, match="w has numbers that are not finite"):
-        list(llama2c._quantized(iter([values]), tensor, 16))
+        list(llama2c._levels(matrix, 16))
 
 
 # Refusals -------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ def test_what_llama2c_would_compute_otherwise_is_not_written(
 ):
     nothing = Saving(model, {}, lambda *_: np.empty(0))
     with pytest.raises(UserError, match=f"cannot hold {about}"):
-        llama2c.write(tmp_path, nothing, version)
+        put(tmp_path, llama2c.files, nothing, version)
     assert not list(tmp_path.iterdir())
 
 

@@ -19,6 +19,7 @@ import torch
 import camelid
 from camelid.api import load_params
 from camelid.checkpoint import hf, megatron
+from camelid.checkpoint.files import File
 from camelid.checkpoint.layout import read_slice
 from camelid.checkpoint.megatron_files import FILE, INERT, TRACKER
 from camelid.checkpoint.opened import Checkpoint, Saving
@@ -32,6 +33,7 @@ from camelid.parallel.mesh import one_device
 from families import FAMILIES
 from runs import tensor_bytes
 from tiny import LLAMA3, save_hf, tiny_config, tiny_params, transformers_twin
+from writing import put
 
 IDS = [1, 403, 407, 261, 378]
 MHA = tiny_config(num_kv_heads=6, vocab_size=99, mlp_dim=81)
@@ -59,14 +61,14 @@ def loaded(checkpoint: Checkpoint) -> camelid.Model:
     return camelid.Model(checkpoint.config, load_params(checkpoint, compute, mesh), None, compute, mesh)
 
 
-def converted(checkpoint: Checkpoint, write: Callable[..., None], folder: Path, **options: Any) -> Path:
+def converted(checkpoint: Checkpoint, write: Callable[..., list[File]], folder: Path, **options: Any) -> Path:
     """A new folder of another format."""
     folder.mkdir()
     names = {"names": options.pop("names")} if "names" in options else {}
     dtypes = checkpoint.dtypes
     if "dtype" in options:
         dtypes = dict.fromkeys(dtypes, dtype_named(options.pop("dtype")))
-    write(folder, Saving(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions, **options), **names)
+    put(folder, write, Saving(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions, **options), **names)
     return folder
 
 
@@ -122,7 +124,7 @@ def test_golden_checkpoints_are_written_as_they_were(assets: Path, tmp_path: Pat
     golden = assets / "golden" / "megatron" / name
     ways, stages = 2 if "tp2" in name else 1, 2 if "pp2" in name else 1
     options = {"tensor_parallel": ways, "pipeline_parallel": stages, "names": GOLDEN[name]}
-    folder = converted(megatron.open_path(golden), megatron.write, tmp_path / "ours", **options)
+    folder = converted(megatron.open_path(golden), megatron.files, tmp_path / "ours", **options)
     files = sorted(file.relative_to(golden) for file in golden.rglob("*.pt"))
     assert files == sorted(file.relative_to(folder) for file in folder.rglob("*.pt"))
     tracker = "latest_checkpointed_iteration.txt"
@@ -147,7 +149,7 @@ def test_golden_checkpoints_are_written_as_they_were(assets: Path, tmp_path: Pat
 def test_settings_are_those_that_megatron_writes(assets: Path, tmp_path: Path):
     golden = assets / "golden" / "megatron" / "core_local_4layer_tp2_pp2"
     options = {"tensor_parallel": 2, "pipeline_parallel": 2}
-    folder = converted(megatron.open_path(golden), megatron.write, tmp_path / "ours", **options)
+    folder = converted(megatron.open_path(golden), megatron.files, tmp_path / "ours", **options)
     file = "iter_0000001/mp_rank_01_001/model_optim_rng.pt"
     ours = vars(torch.load(folder / file, weights_only=False)["args"])
     theirs = unpickle(golden / file, INERT)["args"].state
@@ -194,19 +196,19 @@ def test_hugging_face_to_megatron_and_back_is_the_same_bit_for_bit(
 ):
     config, ways, stages, names = CASES[case]
     theirs = hf.open_folder(hugging_face(config, tmp_path / "theirs"))
-    source = converted(theirs, hf.write, tmp_path / "source", dtype=dtype)
+    source = converted(theirs, hf.files, tmp_path / "source", dtype=dtype)
     (source / "tokenizer.json").write_text("{}")
     monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 5000)
     options = {"tensor_parallel": ways, "pipeline_parallel": stages, "names": names}
-    folder = converted(hf.open_folder(source), megatron.write, tmp_path / "ours", **options)
+    folder = converted(hf.open_folder(source), megatron.files, tmp_path / "ours", **options)
     assert len([*folder.rglob("*.pt")]) == ways * stages
     checkpoint = megatron.open_path(folder)
     assert (checkpoint.format, checkpoint.config, checkpoint.notes) == ("megatron", config, ())
-    back = converted(checkpoint, hf.write, tmp_path / "back")
+    back = converted(checkpoint, hf.files, tmp_path / "back")
     assert tensor_bytes(back) == tensor_bytes(source)
     for name in ("config.json", "tokenizer.json"):
         assert (back / name).read_bytes() == (source / name).read_bytes()
-    # Without config.json, the settings say all but which tokens begin and end a text.
+    # Without config.json, the settings say all but which tokens begin and end a text, and the family.
     (folder / "config.json").unlink()
     checkpoint = megatron.open_path(folder)
     assert checkpoint.config == replace(config, bos_id=None, eos_ids=())
@@ -216,7 +218,7 @@ def test_hugging_face_to_megatron_and_back_is_the_same_bit_for_bit(
 def test_a_device_may_have_a_part_of_a_group_of_queries(tmp_path: Path):
     """Where a mesh cuts finer than the file's groups."""
     source = hugging_face(GQA, tmp_path / "theirs")
-    folder = converted(hf.open_folder(source), megatron.write, tmp_path / "ours")
+    folder = converted(hf.open_folder(source), megatron.files, tmp_path / "ours")
     checkpoint = megatron.open_path(folder)
     part = checkpoint.table.parts["layers.attn.q_proj"]
     expected = np.asarray(named(tiny_params(GQA))["layers.attn.q_proj"])
@@ -251,7 +253,7 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 
 def bare(config: ModelConfig, tmp_path: Path, **options: Any) -> Path:
     source = hf.open_folder(hugging_face(config, tmp_path / "theirs"))
-    folder = converted(source, megatron.write, tmp_path / "ours", **options)
+    folder = converted(source, megatron.files, tmp_path / "ours", **options)
     (folder / "config.json").unlink()
     return folder
 
@@ -288,6 +290,28 @@ def test_rows_that_fill_up_the_vocabulary_are_left_out(folder: Path):
     checkpoint = megatron.open_path(folder)
     assert checkpoint.config.vocab_size == 128
     assert "128 are assumed" in checkpoint.notes[-1]
+
+
+@pytest.mark.parametrize("names", ["mcore", "legacy"])
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_a_vocabulary_that_does_not_divide_is_filled_up_with_its_last_row(tie: bool, names: str, tmp_path: Path):
+    config = replace(GQA, vocab_size=97, tie_embeddings=tie)
+    source = hf.open_folder(hugging_face(config, tmp_path / "hf"))
+    folder = converted(source, megatron.files, tmp_path / "m", tensor_parallel=2, pipeline_parallel=2, names=names)
+    (folder / "config.json").unlink()
+    checkpoint = megatron.open_path(folder)
+    assert checkpoint.config.vocab_size == 97
+    assert tensor_bytes(converted(checkpoint, hf.files, tmp_path / "back")) == tensor_bytes(tmp_path / "hf")
+    tables = []
+    for way in (0, 1):
+        held = torch.load(folder / "iter_0000001" / f"mp_rank_0{way}_000" / FILE, weights_only=False)
+        assert (held["args"].padded_vocab_size, held["args"].make_vocab_size_divisible_by) == (256, 128)
+        model = flat(held["model"])
+        tables.append(next(one for name, one in model.items() if name.endswith("word_embeddings.weight")))
+    table, rows = torch.cat(tables), (slice(0, 97), slice(0, config.embed_dim))
+    assert table.shape == (256, config.embed_dim)
+    assert np.array_equal(table[:97], source.source("embed", None, rows, np.dtype(np.float32)))
+    assert torch.equal(table[97:], table[96:97].expand(256 - 97, -1))
 
 
 def test_layers_of_a_virtual_pipeline_take_turns(folder: Path):
@@ -377,7 +401,7 @@ def test_a_release_and_its_config_are_found(folder: Path, tmp_path: Path):
         (GQA, {"tensor_parallel": 4}, "heads = 6 does not divide over 4 ranks"),
         (GQA, {"tensor_parallel": 3}, "kv_heads = 2 does not divide over 3 ranks"),
         (MHA, {"tensor_parallel": 2}, "mlp = 81 does not divide over 2 ranks"),
-        (replace(GQA, vocab_size=97), {"tensor_parallel": 2}, "vocab = 97 does not divide over 2 ranks"),
+        (replace(GQA, mlp_dim=81), {"tensor_parallel": 2}, "mlp = 81 does not divide over 2 ranks"),
         (GQA, {"pipeline_parallel": 3}, "num_layers = 4 does not divide over 3 stages"),
     ],
 )
@@ -387,7 +411,7 @@ def test_what_megatron_cannot_hold_is_refused_by_name(config: ModelConfig, optio
 
     dtypes = dict.fromkeys(named(tiny_params(config)), np.dtype(np.float32))
     with pytest.raises(UserError, match=about):
-        megatron.write(tmp_path, Saving(config, dtypes, source, **options))
+        put(tmp_path, megatron.files, Saving(config, dtypes, source, **options))
     assert not [*tmp_path.iterdir()]
 
 

@@ -16,6 +16,7 @@ import torch
 import camelid
 from camelid.api import load_params
 from camelid.checkpoint import hf, meta
+from camelid.checkpoint.files import File
 from camelid.checkpoint.meta_params import LLAMA3_1, LLAMA3_2, config_from_params, params_from_config, read_params
 from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.checkpoint.tensors import Tensor, dtype_named
@@ -27,6 +28,7 @@ from camelid.parallel.mesh import one_device
 from families import FAMILIES
 from runs import tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, to_transformers, transformers_twin
+from writing import put
 
 IDS = [1, 403, 407, 261, 378]
 MHA = tiny_config(head_dim=8, num_layers=2, num_kv_heads=6, vocab_size=99, mlp_dim=81)
@@ -49,13 +51,13 @@ def loaded(checkpoint: Checkpoint) -> camelid.Model:
     return camelid.Model(checkpoint.config, load_params(checkpoint, compute, mesh), None, compute, mesh)
 
 
-def converted(checkpoint: Checkpoint, write: Callable[[Path, Saving], None], folder: Path, **options: Any) -> Path:
+def converted(checkpoint: Checkpoint, write: Callable[..., list[File]], folder: Path, **options: Any) -> Path:
     """A new folder of another format."""
     folder.mkdir()
     dtypes = checkpoint.dtypes
     if "dtype" in options:
         dtypes = dict.fromkeys(dtypes, dtype_named(options.pop("dtype")))
-    write(folder, Saving(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions, **options))
+    put(folder, write, Saving(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions, **options))
     return folder
 
 
@@ -98,7 +100,7 @@ def test_two_shards_in_float16_have_the_parameters_and_about_the_logits_of_their
 
 def test_two_shards_are_written_as_they_were(assets: Path, tmp_path: Path):
     golden = assets / "golden" / "meta" / "mha_2shard_fp16"
-    folder = converted(meta.open_folder(golden), meta.write, tmp_path / "ours", tensor_parallel=2)
+    folder = converted(meta.open_folder(golden), meta.files, tmp_path / "ours", tensor_parallel=2)
     for name in ("consolidated.00.pth", "consolidated.01.pth"):
         ours, theirs = opened(folder / name), opened(golden / name)
         del theirs["rope.freqs"]  # a buffer
@@ -121,17 +123,14 @@ def test_hugging_face_to_meta_and_back_is_the_same_bit_for_bit(
     config: ModelConfig, ways: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     theirs = hf.open_folder(hugging_face(config, tmp_path / "theirs"))
-    source = converted(theirs, hf.write, tmp_path / "source", dtype=dtype)
+    source = converted(theirs, hf.files, tmp_path / "source", dtype=dtype)
     monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 5000)
     monkeypatch.setattr("camelid.checkpoint.tensors.CHUNK", 3000)
-    heard: list[tuple[int, int]] = []
-    options: dict[str, Any] = {"tensor_parallel": ways, "progress": lambda *pair: heard.append(pair)}
-    folder = converted(hf.open_folder(source), meta.write, tmp_path / "meta", **options)
-    assert heard[-1][0] == heard[-1][1] == sum(len(data) for *_, data in tensor_bytes(source).values())
+    folder = converted(hf.open_folder(source), meta.files, tmp_path / "meta", tensor_parallel=ways)
     assert len(sorted(folder.glob("*.pth"))) == ways
     checkpoint = meta.open_folder(folder)
     assert (checkpoint.format, checkpoint.config, checkpoint.notes) == ("meta", config, ())
-    back = converted(checkpoint, hf.write, tmp_path / "back")
+    back = converted(checkpoint, hf.files, tmp_path / "back")
     assert tensor_bytes(back) == tensor_bytes(source)
     assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
@@ -156,7 +155,7 @@ def metas_tensors(config: ModelConfig, source: Path) -> dict[str, np.ndarray]:
 @each
 def test_shards_hold_what_metas_code_looks_for(config: ModelConfig, ways: int, tmp_path: Path):
     source = hugging_face(config, tmp_path / "theirs")
-    folder = converted(hf.open_folder(source), meta.write, tmp_path / "meta", tensor_parallel=ways)
+    folder = converted(hf.open_folder(source), meta.files, tmp_path / "meta", tensor_parallel=ways)
     shards = [opened(folder / f"consolidated.{i:02}.pth") for i in range(ways)]
     expected = metas_tensors(config, source)
     rows = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0)
@@ -234,7 +233,7 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 
 def bare(config: ModelConfig, tmp_path: Path, ways: int = 2) -> Path:
     source = hf.open_folder(hugging_face(config, tmp_path / "theirs"))
-    folder = converted(source, meta.write, tmp_path / "meta", tensor_parallel=ways)
+    folder = converted(source, meta.files, tmp_path / "meta", tensor_parallel=ways)
     (folder / "config.json").unlink()
     return folder
 
@@ -255,7 +254,9 @@ def edit_shard(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]
 def test_what_params_json_does_not_say_is_guessed_and_told(folder: Path):
     checkpoint = meta.open_folder(folder)
     assert checkpoint.config == replace(GQA, context_length=16_384, bos_id=1, eos_ids=(2,))
-    assert [note.split(": ")[1] for note in checkpoint.notes] == ["16384 tokens are assumed", "1 and 2 are assumed"]
+    said = [note.split(": ")[1] for note in checkpoint.notes]
+    assert said[:2] == ["16384 tokens are assumed", "1 and 2 are assumed"]
+    assert said[2].endswith("tie_embeddings = False")
     edit_params(folder, vocab_size=-1, n_kv_heads=2, max_seq_len=77, ffn_dim_multiplier=80.4 / 128)
     assert meta.open_folder(folder / "consolidated.00.pth").config == checkpoint.config
     edit_params(folder, rope_theta=..., norm_eps=1e-6)
@@ -267,7 +268,7 @@ def test_what_params_json_does_not_say_is_guessed_and_told(folder: Path):
     ("config", "scaling", "tied"),
     [
         (replace(GQA, rope_theta=5e5, rope_scaling=LLAMA3_1), LLAMA3_1, False),
-        (replace(GQA, rope_theta=5e5, rope_scaling=LLAMA3_1, tie_embeddings=True), LLAMA3_2, True),
+        (replace(GQA, rope_theta=5e5, rope_scaling=LLAMA3_1, tie_embeddings=True), LLAMA3_1, True),
         (replace(GQA, tie_embeddings=True), None, False),
     ],
 )
@@ -279,6 +280,8 @@ def test_a_head_that_repeats_the_embeddings_is_tied_where_llama_3_2_is_meant(
     assert (checkpoint.config.rope_scaling, checkpoint.config.tie_embeddings) == (scaling, tied)
     assert any("tied" in note for note in checkpoint.notes) == tied
     if scaling is not None:
+        edit_params(folder, rope_scaling_factor=None)  # as Meta's own files of Llama 3.1 are
+        assert meta.open_folder(folder).config.rope_scaling == (LLAMA3_2 if tied else LLAMA3_1)
         edit_params(folder, rope_scaling_factor=5.0)
         assert meta.open_folder(folder).config.rope_scaling == replace(LLAMA3_1, factor=5.0)
 
@@ -347,7 +350,7 @@ def test_what_the_format_cannot_hold_is_refused_by_name(config: ModelConfig, opt
 
     dtypes = dict.fromkeys(named(tiny_params(config)), np.dtype(np.float32))
     with pytest.raises(UserError, match=about):
-        meta.write(tmp_path, Saving(config, dtypes, source, **options))
+        put(tmp_path, meta.files, Saving(config, dtypes, source, **options))
     assert not [*tmp_path.iterdir()]
 
 
@@ -452,7 +455,7 @@ def test_folders_with_other_bytes_give_an_error_or_tensors_inside_their_files(fo
                 if type(part) is Tensor:
                     assert part.offset + math.prod(part.shape) * part.dtype.itemsize <= part.file.stat().st_size
         file.write_bytes(sound[file])
-    assert min(found.values()) > 10, found
+    assert found["refused"] > 50, found  # most: the checksums cover all but the container
 
 
 def test_slices_of_whole_layers_are_written_as_slices_of_files_are(folder: Path, tmp_path: Path):
@@ -467,6 +470,6 @@ def test_slices_of_whole_layers_are_written_as_slices_of_files_are(folder: Path,
         return np.ascontiguousarray((leaves[path] if layer is None else leaves[path][layer])[index], dtype)
 
     (tmp_path / "saved").mkdir()
-    meta.write(tmp_path / "saved", Saving(checkpoint.config, checkpoint.dtypes, whole, tensor_parallel=2))
+    put(tmp_path / "saved", meta.files, Saving(checkpoint.config, checkpoint.dtypes, whole, tensor_parallel=2))
     for name in ("consolidated.00.pth", "consolidated.01.pth", "params.json"):
         assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes()

@@ -21,9 +21,11 @@ import pytest
 import torch
 
 from camelid.checkpoint import torch_files
+from camelid.checkpoint.files import write_files
 from camelid.checkpoint.tensors import Planned, Tensor
-from camelid.checkpoint.torch_files import MAGIC, PROTOCOL, Strided, open_torch, unpickle, write_torch
+from camelid.checkpoint.torch_files import MAGIC, PROTOCOL, Strided, open_torch, torch_file, unpickle
 from camelid.errors import UserError
+from writing import in_pieces
 
 BOTH = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -543,12 +545,13 @@ def test_objects_of_other_libraries_are_refused_by_name(assets: Path):
 
 
 def written(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state that write_torch wrote, a few numbers at a time, as torch reads it."""
+    """A state that torch_file planned, a few numbers at a time, as torch reads it."""
     arrays = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in state.items()}
     dtypes = {name: torch_files.DTYPES[tensor.type()[6:].removesuffix("Tensor")] for name, tensor in state.items()}
     planned = [Planned(name, tuple(tensor.shape), dtypes[name]) for name, tensor in state.items()]
     whole = (arrays[name].view(dtype) for name, dtype in dtypes.items())
-    write_torch(path, planned, ((array[i : i + 5] for i in range(0, len(array), 5)) for array in whole))
+    segments = [in_pieces(tensor, numbers, 5) for tensor, numbers in zip(planned, whole, strict=True)]
+    write_files(path.parent, [torch_file(path.name, segments)])
     return torch.load(path, weights_only=True)
 
 
@@ -567,7 +570,7 @@ def test_torch_opens_what_is_written(
     tmp_path: Path, state: Callable[[], dict[str, torch.Tensor]], large: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if large:  # as if these files were beyond what a plain zip file can say
-        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 20)
+        monkeypatch.setattr(torch_files, "LIMIT", 20)
     held, path = state(), tmp_path / "consolidated.00.pth"
     for tensors in (written(path, held), torch.load(path, weights_only=True, mmap=True) if held else {}):
         assert list(tensors) == list(held)
@@ -596,9 +599,9 @@ def test_sizes_beyond_32_bits_are_told_as_they_are():
 
 
 def test_a_tensor_of_fewer_numbers_than_planned_is_noticed(tmp_path: Path):
-    parts = iter([np.ones(3, np.float32)])
+    few = in_pieces(Planned("w", (4,), np.dtype(np.float32)), np.ones(3, np.float32), 5)
     with pytest.raises(AssertionError, match="w: 12 bytes written, 16 promised"):
-        write_torch(tmp_path / "model.pth", [Planned("w", (4,), np.dtype(np.float32))], iter([parts]))
+        write_files(tmp_path, [torch_file("model.pth", [few])])
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,56 @@
 import gzip
 import json
+import pickle
+import re
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from camelid.data.sources import list_files, read_documents
+from camelid.data import lines
+from camelid.data.config import Source
+from camelid.data.formats import Record
+from camelid.data.megatron_data import write_indexed
+from camelid.data.sources import Tally, chunks, list_files, read_chunk, read_records, refuse_repeated, source_files
+from camelid.data.store import Writer
 from camelid.errors import UserError
 
 
-def read(*patterns: str, text_key: str = "text") -> list[str]:
-    return list(read_documents(list_files(patterns), text_key))
+def records(*files: str, **options: Any) -> list[Record]:
+    return list(read_records(Source(files=files, **options)))
 
 
-def write_lines(name: str, *lines: str | bytes) -> None:
-    Path(name).write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in lines))
+def read(*files: str, **options: Any) -> list[Any]:
+    return [record.value for record in records(*files, **options)]
+
+
+def places(*files: str, **options: Any) -> list[str]:
+    return [record.place for record in records(*files, **options)]
+
+
+def write_lines(name: str, *content: str | bytes) -> None:
+    Path(name).write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in content))
+
+
+def zstandard(content: bytes) -> bytes:
+    library = pytest.importorskip("zstandard", reason="needs the extra `data`")
+    return library.ZstdCompressor().compress(content)
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, size: int = 16) -> None:
+    monkeypatch.setattr(lines, "BLOCK", size)
+
+
+# Text -----------------------------------------------------------------------------------
 
 
 def test_a_text_file_is_one_document_kept_to_the_byte():
-    Path("a.txt").write_bytes("one\r\n\ntwo\u2028é\n".encode())
-    assert read("a.txt") == ["one\r\n\ntwo\u2028é\n"]
+    Path("a.txt").write_bytes("\none\r\n\ntwo\u2028é\n".encode())
+    assert read("a.txt") == ["\none\r\n\ntwo\u2028é\n"]
 
 
 def test_the_last_ending_decides():
@@ -26,20 +58,399 @@ def test_the_last_ending_decides():
     assert read("a.jsonl.txt") == ["{"]
 
 
-def test_json_lines_are_a_document_each_and_blank_lines_none():
-    records = [{"id": 1, "body": "line\u2028one\n"}, {"body": ""}, {"body": "😀"}]
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    write_lines("a.jsonl", lines[0], "", lines[1], "  \r", lines[2], "")
-    with gzip.open("b.jsonl.gz", "wb") as file:
-        file.write(Path("a.jsonl").read_bytes())
-    assert read("a.jsonl", text_key="body") == ["line\u2028one\n", "", "😀"]
-    assert read("b.jsonl.gz", text_key="body") == ["line\u2028one\n", "", "😀"]
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("line", [("one", 2), ("two", 3), (" three ", 5), ("four@@five", 7)]),
+        ("blank_line", [("one\r\ntwo", 2), (" three ", 5), ("four@@five", 7)]),
+        ("marker:@@", [("one\r\ntwo\n\n three \n \t\nfour", 2), ("five", 7)]),
+        ("marker:\n\n three", [("one\r\ntwo", 2), (" \n \t\nfour@@five", 5)]),
+    ],
+)
+def test_text_is_cut_into_documents_that_know_their_lines(
+    split: str, expected: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+):
+    Path("a.txt").write_bytes(b"\none\r\ntwo\n\n three \n \t\nfour@@five\n")
+    expected_records = [Record(text, f"a.txt, line {line}") for text, line in expected]
+    assert records("a.txt", split=split) == expected_records
+    small_blocks(monkeypatch, 1)
+    assert records("a.txt", split=split) == expected_records
+
+
+def test_articles_of_wikitext_are_documents(monkeypatch: pytest.MonkeyPatch):
+    text = " \n = One = \n \n A , b . \n \n = = Part = = \n \n C \n = = = \n \n = Two = = 2 = \n \n D @-@ e \n"
+    Path("a.txt").write_text(text)
+    expected = [
+        Record("= One =\n\nA, b.\n\n== Part ==\n\nC\n===", "a.txt, line 2"),
+        Record("= Two == 2 =\n\nD-e", "a.txt, line 11"),
+    ]
+    assert records("a.txt", clean="wikitext") == expected
+    small_blocks(monkeypatch, 1)
+    assert records("a.txt", clean="wikitext") == expected
+    assert read("a.txt", clean="wikitext", split="line")[-1] == "D-e"
+
+
+def test_wikitext_has_sixty_articles(assets: Path):
+    found = read(str(assets / "data" / "wikitext-2" / "valid.txt"), clean="wikitext")
+    assert len(found) == 60
+    assert found[0].startswith("= Homarus gammarus =\n\nHomarus gammarus, known as the European lobster or common")
+    assert all(re.match("= [^=]", article) for article in found)
 
 
 def test_a_byte_order_mark_is_no_text():
     Path("a.txt").write_text("x", encoding="utf-8-sig")
     Path("a.jsonl").write_text('{"text": "y"}', encoding="utf-8-sig")
-    assert read("a.txt", "a.jsonl") == ["x", "y"]
+    Path("a.json").write_text('[{"text": "z"}]', encoding="utf-8-sig")
+    assert read("a.txt", "a.jsonl", "a.json") == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"one\ntwo\nthr\xffee\n", r"a\.txt, line 3: not UTF-8"),
+        (b"one\ntwo\n\0\n", r"a\.txt, line 3: a NUL byte"),
+        ("one".encode("utf-16"), r"a\.txt, line 1: not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("split", ["file", "line", "blank_line"])
+def test_bytes_that_are_no_text_are_named_by_line(content: bytes, message: str, split: str):
+    Path("a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read("a.txt", split=split)
+
+
+# JSON -----------------------------------------------------------------------------------
+
+
+def test_json_lines_are_a_document_each_and_blank_lines_none():
+    rows = [{"id": 1, "body": "line\u2028one\n"}, {"body": ""}, {"body": "😀"}]
+    content = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_lines("a.jsonl", content[0], "", content[1], "  \r", content[2], "")
+    Path("b.jsonl.gz").write_bytes(gzip.compress(Path("a.jsonl").read_bytes()))
+    assert read("a.jsonl", text_key="body") == ["line\u2028one\n", "", "😀"]
+    assert read("b.jsonl.gz", text_key="body") == ["line\u2028one\n", "", "😀"]
+    assert places("b.jsonl.gz", text_key="body") == [f"b.jsonl.gz, line {line}" for line in (1, 3, 5)]
+
+
+def test_zstandard_is_read_in_frames(monkeypatch: pytest.MonkeyPatch):
+    small_blocks(monkeypatch)
+    rows = [json.dumps({"text": str(number)}) + "\n" for number in range(3000)]
+    packed = [zstandard("".join(part).encode()) for part in (rows[:1000], rows[1000:])]
+    Path("a.jsonl.zst").write_bytes(b"".join(packed))
+    assert read("a.jsonl.zst") == [str(number) for number in range(3000)]
+    assert places("a.jsonl.zst")[-1] == "a.jsonl.zst, line 3000"
+    Path("a.jsonl.zst").write_bytes(b"".join(packed)[:-5])
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst cannot be read: it is cut short"):
+        read("a.jsonl.zst")
+    Path("a.jsonl.zst").write_bytes(packed[0] + b"no frame")
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst cannot be read"):
+        read("a.jsonl.zst")
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**22])
+def test_a_json_array_is_read_entry_by_entry(block: int, monkeypatch: pytest.MonkeyPatch):
+    small_blocks(monkeypatch, block)
+    rows = [{"a": [{"b": "]},\n é"}], "c": 12345}, {}, {"a": None}]
+    for name, indent in (("a.json", 2), ("b.json", None)):
+        Path(name).write_text(json.dumps(rows, indent=indent, ensure_ascii=False) + "\n", "utf-8")
+        assert read(name, kind="chat") == rows
+    Path("c.json.gz").write_bytes(gzip.compress(Path("a.json").read_bytes()))
+    assert read("c.json.gz", kind="chat") == rows
+    assert places("a.json", kind="chat") == [f"a.json, entry {n} (line {line})" for n, line in ((1, 2), (2, 10), (3, 11))]
+
+
+def test_a_json_file_may_hold_lines():
+    write_lines("a.json", "", '{"text": "x"}', '{"text": "y"}')
+    assert read("a.json") == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1},\n{"a": }]', r"a\.json, entry 2 \(line 2\): no JSON"),
+        (b'[{"a": 1}\n{"a": 2}]', r"""a\.json, line 2: '{"a": 2}\]' where ',' should be"""),
+        (b'[{"a": 1},\n{"a": 2}', r"a\.json, line 2: its end where ',' should be"),
+        (b'[{"a": 1}]\n[]', r"a\.json, line 2: more stands after the array"),
+        (b'[{"a": 1},\n3]', r"a\.json, entry 2 \(line 2\): 3 is no object"),
+        (b'[{"a": 1},\n{"a": "\xff"}]', r"a\.json, line 2: not UTF-8"),
+        (b"[" * 100_000, r"a\.json, entry 1 \(line 1\): no JSON"),
+    ],
+)
+def test_a_broken_json_array_is_named(content: bytes, message: str):
+    Path("a.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read("a.json", kind="chat")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"a\.jsonl, line 3: no JSON in UTF-8"),
+        ("[" * 100_000, r"a\.jsonl, line 3: no JSON in UTF-8"),
+        ('"text"', r"a\.jsonl, line 3: 'text' is no object"),
+        ('{"body": 1, "id": 2}', r"a\.jsonl, line 3: no field 'text', only 'body', 'id'"),
+        ('{"text": null}', r"a\.jsonl, line 3: field 'text' is None, no string"),
+        (b'{"text": "\xff"}', r"a\.jsonl, line 3: no JSON in UTF-8"),
+        (b'{"text": "\0"}', r"a\.jsonl, line 3: no JSON in UTF-8"),
+        ('{"text": "\\u0000"}', r"a\.jsonl, line 3: field 'text' has a NUL character"),
+        ('{"text": "\\ud83d"}', r"a\.jsonl, line 3: field 'text' has half a character"),
+    ],
+)
+def test_a_bad_line_is_named(line: str | bytes, message: str):
+    write_lines("a.jsonl", '{"text": "\\ud83d\\ude00"}', "", line)
+    with pytest.raises(UserError, match=message):
+        read("a.jsonl")
+
+
+def test_a_bad_string_anywhere_in_a_row_is_named():
+    for line, message in (
+        ('{"messages": [{"content": "\\ud83d"}]}', "half a character"),
+        ('{"a": {"\\u0000": 1}}', "a NUL character"),
+    ):
+        write_lines("a.jsonl", line)
+        with pytest.raises(UserError, match=rf"a\.jsonl, line 1: {message}"):
+            read("a.jsonl", kind="chat")
+
+
+# Tables ---------------------------------------------------------------------------------
+
+
+def test_parquet_is_read_by_row_groups():
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `data`")
+    from pyarrow import parquet
+
+    texts = [f"row {number}" for number in range(2500)]
+    parquet.write_table(pyarrow.table({"n": range(2500), "text": texts}), "a.parquet", row_group_size=1200)
+    assert read("a.parquet") == texts
+    assert records("a.parquet")[1999] == Record("row 1999", "a.parquet, row 2000")
+    assert read("a.parquet", kind="chat")[7] == {"n": 7, "text": "row 7"}
+    with pytest.raises(UserError, match=r"a\.parquet: no field 'body', only 'n', 'text'"):
+        read("a.parquet", text_key="body")
+    column = pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, [None, pyarrow.py_buffer(np.array([0, 1, 2, 3], "i4")), pyarrow.py_buffer(b"a\xffc")]
+    )
+    parquet.write_table(pyarrow.table({"text": column}), "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet, row 2: not UTF-8"):
+        read("b.parquet")
+    assert read("b.parquet", max_unreadable=0.5) == ["a", "c"]
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet, row 2: field 'text' is None, no string"):
+        read("c.parquet")
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), "d.parquet")
+    with pytest.raises(UserError, match=r"d\.parquet is empty"):
+        read("d.parquet")
+    Path("e.parquet").write_bytes(Path("a.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"e\.parquet is no Parquet file, or is damaged"):
+        read("e.parquet")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    Path("a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"a\.parquet needs pyarrow[^\n]*\npip install 'camelid\[data\]'"):
+        read("a.parquet")
+
+
+@pytest.mark.filterwarnings("ignore")  # its pickler warns of what others leave in memory
+def test_a_data_set_of_hugging_face_is_read_from_its_folder():
+    datasets = pytest.importorskip("datasets", reason="needs the extra `data`")
+    rows = [{"text": f"row {number}", "n": number} for number in range(2500)]
+    parts = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:3])}
+    datasets.DatasetDict(parts).save_to_disk("d")
+    assert read("d/train") == [row["text"] for row in rows]
+    assert read("d/test", kind="chat") == rows[:3]
+    assert places("d/test") == [f"d/test, row {number}" for number in (1, 2, 3)]
+    assert [file.suffix for file in source_files(Source(files=("d/train",)))] == [".arrow"]
+    with pytest.raises(UserError, match="d has several splits: train, test\nName one, for example d/train"):
+        read("d")
+    with pytest.raises(UserError, match="d/test: no field 'body', only 'text', 'n'"):
+        read("d/test", text_key="body")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_set_of_the_hub_is_named_with_its_split(monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets", reason="needs the extra `data`")
+    asked = []
+
+    def load(*names: str, split: str):
+        asked.append((*names, split))
+        if names[0] == "missing":
+            raise FileNotFoundError("no such data set")
+        return datasets.Dataset.from_list([{"text": "x"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read("hf:a/b", "hf:a/c:test", "hf:d:raw:test[:10%]") == ["x"] * 3
+    assert set(asked) == {("a/b", "train"), ("a/c", "test")} | {("d", "raw", "test[:10%]")}
+    with pytest.raises(UserError, match="hf:missing cannot be loaded: no such data set"):
+        read("hf:missing")
+
+
+# Ids ------------------------------------------------------------------------------------
+
+
+def test_ids_of_megatron_are_documents():
+    write_indexed(Path("d/x"), [np.array([1, 2, 3]), np.array([], int), np.array([60000])], np.dtype("u2"))
+    for name in ("d/x", "d/x.bin", "d/x.idx", "d/*"):
+        found = records(name, kind="tokens")
+        assert [(record.value.tolist(), record.place) for record in found] == [
+            ([1, 2, 3], "d/x, document 1"),
+            ([60000], "d/x, document 3"),
+        ]
+        assert found[0].value.dtype == np.int32
+    assert source_files(Source(files=("d/x",), kind="tokens")) == [Path("d/x.bin"), Path("d/x.idx")]
+
+
+def test_a_store_is_a_source_of_its_tokens_and_weights():
+    writer = Writer(Path("s"), 500)
+    tokens, weights = np.array([1, 2, 300, 4, 5], np.int32), np.array([0, 0, 1, 0, 0.5], np.float32)
+    writer.append(tokens, np.array([3, 2]), weights)
+    writer.finish({"tokenizer": "x", "sources": []})
+    found = records("s", kind="tokens")
+    assert [(ids.tolist(), list(counts)) for ids, counts in (record.value for record in found)] == [
+        ([1, 2, 300], [0, 0, 1]),
+        ([4, 5], [0, 0.5]),
+    ]
+    assert [record.place for record in found] == ["s, document 1", "s, document 2"]
+
+
+def test_a_kind_that_a_file_cannot_hold_is_refused():
+    Path("a.txt").write_text("x")
+    write_lines("a.jsonl", "{}")
+    write_indexed(Path("x"), [np.array([1])], np.dtype("i4"))
+    for files, kind, message in (
+        ("a.txt", "chat", r"a\.txt is plain text, without the keys that kind = 'chat' needs"),
+        ("a.jsonl", "tokens", r"a\.jsonl holds no token ids"),
+        ("x", "text", "x holds token ids, not kind = 'text'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(files, kind=kind)
+
+
+# What is wrong --------------------------------------------------------------------------
+
+
+def test_unreadable_rows_are_counted_up_to_a_share():
+    write_lines("a.jsonl", *["{}", '{"text": "x"}'] * 10)
+    assert read("a.jsonl", max_unreadable=0.5) == ["x"] * 10
+    with pytest.raises(UserError, match=r"10 of 20 rows are unreadable, max_unreadable is 0\.4: a\.jsonl, line 1: no field"):
+        read("a.jsonl", max_unreadable=0.4)
+
+
+def test_a_tally_keeps_the_first_problems(monkeypatch: pytest.MonkeyPatch):
+    small_blocks(monkeypatch)
+    write_lines("a.jsonl", *['{"text": "x"}', "{}", "{}", "{}"] * 2)
+    source = Source(files=("a.jsonl",), max_unreadable=0.75)
+    tally, parts = Tally(0.75), chunks(source)
+    for chunk in parts:
+        own = Tally(0.75)
+        list(read_chunk(source, chunk, own))
+        tally.add(own)
+    assert len(parts) > 1
+    assert (tally.rows, tally.unreadable) == (8, 6)
+    assert [problem.split(":")[0] for problem in tally.problems] == [f"a.jsonl, line {n}" for n in (2, 3, 4, 6, 7)]
+    tally.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b""),
+        ("a.txt", b" \n\n"),
+        ("a.jsonl", b"\n \n"),
+        ("a.json", b"[ ]"),
+        ("a.txt.gz", gzip.compress(b"\n")),
+        ("a.jsonl.gz", gzip.compress(b"")),
+    ],
+)
+def test_an_empty_file_is_named(name: str, content: bytes):
+    Path(name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{re.escape(name)} is empty"):
+        read(name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.txt.gz"])
+def test_a_line_of_200_megabytes_is_refused_by_name(name: str):
+    with gzip.open(name, "wb", 1) if name.endswith(".gz") else open(name, "wb") as file:
+        file.write(b'{"text": "x"}\n' * 400_000)  # more than a block, so that the line is not in the first one
+        for _ in range(200):
+            file.write(b"a" * 2**20)
+    with pytest.raises(UserError, match=rf"{re.escape(name)}, line 400001: a document of more than 64 MiB\n[^\n]*split"):
+        read(name, split="line") if ".txt" in name else read(name)
+
+
+def test_of_a_large_file_a_few_blocks_are_in_memory(monkeypatch: pytest.MonkeyPatch):
+    small_blocks(monkeypatch, 2**16)
+    write_lines("a.jsonl", *[json.dumps({"text": "x" * 1000})] * 20_000)
+    write_lines("a.txt", *["x" * 1000] * 20_000)
+    Path("a.json").write_text(json.dumps([{"text": "x" * 1000}] * 20_000))
+    tracemalloc.start()
+    for name in ("a.jsonl", "a.txt", "a.json"):
+        tracemalloc.reset_peak()
+        split = {"split": "line"} if name == "a.txt" else {}
+        assert sum(1 for _ in read_records(Source(files=(name,), **split))) == 20_000
+        peak = tracemalloc.get_traced_memory()[1]
+        assert peak < 2**21, name  # of 20 MB
+    tracemalloc.stop()
+
+
+def test_a_document_over_the_limit_is_refused_however_it_lies_in_its_block(monkeypatch: pytest.MonkeyPatch):
+    small_blocks(monkeypatch, 64)
+    monkeypatch.setattr(lines, "MAX_DOCUMENT", 32)
+    for content in (f"one\n{'a' * 33}\nthree", f"one\n{'a' * 200}\nthree"):
+        Path("a.txt").write_text(content)
+        with pytest.raises(UserError, match=r"a\.txt, line 2: a document of more than"):
+            read("a.txt", split="line")
+    Path("a.txt").write_text(f"one\n{'a' * 32}\nthree")
+    assert read("a.txt", split="line") == ["one", "a" * 32, "three"]
+
+
+def test_a_file_that_cannot_be_read_is_named():
+    Path("a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 100)[:-12])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read"):
+        read("a.jsonl.gz")
+    Path("b.jsonl.gz").write_bytes(b'{"text": "x"}\n')
+    with pytest.raises(UserError, match=r"b\.jsonl\.gz cannot be read"):
+        read("b.jsonl.gz")
+
+
+def test_a_file_that_became_shorter_is_named():
+    write_lines("a.jsonl", '{"text": "x"}', '{"text": "y"}')
+    source = Source(files=("a.jsonl",))
+    [chunk] = chunks(source)
+    write_lines("a.jsonl", '{"text": "x"}')
+    with pytest.raises(UserError, match=r"a\.jsonl became shorter"):
+        list(read_chunk(source, chunk))
+
+
+# Chunks and names -----------------------------------------------------------------------
+
+
+def test_chunks_are_independent_parts_that_add_up(monkeypatch: pytest.MonkeyPatch):
+    generator = np.random.default_rng(0)
+    texts = ["é" * int(size) + "\n" * int(size % 3) for size in generator.integers(1, 40, 500)]
+    write_lines("a.jsonl", *(json.dumps({"text": text}, ensure_ascii=False) for text in texts))
+    Path("b.txt").write_text("\n\n".join(texts))
+    Path("c.txt").write_text("<|end|>".join(texts))
+    Path("d.json").write_text(json.dumps([{"text": text} for text in texts]))
+    for name, split in (("a.jsonl", "file"), ("b.txt", "blank_line"), ("b.txt", "line"), ("c.txt", "marker:<|end|>")):
+        source = Source(files=(name, "d.json"), split=split)
+        monkeypatch.setattr(lines, "BLOCK", 2**22)
+        whole = list(read_records(source))
+        small_blocks(monkeypatch, 100)
+        parts = pickle.loads(pickle.dumps(chunks(source)))
+        assert len(parts) > 50
+        read_backwards = [list(read_chunk(source, chunk)) for chunk in reversed(parts)]
+        assert [record for part in reversed(read_backwards) for record in part] == whole
+    assert [record.value for record in whole[-500:]] == texts
+
+
+def test_small_files_share_a_chunk():
+    for number in range(100):
+        Path(f"{number:02}.txt").write_text(str(number) * 10_000)
+    source = Source(files=("*.txt",))
+    parts = chunks(source)
+    assert [len(chunk) for chunk in parts] == [100]
+    assert len(list(read_chunk(source, parts[0]))) == 100
 
 
 def test_globs_are_sorted_and_names_are_taken_literally():
@@ -52,42 +463,10 @@ def test_globs_are_sorted_and_names_are_taken_literally():
 
 def test_documents_are_read_one_at_a_time():
     write_lines("a.jsonl", '{"text": "x"}', "broken")
-    documents = read_documents(list_files(["a.jsonl"]), "text")
-    assert next(documents) == "x"
+    found = read_records(Source(files=("a.jsonl",)))
+    assert next(found).value == "x"
     with pytest.raises(UserError):
-        next(documents)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"a\.jsonl, line 3: no JSON in UTF-8"),
-        ('"text"', r"a\.jsonl, line 3: 'text' is no object"),
-        ('{"body": 1, "id": 2}', r"a\.jsonl, line 3: no field 'text', only 'body', 'id'"),
-        ('{"text": null}', r"a\.jsonl, line 3: field 'text' is None, no string"),
-        (b'{"text": "\xff"}', r"a\.jsonl, line 3: no JSON in UTF-8"),
-        ('{"text": "\\ud83d"}', r"a\.jsonl, line 3: field 'text' has half a character"),
-    ],
-)
-def test_a_bad_line_is_named(line: str | bytes, message: str):
-    write_lines("a.jsonl", '{"text": "\\ud83d\\ude00"}', "", line)
-    with pytest.raises(UserError, match=message):
-        read("a.jsonl")
-
-
-def test_a_text_that_is_not_utf8_is_named_by_line():
-    Path("a.txt").write_bytes(b"one\ntwo\nthr\xffee\n")
-    with pytest.raises(UserError, match=r"a\.txt, line 3: not UTF-8"):
-        read("a.txt")
-
-
-def test_a_file_that_cannot_be_read_is_named():
-    Path("a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 100)[:-12])
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read"):
-        read("a.jsonl.gz")
-    Path("b.jsonl.gz").write_bytes(b'{"text": "x"}\n')
-    with pytest.raises(UserError, match=r"b\.jsonl\.gz cannot be read"):
-        read("b.jsonl.gz")
+        next(found)
 
 
 def test_a_pattern_without_files_is_named(tmp_path: Path):
@@ -99,12 +478,26 @@ def test_a_pattern_without_files_is_named(tmp_path: Path):
 
 
 def test_an_unknown_kind_of_file_is_named():
-    Path("a.json").write_text("[]")
-    with pytest.raises(UserError, match=r"a\.json ends in none of \.txt, \.jsonl, \.jsonl\.gz"):
-        list_files(["a.json"])
+    Path("a.csv").write_text("x")
+    with pytest.raises(UserError, match=r"a\.csv is of no known kind\n.*\.txt, \.jsonl, \.json .*\.parquet"):
+        list_files(["a.csv"])
 
 
 def test_a_file_named_twice_is_refused():
     Path("a.txt").write_text("x")
     with pytest.raises(UserError, match=r"a\.txt is named more than once"):
         list_files(["*.txt", str(Path("a.txt").absolute())])
+    with pytest.raises(UserError, match="hf:a is named more than once"):
+        refuse_repeated(list_files(["hf:a", "hf:a"]), "")
+
+
+def test_reading_text_loads_no_library_of_tables():
+    Path("a.txt").write_text("x")
+    code = """
+import sys
+from camelid.data.config import Source
+from camelid.data.sources import read_records
+assert [record.value for record in read_records(Source(files=("a.txt",)))] == ["x"]
+assert not {"pyarrow", "datasets", "zstandard", "pandas"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -58,6 +58,9 @@ def test_a_finished_run_leaves_a_recipe_metrics_a_picture_and_a_model_that_opens
     assert {file.name for file in run.iterdir()} == {
         ".lock",
         "recipe.toml",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "metrics.jsonl",
         "checkpoints",
         "loss.png",

@@ -1,14 +1,16 @@
-"""Two checkpoints, of any formats, number by number."""
+"""Checkpoints of any formats, number by number: two beside each other, or one alone."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from camelid.checkpoint.layout import PIECE
+from camelid.checkpoint.layout import PIECE, Index
 from camelid.checkpoint.opened import Checkpoint
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
+from camelid.model.params import Spec
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def compare(
     ours, theirs = a.table.parts, b.table.parts
     if odd := sorted(ours.keys() ^ theirs.keys()):
         raise UserError(f"only one of the two has {', '.join(odd[:3])}", "They are different models.")
-    total, done = sum(part.spec.size for part in ours.values()), 0
+    total, done, sources = sum(part.spec.size for part in ours.values()), 0, (a.source, b.source)
     for path, part in ours.items():
         if part.spec.shape != theirs[path].spec.shape:
             raise UserError(
@@ -41,21 +43,56 @@ def compare(
             )
         dtypes = a.dtypes[path], b.dtypes[path]
         largest, equal, rounded = 0.0, True, True
-        shape = part.spec.shape[len(part.spec.stacked) :]
-        step = max(
-            1, PIECE // max(1, 4 * part.spec.size // (part.spec.shape[0] if part.spec.stacked else 1) // shape[0])
-        )
-        for layer in range(part.spec.shape[0]) if part.spec.stacked else [None]:
-            for start in range(0, shape[0], step):
-                index = (slice(start, min(start + step, shape[0])), *(slice(0, n) for n in shape[1:]))
-                x, y = (checkpoint.source(path, layer, index, dtypes[1]) for checkpoint in (a, b))
-                rounded = rounded and x.tobytes() == y.tobytes()
-                x, y = (checkpoint.source(path, layer, index, np.dtype(np.float32)) for checkpoint in (a, b))
-                equal = equal and x.tobytes() == y.tobytes()
-                largest = float(np.maximum(largest, np.abs(x - y).max()))
-                done += x.size
-                progress(done, total)
+        for layer, index in slices(part.spec):
+            x, y = (source(path, layer, index, dtypes[1]) for source in sources)
+            rounded = rounded and x.tobytes() == y.tobytes()
+            x, y = (source(path, layer, index, np.dtype(np.float32)) for source in sources)
+            equal = equal and x.tobytes() == y.tobytes()
+            largest = float(np.maximum(largest, np.abs(x - y).max()))
+            done += x.size
+            progress(done, total)
         yield Difference(path, (dtypes[0].name, dtypes[1].name), largest, equal, rounded)
+
+
+def slices(spec: Spec) -> Iterator[tuple[int | None, Index]]:
+    """All of a parameter, in slices of about PIECE bytes of float32: their layers and places."""
+    shape = spec.shape[len(spec.stacked) :]
+    row = math.prod(shape[1:]) * 4
+    step = max(1, PIECE // max(1, row))
+    for layer in range(spec.shape[0]) if spec.stacked else [None]:
+        for start in range(0, shape[0], step):
+            yield layer, (slice(start, min(start + step, shape[0])), *(slice(0, n) for n in shape[1:]))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One parameter, read whole."""
+
+    path: str
+    dtype: str
+    size: int
+    """numbers"""
+    largest: float
+    """of the finite ones, without sign"""
+    not_finite: int
+    """infinities and NaN"""
+
+
+def survey(checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Survey]:
+    """Reads every parameter of a checkpoint, a slice at a time."""
+    parts = checkpoint.table.parts
+    total, done = sum(part.spec.size for part in parts.values()), 0
+    source, dtypes = checkpoint.source, checkpoint.dtypes
+    for path, part in parts.items():
+        largest, not_finite = 0.0, 0
+        for layer, index in slices(part.spec):
+            values = np.abs(source(path, layer, index, np.dtype(np.float32)))
+            finite = np.isfinite(values)
+            not_finite += values.size - int(np.count_nonzero(finite))
+            largest = max(largest, float(values.max(initial=0.0, where=finite)))
+            done += values.size
+            progress(done, total)
+        yield Survey(path, dtypes[path].name, part.spec.size, largest, not_finite)
 
 
 def config_differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[object, object]]:

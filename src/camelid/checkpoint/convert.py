@@ -1,10 +1,11 @@
 """From one checkpoint to another, a slice at a time: memory is what is in flight, not the model."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
-from camelid.checkpoint.opened import Saving
+from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.config import ModelConfig
 
@@ -19,13 +20,16 @@ def convert(
     dtype: str | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
+    shards: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, ...]:
     """Writes `source` in the format `to`; `dtype` None keeps each tensor's own.
 
-    `format` is that of the source, None asks its files; `config` describes a model whose files do not. Returns what was
-    guessed or left out.
+    `format` is that of the source, None asks its files; `config` describes a model whose files do not. With `resume`,
+    goes on where an earlier process was killed that was called with the same arguments. Returns what was guessed or
+    left out.
     """
     checkpoint = open_checkpoint(source, format, config)
     dtypes = checkpoint.dtypes
@@ -36,9 +40,24 @@ def convert(
         dtypes,
         checkpoint.source,
         checkpoint.companions,
-        progress,
         tensor_parallel,
         pipeline_parallel,
+        shards,
     )
-    write_checkpoint(Path(destination), saving, to, overwrite=overwrite)
+    write_checkpoint(
+        Path(destination),
+        saving,
+        to,
+        overwrite=overwrite,
+        resume=resume,
+        source=_fingerprint(checkpoint),
+        progress=progress,
+    )
     return checkpoint.notes
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Of the files that hold the tensors: it changes when one of them does."""
+    files = sorted(set().union(*(tensor.files for tensor in checkpoint.tensors.values())))
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((checkpoint.config, stats)).encode()).hexdigest()

@@ -11,19 +11,18 @@ its own; the converter from Hugging Face writes the table there when a model is 
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from camelid.checkpoint import msgpack
-from camelid.checkpoint.folder import write_json
-from camelid.checkpoint.hf import understood
-from camelid.checkpoint.hf_config import config_to_hf
-from camelid.checkpoint.layout import Row, Table, check, plan, read_slice, table
-from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, table_for
-from camelid.checkpoint.tensors import Planned, Tensor
+from camelid.checkpoint.files import File, Segment
+from camelid.checkpoint.hf import GIVEN, understood
+from camelid.checkpoint.layout import Row, Table, check, read_slice, table
+from camelid.checkpoint.opened import Checkpoint, Saving, Training, refuse_beyond, table_for
+from camelid.checkpoint.tensors import Tensor
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -59,12 +58,13 @@ KINDS: Mapping[Kind, str] = {
     "flax_params": "parameters as flax's msgpack",
     "trainstate": "a stream with a train state",
 }
+PARAMS_ALONE = "trainstate_params"
 PREFIXES: Mapping[str, Kind] = {
     "params": "params",
     "flax_params": "flax_params",
     "flax": "flax_params",
     "trainstate": "trainstate",
-    "trainstate_params": "trainstate",
+    PARAMS_ALONE: "trainstate",
 }
 FILES: Mapping[Kind, str] = {
     "params": "streaming_params*",
@@ -93,59 +93,40 @@ def looks(path: Path) -> bool:
 
 
 def open_path(path: Path, config: ModelConfig | None = None, prefix: str | None = None) -> Checkpoint:
-    """Opens the parameters of a file, or of the one file in a folder; `prefix` is one of PREFIXES, and None asks it."""
+    """Opens a file, or the one file in a folder; `prefix` is one of PREFIXES, and None asks the file.
+
+    The training of a train state comes with it, unless `prefix` asks for its parameters alone.
+    """
     file, leaves, kind = _open(path, None if prefix is None else PREFIXES[prefix])
+    if kind == "trainstate" and prefix != PARAMS_ALONE:
+        return _train_state(file, config, leaves)
     return _parameters(file, config, leaves, kind)
 
 
-@dataclass(frozen=True)
-class EasyLMTrainState:
-    """What a training of EasyLM goes on from; the three checkpoints have one config and one table."""
-
-    step: int
-    """calls of its training step: with accumulation, microbatches"""
-    params: Checkpoint
-    mu: Checkpoint
-    """AdamW's averages of gradients, in the places of the parameters"""
-    nu: Checkpoint
-    """and of their squares"""
-    count: int
-    """updates of the parameters"""
-
-
-def read_train_state(path: Path, config: ModelConfig | None = None) -> EasyLMTrainState:
-    """Opens a train state with AdamW's; its head is one of its own, since EasyLM trains it so."""
-    file, leaves, kind = _open(path, "trainstate")
-    params = _parameters(file, config, leaves, kind, may_tie=False)
+def _train_state(file: Path, config: ModelConfig | None, leaves: Mapping[str, msgpack.Leaf]) -> Checkpoint:
+    """Parameters and AdamW's state; the head is one of its own, since EasyLM trains it so."""
+    params = _parameters(file, config, leaves, "trainstate", may_tie=False)
     accumulates = any(name.startswith("opt_state/inner_opt_state/") for name in leaves)
     adam = "opt_state/inner_opt_state/1/" if accumulates else "opt_state/1/"
-    counts = [f"{adam}0/count", "step"]
-    if missing := [name for name in counts if type(leaves.get(name)) is not int]:
-        raise UserError(
-            f"{file} has no {missing[0]}, so it is no train state with AdamW",
-            f"Take the parameters alone, as trainstate_params::{file}",
-        )
-    count, step = (leaves[name] for name in counts)
-    assert isinstance(count, int)
+    advice = f"Take the parameters alone, as {PARAMS_ALONE}::{file}"
+    step = leaves.get(f"{adam}0/count")  # EasyLM's own step counts microbatches
+    if missing := [name for name in (f"{adam}0/count", "step") if type(leaves.get(name)) is not int]:
+        raise UserError(f"{file} has no {missing[0]}, so it is no train state with AdamW", advice)
     assert isinstance(step, int)
-    mu, nu = (
-        replace(params, tensors=_tensors(file, leaves, f"{adam}0/{name}/params/"), notes=()) for name in ("mu", "nu")
-    )
-    for moments in (mu, nu):
-        check(params.table, moments.tensors, "")
+    if not 0 <= step < 2**31:
+        raise UserError(f"{file} says that {step} updates were made", advice)
     known = rf"step|params/params/.*|{adam}(0/count|0/[mn]u/params/.*|2/count)"
     if accumulates:
         known += "|opt_state/(mini_step|gradient_step|acc_grads/params/.*)"
     if extra := [name for name in leaves if not re.fullmatch(known, name)]:
-        raise UserError(
-            f"{file} holds {extra[0]}, which AdamW's state does not",
-            f"Take the parameters alone, as trainstate_params::{file}",
-        )
+        raise UserError(f"{file} holds {extra[0]}, which AdamW's state does not", advice)
+    mu, nu = (_tensors(file, leaves, f"{adam}0/{name}/params/") for name in ("mu", "nu"))
+    for moments in (mu, nu):
+        check(params.table, moments, "", "the model")
+    notes = params.notes
     if done := leaves.get("opt_state/mini_step"):
-        params = replace(
-            params, notes=(*params.notes, f"The gradients of {done} microbatches before the next update are left out.")
-        )
-    return EasyLMTrainState(step, params, mu, nu, count)
+        notes += (f"The gradients of {done} microbatches before the next update are left out.",)
+    return replace(params, notes=notes, training=Training(step, mu, nu))
 
 
 def _form(file: Path) -> str | None:
@@ -206,6 +187,7 @@ def _parameters(
             f"nothing beside {file} says what its model is{beside}",
             "Say it, for example --config llama_7b, or put a Hugging Face config.json beside the file.",
         )
+    described_by = "config.json" if config is None else GIVEN
     config = config or understood(folder)
     if pickles:
         notes.append(f"{', '.join(pickles)} was not opened: pickles can run code.")
@@ -218,7 +200,7 @@ def _parameters(
             config = replace(config, tie_embeddings=False)
             notes.append("The head is not tied to the embedding table: in the file it is one of its own.")
     rows = table_of(config)
-    check(rows, tensors, known)
+    check(rows, tensors, known, described_by)
     return Checkpoint("easylm", folder, config, tensors, rows, tuple(notes))
 
 
@@ -250,20 +232,19 @@ def _alone(config: ModelConfig, row: Row) -> Table:
 
 # Writing --------------------------------------------------------------------------------
 
-Writer = Callable[[Path, Sequence[Planned], Iterable[Iterator[np.ndarray]]], None]
+
+def files(saving: Saving) -> list[File]:
+    """streaming_params, byte for byte as EasyLM's converter writes it."""
+    return [msgpack.stream_file("streaming_params", _segments(saving))]
 
 
-def write(folder: Path, saving: Saving) -> None:
-    """Writes streaming_params, byte for byte as EasyLM's converter does."""
-    _write(folder, saving, "streaming_params", msgpack.write_stream)
+def flax_files(saving: Saving) -> list[File]:
+    """flax_params, byte for byte as EasyLM's converter writes it with --streaming=False."""
+    return [msgpack.tree_file("flax_params", _segments(saving))]
 
 
-def write_flax(folder: Path, saving: Saving) -> None:
-    """Writes flax_params, byte for byte as EasyLM's converter does with --streaming=False."""
-    _write(folder, saving, "flax_params", msgpack.write_tree)
-
-
-def _write(folder: Path, saving: Saving, name: str, writer: Writer) -> None:
+def _segments(saving: Saving) -> list[Segment]:
+    """In the order of EasyLM's converter."""
     config = saving.config
     refuse_beyond("EasyLM", config, {"rope_theta", "tie_embeddings"})
     if config.head_dim * config.num_heads != config.embed_dim:
@@ -272,15 +253,8 @@ def _write(folder: Path, saving: Saving, name: str, writer: Writer) -> None:
             f"{config.embed_dim} / {config.num_heads}",
             "Use the format hf, which holds every model.",
         )
-    rows = table_of(config)
-    tables = dict.fromkeys(rows.tensors, rows)
-    if config.tie_embeddings:
-        tables[HEAD] = _alone(config, TIED)
-    planned = {tensor.name: tensor for held in (rows, tables[HEAD]) for tensor in plan(held, saving.dtypes)}
+    saving = saving.untied()
+    held = {segment.tensor.name: segment for segment in saving.segments(table_of(saving.config))}
     order = [row.name for row in OUTER]
     order += [row.name.format(layer=layer) for layer in range(config.num_layers) for row in LAYER]
-    tensors = [planned.pop(name) for name in (*order, HEAD)]
-    assert not planned, f"{planned.keys()} have no place in the file"
-    writer(folder / name, tensors, (saving.pieces(tables[tensor.name], tensor) for tensor in tensors))
-    saving.carry_companions(folder)
-    write_json(folder / "config.json", config_to_hf(config, saving.dtypes["embed"].name))
+    return [held[name] for name in (*order, HEAD)]

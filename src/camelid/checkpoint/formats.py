@@ -1,12 +1,15 @@
 """Every format by name: which paths look like it, how it is opened, how it is written."""
 
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from camelid.checkpoint import easylm, gguf, hf, llama2_jax, llama2c, megatron, meta, mindspore
+from camelid.checkpoint import easylm, gguf, hf, llama2_jax, llama2c, megatron, meta, mindspore, peft, run_folder
+from camelid.checkpoint.files import JOURNAL, WORKERS, File, json_file, write_files
 from camelid.checkpoint.folder import new_folder
+from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.hub import find
 from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.errors import UserError
@@ -21,15 +24,15 @@ class Format:
     """whether a file or a folder looks like it, from names and first bytes"""
     open: Callable[[Path, ModelConfig | None], Checkpoint]
     """opens it; the config is what the user says of a model whose files do not"""
-    write: Callable[[Path, Saving], None]
-    """writes into a folder that is new"""
+    files: Callable[[Saving], list[File]] | None
+    """the files that hold a model, beside config.json; None: the format is only read"""
     lossy: bool = False
     """whether numbers are rounded to fewer bits than their dtype has"""
     cuts: tuple[str, ...] = ()
     """the fields of Saving by which it is cut into shards"""
 
 
-TENSOR, PIPELINE = ("tensor_parallel",), ("pipeline_parallel",)
+TENSOR, PIPELINE, SHARDS = ("tensor_parallel",), ("pipeline_parallel",), ("shards",)
 
 
 def _never(path: Path) -> bool:
@@ -38,61 +41,64 @@ def _never(path: Path) -> bool:
 
 
 FORMATS: Mapping[str, Format] = {
-    "hf": Format("Hugging Face: config.json with safetensors or .bin", hf.looks, hf.open_folder, hf.write),
-    "meta": Format("Meta: params.json with consolidated.00.pth", meta.looks, meta.open_folder, meta.write, cuts=TENSOR),
+    "hf": Format("Hugging Face: config.json with safetensors or .bin", hf.looks, hf.open_folder, hf.files, cuts=SHARDS),
+    "meta": Format("Meta: params.json with consolidated.00.pth", meta.looks, meta.open_folder, meta.files, cuts=TENSOR),
     "easylm": Format(
         "EasyLM and LL3M: streaming_params, flax_params or streaming_train_state",
         easylm.looks,
         easylm.open_path,
-        easylm.write,
+        easylm.files,
     ),
     "easylm-flax": Format(
-        "EasyLM: flax_params", _never, partial(easylm.open_path, prefix="flax_params"), easylm.write_flax
+        "EasyLM: flax_params", _never, partial(easylm.open_path, prefix="flax_params"), easylm.flax_files
     ),
     "mindspore": Format(
         "MindSpore: .ckpt files or rank_x folders with MindFormers' names",
         mindspore.looks,
         mindspore.open_path,
-        mindspore.write,
+        mindspore.files,
     ),
     "mindspore-interleaved": Format(
         "MindSpore, with MindFormers' rotary layout before August 2023",
         _never,
         partial(mindspore.open_path, rope_layout="interleaved"),
-        partial(mindspore.write, rope_layout="interleaved"),
+        partial(mindspore.files, rope_layout="interleaved"),
     ),
     "megatron": Format(
         "Megatron-LM: latest_checkpointed_iteration.txt with iter_*/mp_rank_*/model_optim_rng.pt",
         megatron.looks,
         megatron.open_path,
-        megatron.write,
+        megatron.files,
         cuts=TENSOR + PIPELINE,
     ),
     "megatron-legacy": Format(
         "Megatron-LM, with the names before Megatron core",
         _never,
         megatron.open_path,
-        partial(megatron.write, names="legacy"),
+        partial(megatron.files, names="legacy"),
         cuts=TENSOR + PIPELINE,
     ),
-    "llama2-jax": Format("llama-2-jax: a .pickle", llama2_jax.looks, llama2_jax.open_file, llama2_jax.write),
+    "llama2-jax": Format("llama-2-jax: a .pickle", llama2_jax.looks, llama2_jax.open_file, llama2_jax.files),
     **{
         f"llama2c{suffix}": Format(
             f"llama2.c: .bin of version {version}",
             partial(llama2c.looks, version=version),
             llama2c.open_file,
-            partial(llama2c.write, version=version),
+            partial(llama2c.files, version=version),
             lossy=version == 2,
         )
         for version, suffix in enumerate(("", "-v1", "-v2"))
     },
-    "gguf": Format("GGUF, llama.cpp's", gguf.looks, gguf.open_gguf, gguf.write),
-    "gguf-q8_0": Format("GGUF of 8 bits", _never, gguf.open_gguf, partial(gguf.write, kind="q8_0"), lossy=True),
-    "gguf-q4_0": Format("GGUF of 4 bits", _never, gguf.open_gguf, partial(gguf.write, kind="q4_0"), lossy=True),
+    "gguf": Format("GGUF, llama.cpp's", gguf.looks, gguf.open_gguf, gguf.files),
+    "gguf-q8_0": Format("GGUF of 8 bits", _never, gguf.open_gguf, partial(gguf.files, kind="q8_0"), lossy=True),
+    "gguf-q4_0": Format("GGUF of 4 bits", _never, gguf.open_gguf, partial(gguf.files, kind="q4_0"), lossy=True),
+    "run": Format("camelid's own run: recipe.toml with checkpoints/", run_folder.looks, run_folder.open_path, None),
+    "peft": Format("PEFT: adapter_config.json with adapter_model.safetensors", peft.looks, peft.open_path, None),
 }
-# What may stand before `::` in a path: the formats, and EasyLM's own words for its files.
+# What may stand before `::` in a path: the formats, and other words for what their files may be.
 OPEN: Mapping[str, Callable[[Path, ModelConfig | None], Checkpoint]] = {
     **{prefix: partial(easylm.open_path, prefix=prefix) for prefix in easylm.PREFIXES},
+    "mindspore-half": partial(mindspore.open_path, rope_layout="half"),
     **{name: format.open for name, format in FORMATS.items()},
 }
 
@@ -130,13 +136,39 @@ def detect(place: Path) -> str:
     raise UserError(f"{place} has no config.json, and nothing of other formats", f"camelid opens {kinds}.")
 
 
-def write_checkpoint(destination: Path, saving: Saving, format: str = "hf", *, overwrite: bool = False) -> None:
-    """Writes a folder under a temporary name until it is whole."""
+def files_of(saving: Saving, format: str) -> list[File]:
+    """All files of a model in a format, nothing read; raises UserError where the format cannot hold it."""
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(FORMATS)}.")
-    for name in TENSOR + PIPELINE:
-        if (ways := getattr(saving, name)) != 1 and (ways < 1 or name not in FORMATS[format].cuts):
+    files = FORMATS[format].files
+    if files is None:
+        raise UserError(f"{format!r} is a format that is only read", "Choose another one.")
+    for name in TENSOR + PIPELINE + SHARDS:
+        given, usual = getattr(saving, name), {f.name: f.default for f in fields(Saving)}[name]
+        if given != usual and (given < 1 or name not in FORMATS[format].cuts):
             which = ", ".join(other for other, kind in FORMATS.items() if name in kind.cuts)
-            raise UserError(f"{name} = {ways} is not for the format {format}", f"It takes 1; {which} take more.")
-    with new_folder(destination, saving.total, overwrite) as folder:
-        FORMATS[format].write(folder, saving)
+            raise UserError(f"{name} = {given} is not for the format {format}", f"It may be 1 or more for {which}.")
+    return [*files(saving), json_file("config.json", config_to_hf(saving.config, saving.dtypes["embed"].name))]
+
+
+def write_checkpoint(
+    destination: Path,
+    saving: Saving,
+    format: str = "hf",
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    source: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    workers: int = WORKERS,
+) -> None:
+    """Writes a folder under a temporary name until it is whole.
+
+    With `resume`, goes on where an earlier process was killed that wrote the same from the same `source`.
+    """
+    files = files_of(saving, format)
+    need = sum(file.size for file in files) + sum(file.stat().st_size for file in saving.companions)
+    with new_folder(destination, need, overwrite, JOURNAL if resume else "") as folder:
+        write_files(folder, files, source=source, progress=progress, workers=workers)
+        for file in saving.companions:
+            shutil.copyfile(file, folder / file.name)

@@ -5,13 +5,11 @@ takes tokenizer.json or tokenizer.model beside the file, and llama.cpp opens wha
 to work on token ids.
 """
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from camelid.checkpoint import hf
-from camelid.checkpoint.folder import write_json
+from camelid.checkpoint.files import Chunks, File, Segment, segment
 from camelid.checkpoint.ggml import BLOCK, BY_NAME, CODES, F16, F32, KINDS, Quantised, quantise
 from camelid.checkpoint.gguf_config import (
     ROPE,
@@ -22,10 +20,9 @@ from camelid.checkpoint.gguf_config import (
     metadata_of,
     stretch_of,
 )
-from camelid.checkpoint.gguf_file import MAGIC, Entry, read_file, write_file
-from camelid.checkpoint.hf_config import config_to_hf
-from camelid.checkpoint.layout import Row, Table, check, plan
-from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, table_for
+from camelid.checkpoint.gguf_file import MAGIC, Entry, gguf_file, read_file
+from camelid.checkpoint.layout import Row, Table, check, pieces, plan
+from camelid.checkpoint.opened import Checkpoint, Saving, assumed, refuse_beyond, table_for
 from camelid.checkpoint.tensors import Planned
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
@@ -72,11 +69,12 @@ def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     held, tensors = read_file(path)
     said = fields_of(path, held, tensors)
     stretch = held_stretch(path, held, tensors, said)
-    notes = []
+    notes, described_by = [], hf.GIVEN
     if config is not None:
         if odd := disagreements(config, said, stretch):
             raise UserError(f"{path} and the given config disagree: {odd}", "They belong to different models.")
     elif (path.parent / "config.json").is_file():
+        described_by = "config.json"
         try:
             config = hf.understood(path.parent)
             odd = disagreements(config, said, stretch)
@@ -86,11 +84,12 @@ def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
             notes.append(f"config.json beside {path.name} does not describe it and was left out: {odd}")
             config = None
     if config is None:
-        config = config_of(path, held, said, stretch, ROPE in tensors, notes)
+        config, described_by = config_of(path, held, said, stretch, ROPE in tensors, notes), "its metadata"
+        notes.append(assumed(path.name, config, "init_std", "family"))
     windows = ("sliding_window", "window_pattern")  # llama.cpp does not compute Mistral's, and says nothing of them
     refuse_beyond(WHAT, config, (*CAN_SAY, *windows))
     table = _table(config)
-    check(table, tensors, known=r"rope_freqs\.weight")
+    check(table, tensors, r"rope_freqs\.weight", described_by)
     if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, Quantised)}):
         notes.append(f"the weights of {path.name} are quantised ({', '.join(kinds)}); they are read as float32")
     tokenizers = ("tokenizer.json", "tokenizer.model")
@@ -119,8 +118,8 @@ def _file(path: Path) -> Path:
 # Writing --------------------------------------------------------------------------------
 
 
-def write(folder: Path, saving: Saving, kind: str | None = None) -> None:
-    """Writes model.gguf, with config.json and the companions beside it.
+def files(saving: Saving, kind: str | None = None) -> list[File]:
+    """model.gguf.
 
     `kind` "q8_0" or "q4_0" quantises every matrix whose rows are multiples of 32; the others are float16 then. Norms
     are always float32, as llama.cpp wants them.
@@ -134,14 +133,12 @@ def write(folder: Path, saving: Saving, kind: str | None = None) -> None:
         raise UserError(f"quantisation {kind!r} is unknown", f"Choose one of {', '.join(BY_NAME)}.")
     table = _table(config)
     entries = [Entry(p.name, p.shape, _code(p, kind)) for p in plan(table, saving.dtypes)]
-    contents = [_pieces(saving, table, entry) for entry in entries]
+    segments = [Segment(entry.planned, entry.bytes, partial(_chunks, saving, table, entry)) for entry in entries]
     if isinstance(config.rope_scaling, Llama3Scaling):
         entries.append(Entry(ROPE, stretch.shape, F32))
-        contents.append(iter([stretch]))
+        segments.append(segment(entries[-1].planned, lambda: [stretch]))
     code = CODES[saving.dtypes["embed"]] if kind is None else BY_NAME[kind]
-    write_file(folder / FILE, metadata_of(config, code), entries, contents)
-    saving.carry_companions(folder)
-    write_json(folder / "config.json", config_to_hf(config, saving.dtypes["embed"].name))
+    return [gguf_file(FILE, metadata_of(config, code), entries, segments)]
 
 
 def _code(tensor: Planned, kind: str | None) -> int:
@@ -152,6 +149,6 @@ def _code(tensor: Planned, kind: str | None) -> int:
     return F16 if tensor.shape[-1] % BLOCK else BY_NAME[kind]
 
 
-def _pieces(saving: Saving, table: Table, entry: Entry) -> Iterator[np.ndarray]:
-    for piece in saving.pieces(table, entry.planned):
+def _chunks(saving: Saving, table: Table, entry: Entry) -> Chunks:
+    for piece in pieces(table, entry.name, entry.planned.dtype, saving.source):
         yield quantise(piece, KINDS[entry.code].name) if entry.code in KINDS else piece

@@ -174,6 +174,7 @@ def config_of(
             bos_id=token("bos"),
             eos_ids=tuple(ends),
             pad_id=token("padding"),
+            family="llama",
         )
     except ValueError as error:
         raise UserError(f"{path}: {error}", AGAIN) from error
@@ -197,6 +198,10 @@ def metadata_of(config: ModelConfig, code: int) -> dict[str, tuple[int, Any]]:
         held["llama.rope.scaling.type"] = TEXT, "linear"
         held["llama.rope.scaling.factor"] = FLOAT32, config.rope_scaling.factor
     held["tokenizer.ggml.model"] = TEXT, "no_vocab"  # llama.cpp's word for a file without one
+    if len(config.eos_ids) > len(ENDS):
+        raise UserError(
+            f"GGUF cannot hold eos_ids = {config.eos_ids}: it has room for {len(ENDS)}", "Use the format hf."
+        )
     ids = {"bos": config.bos_id, "padding": config.pad_id, **dict(zip(ENDS, config.eos_ids, strict=False))}
     held |= {f"tokenizer.ggml.{name}_token_id": (UINT32, value) for name, value in ids.items() if value is not None}
     return held

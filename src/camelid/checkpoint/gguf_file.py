@@ -11,13 +11,12 @@ A file (ggml, docs/gguf.md, versions 2 and 3, little-endian; text is a length of
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
+from camelid.checkpoint.files import File, Segment
 from camelid.checkpoint.ggml import BLOCK, GGML_TYPES, KINDS, PLAIN, Quantised, bytes_of
 from camelid.checkpoint.tensors import DTYPES, Planned, Tensor
 from camelid.errors import UserError
@@ -194,13 +193,10 @@ class Entry:
         return Planned(self.name, self.shape, PLAIN.get(self.code, DTYPES["F32"]))
 
 
-def write_file(
-    path: Path,
-    held: Mapping[str, tuple[int, Any]],
-    entries: Sequence[Entry],
-    contents: Sequence[Iterator[np.ndarray]],
-) -> None:
-    """Writes metadata, by key its type and value, and tensors; `contents` lie end to end in each entry."""
+def gguf_file(
+    name: str, held: Mapping[str, tuple[int, Any]], entries: Sequence[Entry], segments: Sequence[Segment]
+) -> File:
+    """A file of metadata, by key its type and value, and tensors."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value.encode())) + value.encode()
@@ -214,14 +210,7 @@ def write_file(
         shape = entry.shape[::-1]
         header += text(entry.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, entry.code, offset)
         offset += _padded(entry.bytes)
-    with path.open("wb") as file:
-        file.write(header.ljust(_padded(len(header)), b"\0"))
-        for entry, parts in zip(entries, contents, strict=True):
-            written = 0
-            for part in parts:
-                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-                written += part.nbytes
-            assert written == entry.bytes, f"{entry.name}: {written} bytes written, {entry.bytes} promised"
-            file.write(bytes(_padded(written) - written))
-        file.flush()
-        os.fsync(file.fileno())
+    parts: list[bytes | Segment] = [header.ljust(_padded(len(header)), b"\0")]
+    for segment in segments:
+        parts += [segment, bytes(_padded(segment.size) - segment.size)]
+    return File(name, parts)

@@ -8,18 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from camelid.checkpoint.families import BUFFERS, FAMILIES, TIED_HEAD
-from camelid.checkpoint.folder import read_json, write_json
+from camelid.checkpoint.files import File, Segment, json_file
+from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
-from camelid.checkpoint.layout import Table, check, plan, table
+from camelid.checkpoint.layout import Table, check, table
 from camelid.checkpoint.opened import Checkpoint, Saving
-from camelid.checkpoint.tensors import Planned, Tensor, open_safetensors, write_safetensors
-from camelid.checkpoint.torch_files import open_torch
+from camelid.checkpoint.safetensors import open_safetensors, safetensors_file
+from camelid.checkpoint.tensors import Tensor
+from camelid.checkpoint.torch_files import open_torch, unverified
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 
 SHARD_BYTES = 5 * 10**9
+GIVEN = "the given config"
+"""what describes a model in messages, where config.json does not"""
 
 
 def table_of(config: ModelConfig) -> Table:
@@ -47,15 +51,16 @@ def open_folder(folder: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a folder and checks it against its config.json, or against `config` where that is given."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json", "Give the folder of a Hugging Face checkpoint.")
+    described_by = "config.json" if config is None else GIVEN
     config = config or understood(folder)
     rows = table_of(config)
     tensors = _open_files(folder)
     known = BUFFERS
     if config.tie_embeddings and TIED_HEAD in tensors:
-        _check_tied(tensors[rows.parts["embed"].row.name], tensors[TIED_HEAD])
+        _check_tied(tensors[rows.parts["embed"].row.name], tensors[TIED_HEAD], described_by)
         known += "|" + re.escape(TIED_HEAD)
-    check(rows, tensors, known)
-    return Checkpoint("hf", folder, config, tensors, rows)
+    check(rows, tensors, known, described_by)
+    return Checkpoint("hf", folder, config, tensors, rows, unverified(tensors.values()))
 
 
 FILES: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
@@ -92,11 +97,11 @@ def _open_shards(index: Path, open_file: Callable[[Path], dict[str, Tensor]]) ->
     return tensors
 
 
-def _check_tied(table: Tensor, head: Tensor) -> None:
+def _check_tied(table: Tensor, head: Tensor, described_by: str) -> None:
     if not same_values(table, head):
         raise UserError(
-            f"config.json ties the head to the embedding table, and {TIED_HEAD} differs from it",
-            "Set tie_word_embeddings to false in config.json if the head is to be used.",
+            f"{described_by} ties the head to the embedding table, and {TIED_HEAD} differs from it",
+            "Set tie_word_embeddings to false there if the head is to be used.",
         )
 
 
@@ -120,30 +125,37 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 # Writing --------------------------------------------------------------------------------
 
 
-def write(folder: Path, saving: Saving) -> None:
-    """Writes what transformers opens, one tensor at a time."""
-    rows = table_of(saving.config)
-    shards = _shards(plan(rows, saving.dtypes), SHARD_BYTES)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard, (saving.pieces(rows, tensor) for tensor in shard))
-    if len(shards) > 1:
-        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": saving.total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-    saving.carry_companions(folder)
-    write_json(folder / "config.json", config_to_hf(saving.config, saving.dtypes["embed"].name))
+def files(saving: Saving) -> list[File]:
+    """What transformers opens: one file, or several with an index."""
+    segments = saving.segments(table_of(saving.config))
+    total = sum(segment.size for segment in segments)
+    shards = _shards(segments, SHARD_BYTES) if saving.shards is None else _so_many(segments, saving.shards)
+    if len(shards) == 1:
+        return [safetensors_file("model.safetensors", segments)]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    pairs = list(zip(names, shards, strict=True))
+    weight_map = {segment.tensor.name: name for name, shard in pairs for segment in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return [*(safetensors_file(*pair) for pair in pairs), json_file("model.safetensors.index.json", index)]
 
 
-def _shards(planned: Sequence[Planned], most: int) -> list[list[Planned]]:
-    shards: list[list[Planned]] = [[]]
+def _shards(segments: Sequence[Segment], most: int) -> list[list[Segment]]:
+    shards: list[list[Segment]] = [[]]
     size = 0
-    for tensor in planned:
-        if shards[-1] and size + tensor.bytes > most:
+    for segment in segments:
+        if shards[-1] and size + segment.size > most:
             shards.append([])
             size = 0
-        shards[-1].append(tensor)
-        size += tensor.bytes
+        shards[-1].append(segment)
+        size += segment.size
     return shards
+
+
+def _so_many(segments: Sequence[Segment], count: int) -> list[list[Segment]]:
+    """About equal; fewer, where a tensor is larger than a share."""
+    total, before = sum(segment.size for segment in segments), 0
+    shards: list[list[Segment]] = [[] for _ in range(count)]
+    for segment in segments:
+        shards[(before + segment.size // 2) * count // total].append(segment)
+        before += segment.size
+    return [shard for shard in shards if shard]

@@ -15,6 +15,7 @@ ORIGINAL = "original_max_position_embeddings"
 SPECIAL = frozenset({"model_type", "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters", ORIGINAL})
 HINTS = get_type_hints(ModelConfig)
 LAYER_TYPES = {True: "sliding_attention", False: "full_attention"}
+MAX_LAYERS = 10_000
 ADVICE = "Download or copy the file again."
 UNSUPPORTED = "This model is not supported yet."
 
@@ -39,6 +40,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     eos = hf.get("eos_token_id")
     ids = [_id("eos_token_id", item) for item in (eos if isinstance(eos, list) else [eos])]
     values["eos_ids"] = tuple(item for item in ids if item is not None)
+    if values["num_layers"] > MAX_LAYERS:  # for which tables would be made
+        raise UserError(f"config.json has {values['num_layers']:,} layers; camelid takes {MAX_LAYERS:,}", ADVICE)
     try:
         values |= _rope(hf, family, values["context_length"])
         values |= _windows(hf, family, values["num_layers"])

@@ -22,14 +22,14 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from camelid.checkpoint.tensors import CODES, Planned, Tensor
+from camelid.checkpoint.tensors import CODES, Bands, Planned, Tensor
 from camelid.errors import UserError
 from camelid.model.params import Spec
 
 ALIGNMENT = 64  # bytes; XLA takes such a buffer on a CPU as it is, without a copy
 READERS = 4  # threads; enough to keep a disk busy while others cast
-PIECE = 32 * 2**20  # bytes in flight while a tensor is written
-BLOCK = 64  # numbers a side; a transposed block of them stays in a core's cache
+PIECE = 8 * 2**20  # bytes of a tensor that are written at once
+BLOCK = (256, 64)  # numbers along the fast axes of a source and of its target; such a block stays in a core's cache
 
 Groups = tuple[tuple[str, ...], ...]
 """axes, each of words that are laid together"""
@@ -200,10 +200,10 @@ def move(source: np.ndarray, target: np.ndarray) -> None:
     if near[0] == near[1]:
         target[...] = source
         return
-    for i in range(0, source.shape[near[0]], BLOCK):
-        for j in range(0, source.shape[near[1]], BLOCK):
+    for i in range(0, source.shape[near[0]], BLOCK[0]):
+        for j in range(0, source.shape[near[1]], BLOCK[1]):
             at = [slice(None)] * source.ndim
-            at[near[0]], at[near[1]] = slice(i, i + BLOCK), slice(j, j + BLOCK)
+            at[near[0]], at[near[1]] = slice(i, i + BLOCK[0]), slice(j, j + BLOCK[1])
             target[*at] = source[*at]
 
 
@@ -215,23 +215,32 @@ def _fastest(x: np.ndarray) -> int:
 # Reading --------------------------------------------------------------------------------
 
 
-def check(table: Table, tensors: Mapping[str, Tensor], known: str) -> None:
-    """Raises UserError for missing tensors, wrong shapes, and tensors that no row reads and `known` does not match."""
+def check(table: Table, tensors: Mapping[str, Tensor], known: str, described_by: str = "config.json") -> None:
+    """Raises UserError for missing tensors, wrong shapes, and tensors that no row reads and `known` does not match.
+
+    `described_by` is what said of which model the table is, for messages.
+    """
+    # Before all names are made: of a damaged number of layers there are too many.
+    if any(len(part.layers()) > len(tensors) for part in table.parts.values()):
+        raise UserError(
+            f"the checkpoint holds {len(tensors)} tensors, too few for its layers",
+            f"The files are incomplete, or {described_by} describes another model.",
+        )
     if missing := [name for name in table.tensors if name not in tensors]:
         raise UserError(
             f"the checkpoint lacks {_some(missing)}",
-            "The files are incomplete, or config.json describes another model.",
+            f"The files are incomplete, or {described_by} describes another model.",
         )
     if extra := [name for name in tensors if name not in table.tensors and not re.fullmatch(known, name)]:
         raise UserError(
             f"the checkpoint holds tensors that this model has no place for: {_some(extra)}",
-            "config.json describes another model, or the checkpoint has parts that camelid does not know.",
+            f"They are of another model than {described_by} describes, or are parts that camelid does not know.",
         )
     for name in table.tensors:
         if tensors[name].shape != (shape := table.shape(name)):
             raise UserError(
-                f"{name} has shape {tensors[name].shape}, and config.json asks for {shape}",
-                "The files and config.json belong to different models.",
+                f"{name} has shape {tensors[name].shape}, and {described_by} asks for {shape}",
+                f"The files and {described_by} belong to different models.",
             )
         if tensors[name].dtype not in CODES:
             raise UserError(
@@ -327,7 +336,7 @@ def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 # Writing --------------------------------------------------------------------------------
 
 Source = Callable[[str, int | None, Index, np.dtype], np.ndarray]
-"""from a path, a layer, a slice of it and a dtype to its values, contiguous"""
+"""from a path, a layer, a slice of it and a dtype to its values, which are not to be changed"""
 
 
 def plan(table: Table, dtypes: Mapping[str, np.dtype]) -> list[Planned]:
@@ -350,7 +359,7 @@ def pieces(table: Table, name: str, dtype: np.dtype, source: Source) -> Iterator
                 layer = start if lead == "layers" else own
                 index = our_index(part, {} if lead == "layers" else {lead: cut})
                 at, values = window(part, index, layer), source(part.row.path, layer, index, dtype)
-                if at.plain:
+                if at.plain and values.flags.c_contiguous:
                     held = values.reshape(at.shape)
                     continue
                 held = np.empty(at.shape, dtype) if held is None else held
@@ -373,11 +382,19 @@ def our_index(part: Part, cuts: Mapping[str, slice]) -> Index:
 
 def from_tensors(table: Table, tensors: Mapping[str, Tensor]) -> Source:
     """The values of an opened checkpoint, read as they are asked for."""
+    bands = Bands()
 
     def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
         part = table.parts[path]
-        out = np.empty([s.stop - s.start for s in index], dtype)
-        read_slice(part, tensors[part.name(layer)], index, layer, out)
-        return out
+        tensor = tensors[part.name(layer)]
+        whole = _widened(part, index)
+        at = window(part, whole, layer)
+        view = at.ours(bands.read(tensor, at.index, dtype))
+        shape = [s.stop - s.start for s in whole]
+        if all(len(group) == 1 for group in part.ours):
+            return view.reshape(shape)  # without the axis of layers: still a view
+        out = np.empty(shape, dtype)
+        move(view, out.reshape(view.shape))
+        return out[*(slice(s.start - w.start, s.stop - w.start) for s, w in zip(index, whole, strict=True))]
 
     return source

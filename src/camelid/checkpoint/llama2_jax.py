@@ -26,9 +26,8 @@ import ml_dtypes
 import numpy as np
 
 from camelid.checkpoint import hf
-from camelid.checkpoint.folder import write_json
-from camelid.checkpoint.hf_config import config_to_hf
-from camelid.checkpoint.layout import Row, check, plan
+from camelid.checkpoint.files import File, Segment
+from camelid.checkpoint.layout import Row, check
 from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, table_for
 from camelid.checkpoint.pickles import run, shown
 from camelid.checkpoint.tensors import CHUNK, CODES, Planned, Tensor
@@ -96,8 +95,9 @@ def open_file(path: Path, config: ModelConfig | None = None) -> Checkpoint:
             raise UserError(f"{path} should hold one pickle of llama-2-jax, and has {names}", "Give the file itself.")
         path = files[0]
     tree = _unpickle(path)
+    described_by = hf.GIVEN
     if config is None and (path.parent / "config.json").is_file():
-        config = hf.understood(path.parent)
+        config, described_by = hf.understood(path.parent), "config.json"
     if config is None:
         raise UserError(
             f"{path} does not say which model it holds ({_sizes(tree)}), and has no config.json beside it",
@@ -105,7 +105,7 @@ def open_file(path: Path, config: ModelConfig | None = None) -> Checkpoint:
         )
     table = table_for("llama-2-jax", ROWS, config, {})
     tensors = {name: _one_heads_axis(tensor, config) for name, tensor in tree.items()}
-    check(table, tensors, "lm_head" if config.tie_embeddings else "")
+    check(table, tensors, "lm_head" if config.tie_embeddings else "", described_by)
     if config.tie_embeddings:
         _check_tied(tensors["model.embedding"], tensors["lm_head"])
     return Checkpoint("llama2_jax", path.parent, config, tensors, table, tuple(_notes(config)))
@@ -310,8 +310,8 @@ def _tensor(path: Path, name: str, tree: Any) -> Tensor:
 # Writing --------------------------------------------------------------------------------
 
 
-def write(folder: Path, saving: Saving) -> None:
-    """Writes the pickle that llama-2-jax's load_params opens, one layer of an array at a time."""
+def files(saving: Saving) -> list[File]:
+    """The pickle that llama-2-jax's load_params opens."""
     config = saving.config
     refuse_beyond("llama-2-jax", config, {"tie_embeddings"})
     if config.rope_theta != THETA:
@@ -320,32 +320,21 @@ def write(folder: Path, saving: Saving) -> None:
             "Use the format hf, which holds every model.",
         )
     whole = saving.untied()
-    table = table_for("llama-2-jax", ROWS, whole.config, {})
-    arrays = {tensor.name: tensor for tensor in plan(table, whole.dtypes)}
-    with (folder / FILE).open("wb") as file:
+    arrays = {held.tensor.name: held for held in whole.segments(table_for("llama-2-jax", ROWS, whole.config, {}))}
 
-        def put(names: tuple[str, ...]) -> None:
-            """An object of CLASSES, or an array."""
-            if (name := ".".join(names)) not in arrays:
-                module, cls = WHERE[names]
-                file.write(_global(module, cls) + b"(")
-                for field in CLASSES[f"{module} {cls}"]:
-                    put((*names, field))
-                file.write(b"t\x81")  # TUPLE NEWOBJ
-                return
-            start, end = _around(arrays[name], config)
-            file.write(start)
-            for piece in whole.pieces(table, arrays[name]):
-                file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-            file.write(end)
+    def parts(names: tuple[str, ...]) -> Iterator[bytes | Segment]:
+        """An object of CLASSES, or an array."""
+        if (name := ".".join(names)) in arrays:
+            start, end = _around(arrays[name].tensor, config)
+            yield from (start, arrays[name], end)
+            return
+        module, cls = WHERE[names]
+        yield _global(module, cls) + b"("
+        for field in CLASSES[f"{module} {cls}"]:
+            yield from parts((*names, field))
+        yield b"t\x81"  # TUPLE NEWOBJ
 
-        file.write(b"\x80\x04")  # PROTO 4; frames are optional
-        put(())
-        file.write(b".")
-        file.flush()
-        os.fsync(file.fileno())
-    saving.carry_companions(folder)
-    write_json(folder / "config.json", config_to_hf(config, saving.dtypes["embed"].name))
+    return [File(FILE, [b"\x80\x04", *parts(()), b"."])]  # PROTO 4; frames are optional
 
 
 WHERE: Mapping[tuple[str, ...], tuple[str, str]] = {

@@ -13,7 +13,6 @@ Numbers are little-endian, matrices outputs first, rotary pairs neighbours. In v
 """
 
 import math
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from camelid.checkpoint import hf
-from camelid.checkpoint.folder import write_json
-from camelid.checkpoint.hf_config import config_to_hf
-from camelid.checkpoint.layout import Row, Table, check, plan
-from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, table_for
-from camelid.checkpoint.tensors import CHUNK, Planned, Tensor
+from camelid.checkpoint.files import File, Segment
+from camelid.checkpoint.layout import Row, Table, check
+from camelid.checkpoint.opened import Checkpoint, Saving, assumed, refuse_beyond, table_for
+from camelid.checkpoint.tensors import CHUNK, Tensor
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -119,12 +117,16 @@ def open_file(path: Path, config: ModelConfig | None = None) -> Checkpoint:
             f"{path} has {size:,} bytes, and its header speaks of {header.bytes:,}",
             f"It is no llama2.c checkpoint, or is cut short. {AGAIN}",
         )
+    described_by = hf.GIVEN
     if config is None and (path.parent / "config.json").is_file():
-        config = hf.understood(path.parent)
+        config, described_by = hf.understood(path.parent), "config.json"
     notes: tuple[str, ...] = ()
     if config is None:
-        config = replace(header.config, bos_id=1, eos_ids=(2,))
-        notes = (f"llama2.c computes with norm_eps {EPS} and rope_theta {THETA}; its tokenizers have BOS 1 and EOS 2",)
+        config, described_by = replace(header.config, bos_id=1, eos_ids=(2,), family="llama"), "the header"
+        notes = (
+            f"llama2.c computes with norm_eps {EPS} and rope_theta {THETA}; its tokenizers have BOS 1 and EOS 2",
+            assumed(path.name, config, "pad_id", "init_std", "family"),
+        )
     else:
         _check_same(path, header.config, config)
         if config.context_length != (length := header.config.context_length):
@@ -135,7 +137,7 @@ def open_file(path: Path, config: ModelConfig | None = None) -> Checkpoint:
         tensor = Tensor(path, name, offset, table.shape(name), FLOAT)
         quantized = header.version == 2 and len(tensor.shape) > 1
         tensors[name] = Quantized(**vars(tensor), group=header.group) if quantized else tensor
-    check(table, tensors, "")
+    check(table, tensors, "", described_by)
     name = "llama2c" if header.version == 0 else f"llama2c_v{header.version}"
     return Checkpoint(name, path.parent, config, tensors, table, notes)
 
@@ -242,28 +244,18 @@ class Quantized(Tensor):
 # Writing --------------------------------------------------------------------------------
 
 
-def write(folder: Path, saving: Saving, version: int) -> None:
-    """Writes what run.c (versions 0 and 1) or runq.c (version 2, which rounds) opens, a few rows at a time."""
+def files(saving: Saving, version: int) -> list[File]:
+    """What run.c (versions 0 and 1) or runq.c (version 2, which rounds) opens."""
     config = saving.config
     _refuse(config)
     group = math.gcd(GROUP, config.embed_dim, config.mlp_dim) if version == 2 else 1
     header, table = Header(version, config, group), _table(config, version)
-    with (folder / FILE).open("wb") as file:
-        file.write(_header_bytes(header))
-        for tensor in plan(table, dict.fromkeys(saving.dtypes, FLOAT)):
-            if tensor.name == "output.weight":
-                file.write(_angles(header))
-            parts = saving.pieces(table, tensor)
-            quantized = version == 2 and len(tensor.shape) > 1
-            for part in _quantized(parts, tensor, header.group) if quantized else parts:
-                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-        if config.tie_embeddings:
-            file.write(_angles(header))
-        file.flush()
-        os.fsync(file.fileno())
-    assert (folder / FILE).stat().st_size == header.bytes
-    saving.carry_companions(folder)
-    write_json(folder / "config.json", config_to_hf(config, FLOAT.name))
+    floats = replace(saving, dtypes=dict.fromkeys(saving.dtypes, FLOAT))
+    segments = [_quantized(held, header) if version == 2 else held for held in floats.segments(table)]
+    before_head = len(segments) - (not config.tie_embeddings)
+    parts = [_header_bytes(header), *segments[:before_head], _angles(header), *segments[before_head:]]
+    assert sum(len(part) if isinstance(part, bytes) else part.size for part in parts) == header.bytes
+    return [File(FILE, parts)]
 
 
 def _refuse(config: ModelConfig) -> None:
@@ -299,10 +291,19 @@ def _angles(header: Header) -> bytes:
     return np.stack([np.cos(angles), np.sin(angles)]).astype(FLOAT).tobytes()
 
 
-def _quantized(parts: Iterator[np.ndarray], tensor: Planned, group: int) -> Iterator[np.ndarray]:
+def _quantized(segment: Segment, header: Header) -> Segment:
     """The int8 numbers of a matrix, then the scales of its groups: the largest of each becomes 127 or -127."""
+    tensor = segment.tensor
+    if len(tensor.shape) == 1:
+        return segment
+    return Segment(tensor, header.bytes_of(tensor.shape), lambda: _levels(segment, header.group))
+
+
+def _levels(segment: Segment, group: int) -> Iterator[np.ndarray]:
+    tensor = segment.tensor
     scales = []
-    for part in parts:
+    for part in segment.chunks():
+        assert isinstance(part, np.ndarray)
         groups = part.reshape(-1, group)
         scale = np.abs(groups).max(1) / FLOAT.type(LEVELS)
         if not np.isfinite(scale).all():

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from camelid.checkpoint import layout
-from camelid.checkpoint.folder import write_json
-from camelid.checkpoint.hf import same_values, understood
-from camelid.checkpoint.hf_config import config_to_hf
+from camelid.checkpoint.files import File
+from camelid.checkpoint.hf import GIVEN, same_values, understood
 from camelid.checkpoint.layout import Row
 from camelid.checkpoint.megatron_args import (
     WHAT,
@@ -31,7 +30,7 @@ from camelid.checkpoint.megatron_files import AGAIN, FILE, RANK, TRACKER, Shard,
 from camelid.checkpoint.opened import Checkpoint, Saving, table_for
 from camelid.checkpoint.pickles import shown
 from camelid.checkpoint.tensors import Tensor, joined
-from camelid.checkpoint.torch_files import Attributes, Strided, write_torch
+from camelid.checkpoint.torch_files import Attributes, Strided, torch_file, unverified
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -68,6 +67,7 @@ NAMES = {"mcore": MCORE, "legacy": LEGACY}
 BUFFERS = r".*rotary_pos_emb\.inv_freq|.*rotary_emb\.inv_freq"
 # Modules with a state beside their weights, which is empty; Megatron's strict loader looks for it.
 STATES = ("qkv", "o_proj", "fc1", "fc2", "lm_head")
+PADDING = 128  # Megatron's make_vocab_size_divisible_by, for each rank
 CUT = frozenset({"heads", "kv_heads", "mlp", "vocab", "vocab_in"})
 
 
@@ -141,12 +141,12 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     names = LEGACY if LEGACY["embed"] in parts else ENGINE if ENGINE["attn_norm"].format(layer=0) in parts else MCORE
     notes: tuple[str, ...] = ()
     if config is not None or home is not None:
-        source = "the given config" if config is not None else "config.json"
+        source = GIVEN if config is not None else "config.json"
         config = understood(home) if config is None and home is not None else config
         assert config is not None
         check_agree(shards[0].file, args, config, source)
     else:
-        config, notes = config_from_args(shards[0].file, args)
+        (config, notes), source = config_from_args(shards[0].file, args), f"args in {shards[0].file}"
     if version < 2 and config.num_heads != config.num_kv_heads:
         raise UserError(f"{shards[0].file} is of version {version}, which has no grouped queries", AGAIN)
     if config.num_layers > len(parts):  # before a table is made of them
@@ -157,7 +157,8 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
         if not same_values(tensors[names["embed"]], tensors[names["lm_head"]]):
             raise UserError(f"the model is tied, and {names['lm_head']} in {folder} differs from its table", AGAIN)
         known += "|" + re.escape(names["lm_head"])
-    layout.check(table, tensors, known)
+    layout.check(table, tensors, known, source)
+    notes = (*notes, *unverified(tensors.values()))
     return Checkpoint("megatron", root, config, tensors, table, notes)
 
 
@@ -267,17 +268,19 @@ def _unpadded(shards: Sequence[Tensor], vocab_size: int, step: int) -> list[Tens
 # Writing --------------------------------------------------------------------------------
 
 
-def write(folder: Path, saving: Saving, names: str = "mcore") -> None:
-    """Writes iter_0000001 with a file for each rank, the tracker, and a config.json that says all of the model.
+def files(saving: Saving, names: str = "mcore") -> list[File]:
+    """iter_0000001 with a file for each rank, and the tracker.
 
     `names` are those of Megatron core's own layers ("mcore"), or of what came before it ("legacy").
     """
+    saving, vocab_size = _padded(saving), saving.config.vocab_size
     config, ways, stages = saving.config, saving.tensor_parallel, saving.pipeline_parallel
     args = args_from_config(config, saving.dtypes["embed"], ways, stages) | {
+        "vocab_size": vocab_size,
+        "make_vocab_size_divisible_by": 1 if vocab_size == config.vocab_size else PADDING,
         "use_mcore_models": names == "mcore",
         "use_legacy_models": names == "legacy",
     }
-    hf = config_to_hf(config, saving.dtypes["embed"].name)
     for word in sorted(CUT):
         if (size := config.axis_sizes[word]) % ways:
             raise UserError(f"{word} = {size} does not divide over {ways} ranks", "Choose another tensor_parallel.")
@@ -285,21 +288,31 @@ def write(folder: Path, saving: Saving, names: str = "mcore") -> None:
         raise UserError(
             f"num_layers = {config.num_layers} does not divide over {stages} stages", "Choose fewer or more."
         )
-    rank = 0
-    for stage in range(stages):
-        for way in range(ways):
-            name = f"mp_rank_{way:02}" + f"_{stage:03}" * (stages > 1)
-            (folder / "iter_0000001" / name).mkdir(parents=True)
-            _write_rank(folder / "iter_0000001" / name / FILE, saving, NAMES[names], args | {"rank": rank}, way, stage)
-            rank += 1
-    saving.carry_companions(folder)
-    write_json(folder / "config.json", hf)
-    (folder / TRACKER).write_text("1", "ascii")
+    places = [(way, stage) for stage in range(stages) for way in range(ways)]
+    ranks = [
+        _rank_file(saving, NAMES[names], args | {"rank": rank}, way, stage) for rank, (way, stage) in enumerate(places)
+    ]
+    return [*ranks, File(TRACKER, [b"1"])]
 
 
-def _write_rank(
-    file: Path, saving: Saving, names: Mapping[str, str], args: Mapping[str, Any], way: int, stage: int
-) -> None:
+def _padded(saving: Saving) -> Saving:
+    """The same model with a vocabulary that divides over the ranks; as Megatron does, the last row is repeated."""
+    size, step = saving.config.vocab_size, PADDING * saving.tensor_parallel
+    if size % saving.tensor_parallel == 0:
+        return saving
+
+    def source(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
+        rows, *rest = index
+        if path not in ("embed", "lm_head") or rows.stop <= size:
+            return saving.source(path, layer, index, dtype)
+        held = saving.source(path, layer, (slice(min(rows.start, size - 1), size), *rest), dtype)
+        return held[np.minimum(np.arange(rows.stop - rows.start), len(held) - 1)]
+
+    return replace(saving, config=replace(saving.config, vocab_size=-(-size // step) * step), source=source)
+
+
+def _rank_file(saving: Saving, names: Mapping[str, str], args: Mapping[str, Any], way: int, stage: int) -> File:
+    name = f"iter_0000001/mp_rank_{way:02}" + f"_{stage:03}" * (saving.pipeline_parallel > 1)
     config, ways, stages = saving.config, saving.tensor_parallel, saving.pipeline_parallel
     last, dtypes = stage == stages - 1, dict(saving.dtypes)
     tied = config.tie_embeddings
@@ -311,16 +324,16 @@ def _write_rank(
         if spec.stacked or (stage == 0 if path == "embed" else last)
     }
     table = layout.table(rows(names), specs, _sizes(config, ways))
-    tensors = layout.plan(table, dtypes)
-    shard = replace(saving, source=_source(saving.source, specs, way, stage, tied))
+    shard = replace(saving, dtypes=dtypes, source=_source(saving.source, specs, way, stage, tied))
+    segments = shard.segments(table)
     tree = {
         "args": Attributes(args),
         "checkpoint_version": 3.0,
         "iteration": 1,
-        "model": _tree({tensor.name: tensor for tensor in tensors}, names, tied, last),
+        "model": _tree({segment.tensor.name: segment.tensor for segment in segments}, names, tied, last),
         "num_floating_point_operations_so_far": 0,
     }
-    write_torch(file, tensors, (shard.pieces(table, tensor) for tensor in tensors), tree)
+    return torch_file(f"{name}/{FILE}", segments, tree)
 
 
 def _of_rank(spec: Spec, ways: int, stages: int) -> Spec:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from camelid.checkpoint.opened import refuse_beyond
+from camelid.checkpoint.opened import assumed, refuse_beyond
 from camelid.checkpoint.pickles import shown
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
@@ -91,7 +91,7 @@ def config_from_args(file: Path, args: Mapping[str, Any]) -> tuple[ModelConfig, 
     """The model that settings describe, and what was guessed of it."""
     sizes = {ours: _number(file, args, theirs) for theirs, ours in SIZES.items()}
     vocab_size = args.get("vocab_size")
-    notes = ["Megatron does not say which tokens begin and end a text: none are assumed"]
+    notes = []
     if vocab_size is None:
         vocab_size = _number(file, args, "padded_vocab_size")
         notes.append(f"the settings do not say how many tokens there are without padding: {vocab_size} are assumed")
@@ -109,13 +109,16 @@ def config_from_args(file: Path, args: Mapping[str, Any]) -> tuple[ModelConfig, 
             norm_eps=_number(file, args, "norm_epsilon", 1e-5),
             rope_theta=float(_number(file, args, "rotary_base", 10_000.0)),
             rope_scaling=scaling,
+            init_std=float(_number(file, args, "init_method_std", 0.02)),
             tie_embeddings=not args.get("untie_embeddings_and_output_weights", False),
+            family="llama",
         )
     except ValueError as error:
         raise UserError(f"{file} describes no model: {error}", "Give --config PRESET_OR_JSON.") from error
     first = "Megatron does not keep reliably what a model was trained with: "
-    assumed = (f"{key} = {getattr(config, key):g}" for key in ("norm_eps", "rope_theta", "context_length"))
-    return config, (first + ", ".join(assumed) + " are assumed", *notes)
+    trained = (f"{key} = {getattr(config, key):g}" for key in ("norm_eps", "rope_theta", "context_length", "init_std"))
+    silent = assumed(WHAT, config, "bos_id", "eos_ids", "pad_id", "family")
+    return config, (first + ", ".join(trained) + " are assumed", silent, *notes)
 
 
 def _kv_heads(file: Path, args: Mapping[str, Any]) -> int:
@@ -179,7 +182,6 @@ def args_from_config(config: ModelConfig, dtype: np.dtype, ways: int, stages: in
         "untie_embeddings_and_output_weights": not config.tie_embeddings,
         "vocab_size": config.vocab_size,
         "padded_vocab_size": config.vocab_size,
-        "make_vocab_size_divisible_by": 1,
         "tokenizer_type": "HuggingFaceTokenizer",
         "init_method_std": config.init_std,
         "tensor_model_parallel_size": ways,

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from camelid.checkpoint import layout
-from camelid.checkpoint.folder import write_json
-from camelid.checkpoint.hf import same_values, understood
-from camelid.checkpoint.hf_config import config_to_hf
+from camelid.checkpoint.files import File, json_file
+from camelid.checkpoint.hf import GIVEN, same_values, understood
 from camelid.checkpoint.layout import Row
 from camelid.checkpoint.meta_params import (
     KEYS,
@@ -29,7 +28,7 @@ from camelid.checkpoint.meta_params import (
 )
 from camelid.checkpoint.opened import Checkpoint, Saving, table_for
 from camelid.checkpoint.tensors import Tensor, joined
-from camelid.checkpoint.torch_files import open_torch, write_torch
+from camelid.checkpoint.torch_files import open_torch, torch_file, unverified
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -86,7 +85,7 @@ def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     folder = path.parent if _is_shard(path) else path
     shards = _open_shards(folder)
     params = read_params(folder / PARAMS) if (folder / PARAMS).is_file() else {}
-    source = "the given config"
+    source = GIVEN
     if config is None and (folder / "config.json").is_file():
         config, source = understood(folder), "config.json"
     if config is None and not params:
@@ -94,20 +93,21 @@ def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     tensors = _joined_all(folder, shards, params["dim"] if config is None else config.embed_dim)
     notes: tuple[str, ...] = ()
     if config is None:
-        config, notes = _config(folder, params, tensors)
+        (config, notes), source = _config(folder, params, tensors), PARAMS
     else:
         _check_agree(folder, params, config, source)
     if config.num_layers > len(tensors):  # before a table is made of them
         raise UserError(
             f"{folder} holds {len(tensors)} tensors, too few for {config.num_layers} layers",
-            f"The shards and {PARAMS if notes else source} belong to different models.",
+            f"The shards and {source} belong to different models.",
         )
     table, known = table_for(WHAT, ROWS, config, SIZES), BUFFERS
     if config.tie_embeddings and HEAD in tensors:
         _check_tied(folder, tensors)
         known += "|" + re.escape(HEAD)
-    layout.check(table, tensors, known)
+    layout.check(table, tensors, known, source)
     _check_copies(shards, [name for name in table.tensors if _axis(name, BY_ROWS) is None])
+    notes = (*notes, *unverified(tensors.values()))
     return Checkpoint("meta", folder, config, tensors, table, notes)
 
 
@@ -207,13 +207,12 @@ def _check_agree(folder: Path, params: Mapping[str, Any], config: ModelConfig, s
 # Writing --------------------------------------------------------------------------------
 
 
-def write(folder: Path, saving: Saving) -> None:
-    """Writes `tensor_parallel` shards, params.json, and a config.json that says all of the model."""
+def files(saving: Saving) -> list[File]:
+    """`tensor_parallel` shards, and params.json."""
     config, ways, dtypes = saving.config, saving.tensor_parallel, dict(saving.dtypes)
     params = params_from_config(config)
     if saving.pipeline_parallel != 1:
         raise UserError(f"{WHAT} has no pipeline stages", "Leave pipeline_parallel at 1.")
-    hf = config_to_hf(config, dtypes["embed"].name)
     cut = BY_ROWS if config.rope_theta == LLAMA3_THETA else BY_COLUMNS
     for word in sorted(cut):
         if (size := config.axis_sizes[word]) % ways:
@@ -225,13 +224,11 @@ def write(folder: Path, saving: Saving) -> None:
         for path, spec in named(declare_decoder(replace(config, tie_embeddings=False))).items()
     }
     table = layout.table(ROWS, specs, SIZES)
-    tensors = layout.plan(table, dtypes)
+    shards = []
     for rank in range(ways):
-        shard = replace(saving, source=_of_shard(saving.source, specs, cut, rank, config.tie_embeddings))
-        write_torch(folder / _shard_name(rank), tensors, (shard.pieces(table, tensor) for tensor in tensors))
-    saving.carry_companions(folder)
-    write_json(folder / PARAMS, params)
-    write_json(folder / "config.json", hf)
+        source = _of_shard(saving.source, specs, cut, rank, config.tie_embeddings)
+        shards.append(torch_file(_shard_name(rank), replace(saving, dtypes=dtypes, source=source).segments(table)))
+    return [*shards, json_file(PARAMS, params)]
 
 
 def _cut(spec: Spec, cut: frozenset[str], ways: int) -> Spec:

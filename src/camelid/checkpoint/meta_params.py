@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from camelid.checkpoint.folder import read_json
-from camelid.checkpoint.opened import refuse_beyond
+from camelid.checkpoint.opened import assumed, refuse_beyond
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 
@@ -102,6 +102,7 @@ def config_from_params(params: Mapping[str, Any], vocab_size: int, tied: bool) -
         eos_ids=eos,
         family="llama",
     )
+    notes.append(assumed(PARAMS, config, "pad_id", "init_std", "family", *([] if tied else ["tie_embeddings"])))
     return config, tuple(notes)
 
 
@@ -147,10 +148,11 @@ def params_from_config(config: ModelConfig) -> dict[str, Any]:
         params["ffn_dim_multiplier"] = multiplier
     if config.rope_theta != 10_000:
         params["rope_theta"] = config.rope_theta
-    if config.rope_scaling is not None:
+    if isinstance(scaling := config.rope_scaling, Llama3Scaling):
         params["use_scaled_rope"] = True
-    if config.rope_scaling == LLAMA3_2:
-        params["rope_scaling_factor"] = LLAMA3_2.factor
+        # Meta's own files of Llama 3.1 leave the factor out; of a tied model, Llama 3.2's would be assumed.
+        if scaling == LLAMA3_2 or config.tie_embeddings:
+            params["rope_scaling_factor"] = scaling.factor
     return params
 
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from camelid.checkpoint import hf
-from camelid.checkpoint.folder import write_json
-from camelid.checkpoint.hf_config import config_to_hf
-from camelid.checkpoint.layout import Row, check, plan
-from camelid.checkpoint.mindspore_file import TRAINING, cipher, ckpts, open_file, single, unverified, write_ckpt
+from camelid.checkpoint.files import File, Segment
+from camelid.checkpoint.layout import Row, check
+from camelid.checkpoint.mindspore_file import TRAINING, cipher, ckpt_file, ckpts, open_file, single, unverified
 from camelid.checkpoint.mindspore_ranks import open_ranks
 from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, table_for
-from camelid.checkpoint.tensors import Planned
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
@@ -61,6 +59,8 @@ CONCAT = (
     Row("layers.mlp.up_proj", GATE_UP, "(mlp one) embed", "(mlp one) embed", "one"),
 )
 HEAD = "lm_head.weight"
+FORMAT_OF: Mapping[str, str] = {"half": "mindspore-half", "interleaved": "mindspore-interleaved"}
+"""what a path or --from says where the layout is known"""
 
 
 def rows_for(names: Iterable[str], rope_layout: RopeLayout) -> tuple[Row, ...]:
@@ -116,6 +116,7 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
         raise UserError(
             f"{path} does not say which model it holds", "Say it with --config PRESET_OR_JSON, or a config.json beside."
         )
+    described_by = "config.json" if config is None else hf.GIVEN
     config = config or hf.understood(folder)
     for file in filter(unverified, {tensor.file for tensor in tensors.values()}):
         notes.append(f"the checksum of {file.name} was not verified; the file is larger than 1 GiB")
@@ -139,15 +140,15 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
                 "Set tie_word_embeddings to false in config.json if the head is to be used.",
             )
         known += "|" + re.escape(HEAD)
-    check(table, tensors, known)
+    check(table, tensors, known, described_by)
     return Checkpoint("mindspore", folder, config, tensors, table, tuple(notes))
 
 
 # Writing --------------------------------------------------------------------------------
 
 
-def write(folder: Path, saving: Saving, *, rope_layout: RopeLayout = "half", crc: bool = False) -> None:
-    """Writes model.ckpt as MindFormers' converter does, and config.json, which only camelid reads.
+def files(saving: Saving, *, rope_layout: RopeLayout = "half") -> list[File]:
+    """model.ckpt as MindFormers' converter writes it.
 
     What MindFormers has to be told in its YAML: sizes, n_kv_heads, theta, rms_norm_eps, seq_length.
     """
@@ -161,13 +162,9 @@ def write(folder: Path, saving: Saving, *, rope_layout: RopeLayout = "half", crc
         )
     theirs = saving.untied()
     table = table_for(WHAT, ROWS[rope_layout], theirs.config, SIZES)
-    planned = plan(table, theirs.dtypes)
 
-    def place(tensor: Planned) -> int:
-        part, layer = table.tensors[tensor.name][0]
+    def place(segment: Segment) -> int:
+        part, layer = table.tensors[segment.tensor.name][0]
         return layer if layer is not None else -1 if part.row.path == "embed" else config.num_layers
 
-    planned = sorted(planned, key=place)
-    write_ckpt(folder / "model.ckpt", planned, (theirs.pieces(table, tensor) for tensor in planned), crc=crc)
-    saving.carry_companions(folder)
-    write_json(folder / "config.json", config_to_hf(config, saving.dtypes["embed"].name))
+    return [ckpt_file("model.ckpt", sorted(theirs.segments(table), key=place))]

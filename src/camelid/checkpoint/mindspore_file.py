@@ -10,11 +10,11 @@ Contents are little-endian, in C order. A tensor above SLICE bytes is several Va
 with the dims of the whole, cut at any number. A file may end with `crc_num` and zlib.crc32 of all before it.
 """
 
+import functools
 import io
 import math
-import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,9 @@ import ml_dtypes
 import numpy as np
 
 from camelid.checkpoint import protobuf
-from camelid.checkpoint.tensors import CHUNK, Joined, Planned, Tensor, open_safetensors
+from camelid.checkpoint.files import Chunks, File, Segment
+from camelid.checkpoint.safetensors import open_safetensors
+from camelid.checkpoint.tensors import CHUNK, Joined, Planned, Tensor
 from camelid.errors import UserError
 
 AGAIN = "Download or copy the file again."
@@ -211,33 +213,32 @@ class Flat(Tensor):
 # Writing --------------------------------------------------------------------------------
 
 
-def write_ckpt(
-    path: Path, tensors: Sequence[Planned], pieces: Iterable[Iterator[np.ndarray]], *, crc: bool = False
-) -> None:
-    """Writes one file, for its owner alone as MindSpore does; `pieces` lie end to end in each tensor in turn."""
-    check = 0
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+def ckpt_file(name: str, segments: Sequence[Segment]) -> File:
+    """One file, for its owner alone as MindSpore has it, and without the checksum that MindSpore leaves out too."""
+    parts = []
+    for segment in segments:
+        size = segment.size + sum(len(_head(segment.tensor, count)) for count in _counts(segment.size))
+        parts.append(Segment(segment.tensor, size, functools.partial(_slices, segment)))
+    return File(name, parts, mode=0o600)
 
-        def put(data: bytes | memoryview) -> None:
-            nonlocal check
-            file.write(data)
-            check = zlib.crc32(data, check) if crc else 0
 
-        for tensor, parts in zip(tensors, pieces, strict=True):
-            written = 0
-            for part in parts:
-                rest = np.ascontiguousarray(part, tensor.dtype).reshape(-1).view(np.uint8).data
-                while rest:
-                    if written % SLICE == 0:
-                        put(_head(tensor, min(SLICE, tensor.bytes - written)))
-                    count = min(len(rest), SLICE - written % SLICE)
-                    put(rest[:count])
-                    written, rest = written + count, rest[count:]
-            assert written == tensor.bytes, f"{tensor.name}: {written} bytes written, {tensor.bytes} promised"
-        if crc:
-            file.write(TRAILER + check.to_bytes(10, "big"))
-        file.flush()
-        os.fsync(file.fileno())
+def _counts(size: int) -> Iterator[int]:
+    """The bytes of each slice."""
+    return (min(SLICE, size - start) for start in range(0, size, SLICE))
+
+
+def _slices(segment: Segment) -> Chunks:
+    """A tensor's bytes, each SLICE of them after a head of its own."""
+    written = 0
+    for chunk in segment.chunks():
+        assert isinstance(chunk, np.ndarray)
+        rest = chunk.reshape(-1).view(np.uint8)
+        while rest.size:
+            if written % SLICE == 0:
+                yield _head(segment.tensor, min(SLICE, segment.size - written))
+            count = min(rest.size, SLICE - written % SLICE)
+            yield rest[:count]
+            written, rest = written + count, rest[count:]
 
 
 def _head(tensor: Planned, count: int) -> bytes:

@@ -12,7 +12,7 @@ EasyLM's streams (EasyLM/checkpoint.py) are records end to end: [key, bin], an a
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from camelid.checkpoint.files import Chunks, File, Segment
 from camelid.checkpoint.tensors import CHUNK, Planned, Tensor
 from camelid.errors import UserError
 
@@ -278,50 +279,48 @@ def _integer(value: Any) -> int:
 # Writing --------------------------------------------------------------------------------
 
 
-def write_stream(path: Path, tensors: Sequence[Planned], pieces: Iterable[Iterator[np.ndarray]]) -> None:
-    """Writes records in this order; `pieces` gives, for each tensor in turn, arrays that lie end to end in it."""
-    with path.open("wb") as file:
-        for tensor, parts in zip(tensors, pieces, strict=True):
-            key = tensor.name.split("/")
-            value = _leaf(tensor)
-            if (length := _length(value)) > MAX_RECORD:
-                raise UserError(
-                    f"{tensor.name} has {length:,} bytes, and a record of EasyLM's streams holds {MAX_RECORD:,}",
-                    "Save in bfloat16, or in another format.",
-                )
-            head = _counted("array", 2) + _counted("array", len(key)) + b"".join(map(_text, key))
-            _emit(file, [head + _counted("bin", length), *value], parts)
-        _sync(file)
+def stream_file(name: str, segments: Sequence[Segment]) -> File:
+    """A file of records in this order."""
+    parts: list[bytes | Segment] = []
+    for segment in segments:
+        tensor = segment.tensor
+        key, value = tensor.name.split("/"), _leaf(tensor)
+        if (length := _length(value)) > MAX_RECORD:
+            raise UserError(
+                f"{tensor.name} has {length:,} bytes, and a record of EasyLM's streams holds {MAX_RECORD:,}",
+                "Save in bfloat16, or in another format.",
+            )
+        head = _counted("array", 2) + _counted("array", len(key)) + b"".join(map(_text, key))
+        parts += [head + _counted("bin", length), _with_heads(segment, value)]
+    return File(name, parts)
 
 
-def write_tree(path: Path, tensors: Sequence[Planned], pieces: Iterable[Iterator[np.ndarray]]) -> None:
-    """Writes one tree with maps in the order in which names first appear, and tensors in this order."""
+def tree_file(name: str, segments: Sequence[Segment]) -> File:
+    """A file of one tree, with maps in the order in which names first appear, and tensors in this order."""
     tree: dict[str, Any] = {}
-    for tensor in tensors:
-        *outer, last = tensor.name.split("/")
+    for segment in segments:
+        *outer, last = segment.tensor.name.split("/")
         inner = tree
-        for name in outer:
-            inner = inner.setdefault(name, {})
-        inner[last] = tensor
-    source = iter(pieces)
+        for word in outer:
+            inner = inner.setdefault(word, {})
+        inner[last] = segment
 
-    def emit(held: Any) -> None:
-        if isinstance(held, Planned):
-            return _emit(file, _leaf(held), next(source))
-        file.write(_counted("map", len(held)))
-        for name, inner in held.items():
-            file.write(_text(name))
-            emit(inner)
+    def parts(held: Any) -> Iterator[bytes | Segment]:
+        if isinstance(held, Segment):
+            yield _with_heads(held, _leaf(held.tensor))
+            return
+        yield _counted("map", len(held))
+        for word, inner in held.items():
+            yield _text(word)
+            yield from parts(inner)
 
-    assert [tensor.name for tensor in tensors] == list(_leaves(tree)), "tensors of one branch lie apart"
-    with path.open("wb") as file:
-        emit(tree)
-        _sync(file)
+    assert list(segments) == list(_leaves(tree)), "tensors of one branch lie apart"
+    return File(name, list(parts(tree)))
 
 
-def _leaves(tree: Mapping[str, Any]) -> Iterator[str]:
+def _leaves(tree: Mapping[str, Any]) -> Iterator[Segment]:
     for held in tree.values():
-        yield from (held.name,) if isinstance(held, Planned) else _leaves(held)
+        yield from (held,) if isinstance(held, Segment) else _leaves(held)
 
 
 Parts = list[bytes | int]
@@ -356,24 +355,27 @@ def _length(parts: Parts) -> int:
     return sum(len(part) if isinstance(part, bytes) else part for part in parts)
 
 
-def _emit(file: BinaryIO, parts: Parts, pieces: Iterator[np.ndarray]) -> None:
-    left = memoryview(b"")
-    for part in parts:
-        if isinstance(part, bytes):
-            file.write(part)
-            continue
-        while part:
-            left = left or np.ascontiguousarray(next(pieces)).reshape(-1).view(np.uint8).data
-            now, left = left[:part], left[part:]
-            file.write(now)
-            part -= len(now)
-    assert not left, "more numbers came than were promised"
-    assert next(pieces, None) is None, "more numbers came than were promised"
+def _with_heads(segment: Segment, parts: Parts) -> Segment:
+    """A tensor with what stands in front of its numbers, and between them."""
 
+    def chunks() -> Chunks:
+        numbers, left = iter(segment.chunks()), np.empty(0, np.uint8)
+        for part in parts:
+            if isinstance(part, bytes):
+                yield part
+                continue
+            while part:
+                if not left.size:
+                    chunk = next(numbers)
+                    assert isinstance(chunk, np.ndarray)
+                    left = chunk.reshape(-1).view(np.uint8)
+                now, left = left[:part], left[part:]
+                yield now
+                part -= now.size
+        assert not left.size, "more numbers came than were promised"
+        assert next(numbers, None) is None, "more numbers came than were promised"
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    return Segment(segment.tensor, _length(parts), chunks)
 
 
 SMALL = {"map": (0x80, 15), "array": (0x90, 15), "str": (0xA0, 31)}

@@ -1,16 +1,24 @@
 """Training state on disk, through Orbax: asynchronous, atomic, restored onto any mesh."""
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
+from camelid.checkpoint.tensors import Tensor
 from camelid.errors import UserError
 
+ZARR = "/.zarray"  # after the name of each array, what describes it
+CHUNK = 32 * 2**20  # bytes of an array that lie together on disk, and are read together
+DAMAGED = "Open the step before, or copy the folder again."
 MORE_SPACE = "Free some space; the same command goes on from the checkpoint before."
 
 
@@ -42,7 +50,7 @@ class RunCheckpoints:
                     f"{self._folder} has {free / 1e9:.1f} GB free, and a checkpoint of {need / 1e9:.1f} GB is due",
                     MORE_SPACE,
                 )
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(step, args=ocp.args.StandardSave(state, jax.tree.map_with_path(_cut, state)))
 
     def restore(self, step: int, target: Any) -> Any:
         """The state of a step, on the devices of `target`; raises UserError where shapes or dtypes differ from it."""
@@ -64,6 +72,70 @@ class RunCheckpoints:
     def close(self) -> None:
         """Ends the writing; call `wait` before where it matters."""
         self._manager.close()
+
+
+# Reading without a run --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored(Tensor):
+    """An array of a checkpoint, in its folder."""
+
+    store: ts.TensorStore
+
+    def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
+        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype."""
+        part = ts.cast(self.store, ts.dtype(out.dtype))[index].translate_to[(0,) * len(index)]
+        try:
+            ts.array(out).write(part).result()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.name} in {self.file} cannot be read: {_first_line(error)}", DAMAGED) from error
+
+
+def newest(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint among those of a run."""
+    return max(ocp.utils.checkpoint_steps(folder.absolute()), default=None)
+
+
+def open_step(folder: Path, step: int) -> dict[str, Tensor]:
+    """The arrays of a step by path, say `params.layers.attn.q_proj`; raises UserError where they are not whole."""
+    place = folder.absolute() / str(step)
+    try:
+        stores = _stores(place / "default", 0)
+        # Slices of a layer may cross all of its chunks, which are kept until the next: each is read once.
+        layers = [x.dtype.numpy_dtype.itemsize * math.prod(x.shape[1:]) for name, x in stores.items() if _stacked(name)]
+        stores = _stores(place / "default", 2 * max([CHUNK, *layers]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} is no whole checkpoint: {_first_line(error)}", DAMAGED) from error
+    return {name: Stored(place, name, 0, x.shape, np.dtype(x.dtype.numpy_dtype), x) for name, x in stores.items()}
+
+
+def _stores(folder: Path, cache_bytes: int) -> dict[str, ts.TensorStore]:
+    """Every array that Orbax laid in a folder, by its name there."""
+    files = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+    keys = [key.decode() for key in ts.KvStore.open(files).result().list().result()]
+    names = [key.removesuffix(ZARR) for key in keys if key.endswith(ZARR)]
+    if not names:
+        raise ValueError("it holds no arrays")
+    # A piece that was lost is an error, and not zeros.
+    spec = {"driver": "zarr", "open": True, "fill_missing_data_reads": False}
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    opening = {name: ts.open(spec | {"kvstore": files | {"path": f"{name}/"}}, context=context) for name in names}
+    return {name: future.result() for name, future in opening.items()}
+
+
+def _cut(path: Any, leaf: Any) -> ocp.SaveArgs:
+    """How an array is cut on disk: each layer apart, as checkpoints are read."""
+    stacked = _stacked(jax.tree_util.keystr(path, simple=True, separator="."))
+    return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if stacked else ())
+
+
+def _stacked(name: str) -> bool:
+    return "layers" in name.split(".")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 @contextlib.contextmanager

@@ -1,15 +1,14 @@
 """What every format has in common: a checkpoint that is opened, and a model that is to be written."""
 
-import functools
 import re
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint.layout import Index, Row, Source, Table, from_tensors, pieces, table
+from camelid.checkpoint.files import Segment, segment
+from camelid.checkpoint.layout import Index, Row, Source, Table, from_tensors, pieces, plan, table
 from camelid.checkpoint.tensors import Planned, Tensor
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -20,6 +19,18 @@ COMPANIONS = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|vocab\.json|merges\.txt"
     r"|generation_config\.json|preprocessor_config\.json|LICEN[SC]E.*|NOTICE.*|USE_POLICY.*|README.*"
 )
+
+
+@dataclass(frozen=True)
+class Training:
+    """What AdamW goes on from, beside the parameters."""
+
+    step: int
+    """updates of the parameters that were made"""
+    mu: Mapping[str, Tensor]
+    """the averages of gradients, by the names of the checkpoint's table"""
+    nu: Mapping[str, Tensor]
+    """and of their squares"""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class Checkpoint:
     table: Table
     notes: tuple[str, ...] = ()
     """what was guessed, and what was left out"""
+    training: Training | None = None
+    """of a checkpoint that was made to go on training from"""
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
@@ -60,24 +73,18 @@ class Saving:
     """of the tensors, by path of ours"""
     source: Source
     companions: Sequence[Path] = ()
-    progress: Callable[[int, int], None] = lambda done, total: None
-    """hears of bytes done and bytes in all"""
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
-    _done: list[int] = field(default_factory=lambda: [0])
+    shards: int | None = None
+    """files; None is as many as the format likes"""
 
-    @functools.cached_property
-    def total(self) -> int:
-        """Bytes of all parameters."""
-        specs = named(declare_decoder(self.config))
-        return sum(spec.size * self.dtypes[path].itemsize for path, spec in specs.items())
+    def segment(self, table: Table, tensor: Planned) -> Segment:
+        """One of the file's tensors, as its numbers are."""
+        return segment(tensor, lambda: pieces(table, tensor.name, tensor.dtype, self.source))
 
-    def pieces(self, table: Table, tensor: Planned) -> Iterator[np.ndarray]:
-        """One of the file's tensors, in arrays that lie end to end in it."""
-        for piece in pieces(table, tensor.name, tensor.dtype, self.source):
-            yield piece
-            self._done[0] += piece.nbytes
-            self.progress(min(self._done[0], self.total), self.total)
+    def segments(self, table: Table) -> list[Segment]:
+        """All of the file's tensors."""
+        return [self.segment(table, tensor) for tensor in plan(table, self.dtypes)]
 
     def untied(self) -> "Saving":
         """The same model with a head of its own, for systems that tie none: the table is written as the head too."""
@@ -90,11 +97,6 @@ class Saving:
         config = replace(self.config, tie_embeddings=False)
         return replace(self, config=config, dtypes={**self.dtypes, "lm_head": self.dtypes["embed"]}, source=source)
 
-    def carry_companions(self, folder: Path) -> None:
-        """Copies the files that go wherever the weights go."""
-        for file in self.companions:
-            shutil.copyfile(file, folder / file.name)
-
 
 def table_for(what: str, rows: Sequence[Row], config: ModelConfig, sizes: Mapping[str, int]) -> Table:
     """The table of a format for one model; raises UserError where the format has no place for a parameter."""
@@ -104,6 +106,12 @@ def table_for(what: str, rows: Sequence[Row], config: ModelConfig, sizes: Mappin
             f"{what} has no place for {', '.join(missing[:3])}", "Use the format hf, which holds every model."
         )
     return table(rows, specs, {**config.axis_sizes, **sizes})
+
+
+def assumed(what: str, config: ModelConfig, *names: str) -> str:
+    """The note of a reader whose files do not say some fields of a model; `what` is their name."""
+    values = ", ".join(f"{name} = {getattr(config, name)!r}" for name in names)
+    return f"{what} does not say everything of a model, and these are assumed: {values}"
 
 
 def refuse_beyond(what: str, config: ModelConfig, can_say: Collection[str]) -> None:

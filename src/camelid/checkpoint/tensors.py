@@ -1,14 +1,9 @@
-"""Safetensors files: tensors read by byte range, and written one after another.
+"""Tensors in files, read by byte range."""
 
-The format (huggingface/safetensors, README "Format"): 8 bytes with the header's length N, N bytes of JSON that gives
-each tensor's dtype, shape and byte range, and the bytes of all tensors without gaps.
-"""
-
-import json
 import math
 import os
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +13,7 @@ import numpy as np
 from camelid.errors import UserError
 
 CHUNK = 2**20  # bytes in flight while a tensor is cast or copied; few enough to stay in a core's cache
-MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
+BAND = 256 * 2**20  # bytes of a tensor that is read across its rows are held at once
 
 DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -39,6 +34,17 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype
 
+    @property
+    def files(self) -> frozenset[Path]:
+        """All files that it lies in."""
+        return frozenset({self.file})
+
+    def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """The numbers that `index` cuts, in an array that is not to be changed."""
+        out = np.empty([s.stop - s.start for s in index], dtype)
+        self.read_into(out, index)
+        return out
+
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
         """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype.
 
@@ -46,6 +52,9 @@ class Tensor:
         """
         rows = range(*index[0].indices(self.shape[0]))
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        if len(rows) == 1 and len(self.shape) > 1:
+            row = Tensor(self.file, self.name, self.offset + rows.start * row_bytes, self.shape[1:], self.dtype)
+            return row.read_into(out[0], index[1:])
         whole_rows = all(range(n) == range(*s.indices(n)) for s, n in zip(index[1:], self.shape[1:], strict=True))
         with self.file.open("rb", buffering=0) as file:
             if whole_rows and out.dtype == self.dtype:
@@ -73,6 +82,11 @@ class Joined(Tensor):
 
     parts: tuple[Tensor, ...]
     axis: int
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """All files that it lies in."""
+        return frozenset().union(*(part.files for part in self.parts))
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
         """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype."""
@@ -107,45 +121,30 @@ def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
     return Joined(first.file, first.name, 0, shape, first.dtype, tuple(parts), axis)
 
 
-def open_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, checked against its size; raises UserError where the file is cut short or not one."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise UserError(f"{path} is not a safetensors file, or is cut short", "Download or copy the file again.")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise UserError(f"{path} has an unreadable header ({error})", "Download or copy the file again.") from error
-    try:
-        header.pop("__metadata__", None)
-        tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has a header of another format", "Download or copy the file again.") from error
-    if end != size:
-        raise UserError(
-            f"{path} is cut short: its header speaks of {end:,} bytes and it has {size:,}"
-            if size < end
-            else f"{path} has {size - end:,} bytes after its last tensor",
-            "Download or copy the file again.",
-        )
-    return tensors
+class Bands:
+    """Tensors that are read piece after piece across their rows: a thread holds a band of what it must read anyway."""
 
+    def __init__(self) -> None:
+        self._held = threading.local()
 
-def _tensor(path: Path, name: str, entry: dict, start: int) -> Tensor:
-    if entry["dtype"] not in DTYPES:
-        raise UserError(
-            f"tensor {name} in {path} is {entry['dtype']}; camelid reads {', '.join(DTYPES)}",
-            "Save the checkpoint in one of these dtypes first.",
-        )
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    first, last = entry["data_offsets"]
-    if last - first != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"tensor {name} in {path} has {last - first} bytes for {shape} {dtype}", "The file is damaged.")
-    return Tensor(path, name, start + first, shape, dtype)
+    def read(self, tensor: Tensor, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """As `tensor.read`; the pieces of a band are read from the file once."""
+        cut = [axis for axis, n in enumerate(tensor.shape) if axis and index[axis] != slice(0, n)]
+        if not cut:
+            self._held.band = None
+            return tensor.read(index, dtype)
+        axis, want = cut[-1], index[cut[-1]]
+        around = (tensor.name, tensor.file, *index[:axis], *index[axis + 1 :])
+        band = getattr(self._held, "band", None)
+        if band is None or band[0] != around or not band[1] <= want.start <= want.stop <= band[2]:
+            self._held.band = band = None  # gone before the next one is read
+            column = math.prod(s.stop - s.start for s in index) // (want.stop - want.start) * tensor.dtype.itemsize
+            stop = min(max(want.stop, want.start + BAND // column), tensor.shape[axis])
+            values = tensor.read((*index[:axis], slice(want.start, stop), *index[axis + 1 :]), tensor.dtype)
+            band = self._held.band = around, want.start, stop, values
+        start, values = band[1], band[3]
+        within = [slice(None)] * axis + [slice(want.start - start, want.stop - start)]
+        return values[*within].astype(dtype, copy=False)
 
 
 @dataclass(frozen=True)
@@ -159,32 +158,6 @@ class Planned:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def write_safetensors(path: Path, tensors: Sequence[Planned], pieces: Iterable[Iterator[np.ndarray]]) -> None:
-    """Writes one file; `pieces` gives, for each tensor in turn, arrays that lie end to end in it."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.bytes],
-        }
-        offset += tensor.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor, parts in zip(tensors, pieces, strict=True):
-            written = 0
-            for part in parts:
-                part = np.ascontiguousarray(part, tensor.dtype)
-                file.write(part.reshape(-1).view(np.uint8).data)
-                written += part.nbytes
-            assert written == tensor.bytes, f"{tensor.name}: {written} bytes written, {tensor.bytes} promised"
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def dtype_named(name: str) -> np.dtype:

@@ -3,18 +3,21 @@
 Their pickles can call nothing but the functions in GLOBALS (pickles.py). The formats (torch/serialization.py, _save
 and _legacy_save), where R is any folder:
 
-    zip, since torch 1.6    R/data.pkl, R/byteorder, and R/data/<key> for each storage, not compressed
+    zip, since torch 1.6    R/data.pkl, R/byteorder, and R/data/<key> for each storage, not compressed; a CRC-32 of 0
+                            is that of an entry without one (torch.serialization.set_crc32_options)
     before                  pickles of MAGIC, PROTOCOL, the system, the object and the keys of its storages;
                             then for each key a count of 8 bytes and the storage
 """
 
+import functools
 import io
 import math
 import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from camelid.checkpoint.files import File, Later, Segment
 from camelid.checkpoint.pickles import Record, run, shown
-from camelid.checkpoint.tensors import Planned, Tensor
+from camelid.checkpoint.tensors import CHUNK, Planned, Tensor
 from camelid.errors import UserError
 
+CRC_BYTES = 2**30  # of a file whose checksums are verified when it is opened; larger ones would take seconds
 MAX_PICKLE = 16 * 2**20  # bytes; a checkpoint of a thousand tensors needs a tenth of a megabyte
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 AGAIN = "Download or copy the file again."
@@ -125,8 +130,9 @@ def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | 
     if len(roots) != 1:
         raise UserError(f"{path} is a zip archive without a PyTorch checkpoint", "Unpack it and give the file inside.")
 
+    @functools.cache
     def place(name: str) -> tuple[int, int]:
-        """Where an entry starts, and its bytes."""
+        """Where an entry starts, and its bytes, which are what they were when its checksum was made."""
         entry = entries[roots[0] + name]
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise UserError(f"{path} is compressed or encrypted", "Save it again with torch.save.")
@@ -136,6 +142,8 @@ def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | 
         start = entry.header_offset + 30 + name_bytes + extra_bytes
         if signature != b"PK\x03\x04" or entry.compress_size != entry.file_size or start + entry.file_size > size:
             raise ValueError(f"{name} does not lie inside the file")
+        if size <= CRC_BYTES and entry.CRC and _crc(file, start, entry.file_size) != entry.CRC:
+            raise ValueError(f"{name} does not have its checksum")
         return start, entry.file_size
 
     def content(name: str) -> bytes:
@@ -154,6 +162,21 @@ def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | 
     if roots[0] + "byteorder" in entries:
         _check_order(path, content("byteorder") == b"little")
     return _run(path, io.BytesIO(content("data.pkl")), storage, inert)
+
+
+def _crc(file: io.BufferedReader, start: int, count: int) -> int:
+    file.seek(start)
+    crc = 0
+    for at in range(0, count, CHUNK):
+        crc = zlib.crc32(file.read(min(CHUNK, count - at)), crc)
+    return crc
+
+
+def unverified(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """Notes on the zip files that are too large for their checksums to be verified when they are opened."""
+    files = sorted(set().union(*(tensor.files for tensor in tensors)))
+    large = (file for file in files if file.stat().st_size > CRC_BYTES and zipfile.is_zipfile(file))
+    return tuple(f"the checksums of {file.name} were not verified; the file is larger than 1 GiB" for file in large)
 
 
 def _unpickle_legacy(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | None) -> Any:
@@ -273,6 +296,7 @@ def _storage(reference: Any) -> tuple[np.dtype, str, int]:
 
 # Writing ------------------------------------------------------------------------------------
 
+LIMIT, ELSEWHERE = 2**32 - 1, 2**32 - 1  # sizes from LIMIT on stand in a field of their own, and ELSEWHERE says so
 ALIGNMENT = 64  # bytes; torch lets storages begin on a multiple of it, so that they can be mapped into memory
 CODES = {dtype: name for name, dtype in DTYPES.items()}
 REBUILD, TABLE = b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n)R"
@@ -285,46 +309,91 @@ class Attributes:
     values: Mapping[str, Any]
 
 
-def write_torch(
-    path: Path, tensors: Sequence[Planned], pieces: Iterable[Iterator[np.ndarray]], tree: Any = None
-) -> None:
-    """Writes one zip file that torch.load opens as tensors by name, each with a storage of its own.
+def torch_file(name: str, segments: Sequence[Segment], tree: Any = None) -> File:
+    """A zip file that torch.load opens as tensors by name, each with a storage of its own.
 
     Or as `tree`, of dicts, plain values, dtypes, Attributes, and each planned tensor in its place.
-
-    `pieces` gives, for each tensor in turn, arrays that lie end to end in it.
     """
-    with path.open("wb") as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            start = f"{path.stem}/"
-            archive.writestr(zipfile.ZipInfo(start + "data.pkl"), _program(tensors, tree))
-            archive.writestr(zipfile.ZipInfo(start + "byteorder"), "little")
-            for key, (tensor, parts) in enumerate(zip(tensors, pieces, strict=True)):
-                entry = _aligned_entry(f"{start}data/{key}", tensor.bytes, file.tell())
-                written = 0
-                with archive.open(entry, "w", force_zip64=_is_large(tensor.bytes)) as storage:
-                    for part in parts:
-                        part = np.ascontiguousarray(part, tensor.dtype)
-                        storage.write(part.reshape(-1).view(np.uint8).data)
-                        written += part.nbytes
-                assert written == tensor.bytes, f"{tensor.name}: {written} bytes written, {tensor.bytes} promised"
-            archive.writestr(zipfile.ZipInfo(start + "version"), "3\n")
-        file.flush()
-        os.fsync(file.fileno())
+    start = f"{Path(name).stem}/"
+    parts: list[bytes | Segment | Later] = []
+    entries: list[_Entry] = []
+    offset = 0
+
+    def add(entry: str, content: bytes | Segment) -> None:
+        nonlocal offset
+        size = len(content) if isinstance(content, bytes) else content.size
+        held = content.tensor.name if isinstance(content, Segment) else zlib.crc32(content)
+        entries.append(_Entry((start + entry).encode(), size, offset, held))
+        head = Later(len(entries[-1].head(0)), lambda crcs, one=entries[-1]: one.head(one.crc(crcs)))
+        parts.extend([head if isinstance(content, Segment) else head.content({}), content])
+        offset += head.size + size
+
+    add("data.pkl", _program([segment.tensor for segment in segments], tree))
+    add("byteorder", b"little")
+    for key, segment in enumerate(segments):
+        add(f"data/{key}", segment)
+    add("version", b"3\n")
+    end = Later(len(_directory(entries, {}, offset)), lambda crcs: _directory(entries, crcs, offset))
+    return File(name, [*parts, end])
 
 
-def _is_large(size: int) -> bool:
-    """Whether an entry needs the header of zip64, which is 20 bytes longer."""
-    return size >= zipfile.ZIP64_LIMIT
+@dataclass(frozen=True)
+class _Entry:
+    """A file within a zip, not compressed (PKWARE, APPNOTE.TXT 4.3)."""
+
+    name: bytes
+    size: int
+    offset: int
+    held: str | int
+    """the tensor whose CRC-32 it has, or the CRC-32"""
+
+    def crc(self, crcs: Mapping[str, int]) -> int:
+        return crcs.get(self.held, 0) if isinstance(self.held, str) else self.held
+
+    def head(self, crc: int) -> bytes:
+        """So long that the content begins on a multiple of ALIGNMENT."""
+        large = struct.pack("<HHQQ", 1, 16, self.size, self.size) if self._is_large else b""
+        padding = -(self.offset + 30 + len(self.name) + len(large) + 4) % ALIGNMENT
+        extra = large + struct.pack("<2sH", b"FB", padding) + bytes(padding)  # the same field as torch's
+        return b"PK\3\4" + self._fields(crc) + struct.pack("<HH", len(self.name), len(extra)) + self.name + extra
+
+    def listed(self, crc: int) -> bytes:
+        """The entry in the zip's directory."""
+        sizes = (self.size, self.size) if self._is_large else ()
+        far = (self.offset,) if self.offset >= LIMIT else ()
+        extra = struct.pack(f"<HH{len(sizes + far)}Q", 1, 8 * len(sizes + far), *sizes, *far) if sizes + far else b""
+        lengths = struct.pack("<HHHHHII", len(self.name), len(extra), 0, 0, 0, 0, _field(self.offset))
+        return b"PK\1\2" + struct.pack("<H", self._version) + self._fields(crc) + lengths + self.name + extra
+
+    @property
+    def _is_large(self) -> bool:
+        return self.size >= LIMIT
+
+    @property
+    def _version(self) -> int:
+        return 45 if self._is_large or self.offset >= LIMIT else 20
+
+    def _fields(self, crc: int) -> bytes:
+        """Version, flags, no compression, the first moment that a zip can say, checksum, sizes."""
+        size = _field(self.size)
+        return struct.pack("<HHHHHIII", self._version, 0, 0, 0, 0x21, crc, size, size)
 
 
-def _aligned_entry(name: str, size: int, offset: int) -> zipfile.ZipInfo:
-    """An entry whose header, at `offset`, is so long that its content begins on a multiple of ALIGNMENT."""
-    entry = zipfile.ZipInfo(name)
-    header = 30 + len(name.encode()) + 20 * _is_large(size) + 4
-    padding = -(offset + header) % ALIGNMENT
-    entry.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)  # the same field as torch's
-    return entry
+def _field(number: int) -> int:
+    return ELSEWHERE if number >= LIMIT else number
+
+
+def _directory(entries: Sequence[_Entry], crcs: Mapping[str, int], offset: int) -> bytes:
+    """What stands at the end of a zip, from `offset` on."""
+    listed = b"".join(entry.listed(entry.crc(crcs)) for entry in entries)
+    end, count = offset + len(listed), len(entries)
+    wide = b""
+    if offset >= LIMIT or count >= 2**16 - 1:
+        wide = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, len(listed), offset)
+        wide += b"PK\6\7" + struct.pack("<IQI", 0, end, 1)
+    few = min(count, 2**16 - 1)
+    sizes = struct.pack("<HHHHIIH", 0, 0, few, few, len(listed), _field(offset), 0)
+    return listed + wide + b"PK\5\6" + sizes
 
 
 def _program(tensors: Sequence[Planned], tree: Any = None) -> bytes:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import tyro
 
-from camelid.cli.checkpoints import convert, diff
+from camelid.cli.checkpoints import convert, delta_apply, delta_make, diff
 from camelid.cli.models import generate, inspect, perplexity
 from camelid.cli.training import demo, train
 from camelid.errors import UserError
@@ -23,6 +23,8 @@ COMMANDS: dict[str, Callable] = {
     "train": train,
     "convert": convert,
     "diff": diff,
+    "delta make": delta_make,
+    "delta apply": delta_apply,
     "inspect": inspect,
     "demo": demo,
 }
@@ -98,7 +100,7 @@ def command_help(function: Callable) -> str:
 
 
 def _unknown(words: list[str]) -> None:
-    asked = " ".join(words[:2] if words[0] == "evaluate" else words[:1])
+    asked = " ".join(words[:2] if words[0] in ("evaluate", "delta") else words[:1])
     near = difflib.get_close_matches(asked, COMMANDS, 1)
     advice = f"Did you mean 'camelid {near[0]}'?" if near else f"Commands: {', '.join(COMMANDS)}."
     raise UserError(f"there is no command {asked!r}", advice)

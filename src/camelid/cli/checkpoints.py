@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from camelid.cli.shared import model_config, note, print_json, progress_bar
+from camelid.cli.shared import model_config, note, print_json, progress_bar, read_text
 from camelid.errors import UserError
 
 Format = Literal[
@@ -26,50 +26,77 @@ Format = Literal[
     "gguf",
     "gguf-q8_0",
     "gguf-q4_0",
+    "run",
+    "peft",
 ]
 
 
 def convert(
     source: Annotated[Positional[str], arg(metavar="SOURCE", help="a checkpoint's folder, or its name on the Hub")],
-    destination: Annotated[Positional[Path], arg(metavar="DESTINATION", help="a folder that does not exist yet")],
+    destination: Annotated[
+        Positional[Path | None], arg(metavar="DESTINATION", help="a folder that does not exist yet")
+    ] = None,
     to: Format = "hf",
     from_format: Annotated[Format | None, arg(name="from")] = None,
     config: str | None = None,
+    rope_layout: Literal["half", "interleaved", "auto"] | None = None,
+    reference: Path | None = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, arg(help="of the tensors; each keeps its own if left out")
     ] = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
+    shards: int | None = None,
+    check: bool = False,
     verify: bool = False,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint anew, a slice at a time, with its tokenizer.
 
     camelid convert meta-llama/Llama-3.2-1B ./llama-bf16 --dtype bfloat16
     camelid convert ./TinyLlama ./tinyllama-meta --to meta --tensor-parallel 2 --verify
+    camelid convert ./TinyLlama --check
 
     Args:
         to: format that is written
         from_format: format of SOURCE, where its files leave a doubt
         config: what SOURCE is, where its files do not say: a preset, or a config.json
+        rope_layout: of MindSpore's files; auto takes the one that predicts the reference better
+        reference: a text for --rope-layout auto
         tensor_parallel: shards of every matrix, in formats that have them
         pipeline_parallel: stages of layers, in formats that have them
-        verify: open the result again, and compare every tensor and the logits of a few tokens
+        shards: files of about one size, in formats that have them; if left out, as many as 5 GB each need
+        check: read all of SOURCE, report, and write nothing
+        verify: open the result again, and compare every tensor and the logits of a text
+        resume: go on where the same command was killed, and keep what is done if it is interrupted
         overwrite: replace the destination
     """
     from camelid.checkpoint.convert import convert
 
-    described = None if config is None else model_config(config)
+    if (destination is None) != check:
+        advice = "Give a folder to write to, or --check to read alone."
+        raise UserError("convert takes a DESTINATION" if destination is None else "--check writes nothing", advice)
+    described = model_config(config)
+    opened_as: str | None = from_format
+    if rope_layout is not None:
+        opened_as = _rope_layout(source, from_format, described, rope_layout, reference)
+    elif reference is not None:
+        raise UserError("--reference is for --rope-layout auto", "Leave it out.")
+    if destination is None:
+        return _check(source, opened_as, described)
     with progress_bar("convert") as progress:
         notes = convert(
             source,
             destination,
             to=to,
-            format=from_format,
+            format=opened_as,
             config=described,
             dtype=dtype,
             tensor_parallel=tensor_parallel,
             pipeline_parallel=pipeline_parallel,
+            shards=shards,
+            resume=resume,
             overwrite=overwrite,
             progress=progress,
         )
@@ -77,7 +104,61 @@ def convert(
         note(f"note: {text}")
     note(f"wrote {destination}")
     if verify:
-        _verify(source, destination, from_format, described, to)
+        _verify(source, destination, opened_as, described, to)
+    return None
+
+
+def _rope_layout(source: str, format: str | None, config, layout: str, reference: Path | None) -> str:
+    """The format of a MindSpore file with this layout; "auto" asks a text which of the two the model was trained in."""
+    from camelid.checkpoint.formats import open_checkpoint
+    from camelid.checkpoint.mindspore import FORMAT_OF
+
+    found = open_checkpoint(source, format, config).format
+    if found != "mindspore":
+        raise UserError(f"--rope-layout is for MindSpore's files, and {source} is {found}", "Leave it out.")
+    if layout != "auto":
+        return FORMAT_OF[layout]
+    if reference is None:
+        raise UserError("--rope-layout auto needs a text", "Give one with --reference TEXTFILE.")
+    import numpy as np
+
+    from camelid.evaluate.parity import MOST, loss
+    from camelid.text.tokenizer import load_tokenizer
+
+    text = read_text(reference)
+    losses = {}
+    for layout, format in FORMAT_OF.items():
+        checkpoint = open_checkpoint(source, format, config)
+        tokens = np.array(load_tokenizer(checkpoint.folder).encode(text)[: 4 * MOST])
+        if len(tokens) < 2:
+            raise UserError(f"{reference} has nothing to predict", "Give a text of some sentences.")
+        losses[layout] = loss(checkpoint, tokens)
+    best = min(losses, key=losses.__getitem__)
+    told = ", ".join(f"{value:.3f} {layout}" for layout, value in losses.items())
+    note(f"the rotary layout is {best}: a token of {reference} costs {told} (nats)")
+    return FORMAT_OF[best]
+
+
+def _check(source: str, format: str | None, config) -> None:
+    """Reads everything, and says what is there."""
+    from camelid.checkpoint.compare import survey
+    from camelid.checkpoint.files import check_manifest
+    from camelid.checkpoint.formats import open_checkpoint
+
+    checkpoint = open_checkpoint(source, format, config)
+    with progress_bar("read") as progress:
+        found = list(survey(checkpoint, progress))
+    with progress_bar("checksums") as progress:
+        sums = check_manifest(checkpoint.folder, progress)
+    for text in checkpoint.notes:
+        note(f"note: {text}")
+    dtypes = ", ".join(sorted({each.dtype for each in found}))
+    print(f"{checkpoint.format}: {sum(each.size for each in found):,} parameters in {dtypes}")
+    print(f"checksums: {f'{sums} tensors are as they were written' if sums else 'the folder has none'}")
+    if odd := [each for each in found if each.not_finite]:
+        for each in odd:
+            print(f"{each.path}: {each.not_finite:,} of {each.size:,} numbers are infinite or NaN")
+        sys.exit(1)
 
 
 def diff(
@@ -113,24 +194,125 @@ def diff(
         sys.exit(1)
 
 
+def delta_make(
+    base: Annotated[Positional[str], arg(metavar="BASE", help="a checkpoint of any format")],
+    tuned: Annotated[Positional[str], arg(metavar="TUNED", help="what became of it")],
+    destination: Annotated[Positional[Path], arg(metavar="DESTINATION", help="a folder that does not exist yet")],
+    kind: Literal["exact", "sum", "lora"] = "exact",
+    rank: int | None = None,
+    config: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the difference of two checkpoints of any formats.
+
+    camelid delta make ./llama-7b ./vicuna-7b ./vicuna-delta
+    camelid delta make ./llama-7b ./vicuna-7b ./vicuna-lora --kind lora --rank 64
+
+    Args:
+        kind: exact: bit by bit; sum: numbers, rounded, as published deltas are; lora: the nearest PEFT adapter
+        rank: of the adapter
+        config: what both models are, where their files do not say: a preset, or a config.json
+        overwrite: replace the destination
+    """
+    from camelid.checkpoint.delta import make
+
+    described = model_config(config)
+    with progress_bar("delta make") as progress:
+        made = make(
+            base, tuned, destination, kind=kind, rank=rank, config=described, overwrite=overwrite, progress=progress
+        )
+    for text in made.notes:
+        note(f"note: {text}")
+    if made.left is not None:
+        note(f"rank {rank} leaves {made.left:.3%} of the difference")
+    note(f"wrote {destination}")
+
+
+def delta_apply(
+    base: Annotated[Positional[str], arg(metavar="BASE", help="the checkpoint from which the delta was made")],
+    delta: Annotated[Positional[str], arg(metavar="DELTA", help="a delta's folder, or a PEFT adapter")],
+    destination: Annotated[Positional[Path], arg(metavar="DESTINATION", help="a folder that does not exist yet")],
+    to: Format = "hf",
+    summed: Annotated[bool, arg(name="sum")] = False,
+    config: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write what a base and a delta make.
+
+    camelid delta apply ./llama-7b ./vicuna-delta ./vicuna-7b
+    camelid delta apply ./llama-7b ./vicuna-7b-delta-v0 ./vicuna-7b --sum
+
+    Args:
+        to: format that is written
+        summed: DELTA is an ordinary checkpoint whose values are differences
+        config: what BASE is, where its files do not say: a preset, or a config.json
+        overwrite: replace the destination
+    """
+    from camelid.checkpoint.delta import apply
+
+    described = model_config(config)
+    with progress_bar("delta apply") as progress:
+        notes = apply(
+            base,
+            delta,
+            destination,
+            to=to,
+            summed=summed,
+            config=described,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for text in notes:
+        note(f"note: {text}")
+    note(f"wrote {destination}")
+
+
 def _verify(source: str, written: Path, format: str | None, config, to: str) -> None:
-    """Says how far what was written is from its source."""
-    import numpy as np
-
-    from camelid.api import load
-    from camelid.checkpoint.compare import compare
+    """Says how far what was written is from its source, and what it does not say without its config.json."""
+    from camelid.checkpoint.compare import compare, config_differences
     from camelid.checkpoint.formats import FORMATS, open_checkpoint
+    from camelid.evaluate.parity import compare_logits, sample_tokens
+    from camelid.text.tokenizer import find_tokenizer
 
+    pair = open_checkpoint(source, format, config), open_checkpoint(written, to)
     with progress_bar("verify") as progress:
-        found = list(compare(open_checkpoint(source, format, config), open_checkpoint(written, to), progress))
+        found = list(compare(*pair, progress))
     if all(difference.equal for difference in found):
         note("every tensor is equal")
     else:
-        note(f"tensors were rounded: they are at most {max(difference.largest for difference in found):.3g} apart")
+        note(f"warning: tensors were rounded; they are at most {max(each.largest for each in found):.3g} apart")
+    if changed := config_differences(pair[0].config, pair[1].config):
+        for name, (before, after) in changed.items():
+            note(f"warning: {name} was {before}, and is {after} now")
     if not FORMATS[to].lossy and not all(difference.rounded for difference in found):
         raise UserError(f"{written} does not hold what {source} does", "This is a fault of camelid; please report it.")
-    models = (load(source, format=format, config=config), load(written, format=to))
-    tokens = np.arange(32)[None] % models[0].config.vocab_size
-    before, after = (np.asarray(model.logits(tokens)) for model in models)
-    agree = np.mean(before.argmax(-1) == after.argmax(-1))
-    note(f"logits of 32 tokens are at most {np.abs(before - after).max():.3g} apart; {agree:.0%} agree on the next one")
+    tokens = sample_tokens(find_tokenizer(pair[0].folder), pair[0].config.vocab_size)
+    parity = compare_logits(*pair, tokens)
+    note(
+        f"logits of {parity.tokens} tokens, up to {parity.scale:.3g}, are at most {parity.largest:.3g} apart; "
+        f"{parity.agreement:.0%} agree on the next token"
+    )
+    if untold := _untold(written, pair[1], to):
+        note(f"warning: {untold}")
+
+
+def _untold(written: Path, checkpoint, to: str) -> str:
+    """What only config.json says of a model that was written."""
+    import tempfile
+
+    from camelid.checkpoint.compare import config_differences
+    from camelid.checkpoint.formats import open_checkpoint
+
+    if to in ("hf", "peft", "run"):
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in written.absolute().iterdir():
+            if file.name != "config.json":
+                (Path(folder) / file.name).symlink_to(file)
+        try:
+            alone = open_checkpoint(folder, to)
+        except UserError:
+            return f"files of {to} do not say what their model is; keep config.json beside them"
+    lost = config_differences(checkpoint.config, alone.config)
+    names = ", ".join(f"{name} = {ours}" for name, (ours, _) in lost.items())
+    return f"files of {to} do not say {names}; keep config.json beside them" if lost else ""

@@ -7,7 +7,18 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from camelid.cli.shared import Checkpoint, Dtype, load, note, print_json, progress_bar, read_text
+from camelid.cli.shared import (
+    Checkpoint,
+    Config,
+    Dtype,
+    TokenizerPath,
+    load,
+    model_config,
+    note,
+    print_json,
+    progress_bar,
+    read_text,
+)
 from camelid.errors import UserError
 
 Prompts = Annotated[
@@ -25,6 +36,8 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    config: Config = None,
+    tokenizer: TokenizerPath = None,
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
@@ -43,7 +56,7 @@ def generate(
         json: print one JSON object
     """
     texts = list(prompts) or [sys.stdin.read().removesuffix("\n")]
-    loaded = load(model, dtype)
+    loaded = load(model, dtype, config, tokenizer)
     if loaded.tokenizer is not None and loaded.tokenizer.has_chat_template:
         note("this model was tuned to chat; prompts here are plain text, without its chat template")
     completions = loaded.generate(
@@ -60,6 +73,8 @@ def perplexity(
     files: Texts,
     sequence_length: int | None = None,
     max_tokens: int | None = None,
+    config: Config = None,
+    tokenizer: TokenizerPath = None,
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
@@ -80,9 +95,9 @@ def perplexity(
     from camelid.evaluate.perplexity import perplexity
 
     texts = [read_text(Path(file)) for file in files]
-    loaded = load(model, dtype)
+    loaded = load(model, dtype, config, tokenizer)
     if loaded.tokenizer is None:
-        raise UserError(f"{model} has no tokenizer", "Put tokenizer.json or tokenizer.model beside the weights.")
+        raise UserError(f"{model} has no tokenizer", "Name one with --tokenizer.")
     ids = [token for row in loaded.tokenizer.encode_batch(texts, bos=False) for token in row]
     size = sum(len(text.encode()) for text in texts)
     if max_tokens is not None and max_tokens < len(ids):
@@ -105,6 +120,7 @@ def inspect(
     model: Annotated[
         Positional[str | None], arg(metavar="MODEL", help="a checkpoint's folder, its name on the Hub, or a preset")
     ] = None,
+    config: Config = None,
     presets: bool = False,
     json: bool = False,
 ) -> None:
@@ -122,7 +138,7 @@ def inspect(
         raise UserError("inspect takes a MODEL, or --presets", "camelid inspect --help shows examples.")
     from camelid import describe
 
-    report = describe.presets() if model is None else describe.report(model)
+    report = describe.presets() if model is None else describe.report(model, model_config(config))
     if json:
         return print_json(report)
     return describe.show_presets(report) if model is None else describe.show(report)

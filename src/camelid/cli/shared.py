@@ -16,21 +16,27 @@ Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="of parame
 Checkpoint = Annotated[
     Positional[str], arg(metavar="MODEL", help="a checkpoint's folder, or its name on the Hugging Face Hub")
 ]
+Config = Annotated[str | None, arg(help="what MODEL is, where its files do not say: a preset, or a config.json")]
+TokenizerPath = Annotated[
+    str | None, arg(name="tokenizer", help="a folder or file with one; the checkpoint's own if left out")
+]
 
 
-def load(model: str, dtype: str):
+def load(model: str, dtype: str, config: str | None, tokenizer: str | None):
     """The model, with its notes told."""
     keep_compiled()
     from camelid.api import load
 
-    loaded = load(model, dtype=dtype)
+    loaded = load(model, dtype=dtype, config=model_config(config), tokenizer=tokenizer)
     for text in loaded.notes:
         note(f"note: {text}")
     return loaded
 
 
-def model_config(text: str):
+def model_config(text: str | None):
     """A preset by name, or what a config.json describes."""
+    if text is None:
+        return None
     if Path(text).is_file():
         from camelid.checkpoint.folder import read_json
         from camelid.checkpoint.hf_config import config_from_hf

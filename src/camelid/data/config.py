@@ -1,8 +1,100 @@
 """Which text becomes which rows; declared without numpy, so that the command line starts fast."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from camelid.errors import UserError
+
+Kind = Literal["text", "fields", "instruct", "chat", "gsm8k", "preference", "tokens"]
+ONLY: dict[str, tuple[Kind, ...]] = {
+    "text_key": ("text",),
+    "split": ("text",),
+    "clean": ("text",),
+    "fields": ("fields",),
+    "fields_from_example": ("fields",),
+    "prepend_text": ("fields",),
+    "template": ("instruct", "chat", "preference"),
+    "loss": ("instruct", "chat"),
+    "compat": ("text", "chat"),
+}
+"""the kinds to which a field of Source has a meaning"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where documents come from, and what becomes of them. In a recipe, a plain string is a Source of these files."""
+
+    files: tuple[str, ...]
+    """names or globs: .txt, .jsonl (or .gz, .zst of it), .parquet, .mindrecord, the prefix of Megatron's .bin and .idx, a
+    prepared store, a dataset's folder, or hf:NAME of the Hugging Face Hub"""
+    kind: Kind = "text"
+    """what a row of them is"""
+    weight: float | None = None
+    """share of the tokens in the mixture; left out, every source is read as often as the others"""
+    text_key: str = "text"
+    """text: the key of the text in a row"""
+    split: str = "file"
+    """text: the documents of a .txt file: file, line, blank_line, or marker:STRING"""
+    clean: Literal["none", "wikitext"] = "none"
+    """text: wikitext takes WikiText's tokenization back"""
+    add_bos: bool | None = None
+    """whether a document begins with BOS; left out, as the tokenizer does"""
+    add_eos: bool = True
+    """whether a document ends with EOS"""
+    fields: str | None = None
+    """fields: what is laid end to end, as in EasyLM: <|bos|>,[instruction+input],output,<|eos|>"""
+    fields_from_example: str | None = None
+    """fields: instead, the key of a row that holds its fields"""
+    prepend_text: str = ""
+    """fields: stands before the first text"""
+    template: str | None = None
+    """chats: the name of a template; left out, the checkpoint's own"""
+    loss: Literal["assistant", "all"] = "assistant"
+    """chats: whose words are learnt"""
+    compat: Literal["none", "mindformers"] = "none"
+    """mindformers: records as its llama_preprocess.py makes them, faults included"""
+    max_unreadable: float = 0.0
+    """the share of rows that may be unreadable; they are counted, and left out"""
+
+    def __post_init__(self):
+        if not self.files:
+            raise UserError("a source names no file", "Give files = a name, a glob, or a list of them.")
+        for field in fields(self):
+            if field.name in ONLY and getattr(self, field.name) != field.default and self.kind not in ONLY[field.name]:
+                raise UserError(
+                    f"{field.name} = {getattr(self, field.name)!r} has no meaning for kind = {self.kind!r}",
+                    f"It is for {', '.join(ONLY[field.name])}.",
+                )
+        if self.kind == "fields" and (self.fields is None) == (self.fields_from_example is None):
+            raise UserError(
+                "kind = 'fields' needs one of fields and fields_from_example", "Write fields = 'text', for example."
+            )
+        if self.split not in ("file", "line", "blank_line") and not self.split.removeprefix("marker:"):
+            raise UserError("split = 'marker:' names no marker", "Write marker:<|endoftext|>, for example.")
+        if self.split not in ("file", "line", "blank_line") and not self.split.startswith("marker:"):
+            raise UserError(f"split = {self.split!r}", "Choose file, line, blank_line, or marker:STRING.")
+        if not 0 <= self.max_unreadable < 1:
+            raise UserError(f"max_unreadable = {self.max_unreadable}", "Choose a share from 0 up to 1.")
+        if self.weight is not None:
+            _check_weights([self.weight, 1.0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Weights of the sources from a step on."""
+
+    first_step: int
+    weights: tuple[float, ...]
+    """one for each source of data.train, in that order"""
+
+    def __post_init__(self):
+        _check_weights(self.weights)
+        if self.first_step < 1:
+            raise UserError(
+                f"a stage begins at step {self.first_step}", "The first steps have the sources' own weights."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +137,8 @@ class DataConfig:
                 raise UserError(f"{name} = {getattr(self, name)}", f"{name} counts things: choose 1 or more")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed = {self.seed}", "choose a seed from 0 to 4294967295")
+
+
+def _check_weights(weights: Sequence[float]) -> None:
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights):
+        raise UserError(f"weights {list(weights)}", "weights are 0 or more, and not all 0; they need not add up to 1")

@@ -12,7 +12,7 @@ import numpy as np
 
 from camelid.data.batch import Batch
 from camelid.data.config import DataConfig
-from camelid.data.packing import Packing
+from camelid.data.packing_old import Packing  # until data/loader.py is replaced
 from camelid.data.sources import list_files, read_documents, refuse_repeated
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer

@@ -1,28 +1,131 @@
-"""Documents from text files, one at a time; whatever is wrong is named by file and line."""
+"""Rows of whatever files a source names, one at a time; whatever is wrong is named by file and line.
 
+files -> spans -> chunks, which any process may read by itself -> records
+"""
+
+import contextlib
 import glob
-import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from camelid.data import lines, tables
+from camelid.data.config import Source
+from camelid.data.formats import FORMATS, Format, Record, Span
+from camelid.data.mindrecord import NAME as MINDRECORD
+from camelid.data.store import is_store
 from camelid.errors import UserError
-from camelid.text.tokenizer import HALF_CHARACTER
 
-ENDINGS = (".txt", ".jsonl", ".jsonl.gz")
+ENDINGS = ".txt, .jsonl, .json (each also with .gz or .zst), .parquet, .mindrecord, or Megatron's .bin with .idx"
+SHOWN = 5  # places of unreadable rows that are remembered
+
+
+@dataclass
+class Tally:
+    """How many rows were read, and which could not be."""
+
+    max_unreadable: float
+    """the share that may be unreadable; where it is 0, the first such row is an error at once"""
+    rows: int = 0
+    unreadable: int = 0
+    problems: list[str] = field(default_factory=list)
+    """the first few"""
+
+    def refuse(self, error: UserError) -> None:
+        """Counts a row as unreadable, or raises its error."""
+        if not self.max_unreadable:
+            raise error
+        self.unreadable += 1
+        if len(self.problems) < SHOWN:
+            self.problems.append(error.problem)
+
+    def add(self, other: "Tally") -> None:
+        """Adds what was counted of the chunks that follow."""
+        self.rows += other.rows
+        self.unreadable += other.unreadable
+        self.problems = [*self.problems, *other.problems][:SHOWN]
+
+    def check(self) -> None:
+        """Raises UserError where more rows than allowed were unreadable."""
+        if self.unreadable > self.max_unreadable * self.rows:
+            raise UserError(
+                f"{self.unreadable} of {self.rows} rows are unreadable, max_unreadable is {self.max_unreadable}: "
+                + "; ".join(self.problems),
+                "Repair them, or raise max_unreadable.",
+            )
+
+
+Chunk = tuple[Span, ...]
+"""A part of a source that is read by itself; all of them, one after another, are the source."""
+
+
+def read_records(source: Source) -> Iterator[Record]:
+    """Every row of a source; raises UserError where something is wrong with it, or more rows than allowed are."""
+    tally = Tally(source.max_unreadable)
+    for chunk in chunks(source):
+        yield from read_chunk(source, chunk, tally)
+    tally.check()
+
+
+def chunks(source: Source) -> list[Chunk]:
+    """The parts of a source, about lines.BLOCK bytes each; raises UserError where a file is empty or cannot be read.
+
+    They follow from the files alone. Plain text is read once for it, to find where documents end and lines are.
+    """
+    found: list[list[Span]] = []
+    room = 0
+    for path in list_files(source.files):
+        with _named(path):
+            spans = list(_format(path, source).spans(path, source))
+        if not spans:
+            raise UserError(f"{path} is empty", "Leave it out of the source's files.")
+        for span in spans:
+            # Small files lie together, so that thousands of them are not as many pieces of work.
+            if span.size > room:
+                found.append([])
+                room = lines.BLOCK
+            found[-1].append(span)
+            room -= span.size
+    return [tuple(spans) for spans in found]
+
+
+def read_chunk(source: Source, chunk: Chunk, tally: Tally | None = None) -> Iterator[Record]:
+    """The rows of a chunk; raises UserError where the file is damaged.
+
+    Unreadable rows are counted in `tally`, to be added to those of the other chunks and checked by the caller;
+    without one, this chunk alone is checked.
+    """
+    counted = Tally(source.max_unreadable) if tally is None else tally
+    for span in chunk:
+        with _named(span.path):
+            for row in _format(span.path, source).read(span, source):
+                counted.rows += 1
+                if isinstance(row, UserError):
+                    counted.refuse(row)
+                else:
+                    yield row
+    if tally is None:
+        counted.check()
+
+
+def source_files(source: Source) -> list[Path]:
+    """Every file that a source is read from, with those that belong to them, in a fixed order."""
+    return [file for path in list_files(source.files) for file in _format(path, source).files(path)]
 
 
 def list_files(patterns: Iterable[str]) -> list[Path]:
-    """The files that names and globs stand for, in a fixed order, each once."""
-    files = [file for pattern in patterns for file in _matches(pattern)]
-    for file in files:
-        if not file.name.endswith(ENDINGS):
-            raise UserError(f"{file} ends in none of {', '.join(ENDINGS)}", "rename it, or save it as one of these")
-    refuse_repeated(files, "name each file once")
-    return files
+    """The files, data sets and folders that names and globs stand for, in a fixed order, each once.
+
+    Raises UserError where one is missing, named twice, or of no kind that is known.
+    """
+    found = [path for pattern in patterns for path in _matches(pattern)]
+    for path in found:
+        if not any(form.looks(path) for form in FORMATS):
+            raise UserError(f"{path} is of no known kind", f"Rename it, or save it as one of {ENDINGS}.")
+    refuse_repeated(found, "Name each file once.")
+    return found
 
 
 def refuse_repeated(files: Iterable[Path], advice: str) -> None:
@@ -34,65 +137,54 @@ def refuse_repeated(files: Iterable[Path], advice: str) -> None:
         seen.add(file.resolve())
 
 
-def read_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
-    """The text of every document of the files."""
-    for file in files:
-        try:
-            yield from _whole(file) if file.suffix == ".txt" else _lines(file, text_key)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{file} cannot be read: {error}", "check the file and its permissions") from error
+def _format(path: Path, source: Source) -> Format:
+    form = next(form for form in FORMATS if form.looks(path))
+    if form.holds == "ids" and source.kind != "tokens":
+        raise UserError(f"{path} holds token ids, not kind = {source.kind!r}", "Set kind = 'tokens'.")
+    if form.holds != "ids" and source.kind == "tokens":
+        raise UserError(
+            f"{path} holds no token ids", "kind = 'tokens' is for Megatron, MindRecord and prepared stores."
+        )
+    if form.holds == "text" and source.kind != "text":
+        raise UserError(
+            f"{path} is plain text, without the keys that kind = {source.kind!r} needs", "Give JSON lines or Parquet."
+        )
+    return form
 
 
 def _matches(pattern: str) -> list[Path]:
+    if pattern.startswith(tables.HUB):
+        return [Path(pattern)]
     # A file's own name may hold brackets, which a glob would read as a choice of letters.
-    found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    if not found:
+    exact = os.path.isfile(pattern) or _is_data_folder(Path(pattern))
+    names = [pattern] if exact else sorted(glob.glob(pattern, recursive=True))
+    if not names and os.path.isfile(f"{pattern}.idx"):
+        names = [f"{pattern}.idx"]
+    paths = [path for path in map(Path, names) if path.is_file() or _is_data_folder(path)]
+    if not exact:
+        paths = [path for path in paths if not (path.suffix == ".db" and MINDRECORD.search(path.stem))]
+    if not paths:
         raise UserError(
             f"{pattern} matches no file in {os.getcwd()}",
-            f"a folder's files are {os.path.join(pattern, '*')}" if os.path.isdir(pattern) else "check the path",
+            f"A folder's files are {os.path.join(pattern, '*')}." if os.path.isdir(pattern) else "Check the path.",
         )
-    return [Path(name) for name in found]
+    # Megatron's two files are one data set.
+    return list(dict.fromkeys(path.with_suffix("") if path.suffix in (".bin", ".idx") else path for path in paths))
 
 
-def _whole(file: Path) -> Iterator[str]:
-    content = file.read_bytes()
+def _is_data_folder(path: Path) -> bool:
+    return path.is_dir() and (is_store(path) or tables.is_dataset(path))
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
     try:
-        yield content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = 1 + content.count(b"\n", 0, error.start)
-        raise UserError(f"{file}, line {line}: not UTF-8 ({error.reason})", "save the file as UTF-8") from error
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}", "Check the file and its permissions.") from error
 
 
-def _lines(file: Path, text_key: str) -> Iterator[str]:
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _text(line, text_key, f"{file}, line {number}")
-
-
-def _text(line: bytes, text_key: str, place: str) -> str:
-    record = _record(line, place)
-    if text_key not in record:
-        raise UserError(
-            f"{place}: no field {text_key!r}, only {', '.join(map(repr, record)) or 'an empty object'}",
-            "set text_key to the field that holds the text",
-        )
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise UserError(f"{place}: field {text_key!r} is {text!r:.40}, no string", "store the text in this field")
-    if half := HALF_CHARACTER.search(text):
-        raise UserError(
-            f"{place}: field {text_key!r} has half a character, {half[0]!r}",
-            "write both halves of the surrogate pair, or neither",
-        )
-    return text
-
-
-def _record(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{place}: no JSON in UTF-8: {error}", "write one JSON object on each line") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: {record!r:.40} is no object", "write one JSON object on each line")
-    return record
+def read_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
+    """The text of every document of the files."""
+    for record in read_records(Source(files=tuple(map(str, files)), text_key=text_key)):
+        yield record.value

@@ -1,15 +1,36 @@
 """The two libraries that read vocabularies, in two classes alike: what the vocabulary's file alone can answer.
 
 `encode` adds neither BOS nor EOS. `decode` spells specials out. `token_bytes` gives the bytes of a token that can be
-part of a character, and None for one that is text by itself.
+part of a character, and None for one that is text by itself. `encode_parts` takes texts whose parts say whether special
+strings in them are specials, and tells which characters each token stands for.
 """
 
 import functools
 import itertools
 import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from camelid.errors import UserError
+
+Part = tuple[str, bool]
+"""a piece of a text, and whether special strings in it are specials"""
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Tokens, and where they lie in their text."""
+
+    tokens: np.ndarray
+    """int32 (n,)"""
+    starts: np.ndarray
+    """int64 (n,): the first character of each; bytes of one character share it"""
+    ends: np.ndarray
+    """int64 (n,): one past the last; equal to the start where the tokenizer inserted a token of its own"""
 
 
 class TokenizersEngine:
@@ -30,6 +51,15 @@ class TokenizersEngine:
         engine = self._parsing if specials else self._plain
         return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_parts(self, texts: Sequence[Sequence[Part]]) -> list[Placed]:
+        engine, names, special = self._renamed
+        renamed = [_Renamed(parts, names, special) for parts in texts]
+        encodings = engine.encode_batch([text.text for text in renamed], add_special_tokens=False)
+        return [text.placed(encoding, self._ids_of_names) for text, encoding in zip(renamed, encodings, strict=True)]
+
+    def has_special(self, text: str) -> bool:
+        return self._renamed[2].search(text) is not None
+
     def decode(self, ids: list[int]) -> str:
         return self._plain.decode(ids, skip_special_tokens=False)
 
@@ -48,6 +78,30 @@ class TokenizersEngine:
     def _parsing(self):
         # Parsing specials is a switch of the whole object: a second one keeps threads apart.
         return self._load(specials=True)
+
+    @functools.cached_property
+    def _renamed(self):
+        """An engine in which specials go by names that nobody can guess, the names by string, and what finds them."""
+        import tokenizers
+
+        # Such a name in a text is always meant; the special's own string, in the same text, is only text.
+        engine = self._load(specials=False)
+        added = engine.get_added_tokens_decoder()
+        secret = secrets.token_hex(8)
+        names = {added[token].content: f"<{secret}{token}>" for token in self.special_ids}
+        for entry in map(added.__getitem__, self.special_ids):
+            how = {"single_word": entry.single_word, "lstrip": entry.lstrip, "rstrip": entry.rstrip}
+            engine.add_tokens([tokenizers.AddedToken(names[entry.content], normalized=entry.normalized, **how)])
+        return engine, names, _any_of(names)
+
+    @functools.cached_property
+    def _ids_of_names(self) -> np.ndarray:
+        """The id of a special by the id of its name; every other id by itself."""
+        engine, names, _ = self._renamed
+        vocab = engine.get_vocab(with_added_tokens=True)
+        ids = np.arange(1 + max(vocab.values()))
+        ids[[vocab[name] for name in names.values()]] = [vocab[special] for special in names]
+        return ids
 
     def _load(self, *, specials: bool):
         import tokenizers
@@ -80,9 +134,8 @@ class SentencePieceEngine:
         self._model = _load_sentencepiece(file)
         self._specials = {self._model.id_to_piece(i): i for i in range(len(self._model)) if self._is_special(i)} | added
         self._texts = {token: text for text, token in self._specials.items()}
-        longest_first = sorted(self._specials, key=len, reverse=True)
         self._letter = self._model.encode("a")
-        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._special = _any_of(self._specials)
         self.special_ids = frozenset(self._texts)
         self.vocab_size = max(len(self._model), 1 + max(self._texts, default=0))
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
@@ -90,6 +143,12 @@ class SentencePieceEngine:
 
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
         return [self._parse(text) for text in texts] if specials else self._model.encode(texts)
+
+    def encode_parts(self, texts: Sequence[Sequence[Part]]) -> list[Placed]:
+        return [self._placed(list(self._runs(parts))) for parts in texts]
+
+    def has_special(self, text: str) -> bool:
+        return self._special.search(text) is not None
 
     def decode(self, ids: list[int]) -> str:
         text = ""
@@ -121,6 +180,115 @@ class SentencePieceEngine:
         parts = self._special.split(text)
         ids = ([self._specials[part]] if part in self._specials else self._model.encode(part) for part in parts)
         return list(itertools.chain.from_iterable(ids))
+
+    def _runs(self, parts: Sequence[Part]) -> Iterator[tuple[str, bool]]:
+        """The specials of a text, and what lies between them, each with whether it is a special."""
+        plain = ""
+        for text, specials in parts:
+            for piece in self._special.split(text) if specials else [text]:
+                if specials and piece in self._specials:
+                    yield from [(plain, False)] if plain else []
+                    yield piece, True
+                    plain = ""
+                else:
+                    plain += piece
+        yield from [(plain, False)] if plain else []
+
+    def _placed(self, runs: list[tuple[str, bool]]) -> Placed:
+        spans: list[tuple[int, int, int]] = []
+        at = 0
+        for text, special in runs:
+            if special:
+                spans.append((self._specials[text], at, at + len(text)))
+            else:
+                chars = _char_at_byte(text)
+                pieces = _sentence_pieces(self._model.encode(text, out_type="serialized_proto"))
+                spans.extend((token, at + chars[start], at + chars[end]) for token, start, end in pieces)
+            at += len(text)
+        table = np.array(spans, np.int64).reshape(-1, 3)
+        return Placed(table[:, 0].astype(np.int32), table[:, 1], table[:, 2])
+
+
+class _Renamed:
+    """A text of `TokenizersEngine.encode_parts`, with the specials of its parts under their secret names."""
+
+    def __init__(self, parts: Sequence[Part], names: dict[str, str], special: re.Pattern[str]):
+        pieces: list[str] = []
+        # Where a run of the text begins, in the text as it is passed on and as it was.
+        here = there = 0
+        self._here, self._there = [0], [0]
+        for text, specials in parts:
+            for piece in special.split(text) if specials else [text]:
+                name = names.get(piece, piece) if specials else piece
+                pieces.append(name)
+                here, there = here + len(name), there + len(piece)
+                if len(name) != len(piece):
+                    self._here.append(here)
+                    self._there.append(there)
+        self.text = "".join(pieces)
+
+    def placed(self, encoding, ids_of_names: np.ndarray) -> Placed:
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        tokens = ids_of_names[np.array(encoding.ids, np.int64)]
+        starts, ends = self._there_of(offsets[:, 0]), self._there_of(offsets[:, 1])
+        return Placed(tokens.astype(np.int32), starts, ends)
+
+    def _there_of(self, places: np.ndarray) -> np.ndarray:
+        here, there = np.array(self._here), np.array(self._there)
+        run = np.searchsorted(here, places, side="right") - 1
+        return there[run] + places - here[run]
+
+
+def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    """What finds any of the strings, the longest where several begin, and splits a text around them."""
+    longest_first = sorted(strings, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def _char_at_byte(text: str) -> list[int]:
+    """The character that each byte of the text's UTF-8 belongs to, and the text's length at the end."""
+    if text.isascii():
+        return list(range(len(text) + 1))
+    data = np.frombuffer(text.encode(), np.uint8)
+    return [*(np.cumsum((data & 0xC0) != 0x80) - 1).tolist(), len(text)]
+
+
+def _sentence_pieces(message: bytes) -> Iterator[tuple[int, int, int]]:
+    """The id and the span in bytes of every piece of a SentencePieceText, which is a message of protobuf."""
+    for number, piece in _fields(message):
+        if number == 2 and isinstance(piece, bytes):
+            fields = dict(_fields(piece))
+            # A field that is 0 may be left out.
+            token, start, end = (fields.get(number, 0) for number in (2, 4, 5))
+            yield int(token), int(start), int(end)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The numbers and strings of a message of protobuf, each after the number of its field."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        if key & 7 == 5:  # a float, here the score
+            at += 4
+            continue
+        value, at = _varint(message, at)
+        if key & 7 == 2:
+            yield key >> 3, message[at : at + value]
+            at += value
+        else:
+            yield key >> 3, value
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, the lowest first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
 
 
 def _load_sentencepiece(file: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from camelid.errors import UserError
-from camelid.text.engines import SentencePieceEngine, TokenizersEngine
+from camelid.text.engines import Part, Placed, SentencePieceEngine, TokenizersEngine
 
 Engine = TokenizersEngine | SentencePieceEngine
 
@@ -49,7 +49,14 @@ class Tokenizer:
     """The tokenizer's files beside each other, for a conversion to carry along."""
     fingerprint: str
     """SHA-256 of the file that holds the vocabulary."""
-    has_chat_template: bool
+    chat_templates: dict[str, str]
+    """The checkpoint's templates, in jinja, by name; the one for chats is `default`."""
+    named_specials: dict[str, str]
+    """What templates know specials by (bos_token, eos_token, ...), and their strings."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.chat_templates)
 
     def encode(self, text: str, *, bos: bool | None = None, eos: bool = False, specials: bool = False) -> list[int]:
         """The ids of a text, with one BOS if the checkpoint (None) or the caller says so.
@@ -65,6 +72,13 @@ class Tokenizer:
         head = self._bos(bos)
         tail = self._eos(eos)
         return [_framed(ids, head, tail) for ids in self.engine.encode(list(map(_unbroken, texts)), specials)]
+
+    def encode_parts(self, texts: Iterable[Sequence[Part]]) -> list[Placed]:
+        """The tokens of texts that come in parts, and where they lie; neither BOS nor EOS is added.
+
+        Special strings are specials where a part says so, text elsewhere.
+        """
+        return self.engine.encode_parts([[(_unbroken(text), specials) for text, specials in parts] for parts in texts])
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_specials: bool = True) -> str:
         """The text of ids, exactly as the library behind the file gives it."""
@@ -124,18 +138,26 @@ def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
     config = _read(folder / "tokenizer_config.json")
     named = (config, _read(folder / "special_tokens_map.json"))
     bos_id = _bos_id(engine, named)
+    eos_ids = _eos_ids(engine, named, _read(folder / "generation_config.json"), _read(folder / "config.json"))
     adds_bos = config.get("add_bos_token")
     files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     return Tokenizer(
         engine=engine,
         vocab_size=engine.vocab_size,
         bos_id=bos_id,
-        eos_ids=_eos_ids(engine, named, _read(folder / "generation_config.json"), _read(folder / "config.json")),
+        eos_ids=eos_ids,
         adds_bos=bos_id is not None and (engine.bos_id is not None if adds_bos is None else adds_bos),
         files=files if file in files else (file, *files),
         fingerprint=hashlib.sha256(file.read_bytes()).hexdigest(),
-        has_chat_template=bool(config.get("chat_template")) or any(path.stem == "chat_template" for path in files),
+        chat_templates=_chat_templates(folder, config),
+        named_specials=_named_specials(engine, named, bos_id, eos_ids),
     )
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint's folder, where it has one."""
+    has = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return load_tokenizer(folder) if has else None
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -188,6 +210,49 @@ def _eos_ids(
     by_name = [_token_id(engine, config, "eos_token") for config in named]
     found = [*_listed(generation), *by_name, *_listed(model), engine.eos_id]
     return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def _named_specials(
+    engine: Engine, named: Sequence[dict[str, Any]], bos_id: int | None, eos_ids: tuple[int, ...]
+) -> dict[str, str]:
+    """Every `..._token` that the files name, and BOS and EOS however they are known."""
+    found: dict[str, str] = {}
+    for config in reversed(named):
+        for key, token in config.items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if key.endswith("_token") and isinstance(text, str) and text:
+                found[key] = text
+    known = {"bos_token": bos_id, "eos_token": eos_ids[0] if eos_ids else None}
+    return {key: engine.decode([token]) for key, token in known.items() if token is not None} | found
+
+
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The templates by name, from the file that transformers believes first."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            own: Any = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8: {error}", "mend or remove the file") from error
+    else:
+        file = folder / "tokenizer_config.json"
+        own = config.get("chat_template")
+        if not own:
+            file = folder / "chat_template.json"
+            own = _read(file).get("chat_template")
+    named = {"default": own} if isinstance(own, str) or not own else _by_name(own)
+    if named is None or not all(isinstance(text, str) for text in named.values() if text is not None):
+        raise UserError(
+            f"chat_template in {file} is neither a text nor a list of objects with name and template",
+            "mend it, or take the file from the checkpoint again",
+        )
+    return {name: text for name, text in named.items() if text}
+
+
+def _by_name(templates: Any) -> dict[str, Any] | None:
+    if isinstance(templates, list) and all(isinstance(entry, dict) for entry in templates):
+        return {str(entry.get("name")): entry.get("template", 0) for entry in templates}
+    return templates if isinstance(templates, dict) else None
 
 
 def _listed(config: dict[str, Any]) -> list[int]:

@@ -1,0 +1,85 @@
+"""Safetensors files.
+
+The format (huggingface/safetensors, README "Format"): 8 bytes with the header's length N, N bytes of JSON that gives
+each tensor's dtype, shape and byte range, and the bytes of all tensors without gaps.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from camelid.checkpoint.files import File, Segment
+from camelid.checkpoint.tensors import DTYPES, Tensor
+from camelid.errors import UserError
+
+HELD = {**DTYPES, "U16": np.dtype(np.uint16), "U32": np.dtype(np.uint32)}  # with the bits of exact deltas
+MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
+
+
+def open_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, checked against its size; raises UserError where the file is cut short or not one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise UserError(f"{path} is not a safetensors file, or is cut short", "Download or copy the file again.")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} has an unreadable header ({error})", "Download or copy the file again.") from error
+    try:
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
+        end = 8 + length
+        for first, last in sorted(entry["data_offsets"] for entry in header.values()):
+            if 8 + length + first != end:
+                raise ValueError("gaps, or tensors that lie over each other")
+            end += last - first
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has a header of another format", "Download or copy the file again.") from error
+    if end != size:
+        raise UserError(
+            f"{path} is cut short: its header speaks of {end:,} bytes and it has {size:,}"
+            if size < end
+            else f"{path} has {size - end:,} bytes after its last tensor",
+            "Download or copy the file again.",
+        )
+    return tensors
+
+
+def _tensor(path: Path, name: str, entry: dict, start: int) -> Tensor:
+    if entry["dtype"] not in HELD:
+        raise UserError(
+            f"tensor {name} in {path} is {entry['dtype']}; camelid reads {', '.join(DTYPES)}",
+            "Save the checkpoint in one of these dtypes first.",
+        )
+    dtype, shape = HELD[entry["dtype"]], tuple(entry["shape"])
+    first, last = entry["data_offsets"]
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise UserError(f"tensor {name} in {path} has {last - first} bytes for {shape} {dtype}", "The file is damaged.")
+    return Tensor(path, name, start + first, shape, dtype)
+
+
+def safetensors_file(name: str, segments: Sequence[Segment]) -> File:
+    """A file of these tensors, in this order."""
+    codes = {dtype: code for code, dtype in HELD.items()}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for segment in segments:
+        tensor = segment.tensor
+        header[tensor.name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.bytes],
+        }
+        offset += tensor.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return File(name, [struct.pack("<Q", len(text)) + text, *segments])

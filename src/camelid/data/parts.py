@@ -1,0 +1,268 @@
+"""Parts of a store: each a small store of one chunk of a source, made by any process.
+
+Chunks follow from the files alone, so parts are the same for any number of processes, and those that a killed process
+left are of use to the next one.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from camelid.data.config import Source
+from camelid.data.examples import Encoder, make_encoder
+from camelid.data.formats import Record
+from camelid.data.sources import Chunk, Tally, read_chunk, refuse_repeated, source_files
+from camelid.data.store import VERSION, Store, Writer, hash_file
+from camelid.errors import UserError
+from camelid.text.tokenizer import Tokenizer, load_tokenizer
+
+Progress = Callable[[int, int], None]
+"""hears of bytes of the sources that are done, and of bytes in all"""
+
+Piece = tuple[Source, Chunk]
+
+# Enough to keep every core busy; the tokenizer needs about a hundred bytes for each character meanwhile.
+CHARACTERS_AT_ONCE = 1_000_000
+RECORDS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that decides what a store will hold."""
+
+    sources: tuple[Source, ...]
+    tokenizer: Tokenizer
+    validation_fraction: float = 0.0
+    """the share of the documents that is held out, into a store of its own in the store's folder"""
+    seed: int = 0
+    """decides which ones"""
+    sequence_length: int | None = None
+    """of compat = "mindformers" alone"""
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON: the options, and the files by path, size and time; raises UserError where a file is missing."""
+        files = [source_files(source) for source in self.sources]
+        alike = defaultdict(list)
+        for source, paths in zip(self.sources, files, strict=True):
+            alike[dataclasses.replace(source, files=("",), weight=None)] += paths
+        for paths in alike.values():
+            refuse_repeated(paths, "Name each file once.")
+        return {"options": self._options(), "files": [[_about(path) for path in paths] for paths in files]}
+
+    def _options(self) -> dict[str, Any]:
+        tokenizer = self.tokenizer
+        beside = [file for file in tokenizer.files if file.stem in ("chat_template", "tokenizer_config")]
+        # How often a source is read does not change what it holds.
+        sources = [dataclasses.asdict(dataclasses.replace(source, weight=None)) for source in self.sources]
+        mindformers = any(source.compat == "mindformers" for source in self.sources)
+        options = {
+            "version": VERSION,
+            "sources": sources,
+            "tokenizer": tokenizer.fingerprint,
+            "bos_id": tokenizer.bos_id,
+            "eos_ids": tokenizer.eos_ids,
+            "adds_bos": tokenizer.adds_bos,
+            "beside_tokenizer": {file.name: hash_file(file) for file in beside},
+            "validation_fraction": self.validation_fraction,
+            "seed": self.seed if self.validation_fraction else None,
+            "sequence_length": self.sequence_length if mindformers else None,
+        }
+        return json.loads(json.dumps(options))
+
+
+def fingerprint(described: dict[str, Any]) -> str:
+    """Of what Task.describe says."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _about(path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    return {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def make_parts(task: Task, pieces: Sequence[Piece], folder: Path, workers: int, progress: Progress) -> list[Store]:
+    """The part of each piece, in `folder`; those that are there already stay.
+
+    Raises UserError where a source is unreadable, or a process ends by itself.
+    """
+    sizes = [sum(span.size for span in chunk) for _, chunk in pieces]
+    missing = {n: piece for n, piece in enumerate(pieces) if not _is_whole(folder / _name(n))}
+    done = sum(sizes) - sum(sizes[n] for n in missing)
+    progress(done, sum(sizes))
+    with contextlib.closing(
+        _by_workers(task, missing, folder, workers) if workers else _here(task, missing, folder)
+    ) as made:
+        for n in made:
+            done += sizes[n]
+            progress(done, sum(sizes))
+    return [Store.open(folder / _name(n)) for n in range(len(pieces))]
+
+
+def _name(number: int) -> str:
+    return f"{number:06}"
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether an earlier process has finished a part, and the machine has kept it."""
+    try:
+        Store.open(part).verify()
+    except UserError:
+        shutil.rmtree(part, ignore_errors=True)
+        return False
+    return True
+
+
+def _here(task: Task, missing: dict[int, Piece], folder: Path) -> Generator[int]:
+    maker = _Maker(task.tokenizer, task.sequence_length, folder)
+    for n, piece in missing.items():
+        maker.make(n, *piece)
+        yield n
+
+
+class _Maker:
+    """Makes parts, in whatever process."""
+
+    def __init__(self, tokenizer: Tokenizer, sequence_length: int | None, folder: Path):
+        self._tokenizer, self._sequence_length, self._folder = tokenizer, sequence_length, folder
+        self._encoders: dict[Source, Encoder] = {}
+        self._tally = Tally(0)
+
+    def make(self, number: int, source: Source, chunk: Chunk) -> None:
+        encode = self._encoder(source)
+        self._tally = tally = Tally(source.max_unreadable)
+        empty = 0
+        temporary = self._folder / f".{_name(number)}.{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        with Writer(temporary, self._tokenizer.vocab_size) as writer:
+            for records in _batches(read_chunk(source, chunk, tally)):
+                refused = tally.unreadable
+                found = encode(records)
+                empty += sum(not documents for documents in found) - (tally.unreadable - refused)
+                examples = [example for documents in found for example in documents]
+                if examples:
+                    writer.append(
+                        np.concatenate([example.tokens for example in examples]),
+                        np.fromiter((len(example.tokens) for example in examples), np.int64, len(examples)),
+                        np.concatenate([example.weights for example in examples]),
+                    )
+            counts = {"rows": tally.rows, "unreadable": tally.unreadable, "empty": empty, "problems": tally.problems}
+            writer.finish({"tokenizer": self._tokenizer.fingerprint, "counts": counts})
+        # A process that outlived its parent may have made it, too.
+        shutil.rmtree(self._folder / _name(number), ignore_errors=True)
+        temporary.rename(self._folder / _name(number))
+
+    def _encoder(self, source: Source) -> Encoder:
+        if source not in self._encoders:
+            self._encoders[source] = make_encoder(
+                source,
+                self._tokenizer,
+                sequence_length=self._sequence_length,
+                refuse=lambda error: self._tally.refuse(error),
+            )
+        return self._encoders[source]
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += _characters(record.value)
+        if characters >= CHARACTERS_AT_ONCE or len(batch) == RECORDS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str | np.ndarray):
+        return len(value)
+    return sum(
+        map(_characters, value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+    )
+
+
+# Workers --------------------------------------------------------------------------------
+
+
+def _by_workers(task: Task, missing: dict[int, Piece], folder: Path, workers: int) -> Generator[int]:
+    """Makes parts in other processes, which end with this generator; gives the number of each that is done."""
+    # Not a pool of the library: its processes outlive a parent that is killed, and it waits for one that is.
+    spawn = multiprocessing.get_context("spawn")
+    vocabulary = next(file for file in task.tokenizer.files if hash_file(file) == task.tokenizer.fingerprint)
+    waiting = iter(missing.items())
+    processes: dict[Any, Any] = {}
+    try:
+        for _ in range(min(workers, len(missing))):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_work, args=(theirs, vocabulary, task.sequence_length, folder), daemon=True)
+            process.start()
+            theirs.close()
+            processes[ours] = process
+            _give(ours, waiting)
+        for _ in missing:
+            ready = wait(list(processes))[0]
+            yield _receive(ready, processes[ready])
+            _give(ready, waiting)
+    finally:
+        for process in processes.values():
+            process.kill()
+        for connection, process in processes.items():
+            process.join()
+            connection.close()
+
+
+def _give(connection: Any, waiting: Iterator[tuple[int, Piece]]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it has ended; that is noticed where its answer is read
+        if (task := next(waiting, None)) is not None:
+            connection.send(task)
+
+
+def _receive(connection: Any, process: Any) -> int:
+    try:
+        kind, what = connection.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        raise UserError(
+            f"a process that prepares data ended by itself (code {process.exitcode})",
+            "Use fewer workers if memory ran out. A script needs `if __name__ == '__main__':` around what it does.",
+        ) from None
+    if kind == "refused":
+        raise UserError(*what)
+    if kind == "failed":
+        raise RuntimeError(f"a process that prepares data failed:\n{what}")
+    return what
+
+
+def _work(connection: Any, vocabulary: Path, sequence_length: int | None, folder: Path) -> None:
+    """Makes parts until the parent ends or has no more of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    maker = None
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            number, piece = connection.recv()
+            try:
+                maker = maker or _Maker(load_tokenizer(vocabulary), sequence_length, folder)
+                maker.make(number, *piece)
+                answer = "made", number
+            except UserError as error:
+                answer = "refused", (error.problem, error.advice)
+            except Exception:
+                answer = "failed", traceback.format_exc()
+            connection.send(answer)

@@ -1,0 +1,227 @@
+"""Sources to a store: tokenized in parts by several processes, then laid end to end.
+
+.NAME.incomplete/parts-PLAN/000000 000001 ...  ->  .NAME.incomplete/store  ->  NAME
+"""
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from camelid.data.config import Source
+from camelid.data.parts import Piece, Progress, Task, fingerprint, make_parts
+from camelid.data.sources import Tally, chunks
+from camelid.data.store import VALIDATION, Store, Writer, hash_file, is_store, locked
+from camelid.errors import UserError
+from camelid.text.tokenizer import Tokenizer
+
+TOKENS_AT_ONCE = 2**22  # that are laid end to end at once
+
+
+def prepare(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    validation_fraction: float = 0.0,
+    seed: int = 0,
+    sequence_length: int | None = None,
+    workers: int = 0,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Store:
+    """The store of these sources in a folder, made with `workers` processes (0: in this one) if it is not there.
+
+    The same command goes on where it was killed. A store that is there, of the same options and unchanged files, is
+    opened. One of others is a UserError that names the difference, or replaced with `overwrite`; a folder of something
+    else is never replaced. Other processes of this machine that want the same store wait for it. The first arguments are
+    those of a Task.
+    """
+    task = Task(tuple(sources), tokenizer, validation_fraction, seed, sequence_length)
+    folder = folder.absolute()
+    described = task.describe()
+    if (found := _existing(folder, described, overwrite)) is not None:
+        return found
+    work = folder.parent / f".{folder.name}.incomplete"
+    with locked(work):
+        if (found := _existing(folder, described, overwrite)) is None:
+            _make(task, described, work, workers, progress or (lambda done, total: None))
+            if folder.exists():
+                folder.rename(work / "replaced")
+            (work / "store").rename(folder)
+        # The lock goes last, with its folder.
+        shutil.rmtree(work)
+    return found or Store.open(folder)
+
+
+def _existing(folder: Path, described: dict[str, Any], overwrite: bool) -> Store | None:
+    """The store that is there already; None where it has to be made."""
+    if not folder.exists():
+        return None
+    if not is_store(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} holds something else than a store", "Choose another folder.")
+    if not is_store(folder):
+        return None
+    store = Store.open(folder)
+    difference = _difference(store.manifest.get("prepared"), described)
+    if difference is None:
+        return store
+    if not overwrite:
+        raise UserError(
+            f"{folder} was prepared before, and {difference}",
+            "Allow --overwrite to prepare it anew, or choose another.",
+        )
+    return None
+
+
+def _difference(prepared: dict[str, Any] | None, described: dict[str, Any]) -> str | None:
+    if prepared is None:
+        return "does not say from what"
+    for name, value in described["options"].items():
+        if (before := prepared["options"].get(name)) != value:
+            return f"{name} was {before!r}, and is {value!r} now"
+    before = {file["path"]: file for file in itertools.chain.from_iterable(prepared["files"])}
+    now = {file["path"]: file for file in itertools.chain.from_iterable(described["files"])}
+    for path in sorted(before.keys() ^ now.keys()):
+        return f"{path} {'is gone from' if path in before else 'came to'} its sources"
+    for path, file in now.items():
+        same = all(file[key] == before[path][key] for key in ("bytes", "mtime_ns"))
+        if not same and hash_file(Path(path)) != before[path]["sha256"]:
+            return f"{path} has changed"
+    return None
+
+
+def _make(task: Task, described: dict[str, Any], work: Path, workers: int, progress: Progress) -> None:
+    """Writes the store into the folder `store` of `work`."""
+    folder = work / f"parts-{fingerprint(described)[:16]}"
+    for path in work.iterdir():
+        if path != folder and path.is_dir():
+            shutil.rmtree(path)  # of other files or options, or not finished
+    folder.mkdir(exist_ok=True)
+    pieces = [(source, chunk) for source in task.sources for chunk in chunks(source)]
+    paths = [file["path"] for files in described["files"] for file in files]
+    with ThreadPoolExecutor(1, thread_name_prefix="camelid-hash") as hasher:
+        hashes = hasher.submit(lambda: {path: hash_file(Path(path)) for path in paths})
+        parts = make_parts(task, pieces, folder, workers, progress)
+        prepared = {
+            "options": described["options"],
+            "files": [
+                [file | {"sha256": hashes.result()[file["path"]]} for file in files] for files in described["files"]
+            ],
+        }
+    if (after := task.describe()) != described:
+        difference = _difference(prepared, after) or "a file was touched"
+        raise UserError(f"while the sources were read, {difference}", "Let what writes them finish, and run it again.")
+    _lay(task, pieces, parts, work / "store", prepared)
+
+
+# The store ------------------------------------------------------------------------------
+
+
+def _lay(task: Task, pieces: Sequence[Piece], parts: Sequence[Store], folder: Path, prepared: dict[str, Any]) -> None:
+    """Writes the documents of the parts, one after another, into a store and into that of those held out."""
+    counts = _counts(task, pieces, parts)
+    about = {"tokenizer": task.tokenizer.fingerprint, "prepared": prepared, "counts": counts}
+    if not task.validation_fraction:
+        with Writer(folder, task.tokenizer.vocab_size) as writer:
+            for part in parts:
+                for tokens, lengths, weights in _blocks(part):
+                    writer.append(tokens, lengths, weights)
+            writer.finish(about)
+    else:
+        _lay_apart(task, pieces, parts, folder, about)
+    for path in folder.rglob("*"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _counts(task: Task, pieces: Sequence[Piece], parts: Sequence[Store]) -> dict[str, Any]:
+    """What was read of all sources; raises UserError where too much of one is unreadable, or nothing is left."""
+    total, empty = Tally(1), 0
+    for source in task.sources:
+        tally = Tally(source.max_unreadable)
+        for (whose, _), part in zip(pieces, parts, strict=True):
+            if whose is source:
+                counts = part.manifest["counts"]
+                tally.add(Tally(0, counts["rows"], counts["unreadable"], counts["problems"]))
+                empty += counts["empty"]
+        tally.check()
+        total.add(tally)
+    if not any(part.num_documents for part in parts):
+        raise UserError(
+            f"there is no text in {', '.join(name for source in task.sources for name in source.files)}",
+            "Name files that hold some.",
+        )
+    return {"rows": total.rows, "unreadable": total.unreadable, "empty": empty, "problems": total.problems}
+
+
+def _blocks(part: Store) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Tokens, lengths and weights of some documents at a time."""
+    first = 0
+    while first < part.num_documents:
+        enough = int(np.searchsorted(part.offsets, part.offsets[first] + TOKENS_AT_ONCE))
+        stop = min(max(enough, first + 1), part.num_documents)
+        begin, end = int(part.offsets[first]), int(part.offsets[stop])
+        yield part.tokens[begin:end], np.diff(part.offsets[first : stop + 1]), part.weights(begin, end)
+        first = stop
+
+
+def _lay_apart(
+    task: Task, pieces: Sequence[Piece], parts: Sequence[Store], folder: Path, about: dict[str, Any]
+) -> None:
+    """The same in two stores: a share of the documents, or of the tokens of a single one, is held out."""
+    # What a preference compares stays together.
+    sizes = [2 if source.kind == "preference" else 1 for source, _ in pieces]
+    units = sum(part.num_documents // size for part, size in zip(parts, sizes, strict=True))
+    with Writer(folder, task.tokenizer.vocab_size) as kept:
+        with Writer(folder / VALIDATION, task.tokenizer.vocab_size) as held_out:
+            if units == 1:
+                (part,) = (part for part in parts if part.num_documents)
+                _cut(part, task.validation_fraction, kept, held_out)
+            else:
+                largest = _largest_held_out(units, task)
+                unit = 0
+                for part, size in zip(parts, sizes, strict=True):
+                    document = 0
+                    for tokens, lengths, weights in _blocks(part):
+                        which = unit + np.arange(document, document + len(lengths)) // size
+                        held = _draw(which, task.seed) <= largest
+                        of_tokens = np.repeat(held, lengths)
+                        kept.append(tokens[~of_tokens], lengths[~held], weights[~of_tokens])
+                        held_out.append(tokens[of_tokens], lengths[held], weights[of_tokens])
+                        document += len(lengths)
+                    unit += part.num_documents // size
+            held_out.finish(about)
+        kept.finish(about)
+
+
+def _largest_held_out(units: int, task: Task) -> np.uint64:
+    """At least one and never all of them draw a number up to this."""
+    size = min(max(1, round(units * task.validation_fraction)), units - 1)
+    return np.partition(_draw(np.arange(units), task.seed), size - 1)[size - 1]
+
+
+def _draw(index: np.ndarray, seed: int) -> np.ndarray:
+    """A number of 64 bits for each index, no two alike (the mixing function is splitmix64's)."""
+    x = (index.astype(np.uint64) + np.uint64(seed << 32)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _cut(part: Store, fraction: float, kept: Writer, held_out: Writer) -> None:
+    """Holds out the end of a single document; no token is predicted across the cut."""
+    count = part.num_tokens
+    if part.num_documents != 1 or count < 4:
+        raise UserError(
+            f"a single {'document' if part.num_documents == 1 else 'pair'} of {count} tokens cannot be cut in two",
+            "Give more text, or name validation files.",
+        )
+    cut = count - min(max(2, round(count * fraction)), count - 2)
+    for writer, begin, end in ((kept, 0, cut), (held_out, cut, count)):
+        writer.append(part.tokens[begin:end], np.array([end - begin]), part.weights(begin, end))

@@ -1,0 +1,288 @@
+"""Prepared documents in a folder: arrays that are mapped into memory, never read whole."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from jaxtyping import Float32, Int64, Integer, UInt8
+
+from camelid.errors import UserError
+
+FORMAT, VERSION = "camelid store", 1
+MANIFEST, TOKENS, OFFSETS, WEIGHTS = "manifest.json", "tokens.bin", "offsets.bin", "weights.bin"
+VALIDATION = "validation"
+"""the folder, in that of a store, of the documents that were held out of it"""
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """Documents' tokens end to end, and how much each of them counts in the loss where it is predicted."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    tokens: Integer[np.ndarray, " tokens"]
+    """uint16 or uint32: the smallest that holds the vocabulary"""
+    offsets: Int64[np.ndarray, " offsets"]
+    """where each document begins, and the end; no document is empty"""
+    codes: UInt8[np.ndarray, " tokens"] | None
+    """of each token, the place of its weight in `levels`; None: documents' first tokens weigh `first`, all others 1"""
+    levels: Float32[np.ndarray, " levels"]
+    first: float
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Store":
+        """Maps the arrays of a folder; raises UserError where it is no store, or a damaged one."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        tokens, documents = manifest["num_tokens"], manifest["num_documents"]
+        sizes = {name: about["bytes"] for name, about in manifest["files"].items()}
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if found != size:
+                raise UserError(
+                    f"{folder / name} {'is missing' if found is None else f'has {found} bytes'}, the manifest says {size}",
+                    "The store is damaged: copy it again, or prepare it again.",
+                )
+        weights = manifest["weights"]
+        return cls(
+            folder,
+            manifest,
+            map_array(folder / TOKENS, token_dtype(manifest["vocab_size"]), tokens, at_random=True),
+            map_array(folder / OFFSETS, np.dtype("<i8"), documents + 1),
+            map_array(folder / WEIGHTS, np.dtype("u1"), tokens, at_random=True) if WEIGHTS in sizes else None,
+            np.array(weights.get("levels", []), np.float32),
+            float(weights.get("first", 0.0)),
+        )
+
+    def __reduce__(self):
+        # A copy in another process maps the same files.
+        return Store.open, (self.folder,)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that it holds."""
+        files = self.manifest["files"]
+        return hashlib.sha256(json.dumps([files, self.manifest["weights"]], sort_keys=True).encode()).hexdigest()
+
+    def weights(self, start: int, stop: int) -> Float32[np.ndarray, " tokens"]:
+        """How much tokens [start, stop) count where they are predicted."""
+        if self.codes is not None:
+            return self.levels[self.codes[start:stop]]
+        weights = np.ones(stop - start, np.float32)
+        first, last = np.searchsorted(self.offsets[:-1], [start, stop])
+        weights[self.offsets[first:last] - start] = self.first
+        return weights
+
+    def check_tokenizer(self, fingerprint: str, name: object) -> None:
+        """Refuses a store of other tokens than this tokenizer's."""
+        if self.manifest["tokenizer"] != fingerprint:
+            raise UserError(
+                f"{self.folder} was prepared with another tokenizer than {name}",
+                "Prepare its sources again with this one, or name the store of this tokenizer.",
+            )
+
+    def verify(self) -> None:
+        """Reads everything; raises UserError where a file is not what was written."""
+        for name, about in self.manifest["files"].items():
+            if hash_file(self.folder / name) != about["sha256"]:
+                raise UserError(
+                    f"{self.folder / name} is not what was written", "Copy the store again, or prepare it again."
+                )
+
+
+def is_store(folder: str | Path) -> bool:
+    """Whether a folder's manifest says that it is a store."""
+    try:
+        content = json.loads((Path(folder) / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a store says of itself; raises UserError where there is none, or one of another version."""
+    if not is_store(folder):
+        raise UserError(f"{folder} holds no prepared store", "Make one with `camelid data prepare`.")
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    if manifest["version"] != VERSION:
+        raise UserError(
+            f"{folder} is a store of version {manifest['version']}, this camelid reads {VERSION}",
+            "Prepare its sources again, or use the camelid that made it.",
+        )
+    return manifest
+
+
+class Writer:
+    """Writes a new store into a folder, documents in the order in which they come; the manifest last.
+
+    A context that closes the files.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int):
+        folder.mkdir()
+        self.folder, self.vocab_size = folder, vocab_size
+        self.num_tokens = self.num_documents = 0
+        self._dtype = token_dtype(vocab_size)
+        self._files = {name: _Hashed(folder / name) for name in (TOKENS, OFFSETS, WEIGHTS)}
+        self._levels = {0.0: 0, 1.0: 1}
+        self._firsts: set[float] = set()
+        self._others_are_1 = True
+        self._files[OFFSETS].write(np.zeros(1, "<i8"))
+
+    def append(
+        self,
+        tokens: Integer[np.ndarray, " tokens"],
+        lengths: Int64[np.ndarray, " documents"],
+        weights: Float32[np.ndarray, " tokens"],
+    ) -> None:
+        """Adds documents that lie end to end; raises UserError for ids and weights that no store can hold."""
+        if not len(lengths):
+            return
+        assert lengths.min() > 0
+        assert lengths.sum() == len(tokens) == len(weights)
+        for token in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= token < self.vocab_size:
+                raise UserError(
+                    f"token id {token} is outside the tokenizer's vocabulary of {self.vocab_size}",
+                    "Use the tokenizer that these ids were made with.",
+                )
+        ends = np.cumsum(lengths)
+        firsts = weights[ends - lengths]
+        self._others_are_1 &= np.count_nonzero(weights == 1) - np.count_nonzero(firsts == 1) == len(weights) - len(ends)
+        if len(self._firsts) < 2:
+            self._firsts.update(np.unique(firsts)[:2].tolist())
+        self._files[WEIGHTS].write(self._codes(weights))
+        self._files[TOKENS].write(tokens.astype(self._dtype))
+        self._files[OFFSETS].write((self.num_tokens + ends).astype("<i8"))
+        self.num_tokens += len(tokens)
+        self.num_documents += len(lengths)
+
+    def finish(self, about: dict[str, Any]) -> None:
+        """Writes the manifest, with `about` in it; the folder is a store now."""
+        uniform = self._others_are_1 and len(self._firsts) < 2
+        self.__exit__()
+        if uniform:
+            del self._files[WEIGHTS]
+            (self.folder / WEIGHTS).unlink()
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "vocab_size": self.vocab_size,
+            "num_documents": self.num_documents,
+            "num_tokens": self.num_tokens,
+            "weights": {"first": next(iter(self._firsts), 0.0)} if uniform else {"levels": list(self._levels)},
+            "files": {name: {"bytes": file.size, "sha256": file.sha256} for name, file in self._files.items()},
+        }
+        write_json(self.folder / MANIFEST, manifest | about)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _codes(self, weights: np.ndarray) -> np.ndarray:
+        codes = (weights == 1).astype(np.uint8)
+        rare = np.flatnonzero((weights != 0) & (weights != 1))
+        if rare.size:
+            values, which = np.unique(weights[rare], return_inverse=True)
+            codes[rare] = np.array([self._code(value) for value in values.tolist()], np.uint8)[which]
+        return codes
+
+    def _code(self, weight: float) -> int:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"a token's weight in the loss is {weight}", "Weights are 0 or more, and finite.")
+        code = self._levels.setdefault(weight, len(self._levels))
+        if code > 255:
+            raise UserError("there are more than 256 different weights in the loss", "Round them.")
+        return code
+
+
+class _Hashed:
+    """A file that is written from its beginning, and the checksum of what was."""
+
+    def __init__(self, path: Path):
+        self.size = 0
+        self._file = path.open("wb")
+        self._sha = hashlib.sha256()
+
+    def write(self, array: np.ndarray) -> None:
+        data = np.ascontiguousarray(array).view(np.uint8).data
+        self._file.write(data)
+        self._sha.update(data)
+        self.size += len(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._sha.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def map_array(path: Path, dtype: np.dtype, count: int, at_random: bool = False) -> np.ndarray:
+    """Numbers of a file, read when they are looked at."""
+    if not count:
+        return np.empty(0, dtype)  # an empty file cannot be mapped
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), count * dtype.itemsize, access=mmap.ACCESS_READ)
+    if at_random:
+        # Otherwise the system reads much more around each row than the row.
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A file of JSON that is there whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    temporary.rename(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder, and holds it alone among the processes of this machine; whoever holds it may remove it."""
+    with _lock(folder):
+        yield
+
+
+def _lock(folder: Path) -> IO:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / ".lock"
+        with contextlib.suppress(FileNotFoundError):
+            file = path.open("w")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Who held it before may have removed the folder, and somebody else have made it again.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            file.close()

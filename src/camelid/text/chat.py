@@ -1,0 +1,415 @@
+"""Chats to tokens, and how much each token counts: rows -> messages -> a template's text -> tokens and weights.
+
+The ids are those of transformers' apply_chat_template, with one difference that is meant: a special token's string in
+a message is text, never a special. Nobody can end a turn or open one by writing `</s>` into a message.
+
+    <s> [INST] hi [/INST] hello </s> <s> [INST] bye [/INST] see you </s>
+     0     0   0     0      1    1    0     0    0     0     1   1   1     the assistant's words, and what ends them
+
+A token counts if any of its characters does: the assistant cannot be heard without it.
+"""
+
+import datetime
+import functools
+import itertools
+import math
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from camelid.errors import UserError
+from camelid.text import sandbox
+from camelid.text.engines import Part, Placed
+from camelid.text.templates import NAMED
+from camelid.text.tokenizer import Tokenizer
+
+Loss = Literal["assistant", "all"]
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
+# What a reader that knows only text would lose.
+NOT_TEXT = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
+NOT_TEXT += ("audio", "images", "videos")
+NOT_A_CHAT = ("tools", "functions", "history", "images", "videos", "audios")
+
+MARK = f"content{secrets.token_hex(8)}n"
+# What templates do to the ends of a content; the longest result that fits is taken.
+TRIMS = (
+    str,
+    lambda text: text.rstrip("\n"),
+    lambda text: text.lstrip("\n"),
+    lambda text: text.strip("\n"),
+    str.rstrip,
+    str.lstrip,
+    str.strip,
+)
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    """system, user or assistant"""
+    content: str
+    weight: float | None = None
+    """how much its tokens count; left out, the role and the loss decide"""
+
+
+def read_chat(row: Mapping[str, Any]) -> list[Message]:
+    """The messages of a row: ShareGPT's {conversations: [{from, value}]}, or {messages: [{role, content}]}.
+
+    UserError that names message and key where something is missing, unknown, empty, or out of turn.
+    """
+    key = next((key for key in ("messages", "conversations") if key in row), None)
+    if key is None:
+        raise UserError(
+            f"neither messages nor conversations is among the keys {', '.join(map(str, row)) or '(none)'}",
+            "give chats one of these keys, or set the kind of the source to what its rows are",
+        )
+    rows = row[key]
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{key} is {_shown(rows)}, not a list of messages", "leave the row out, or mend it")
+    messages = [_read_message(f"{key}[{index}]", message) for index, message in enumerate(rows)]
+    _check_turns(key, messages)
+    return _with_system(row, messages)
+
+
+def read_instruct(row: Mapping[str, Any], template: "ChatTemplate") -> list[Message]:
+    """The messages of a row {instruction, input, output}; the template says how instruction and input are joined."""
+    instruction, output = (_text(key, row.get(key)) for key in ("instruction", "output"))
+    given = row.get("input")
+    messages = [Message("user", instruction), Message("assistant", output)]
+    if given is not None and (not isinstance(given, str) or given.strip()):
+        messages[0] = Message("user", instruction + template.input_joint + _text("input", given))
+        if template.input_system is not None and not row.get("system"):
+            messages.insert(0, Message("system", template.input_system))
+    return _with_system(row, messages)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A jinja template for chats."""
+
+    text: str
+    input_joint: str = "\n\n"
+    input_system: str | None = None
+    now: datetime.datetime | None = None
+    """what the template is told when it asks for the date; left out, the clock says"""
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        *,
+        add_generation_prompt: bool = False,
+        loss: Loss = "assistant",
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, int32 (n,), and weights, float32 (n,): how much each token counts when it is predicted.
+
+        With loss "assistant" the assistant's words and what ends its turns count 1, all else 0; with "all", everything
+        but BOS counts 1. A message's own weight overrules both for its words. UserError if the template refuses the
+        chat, goes too far, or does not let see what of its text is the assistant's.
+        """
+        return self.render_batch([messages], tokenizer, add_generation_prompt=add_generation_prompt, loss=loss)[0]
+
+    def render_batch(
+        self,
+        chats: Iterable[Sequence[Message]],
+        tokenizer: Tokenizer,
+        *,
+        add_generation_prompt: bool = False,
+        loss: Loss = "assistant",
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`render` of every chat, on all cores. Its UserErrors do not say which chat: `render` them one by one then."""
+        laid = [_laid_out(self, tuple(chat), tokenizer, add_generation_prompt) for chat in chats]
+        placed = tokenizer.encode_parts([text.parts for text in laid])
+        return [
+            (tokens.tokens, _weights(text, tokens, tokenizer, loss)) for text, tokens in zip(laid, placed, strict=True)
+        ]
+
+
+def load_template(name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template of that name: one of `NAMED`, or of the checkpoint's own; None is the checkpoint's default."""
+    if name in NAMED:
+        named = NAMED[name]
+        return ChatTemplate(named.text, named.input_joint, named.input_system)
+    if (own := tokenizer.chat_templates.get(name or "default")) is not None:
+        return ChatTemplate(own)
+    known = ", ".join([*NAMED, *tokenizer.chat_templates])
+    if name is None:
+        raise UserError(f"{tokenizer.files[0].parent} has no chat template", f"name one (template = ...): {known}")
+    raise UserError(f"no chat template is called {name!r}", f"choose one of {known}")
+
+
+# Rows to messages.
+
+
+def _read_message(place: str, row: Any) -> Message:
+    if not isinstance(row, Mapping):
+        raise UserError(f"{place} is {_shown(row)}, not a message", "write it as {role, content} or {from, value}")
+    for key in NOT_TEXT:
+        if row.get(key):
+            raise UserError(
+                f"{place} has {key}, which is not text of the chat", "leave such rows out; it would be lost"
+            )
+    role_key, content_key = ("from", "value") if "from" in row or "value" in row else ("role", "content")
+    if role_key not in row:
+        raise UserError(f"{place} has no {role_key!r}", f"its keys are {', '.join(map(str, row)) or '(none)'}")
+    role = ROLES.get(row[role_key]) if isinstance(row[role_key], str) else None
+    if role is None:
+        raise UserError(f"{place}.{role_key} is {_shown(row[role_key])}", f"roles are {', '.join(ROLES)}")
+    return Message(role, _text(f"{place}.{content_key}", row.get(content_key)), _weight(place, row.get("weight")))
+
+
+def _text(place: str, content: Any) -> str:
+    """A text, whole or as OpenAI's list of parts."""
+    if isinstance(content, list) and content:
+        for index, part in enumerate(content):
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise UserError(f"{place}[{index}] is {_shown(part)}", 'only parts {type: "text", text} are known')
+        content = "".join(part["text"] for part in content)
+    if content is None:
+        raise UserError(f"{place} is missing", "leave the row out, or mend it")
+    if not isinstance(content, str):
+        raise UserError(f"{place} is {_shown(content)}, not a text", "leave the row out, or mend it")
+    if not content.strip():
+        raise UserError(f"{place} is empty", "leave the row out, or mend it")
+    return content
+
+
+def _weight(place: str, weight: Any) -> float | None:
+    if weight is None:
+        return None
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise UserError(f"{place}.weight is {_shown(weight)}", "a weight is a number, 0 or more")
+    return float(weight)
+
+
+def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages after the row's own `system`, as some data sets keep it apart."""
+    for key in NOT_A_CHAT:
+        if row.get(key):
+            raise UserError(f"the row has {key}, which would be lost", "leave such rows out, or put it into messages")
+    if not row.get("system"):
+        return messages
+    if messages[0].role == "system":
+        raise UserError("the row has system, and a message of the system too", "keep one of the two")
+    return [Message("system", _text("system", row["system"])), *messages]
+
+
+def _check_turns(key: str, messages: Sequence[Message]) -> None:
+    first = messages[0].role == "system"
+    for index, message in enumerate(messages[first:], start=first):
+        due = "user" if (index - first) % 2 == 0 else "assistant"
+        if message.role != due:
+            raise UserError(
+                f"{key}[{index}] is the {message.role}'s where the {due}'s is due",
+                "after the system, if there is one, the user begins and turns alternate: join or leave out messages",
+            )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# Messages to text, in which every character has its message.
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A chat as its template writes it."""
+
+    text: str
+    messages: tuple[Message, ...]
+    contents: tuple[tuple[int, int, int], ...]
+    """spans of the text that are a message's own, in order, with its index: special strings in them are text"""
+    said: tuple[tuple[int, int, int | None], ...]
+    """spans that count as a message's words; the assistant's have what ends their turn"""
+
+    @property
+    def parts(self) -> list[Part]:
+        parts: list[Part] = []
+        at = 0
+        for start, end, _ in self.contents:
+            parts += [(self.text[at:start], True), (self.text[start:end], False)]
+            at = end
+        return [*parts, (self.text[at:], True)]
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """A template with what it is given besides messages."""
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+
+    @functools.cached_property
+    def eos(self) -> re.Pattern[str]:
+        texts = [self.tokenizer.decode([token], skip_specials=False) for token in self.tokenizer.eos_ids]
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, texts)) or '(?!)'})")
+
+    def write(self, messages: Sequence[Message], prompt: bool) -> sandbox.Rendered:
+        rows = [{"role": message.role, "content": message.content} for message in messages]
+        rest = {"tools": None, "documents": None, "add_generation_prompt": prompt}
+        values = {**self.tokenizer.named_specials, "messages": rows, **rest}
+        return sandbox.render(self.template.text, values, self.template.now)
+
+
+@functools.lru_cache(maxsize=64)
+def _writer(template: ChatTemplate, tokenizer: Tokenizer) -> _Writer:
+    return _Writer(template, tokenizer)
+
+
+def _laid_out(template: ChatTemplate, messages: tuple[Message, ...], tokenizer: Tokenizer, prompt: bool) -> _Laid:
+    if not messages:
+        raise UserError("the chat has no message", "leave it out")
+    writer = _writer(template, tokenizer)
+    written = writer.write(messages, prompt)
+    marked = _marked_pieces(writer, tuple(message.role for message in messages), prompt)
+    contents = _fitted(written.text, marked, messages)
+    if contents is None:
+        contents = _one_by_one(writer, messages, prompt, written.text)
+    if written.generated:
+        said = [span for span in contents if messages[span[2]].role != "assistant"]
+        said += [(start, end, _speaker(contents, start, end)) for start, end in written.generated]
+    else:
+        said = list(_spans_said(writer, messages, contents, written.text))
+    return _Laid(written.text, messages, tuple(contents), tuple(said))
+
+
+@functools.lru_cache(maxsize=1024)
+def _marked_pieces(writer: _Writer, roles: tuple[str, ...], prompt: bool) -> tuple[str, ...] | None:
+    """The template's text around marks in place of contents: text, index of a message, text, index, ..., text.
+
+    None if it writes no such chat, which the real contents may still make it do.
+    """
+    try:
+        text = writer.write([Message(role, _mark(index)) for index, role in enumerate(roles)], prompt).text
+    except UserError:
+        return None
+    pieces = tuple(re.split(rf"{MARK}(\d+)m", text))
+    return pieces if {int(index) for index in pieces[1::2]} == set(range(len(roles))) else None
+
+
+def _mark(index: int) -> str:
+    return f"{MARK}{index}m"
+
+
+def _fitted(
+    text: str, pieces: tuple[str, ...] | None, messages: Sequence[Message]
+) -> list[tuple[int, int, int]] | None:
+    """Where the contents lie, if the text is what the marks promise, with contents as they are or trimmed."""
+    if pieces is None or not text.startswith(pieces[0]):
+        return None
+    spans: list[tuple[int, int, int]] = []
+    at = len(pieces[0])
+    for index, after in zip(map(int, pieces[1::2]), pieces[2::2], strict=True):
+        for trim in TRIMS:
+            content = trim(messages[index].content)
+            if text.startswith(content, at) and text.startswith(after, at + len(content)):
+                spans.append((at, at + len(content), index))
+                at += len(content) + len(after)
+                break
+        else:
+            return None
+    return spans if at == len(text) else None
+
+
+def _one_by_one(writer: _Writer, messages: tuple[Message, ...], prompt: bool, text: str) -> list[tuple[int, int, int]]:
+    """Where the contents lie, for a template that looks at their words: each is found by a mark in its place alone."""
+    spans: list[tuple[int, int, int]] = []
+    for index, message in enumerate(messages):
+        marked = (*messages[:index], Message(message.role, _mark(index)), *messages[index + 1 :])
+        try:
+            before, found, after = writer.write(marked, prompt).text.partition(_mark(index))
+        except UserError:
+            before, found, after = "", "", ""
+        fits = found and text.startswith(before) and text.endswith(after) and _mark(index) not in after
+        if fits and len(before) + len(after) <= len(text):
+            spans.append((len(before), len(text) - len(after), index))
+        else:
+            spans.append(_by_prefixes(writer, messages, index, text))
+    for before, span in itertools.pairwise(spans):
+        if span[0] < before[1]:
+            raise _hidden(span[2], messages)
+    return spans
+
+
+def _by_prefixes(writer: _Writer, messages: tuple[Message, ...], index: int, text: str) -> tuple[int, int, int]:
+    """Where an assistant's words lie: behind the prompt for them, up to where the chat so far ends."""
+    if messages[index].role != "assistant":
+        raise _hidden(index, messages)
+    plain = writer.write(messages[:index], False).text
+    prompted = writer.write(messages[:index], True).text
+    so_far = writer.write(messages[: index + 1], False).text
+    if plain == prompted or not so_far.startswith(prompted) or not text.startswith(so_far):
+        raise _hidden(index, messages)
+    tail = _turn_end(writer, messages[0].role == "system")
+    end = so_far.rfind(tail) if tail else len(so_far)
+    # A special in there may be the template's or the message's own: nobody can tell.
+    if end < len(prompted) or writer.tokenizer.engine.has_special(so_far[len(prompted) : end]):
+        raise _hidden(index, messages)
+    return len(prompted), end, index
+
+
+def _hidden(index: int, messages: Sequence[Message]) -> UserError:
+    return UserError(
+        f"the chat template leaves out message {index}, the {messages[index].role}'s, or changes it beyond recognition",
+        "leave the message out, put {% generation %} blocks into the template, or name another template",
+    )
+
+
+def _spans_said(
+    writer: _Writer, messages: Sequence[Message], contents: Sequence[tuple[int, int, int]], text: str
+) -> Iterator[tuple[int, int, int]]:
+    tail = _turn_end(writer, messages[0].role == "system") if any(m.role == "assistant" for m in messages) else ""
+    for start, end, index in contents:
+        if messages[index].role == "assistant":
+            found = writer.eos.match(text, end)
+            end = found.end() if found else end + len(tail) * text.startswith(tail, end)
+        yield start, end, index
+
+
+@functools.lru_cache(maxsize=256)
+def _turn_end(writer: _Writer, system: bool) -> str:
+    """What the template writes behind every answer, the last one too, up to the end of its first tag: `<|im_end|>`."""
+    pieces = _marked_pieces(writer, ("system",) * system + ("user", "assistant") * 2, False)
+    if pieces is None:
+        return ""
+    after = dict(zip(map(int, pieces[1::2]), pieces[2::2], strict=True))
+    middle, last = after[system + 1], after[system + 3]
+    tag = re.match(r"\s*<[^<>\s]{1,64}>", last)
+    end = tag[0] if tag else last.rstrip()
+    return end if middle.startswith(end) else ""
+
+
+def _speaker(contents: Sequence[tuple[int, int, int]], start: int, end: int) -> int | None:
+    """The message whose words lie in a generation block; None where the block holds only the template's own."""
+    return next((index for first, last, index in contents if first < end and last > start), None)
+
+
+def _weights(laid: _Laid, placed: Placed, tokenizer: Tokenizer, loss: Loss) -> np.ndarray:
+    """The largest weight among a token's characters; that of the next one, if it stands for none."""
+    chars = np.full(len(laid.text) + 2, loss == "all", np.float32)
+    for start, end, index in laid.said:
+        message = None if index is None else laid.messages[index]
+        counts = message is None or loss == "all" or message.role == "assistant"
+        chars[start:end] = counts if message is None or message.weight is None else message.weight
+    spans = np.stack([placed.starts, np.maximum(placed.ends, placed.starts + 1)], axis=1)
+    weights = np.maximum.reduceat(chars, spans.ravel())[::2] if len(spans) else np.zeros(0, np.float32)
+    # BOS is given, never said; where it is EOS too, only the first token is BOS.
+    is_bos = placed.tokens == tokenizer.bos_id
+    if tokenizer.bos_id in tokenizer.eos_ids:
+        is_bos[1:] = False
+    return np.where(is_bos, np.float32(0), weights)

@@ -1,0 +1,164 @@
+"""The chat templates that go by a name: each writes what the released models' own templates, or fschat's, write."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Named:
+    text: str
+    """in jinja"""
+    input_joint: str = "\n\n"
+    """what stands between the instruction and the input of an instruction row"""
+    input_system: str | None = None
+    """the system's message of an instruction row that has an input; left out, there is none"""
+
+
+# Sets the system apart from the turns, which must alternate.
+_TURNS = """
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] %}
+{%- set turns = messages[1:] %}
+{%- else %}
+{%- set turns = messages %}
+{%- endif %}
+{%- for message in turns %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('after the system, if there is one, user and assistant must take turns') }}
+{%- endif %}
+{%- endfor %}
+"""
+
+LLAMA2 = (
+    _TURNS
+    + """
+{%- for message in turns %}
+{%- set content = message['content'] %}
+{%- if loop.first and system is defined %}
+{%- set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + content %}
+{%- endif %}
+{%- if message['role'] == 'user' %}
+{{- bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
+{%- else %}
+{{- ' ' + content.strip() + ' ' + eos_token }}
+{%- endif %}
+{%- endfor %}"""
+)
+
+LLAMA3 = """
+{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}"""
+
+MISTRAL = (
+    _TURNS
+    + """
+{{- bos_token }}
+{%- for message in turns %}
+{%- if message['role'] == 'user' %}
+{{- ' [INST] ' + (system + '\n\n' if loop.first and system is defined else '') + message['content'] + ' [/INST]' }}
+{%- else %}
+{{- ' ' + message['content'] + eos_token }}
+{%- endif %}
+{%- endfor %}"""
+)
+
+GEMMA = (
+    _TURNS
+    + """
+{{- bos_token }}
+{%- for message in turns %}
+{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' }}
+{{- system + '\n\n' if loop.first and system is defined else '' }}
+{{- message['content'] | trim + '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<start_of_turn>model\n' }}
+{%- endif %}"""
+)
+
+PHI = """
+{%- for message in messages %}
+{{- '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}
+{%- endfor %}
+{{- '<|assistant|>\n' if add_generation_prompt else eos_token }}"""
+
+VICUNA = (
+    _TURNS
+    + """
+{{- bos_token }}
+{%- if system is defined %}
+{{- system }}
+{%- else %}
+{{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, " }}
+{{- "and polite answers to the user's questions." }}
+{%- endif %}
+{{- ' ' }}
+{%- for message in turns %}
+{%- if message['role'] == 'user' %}
+{{- 'USER: ' + message['content'] + ' ' }}
+{%- else %}
+{{- 'ASSISTANT: ' + message['content'] + eos_token }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- 'ASSISTANT:' }}
+{%- endif %}"""
+)
+
+ALPACA_INPUT_SYSTEM = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+ALPACA = (
+    _TURNS
+    + """
+{{- bos_token }}
+{%- if system is defined %}
+{{- system + '\n\n' }}
+{%- else %}
+{{- "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n" }}
+{%- endif %}
+{%- for message in turns %}
+{%- if message['role'] == 'user' %}
+{{- '### Instruction:\n' + message['content'] }}
+{%- else %}
+{{- '### Response:\n' + message['content'] + eos_token }}
+{%- endif %}
+{{- '' if loop.last else '\n\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '\n\n### Response:\n' }}
+{%- endif %}"""
+)
+
+CHATML = """
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- endif %}"""
+
+ZEPHYR = """
+{%- for message in messages %}
+{{- '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|assistant|>\n' }}
+{%- endif %}"""
+
+NAMED = {
+    "llama2": Named(LLAMA2),
+    "llama3": Named(LLAMA3),
+    "mistral": Named(MISTRAL),
+    "gemma": Named(GEMMA),
+    "phi": Named(PHI),
+    "vicuna_v1.1": Named(VICUNA),
+    "alpaca": Named(ALPACA, input_joint="\n\n### Input:\n", input_system=ALPACA_INPUT_SYSTEM),
+    "chatml": Named(CHATML),
+    "zephyr": Named(ZEPHYR),
+}

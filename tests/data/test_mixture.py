@@ -1,0 +1,122 @@
+import itertools
+import pickle
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from camelid.data import mixture
+from camelid.data.mixture import Mixture, Share, row_shares
+
+
+SHARES = (Share(0, (1.0, 3.0, 1.0)),)
+
+
+def mixed(num_rows=(10, 30, 7), shares=SHARES, shuffle=True, seed=0) -> Mixture:
+    return Mixture(tuple(num_rows), tuple(shares), shuffle, seed)
+
+
+def found(mix: Mixture, first: int, stop: int) -> list[tuple[int, int]]:
+    return list(zip(*(x.tolist() for x in mix.find(np.arange(first, stop))), strict=True))
+
+
+def test_one_source_is_read_row_after_row():
+    assert found(mixed([5], [Share(0, (2.0,))], shuffle=False), 0, 12) == [(0, n % 5) for n in range(12)]
+
+
+def test_an_epoch_has_every_row_once_and_the_next_another_order():
+    rows = [row for _, row in found(mixed([50], [Share(0, (1.0,))]), 0, 150)]
+    epochs = [rows[first : first + 50] for first in (0, 50, 100)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert list(range(50)) not in epochs
+
+
+def test_a_source_of_a_mixture_is_read_epoch_after_epoch():
+    places = found(mixed(), 0, 500)
+    for source, size in enumerate((10, 30, 7)):
+        rows = [row for which, row in places if which == source]
+        for first in range(0, len(rows) - size, size):
+            assert sorted(rows[first : first + size]) == list(range(size))
+
+
+def test_sources_of_one_size_are_read_in_orders_of_their_own():
+    rows = [
+        [row for which, row in found(mixed([40, 40], [Share(0, (1.0, 1.0))]), 0, 400) if which == n] for n in (0, 1)
+    ]
+    assert rows[0][:40] != rows[1][:40]
+    # Seeds one apart would give the second source the first one's next epoch.
+    assert rows[0][40:80] != rows[1][:40]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 3.0, 1.0), (0.7, 0.2999, 0.0001), (0.0, 1.0, 1e-9), (1 / 3, 1 / 3, 1 / 3)])
+def test_shares_are_exact_however_long_it_runs(weights: tuple[float, ...]):
+    mix = mixed(shares=[Share(0, weights)])
+    for blocks in (1, 10, 1000, 10**9):
+        rows = blocks * mixture.BLOCK
+        for taken, weight in zip(mix.taken(rows), weights, strict=True):
+            assert abs(taken - rows * weight / sum(weights)) <= len(weights) / 2
+    assert (sum(mix.taken(12345)), mix.taken(12345)[0] == 0) == (12345, weights[0] == 0)
+
+
+def test_a_source_without_weight_is_never_read():
+    assert {source for source, _ in found(mixed(shares=[Share(0, (1.0, 0.0, 1.0))]), 0, 1500)} == {0, 2}
+
+
+def test_hundreds_of_sources_add_up():
+    weights = tuple(float(np.exp(-n / 20)) for n in range(200))
+    mix = mixed([3] * 200, [Share(0, weights)])
+    taken = mix.taken(40_000 * 5)
+    assert sum(taken) == 200_000
+    for count, weight in zip(taken, weights, strict=True):
+        assert abs(count - 200_000 * weight / sum(weights)) < 101
+    assert Counter(source for source, _ in found(mix, 0, 1000)).total() == 1000
+
+
+def test_the_order_within_a_block_is_mixed():
+    sources = [source for source, _ in found(mixed(shares=[Share(0, (1.0, 1.0, 0.0))]), 0, 1024)]
+    changes = sum(a != b for a, b in itertools.pairwise(sources))
+    assert 400 < changes < 620
+
+
+def test_a_place_is_the_same_in_any_order():
+    mix = mixed(shares=[Share(0, (1.0, 3.0, 1.0)), Share(1500, (3.0, 1.0, 1.0)), Share(1501, (0.0, 0.0, 1.0))])
+    in_order = found(mix, 0, 2100)
+    other = pickle.loads(pickle.dumps(mix))
+    for place in (2099, 0, 1500, 2048, 1023, 1499, 1501, 77):
+        assert found(other, place, place + 1) == [in_order[place]]
+    taken = [Counter(source for source, _ in in_order[:place]) for place in (1, 1500, 1501, 2090)]
+    assert [tuple(count[n] for n in range(3)) for count in taken] == [mix.taken(p) for p in (1, 1500, 1501, 2090)]
+
+
+def test_where_shares_change_sources_go_on_where_they_were():
+    mix = mixed(shares=[Share(0, (1.0, 1.0, 0.0)), Share(777, (0.0, 1.0, 5.0))], shuffle=False)
+    places = found(mix, 0, 1800)
+    assert places[:777] == found(mixed(shares=[Share(0, (1.0, 1.0, 0.0))], shuffle=False), 0, 777)
+    for source, size in enumerate((10, 30, 7)):
+        rows = [row for which, row in places if which == source]
+        assert rows == [n % size for n in range(len(rows))]
+    later = Counter(source for source, _ in places[777:])
+    assert later[0] == 0
+    assert abs(later[2] - 5 * later[1]) < 100
+
+
+def test_another_seed_is_another_order():
+    assert found(mixed(seed=0), 0, 100) != found(mixed(seed=1), 0, 100)
+
+
+def test_a_far_place_answers_at_once():
+    began = time.perf_counter()
+    assert len(found(mixed(), 10**12, 10**12 + 100)) == 100
+    assert time.perf_counter() - began < 2
+
+
+def test_the_order_stays_what_it_was():
+    """A run that goes on with a newer camelid, numpy or grain must see the same rows."""
+    assert found(mixed(), 10**6, 10**6 + 8) == []
+
+
+def test_shares_of_tokens_become_shares_of_rows():
+    weights = row_shares((1.0, 1.0), (500.0, 1000.0))
+    assert weights[0] == 2 * weights[1]

@@ -1,0 +1,386 @@
+"""Training goes on from a train state of another system, and from a run's own folder."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import camelid
+import camelid.run
+from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.layout import from_tensors
+from camelid.checkpoint.native import RunCheckpoints
+from camelid.model.config import Compute
+from camelid.model.params import named
+from camelid.parallel.hosts import StopSignal, to_host
+from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
+from camelid.run import from_checkpoint
+from camelid.text.tokenizer import load_tokenizer
+from camelid.train.loggers import read_metrics
+from camelid.train.state import TrainState
+from camelid.train.step import Trainer
+from runs import assert_refused, called, column, losses, recipe, stories_run, tensor_bytes, tiny_run, write_recipe_file
+
+STATE = "streaming_train_state"
+
+
+@pytest.fixture
+def theirs(assets: Path, stories: Path, tmp_path: Path) -> Path:
+    """What EasyLM's training left, beside the config.json that its files lack."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for name in ("streaming_params_fp32", STATE):
+        shutil.copy(assets / "golden" / "easylm" / name, folder)
+    config = json.loads((stories / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    for file in stories.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+# EasyLM's own training, done again ----------------------------------------------------------
+
+
+@pytest.fixture
+def golden(assets: Path) -> dict[str, Any]:
+    return json.loads((assets / "golden" / "easylm" / "training_run.json").read_text())
+
+
+def easylm_trainer(theirs: Path, golden: dict[str, Any]) -> Trainer:
+    """AdamW as EasyLM sets it up: the first step has the rate of step 0, and every parameter decays."""
+    told = golden["optimizer"]
+    rises = optax.warmup_cosine_decay_schedule(
+        told["init_lr"], told["lr"], told["lr_warmup_steps"], told["lr_decay_steps"], told["end_lr"]
+    )
+
+    def schedule(count: Any) -> Any:
+        return rises(jnp.asarray(count, jnp.float32))
+
+    adamw = optax.adamw(schedule, told["b1"], told["b2"], told["eps"], weight_decay=told["weight_decay"])
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return adamw.update(updates, state, params)
+
+    config = open_checkpoint(theirs / STATE).config
+    return Trainer(config, Compute(), optax.GradientTransformation(adamw.init, update), schedule, told["clip_gradient"])
+
+
+def easylm_batches(assets: Path, stories: Path, golden: dict[str, Any]) -> Iterator[dict[str, jax.Array]]:
+    """Its stream of tokens: texts end to end, for ever, cut without regard to where one ends."""
+    told, tokenizer = golden["data"], load_tokenizer(stories)
+    rows, length = told["batch_size"], told["seq_length"]
+    tokens, weights = [], []
+    while True:
+        for line in (assets / "golden" / "easylm" / told["file"]).read_text().splitlines():
+            ids = tokenizer.encode(json.loads(line)[told["fields"]], bos=True, eos=True)
+            tokens += ids
+            weights += [0.0] + [1.0] * (len(ids) - 1)
+            while len(tokens) > rows * length + 1:
+                cut = slice(0, rows * length), slice(1, rows * length + 1)
+                held, targets = (np.array(tokens[s], np.int32).reshape(rows, length) for s in cut)
+                counts = np.array(weights[cut[1]], np.float32).reshape(rows, length)
+                # The mean of each row's mean, which is what EasyLM takes, as one weighted mean.
+                counts = counts / counts.sum(-1, keepdims=True)
+                positions = np.broadcast_to(np.arange(length, dtype=np.int32), held.shape)
+                arrays = (held, targets, counts, positions, np.ones_like(held))
+                yield dict(
+                    zip(
+                        ("tokens", "targets", "weights", "positions", "segments"), map(jnp.asarray, arrays), strict=True
+                    )
+                )
+                tokens, weights = tokens[rows * length :], weights[rows * length :]
+
+
+def trained(trainer: Trainer, state: TrainState, batches: Iterator, steps: int) -> tuple[TrainState, list[dict]]:
+    """The state after some steps, and the metrics of each with the norm of all parameters after it."""
+    step, rows = jax.jit(trainer.step), []
+    for _ in range(steps):
+        state, metrics = step(state, next(batches))
+        rows.append(to_host(metrics | {"param_norm": optax.tree.norm(state.params)}))
+    return state, rows
+
+
+def adam(state: TrainState) -> Any:
+    (found,) = (part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
+    return found
+
+
+def test_a_run_of_easylm_is_reproduced_and_goes_on_from_the_state_that_it_left(
+    assets: Path, stories: Path, theirs: Path, golden: dict[str, Any]
+):
+    trainer, mesh = easylm_trainer(theirs, golden), one_device()
+    batches = easylm_batches(assets, stories, golden)
+    state = from_checkpoint(open_checkpoint(theirs / "streaming_params_fp32"), None, trainer, mesh)
+    ours, rows = trained(trainer, state, batches, 6)
+    for name, bound in (("loss", 1e-5), ("gradient_norm", 1e-4), ("param_norm", 1e-4)):
+        np.testing.assert_allclose(column(rows, name), column(golden["steps"], name), rtol=0, atol=bound, err_msg=name)
+
+    end = open_checkpoint(theirs / STATE)
+    theirs_then = from_checkpoint(end, end.training, trainer, mesh)
+    assert (int(ours.step), int(theirs_then.step), int(adam(theirs_then).count)) == (6, 6, 6)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs_then)
+    # Measured: 6e-7, 3e-8 and 1e-9; the largest numbers are 4, 0.01 and 0.0004.
+    pairs = {
+        "params": (ours.params, theirs_then.params, 1e-5),
+        "mu": (adam(ours).mu, adam(theirs_then).mu, 1e-6),
+        "nu": (adam(ours).nu, adam(theirs_then).nu, 1e-7),
+    }
+    for name, (left, right, bound) in pairs.items():
+        for path, leaf in named(left).items():
+            np.testing.assert_allclose(leaf, named(right)[path], rtol=0, atol=bound, err_msg=f"{name} {path}")
+
+    more = [next(batches) for _ in range(4)]
+    rows = [trained(trainer, start, iter(more), 4)[1] for start in (ours, theirs_then)]
+    np.testing.assert_allclose(column(rows[0], "loss"), column(rows[1], "loss"), rtol=0, atol=5e-6)
+    # And not so without the moments, so that this says something of them.
+    bare = replace(from_checkpoint(end, None, trainer, mesh), step=theirs_then.step)
+    _, other = trained(trainer, bare, iter(more), 4)
+    assert np.abs(column(other, "loss") - column(rows[0], "loss")).max() > 1e-3
+
+
+# A recipe that goes on from it ---------------------------------------------------------------
+
+
+def going_on(folder: Path, assets: Path, theirs: Path, **fields: Any) -> dict[str, Any]:
+    own = {"init": f"trainstate::{theirs / STATE}", "init_optimizer": True, "train": {"steps": 12}}
+    return stories_run(folder, assets, **own | fields)
+
+
+def on_one_device(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+
+
+def stopping_after(step: int) -> type[StopSignal]:
+    return type("Stopping", (StopSignal,), {"at": lambda self, made: made == step})
+
+
+def same_rows(left: Path, right: Path, *names: str) -> bool:
+    return all(column(losses(left), name).tolist() == column(losses(right), name).tolist() for name in ("step", *names))
+
+
+def test_a_recipe_goes_on_from_the_step_of_a_train_state_on_any_mesh(
+    assets: Path, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "eight").mkdir()
+    outcome = camelid.run.run(recipe(going_on(tmp_path / "eight", assets, theirs, mesh={"data": 2, "tensor": 2})))
+    assert outcome.model.mesh.size == 8
+    on_one_device(monkeypatch)
+    table = going_on(tmp_path, assets, theirs, train__checkpoint_every=5)
+    done = called("train", write_recipe_file(table, tmp_path / "recipe.toml"))
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 6 of init" in done.stderr
+    assert "resuming" not in done.stderr
+    assert "are left out" not in done.stderr
+    rows, others = losses(tmp_path / "run"), losses(tmp_path / "eight" / "run")
+    assert column(rows, "step").tolist() == column(others, "step").tolist() == [7, 8, 9, 10, 11, 12]
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(column(rows, name), column(others, name), rtol=1e-4, err_msg=name)
+    steps = sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir())
+    assert steps == ["10", "12"]
+
+    # The seventh step is that of the seventh batch, with these moments.
+    whole = recipe(table)
+    parts = camelid.run._prepare(whole, one_device())
+    assert parts.source is not None
+    state = from_checkpoint(parts.source, parts.source.training, parts.trainer, one_device())
+    _, seventh = trained(parts.trainer, state, iter([vars(parts.loader.batch(6))]), 1)
+    for name in ("loss", "weight", "gradient_norm", "learning_rate"):
+        assert seventh[0][name] == pytest.approx(rows[0][name], rel=1e-6), name
+
+
+def test_a_run_that_began_so_goes_on_from_its_own_checkpoints(
+    assets: Path, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    on_one_device(monkeypatch)
+    fields = {"data__validation_fraction": 0.2, "train__evaluate_every": 4, "train__checkpoint_every": 2}
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = recipe(going_on(tmp_path / "whole", assets, theirs, **fields))
+    camelid.run.run(whole)
+    cut = recipe(going_on(tmp_path / "cut", assets, theirs, **fields))
+    for step in (7, 9):
+        with monkeypatch.context() as patch:
+            patch.setattr(camelid.run, "StopSignal", stopping_after(step))
+            outcome = camelid.run.run(cut)
+        assert (outcome.steps, outcome.finished) == (step, False)
+        if step == 7:
+            shutil.rmtree(outcome.folder / "checkpoints")  # as if killed before the first one: it begins again
+    camelid.run.run(cut)
+    runs = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
+    assert same_rows(*runs, "loss", "gradient_norm", "learning_rate")
+    assert tensor_bytes(runs[0] / "model") == tensor_bytes(runs[1] / "model")
+    rows = read_metrics(runs[1] / "metrics.jsonl")
+    assert [row["step"] for row in rows if "validation_loss" in row] == [6, 8, 12]
+    assert [row["step"] for row in rows if "loss" in row] == [7, 8, 9, 10, 11, 12]
+
+
+def test_without_the_flag_it_begins_at_step_0_and_says_what_is_left_out(
+    assets: Path, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    on_one_device(monkeypatch)
+    table = going_on(tmp_path, assets, theirs, init_optimizer=False, train__steps=2)
+    done = called("train", write_recipe_file(table, tmp_path / "recipe.toml"))
+    assert done.returncode == 0, done.stderr
+    assert "the 6 steps of init and its moments of AdamW are left out; init_optimizer = true takes them" in done.stderr
+    assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2]
+    again = called("train", write_recipe_file(table, tmp_path / "recipe.toml"))
+    assert "resuming after step 2" in again.stderr
+    assert "are left out" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "about"),
+    [
+        ({"init": "{theirs}/streaming_params_fp32"}, "streaming_params_fp32' holds no step and no moments of AdamW"),
+        ({"init": "trainstate_params::{theirs}"}, "holds no step and no moments of AdamW"),
+        ({"train__steps": 6}, "init has made 6 steps already, the recipe asks for 6"),
+        ({"train__steps": 5}, "init has made 6 steps already, the recipe asks for 5"),
+    ],
+)
+def test_a_training_that_cannot_go_on_is_refused(
+    assets: Path,
+    theirs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    about: str,
+):
+    on_one_device(monkeypatch)
+    fields = {name: value.format(theirs=theirs) if name == "init" else value for name, value in fields.items()}
+    table = going_on(tmp_path, assets, theirs, **fields)
+    assert_refused(called("train", write_recipe_file(table, tmp_path / "recipe.toml")), about)
+    assert not (tmp_path / "run").exists()
+
+
+def test_moments_without_an_init_are_refused(tmp_path: Path):
+    table = tiny_run(tmp_path, init_optimizer=True)
+    assert_refused(called("train", write_recipe_file(table, tmp_path / "recipe.toml")), "init_optimizer and no init")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_in_bfloat16_keeps_its_moments_in_float32(theirs: Path, golden: dict[str, Any]):
+    trainer = replace(easylm_trainer(theirs, golden), compute=Compute(param_dtype="bfloat16"))
+    end = open_checkpoint(theirs / STATE)
+    state = from_checkpoint(end, end.training, trainer, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"bfloat16"}
+    assert end.training is not None
+    for moments, tensors in ((adam(state).mu, end.training.mu), (adam(state).nu, end.training.nu)):
+        read = from_tensors(end.table, tensors)
+        for path, leaf in named(moments).items():
+            assert leaf.dtype == jnp.float32
+            assert leaf.sharding == named(state.params)[path].sharding
+            layer = 3 if path.startswith("layers.") else None
+            held = np.asarray(leaf)[() if layer is None else layer]
+            index = tuple(slice(0, n) for n in held.shape)
+            np.testing.assert_array_equal(held, read(path, layer, index, np.dtype(np.float32)), err_msg=path)
+
+
+# A run's own folder --------------------------------------------------------------------------
+
+
+def small(folder: Path, **fields: Any) -> dict[str, Any]:
+    """A recipe of six steps from scratch."""
+    folder.mkdir(exist_ok=True)
+    return tiny_run(folder, **{"train": {"steps": 6, "checkpoint_every": 2}, "data__shuffle": True} | fields)
+
+
+@pytest.fixture
+def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of six steps, all its checkpoints kept."""
+    on_one_device(monkeypatch)
+    camelid.run.run(recipe(small(tmp_path / "whole", train__keep_checkpoints=9)))
+    return tmp_path / "whole" / "run"
+
+
+def killed(folder: Path, last: int) -> tuple[Path, dict[int, TrainState]]:
+    """The same run, ended after a step as a power failure would; its folder, and the states that it saved."""
+    held: dict[int, TrainState] = {}
+    save = RunCheckpoints.save
+
+    def keep(self: RunCheckpoints, made: int, state: TrainState) -> None:
+        held[made] = to_host(state)
+        save(self, made, state)
+
+    class Failing(StopSignal):
+        def at(self, step: int) -> bool:
+            if step == last:
+                raise RuntimeError("power failure")
+            return False
+
+    whole = recipe(small(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunCheckpoints, "save", keep)
+        patch.setattr(camelid.run, "StopSignal", Failing)
+        with pytest.raises(RuntimeError, match="power failure"):
+            camelid.run.run(whole)
+    steps = folder / "run" / "checkpoints"
+    shutil.copytree(steps / str(max(held)), steps / f"{last}.orbax-checkpoint-tmp-7")  # half-written
+    return folder / "run", held
+
+
+def test_a_run_killed_in_the_middle_opens_as_a_model_and_still_goes_on(tmp_path: Path, whole: Path):
+    run, held = killed(tmp_path / "killed", 3)
+    assert list(held) == [2]
+    assert not (run / "model").exists()
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    model, tokens = camelid.load(run), np.arange(24)[None]
+    theirs = replace(model, params=jax.tree.map(jnp.asarray, held[2].params))
+    np.testing.assert_array_equal(model.logits(tokens), theirs.logits(tokens))
+    done = called("generate", run, "abc", "--max-new-tokens", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["completions"][0]["tokens"]) == 5
+    told = called("inspect", run, "--json")
+    assert json.loads(told.stdout)["bytes"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(held[2].params))
+    assert called("convert", run, tmp_path / "hf", "--verify").returncode == 0
+    theirs.save(tmp_path / "saved")
+    assert tensor_bytes(tmp_path / "hf") == tensor_bytes(tmp_path / "saved")
+    assert {file.name for file in (tmp_path / "hf").iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+    camelid.run.run(recipe(small(tmp_path / "killed")))
+    assert same_rows(run, whole, "loss", "gradient_norm", "learning_rate")
+    assert tensor_bytes(run / "model") == tensor_bytes(whole / "model")
+
+
+@pytest.mark.parametrize(("step", "begins"), [("checkpoints/2", 3), ("checkpoints/4", 5)])
+def test_another_run_that_goes_on_from_its_step_is_the_run_itself(tmp_path: Path, whole: Path, step: str, begins: int):
+    table = small(tmp_path / "other", init=str(whole / step), init_optimizer=True)
+    del table["model"], table["tokenizer"]
+    outcome = camelid.run.run(recipe(table))
+    rows, reference = losses(outcome.folder), losses(whole)[begins - 1 :]
+    for name in ("step", "loss", "gradient_norm", "learning_rate", "weight"):
+        assert column(rows, name).tolist() == column(reference, name).tolist(), name
+    assert tensor_bytes(outcome.folder / "model") == tensor_bytes(whole / "model")
+
+
+def test_a_run_may_be_started_again_when_its_init_has_gone_on_further(tmp_path: Path, whole: Path):
+    table = small(tmp_path / "other", init=str(whole), init_optimizer=True, train={"steps": 7})
+    del table["model"], table["tokenizer"]
+    outcome = camelid.run.run(recipe(table))
+    assert [row["step"] for row in losses(outcome.folder)] == [7]
+    camelid.run.run(recipe(small(whole.parent, train__steps=9)))
+    again = camelid.run.run(recipe(table))
+    assert (again.steps, again.finished) == (7, True)
+
+
+def test_a_run_of_an_older_camelid_may_go_on_and_opens_then(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its folder has no config.json, and its recipe lacks the fields that came later."""
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (whole / file).unlink()
+    kept = (whole / "recipe.toml").read_text()
+    (whole / "recipe.toml").write_text(kept.replace("init_optimizer = false\n", ""))
+    assert (whole / "recipe.toml").read_text() != kept
+    assert_refused(called("inspect", whole), "has no config.json, so an older camelid began it")
+    camelid.run.run(recipe(small(whole.parent, train__keep_checkpoints=9)))
+    assert camelid.load(whole).generate("ab", max_new_tokens=2)
