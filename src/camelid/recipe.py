@@ -25,7 +25,10 @@ PRESET = "preset"  # in [model]: the others are laid over its fields
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole training run: `init` goes on from a checkpoint, `model` and `tokenizer` begin from scratch."""
+    """A whole training run: `init` goes on from a checkpoint, `model` and `tokenizer` begin from scratch.
+
+    With both, `model` is what the checkpoint's files hold, where they do not say it or are to be taken otherwise.
+    """
 
     run: str
     """the folder of the run: recipe, metrics, checkpoints, and the model in the end"""
@@ -43,9 +46,9 @@ class Recipe:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        if (self.init is None) == (self.model is None):
+        if self.init is None and self.model is None:
             raise UserError(
-                "the recipe needs one of init and model, and not both",
+                "the recipe has neither init nor model",
                 "Give init = a checkpoint to finetune it, or a [model] table to train from scratch.",
             )
         if self.init is None and self.init_optimizer:

@@ -89,7 +89,7 @@ class Parts:
 
 
 def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
-    source = None if recipe.init is None else open_checkpoint(recipe.init)
+    source = None if recipe.init is None else open_checkpoint(recipe.init, config=recipe.model)
     config, where = (recipe.model, recipe.tokenizer) if source is None else (source.config, source.folder)
     assert config is not None  # a Recipe has init, or model and tokenizer
     assert where is not None

@@ -15,6 +15,7 @@ import pytest
 
 from camelid.api import Model, load_params
 from camelid.checkpoint import easylm, hf, layout, msgpack
+from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import segment, write_files
 from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.checkpoint.tensors import Planned, Tensor
@@ -289,6 +290,24 @@ def test_a_train_state_holds_parameters_moments_and_counts(golden: Path, config:
     assert all((leaf < 0).any() for leaf in held["mu"].values())
     for path, nu in held["nu"].items():  # |sum of w g| <= sqrt(sum of w) sqrt(sum of w g^2), for AdamW's weights w
         assert (np.square(held["mu"][path]) <= 3 * nu + 1e-12).all(), path
+
+
+def test_a_train_state_is_written_byte_for_byte_as_easylm_writes_it(golden: Path, config: ModelConfig, tmp_path: Path):
+    described = replace(config, tie_embeddings=False)
+    convert(golden / "streaming_train_state", tmp_path / "ours", to="easylm-trainstate", config=described)
+    ours = tmp_path / "ours" / "streaming_train_state"
+    assert ours.read_bytes() == (golden / "streaming_train_state").read_bytes()
+    assert easylm.open_path(ours).training is not None
+
+
+def test_other_formats_say_that_they_leave_the_training_out(golden: Path, config: ModelConfig, tmp_path: Path):
+    described = replace(config, tie_embeddings=False)
+    state = golden / "streaming_train_state"
+    notes = convert(state, tmp_path / "hf", config=described)
+    assert notes[-1] == "its step and the moments of its optimizer are left out; --to easylm-trainstate keeps them"
+    with pytest.raises(UserError, match="there is no step and there are no moments of AdamW to write"):
+        convert(tmp_path / "hf", tmp_path / "out", to="easylm-trainstate")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
 from camelid.checkpoint.ggml import dequantise, quantise
+from camelid.checkpoint.gguf_config import metadata_of
 from camelid.checkpoint.layout import read_slice
 from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.checkpoint.tensors import dtype_named

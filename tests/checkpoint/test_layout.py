@@ -1,6 +1,7 @@
 """Rows in every arrangement that foreign files have, against the same arrangement made by numpy alone."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,29 @@ def test_every_row_is_written(case, monkeypatch: pytest.MonkeyPatch, most: int):
         written = list(pieces(rows, tensor.name, tensor.dtype, source))
         assert most > 1 or len(written) > 1
         assert b"".join(piece.tobytes() for piece in written) == arrays[tensor.name].tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("band", [1, 3000, 2**20])
+def test_pieces_of_bands_are_those_of_the_whole(case, monkeypatch: pytest.MonkeyPatch, band: int, dtype: str):
+    """Read across the rows a few columns at a time, forward, backward, and by two threads in turn."""
+    rows, tensors, _ = case
+    monkeypatch.setattr("camelid.checkpoint.tensors.BAND", band)
+    source, kind = from_tensors(rows, tensors), dtype_named(dtype)
+    asked = []
+    for path, part in rows.parts.items():
+        for layer in range(4) if part.spec.stacked else [None]:
+            ours = PARAMS[path] if layer is None else PARAMS[path][layer]
+            step = max(1, ours.shape[-1] // 5)
+            cuts = [slice(i, min(i + step, ours.shape[-1])) for i in range(0, ours.shape[-1], step)]
+            asked += [(path, layer, (*(slice(0, n) for n in ours.shape[:-1]), cut), ours) for cut in cuts]
+
+    def check(one: tuple) -> None:
+        path, layer, index, ours = one
+        np.testing.assert_array_equal(source(path, layer, index, kind), ours[index].astype(kind))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(check, asked + asked[::-1]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -145,8 +145,8 @@ def test_no_row_of_the_instruction_data_is_masked(llama: Tokenizer, assets: Path
 
 def test_no_chat_is_masked(llama: Tokenizer, assets: Path):
     rows = json.loads((assets / "data/chat/dummy_conversation.json").read_text())
-    for template in ("vicuna_v1.1", "llama2", "mistral"):
-        for row, (example,) in zip(rows, encode(llama, rows, kind="chat", template=template), strict=True):
+    for template, some in (("vicuna_v1.1", rows), ("llama2", rows[::9]), ("mistral", rows[::9])):
+        for row, (example,) in zip(some, encode(llama, some, kind="chat", template=template), strict=True):
             said = [message["value"] for message in row["conversations"] if message["from"] == "gpt"]
             runs = learnt(llama, example)
             assert [text.removesuffix("</s>").strip() for text in runs] == [text.strip() for text in said]
@@ -154,7 +154,7 @@ def test_no_chat_is_masked(llama: Tokenizer, assets: Path):
 
 
 def test_the_default_learns_what_mindformers_learns_and_loses_nothing(llama: Tokenizer, assets: Path):
-    rows = json.loads((assets / "data/chat/dummy_conversation.json").read_text())
+    rows = json.loads((assets / "data/chat/dummy_conversation.json").read_text())[::5]
     theirs = mindformers.qa_samples([mindformers.qa_text(row) for row in rows], llama, 2048)
     for (ours,), sample in zip(encode(llama, rows, kind="chat", template="vicuna_v1.1"), theirs, strict=True):
         assert learnt(llama, ours) == learnt(llama, Example(sample.tokens, sample.learnt))
@@ -181,7 +181,7 @@ def test_the_loss_can_be_of_all_words_and_messages_weigh_what_they_say(tokenizer
     (example,) = encode(tokenizer, [row], kind="chat", template="chatml")[0]
     assert set(example.weights.tolist()) == {0.0, 0.25}
     row["messages"][1]["weight"] = 0
-    with pytest.raises(UserError, match="x.jsonl, line 1: nothing to learn"):
+    with pytest.raises(UserError, match=r"x\.jsonl, line 1: nothing to learn"):
         encode(tokenizer, [row], kind="chat", template="chatml")
 
 
@@ -266,8 +266,10 @@ def test_answers_in_a_preferences_prompt_are_not_learnt(tokenizer: Tokenizer):
 
 def test_no_row_of_the_preference_data_is_masked(llama: Tokenizer, assets: Path):
     rows = json.loads((assets / "data/instruct/rasbt-instruction-data-with-preference.json").read_text())
+    rows = [row for index, row in enumerate(rows) if index % 5 == 0 or row["chosen"] == row["rejected"]]
     counts, problems = refused(llama, rows, kind="preference", template="alpaca")
     same = [row["chosen"] == row["rejected"] for row in rows]
+    assert True in same
     assert counts == [0 if alike else 2 for alike in same]
     assert len(problems) == sum(same)
 
@@ -282,7 +284,10 @@ def test_no_row_of_the_preference_data_is_masked(llama: Tokenizer, assets: Path)
         ({"prompt": "a", "chosen": "", "rejected": "b"}, "chosen: .*empty"),
         ({"prompt": 7, "chosen": "a", "rejected": "b"}, "chosen: .*7"),
         ({"prompt": "a", "chosen": [], "rejected": []}, "nothing to learn"),
-        ({"prompt": "q", "chosen": [message("user", "p"), message("assistant", "a")], "rejected": "b"}, r"messages\[1\]"),
+        (
+            {"prompt": "q", "chosen": [message("user", "p"), message("assistant", "a")], "rejected": "b"},
+            r"messages\[1\]",
+        ),
     ],
 )
 def test_a_bad_preference_is_named(tokenizer: Tokenizer, row: dict[str, Any], what: str):

@@ -109,7 +109,7 @@ def test_a_row_brings_its_own_template(tokenizer: Tokenizer):
 
 def test_prepended_text_is_part_of_the_first_text(tokenizer: Tokenizer):
     assert spelt(encode(tokenizer, "[q+a],a", prepend_text="> ")) == ">0  0 a0 b0  0 c0 d0 c1 d1"
-    with pytest.raises(UserError, match="the first field of .* is none"):
+    with pytest.raises(UserError, match=r"the first field of .* is none"):
         encode(tokenizer, "<|bos|>,q", prepend_text="> ")
 
 

@@ -132,6 +132,14 @@ def test_a_token_of_id_zero_loses_the_sample(tokenizer: Tokenizer):
     assert sample.lost
 
 
+def test_two_faults_may_outweigh_each_other(tokenizer: Tokenizer):
+    unanswered = b"USER: c "
+    (sample,) = qa_samples([qa_text(row("a", "\0" * (len(unanswered) + 1), "c"))], tokenizer, 400)
+    assert not sample.lost
+    assert sample.tokens[-len(unanswered) - 1 :].tolist() == [*unanswered, EOS]
+    assert not sample.learnt[-len(unanswered) - 1 :].any()
+
+
 def test_a_sample_that_reaches_beyond_the_row_is_cut_and_kept(tokenizer: Tokenizer):
     text = qa_text(row("a", "bcdef"))
     length = len(text) - len("</s>") + 2

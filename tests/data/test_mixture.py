@@ -9,7 +9,6 @@ import pytest
 from camelid.data import mixture
 from camelid.data.mixture import Mixture, Share, row_shares
 
-
 SHARES = (Share(0, (1.0, 3.0, 1.0)),)
 
 

@@ -156,7 +156,9 @@ def test_a_json_array_is_read_entry_by_entry(block: int, monkeypatch: pytest.Mon
         assert read(name, kind="chat") == rows
     Path("c.json.gz").write_bytes(gzip.compress(Path("a.json").read_bytes()))
     assert read("c.json.gz", kind="chat") == rows
-    assert places("a.json", kind="chat") == [f"a.json, entry {n} (line {line})" for n, line in ((1, 2), (2, 10), (3, 11))]
+    assert places("a.json", kind="chat") == [
+        f"a.json, entry {n} (line {line})" for n, line in ((1, 2), (2, 10), (3, 11))
+    ]
 
 
 def test_a_json_file_may_hold_lines():
@@ -280,7 +282,7 @@ def test_a_data_set_of_the_hub_is_named_with_its_split(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read("hf:a/b", "hf:a/c:test", "hf:d:raw:test[:10%]") == ["x"] * 3
-    assert set(asked) == {("a/b", "train"), ("a/c", "test")} | {("d", "raw", "test[:10%]")}
+    assert set(asked) == {("a/b", "train"), ("a/c", "test"), ("d", "raw", "test[:10%]")}
     with pytest.raises(UserError, match="hf:missing cannot be loaded: no such data set"):
         read("hf:missing")
 
@@ -332,7 +334,9 @@ def test_a_kind_that_a_file_cannot_hold_is_refused():
 def test_unreadable_rows_are_counted_up_to_a_share():
     write_lines("a.jsonl", *["{}", '{"text": "x"}'] * 10)
     assert read("a.jsonl", max_unreadable=0.5) == ["x"] * 10
-    with pytest.raises(UserError, match=r"10 of 20 rows are unreadable, max_unreadable is 0\.4: a\.jsonl, line 1: no field"):
+    with pytest.raises(
+        UserError, match=r"10 of 20 rows are unreadable, max_unreadable is 0\.4: a\.jsonl, line 1: no field"
+    ):
         read("a.jsonl", max_unreadable=0.4)
 
 
@@ -371,23 +375,25 @@ def test_an_empty_file_is_named(name: str, content: bytes):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.txt.gz"])
 def test_a_line_of_200_megabytes_is_refused_by_name(name: str):
     with gzip.open(name, "wb", 1) if name.endswith(".gz") else open(name, "wb") as file:
-        file.write(b'{"text": "x"}\n' * 400_000)  # more than a block, so that the line is not in the first one
+        file.write(
+            (b'{"text": "' + b"x" * 2**14 + b'"}\n') * 400
+        )  # more than a block, so that the line is not in the first one
         for _ in range(200):
             file.write(b"a" * 2**20)
-    with pytest.raises(UserError, match=rf"{re.escape(name)}, line 400001: a document of more than 64 MiB\n[^\n]*split"):
+    with pytest.raises(UserError, match=rf"{re.escape(name)}, line 401: a document of more than 64 MiB\n[^\n]*split"):
         read(name, split="line") if ".txt" in name else read(name)
 
 
 def test_of_a_large_file_a_few_blocks_are_in_memory(monkeypatch: pytest.MonkeyPatch):
     small_blocks(monkeypatch, 2**16)
-    write_lines("a.jsonl", *[json.dumps({"text": "x" * 1000})] * 20_000)
-    write_lines("a.txt", *["x" * 1000] * 20_000)
-    Path("a.json").write_text(json.dumps([{"text": "x" * 1000}] * 20_000))
+    write_lines("a.jsonl", *[json.dumps({"text": "x" * 10_000})] * 2000)
+    write_lines("a.txt", *["x" * 10_000] * 2000)
+    Path("a.json").write_text(json.dumps([{"text": "x" * 10_000}] * 2000))
     tracemalloc.start()
     for name in ("a.jsonl", "a.txt", "a.json"):
         tracemalloc.reset_peak()
         split = {"split": "line"} if name == "a.txt" else {}
-        assert sum(1 for _ in read_records(Source(files=(name,), **split))) == 20_000
+        assert sum(1 for _ in read_records(Source(files=(name,), **split))) == 2000
         peak = tracemalloc.get_traced_memory()[1]
         assert peak < 2**21, name  # of 20 MB
     tracemalloc.stop()

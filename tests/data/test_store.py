@@ -69,8 +69,9 @@ def test_weights_that_mean_nothing_are_refused(tmp_path: Path, weight: float):
 
 
 def test_more_weights_than_codes_are_refused(tmp_path: Path):
-    kept = [n / 7 for n in range(256)]
-    assert write_store(tmp_path / "s", [[1] * 256], [kept]).weights(0, 256).tolist() == np.float32(kept).tolist()
+    kept = np.arange(256, dtype=np.float32) / 7
+    store = write_store(tmp_path / "s", [[1] * 256], [kept.tolist()])
+    np.testing.assert_array_equal(store.weights(0, 256), kept)
     with pytest.raises(UserError, match="more than 256 different weights"):
         write_store(tmp_path / "t", [[1] * 257], [[n / 7 + 0.01 for n in range(257)]])
 

@@ -15,6 +15,7 @@ import pytest
 
 import camelid
 import camelid.run
+from camelid.checkpoint.convert import convert
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.layout import from_tensors
 from camelid.checkpoint.native import RunCheckpoints
@@ -357,6 +358,19 @@ def test_another_run_that_goes_on_from_its_step_is_the_run_itself(tmp_path: Path
     del table["model"], table["tokenizer"]
     outcome = camelid.run.run(recipe(table))
     rows, reference = losses(outcome.folder), losses(whole)[begins - 1 :]
+    for name in ("step", "loss", "gradient_norm", "learning_rate", "weight"):
+        assert column(rows, name).tolist() == column(reference, name).tolist(), name
+    assert tensor_bytes(outcome.folder / "model") == tensor_bytes(whole / "model")
+
+
+def test_a_run_goes_on_from_what_was_written_for_easylm(tmp_path: Path, whole: Path):
+    """Through a train state of EasyLM, whose config.json is taken away and said by the recipe."""
+    told = convert(whole / "checkpoints" / "4", tmp_path / "state", to="easylm-trainstate")
+    assert told == ()
+    (tmp_path / "state" / "config.json").unlink()
+    state = f"trainstate::{tmp_path / 'state' / 'streaming_train_state'}"
+    outcome = camelid.run.run(recipe(small(tmp_path / "other", init=state, init_optimizer=True)))
+    rows, reference = losses(outcome.folder), losses(whole)[4:]
     for name in ("step", "loss", "gradient_norm", "learning_rate", "weight"):
         assert column(rows, name).tolist() == column(reference, name).tolist(), name
     assert tensor_bytes(outcome.folder / "model") == tensor_bytes(whole / "model")

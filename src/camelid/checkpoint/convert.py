@@ -4,8 +4,9 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.formats import TRAIN_STATE, open_checkpoint, write_checkpoint
+from camelid.checkpoint.layout import from_tensors
+from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.config import ModelConfig
 
@@ -43,6 +44,7 @@ def convert(
         tensor_parallel,
         pipeline_parallel,
         shards,
+        _training(checkpoint),
     )
     write_checkpoint(
         Path(destination),
@@ -53,7 +55,16 @@ def convert(
         source=_fingerprint(checkpoint),
         progress=progress,
     )
-    return checkpoint.notes
+    if saving.training is None or to == TRAIN_STATE:
+        return checkpoint.notes
+    left_out = f"its step and the moments of its optimizer are left out; --to {TRAIN_STATE} keeps them"
+    return (*checkpoint.notes, left_out)
+
+
+def _training(checkpoint: Checkpoint) -> SavedTraining | None:
+    if (held := checkpoint.training) is None:
+        return None
+    return SavedTraining(held.step, *(from_tensors(checkpoint.table, moments) for moments in (held.mu, held.nu)))
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

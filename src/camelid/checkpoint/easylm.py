@@ -243,6 +243,41 @@ def flax_files(saving: Saving) -> list[File]:
     return [msgpack.tree_file("flax_params", _segments(saving))]
 
 
+def train_state_files(saving: Saving) -> list[File]:
+    """streaming_train_state, byte for byte as EasyLM's training writes it in float32, without accumulation."""
+    training = saving.training
+    if training is None:
+        raise UserError(
+            "there is no step and there are no moments of AdamW to write",
+            "Convert an EasyLM train state or a camelid run, or write the parameters with --to easylm.",
+        )
+    if saving.config.tie_embeddings:
+        raise UserError(
+            "EasyLM trains a head of its own, and this model's is tied", "Write the parameters with --to easylm."
+        )
+    moments = dict.fromkeys(saving.dtypes, np.dtype(np.float32))
+    adam = "opt_state/1/0"
+    return [
+        msgpack.stream_file(
+            "streaming_train_state",
+            [
+                msgpack.Scalar("step", training.step),
+                *_below("params/params", saving),
+                msgpack.Scalar(f"{adam}/count", training.step),
+                *_below(f"{adam}/mu/params", replace(saving, dtypes=moments, source=training.mu)),
+                *_below(f"{adam}/nu/params", replace(saving, dtypes=moments, source=training.nu)),
+                msgpack.Scalar("opt_state/1/2/count", training.step),
+            ],
+        )
+    ]
+
+
+def _below(name: str, saving: Saving) -> list[Segment]:
+    """In the order of flax's own trees, which jit has sorted."""
+    segments = sorted(_segments(saving), key=lambda segment: segment.tensor.name.split("/"))
+    return [replace(one, tensor=replace(one.tensor, name=f"{name}/{one.tensor.name}")) for one in segments]
+
+
 def _segments(saving: Saving) -> list[Segment]:
     """In the order of EasyLM's converter."""
     config = saving.config

@@ -15,7 +15,7 @@ from camelid.errors import UserError
 def new_folder(destination: Path, need_bytes: int, overwrite: bool = False, resume: str = "") -> Iterator[Path]:
     """A temporary folder beside `destination` that takes its name when the block ends, and is removed when it fails.
 
-    With `resume`, the name of a file, it stays when it fails; so does what an earlier process left, if it holds that file.
+    With `resume`, the name of a file, it stays when it fails; so does what an earlier process left that holds the file.
     Raises UserError where the destination exists and may not be replaced, or the disk lacks `need_bytes`.
     """
     destination = destination.absolute()
@@ -23,6 +23,8 @@ def new_folder(destination: Path, need_bytes: int, overwrite: bool = False, resu
         raise UserError(f"{destination} exists already", "Choose another destination, or allow --overwrite.")
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination} is a file", "Choose a folder as destination.")
+    if destination.exists() and (destination / "recipe.toml").is_file():
+        raise UserError(f"{destination} is the folder of a run", "Choose another destination.")
     if destination.exists() and any(destination.iterdir()) and not (destination / "config.json").is_file():
         raise UserError(f"{destination} holds something else than a checkpoint", "Choose another destination.")
     destination.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ def _never(path: Path) -> bool:
     return False
 
 
+TRAIN_STATE = "easylm-trainstate"
 FORMATS: Mapping[str, Format] = {
     "hf": Format("Hugging Face: config.json with safetensors or .bin", hf.looks, hf.open_folder, hf.files, cuts=SHARDS),
     "meta": Format("Meta: params.json with consolidated.00.pth", meta.looks, meta.open_folder, meta.files, cuts=TENSOR),
@@ -51,6 +52,12 @@ FORMATS: Mapping[str, Format] = {
     ),
     "easylm-flax": Format(
         "EasyLM: flax_params", _never, partial(easylm.open_path, prefix="flax_params"), easylm.flax_files
+    ),
+    TRAIN_STATE: Format(
+        "EasyLM: streaming_train_state",
+        _never,
+        partial(easylm.open_path, prefix="trainstate"),
+        easylm.train_state_files,
     ),
     "mindspore": Format(
         "MindSpore: .ckpt files or rank_x folders with MindFormers' names",

@@ -279,20 +279,39 @@ def _integer(value: Any) -> int:
 # Writing --------------------------------------------------------------------------------
 
 
-def stream_file(name: str, segments: Sequence[Segment]) -> File:
+@dataclass(frozen=True)
+class Scalar:
+    """A whole number that is to be written as an int32 array without axes, as jit gives them."""
+
+    name: str
+    value: int
+
+
+def stream_file(name: str, records: Sequence[Segment | Scalar]) -> File:
     """A file of records in this order."""
     parts: list[bytes | Segment] = []
-    for segment in segments:
-        tensor = segment.tensor
-        key, value = tensor.name.split("/"), _leaf(tensor)
+    for record in records:
+        if isinstance(record, Scalar):
+            head, _ = _ext((), np.dtype(np.int32))
+            assert isinstance(head, bytes)
+            value = head + struct.pack("<i", record.value)
+            parts.append(_key(record.name) + _counted("bin", len(value)) + value)
+            continue
+        tensor = record.tensor
+        value = _leaf(tensor)
         if (length := _length(value)) > MAX_RECORD:
             raise UserError(
                 f"{tensor.name} has {length:,} bytes, and a record of EasyLM's streams holds {MAX_RECORD:,}",
                 "Save in bfloat16, or in another format.",
             )
-        head = _counted("array", 2) + _counted("array", len(key)) + b"".join(map(_text, key))
-        parts += [head + _counted("bin", length), _with_heads(segment, value)]
+        parts += [_key(tensor.name) + _counted("bin", length), _with_heads(record, value)]
     return File(name, parts)
+
+
+def _key(name: str) -> bytes:
+    """What stands in front of a record's value."""
+    words = name.split("/")
+    return _counted("array", 2) + _counted("array", len(words)) + b"".join(map(_text, words))
 
 
 def tree_file(name: str, segments: Sequence[Segment]) -> File:

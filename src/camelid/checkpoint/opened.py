@@ -65,6 +65,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class SavedTraining:
+    """Training, as it is to be written."""
+
+    step: int
+    mu: Source
+    nu: Source
+
+
+@dataclass(frozen=True)
 class Saving:
     """A model that is to be written, in any format."""
 
@@ -77,6 +86,7 @@ class Saving:
     pipeline_parallel: int = 1
     shards: int | None = None
     """files; None is as many as the format likes"""
+    training: SavedTraining | None = None
 
     def segment(self, table: Table, tensor: Planned) -> Segment:
         """One of the file's tensors, as its numbers are."""

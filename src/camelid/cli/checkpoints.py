@@ -15,6 +15,7 @@ Format = Literal[
     "meta",
     "easylm",
     "easylm-flax",
+    "easylm-trainstate",
     "mindspore",
     "mindspore-interleaved",
     "megatron",

@@ -29,8 +29,8 @@ class Plan:
     starts: Int64[np.ndarray, " pieces"]
     lengths: Int32[np.ndarray, " pieces"]
     counts: dict[str, int]
-    """rows, pieces, places; of the documents: documents, short (of one token, nothing to predict), split, truncated, dropped;
-    lost: the places of what was cut off and dropped"""
+    """rows, pieces, places, lost (places of what was cut off or dropped); documents, and how many of them are short (of
+    one token, nothing to predict), split, truncated, dropped"""
 
 
 @dataclass(frozen=True)

@@ -67,21 +67,35 @@ class _Kind:
 
 
 def _encode(kind: _Kind, refuse: Refuse, records: Sequence[Record]) -> list[list[Example]]:
+    documents = [_tried(kind.read, record.value, record, refuse) for record in records]
+    found = _together(kind, refuse, records, documents)
+    keep = _taught if kind.masks else _filled
+    return [_tried(keep, group, record, refuse) for group, record in zip(found, records, strict=True)]
+
+
+def _together(
+    kind: _Kind, refuse: Refuse, records: Sequence[Record], documents: Sequence[list[Any]]
+) -> list[list[Example]]:
+    """The examples of each record's documents, all encoded at once."""
     try:
-        documents = [kind.read(record.value) for record in records]
         encoded = iter(kind.encode(list(itertools.chain.from_iterable(documents))))
-        found = [list(itertools.islice(encoded, len(group))) for group in documents]
-        if kind.masks:
-            for example in itertools.chain.from_iterable(found):
-                _check_learnt(example)
-        return [[example for example in group if len(example.tokens)] for group in found]
+        return [list(itertools.islice(encoded, len(group))) for group in documents]
     except UserError as error:
         if len(records) == 1:
             refuse(_at(records[0].place, error))
             return [[]]
     # Whose error it was is found by halves, so that one bad record among thousands costs little.
     middle = len(records) // 2
-    return _encode(kind, refuse, records[:middle]) + _encode(kind, refuse, records[middle:])
+    halves = (slice(None, middle), slice(middle, None))
+    return [group for half in halves for group in _together(kind, refuse, records[half], documents[half])]
+
+
+def _tried(make: Callable[[Any], list[Any]], value: Any, record: Record, refuse: Refuse) -> list[Any]:
+    try:
+        return make(value)
+    except UserError as error:
+        refuse(_at(record.place, error))
+        return []
 
 
 def _at(place: str, error: UserError) -> UserError:
@@ -92,12 +106,18 @@ def _raise(error: UserError) -> None:
     raise error
 
 
-def _check_learnt(example: Example) -> None:
-    if not example.weights[1:].any():
-        raise UserError(
-            f"nothing to learn: the loss counts none of the {len(example.tokens)} tokens",
-            "give it an answer, or leave it out (max_unreadable is the share of rows that may be left out)",
-        )
+def _filled(examples: list[Example]) -> list[Example]:
+    return [example for example in examples if len(example.tokens)]
+
+
+def _taught(examples: list[Example]) -> list[Example]:
+    for example in examples:
+        if not example.weights[1:].any():
+            raise UserError(
+                f"nothing to learn: the loss counts none of the {len(example.tokens)} tokens",
+                "give it an answer, or leave it out (max_unreadable is the share of rows that may be left out)",
+            )
+    return examples
 
 
 def _text(source: Source, tokenizer: Tokenizer) -> _Kind:

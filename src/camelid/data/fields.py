@@ -82,7 +82,7 @@ def value_of(row: Mapping[str, Any], key: str) -> Any:
     if key not in row:
         raise UserError(
             f"no key {key!r}, only {', '.join(map(repr, row)) or 'an empty row'}",
-            "check the names that the source's options give to keys",
+            "check the kind of the source, and the keys that its options name",
         )
     return row[key]
 

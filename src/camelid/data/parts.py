@@ -139,7 +139,7 @@ class _Maker:
     def __init__(self, tokenizer: Tokenizer, sequence_length: int | None, folder: Path):
         self._tokenizer, self._sequence_length, self._folder = tokenizer, sequence_length, folder
         self._encoders: dict[Source, Encoder] = {}
-        self._tally = Tally(0)
+        self._tally = Tally(0.0)
 
     def make(self, number: int, source: Source, chunk: Chunk) -> None:
         encode = self._encoder(source)
@@ -197,6 +197,16 @@ def _characters(value: Any) -> int:
     )
 
 
+def refuse_unguarded() -> None:
+    """Raises UserError in a process that was started to help a script, and runs that script instead."""
+    # It would wait for what its parent has locked, and its parent for it.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "a script that starts processes is run again in each of them",
+            "Put what it does behind `if __name__ == '__main__':`.",
+        )
+
+
 # Workers --------------------------------------------------------------------------------
 
 
@@ -211,7 +221,9 @@ def _by_workers(task: Task, missing: dict[int, Piece], folder: Path, workers: in
         for _ in range(min(workers, len(missing))):
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_work, args=(theirs, vocabulary, task.sequence_length, folder), daemon=True)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's to answer
             process.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             processes[ours] = process
             _give(ours, waiting)
@@ -240,7 +252,7 @@ def _receive(connection: Any, process: Any) -> int:
         process.join()
         raise UserError(
             f"a process that prepares data ended by itself (code {process.exitcode})",
-            "Use fewer workers if memory ran out. A script needs `if __name__ == '__main__':` around what it does.",
+            "Use fewer workers if memory ran out; else it has said above what went wrong.",
         ) from None
     if kind == "refused":
         raise UserError(*what)
@@ -251,7 +263,6 @@ def _receive(connection: Any, process: Any) -> int:
 
 def _work(connection: Any, vocabulary: Path, sequence_length: int | None, folder: Path) -> None:
     """Makes parts until the parent ends or has no more of them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     maker = None
     with contextlib.suppress(EOFError, BrokenPipeError):

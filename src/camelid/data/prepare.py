@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from camelid.data.config import Source
-from camelid.data.parts import Piece, Progress, Task, fingerprint, make_parts
+from camelid.data.parts import Piece, Progress, Task, fingerprint, make_parts, refuse_unguarded
 from camelid.data.sources import Tally, chunks
 from camelid.data.store import VALIDATION, Store, Writer, hash_file, is_store, locked
 from camelid.errors import UserError
@@ -39,9 +39,10 @@ def prepare(
 
     The same command goes on where it was killed. A store that is there, of the same options and unchanged files, is
     opened. One of others is a UserError that names the difference, or replaced with `overwrite`; a folder of something
-    else is never replaced. Other processes of this machine that want the same store wait for it. The first arguments are
-    those of a Task.
+    else is never replaced. Other processes of this machine that want the same store wait for it. What decides what the
+    store holds is explained at Task.
     """
+    refuse_unguarded()
     task = Task(tuple(sources), tokenizer, validation_fraction, seed, sequence_length)
     folder = folder.absolute()
     described = task.describe()
@@ -135,20 +136,20 @@ def _lay(task: Task, pieces: Sequence[Piece], parts: Sequence[Store], folder: Pa
             writer.finish(about)
     else:
         _lay_apart(task, pieces, parts, folder, about)
-    for path in folder.rglob("*"):
+    for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def _counts(task: Task, pieces: Sequence[Piece], parts: Sequence[Store]) -> dict[str, Any]:
     """What was read of all sources; raises UserError where too much of one is unreadable, or nothing is left."""
-    total, empty = Tally(1), 0
+    total, empty = Tally(1.0), 0
     for source in task.sources:
         tally = Tally(source.max_unreadable)
         for (whose, _), part in zip(pieces, parts, strict=True):
             if whose is source:
                 counts = part.manifest["counts"]
-                tally.add(Tally(0, counts["rows"], counts["unreadable"], counts["problems"]))
+                tally.add(Tally(0.0, counts["rows"], counts["unreadable"], counts["problems"]))
                 empty += counts["empty"]
         tally.check()
         total.add(tally)

@@ -48,8 +48,9 @@ class Store:
         for name, size in sizes.items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:
+                state = "is missing" if found is None else f"has {found} bytes"
                 raise UserError(
-                    f"{folder / name} {'is missing' if found is None else f'has {found} bytes'}, the manifest says {size}",
+                    f"{folder / name} {state}, the manifest says {size}",
                     "The store is damaged: copy it again, or prepare it again.",
                 )
         weights = manifest["weights"]
@@ -65,7 +66,7 @@ class Store:
 
     def __reduce__(self):
         # A copy in another process maps the same files.
-        return Store.open, (self.folder,)
+        return _open, (self.folder,)
 
     @property
     def num_documents(self) -> int:
@@ -105,6 +106,10 @@ class Store:
                 raise UserError(
                     f"{self.folder / name} is not what was written", "Copy the store again, or prepare it again."
                 )
+
+
+def _open(folder: Path) -> Store:
+    return Store.open(folder)
 
 
 def is_store(folder: str | Path) -> bool:

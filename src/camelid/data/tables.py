@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from camelid.data.lines import BLOCK
 from camelid.errors import UserError
 
 HUB = "hf:"
+SEPARATOR = re.compile(r":(?![^\[]*\])")  # not the one of a slice: train[:10%]
 ROWS = 1000  # at once, where a row has no size that is known
 AGAIN = "Download or copy it again."
 
@@ -118,7 +120,7 @@ def open_dataset(name: str) -> Any:
         raise _missing(name, "datasets", error) from error
     try:
         if name.startswith(HUB):
-            hub, *options = name.removeprefix(HUB).split(":")
+            hub, *options = SEPARATOR.split(name.removeprefix(HUB))
             split = options.pop() if options else "train"
             found = datasets.load_dataset(hub, *options, split=split)
         else:

@@ -11,8 +11,8 @@ What was written cannot be told with certainty. These are the rules, in their or
     word , . ; : ! ?                   no space before
     = = Heading = =                    == Heading ==
 
-Spaces at both ends of a line go; <unk> stays. A .txt file with split = "file" is cut into its articles, before each
-heading of the first level (` = Title = `).
+Spaces at both ends of a line go, and so do blank lines at both ends of a document; <unk> stays. A .txt file with
+split = "file" is cut into its articles, before each heading of the first level (` = Title = `).
 """
 
 import re
@@ -31,7 +31,7 @@ RULES = [
         (r"([$£€]) (?=\d)", r"\1"),
         (r"(?<=\d) %", "%"),
         (r" ° (?=[CFK](?!\w))", " °"),
-        (r"(?<=\d) °", "°"),
+        (r"(?<=\d) °(?![CFK](?!\w))", "°"),
         (r"(?<=\d) ([–:]) (?=\d)", r"\1"),
         (r"(?<=\w) / (?=\w)", "/"),
         (r" ([,.;:!?])(?=\s|$|[\"')\]}])", r"\1"),
@@ -40,8 +40,8 @@ RULES = [
 
 
 def clean(text: str) -> str:
-    """The text of one document, line by line."""
-    return "\n".join(map(_clean_line, text.splitlines()))
+    """The text of one document, line by line, without blank lines at its ends."""
+    return "\n".join(map(_clean_line, text.split("\n"))).strip("\n")
 
 
 def _clean_line(line: str) -> str:

@@ -43,8 +43,9 @@ NOT_TEXT = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", 
 NOT_TEXT += ("audio", "images", "videos")
 NOT_A_CHAT = ("tools", "functions", "history", "images", "videos", "audios")
 
-MARK = f"content{secrets.token_hex(8)}n"
-# What templates do to the ends of a content; the longest result that fits is taken.
+# Digits, because they are the same in capitals and between other letters.
+MARK = f"{secrets.randbelow(10**20):020}."
+# What templates do to the ends of a content; the first that fits is taken.
 TRIMS = (
     str,
     lambda text: text.rstrip("\n"),
@@ -256,8 +257,10 @@ class _Writer:
 
     @functools.cached_property
     def eos(self) -> re.Pattern[str]:
-        texts = [self.tokenizer.decode([token], skip_specials=False) for token in self.tokenizer.eos_ids]
-        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, texts)) or '(?!)'})")
+        # Other files may name an EOS that this tokenizer does not have.
+        known = [token for token in self.tokenizer.eos_ids if token < self.tokenizer.vocab_size]
+        texts = [self.tokenizer.decode([token], skip_specials=False) for token in known]
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, filter(None, texts))) or '(?!)'})")
 
     def write(self, messages: Sequence[Message], prompt: bool) -> sandbox.Rendered:
         rows = [{"role": message.role, "content": message.content} for message in messages]
@@ -298,12 +301,12 @@ def _marked_pieces(writer: _Writer, roles: tuple[str, ...], prompt: bool) -> tup
         text = writer.write([Message(role, _mark(index)) for index, role in enumerate(roles)], prompt).text
     except UserError:
         return None
-    pieces = tuple(re.split(rf"{MARK}(\d+)m", text))
+    pieces = tuple(re.split(rf"{re.escape(MARK)}(\d+)\.", text))
     return pieces if {int(index) for index in pieces[1::2]} == set(range(len(roles))) else None
 
 
 def _mark(index: int) -> str:
-    return f"{MARK}{index}m"
+    return f"{MARK}{index}."
 
 
 def _fitted(

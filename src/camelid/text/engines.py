@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,7 @@ class TokenizersEngine:
         self.vocab_size = 1 + max(self._plain.get_vocab(with_added_tokens=True).values())
         added = self._plain.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        self._special = _any_of(added[token].content for token in self.special_ids)
         self.bos_id = self._leading_special()
         self.eos_id = None
         decoder = self._plain.decoder
@@ -52,13 +54,16 @@ class TokenizersEngine:
         return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_parts(self, texts: Sequence[Sequence[Part]]) -> list[Placed]:
-        engine, names, special = self._renamed
-        renamed = [_Renamed(parts, names, special) for parts in texts]
-        encodings = engine.encode_batch([text.text for text in renamed], add_special_tokens=False)
-        return [text.placed(encoding, self._ids_of_names) for text, encoding in zip(renamed, encodings, strict=True)]
+        strays = [self._has_stray_special(parts) for parts in texts]
+        plain = ["".join(text for text, _ in parts) for parts, stray in zip(texts, strays, strict=True) if not stray]
+        encodings = iter(self._parsing.encode_batch(plain, add_special_tokens=False))
+        return [
+            self._placed_by_name(parts) if stray else _placed(next(encodings))
+            for parts, stray in zip(texts, strays, strict=True)
+        ]
 
     def has_special(self, text: str) -> bool:
-        return self._renamed[2].search(text) is not None
+        return self._special.search(text) is not None
 
     def decode(self, ids: list[int]) -> str:
         return self._plain.decode(ids, skip_special_tokens=False)
@@ -79,12 +84,49 @@ class TokenizersEngine:
         # Parsing specials is a switch of the whole object: a second one keeps threads apart.
         return self._load(specials=True)
 
+    def _has_stray_special(self, parts: Sequence[Part]) -> bool:
+        """Whether the text as a whole holds other special strings than the parts that may hold them."""
+        meant, at = [], 0
+        for text, specials in parts:
+            if specials:
+                meant += [(at + found.start(), found[0]) for found in self._special.finditer(text)]
+            at += len(text)
+        whole = "".join(text for text, _ in parts)
+        return [(found.start(), found[0]) for found in self._special.finditer(whole)] != meant
+
+    def _placed_by_name(self, parts: Sequence[Part]) -> Placed:
+        """As if only those specials existed that the parts may hold: under their secret names."""
+        engine, names, ids = self._renamed
+        texts: list[str] = []
+        # Where runs of the text begin, with names in it and without.
+        here, there = [0], [0]
+        renamed = 0
+        for text, specials in parts:
+            for piece in self._special.split(text) if specials else [text]:
+                name = names.get(piece, piece) if specials else piece
+                texts.append(name)
+                renamed += specials and piece in names
+                here.append(here[-1] + len(name))
+                there.append(there[-1] + len(piece))
+        placed = _placed(engine.encode("".join(texts), add_special_tokens=False))
+        if (placed.tokens != ids[placed.tokens]).sum() != renamed:
+            raise UserError(
+                f"{self._file} has specials that are found in some places only (single_word or normalized is set), and "
+                "a text holds special strings that are meant as text",
+                "take the special strings out of the text, or set both to false in the tokenizer's added_tokens",
+            )
+        runs = [np.searchsorted(here, places, side="right") - 1 for places in (placed.starts, placed.ends)]
+        starts, ends = (
+            np.take(there, run) + places - np.take(here, run)
+            for run, places in zip(runs, (placed.starts, placed.ends), strict=True)
+        )
+        return Placed(ids[placed.tokens], starts, ends)
+
     @functools.cached_property
     def _renamed(self):
-        """An engine in which specials go by names that nobody can guess, the names by string, and what finds them."""
+        """An engine where specials go by names that nobody can guess, the names by string, and what its ids are in ours."""
         import tokenizers
 
-        # Such a name in a text is always meant; the special's own string, in the same text, is only text.
         engine = self._load(specials=False)
         added = engine.get_added_tokens_decoder()
         secret = secrets.token_hex(8)
@@ -92,16 +134,10 @@ class TokenizersEngine:
         for entry in map(added.__getitem__, self.special_ids):
             how = {"single_word": entry.single_word, "lstrip": entry.lstrip, "rstrip": entry.rstrip}
             engine.add_tokens([tokenizers.AddedToken(names[entry.content], normalized=entry.normalized, **how)])
-        return engine, names, _any_of(names)
-
-    @functools.cached_property
-    def _ids_of_names(self) -> np.ndarray:
-        """The id of a special by the id of its name; every other id by itself."""
-        engine, names, _ = self._renamed
         vocab = engine.get_vocab(with_added_tokens=True)
-        ids = np.arange(1 + max(vocab.values()))
+        ids = np.arange(1 + max(vocab.values()), dtype=np.int32)
         ids[[vocab[name] for name in names.values()]] = [vocab[special] for special in names]
-        return ids
+        return engine, names, ids
 
     def _load(self, *, specials: bool):
         import tokenizers
@@ -195,48 +231,25 @@ class SentencePieceEngine:
         yield from [(plain, False)] if plain else []
 
     def _placed(self, runs: list[tuple[str, bool]]) -> Placed:
-        spans: list[tuple[int, int, int]] = []
+        spans = [np.zeros((0, 3), np.int64)]
         at = 0
         for text, special in runs:
             if special:
-                spans.append((self._specials[text], at, at + len(text)))
+                spans.append(np.array([[self._specials[text], at, at + len(text)]]))
             else:
-                chars = _char_at_byte(text)
                 pieces = _sentence_pieces(self._model.encode(text, out_type="serialized_proto"))
-                spans.extend((token, at + chars[start], at + chars[end]) for token, start, end in pieces)
+                span = np.array(pieces, np.int64).reshape(-1, 3)
+                span[:, 1:] = at + _char_at_byte(text)[span[:, 1:]]
+                spans.append(span)
             at += len(text)
-        table = np.array(spans, np.int64).reshape(-1, 3)
-        return Placed(table[:, 0].astype(np.int32), table[:, 1], table[:, 2])
-
-
-class _Renamed:
-    """A text of `TokenizersEngine.encode_parts`, with the specials of its parts under their secret names."""
-
-    def __init__(self, parts: Sequence[Part], names: dict[str, str], special: re.Pattern[str]):
-        pieces: list[str] = []
-        # Where a run of the text begins, in the text as it is passed on and as it was.
-        here = there = 0
-        self._here, self._there = [0], [0]
-        for text, specials in parts:
-            for piece in special.split(text) if specials else [text]:
-                name = names.get(piece, piece) if specials else piece
-                pieces.append(name)
-                here, there = here + len(name), there + len(piece)
-                if len(name) != len(piece):
-                    self._here.append(here)
-                    self._there.append(there)
-        self.text = "".join(pieces)
-
-    def placed(self, encoding, ids_of_names: np.ndarray) -> Placed:
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        tokens = ids_of_names[np.array(encoding.ids, np.int64)]
-        starts, ends = self._there_of(offsets[:, 0]), self._there_of(offsets[:, 1])
+        tokens, starts, ends = np.concatenate(spans).T
         return Placed(tokens.astype(np.int32), starts, ends)
 
-    def _there_of(self, places: np.ndarray) -> np.ndarray:
-        here, there = np.array(self._here), np.array(self._there)
-        run = np.searchsorted(here, places, side="right") - 1
-        return there[run] + places - here[run]
+
+def _placed(encoding: Any) -> Placed:
+    """What `tokenizers` found."""
+    starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+    return Placed(np.array(encoding.ids, np.int32), starts, ends)
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
@@ -245,49 +258,55 @@ def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
-def _char_at_byte(text: str) -> list[int]:
+def _char_at_byte(text: str) -> np.ndarray:
     """The character that each byte of the text's UTF-8 belongs to, and the text's length at the end."""
-    if text.isascii():
-        return list(range(len(text) + 1))
     data = np.frombuffer(text.encode(), np.uint8)
-    return [*(np.cumsum((data & 0xC0) != 0x80) - 1).tolist(), len(text)]
+    return np.append(np.cumsum((data & 0xC0) != 0x80) - 1, len(text))
 
 
-def _sentence_pieces(message: bytes) -> Iterator[tuple[int, int, int]]:
+def _sentence_pieces(message: bytes) -> list[tuple[int, int, int]]:
     """The id and the span in bytes of every piece of a SentencePieceText, which is a message of protobuf."""
-    for number, piece in _fields(message):
-        if number == 2 and isinstance(piece, bytes):
-            fields = dict(_fields(piece))
-            # A field that is 0 may be left out.
-            token, start, end = (fields.get(number, 0) for number in (2, 4, 5))
-            yield int(token), int(start), int(end)
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The numbers and strings of a message of protobuf, each after the number of its field."""
+    spans: list[tuple[int, int, int]] = []
     at = 0
     while at < len(message):
-        key, at = _varint(message, at)
-        if key & 7 == 5:  # a float, here the score
-            at += 4
+        key = message[at]
+        if key == 0x1D:  # the score, four bytes
+            at += 5
             continue
-        value, at = _varint(message, at)
-        if key & 7 == 2:
-            yield key >> 3, message[at : at + value]
-            at += value
-        else:
-            yield key >> 3, value
+        size, at = _varint(message, at + 1)
+        end = at + size
+        if key != 0x12:  # the text itself
+            at = end
+            continue
+        # Numbers that are 0 may be left out.
+        token = start = stop = 0
+        while at < end:
+            key = message[at]
+            value, at = _varint(message, at + 1)
+            if key == 0x10:
+                token = value
+            elif key == 0x20:
+                start = value
+            elif key == 0x28:
+                stop = value
+            else:  # the piece, and what it stands for
+                at += value
+        spans.append((token, start, stop))
+    return spans
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
     """A number of seven bits a byte, the lowest first, and where it ends."""
-    value = shift = 0
+    value = message[at]
+    if value < 0x80:
+        return value, at + 1
+    value, shift = value & 0x7F, 7
     while True:
-        byte = message[at]
         at += 1
+        byte = message[at]
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value, at + 1
         shift += 7
 
 

@@ -86,7 +86,7 @@ class _Budget:
         self.marks_generation = False
         # One turn of a loop can go through the whole template.
         self._step = 500 + len(source) // 8
-        self._left = 50_000_000 + 100 * given
+        self._left = 20_000_000 + 100 * given
         self._until = time.thread_time() + SECONDS
 
     def step(self) -> None:
@@ -130,7 +130,9 @@ def _refusing(source: str, fault: str) -> Iterator[None]:
             f"the chat template {fault}, line {error.lineno}: {error.message}", "mend it, or name another template"
         ) from error
     except _Refused as error:
-        raise UserError(f"the chat template refuses this chat: {error}", "mend the chat, or name another") from error
+        raise UserError(
+            f"the chat template refuses this chat: {error}", "mend the chat, or name another template"
+        ) from error
     except Exception as error:  # whatever a template does wrong, Python's own errors too, is the template's fault
         missing = re.search(r"'(bos|eos|unk|pad)_token' is undefined", str(error))
         advice = (

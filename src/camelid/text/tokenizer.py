@@ -223,7 +223,8 @@ def _named_specials(
             if key.endswith("_token") and isinstance(text, str) and text:
                 found[key] = text
     known = {"bos_token": bos_id, "eos_token": eos_ids[0] if eos_ids else None}
-    return {key: engine.decode([token]) for key, token in known.items() if token is not None} | found
+    texts = {key: engine.decode([token]) for key, token in known.items() if token is not None}
+    return {key: text for key, text in texts.items() if text} | found
 
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:

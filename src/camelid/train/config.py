@@ -9,7 +9,7 @@ from camelid.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int
-    """updates in all, those of earlier starts of the run included"""
+    """updates in all, those of earlier starts of the run and of init_optimizer included"""
     accumulate: int = 1
     """microbatches a step: each holds batch_size / accumulate rows"""
     log_every: int = 1

@@ -1,0 +1,374 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from string import ascii_lowercase
+
+import numpy as np
+import pytest
+
+from camelid.data import lines, parts
+from camelid.data import prepare as preparing
+from camelid.data.config import Source
+from camelid.data.prepare import prepare
+from camelid.data.store import MANIFEST, VALIDATION, Store
+from camelid.errors import UserError
+from camelid.text.tokenizer import Tokenizer, load_tokenizer
+from data.stores import documents_of, write_store
+from text.tiny import BOS, EOS, save_byte_tokenizer
+
+SOURCE_ROOT = str(Path(__file__).parents[2] / "src")
+
+
+def write_documents(name: str, count: int, length: int = 20) -> list[str]:
+    texts = ["".join(random.Random(f"{name} {n}").choices(ascii_lowercase, k=length + n % 7)) for n in range(count)]
+    Path(name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+def ids(texts: list[str]) -> list[list[int]]:
+    return [[BOS, *text.encode(), EOS] for text in texts]
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "BLOCK", 1000)
+
+
+@pytest.fixture
+def sources() -> tuple[Source, ...]:
+    write_documents("a.jsonl", 200)
+    write_documents("b.jsonl", 100)
+    Path("c.txt").write_text("one document\nof two lines")
+    return Source(files=("a.jsonl", "c.txt")), Source(files=("b.jsonl",), add_bos=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_store_holds_the_documents_in_their_order(tokenizer: Tokenizer, sources):
+    store = prepare(sources, tokenizer, Path("store"))
+    expected = ids([*write_documents("a.jsonl", 200), "one document\nof two lines"])
+    expected += [document[1:] for document in ids(write_documents("b.jsonl", 100))]
+    assert documents_of(store) == expected
+    assert store.manifest["tokenizer"] == tokenizer.fingerprint
+    assert store.manifest["counts"] == {"rows": 301, "unreadable": 0, "empty": 0, "problems": []}
+    store.verify()
+    assert sorted(path.name for path in Path().iterdir()) == ["a.jsonl", "b.jsonl", "c.txt", "store"]
+
+
+def test_any_number_of_workers_makes_the_same_store(tokenizer: Tokenizer, sources):
+    for workers in (0, 1, 3):
+        prepare(sources, tokenizer, Path(f"store{workers}"), workers=workers, validation_fraction=0.1, seed=3)
+    assert contents(Path("store0")) == contents(Path("store1")) == contents(Path("store3"))
+
+
+def test_chats_and_fields_keep_their_weights(tokenizer: Tokenizer):
+    Path("a.jsonl").write_text('{"q": "ab", "a": "cd"}\n{"q": "e", "a": "f"}\n')
+    store = prepare([Source(files=("a.jsonl",), kind="fields", fields="[q],a")], tokenizer, Path("store"))
+    assert documents_of(store) == [[BOS, *b"abcd", EOS], [BOS, *b"ef", EOS]]
+    assert store.weights(0, store.num_tokens).tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
+
+
+def test_a_store_that_is_there_is_opened(tokenizer: Tokenizer, sources, monkeypatch: pytest.MonkeyPatch):
+    prepare(sources, tokenizer, Path("store"))
+    before = contents(Path("store"))
+    monkeypatch.setattr(preparing, "make_parts", None)
+    assert prepare(sources, tokenizer, Path("store")).num_documents == 301
+    os.utime("a.jsonl")  # the same text, written again
+    assert prepare(sources, tokenizer, Path("store")).num_documents == 301
+    assert contents(Path("store")) == before
+
+
+def test_a_changed_source_is_noticed(tokenizer: Tokenizer, sources):
+    prepare(sources, tokenizer, Path("store"))
+    text = Path("b.jsonl").read_text()
+    Path("b.jsonl").write_text(text.replace("a", "b", 1))
+    with pytest.raises(UserError, match=r"store was prepared before, and .*b\.jsonl has changed\nAllow --overwrite"):
+        prepare(sources, tokenizer, Path("store"))
+    store = prepare(sources, tokenizer, Path("store"), overwrite=True)
+    assert documents_of(store)[201:] == [
+        [*json.loads(line)["text"].encode(), EOS] for line in Path("b.jsonl").read_text().splitlines()
+    ]
+
+
+def test_other_options_and_files_are_named(tokenizer: Tokenizer, sources):
+    store = Path("store")
+    prepare(sources, tokenizer, store)
+    for change, message in (
+        ({"sources": sources[:1]}, "sources was"),
+        ({"tokenizer": load_tokenizer(save_byte_tokenizer(Path("other"), adds_bos=False))}, "tokenizer was"),
+        ({"validation_fraction": 0.5}, r"validation_fraction was 0\.0, and is 0\.5 now"),
+    ):
+        with pytest.raises(UserError, match=f"prepared before, and {message}"):
+            prepare(**{"sources": sources, "tokenizer": tokenizer, "folder": store} | change)
+    globbed = [Source(files=("*.jsonl",))]
+    prepare(globbed, tokenizer, Path("globbed"))
+    write_documents("d.jsonl", 1)
+    with pytest.raises(UserError, match=r"d\.jsonl came to its sources"):
+        prepare(globbed, tokenizer, Path("globbed"))
+    Path("d.jsonl").unlink()
+    Path("b.jsonl").unlink()
+    with pytest.raises(UserError, match=r"b\.jsonl is gone from its sources"):
+        prepare(globbed, tokenizer, Path("globbed"))
+
+
+def test_weights_of_a_mixture_do_not_change_a_store(tokenizer: Tokenizer):
+    write_documents("a.jsonl", 3)
+    prepare([Source(files=("a.jsonl",), weight=1.0)], tokenizer, Path("store"))
+    prepare([Source(files=("a.jsonl",), weight=3.0)], tokenizer, Path("store"))
+
+
+def test_a_folder_of_something_else_is_left_alone(tokenizer: Tokenizer, sources):
+    Path("mine").mkdir()
+    Path("mine/diary.txt").write_text("dear")
+    for folder in ("mine", "c.txt"):
+        with pytest.raises(UserError, match="holds something else than a store"):
+            prepare(sources, tokenizer, Path(folder), overwrite=True)
+    assert Path("mine/diary.txt").read_text() == "dear"
+    Path("empty").mkdir()
+    assert prepare(sources, tokenizer, Path("empty")).num_documents == 301
+
+
+def test_a_file_that_is_written_meanwhile_is_refused(tokenizer: Tokenizer, sources):
+    def write(done: int, total: int) -> None:
+        if done == total:
+            with Path("a.jsonl").open("a") as file:
+                file.write('{"text": "more"}\n')
+
+    with pytest.raises(UserError, match=r"while the sources were read, .*a\.jsonl has changed"):
+        prepare(sources, tokenizer, Path("store"), progress=write)
+    assert not Path("store").exists()
+
+
+def test_progress_counts_the_bytes_of_the_sources(tokenizer: Tokenizer, sources):
+    seen: list[tuple[int, int]] = []
+    prepare(sources, tokenizer, Path("store"), workers=2, progress=lambda *now: seen.append(now))
+    assert seen == sorted(seen)
+    assert seen[0][0] == 0
+    assert {total for _, total in seen} == {sum(Path(name).stat().st_size for name in ("a.jsonl", "b.jsonl", "c.txt"))}
+    assert seen[-1][0] == seen[-1][1]
+    assert len(seen) > 5
+
+
+# --- killed and begun again
+
+
+COMMAND = """
+import sys, time
+from pathlib import Path
+from camelid.data import lines, parts
+from camelid.data.config import Source
+from camelid.data.prepare import prepare
+from camelid.text.tokenizer import load_tokenizer
+
+if __name__ == "__main__":
+    lines.BLOCK = 1000
+    def progress(done, total):
+        print(done, total, flush=True)
+        if done > total // 3 and "slow" in sys.argv:
+            time.sleep(60)
+    prepare([Source(files=("a.jsonl",))], load_tokenizer(sys.argv[1]), Path("store"), workers=int(sys.argv[2]),
+            progress=progress, validation_fraction=0.2)
+"""
+
+
+def start(tokenizer: Tokenizer, workers: int, *words: str, guarded: bool = True) -> subprocess.Popen:
+    Path("command.py").write_text(COMMAND if guarded else COMMAND.replace('__name__ == "__main__"', "True"))
+    command = [sys.executable, "command.py", str(tokenizer.files[0].parent), str(workers), *words]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": SOURCE_ROOT}, stdout=-1, stderr=-1, text=True)
+
+
+def until_a_third(process: subprocess.Popen) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        done, total = map(int, line.split())
+        if done > total // 3:
+            return
+    raise AssertionError(process.stderr.read() if process.stderr else "")
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+def gone(pid: int) -> bool:
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_begun_again_gives_the_same_store(tokenizer: Tokenizer, workers: int):
+    write_documents("a.jsonl", 300)
+    process = start(tokenizer, workers, "slow")
+    until_a_third(process)
+    process.kill()
+    process.communicate()
+    assert not Path("store").exists()
+    left = {path.name for path in Path(".store.incomplete").glob("parts-*/[0-9]*")}
+    assert left
+    # One that was begun, and one that the machine did not keep.
+    (made,) = Path(".store.incomplete").glob("parts-*")
+    (made / ".000099.1").mkdir()
+    damaged = made / min(left) / "tokens.bin"
+    damaged.write_bytes(b"\0" * damaged.stat().st_size)
+    process = start(tokenizer, workers)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    first = int(out.split()[0])
+    assert first > 0 or len(left) == 1, "parts that were there are made again"
+    prepare([Source(files=("a.jsonl",))], tokenizer, Path("whole"), validation_fraction=0.2)
+    assert contents(Path("store")) == contents(Path("whole"))
+    assert not Path(".store.incomplete").exists()
+
+
+def test_what_was_left_of_other_files_is_of_no_use(tokenizer: Tokenizer):
+    write_documents("a.jsonl", 300)
+    process = start(tokenizer, 0, "slow")
+    until_a_third(process)
+    process.kill()
+    process.communicate()
+    write_documents("a.jsonl", 299)
+    process = start(tokenizer, 0)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.split()[0] == "0"
+    assert Store.open("store").num_documents + Store.open(Path("store") / VALIDATION).num_documents == 299
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_parent(tokenizer: Tokenizer, number: signal.Signals):
+    write_documents("a.jsonl", 300)
+    process = start(tokenizer, 2, "slow")
+    until_a_third(process)
+    workers = [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    process.send_signal(number)
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while not all(map(gone, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(map(gone, workers))
+
+
+def test_a_script_without_a_guard_is_told_so(tokenizer: Tokenizer):
+    write_documents("a.jsonl", 300)
+    process = start(tokenizer, 2, guarded=False)
+    _, err = process.communicate(timeout=60)
+    assert "Put what it does behind `if __name__ == '__main__':`" in err
+    assert "a process that prepares data ended by itself (code 1)" in err
+
+
+def test_an_error_in_a_worker_is_the_users(tokenizer: Tokenizer):
+    write_documents("a.jsonl", 100)
+    with Path("a.jsonl").open("a") as file:
+        file.write("{broken\n")
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=r"a\.jsonl, line 101: no JSON"):
+            prepare([Source(files=("a.jsonl",))], tokenizer, Path("store"), workers=workers)
+
+
+# --- what is left out
+
+
+def test_unreadable_rows_are_counted_over_all_chunks(tokenizer: Tokenizer):
+    texts = write_documents("a.jsonl", 100)
+    rows = Path("a.jsonl").read_text().splitlines()
+    rows[3] = rows[50] = rows[97] = "{"
+    Path("a.jsonl").write_text("\n".join(rows))
+    source = Source(files=("a.jsonl",), max_unreadable=0.03)
+    store = prepare([source], tokenizer, Path("store"), workers=2)
+    counts = store.manifest["counts"]
+    assert (counts["rows"], counts["unreadable"]) == (100, 3)
+    assert [problem.split(":")[0] for problem in counts["problems"]] == [f"a.jsonl, line {n}" for n in (4, 51, 98)]
+    assert documents_of(store) == ids([text for n, text in enumerate(texts) if n not in (3, 50, 97)])
+    with pytest.raises(UserError, match=r"3 of 100 rows are unreadable.*line 4.*line 51.*line 98"):
+        prepare([Source(files=("a.jsonl",), max_unreadable=0.02)], tokenizer, Path("other"))
+
+
+def test_documents_without_text_are_counted_and_left_out(tokenizer: Tokenizer):
+    Path("a.jsonl").write_text('{"text": ""}\n{"text": "ab"}\n{"text": ""}\n')
+    store = prepare([Source(files=("a.jsonl",))], tokenizer, Path("store"))
+    assert documents_of(store) == ids(["ab"])
+    assert store.manifest["counts"]["empty"] == 2
+
+
+def test_sources_without_text_are_an_error(tokenizer: Tokenizer):
+    Path("a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match=r"there is no text in a\.jsonl"):
+        prepare([Source(files=("a.jsonl",))], tokenizer, Path("store"))
+
+
+def test_one_file_in_two_sources_is_refused_unless_something_else_is_made_of_it(tokenizer: Tokenizer):
+    write_documents("a.jsonl", 3)
+    with pytest.raises(UserError, match=r"a\.jsonl is named more than once"):
+        prepare([Source(files=("a.jsonl",)), Source(files=("*.jsonl",))], tokenizer, Path("store"))
+    sources = [Source(files=("a.jsonl",)), Source(files=("a.jsonl",), add_eos=False)]
+    assert prepare(sources, tokenizer, Path("store")).num_documents == 6
+
+
+# --- held out
+
+
+def split(store: Store) -> tuple[list[list[int]], list[list[int]]]:
+    return documents_of(store), documents_of(Store.open(store.folder / VALIDATION))
+
+
+@pytest.mark.parametrize(("fraction", "held"), [(0.2, 40), (0.0001, 1), (0.9999, 199)])
+def test_a_share_of_the_documents_is_held_out(tokenizer: Tokenizer, monkeypatch, fraction: float, held: int):
+    texts = write_documents("a.jsonl", 200)
+    monkeypatch.setattr(preparing, "TOKENS_AT_ONCE", 100)
+    kept, held_out = split(prepare([Source(files=("a.jsonl",))], tokenizer, Path("s"), validation_fraction=fraction))
+    assert len(held_out) == held
+    assert sorted(kept + held_out) == sorted(ids(texts))
+    order = {tuple(document): n for n, document in enumerate(ids(texts))}
+    for part in (kept, held_out):
+        places = [order[tuple(document)] for document in part]
+        assert places == sorted(places)
+    if held == 40:
+        places = [order[tuple(document)] for document in held_out]
+        assert max(np.diff(places)) > 8, "they should be drawn, not counted off"
+
+
+def test_another_seed_holds_out_others(tokenizer: Tokenizer):
+    write_documents("a.jsonl", 100)
+    source = [Source(files=("a.jsonl",))]
+    made = [prepare(source, tokenizer, Path(f"{n}"), validation_fraction=0.1, seed=n) for n in range(2)]
+    assert split(made[0])[1] != split(made[1])[1]
+
+
+def test_of_a_single_document_the_end_is_held_out(tokenizer: Tokenizer):
+    Path("a.txt").write_text("abcdefghijklmnopqr")
+    kept, held_out = split(prepare([Source(files=("a.txt",))], tokenizer, Path("s"), validation_fraction=0.25))
+    assert kept == [[BOS, *b"abcdefghijklmn"]]
+    assert held_out == [[*b"opqr", EOS]]
+
+
+def test_too_little_to_hold_out_is_an_error(tokenizer: Tokenizer):
+    Path("a.txt").write_text("a")
+    with pytest.raises(UserError, match="a single document of 3 tokens cannot be cut in two"):
+        prepare([Source(files=("a.txt",))], tokenizer, Path("s"), validation_fraction=0.25)
+
+
+def test_a_store_is_a_source(tokenizer: Tokenizer):
+    write_store(Path("old"), [[1, 2, 3], [4, 5]], [[0, 0.5, 1], [0, 0]], tokenizer.vocab_size)
+    store = prepare([Source(files=("old",), kind="tokens")], tokenizer, Path("new"))
+    assert documents_of(store) == [[1, 2, 3], [4, 5]]
+    assert store.weights(0, 5).tolist() == [0, 0.5, 1, 0, 0]
+
+
+def test_the_manifest_says_where_everything_came_from(tokenizer: Tokenizer, sources):
+    manifest = json.loads((prepare(sources, tokenizer, Path("store")).folder / MANIFEST).read_text())
+    (first, _), (second,) = manifest["prepared"]["files"]
+    assert first["path"] == str(Path("a.jsonl").resolve())
+    assert second["bytes"] == Path("b.jsonl").stat().st_size
+    assert len(second["sha256"]) == 64
+    assert manifest["prepared"]["options"]["sources"][1]["add_bos"] is False
+    assert manifest["version"] == parts.VERSION
