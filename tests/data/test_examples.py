@@ -134,7 +134,7 @@ def learnt(tokenizer: Tokenizer, example: Example) -> list[str]:
 
 
 def test_no_row_of_the_instruction_data_is_masked(llama: Tokenizer, assets: Path):
-    rows = json.loads((assets / "data/instruct/rasbt-instruction-data.json").read_text())
+    rows = json.loads((assets / "data/instruct/rasbt-instruction-data.json").read_text())[::3]
     found = encode(llama, rows, kind="instruct", template="alpaca")
     assert [len(group) for group in found] == [1] * len(rows)
     for row, (example,) in zip(rows, found, strict=True):

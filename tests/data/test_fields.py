@@ -169,6 +169,7 @@ def test_specials_that_the_tokenizer_lacks_are_named(tmp_path: Path):
         ("{q:u2}", {"q": "AgE="}, "key 'q' holds id 258"),
         ("q", {"q": "\ud83d"}, "half a character"),
         ("[q]", {"q": "ab"}, "nothing to learn"),
+        ("<|bos|>,[q]", {"q": "ab"}, "nothing to learn"),
         ("[q],a", {"q": "ab", "a": ""}, "nothing to learn"),
     ],
 )

@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 import pickle
 import re
@@ -78,10 +79,10 @@ def test_text_is_cut_into_documents_that_know_their_lines(
 
 
 def test_articles_of_wikitext_are_documents(monkeypatch: pytest.MonkeyPatch):
-    text = " \n = One = \n \n A , b . \n \n = = Part = = \n \n C \n = = = \n \n = Two = = 2 = \n \n D @-@ e \n"
+    text = " \n = One = \n \n A , b . \n \n = = Part = = \n \n C \n = x = = \n \n = Two = = 2 = \n \n D @-@ e \n"
     Path("a.txt").write_text(text)
     expected = [
-        Record("= One =\n\nA, b.\n\n== Part ==\n\nC\n===", "a.txt, line 2"),
+        Record("= One =\n\nA, b.\n\n== Part ==\n\nC\n= x ==", "a.txt, line 2"),
         Record("= Two == 2 =\n\nD-e", "a.txt, line 11"),
     ]
     assert records("a.txt", clean="wikitext") == expected
@@ -159,6 +160,13 @@ def test_a_json_array_is_read_entry_by_entry(block: int, monkeypatch: pytest.Mon
     assert places("a.json", kind="chat") == [
         f"a.json, entry {n} (line {line})" for n, line in ((1, 2), (2, 10), (3, 11))
     ]
+
+
+def test_a_number_is_no_entry_even_where_a_block_ends_in_it(monkeypatch: pytest.MonkeyPatch):
+    small_blocks(monkeypatch, 1)
+    Path("a.json").write_text("[123, {}]")
+    with pytest.raises(UserError, match=r"entry 1 \(line 1\): 123 is no object"):
+        read("a.json", kind="chat")
 
 
 def test_a_json_file_may_hold_lines():
@@ -406,6 +414,10 @@ def test_a_document_over_the_limit_is_refused_however_it_lies_in_its_block(monke
         Path("a.txt").write_text(content)
         with pytest.raises(UserError, match=r"a\.txt, line 2: a document of more than"):
             read("a.txt", split="line")
+    stream = io.BytesIO(b"a" * 10_000)
+    with pytest.raises(UserError, match=r"x, line 1: a document of more than"):
+        list(lines.blocks(stream, lines.LINE, "x"))
+    assert stream.tell() < 1000
     Path("a.txt").write_text(f"one\n{'a' * 32}\nthree")
     assert read("a.txt", split="line") == ["one", "a" * 32, "three"]
 
@@ -450,13 +462,13 @@ def test_chunks_are_independent_parts_that_add_up(monkeypatch: pytest.MonkeyPatc
     assert [record.value for record in whole[-500:]] == texts
 
 
-def test_small_files_share_a_chunk():
-    for number in range(100):
-        Path(f"{number:02}.txt").write_text(str(number) * 10_000)
+def test_small_files_share_a_chunk(monkeypatch: pytest.MonkeyPatch):
+    small_blocks(monkeypatch, 1000)
+    for number in range(10):
+        Path(f"{number}.txt").write_text(str(number) * 300)
     source = Source(files=("*.txt",))
-    parts = chunks(source)
-    assert [len(chunk) for chunk in parts] == [100]
-    assert len(list(read_chunk(source, parts[0]))) == 100
+    parts = [[record.value[0] for record in read_chunk(source, chunk)] for chunk in chunks(source)]
+    assert parts == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["9"]]
 
 
 def test_globs_are_sorted_and_names_are_taken_literally():
@@ -471,7 +483,7 @@ def test_documents_are_read_one_at_a_time():
     write_lines("a.jsonl", '{"text": "x"}', "broken")
     found = read_records(Source(files=("a.jsonl",)))
     assert next(found).value == "x"
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"^a\.jsonl, line 2: no JSON"):
         next(found)
 
 

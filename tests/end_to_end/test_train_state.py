@@ -363,13 +363,16 @@ def test_another_run_that_goes_on_from_its_step_is_the_run_itself(tmp_path: Path
     assert tensor_bytes(outcome.folder / "model") == tensor_bytes(whole / "model")
 
 
-def test_a_run_goes_on_from_what_was_written_for_easylm(tmp_path: Path, whole: Path):
+def test_a_run_goes_on_from_what_was_written_for_easylm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Through a train state of EasyLM, whose config.json is taken away and said by the recipe."""
-    told = convert(whole / "checkpoints" / "4", tmp_path / "state", to="easylm-trainstate")
-    assert told == ()
+    on_one_device(monkeypatch)
+    first = small(tmp_path / "first", train__keep_checkpoints=9, model__head_dim=8)
+    whole = camelid.run.run(recipe(first)).folder
+    assert convert(whole / "checkpoints" / "4", tmp_path / "state", to="easylm-trainstate") == ()
     (tmp_path / "state" / "config.json").unlink()
     state = f"trainstate::{tmp_path / 'state' / 'streaming_train_state'}"
-    outcome = camelid.run.run(recipe(small(tmp_path / "other", init=state, init_optimizer=True)))
+    second = small(tmp_path / "second", model__head_dim=8, init=state, init_optimizer=True)
+    outcome = camelid.run.run(recipe(second))
     rows, reference = losses(outcome.folder), losses(whole)[4:]
     for name in ("step", "loss", "gradient_norm", "learning_rate", "weight"):
         assert column(rows, name).tolist() == column(reference, name).tolist(), name

@@ -1,5 +1,6 @@
 import json
 import pickle
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -351,6 +352,54 @@ def test_a_token_knows_its_characters(assets: Path, file: str):
             assert tokenizer.decode_after_text([token]).strip() == characters.strip()
     assert "".join(dict.fromkeys(c for _, c in inside)).count("日") == 1
     assert [placed.ends[0], placed.starts[-1] < placed.ends[-1]] == [3, True]
+
+
+@pytest.mark.parametrize("name", ["tokenizers/mistral-v1", "tokenizers/phi-2", "models/stories260K/hf"])
+def test_specials_under_secret_names_are_where_the_tokenizer_finds_them(assets: Path, tmp_path: Path, name: str):
+    flags = [{"lstrip": left, "rstrip": right} for left in (False, True) for right in (False, True)]
+    added = [tokenizers.AddedToken(f"<|x{i}|>", **how) for i, how in enumerate(flags)]
+    changed = tokenizers.Tokenizer.from_file(str(assets / name / "tokenizer.json"))
+    changed.add_special_tokens([*added, tokenizers.AddedToken("<|x1|>y")])
+    changed.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    chance = random.Random(0)
+    pieces = [
+        "<|x0|>",
+        "<|x1|>",
+        "<|x2|>",
+        "<|x3|>",
+        "<|x1|>y",
+        " ",
+        "  ",
+        "\n",
+        "a",
+        "b c",
+        "é",
+        "😀",
+        "</s>",
+        "<|x",
+        "y",
+    ]
+    for _ in range(400):
+        text = "".join(chance.choices(pieces, k=8)) + "<|x0|>"
+        theirs = changed.encode(text, add_special_tokens=False)
+        # A special string that is meant as text makes the engine go by names.
+        for parts in ([(text, True)], [(text, True), ("<|x0|>", False)]):
+            (placed,) = ours.encode_parts([parts])
+            spans = list(zip(placed.starts.tolist(), placed.ends.tolist(), strict=True))
+            assert placed.tokens[: len(theirs.ids)].tolist() == theirs.ids, text
+            assert spans[: len(theirs.ids)] == theirs.offsets, text
+            assert (len(spans) > len(theirs.ids)) == (len(parts) == 2)
+
+
+def test_specials_that_hide_in_words_are_not_mixed_with_text(assets: Path, tmp_path: Path):
+    changed = tokenizers.Tokenizer.from_file(str(assets / "tokenizers/mistral-v1/tokenizer.json"))
+    changed.add_special_tokens([tokenizers.AddedToken("<|x|>", single_word=True)])
+    changed.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.encode_parts([[("a<|x|>b", True), ("c", False)], [("<|x|>", True), (" <|x|>", False)]])
+    with pytest.raises(UserError, match="found in some places only"):
+        tokenizer.encode_parts([[("a<|x|>b", True), ("<|x|>", False)]])
 
 
 def test_a_token_across_a_border_counts(bytewise: Tokenizer, assets: Path):

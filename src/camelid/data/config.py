@@ -18,6 +18,8 @@ ONLY: dict[str, tuple[Kind, ...]] = {
     "template": ("instruct", "chat", "preference"),
     "loss": ("instruct", "chat"),
     "compat": ("text", "chat"),
+    "add_bos": ("text", "fields", "gsm8k"),
+    "add_eos": ("text", "fields", "gsm8k"),
 }
 """the kinds to which a field of Source has a meaning"""
 
@@ -48,7 +50,7 @@ class Source:
     fields_from_example: str | None = None
     """fields: instead, the key of a row that holds its fields"""
     prepend_text: str = ""
-    """fields: stands before the first text"""
+    """fields: stands before the first field, which must be a text"""
     template: str | None = None
     """chats: the name of a template; left out, the checkpoint's own"""
     loss: Literal["assistant", "all"] = "assistant"
@@ -67,6 +69,8 @@ class Source:
                     f"{field.name} = {getattr(self, field.name)!r} has no meaning for kind = {self.kind!r}",
                     f"It is for {', '.join(ONLY[field.name])}.",
                 )
+        if self.compat == "mindformers" and (self.loss != "assistant" or self.template is not None):
+            raise UserError("compat = 'mindformers' has a template and a loss of its own", "Leave loss and template out.")
         if self.kind == "fields" and (self.fields is None) == (self.fields_from_example is None):
             raise UserError(
                 "kind = 'fields' needs one of fields and fields_from_example", "Write fields = 'text', for example."

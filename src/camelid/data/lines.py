@@ -63,7 +63,7 @@ def blocks(stream: io.BufferedIOBase, between: re.Pattern[bytes], name: object) 
     while True:
         cut = _cut(data, between)
         while cut is None and not ended:
-            if False:
+            if len(data) > BLOCK + MAX_DOCUMENT:
                 begin = max((match.end() for match in between.finditer(data, 0, BLOCK)), default=0)
                 raise too_long(f"{name}, line {line + data.count(NEWLINE, 0, begin)}")
             # Twice as much each time, or a long document would be searched again and again.

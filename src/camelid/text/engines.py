@@ -115,16 +115,14 @@ class TokenizersEngine:
                 "a text holds special strings that are meant as text",
                 "take the special strings out of the text, or set both to false in the tokenizer's added_tokens",
             )
-        runs = [np.searchsorted(here, places, side="right") - 1 for places in (placed.starts, placed.ends)]
-        starts, ends = (
-            np.take(there, run) + places - np.take(here, run)
-            for run, places in zip(runs, (placed.starts, placed.ends), strict=True)
-        )
+        spans = np.stack([placed.starts, placed.ends])
+        run = np.searchsorted(here, spans, side="right") - 1
+        starts, ends = spans + np.take(there, run) - np.take(here, run)
         return Placed(ids[placed.tokens], starts, ends)
 
     @functools.cached_property
     def _renamed(self):
-        """An engine where specials go by names that nobody can guess, the names by string, and what its ids are in ours."""
+        """An engine where specials go by names that nobody can guess, these names, and what its ids are in ours."""
         import tokenizers
 
         engine = self._load(specials=False)

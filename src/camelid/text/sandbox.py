@@ -62,10 +62,10 @@ def render(source: str, values: Mapping[str, Any], now: datetime.datetime | None
 
     `now` is what strftime_now tells; left out, the clock does.
     """
-    with _refusing(source, "does not compile"), _bounded_by(_Budget(source, 0, now)):
+    with _refusing("does not compile"), _bounded_by(_Budget(source, 0, now)):
         template = _compiled(source)
     budget = _Budget(source, _size(values, 1 << 62), now)
-    with _refusing(source, "fails"), _bounded_by(budget):
+    with _refusing("fails"), _bounded_by(budget):
         text = template.render(values)
         if not re.search(r"\{%[-+]?\s*generation\b", source):
             return Rendered(text, ())
@@ -120,11 +120,9 @@ def _bounded_by(budget: _Budget) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _refusing(source: str, fault: str) -> Iterator[None]:
+def _refusing(fault: str) -> Iterator[None]:
     try:
         yield
-    except UserError:
-        raise
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"the chat template {fault}, line {error.lineno}: {error.message}", "mend it, or name another template"
@@ -135,11 +133,9 @@ def _refusing(source: str, fault: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # whatever a template does wrong, Python's own errors too, is the template's fault
         missing = re.search(r"'(bos|eos|unk|pad)_token' is undefined", str(error))
-        advice = (
-            f"name {missing[1]}_token in tokenizer_config.json, or use a template without it"
-            if missing
-            else "mend it, or name another template"
-        )
+        advice = "mend it, or name another template"
+        if missing:
+            advice = f"name {missing[1]}_token in tokenizer_config.json, or use a template without it"
         kind = "" if isinstance(error, _TooMuch) else f"{type(error).__name__}: "
         raise UserError(f"the chat template {fault}: {kind}{str(error)[:500]}", advice) from error
 
