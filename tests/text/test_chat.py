@@ -497,6 +497,14 @@ def test_an_eos_that_the_tokenizer_does_not_have_ends_nothing(tmp_path: Path):
     assert weights[tokens == EOS].tolist() == [0, 1, 0, 1]
 
 
+def test_words_that_decide_what_stands_before_them_are_refused(bytewise: Tokenizer):
+    head = "{{ '!' if 'x' in m.content and m.role == 'assistant' else '?' }}"
+    template = ChatTemplate("{% for m in messages %}" + head + "{{ m.content }}</s>{% endfor %}")
+    template.render([Message("user", "x"), Message("assistant", "y")], bytewise)
+    with pytest.raises(UserError, match="message 1, the assistant's, or changes it beyond recognition"):
+        template.render([Message("user", "x"), Message("assistant", "x")], bytewise)
+
+
 def test_what_ends_a_turn_is_not_what_begins_the_next(bytewise: Tokenizer):
     loop = "{% for m in messages %}HEAD{{ m.content }}TAIL{% endfor %}"
     chat = [Message("user", "q"), Message("assistant", "a"), Message("user", "r"), Message("assistant", "b")]
@@ -506,6 +514,8 @@ def test_what_ends_a_turn_is_not_what_begins_the_next(bytewise: Tokenizer):
         ("<{{ m.role }}>", "\n<eot>\n", ["a\n<eot>", "b\n<eot>"]),
         ("<{{ m.role }}>", "{{ ' </s>' if loop.last }}", ["a", "b "]),
         ("### {{ m.role }}\n", "\n\n", ["a", "b"]),
+        ("<|{{ m.role }}|>", "{{ '<|assistant|>' if loop.last }}", ["a", "b"]),
+        ("{{ m.role }}:", "{{ '<eot>' if loop.last or m.content != 'a' else '<user>' }}", ["a", "b<eot>"]),
     ]:
         template = ChatTemplate(loop.replace("HEAD", head).replace("TAIL", tail))
         tokens, weights = template.render(chat, bytewise)

@@ -111,9 +111,14 @@ def dataset_files(name: str) -> list[Path]:
     return sorted({Path(file["filename"]) for file in open_dataset(name).cache_files})
 
 
-@functools.lru_cache(4)  # a process reads many ranges of it
 def open_dataset(name: str) -> Any:
     """The data set of a folder, or of hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT."""
+    state = Path(name).absolute() / "state.json"
+    return _loaded(name, state, state.stat().st_mtime_ns if state.is_file() else 0)
+
+
+@functools.lru_cache(4)  # a process reads many ranges of it
+def _loaded(name: str, state: Path, changed: int) -> Any:
     try:
         import datasets
     except ImportError as error:
