@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,11 +101,12 @@ def test_a_changed_source_is_noticed(tokenizer: Tokenizer, sources):
 def test_other_options_and_files_are_named(tokenizer: Tokenizer, sources):
     store = Path("store")
     prepare(sources, tokenizer, store)
-    for change, message in (
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"sources": sources[:1]}, "sources was"),
         ({"tokenizer": load_tokenizer(save_byte_tokenizer(Path("other"), adds_bos=False))}, "tokenizer was"),
         ({"validation_fraction": 0.5}, r"validation_fraction was 0\.0, and is 0\.5 now"),
-    ):
+    )
+    for change, message in changes:
         with pytest.raises(UserError, match=f"prepared before, and {message}"):
             prepare(**{"sources": sources, "tokenizer": tokenizer, "folder": store} | change)
     globbed = [Source(files=("*.jsonl",))]

@@ -352,6 +352,8 @@ def test_a_token_knows_its_characters(assets: Path, file: str):
             assert tokenizer.decode_after_text([token]).strip() == characters.strip()
     assert "".join(dict.fromkeys(c for _, c in inside)).count("日") == 1
     assert [placed.ends[0], placed.starts[-1] < placed.ends[-1]] == [3, True]
+    (long,) = tokenizer.encode_parts([[("é" * 40_000, False)]])
+    assert np.unique(long.starts).tolist() == list(range(40_000))
 
 
 @pytest.mark.parametrize("name", ["tokenizers/mistral-v1", "tokenizers/phi-2", "models/stories260K/hf"])
@@ -515,11 +517,12 @@ def test_what_ends_a_turn_is_not_what_begins_the_next(bytewise: Tokenizer):
         ("<{{ m.role }}>", "{{ ' </s>' if loop.last }}", ["a", "b "]),
         ("### {{ m.role }}\n", "\n\n", ["a", "b"]),
         ("<|{{ m.role }}|>", "{{ '<|assistant|>' if loop.last }}", ["a", "b"]),
-        ("{{ m.role }}:", "{{ '<eot>' if loop.last or m.content != 'a' else '<user>' }}", ["a", "b<eot>"]),
     ]:
         template = ChatTemplate(loop.replace("HEAD", head).replace("TAIL", tail))
         tokens, weights = template.render(chat, bytewise)
         assert spoken(bytewise, tokens, weights) == ends
+    template = ChatTemplate(loop.replace("HEAD", "-").replace("TAIL", "{{ '<eot>' if loop.index < 6 else '!' }}"))
+    assert spoken(bytewise, *template.render(chat + chat[:2], bytewise)) == ["a<eot>", "b<eot>", "a"]
 
 
 def test_a_prompt_that_a_template_always_adds_is_not_the_assistants(assets: Path, bytewise: Tokenizer):
@@ -532,6 +535,7 @@ def test_a_prompt_that_a_template_always_adds_is_not_the_assistants(assets: Path
 # Hostile and broken templates.
 
 GROW = "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = BY %}{% endfor %}{{ ns.s }}"
+BIG = "{% set ns = namespace(s='x') %}{% for i in range(19) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
@@ -554,6 +558,10 @@ GROW = "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = BY 
         (GROW.replace("BY", "ns.s | replace('x', 'xx')"), "makes a value"),
         (GROW.replace("BY", "ns.s.join([ns.s, ns.s, ns.s])"), "makes a value"),
         (GROW.replace("BY", "[ns.s, ns.s] | join(ns.s)"), "makes a value"),
+        (BIG + "{{ ns.s.replace('x', ns.s) }}", "makes a value"),
+        (BIG + "{{ ns.s | replace('x', ns.s) }}", "makes a value"),
+        (BIG + "{{ ns.s.join(ns.s) }}", "makes a value"),
+        (BIG + "{{ range(99999) | join(ns.s) }}", "makes a value"),
         ("{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}", "makes a value"),
         ("{{ 'x' * 9999999999 }}", "moderate numbers"),
         ("{{ [1] * 9999999999 }}", "moderate numbers"),
@@ -599,9 +607,12 @@ def test_a_hostile_template_is_refused_in_any_thread(bytewise: Tokenizer, text: 
 
 
 def test_time_is_limited_where_work_is_not(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sandbox, "SECONDS", 0.05)
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    lists = "{% set x = range(90000) | list %}{% set y = x | reverse | list | reverse | list %}"
+    began = time.thread_time()
     with pytest.raises(UserError, match="more time"):
-        sandbox.render("{% set x = range(90000) | list %}{% for i in x %}{{ x == x | list }}{% endfor %}", {})
+        sandbox.render(lists + "{% for i in x %}{{ x == y }}{% endfor %}", {})
+    assert time.thread_time() - began < 2
 
 
 def test_long_honest_chats_are_within_the_bounds(assets: Path):

@@ -13,6 +13,8 @@ from typing import NoReturn
 import tyro
 
 from camelid.cli.checkpoints import convert, delta_apply, delta_make, diff
+from camelid.cli.data import inspect as data_inspect
+from camelid.cli.data import prepare as data_prepare
 from camelid.cli.models import generate, inspect, perplexity
 from camelid.cli.training import demo, train
 from camelid.errors import UserError
@@ -26,6 +28,8 @@ COMMANDS: dict[str, Callable] = {
     "delta make": delta_make,
     "delta apply": delta_apply,
     "inspect": inspect,
+    "data prepare": data_prepare,
+    "data inspect": data_inspect,
     "demo": demo,
 }
 
@@ -100,7 +104,7 @@ def command_help(function: Callable) -> str:
 
 
 def _unknown(words: list[str]) -> None:
-    asked = " ".join(words[:2] if words[0] in ("evaluate", "delta") else words[:1])
+    asked = " ".join(words[:2] if words[0] in ("evaluate", "delta", "data") else words[:1])
     near = difflib.get_close_matches(asked, COMMANDS, 1)
     advice = f"Did you mean 'camelid {near[0]}'?" if near else f"Commands: {', '.join(COMMANDS)}."
     raise UserError(f"there is no command {asked!r}", advice)

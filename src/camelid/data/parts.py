@@ -16,6 +16,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ class Task:
     """decides which ones"""
     sequence_length: int | None = None
     """of compat = "mindformers" alone"""
+
+    @property
+    def vocabulary(self) -> Path:
+        """The file of the tokenizer from which it can be loaded again."""
+        return next(file for file in self.tokenizer.files if hash_file(file) == self.tokenizer.fingerprint)
 
     def describe(self) -> dict[str, Any]:
         """As JSON: the options, and the files by path, size and time; raises UserError where a file is missing."""
@@ -126,7 +132,7 @@ def _is_whole(part: Path) -> bool:
     return True
 
 
-def _here(task: Task, missing: dict[int, Piece], folder: Path) -> Generator[int]:
+def _here(task: Task, missing: dict[int, Piece], folder: Path) -> Generator[int, None, None]:
     maker = _Maker(task.tokenizer, task.sequence_length, folder)
     for n, piece in missing.items():
         maker.make(n, *piece)
@@ -210,20 +216,30 @@ def refuse_unguarded() -> None:
 # Workers --------------------------------------------------------------------------------
 
 
-def _by_workers(task: Task, missing: dict[int, Piece], folder: Path, workers: int) -> Generator[int]:
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Processes that are started meanwhile never hear of Ctrl-C: it is this thread's to answer, afterwards."""
+    resource_tracker.ensure_running()  # its start, otherwise within, would end this
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _by_workers(task: Task, missing: dict[int, Piece], folder: Path, workers: int) -> Generator[int, None, None]:
     """Makes parts in other processes, which end with this generator; gives the number of each that is done."""
     # Not a pool of the library: its processes outlive a parent that is killed, and it waits for one that is.
     spawn = multiprocessing.get_context("spawn")
-    vocabulary = next(file for file in task.tokenizer.files if hash_file(file) == task.tokenizer.fingerprint)
     waiting = iter(missing.items())
     processes: dict[Any, Any] = {}
     try:
         for _ in range(min(workers, len(missing))):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_work, args=(theirs, vocabulary, task.sequence_length, folder), daemon=True)
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's to answer
-            process.start()
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            arguments = theirs, task.vocabulary, task.sequence_length, folder
+            process = spawn.Process(target=_work, args=arguments, daemon=True)
+            with shielded():
+                process.start()
             theirs.close()
             processes[ours] = process
             _give(ours, waiting)

@@ -127,7 +127,12 @@ def _make(task: Task, described: dict[str, Any], work: Path, workers: int, progr
 def _lay(task: Task, pieces: Sequence[Piece], parts: Sequence[Store], folder: Path, prepared: dict[str, Any]) -> None:
     """Writes the documents of the parts, one after another, into a store and into that of those held out."""
     counts = _counts(task, pieces, parts)
-    about = {"tokenizer": task.tokenizer.fingerprint, "prepared": prepared, "counts": counts}
+    about = {
+        "tokenizer": task.tokenizer.fingerprint,
+        "tokenizer_file": str(task.vocabulary.resolve()),
+        "prepared": prepared,
+        "counts": counts,
+    }
     if not task.validation_fraction:
         with Writer(folder, task.tokenizer.vocab_size) as writer:
             for part in parts:

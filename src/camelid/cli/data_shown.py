@@ -1,0 +1,298 @@
+"""How data looks in a terminal, and as a picture; what is told comes from data/report.py.
+
+Beside the command and not beside the facts: data/ is numpy alone, and describe.py needs the checkpoints' code.
+"""
+
+import itertools
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 120  # of a line, where no terminal tells
+BAR = 50  # characters of the longest bar
+
+LEARNT, READ, SPECIAL, RULE = "bold green", "default", "cyan", "dim"
+MARKS = "⟦⟧⟨⟩"
+"""around what is learnt, and around specials, where there is no colour; in the text itself they are escaped"""
+
+
+def show_prepared(whole: Mapping[str, Any]) -> None:
+    """What `data prepare` has made."""
+    console = _console()
+    console.print(_counts(whole))
+    if (speed := whole["tokens_per_second"]) is None:
+        console.print("\nIt was there already, of these sources and options.")
+    else:
+        console.print(f"\n{whole['seconds']:.1f} s, {speed:,.0f} tokens a second")
+    if (counted := whole["mindformers"]) is not None:
+        told = f"\nMindFormers' masking gives up {counted['lost']:,} of {counted['conversations']:,} conversations"
+        refused = f"; {counted['refused']:,} more it cannot read" if counted["refused"] else ""
+        console.print(f"{told} at {counted['sequence_length']:,} tokens{refused}")
+
+
+def show(whole: Mapping[str, Any]) -> None:
+    """What `data inspect` has found."""
+    console = _console()
+    if "rows" in whole:
+        for part in (_sources(whole), _packing(whole), *_stages(whole)):
+            console.print(part)
+            console.print()
+    else:
+        console.print(_counts(whole["sources"][0]))
+        console.print()
+    console.print(_lengths(whole))
+    for row in whole["shown"]:
+        console.print()
+        _show_row(console, row, whole)
+    if whole["shown"]:
+        console.print()
+        console.print(_legend(_has_colour(console)))
+
+
+def draw_lengths(whole: Mapping[str, Any], path: Path) -> None:
+    """The histogram as a PNG, sources stacked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    edges, below = whole["histogram"]["edges"], [0] * (len(whole["histogram"]["edges"]) - 1)
+    # The last bar may be open, and is drawn as wide as the others.
+    width = edges[1] - edges[0]
+    for source, counts in zip(whole["sources"], whole["histogram"]["documents"], strict=True):
+        axes.bar(edges[:-1], counts, width, bottom=below, align="edge", label=_shortened(source["name"], 46))
+        below = [low + count for low, count in zip(below, counts, strict=True)]
+    labels = _labels(edges)
+    if labels[-1].startswith("from"):
+        axes.set_xticks([*edges[:-4:4], edges[-2]], [*(f"{edge:,}" for edge in edges[:-4:4]), labels[-1]])
+    axes.set(xlabel="tokens", ylabel="documents", title="Lengths of documents")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = path.with_name(f".{path.name}.incomplete")
+    figure.savefig(temporary, format="png")
+    temporary.rename(path)
+
+
+# Parts ----------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, markup=False, width=None if known else WIDTH)
+
+
+def _has_colour(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def _grid(*columns: str) -> Table:
+    """A table without lines; columns that begin with > are flush right."""
+    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    for column in columns:
+        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return grid
+
+
+def _counts(source: Mapping[str, Any]) -> Table:
+    """A store by itself."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("store", f"{source['store']}  ({source['bytes']:,} bytes)")
+    if source["files"]:
+        grid.add_row("from", _shortened(", ".join(source["files"]), 100))
+    grid.add_row("documents", _documents(source))
+    grid.add_row("tokens", f"{source['tokens']:,}; {source['with_loss']:,} with loss ({_share_of_loss(source)})")
+    if any(weight not in (0, 1) for weight in source["weights"]):
+        grid.add_row("weights", " ".join(f"{weight:g}" for weight in source["weights"]))
+    if (silent := source["documents_without_loss"])["count"]:
+        grid.add_row("without loss", f"{silent['count']:,} documents: {_first(silent)}")
+    if (held_out := source["held_out"]) is not None:
+        grid.add_row("held out", f"{held_out['documents']:,} documents, {held_out['tokens']:,} tokens")
+    if source["unreadable"]:
+        grid.add_row("unreadable", f"{source['unreadable']:,} of {source['rows_read']:,} rows")
+        for problem in source["problems"]:
+            grid.add_row("", _escaped(problem))
+    return grid
+
+
+def _documents(source: Mapping[str, Any]) -> str:
+    lengths = source["lengths"]
+    told = f"{lengths['shortest']:,} to {lengths['longest']:,} tokens, median {lengths['median']:,}"
+    if lengths["shortest"] == lengths["longest"]:
+        told = f"{lengths['longest']:,} tokens"
+    empty = f"; {source['empty']:,} rows without text" if source["empty"] else ""
+    return f"{source['documents']:,} of {told}{empty}"
+
+
+def _share_of_loss(source: Mapping[str, Any]) -> str:
+    return f"{source['with_loss'] / source['tokens']:.1%}"
+
+
+def _first(found: Mapping[str, Any]) -> str:
+    more = ", ..." if found["count"] > len(found["first"]) else ""
+    return ", ".join(f"{number:,}" for number in found["first"]) + more
+
+
+def _named(whole: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Training's sources, then validation's."""
+    held_out = [(f"{_shortened(source['name'], 34)}, validation", source) for source in whole.get("validation", ())]
+    return [*((_shortened(source["name"], 46), source) for source in whole["sources"]), *held_out]
+
+
+def _sources(whole: Mapping[str, Any]) -> Table:
+    grid = _grid("source", ">documents", ">tokens", ">with loss", ">median", ">longest", ">unreadable")
+    for name, source in _named(whole):
+        grid.add_row(
+            name,
+            f"{source['documents']:,}",
+            f"{source['tokens']:,}",
+            _share_of_loss(source),
+            f"{source['lengths']['median']:,}",
+            f"{source['lengths']['longest']:,}",
+            f"{source['unreadable']:,}",
+        )
+    return grid
+
+
+def _packing(whole: Mapping[str, Any]) -> Table:
+    method = whole["sources"][0]["packing"]
+    grid = _grid(
+        f"{method['method']}, rows of {method['sequence_length']:,}",
+        ">rows",
+        ">filled",
+        ">split",
+        ">truncated",
+        ">dropped",
+        ">rows without loss",
+    )
+    for name, source in _named(whole):
+        packing = source["packing"]
+        silent = packing["rows_without_loss"]
+        grid.add_row(
+            name,
+            f"{packing['rows']:,}",
+            f"{packing['filled']:.1%}",
+            *(f"{packing[name]:,}" for name in ("split", "truncated", "dropped")),
+            f"{silent['count']:,}" + (f" ({_first(silent)})" if silent["count"] else ""),
+        )
+    return grid
+
+
+def _stages(whole: Mapping[str, Any]) -> list[Table]:
+    """Shares of the tokens by stage, and how often sources are read."""
+    tables = []
+    for stage in whole["stages"]:
+        last = stage["first_step"] + stage["steps"]
+        title = (
+            f"steps {stage['first_step']:,} to {last:,}"
+            if stage["steps"]
+            else f"from step {stage['first_step']:,}: never"
+        )
+        grid = _grid(title, ">asked", ">given", ">rows", ">repeats")
+        for n, source in enumerate(whole["sources"]):
+            grid.add_row(
+                _shortened(source["name"], 46),
+                f"{stage['asked'][n]:.2%}",
+                f"{stage['given'][n]:.2%}",
+                f"{stage['rows'][n]:,}",
+                f"{stage['repeats'][n]:.2f}",
+            )
+        tables.append(grid)
+    if len(tables) > 1:
+        grid = _grid(f"all {whole['steps']:,} steps", ">repeats")
+        for source, repeats in zip(whole["sources"], whole["repeats"], strict=True):
+            grid.add_row(_shortened(source["name"], 46), f"{repeats:.2f}")
+        tables.append(grid)
+    return tables
+
+
+def _lengths(whole: Mapping[str, Any]) -> Table:
+    """Bars of the documents' lengths, all sources together."""
+    counts = [sum(each) for each in zip(*whole["histogram"]["documents"], strict=True)]
+    grid = _grid(">tokens", ">documents", "")
+    for label, count in zip(_labels(whole["histogram"]["edges"]), counts, strict=True):
+        # Something is seen of whatever is there.
+        bar = max(round(BAR * count / max(counts)), 1 if count else 0)
+        grid.add_row(label, f"{count:,}", Text("█" * bar, "green"))
+    return grid
+
+
+def _labels(edges: Sequence[int]) -> list[str]:
+    width = edges[1] - edges[0]
+
+    def label(first: int, after: int) -> str:
+        if after - first > width:
+            return f"from {first:,}"
+        return f"{first:,}" if after - first == 1 else f"{first:,} to {after - 1:,}"
+
+    return [label(first, after) for first, after in itertools.pairwise(edges)]
+
+
+# Rows as text ---------------------------------------------------------------------------
+
+
+def _show_row(console: Console, row: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    if "row" in row:
+        name = _shortened(whole["sources"][row["source"]]["name"], 46)
+        padding = f", {row['padding']:,} of padding" if row["padding"] else ""
+        console.rule(f"row {row['row']:,} of {name}{padding}", style=RULE, characters="─")
+    else:
+        console.rule(f"document {row['document']:,}, {row['tokens']:,} tokens", style=RULE, characters="─")
+    for number, pieces in enumerate(row["documents"]):
+        if number:
+            console.print("┄" * 40, style=RULE)
+        console.print(_text(pieces, _has_colour(console)), soft_wrap=True)
+    if row.get("left_out"):
+        console.print(f"... {row['left_out']:,} tokens more", style=RULE)
+
+
+def _text(pieces: Sequence[Mapping[str, Any]], colour: bool) -> Text:
+    """Learnt and read, specials and text, told apart by colour, or else by marks."""
+    text, learning = Text(), False
+    for piece in pieces:
+        if not colour and (piece["weight"] > 0) != learning:
+            learning = not learning
+            text.append(MARKS[0] if learning else MARKS[1])
+        shown = _escaped(piece["text"])
+        if piece["special"]:
+            shown = shown if colour else f"{MARKS[2]}{shown}{MARKS[3]}"
+        style = LEARNT if piece["weight"] > 0 else READ
+        text.append(shown, f"{style} {SPECIAL}" if piece["special"] else style)
+    if learning:
+        text.append(MARKS[1])
+    return text
+
+
+def _legend(colour: bool) -> Text:
+    words = {"text": "what is learnt", "rest": "what is read", "special": "special"}
+    pieces = [
+        {"text": words["text"], "weight": 1, "special": False},
+        {"text": "  ", "weight": 0, "special": False},
+        {"text": words["special"], "weight": 1, "special": True},
+        {"text": "  ", "weight": 0, "special": False},
+        {"text": words["special"], "weight": 0, "special": True},
+        {"text": "  ", "weight": 0, "special": False},
+        {"text": words["rest"], "weight": 0, "special": False},
+    ]
+    return _text(pieces, colour)
+
+
+def _escaped(text: str) -> str:
+    """Text without control characters and other unseen ones; a line break is shown, and breaks the line."""
+    return "".join(map(_escape, text))
+
+
+def _escape(char: str) -> str:
+    if char == "\n":
+        return "\\n\n"
+    if char == "\\" or char in MARKS or not char.isprintable():
+        return char.encode("unicode_escape").decode("ascii")
+    return char
+
+
+def _shortened(name: str, most: int) -> str:
+    return name if len(name) <= most else f"...{name[3 - most :]}"
