@@ -71,7 +71,7 @@ def write_random(folder: Path, config: "ModelConfig") -> None:
         return draw.standard_normal([s.stop - s.start for s in index], np.float32).astype(dtype)
 
     dtypes = dict.fromkeys(named(declare_decoder(config)), dtype_named("bfloat16"))
-    write_checkpoint(folder, Saving(config, dtypes, source))
+    write_checkpoint(folder, Saving(config, dtypes, source), workers=1)  # the draws are of one thread
 
 
 def load(folder: str) -> dict:

@@ -2,6 +2,7 @@
 
     make bench                     both, and loading (load.py says how)
     make bench ARGS="train"        one of them: train, decode, load
+    make bench ARGS="convert"      formats, 6.9 GB to and fro (convert.py says how); only where it is asked for
 
 Ratios are peer / ours of median times: above 1, camelid is faster. `limit_fraction` is the share of what the machine
 was measured to do in the same run: products for training, a plain read of memory for decoding.
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import convert
 import jax
 import jax.numpy as jnp
 import load
@@ -66,8 +68,8 @@ def main(words: list[str]) -> None:
     torch.set_num_threads(THREADS)
     keep_compiled()
     parts = {"train": bench_training, "decode": bench_decoding}
-    if unknown := set(words) - {*parts, "load"}:
-        sys.exit(f"benchmarks/run.py: no part {sorted(unknown)}; parts: {', '.join([*parts, 'load'])}")
+    if unknown := set(words) - {*parts, "load", "convert"}:
+        sys.exit(f"benchmarks/run.py: no part {sorted(unknown)}; parts: {', '.join([*parts, 'load', 'convert'])}")
     words = words or [*parts, "load"]
     if names := [name for name in words if name in parts]:
         with tempfile.TemporaryDirectory() as folder:
@@ -82,6 +84,10 @@ def main(words: list[str]) -> None:
         show(report["rows"])
         show(report["ratios"])
         keep("cpu-load", report)
+    if "convert" in words:
+        report = convert.measure()
+        show(report["rows"])
+        keep("cpu-convert", report)
 
 
 def keep(name: str, measured: dict) -> None:

@@ -32,5 +32,5 @@ def test_loading_in_the_files_dtype_holds_the_model_once(report: dict):
 def test_converting_with_a_cast_holds_no_tensor_whole(report: dict):
     assert report["convert"]["bytes"] > 2 * report["checkpoint"]["bytes"]
     assert report["convert"]["peak_bytes"] < 500 * MB
-    # Slices of 32 MiB are in flight; the largest tensor has 131 MB in float32.
+    # Four slices of 8 MiB are in flight; the largest tensor has 131 MB in float32.
     assert report["convert"]["peak_bytes"] - report["convert"]["imports_bytes"] < 120 * MB

@@ -194,6 +194,14 @@ def test_the_checkpoints_own_template_is_the_default(tmp_path: Path):
     assert example.weights.tolist() == [0, 0, 0, 0, 1, 1]
 
 
+def test_a_template_that_asks_for_the_date_gives_the_same_every_day(tmp_path: Path):
+    own = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": own}
+    tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path / "t", config=config))
+    (example,) = encode(tokenizer, [chat("x", "y")], kind="chat")[0]
+    assert example.tokens.tolist() == [*b"2024-07-26x", EOS, *b"y", EOS]
+
+
 def test_a_chat_without_a_template_or_of_an_unknown_one_says_so_before_any_row(tokenizer: Tokenizer):
     with pytest.raises(UserError, match="has no chat template"):
         encode(tokenizer, [], kind="chat")

@@ -1,5 +1,6 @@
 """Rows of a source to documents of tokens, each token with its weight in the loss."""
 
+import datetime
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ GSM8K_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{question}\n\n### Response:\n"
 )
+# Some templates ask for today's date, and a store must not depend on its day: Llama 3.1's says this where it knows none.
+TODAY = datetime.datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,18 +164,22 @@ def _gsm8k(source: Source, tokenizer: Tokenizer) -> _Kind:
     return _Kind(read, functools.partial(_lay, tokenizer), masks=True)
 
 
+def _template(source: Source, tokenizer: Tokenizer) -> ChatTemplate:
+    return replace(load_template(source.template, tokenizer), now=TODAY)
+
+
 def _instruct(source: Source, tokenizer: Tokenizer) -> _Kind:
-    template = load_template(source.template, tokenizer)
+    template = _template(source, tokenizer)
     return _chats(source, tokenizer, template, lambda row: [read_instruct(row, template)])
 
 
 def _chat(source: Source, tokenizer: Tokenizer) -> _Kind:
-    return _chats(source, tokenizer, load_template(source.template, tokenizer), lambda row: [read_chat(row)])
+    return _chats(source, tokenizer, _template(source, tokenizer), lambda row: [read_chat(row)])
 
 
 def _preference(source: Source, tokenizer: Tokenizer) -> _Kind:
     """Pairs of chats; only what differs is learnt, so that a prompt with answers in it is not."""
-    template = load_template(source.template, tokenizer)
+    template = _template(source, tokenizer)
 
     def read(row: Mapping[str, Any]) -> list[list[Message]]:
         pair = [_answered(row, key, template) for key in ("chosen", "rejected")]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, Integer
+from jaxtyping import Bool, Float, Int64, Integer
 
 from camelid.data.loader import Loader
 from camelid.data.packing import Packing
@@ -127,7 +127,7 @@ def _held_out(store: Store) -> dict[str, int] | None:
     return {"documents": held_out.num_documents, "tokens": held_out.num_tokens}
 
 
-def _told(lengths: Lengths) -> dict[str, float]:
+def _told(lengths: Lengths) -> dict[str, int | float]:
     documents = int(lengths.documents.sum())
     quantiles = {"median": 0.5, "p90": 0.9, "p99": 0.99}
     return {
@@ -296,7 +296,7 @@ def rows(loader: Loader, tokenizer: Tokenizer, count: int) -> list[dict[str, Any
 
 
 def _pieces(
-    tokens: Integer[np.ndarray, " n"], loss: Float32[np.ndarray, " n"] | np.ndarray, tokenizer: Tokenizer
+    tokens: Integer[np.ndarray, " n"], loss: Float[np.ndarray, " n"], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """Runs of tokens of one weight as text; each special is a piece of its own, by its name."""
     specials = tokenizer.engine.special_ids
