@@ -17,7 +17,7 @@ from rich.text import Text
 WIDTH = 120  # of a line, where no terminal tells
 BAR = 50  # characters of the longest bar
 
-LEARNT, READ, SPECIAL, RULE = "bold green", "default", "cyan", "dim"
+LEARNT, SPECIAL, RULE = "bold green", "cyan", "dim"
 MARKS = "⟦⟧⟨⟩"
 """around what is learnt, and around specials, where there is no colour; in the text itself they are escaped"""
 
@@ -254,31 +254,23 @@ def _text(pieces: Sequence[Mapping[str, Any]], colour: bool) -> Text:
     """Learnt and read, specials and text, told apart by colour, or else by marks."""
     text, learning = Text(), False
     for piece in pieces:
-        if not colour and (piece["weight"] > 0) != learning:
-            learning = not learning
-            text.append(MARKS[0] if learning else MARKS[1])
-        shown = _escaped(piece["text"])
-        if piece["special"]:
-            shown = shown if colour else f"{MARKS[2]}{shown}{MARKS[3]}"
-        style = LEARNT if piece["weight"] > 0 else READ
-        text.append(shown, f"{style} {SPECIAL}" if piece["special"] else style)
+        learnt, shown = piece["weight"] > 0, _escaped(piece["text"])
+        if colour:
+            text.append(shown, f"{LEARNT if learnt else ''} {SPECIAL if piece['special'] else ''}".strip())
+            continue
+        if learnt != learning:
+            learning = learnt
+            text.append(MARKS[0] if learnt else MARKS[1])
+        text.append(f"{MARKS[2]}{shown}{MARKS[3]}" if piece["special"] else shown)
     if learning:
         text.append(MARKS[1])
     return text
 
 
 def _legend(colour: bool) -> Text:
-    words = {"text": "what is learnt", "rest": "what is read", "special": "special"}
-    pieces = [
-        {"text": words["text"], "weight": 1, "special": False},
-        {"text": "  ", "weight": 0, "special": False},
-        {"text": words["special"], "weight": 1, "special": True},
-        {"text": "  ", "weight": 0, "special": False},
-        {"text": words["special"], "weight": 0, "special": True},
-        {"text": "  ", "weight": 0, "special": False},
-        {"text": words["rest"], "weight": 0, "special": False},
-    ]
-    return _text(pieces, colour)
+    words = (("what is learnt", 1, False), ("special", 1, True), ("special", 0, True), ("what is read", 0, False))
+    pieces = [{"text": text, "weight": weight, "special": special} for text, weight, special in words]
+    return Text("  ").join(_text([piece], colour) for piece in pieces)
 
 
 def _escaped(text: str) -> str:

@@ -22,7 +22,7 @@ GSM8K_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{question}\n\n### Response:\n"
 )
-# Some templates ask for today's date, and a store must not depend on its day: Llama 3.1's says this where it knows none.
+# Some templates ask for today's date, and a store must not depend on its day; this is what Llama 3.1's falls back on.
 TODAY = datetime.datetime(2024, 7, 26)
 
 
