@@ -1,13 +1,21 @@
 """What every test sees: eight CPU devices, strict dtype promotion, annotations that are checked, no network."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ON_GPU = os.environ.get("CAMELID_TEST_PLATFORM", "cpu") == "gpu"
 
+# Prepared data is of files in temporary folders, which no other run will see.
+DATA_CACHE = tempfile.mkdtemp(prefix="camelid-tests-")
+atexit.register(shutil.rmtree, DATA_CACHE, ignore_errors=True)
+
 ENVIRONMENT = {
+    "CAMELID_CACHE": DATA_CACHE,
     "HF_HUB_OFFLINE": "1",
     "JAX_PLATFORMS": "cuda,cpu" if ON_GPU else "cpu",
     # Compiled programs are kept for the next run. With a size limit jax also locks the folder, so two runs can share

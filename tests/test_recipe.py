@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import tomli_w
 
+from camelid.data.config import Source
 from camelid.errors import UserError
 from camelid.model.config import (
     DynamicScaling,
@@ -36,13 +37,15 @@ MODEL = {
     "rope_theta": 10_000,
 }
 
+DATA = {"train": ["a.txt", "b.txt"], "sequence_length": 32, "batch_size": 8}
+
 
 def table(**fields: Any) -> dict[str, Any]:
     """A finetuning recipe with `fields` in place of its own; None takes one away."""
     whole = {
         "run": "runs/a",
         "init": "models/a",
-        "data": {"train": ["a.txt", "b.txt"], "sequence_length": 32, "batch_size": 8},
+        "data": DATA,
         "train": {"steps": 20},
     }
     return {key: value for key, value in (whole | fields).items() if value is not None}
@@ -68,7 +71,7 @@ def file(tmp_path: Path) -> Path:
 def test_what_a_recipe_leaves_out_is_the_default(file: Path):
     recipe = read_recipe(file)
     assert (recipe.run, recipe.init, recipe.model, recipe.tokenizer) == ("runs/a", "models/a", None, None)
-    assert recipe.data.train == ("a.txt", "b.txt")
+    assert recipe.data.train == (Source(files=("a.txt",)), Source(files=("b.txt",)))
     assert (recipe.train.steps, recipe.train.accumulate, recipe.train.evaluate_every) == (20, 1, None)
     assert (recipe.optimizer.beta2, recipe.compute.dtype, recipe.mesh.fsdp) == (0.95, "float32", -1)
 
@@ -108,7 +111,17 @@ def test_a_recipe_written_and_read_back_is_the_same(tmp_path: Path, recipe: dict
 
 def test_a_single_value_stands_for_a_list_of_one():
     data = table()["data"] | {"train": "only.txt"}
-    assert structure(table(data=data)).data.train == ("only.txt",)
+    assert structure(table(data=data)).data.train == (Source(files=("only.txt",)),)
+
+
+def test_a_source_may_be_a_table():
+    chat = {"files": ["a.jsonl", "b.jsonl"], "kind": "chat", "weight": 2}
+    expected = Source(files=("a.jsonl", "b.jsonl"), kind="chat", weight=2.0)
+    assert structure(table(data=table()["data"] | {"train": chat})).data.train == (expected,)
+    both = structure(table(data=table()["data"] | {"train": [chat, chat | {"files": "c.jsonl"}]})).data.train
+    assert both == (expected, dataclasses.replace(expected, files=("c.jsonl",)))
+    mixed = structure(table(data=table()["data"] | {"train": [chat | {"weight": None}, "c.txt"]})).data.train
+    assert mixed == (dataclasses.replace(expected, weight=None), Source(files=("c.txt",)))
 
 
 # The model ------------------------------------------------------------------------------
@@ -223,7 +236,12 @@ def test_a_model_that_is_not_understood_is_refused_by_its_field(model: dict[str,
 def test_the_page_on_recipes_lists_every_field():
     page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 
+    seen = set()
+
     def listed(cls: type, prefix: str) -> None:
+        if cls in seen:
+            return
+        seen.add(cls)
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
             row = f"| `{prefix}{field.name}` |"
@@ -254,10 +272,15 @@ def test_the_page_on_recipes_lists_every_field():
         (["--run", "runs/a=b"], "run", "runs/a=b"),
         (["--run=a=b"], "run", "a=b"),
         (["--run", "2026-11-21"], "run", "2026-11-21"),
-        (["--data.train", "one.txt"], "data.train", ("one.txt",)),
-        (["--data.train", '["a b.txt", "c.txt"]'], "data.train", ("a b.txt", "c.txt")),
+        (["--data.train", "one.txt"], "data.train", (Source(files=("one.txt",)),)),
+        (
+            ["--data.train", '["a b.txt", "c.txt"]'],
+            "data.train",
+            (Source(files=("a b.txt",)), Source(files=("c.txt",))),
+        ),
+        (["--data.train", '{files = "a", text_key = "1"}'], "data.train", (Source(files=("a",), text_key="1"),)),
         (["--data.shuffle", "false"], "data.shuffle", False),
-        (["--data.text-key", '"1"'], "data.text_key", "1"),
+        (["--data.cache", '"1"'], "data.cache", "1"),
         (["--compute.dtype", "bfloat16"], "compute.dtype", "bfloat16"),
         (["--train.steps", "5", "--train.steps", "6"], "train.steps", 6),
     ],
@@ -305,6 +328,15 @@ def test_an_override_that_fits_nowhere_is_refused(file: Path, words: list[str], 
         ({"train": 5}, r"train = 5 is not a table"),
         ({"data": [1]}, r"data = \[1\] is not a table"),
         ({"data": None}, r"the recipe lacks data"),
+        (
+            {"data": DATA | {"train": [{"files": "a", "knid": "chat"}]}},
+            r"'data\.train\[0\]\.knid'\nDid .*train\[0\]\.kind",
+        ),
+        ({"data": DATA | {"train": ["a", {"kind": "chat"}]}}, r"the recipe lacks data\.train\.files"),
+        ({"data": DATA | {"train": ["a", 5]}}, r"data\.train\[1\] = 5 is not a table"),
+        ({"data": DATA | {"train": {"files": "a", "kind": "prose"}}}, r"data\.train\.kind: .*prose"),
+        ({"data": DATA | {"stages": [{"first_step": 5, "weights": [1]}]}}, r"1 weights for 2 sources"),
+        ({"data": DATA | {"stages": [{"first": 5, "weights": [1, 1]}]}}, r"no field 'data\.stages\[0\]\.first'"),
         ({"optimizer": {"learning_rate": "1e-4"}}, r"optimizer\.learning_rate: '1e-4' is not of type float"),
         ({"optimizer": {"learning_rate": -1.0}}, r"optimizer\.learning_rate = -1\.0\nChoose a number above 0"),
         ({"run": 5}, r"run: 5 is not of type str"),

@@ -17,7 +17,7 @@ import numpy as np
 from camelid.api import load
 from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.formats import open_checkpoint
-from camelid.data.config import DataConfig
+from camelid.data.config import DataConfig, Source
 from camelid.model.config import ModelConfig
 from camelid.recipe import Recipe
 from camelid.run import Outcome, run
@@ -49,7 +49,7 @@ def main(folder: Path, model: str | None, steps: int) -> None:
     began = time.perf_counter()
     train, held_out = write_corpus(folder)
     _say(f"corpus     {train.parent}: the manual of Python {sys.version_info.major}.{sys.version_info.minor}")
-    data = {"train": (str(train),), "validation": (str(held_out),)}
+    data = {"train": (Source(files=(str(train),)),), "validation": (Source(files=(str(held_out),)),)}
     recipe = finetuning(folder, model, data, steps) if model else from_scratch(folder, train, data, steps)
     outcome = run(recipe)
     if not outcome.finished:

@@ -5,14 +5,14 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import cattrs
 
-from camelid.data.config import DataConfig
+from camelid.data.config import DataConfig, Source
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.presets import preset
@@ -151,8 +151,20 @@ def _refuse_unknown(table: Mapping[str, Any], cls: type, prefix: str) -> None:
             near = difflib.get_close_matches(key, known, 1)
             ask = f"did you mean {prefix + near[0]!r}?" if near else f"it has {', '.join(known)}."
             raise UserError(f"the recipe has no field {prefix + key!r}", ask[0].upper() + ask[1:])
-        if inner := _table_class(hints[key], value, prefix + key):
-            _refuse_unknown(value, inner, f"{prefix}{key}.")
+        for name, item, hint in _items(f"{prefix}{key}", value, hints[key]):
+            if inner := _table_class(hint, item, name):
+                _refuse_unknown(item, inner, f"{name}.")
+
+
+def _items(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
+    """A field's value, or the items of a list, with their names and types; sources that are plain strings left out."""
+    if typing.get_origin(hint) is not tuple:
+        yield name, value, hint
+        return
+    inner = typing.get_args(hint)[0]
+    for number, item in enumerate(value if isinstance(value, list) else [value]):
+        if not (inner is Source and isinstance(item, str)):
+            yield f"{name}[{number}]" if isinstance(value, list) else name, item, inner
 
 
 def _table_class(hint: Any, value: Any, name: str) -> type | None:
@@ -188,7 +200,7 @@ def _converter() -> cattrs.Converter:
         converter.register_structure_hook(kind, exactly(*kinds))
 
     def items(value: Any, kind: Any) -> tuple:
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not dataclasses.is_dataclass(typing.get_args(kind)[0]):
             raise TypeError(f"{value!r} is not a list")
         inner = typing.get_args(kind)[0]
         return tuple(converter.structure(item, inner) for item in (value if isinstance(value, list) else [value]))
@@ -200,6 +212,13 @@ def _converter() -> cattrs.Converter:
         return None if value is None else converter.structure(value, _table_class(kind, value, "") or plain)
 
     converter.register_structure_hook_func(lambda kind: typing.get_origin(kind) is types.UnionType, optional)
+
+    of_table = converter.get_structure_hook(Source)
+
+    def source(value: Any, kind: type) -> Source:
+        return Source(files=(value,)) if isinstance(value, str) else of_table(value, kind)
+
+    converter.register_structure_hook(Source, source)
     return converter
 
 
@@ -218,10 +237,10 @@ def _explain(error: BaseException) -> UserError:
 
 
 def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            plain[key] = _without_none(value)
-        elif value is not None:
-            plain[key] = list(value) if isinstance(value, tuple) else value
-    return plain
+    return {key: _plain(value) for key, value in table.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _without_none(value)
+    return list(map(_plain, value)) if isinstance(value, tuple) else value

@@ -235,7 +235,7 @@ def _begun(folder: Path) -> bool:
 FREE = {
     f"train.{name}"
     for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
-}
+} | {"data.workers", "data.prepare_workers", "data.cache"}
 """what may change when a run goes on; steps may only grow, and the mesh may be any"""
 
 

@@ -1,26 +1,36 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from camelid.data.config import DataConfig
+from camelid.data.config import DataConfig, Source, Stage
 from camelid.errors import UserError
 
-GOOD = {"train": ("a.txt",), "sequence_length": 8, "batch_size": 2}
+SOURCE = Source(files=("a.txt",))
+GOOD = {"train": (SOURCE,), "sequence_length": 8, "batch_size": 2}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"train": ()}, "train names no file"),
-        ({"validation": ("b.txt",), "validation_fraction": 0.1}, "both validation files and validation_fraction = 0.1"),
+        ({"validation": (SOURCE,), "validation_fraction": 0.1}, "both validation files and validation_fraction = 0.1"),
         ({"validation_fraction": 1.0}, "validation_fraction = 1.0"),
         ({"validation_fraction": -0.1}, "validation_fraction = -0.1"),
         ({"sequence_length": 0}, "sequence_length = 0"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"seed": -1}, "seed = -1"),
         ({"seed": 2**32}, "seed = 4294967296"),
+        ({"workers": -1}, "workers = -1"),
+        ({"prepare_workers": 0}, "prepare_workers = 0"),
+        ({"packing": "best_fit", "cross_documents": True}, "cross_documents has no meaning for packing = 'best_fit'"),
+        ({"overlong": "drop"}, "overlong = 'drop' has no meaning for packing = 'stream'"),
+        ({"train": (SOURCE, replace(SOURCE, weight=1.0))}, "some sources have a weight and some have none"),
+        ({"train": (replace(SOURCE, weight=0.0),)}, r"weights \[0\.0\]"),
+        ({"stages": (Stage(first_step=5, weights=(1.0, 1.0)),)}, "from step 5 has 2 weights for 1 sources"),
+        ({"stages": (Stage(first_step=5, weights=(1.0,)),) * 2}, r"stages begin at steps \[5, 5\]"),
     ],
 )
 def test_an_impossible_configuration_is_refused(change: dict, message: str):

@@ -1,6 +1,10 @@
 import itertools
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -12,8 +16,10 @@ import numpy as np
 import pytest
 
 from camelid.data.batch import Batch
-from camelid.data.config import DataConfig
-from camelid.data.loader import Loader, prefetched
+from camelid.data.config import DataConfig, Source, Stage
+from camelid.data.loader import Loader, cache_folder, open_stores, prefetched
+from camelid.data.prepare import prepare
+from camelid.data.store import VALIDATION
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from text.tiny import BOS, EOS, save_byte_tokenizer
@@ -26,11 +32,20 @@ def write_documents(name: str, documents: list[str]) -> None:
     Path(name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
+A = (Source(files=("a.jsonl",)),)
+B = (Source(files=("b.jsonl",)),)
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMELID_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def config() -> DataConfig:
     """36 rows of 8, the last of them not full, in batches of 4."""
     write_documents("a.jsonl", DOCUMENTS)
-    return DataConfig(train=("a.jsonl",), sequence_length=8, batch_size=4)
+    return DataConfig(train=A, sequence_length=8, batch_size=4)
 
 
 def assert_equal(left: Batch, right: Batch) -> None:
@@ -146,36 +161,37 @@ def test_a_small_fraction_holds_out_at_least_one_document(config: DataConfig, to
     assert len(texts(Loader(replace(config, validation_fraction=0.999), tokenizer, "train"))) == 1
 
 
-def test_a_fraction_of_one_document_is_rows_at_its_end(tokenizer: Tokenizer):
+def test_a_fraction_of_one_document_is_its_end(tokenizer: Tokenizer):
     text = bytes(range(32, 127)).decode()
     Path("a.txt").write_text(text)
-    config = DataConfig(train=("a.txt",), sequence_length=10, batch_size=1, validation_fraction=0.25)
+    config = DataConfig(train=(Source(files=("a.txt",)),), sequence_length=10, batch_size=1, validation_fraction=0.25)
     train, validation = (Loader(config, tokenizer, split) for split in ("train", "validation"))
-    assert (train.num_rows, validation.num_rows) == (8, 2)
-    assert texts(train) == [text[:79].encode()]
-    assert texts(validation) == [text[79:].encode()]
+    assert (train.num_tokens, validation.num_tokens) == (97 - 24, 24)
+    # A last token that begins a row stands in none: nothing follows it.
+    assert texts(train) == [text[:72].encode()]
+    assert texts(validation) == [text[72:].encode()]
     # The first token after the cut is validation's alone: nobody predicts it.
-    assert joined(*train.in_order(8)).weights.sum() == 79
-    assert joined(*validation.in_order(2)).weights.sum() == 97 - 80 - 1
+    assert joined(*train.in_order(8)).weights.sum() == 97 - 24 - 1
+    assert joined(*validation.in_order(2)).weights.sum() == 24 - 1
 
 
 def test_validation_files_are_read_as_they_are(config: DataConfig, tokenizer: Tokenizer):
     write_documents("b.jsonl", ["held out", "too"])
-    config = replace(config, validation=("b.jsonl",))
+    config = replace(config, validation=B)
     assert texts(Loader(config, tokenizer, "validation")) == [b"held out", b"too"]
     assert len(texts(Loader(config, tokenizer))) == 17
 
 
 def test_a_validation_text_may_be_shorter_than_a_row(config: DataConfig, tokenizer: Tokenizer):
     write_documents("b.jsonl", ["x"])
-    loader = Loader(replace(config, validation=("b.jsonl",)), tokenizer, "validation")
+    loader = Loader(replace(config, validation=B), tokenizer, "validation")
     (batch,) = loader.in_order(1)
     assert batch.tokens.tolist() == [[BOS, ord("x"), EOS, 0, 0, 0, 0, 0]]
     assert batch.weights.sum() == 2
 
 
 def test_train_and_validation_may_not_share_a_file(config: DataConfig, tokenizer: Tokenizer):
-    shared = replace(config, validation=(str(Path("a.jsonl").absolute()),))
+    shared = replace(config, validation=(Source(files=(str(Path("a.jsonl").absolute()),)),))
     with pytest.raises(UserError, match=r"more than once.*\n.*not trained on"):
         Loader(shared, tokenizer, "validation")
 
@@ -194,7 +210,8 @@ def test_no_validation_is_an_error_when_it_is_asked_for(config: DataConfig, toke
 )
 def test_documents_begin_and_end_as_configured(config, tokenizer: Tokenizer, add_bos, add_eos, expected: list[int]):
     write_documents("a.jsonl", ["x"] * 9)
-    loader = Loader(replace(config, add_bos=add_bos, add_eos=add_eos), tokenizer)
+    source = replace(A[0], add_bos=add_bos, add_eos=add_eos)
+    loader = Loader(replace(config, train=(source,)), tokenizer)
     rows = joined(*loader.in_order(1))
     assert rows.tokens[rows.segments > 0].tolist() == expected * 9
     assert loader.num_tokens == len(expected) * 9
@@ -221,29 +238,185 @@ def test_large_ids_survive(config: DataConfig, tmp_path: Path):
     assert rows.tokens[rows.segments > 0].tolist() == [BOS, *[70_000] * 9, EOS]
 
 
-def test_progress_counts_documents(config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
-    whole = Loader(config, tokenizer)
-    monkeypatch.setattr("camelid.data.loader.CHARACTERS_AT_ONCE", 100)
-    seen: list[int] = []
-    chunked = Loader(config, tokenizer, progress=seen.append)
-    assert len(seen) > 2
-    assert seen == sorted(set(seen))
-    assert seen[-1] == 17
-    assert_equal(joined(*chunked.in_order(5)), joined(*whole.in_order(5)))
-
-
 def test_too_little_text_is_refused(config: DataConfig, tokenizer: Tokenizer):
     write_documents("a.jsonl", ["abc"])
     with pytest.raises(UserError, match="5 tokens, fewer than a row of 8"):
         Loader(config, tokenizer)
+    for packing in ("best_fit", "none"):
+        assert Loader(replace(config, packing=packing), tokenizer).num_rows == 1
     write_documents("a.jsonl", list("abcdefghijk"))
-    with pytest.raises(UserError, match="nothing to predict"):
-        Loader(replace(config, add_bos=False, add_eos=False), tokenizer)
+    bare = (replace(A[0], add_bos=False, add_eos=False),)
+    for packing in ("stream", "best_fit", "none"):
+        with pytest.raises(UserError, match="nothing to predict"):
+            Loader(replace(config, train=bare, packing=packing), tokenizer)
+    assert Loader(replace(config, train=bare, cross_documents=True), tokenizer).num_rows == 2
     write_documents("a.jsonl", [""])
-    with pytest.raises(UserError, match="nothing to predict"):
+    with pytest.raises(UserError, match=r"no text in a\.jsonl"):
         Loader(config, tokenizer)
-    with pytest.raises(UserError, match="too short to hold out rows"):
-        Loader(replace(config, validation_fraction=0.1), tokenizer)
+
+
+# --- stores and the cache
+
+
+def test_a_source_is_prepared_once_and_again_when_it_changes(config: DataConfig, tokenizer: Tokenizer):
+    seen: list[tuple[int, int]] = []
+
+    def load() -> Loader:
+        return Loader(config, tokenizer, progress=lambda *now: seen.append(now))
+
+    before = texts(load())
+    assert seen
+    seen.clear()
+    assert texts(load()) == before
+    assert not seen
+    write_documents("a.jsonl", ["another"] * 3)
+    assert texts(load()) == [b"another"] * 3
+    assert len(list((cache_folder(config)).iterdir())) == 2
+
+
+def test_the_cache_is_where_the_recipe_or_the_user_says(config: DataConfig, tokenizer: Tokenizer, monkeypatch):
+    Loader(replace(config, cache="mine"), tokenizer)
+    assert len(list(Path("mine").iterdir())) == 1
+    monkeypatch.delenv("CAMELID_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("xdg").absolute()))
+    Loader(config, tokenizer)
+    assert len(list(Path("xdg/camelid/data").iterdir())) == 1
+
+
+def test_sources_without_weights_are_one_text(config: DataConfig, tokenizer: Tokenizer):
+    write_documents("b.jsonl", DOCUMENTS[5:])
+    write_documents("a.jsonl", DOCUMENTS[:5])
+    apart = Loader(replace(config, train=(*A, replace(B[0], add_eos=True))), tokenizer)
+    assert len(apart.packings) == 1
+    assert texts(apart) == [text.encode() for text in DOCUMENTS]
+
+
+def test_a_prepared_store_is_read_where_it_is(config: DataConfig, tokenizer: Tokenizer):
+    prepare(A, tokenizer, Path("store"))
+    ready = replace(config, train=(Source(files=("store",), kind="tokens"),))
+    loader = Loader(ready, tokenizer)
+    assert_equal(loader.batch(3), Loader(config, tokenizer).batch(3))
+    assert loader.packings[0].store.folder == Path("store")
+    with pytest.raises(UserError, match=r"store was not prepared with validation_fraction = 0\.2"):
+        Loader(replace(ready, validation_fraction=0.2), tokenizer)
+    prepare(A, tokenizer, Path("store"), validation_fraction=0.2, overwrite=True)
+    held_out = Loader(replace(ready, validation_fraction=0.2), tokenizer, "validation")
+    assert texts(held_out) == texts(Loader(replace(config, validation_fraction=0.2), tokenizer, "validation"))
+    named = replace(ready, validation=(Source(files=(f"store/{VALIDATION}",), kind="tokens"),))
+    assert texts(Loader(named, tokenizer, "validation")) == texts(held_out)
+
+
+def test_a_store_of_another_tokenizer_is_refused(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path):
+    prepare(A, tokenizer, Path("store"))
+    other = load_tokenizer(save_byte_tokenizer(tmp_path / "other", adds_bos=False))
+    with pytest.raises(UserError, match=r"store was prepared with another tokenizer than .*other"):
+        Loader(replace(config, train=(Source(files=("store",), kind="tokens"),)), other)
+
+
+def test_stores_without_weights_are_read_by_their_size(config: DataConfig, tokenizer: Tokenizer):
+    write_documents("b.jsonl", DOCUMENTS * 3)
+    prepare(B, tokenizer, Path("store"))
+    loader = Loader(replace(config, train=(*A, Source(files=("store",), kind="tokens"))), tokenizer)
+    assert len(loader.packings) == 2
+    once, again = loader.epochs(3600)
+    assert abs(once / again - 1) < 0.01
+    rows = joined(*loader.in_order(7))
+    assert rows.weights.sum() == sum(len(text) + 1 for text in DOCUMENTS) * 4
+
+
+# --- mixtures
+
+
+def mixed(tokenizer: Tokenizer) -> DataConfig:
+    """Three sources of different kinds, sizes and weights, whose shares change twice."""
+    write_documents("a.jsonl", DOCUMENTS)
+    write_documents("b.jsonl", ["B" * (n % 40 + 1) for n in range(50)])
+    Path("c.jsonl").write_text("".join(json.dumps({"q": "C" * (n % 9), "a": "D" * 12}) + "\n" for n in range(20)))
+    chats = Source(files=("c.jsonl",), kind="fields", fields="[q],a", weight=2.0)
+    return DataConfig(
+        train=(replace(A[0], weight=1.0), replace(B[0], weight=1.0), chats),
+        stages=(Stage(first_step=60, weights=(0.0, 1.0, 1.0)), Stage(first_step=133, weights=(1.0, 0.1, 0.1))),
+        packing="best_fit",
+        sequence_length=24,
+        batch_size=8,
+    )
+
+
+def test_weights_are_shares_of_tokens(tokenizer: Tokenizer):
+    config = replace(mixed(tokenizer), stages=())
+    loader = Loader(config, tokenizer)
+    found = Counter()
+    for step in range(256):
+        batch = loader.batch(step)
+        for row, segments in zip(batch.tokens, batch.segments, strict=True):
+            source = "b" if ord("B") in row else "c" if ord("D") in row else "a"
+            found[source] += int((segments > 0).sum())
+    shares = {source: tokens / found.total() for source, tokens in found.items()}
+    assert {source: round(share, 2) for source, share in shares.items()} == {"a": 0.25, "b": 0.25, "c": 0.5}
+    assert loader.epochs(0) == (0, 0, 0)
+    read = [epochs * packing.num_places for epochs, packing in zip(loader.epochs(256), loader.packings, strict=True)]
+    assert [round(tokens / sum(read), 2) for tokens in read] == [0.25, 0.25, 0.5]
+
+
+def test_a_stage_changes_the_shares_from_its_step_on(tokenizer: Tokenizer):
+    loader = Loader(mixed(tokenizer), tokenizer)
+    before, at, end = loader.epochs(59), loader.epochs(60), loader.epochs(133)
+    assert before[0] < at[0] == end[0]
+    assert at[1] < end[1]
+    assert not any(
+        set(row) & set(range(ord("a"), ord("z") + 1)) for step in range(60, 133) for row in loader.batch(step).tokens
+    )
+
+
+def test_validation_of_a_mixture_is_every_row_once(tokenizer: Tokenizer):
+    config = replace(mixed(tokenizer), validation_fraction=0.2)
+    loader = Loader(config, tokenizer, "validation")
+    assert len(loader.packings) == 3
+    assert [store.num_documents for store in open_stores(config, tokenizer, "validation")] == [3, 10, 4]
+    rows = joined(*loader.in_order(5))
+    assert (rows.segments > 0).sum() == sum(packing.num_places for packing in loader.packings)
+
+
+@pytest.fixture
+def expected(tokenizer: Tokenizer) -> list[Batch]:
+    """Batches 0 to 199 with packing, mixing, stages and shuffling all on."""
+    batches = list(prefetched(Loader(mixed(tokenizer), tokenizer), 0, 200))
+    assert len({batch.tokens.tobytes() for batch in batches}) == 200
+    return batches
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_batches_are_the_same_for_any_number_of_processes_and_when_others_go_on(
+    tokenizer: Tokenizer, expected: list[Batch], processes: int
+):
+    own = 8 // processes
+    for first, last in ((0, 100), (100, 200)):
+        loaders = [Loader(mixed(tokenizer), tokenizer) for _ in range(processes)]
+        shares = [prefetched(loader, first, last, n * own, n * own + own) for n, loader in enumerate(loaders)]
+        for step, parts in enumerate(zip(*shares, strict=True), start=first):
+            assert_equal(joined(*parts), expected[step])
+
+
+@pytest.mark.parametrize(("workers", "first", "start"), [(1, 0, 0), (4, 100, 0), (2, 190, 5)])
+def test_batches_are_the_same_for_any_number_of_workers(
+    tokenizer: Tokenizer, expected: list[Batch], workers: int, first: int, start: int
+):
+    loader = Loader(replace(mixed(tokenizer), workers=workers), tokenizer)
+    batches = list(prefetched(loader, first, 200, start))
+    assert len(batches) == 200 - first
+    for step, batch in enumerate(batches, start=first):
+        assert_equal(batch, Batch(**{name: x[start:] for name, x in vars(expected[step]).items()}))
+
+
+def test_best_fit_fills_rows_of_gsm8k(assets: Path):
+    source = Source(files=(str(assets / "data" / "gsm8k" / "train.jsonl"),), kind="gsm8k")
+    config = DataConfig(train=(source,), packing="best_fit", sequence_length=1024, batch_size=8)
+    loader = Loader(config, load_tokenizer(assets / "tokenizers" / "llama2"))
+    assert loader.packings[0].store.num_documents == 7473
+    assert loader.packings[0].fill_rate > 0.97
+    batch = loader.batch(0)
+    assert (batch.segments > 0).mean() > 0.97
+    assert (batch.weights.sum(axis=1) > 0).all()
 
 
 # --- prefetching
@@ -306,3 +479,64 @@ def test_closing_ends_the_thread(config: DataConfig, tokenizer: Tokenizer):
     batches.close()
     assert not builders()
     assert len(loader.asked) <= 3
+
+
+def workers_of(pid: int) -> list[int]:
+    children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_closing_ends_the_processes(config: DataConfig, tokenizer: Tokenizer):
+    batches = prefetched(Loader(config, tokenizer), 0, 1000, workers=2)
+    next(batches)
+    assert len(workers_of(os.getpid())) == 2
+    batches.close()
+    assert not workers_of(os.getpid())
+
+
+COMMAND = """
+import signal, sys, threading
+from camelid.data.config import DataConfig, Source
+from camelid.data.loader import Loader, prefetched
+from camelid.text.tokenizer import load_tokenizer
+
+if __name__ == "__main__":
+    asked = threading.Event()
+    signal.signal(signal.SIGINT, lambda *about: asked.set())
+    config = DataConfig(train=(Source(files=("a.jsonl",)),), sequence_length=8, batch_size=4, workers=2)
+    for batch in prefetched(Loader(config, load_tokenizer(sys.argv[1])), 0, 10**9):
+        print("batch", flush=True)
+        asked.wait(60)
+        asked.clear()
+"""
+
+
+def test_processes_leave_ctrl_c_to_their_parent_and_end_with_it(config: DataConfig, tokenizer: Tokenizer):
+    Path("command.py").write_text(COMMAND)
+    process = subprocess.Popen(
+        [sys.executable, "command.py", str(tokenizer.files[0].parent)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        process_group=0,
+    )
+    assert process.stdout is not None
+    try:
+        begun = process.stdout.readline()
+        workers = workers_of(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        # Enough that each process makes one that it had not made before.
+        for _ in range(9):
+            begun += process.stdout.readline()
+            os.killpg(process.pid, signal.SIGINT)
+    finally:
+        process.kill()
+        _, err = process.communicate()
+    assert begun == "batch\n" * 10, err
+    assert "KeyboardInterrupt" not in err
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

@@ -735,8 +735,8 @@ FAULTS = (
     Fault(
         "a resumed run sees the first batches again",
         "data/loader.py",
-        "maker.submit(loader.batch, step, start",
-        "maker.submit(loader.batch, step - first_step, start",
+        "maker.submit(make, step)",
+        "maker.submit(make, step - first_step)",
         "sharded/test_training.py::test_a_run_stopped_on_one_mesh_goes_on_on_another",
     ),
     Fault(

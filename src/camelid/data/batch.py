@@ -20,9 +20,9 @@ class Batch:
 
     tokens: Int32[np.ndarray, "B S"]
     targets: Int32[np.ndarray, "B S"]
-    """The next token of the same document, also when that begins the next row."""
+    """The next token of the same document, also when that begins the next row; of a row across documents, of any."""
     weights: Float32[np.ndarray, "B S"]
-    """1 where there is such a token, else 0."""
+    """How much the loss counts each target: 0 where there is none, mostly 1 where there is."""
     positions: Int32[np.ndarray, "B S"]
     """Places within the document's part in this row."""
     segments: Int32[np.ndarray, "B S"]

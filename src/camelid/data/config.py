@@ -29,8 +29,8 @@ class Source:
     """Where documents come from, and what becomes of them. In a recipe, a plain string is a Source of these files."""
 
     files: tuple[str, ...]
-    """names or globs: .txt, .jsonl (or .gz, .zst of it), .parquet, .mindrecord, the prefix of Megatron's .bin and .idx, a
-    prepared store, a dataset's folder, or hf:NAME of the Hugging Face Hub"""
+    """names or globs: .txt, .jsonl (or .gz, .zst of it), .parquet, .mindrecord, the prefix of Megatron's .bin and .idx,
+    a prepared store, a dataset's folder, or hf:NAME of the Hugging Face Hub"""
     kind: Kind = "text"
     """what a row of them is"""
     weight: float | None = None
@@ -70,7 +70,9 @@ class Source:
                     f"It is for {', '.join(ONLY[field.name])}.",
                 )
         if self.compat == "mindformers" and (self.loss != "assistant" or self.template is not None):
-            raise UserError("compat = 'mindformers' has a template and a loss of its own", "Leave loss and template out.")
+            raise UserError(
+                "compat = 'mindformers' has a template and a loss of its own", "Leave loss and template out."
+            )
         if self.kind == "fields" and (self.fields is None) == (self.fields_from_example is None):
             raise UserError(
                 "kind = 'fields' needs one of fields and fields_from_example", "Write fields = 'text', for example."
@@ -105,18 +107,20 @@ class Stage:
 class DataConfig:
     """Which text becomes which rows."""
 
-    train: tuple[str, ...]
-    """Files or globs: .txt (the whole file is one document), .jsonl or .jsonl.gz (one document a line)."""
-    validation: tuple[str, ...] = ()
+    train: tuple[Source, ...]
+    """Where documents come from; a plain string is a source of text."""
+    validation: tuple[Source, ...] = ()
     """The same, for validation."""
     validation_fraction: float = 0.0
-    """Instead: this share of train's documents, chosen by the seed; of a single document, the rows at its end."""
-    text_key: str = "text"
-    """The field of a JSON line that holds the text."""
-    add_bos: bool | None = None
-    """Whether a document begins with BOS; left out, as the tokenizer does."""
-    add_eos: bool = True
-    """Whether a document ends with EOS."""
+    """Instead: this share of train's documents, chosen by the seed; of a single document, its end."""
+    stages: tuple[Stage, ...] = ()
+    """Later weights of the sources."""
+    packing: Literal["stream", "best_fit", "none"] = "stream"
+    """How documents share rows: laid end to end and cut, kept whole and fitted together, or each in rows of its own."""
+    overlong: Literal["split", "truncate", "drop"] = "split"
+    """What becomes of a document longer than a row where documents are kept whole."""
+    cross_documents: bool = False
+    """With stream: whether attention, positions and predictions run on from one document of a row to the next."""
     sequence_length: int
     """Tokens in a row."""
     batch_size: int
@@ -125,10 +129,16 @@ class DataConfig:
     """Whether every epoch sees the rows in an order of its own."""
     seed: int = 0
     """Decides the order of the rows and the documents held out."""
+    workers: int = 0
+    """Processes that make batches; 0 is a thread."""
+    prepare_workers: int = 1
+    """Processes that tokenize, where a source is not prepared yet."""
+    cache: str | None = None
+    """Where sources are prepared to; left out, the user's cache folder."""
 
     def __post_init__(self):
         if not self.train:
-            raise UserError("data.train names no file", "name at least one .txt, .jsonl or .jsonl.gz file")
+            raise UserError("data.train names no file", "name at least one file")
         if self.validation and self.validation_fraction:
             raise UserError(
                 f"both validation files and validation_fraction = {self.validation_fraction} are given",
@@ -136,11 +146,31 @@ class DataConfig:
             )
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"validation_fraction = {self.validation_fraction}", "choose a share from 0 up to 1")
-        for name in ("sequence_length", "batch_size"):
+        for name in ("sequence_length", "batch_size", "prepare_workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}", f"{name} counts things: choose 1 or more")
+        if self.workers < 0:
+            raise UserError(f"workers = {self.workers}", "choose 0 or more")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed = {self.seed}", "choose a seed from 0 to 4294967295")
+        if self.cross_documents and self.packing != "stream":
+            raise UserError(f"cross_documents has no meaning for packing = {self.packing!r}", "use packing = 'stream'")
+        if self.overlong != "split" and self.packing == "stream":
+            raise UserError(f"overlong = {self.overlong!r} has no meaning for packing = 'stream'", "leave it out")
+        given = [source.weight for source in self.train if source.weight is not None]
+        if given and len(given) < len(self.train):
+            raise UserError("some sources have a weight and some have none", "give each a weight, or none of them")
+        _check_weights(given or [1.0])
+        firsts = [stage.first_step for stage in self.stages]
+        if firsts != sorted(set(firsts)):
+            raise UserError(f"stages begin at steps {firsts}", "list them in order, each step once")
+        for stage in self.stages:
+            if len(stage.weights) != len(self.train):
+                weights, sources = len(stage.weights), len(self.train)
+                raise UserError(
+                    f"the stage from step {stage.first_step} has {weights} weights for {sources} sources",
+                    "give one for each source of data.train",
+                )
 
 
 def _check_weights(weights: Sequence[float]) -> None:

@@ -1,69 +1,119 @@
 """The batch of a step, as a function of the configuration and the step alone."""
 
-import functools
-import itertools
+import gc
+import multiprocessing
+import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from camelid.data.batch import Batch
-from camelid.data.config import DataConfig
-from camelid.data.packing_old import Packing  # until data/loader.py is replaced
-from camelid.data.sources import list_files, read_documents, refuse_repeated
+from camelid.data.config import DataConfig, Source
+from camelid.data.mixture import Mixture, Share, row_shares
+from camelid.data.packing import Packing
+from camelid.data.parts import Progress, Task, fingerprint, shielded
+from camelid.data.prepare import prepare
+from camelid.data.sources import refuse_repeated, source_files
+from camelid.data.store import VALIDATION, Store, is_store
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
-Progress = Callable[[int], None]
-
-# Enough to keep every core busy; the tokenizer needs about a hundred bytes for each of them meanwhile.
-CHARACTERS_AT_ONCE = 1_000_000
 
 
 class Loader:
-    """The rows of one split, tokenized when it is made."""
+    """The rows of one split: of stores that are there, or are prepared when it is made."""
 
     def __init__(
         self, config: DataConfig, tokenizer: Tokenizer, split: Split = "train", progress: Progress | None = None
     ):
         self.config = config
-        self._packing = _pack_split(config, tokenizer, split, progress)
-        _check_size(self._packing, split)
-        self._order = _order(self._packing.num_rows, config)
+        stores = open_stores(config, tokenizer, split, progress)
+        self.packings = tuple(
+            Packing(
+                store,
+                config.sequence_length,
+                config.packing,
+                config.overlong,
+                config.cross_documents,
+                cache_folder(config),
+            )
+            for store in stores
+        )
+        for packing in self.packings:
+            _check_size(packing, split)
+        self.mixture = _mixture(config, self.packings, split)
 
     @property
     def num_rows(self) -> int:
-        return self._packing.num_rows
+        return sum(packing.num_rows for packing in self.packings)
 
     @property
     def num_tokens(self) -> int:
-        return len(self._packing.tokens)
+        return sum(packing.store.num_tokens for packing in self.packings)
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
         """Rows [start, stop) of a step's batch; the same on whatever process, in whatever order it is asked for."""
         first = step * self.config.batch_size
-        places = range(first, first + self.config.batch_size)[start:stop]
-        return self._packing.rows(np.array([self._order[place] for place in places], dtype=np.int64))
+        return self._rows(*self.mixture.find(np.arange(first, first + self.config.batch_size)[start:stop]))
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every row once; the last batch is filled up with rows of weight 0."""
+        ends = np.cumsum([packing.num_rows for packing in self.packings])
         for first in range(0, self.num_rows, batch_size):
-            yield self._packing.rows(np.arange(first, first + batch_size))
+            rows = np.arange(first, first + batch_size)
+            which = np.minimum(np.searchsorted(ends, rows, "right"), len(ends) - 1)
+            yield self._rows(which, rows - np.append(0, ends)[which])
+
+    def epochs(self, step: int) -> tuple[float, ...]:
+        """How often each of `packings` was read before a step."""
+        taken = self.mixture.taken(step * self.config.batch_size)
+        return tuple(rows / packing.num_rows for rows, packing in zip(taken, self.packings, strict=True))
+
+    def _rows(self, which: np.ndarray, rows: np.ndarray) -> Batch:
+        """Rows of packings, given by the packing's number and the row's."""
+        if len(self.packings) == 1:
+            return self.packings[0].rows(rows)
+        parts = [vars(packing.rows(rows[which == n])) for n, packing in enumerate(self.packings)]
+        place = np.argsort(np.argsort(which, kind="stable"))
+        return Batch(**{name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]})
 
 
 def prefetched(
-    loader: Loader, first_step: int, last_step: int, start: int = 0, stop: int | None = None, depth: int = 2
-) -> Iterator[Batch]:
-    """The batches of steps [first_step, last_step), `depth` of them made ahead by a thread."""
+    loader: Loader,
+    first_step: int,
+    last_step: int,
+    start: int = 0,
+    stop: int | None = None,
+    depth: int = 2,
+    workers: int | None = None,
+) -> Generator[Batch, None, None]:
+    """The batches of steps [first_step, last_step), made ahead.
+
+    By `workers` processes (left out: as the configuration says), each `depth` batches ahead, or with 0 of them by a
+    thread of this one. The batches and their order are the same.
+    """
+    workers = loader.config.workers if workers is None else workers
+    make = partial(loader.batch, start=start, stop=stop)
+    if workers:
+        return _by_processes(make, first_step, last_step, depth, workers)
+    return _by_thread(make, first_step, last_step, depth)
+
+
+def _by_thread(
+    make: Callable[[int], Batch], first_step: int, last_step: int, depth: int
+) -> Generator[Batch, None, None]:
     maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="camelid-batches")
     ahead = deque()
     try:
         for step in range(first_step, last_step):
-            ahead.append(maker.submit(loader.batch, step, start, stop))
+            ahead.append(maker.submit(make, step))
             if len(ahead) > depth:
                 yield ahead.popleft().result()
         while ahead:
@@ -72,98 +122,158 @@ def prefetched(
         maker.shutdown(cancel_futures=True)
 
 
-def _order(num_rows: int, config: DataConfig):
-    """Which row is at which place of an endless run through all of them."""
+def _by_processes(
+    make: Callable[[int], Batch], first_step: int, last_step: int, depth: int, workers: int
+) -> Generator[Batch, None, None]:
     import grain
+    from absl import flags
 
-    rows = grain.MapDataset.range(num_rows)
-    return (rows.shuffle(config.seed) if config.shuffle else rows).repeat()
-
-
-def _pack_split(config: DataConfig, tokenizer: Tokenizer, split: Split, progress: Progress | None) -> Packing:
-    files = _files(config, split)
-    pack = functools.partial(_pack, config=config, tokenizer=tokenizer, progress=progress)
-    texts = read_documents(files, config.text_key)
-    if not config.validation_fraction:
-        return pack(texts)
-    # Reading twice costs little beside tokenizing what the other split needs.
-    count = sum(1 for _ in read_documents(files, config.text_key))
-    if count < 2:
-        return _hold_out_rows(pack(texts), config.validation_fraction, split)
-    held_out = _held_out(count, config)
-    return pack(text for index, text in enumerate(texts) if (index in held_out) == (split == "validation"))
-
-
-def _files(config: DataConfig, split: Split) -> list[Path]:
-    assert split in ("train", "validation"), split
-    train = list_files(config.train)
-    if split == "train" or config.validation_fraction:
-        return train
-    if not config.validation:
-        raise UserError("there is no validation text", "set validation or validation_fraction")
-    validation = list_files(config.validation)
-    refuse_repeated([*train, *validation], "validate on text that is not trained on")
-    return validation
+    flags.FLAGS.mark_as_parsed()  # grain reads them, and no command line of ours sets them
+    batches = (
+        grain.MapDataset.range(first_step, last_step)
+        .map(partial(_arrays, make))
+        .to_iter_dataset(grain.ReadOptions(num_threads=0))
+        .mp_prefetch(grain.MultiprocessingOptions(workers, max(1, depth)), worker_init_fn=_begin_worker)
+    )
+    iterator = iter(batches)
+    try:
+        while True:
+            with shielded():
+                arrays = next(iterator, None)
+            if arrays is None:
+                return
+            # A copy, so that shared memory goes back now.
+            batch = Batch(**{name: np.array(array) for name, array in arrays.items()})
+            del arrays
+            yield batch
+    finally:
+        iterator.close()
+        gc.collect()  # the last batches of each process are held by a cycle, and their memory would outlive this one
 
 
-def _held_out(count: int, config: DataConfig) -> frozenset[int]:
-    """The documents kept for validation: at least one, and never all."""
-    size = min(max(1, round(count * config.validation_fraction)), count - 1)
-    return frozenset(np.random.default_rng(config.seed).permutation(count)[:size].tolist())
+def _arrays(make: Callable[[int], Batch], step: int) -> dict[str, np.ndarray]:
+    # Arrays of a dictionary go to the parent by shared memory.
+    return vars(make(step))
 
 
-def _hold_out_rows(packing: Packing, fraction: float, split: Split) -> Packing:
-    """One document, cut at the beginning of a row; no token is predicted across the cut."""
-    if packing.num_rows < 2:
-        raise UserError(
-            f"one document of {len(packing.tokens)} tokens is too short to hold out rows of {packing.sequence_length}",
-            "choose a smaller sequence_length, or name validation files",
-        )
-    size = min(max(1, round(packing.num_rows * fraction)), packing.num_rows - 1)
-    cut = (packing.num_rows - size) * packing.sequence_length
-    tokens = packing.tokens[:cut] if split == "train" else packing.tokens[cut:]
-    return Packing(tokens, np.array([0, len(tokens)]), packing.sequence_length)
+def _begin_worker(number: int, count: int) -> None:
+    """Ends the process with its parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _pack(texts: Iterable[str], config: DataConfig, tokenizer: Tokenizer, progress: Progress | None) -> Packing:
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    bare = len(tokenizer.encode("", bos=config.add_bos, eos=config.add_eos))
-    pieces = [np.empty(0, dtype)]
-    lengths = [0]
-    done = 0
-    for chunk in _chunks(texts):
-        encoded = tokenizer.encode_batch(chunk, bos=config.add_bos, eos=config.add_eos)
-        # A document without text would teach that EOS follows BOS.
-        kept = [ids for ids in encoded if len(ids) > bare]
-        pieces.append(np.fromiter(itertools.chain.from_iterable(kept), dtype))
-        lengths.extend(map(len, kept))
-        done += len(chunk)
-        if progress is not None:
-            progress(done)
-    return Packing(np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64), config.sequence_length)
+# Stores ---------------------------------------------------------------------------------
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    characters = 0
-    for text in texts:
-        chunk.append(text)
-        characters += len(text)
-        if characters >= CHARACTERS_AT_ONCE:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+def open_stores(
+    config: DataConfig, tokenizer: Tokenizer, split: Split = "train", progress: Progress | None = None
+) -> list[Store]:
+    """The stores that a split is read from, prepared first where they are not there.
+
+    Each source of a mixture has one. Sources without weights share one, as if they were one source. Raises UserError
+    where there is no such split, or a store that is there was made with another tokenizer.
+    """
+    held_out = split == "validation" and bool(config.validation_fraction)
+    groups = _groups(config, config.train if split == "train" or held_out else config.validation)
+    if not groups:
+        raise UserError("there is no validation text", "Set validation or validation_fraction.")
+    if split == "validation" and not held_out:
+        files = [path for source in (*config.train, *config.validation) for path in source_files(source)]
+        refuse_repeated(files, "Validate on text that is not trained on.")
+    stores = [
+        _ready(group[0], config, tokenizer) if _is_ready(group[0]) else _prepared(group, config, tokenizer, progress)
+        for group in groups
+    ]
+    return [Store.open(store.folder / VALIDATION) for store in stores] if held_out else stores
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where what is prepared for recipes is kept: the recipe's choice, CAMELID_CACHE, or the user's cache folder."""
+    if config.cache is not None:
+        return Path(config.cache).expanduser()
+    root = os.environ.get("CAMELID_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "camelid"
+    return Path(root).expanduser() / "data"
+
+
+def _groups(config: DataConfig, sources: Sequence[Source]) -> list[tuple[Source, ...]]:
+    """Which sources share a store."""
+    if _is_mixed(config) and sources is config.train:
+        return [(source,) for source in sources]
+    alone = [source for source in sources if _is_ready(source)]
+    together = tuple(source for source in sources if not _is_ready(source))
+    return [*([together] if together else []), *((source,) for source in alone)]
+
+
+def _is_mixed(config: DataConfig) -> bool:
+    return bool(config.stages) or any(source.weight is not None for source in config.train)
+
+
+def _is_ready(source: Source) -> bool:
+    """Whether a source is one store, which need not be prepared again."""
+    return source.kind == "tokens" and len(source.files) == 1 and is_store(source.files[0])
+
+
+def _ready(source: Source, config: DataConfig, tokenizer: Tokenizer) -> Store:
+    store = Store.open(source.files[0])
+    store.check_tokenizer(tokenizer.fingerprint, tokenizer.files[0])
+    if source in config.train and config.validation_fraction:
+        options = (store.manifest.get("prepared") or {"options": {}})["options"]
+        if not is_store(store.folder / VALIDATION) or options.get("validation_fraction") != config.validation_fraction:
+            raise UserError(
+                f"{store.folder} was not prepared with validation_fraction = {config.validation_fraction}",
+                "Prepare it with that, or name what to validate on: validation = a source of its own.",
+            )
+    return store
+
+
+def _prepared(group: tuple[Source, ...], config: DataConfig, tokenizer: Tokenizer, progress: Progress | None) -> Store:
+    fraction = config.validation_fraction if group[0] in config.train else 0.0
+    about = {"validation_fraction": fraction, "seed": config.seed, "sequence_length": config.sequence_length}
+    root = cache_folder(config)
+    root.mkdir(parents=True, exist_ok=True)
+    # Another folder for whatever has changed: what is in the cache is never wrong, and need not be asked about.
+    folder = root / fingerprint(Task(group, tokenizer, **about).describe())[:32]
+    # One process is this one, whose tokenizer may use all cores.
+    workers = config.prepare_workers if config.prepare_workers > 1 else 0
+    return prepare(group, tokenizer, folder, **about, workers=workers, progress=progress)
+
+
+def _mixture(config: DataConfig, packings: Sequence[Packing], split: Split) -> Mixture:
+    tokens_per_row = [packing.num_places / packing.num_rows for packing in packings]
+    weights = [float(packing.num_places) for packing in packings]
+    stages = []
+    if split == "train" and _is_mixed(config):
+        weights = [
+            weight if source.weight is None else source.weight
+            for source, weight in zip(config.train, weights, strict=True)
+        ]
+        stages = [Share(stage.first_step * config.batch_size, stage.weights) for stage in config.stages]
+    shares = [Share(0, tuple(weights)), *stages]
+    return Mixture(
+        tuple(packing.num_rows for packing in packings),
+        tuple(Share(share.first, row_shares(share.weights, tokens_per_row)) for share in shares),
+        config.shuffle,
+        config.seed,
+    )
 
 
 def _check_size(packing: Packing, split: Split) -> None:
-    if not packing.num_targets:
+    store = packing.store
+    # The first token of a document is predicted only where rows run across documents.
+    predicted = store.num_tokens - (1 if packing.cross_documents else store.num_documents)
+    if predicted < 1 or not packing.num_rows:
         raise UserError(
-            f"the {split} text has nothing to predict: {len(packing.tokens)} tokens in all",
-            "give documents of two tokens or more",
+            f"the {split} text has nothing to predict: {store.num_tokens} tokens in all",
+            "Give documents of two tokens or more.",
         )
-    if split == "train" and len(packing.tokens) < packing.sequence_length:
+    if split == "train" and packing.method == "stream" and store.num_tokens < packing.sequence_length:
         raise UserError(
-            f"the train text has {len(packing.tokens)} tokens, fewer than a row of {packing.sequence_length}",
-            f"give more text, or set sequence_length = {len(packing.tokens)} or less",
+            f"the train text has {store.num_tokens} tokens, fewer than a row of {packing.sequence_length}",
+            f"Give more text, or set sequence_length = {store.num_tokens} or less.",
         )

@@ -182,9 +182,3 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}", "Check the file and its permissions.") from error
-
-
-def read_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
-    """The text of every document of the files."""
-    for record in read_records(Source(files=tuple(map(str, files)), text_key=text_key)):
-        yield record.value
