@@ -147,7 +147,7 @@ def build(folder: str) -> None:
         writer.finish({"tokenizer": "none"})
 
 
-def rows(folder: str, packing: str) -> float:
+def rows(folder: str, packing: Any) -> float:
     """Tokens a second."""
     from types import SimpleNamespace
 

@@ -183,6 +183,29 @@ def test_one_worker_is_this_process(asked: int, used: int, tokenizer: Path, monk
     assert seen == [used]
 
 
+def test_the_speed_is_of_what_this_process_did(tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
+    from camelid.data import prepare as module
+
+    prepare = module.prepare
+
+    def resumed(*arguments: Any, progress: Any, **options: Any) -> Store:
+        progress(3, 4)  # so much a killed process had done
+        return prepare(*arguments, progress=progress, **options)
+
+    monkeypatch.setattr(module, "prepare", resumed)
+    Path("a.txt").write_text("text" * 100)
+    told = prepared("a.txt", "--tokenizer", tokenizer, "--out", "store")
+    assert told["tokens_per_second"] * told["seconds"] == pytest.approx(told["tokens"] / 4)
+
+
+def test_help_has_examples():
+    for name in ("data prepare", "data inspect"):
+        done = called(*name.split(), "--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count(f"camelid {name} ") >= 3
+        assert f"\n  {name} " in called("--help").stdout
+
+
 @pytest.mark.parametrize(
     ("options", "about"),
     [
@@ -281,7 +304,7 @@ def test_the_histogram_is_a_picture_of_the_bars(store: Path):
     assert {bar[-2]: len(bar[-1]) for bar in bars} == {"1": 50}
     with Image.open("lengths.png") as image:
         assert image.size == (960, 540)
-        colours = image.convert("RGB").getcolors(1 << 20)
+        colours = image.convert("RGB").getcolors(1 << 20) or []
     assert max(count for count, colour in colours if colour == (31, 119, 180)) > 1000, "bars"
     assert not list(Path().glob(".*incomplete"))
 

@@ -15,7 +15,13 @@ SOURCE = ROOT / "src" / "camelid"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Where the name that is imported is not the name that is installed.
-DISTRIBUTIONS = {"google": "protobuf", "jaxlib": "jax", "mlflow": "mlflow-skinny", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "google": "protobuf",
+    "jaxlib": "jax",
+    "mlflow": "mlflow-skinny",
+    "orbax": "orbax-checkpoint",
+}
 # Modules that are wholly for an extra may import it at their top; elsewhere it is imported where it is used.
 OWNERS = {"serve": "serve", "evaluate/lm_eval.py": "eval"}
 HEAVY = ("jax", "optax", "orbax", "grain", "torch", "transformers", "matplotlib")

@@ -36,9 +36,11 @@ def made_up(chance: random.Random, lengths: list[int]) -> tuple[list[list[int]],
     documents = [
         [chance.randrange(1, 1000) for _ in range(chance.choice(lengths))] for _ in range(chance.randint(1, 12))
     ]
-    levels = chance.choice([None, [0.0, 1.0], [0.0, 0.5, 1.0]])
+    levels = chance.choice([None, [], [0.0, 1.0], [0.0, 0.5, 1.0]])
     if levels is None:
         return documents, None
+    if not levels:
+        return documents, [[0.5] + [1.0] * (len(document) - 1) for document in documents]
     return documents, [[chance.choice(levels) for _ in document] for document in documents]
 
 

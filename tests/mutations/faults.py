@@ -1136,7 +1136,7 @@ FAULTS = (
     Fault(
         "every tensor is written anew when a conversion goes on",
         "checkpoint/files.py",
-        "return {line[\"key\"]: Sums(line[\"sha256\"], line[\"crc32\"]) for line in lines[1:]}",
+        'return {line["key"]: Sums(line["sha256"], line["crc32"]) for line in lines[1:]}',
         "return {}",
         "checkpoint/test_files.py::test_what_was_finished_is_not_read_again",
     ),
@@ -1164,7 +1164,7 @@ FAULTS = (
     Fault(
         "checksums of the manifest are not compared",
         "checkpoint/files.py",
-        "if sums.sha256 != tensor[\"sha256\"]:",
+        'if sums.sha256 != tensor["sha256"]:',
         "if not sums.sha256:",
         "checkpoint/test_compare.py::test_check_finds_one_changed_bit_by_its_checksum",
     ),
@@ -1178,8 +1178,8 @@ FAULTS = (
     Fault(
         "a train state's microbatches are its steps",
         "checkpoint/easylm.py",
-        "step = leaves.get(f\"{adam}0/count\")",
-        "step = leaves.get(\"step\")",
+        'step = leaves.get(f"{adam}0/count")',
+        'step = leaves.get("step")',
         "checkpoint/test_easylm.py::test_a_train_state_with_accumulated_gradients_is_the_same",
     ),
     Fault(
@@ -1199,8 +1199,8 @@ FAULTS = (
     Fault(
         "a train state is written with its moments exchanged",
         "checkpoint/easylm.py",
-        "{adam}/nu/params\", replace(saving, dtypes=moments, source=training.nu)",
-        "{adam}/nu/params\", replace(saving, dtypes=moments, source=training.mu)",
+        '{adam}/nu/params", replace(saving, dtypes=moments, source=training.nu)',
+        '{adam}/nu/params", replace(saving, dtypes=moments, source=training.mu)',
         "checkpoint/test_easylm.py::test_a_train_state_is_written_byte_for_byte_as_easylm_writes_it",
     ),
     Fault(

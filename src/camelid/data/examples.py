@@ -233,7 +233,7 @@ def _mindformers(source: Source, tokenizer: Tokenizer, sequence_length: int | No
     if sequence_length is None:
         raise UserError(
             "compat = 'mindformers' cuts records of sequence_length + 1 tokens, and no sequence_length is given",
-            "prepare it for a recipe, which has one",
+            "prepare it for a recipe, which has one, or give --sequence-length",
         )
     if source.split != "file" or source.clean != "none":
         raise UserError(

@@ -157,15 +157,12 @@ def of_loader(loader: Loader, steps: int | None = None, progress: Progress | Non
 
     Sources of a recipe that share a store are one here.
     """
-    rows = loader.num_rows
-    done = 0
-    sources = []
+    done, sources = 0, []
     for packing in loader.packings:
-        before = done
 
-        def told(seen: int, before: int = before) -> None:
+        def told(seen: int, before: int = done) -> None:
             if progress is not None:
-                progress(before + seen, rows)
+                progress(before + seen, loader.num_rows)
 
         about = of_store(packing.store)
         own = any(Path(source.files[0]) == packing.store.folder for source in loader.config.train)
@@ -175,7 +172,7 @@ def of_loader(loader: Loader, steps: int | None = None, progress: Progress | Non
         done += packing.num_rows
     return {
         "sources": sources,
-        "rows": rows,
+        "rows": loader.num_rows,
         "stages": [] if steps is None else _stages(loader, steps),
         "repeats": [] if steps is None else list(loader.epochs(steps)),
     }

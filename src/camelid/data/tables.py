@@ -133,9 +133,8 @@ def _loaded(name: str, state: Path, changed: int) -> Any:
     except Exception as error:  # the library raises errors of many others
         raise UserError(f"{name} cannot be loaded: {error}", _advice(name)) from error
     if isinstance(found, datasets.DatasetDict):
-        raise UserError(
-            f"{name} has several splits: {', '.join(found)}", f"Name one, for example {Path(name) / next(iter(found))}."
-        )
+        splits = [str(split) for split in found]
+        raise UserError(f"{name} has several splits: {', '.join(splits)}", f"Name one, say {Path(name) / splits[0]}.")
     return found.with_format(None)
 
 
