@@ -522,6 +522,7 @@ def test_processes_leave_ctrl_c_to_their_parent_and_end_with_it(config: DataConf
         process_group=0,
     )
     assert process.stdout is not None
+    workers: list[int] = []
     try:
         begun = process.stdout.readline()
         workers = workers_of(process.pid)
@@ -532,11 +533,14 @@ def test_processes_leave_ctrl_c_to_their_parent_and_end_with_it(config: DataConf
             os.killpg(process.pid, signal.SIGINT)
     finally:
         process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
         _, err = process.communicate()
     assert begun == "batch\n" * 10, err
     assert "KeyboardInterrupt" not in err
     assert len(workers) == 2
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not left, "they should end with their parent"

@@ -105,6 +105,32 @@ def test_a_document_goes_on_in_the_next_row(pack):
     assert batch.segments.tolist() == [[1, 1, 1], [1, 1, 2]]
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 30])
+@pytest.mark.parametrize("weights", [None, "first", "all"])
+def test_a_looped_stream_goes_on_at_its_beginning(pack, size: int, weights: Any):
+    documents = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
+    given = {
+        None: None,
+        "first": [[0.5] + [1.0] * (len(document) - 1) for document in documents],
+        "all": [[float(token % 3) for token in document] for document in documents],
+    }[weights]
+    packing = pack(documents, size, weights=given, cross_documents=True, looped=True)
+    stream = list(itertools.chain(*documents))
+    counts = list(itertools.chain(*(given or [[0.0] + [1.0] * (len(document) - 1) for document in documents])))
+    assert packing.num_rows * size % len(stream) == 0
+    assert packing.rows_per_epoch == len(stream) / size
+    rows = packing.num_rows + 3  # which are the first three again
+    batch = packing.rows(np.arange(rows) % packing.num_rows)
+    endless = np.resize(stream, rows * size + 1)
+    assert batch.tokens.reshape(-1).tolist() == endless[:-1].tolist()
+    assert batch.targets.reshape(-1).tolist() == endless[1:].tolist()
+    assert batch.weights.reshape(-1).tolist() == np.resize(counts, rows * size + 1)[1:].tolist()
+    assert (batch.positions == np.arange(size)).all()
+    assert (batch.segments == 1).all()
+    assert {x.dtype for x in (batch.tokens, batch.targets, batch.positions, batch.segments)} == {np.dtype(np.int32)}
+    assert batch.weights.dtype == np.float32
+
+
 def test_rows_across_documents_count_what_follows_an_end_as_the_next_documents_first_token_does(pack):
     documents, weights = [[7, 1, 8], [7, 2, 8]], [[0.25, 1, 1], [0.5, 1, 1]]
     batch = pack(documents, 6, weights=weights, cross_documents=True).rows(np.array([0]))

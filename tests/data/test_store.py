@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,7 @@ def _hold(folder: Path, taken, release) -> None:
     with locked(folder):
         taken.set()
         release.wait(30)
+        time.sleep(0.5)  # while another process comes to the lock
         (folder / "made").touch()
 
 

@@ -35,6 +35,7 @@ class Loader:
     ):
         self.config = config
         stores = open_stores(config, tokenizer, split, progress)
+        looped = config.cross_documents and not config.shuffle and len(stores) == 1 and split == "train"
         self.packings = tuple(
             Packing(
                 store,
@@ -42,6 +43,7 @@ class Loader:
                 config.packing,
                 config.overlong,
                 config.cross_documents,
+                looped,
                 cache_folder(config),
             )
             for store in stores
@@ -74,7 +76,7 @@ class Loader:
     def epochs(self, step: int) -> tuple[float, ...]:
         """How often each of `packings` was read before a step."""
         taken = self.mixture.taken(step * self.config.batch_size)
-        return tuple(rows / packing.num_rows for rows, packing in zip(taken, self.packings, strict=True))
+        return tuple(rows / packing.rows_per_epoch for rows, packing in zip(taken, self.packings, strict=True))
 
     def _rows(self, which: np.ndarray, rows: np.ndarray) -> Batch:
         """Rows of packings, given by the packing's number and the row's."""

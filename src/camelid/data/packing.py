@@ -1,5 +1,6 @@
 """Documents to rows: laid end to end and cut, packed whole where they fit best, or one a row."""
 
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,7 @@ class Packing:
     stream: row r is tokens [r S, r S + S) of all documents end to end. A document may go on in the next row; there it
     is the first segment and its positions begin again. best_fit: documents stay whole, those of more than a row are
     split, truncated or dropped; none: the same with a row for each. With `cross_documents` a row is one segment.
+    `looped`, it goes on at the beginning where the documents end, as EasyLM's rows do, until one ends with a row.
     """
 
     store: Store
@@ -44,6 +46,8 @@ class Packing:
     method: Method = "stream"
     overlong: Overlong = "split"
     cross_documents: bool = False
+    looped: bool = False
+    """with stream and cross_documents"""
     cache: Path | None = None
     """where plans are kept for stores in folders that cannot be written"""
 
@@ -73,14 +77,23 @@ class Packing:
     def num_rows(self) -> int:
         if self.plan is not None:
             return self.plan.counts["rows"]
+        if self.looped:
+            return self.store.num_tokens // math.gcd(self.store.num_tokens, self.sequence_length)
         # The very last token predicts nothing, so no row is made for it alone.
         return max(0, -(-(self.store.num_tokens - 1) // self.sequence_length))
+
+    @property
+    def rows_per_epoch(self) -> float:
+        """Rows in which every token stands once."""
+        return self.store.num_tokens / self.sequence_length if self.looped else float(self.num_rows)
 
     @property
     def num_places(self) -> int:
         """Tokens that stand in all rows."""
         if self.plan is not None:
             return self.plan.counts["places"]
+        if self.looped:
+            return self.num_rows * self.sequence_length
         return min(self.store.num_tokens, self.num_rows * self.sequence_length)
 
     @property
@@ -90,8 +103,28 @@ class Packing:
 
     def rows(self, rows: Int64[np.ndarray, " B"]) -> Batch:
         """These rows; one past the last is all padding."""
+        if self.looped:
+            return self._around(rows)
         pieces = self._stream(rows) if self.plan is None else self._planned(self.plan, rows)
         return self._assemble(len(rows), pieces)
+
+    def _around(self, rows: np.ndarray) -> Batch:
+        """Rows of one segment, of tokens that follow each other for ever."""
+        store = self.store
+        place = rows[:, None] * self.sequence_length + np.arange(self.sequence_length)
+        after = (place + 1) % store.num_tokens
+        if store.codes is None:
+            begins = store.offsets[np.searchsorted(store.offsets, after)] == after
+            weights = np.where(begins, np.float32(store.first), np.float32(1))
+        else:
+            weights = store.levels[store.codes[after]]
+        return Batch(
+            tokens=store.tokens[place % store.num_tokens].astype(np.int32),
+            targets=store.tokens[after].astype(np.int32),
+            weights=weights,
+            positions=np.broadcast_to(np.arange(self.sequence_length, dtype=np.int32), place.shape).copy(),
+            segments=np.ones(place.shape, np.int32),
+        )
 
     def _stream(self, rows: np.ndarray) -> Pieces:
         offsets, size = self.store.offsets, self.sequence_length

@@ -162,17 +162,17 @@ def of_loader(loader: Loader, steps: int | None = None, progress: Progress | Non
 
         def told(seen: int, before: int = done) -> None:
             if progress is not None:
-                progress(before + seen, loader.num_rows)
+                progress(before + seen, sum(_rows(packing) for packing in loader.packings))
 
         about = of_store(packing.store)
         own = any(Path(source.files[0]) == packing.store.folder for source in loader.config.train)
         # What is in the cache has a name that says nothing.
         name = about["name"] if own or not about["files"] else ", ".join(about["files"])
         sources.append(about | {"name": name, "packing": of_packing(packing, told)})
-        done += packing.num_rows
+        done += _rows(packing)
     return {
         "sources": sources,
-        "rows": loader.num_rows,
+        "rows": done,
         "stages": [] if steps is None else _stages(loader, steps),
         "repeats": [] if steps is None else list(loader.epochs(steps)),
     }
@@ -189,11 +189,16 @@ def of_packing(packing: Packing, progress: Callable[[int], None] = lambda rows: 
     return {
         "method": packing.method,
         "sequence_length": packing.sequence_length,
-        "rows": packing.num_rows,
+        "rows": _rows(packing),
         "filled": packing.fill_rate,
         **counts,
         "rows_without_loss": {"count": silent, "first": first},
     }
+
+
+def _rows(packing: Packing) -> int:
+    """In which every document stands once; looped, the last of them is full of what stands in the first."""
+    return math.ceil(packing.rows_per_epoch)
 
 
 def _split_by_stream(packing: Packing) -> int:
@@ -213,8 +218,8 @@ def _rows_without_loss(packing: Packing, progress: Callable[[int], None]) -> tup
         return 0, []
     count, named = 0, []
     at_once = max(1, BLOCK // packing.sequence_length)
-    for first in range(0, packing.num_rows, at_once):
-        rows = np.arange(first, min(first + at_once, packing.num_rows))
+    for first in range(0, _rows(packing), at_once):
+        rows = np.arange(first, min(first + at_once, _rows(packing)))
         silent = rows[~packing.rows(rows).weights.any(axis=1)]
         count += len(silent)
         named += silent[:FIRST].tolist()
@@ -249,7 +254,7 @@ def _stages(loader: Loader, steps: int) -> list[dict[str, Any]]:
                 "asked": (asked / asked.sum()).tolist(),
                 "given": (given / max(1, given.sum())).tolist(),
                 "rows": rows.tolist(),
-                "repeats": (rows / mixture.num_rows).tolist(),
+                "repeats": (rows / [packing.rows_per_epoch for packing in loader.packings]).tolist(),
             }
         )
     return stages
