@@ -36,7 +36,7 @@ from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, check_divides, partition
 from camelid.recipe import Recipe, structure, write_recipe
 from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
+from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics, tokenizing
 from camelid.train.loop import Callback, train
 from camelid.train.optimizer import learning_rate, make_optimizer
 from camelid.train.state import TrainState, abstract_state, start_state
@@ -104,8 +104,9 @@ def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
             f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.max_length}",
             "Use shorter rows.",
         )
-    loader = Loader(recipe.data, tokenizer)
-    validation = Loader(recipe.data, tokenizer, "validation") if _validates(recipe) else None
+    progress = tokenizing() if is_main() else None
+    loader = Loader(recipe.data, tokenizer, progress=progress)
+    validation = Loader(recipe.data, tokenizer, "validation", progress) if _validates(recipe) else None
     return Parts(source, config, tokenizer, loader, validation, _trainer(recipe, config))
 
 

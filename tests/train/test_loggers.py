@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
+from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics, tokenizing
 
 
 def rows(path: Path) -> list[dict]:
@@ -109,3 +109,15 @@ def test_speed_counts_the_tokens_since_the_last_reading(monkeypatch: pytest.Monk
     later = speed.read(10, 100)
     assert later == {"tokens_per_second": 100.0, "mfu": 0.05, "step_s": 1.0, "eta_s": 15.0}
     assert not np.isnan(list(later.values())).any()
+
+
+def test_tokenizing_is_told_every_so_often(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = tokenizing(every=10)
+    for now[0], done in ((105, 10_000_000), (111, 20_000_000), (120, 25_000_000), (121, 30_000_000)):
+        progress(done, 40_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "tokenizing the text: 50% of 40 MB",
+        "tokenizing the text: 75% of 40 MB",
+    ]

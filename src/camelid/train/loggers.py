@@ -1,8 +1,9 @@
 """Where a run's numbers go: metrics.jsonl, the terminal, and a picture at the end."""
 
 import json
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def tokenizing(every: float = 10.0) -> Callable[[int, int], None]:
+    """Hears of bytes done and bytes in all; says so on standard error every so many seconds."""
+    said = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        if (now := time.monotonic()) - said >= every:
+            said = now
+            print(f"tokenizing the text: {done / max(1, total):.0%} of {total / 1e6:,.0f} MB", file=sys.stderr)
+
+    return progress
 
 
 class Terminal:
