@@ -114,7 +114,7 @@ def test_speed_counts_the_tokens_since_the_last_reading(monkeypatch: pytest.Monk
 def test_tokenizing_is_told_every_so_often(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    progress = tokenizing(every=10)
+    progress = tokenizing(every=10.0)
     for now[0], done in ((105, 10_000_000), (111, 20_000_000), (120, 25_000_000), (121, 30_000_000)):
         progress(done, 40_000_000)
     assert capsys.readouterr().err.splitlines() == [
