@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 
 import camelid
+from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.hub import find
 from runs import TIMEOUT_S, assert_refused, command, tensor_bytes
 
@@ -259,7 +260,7 @@ def test_only_the_files_needed_are_downloaded_and_they_open_again_offline(
     assert hub.downloaded() == sorted(BESIDE | set(weights[form]))
     assert {request.token for request in hub.asked} == {f"Bearer {TOKEN}"}
     assert tensor_bytes(tmp_path / "converted") == tensor_bytes(stories)
-    assert {file.name for file in (tmp_path / "converted").iterdir()} == BESIDE | {"model.safetensors"}
+    assert {file.name for file in (tmp_path / "converted").iterdir()} == BESIDE | {"model.safetensors", MANIFEST}
     (snapshot,) = (tmp_path / "home" / "hf" / "hub").glob("models--*/snapshots/*")
     assert {file.name for file in snapshot.iterdir()} == BESIDE | set(weights[form])
 
