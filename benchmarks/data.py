@@ -2,10 +2,10 @@
 
 `python benchmarks/data.py TOKENIZER_JSON TEXT_FILE...` prints one JSON object.
 
-prepare: the files' text, repeated to --megabytes, is prepared into a store by two processes; their start, reading
-and writing are included. Beside that, `tokenizers` encodes the same documents by itself: encode_batch_fast on two
-threads, from memory, lists of ids included. `ratio` is their time over ours: above 1, camelid is faster. Each take is a
-process of its own, the sides take turns, and the best of all rounds are compared; `ratios` are those of the rounds.
+prepare: the files' text as JSON lines, repeated to --megabytes, is prepared into a store by two processes; their start,
+reading and writing are included. Beside that, `tokenizers` encodes the same documents by itself: encode_batch_fast on
+two threads, from memory, lists of ids included. `ratio` is their time over ours: above 1, camelid is faster. Each take
+is a process of its own, the sides take turns, and the best of all rounds are compared; `ratios` has one a round.
 
 rows: two processes make batches of rows of 2048 (tokens, targets, weights, positions, segments) from a warm store, and
 a third takes them; documents of a few hundred tokens, with weights. Tokens a second, once the processes have started.
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        size = write_text(Path(folder) / "text.txt", given.texts, given.megabytes * 10**6)
+        size = write_text(Path(folder) / "text.jsonl", given.texts, given.megabytes * 10**6)
         takes = [
             {part: in_a_process(part, folder, given.tokenizer) for part in ("encode", "prepare")}
             for _ in range(given.rounds)
@@ -82,7 +82,7 @@ def write_text(path: Path, sources: list[Path], size: int) -> int:
             while length < DOCUMENT:
                 lines.append(text[place % len(text)])
                 length, place = length + len(lines[-1]), place + 1
-            written += file.write("\n".join(lines) + "\n\n")
+            written += file.write(json.dumps({"text": "\n".join(lines)}) + "\n")
             n += 1
     return path.stat().st_size
 
@@ -108,7 +108,8 @@ def encode(folder: str, tokenizer: str) -> dict[str, Any]:
 
     engine = tokenizers.Tokenizer.from_file(tokenizer)
     engine.encode_special_tokens = True
-    documents = Path(folder, "text.txt").read_text("utf-8").split("\n\n")[:-1]
+    with Path(folder, "text.jsonl").open() as file:
+        documents = [json.loads(line)["text"] for line in file]
     began = time.perf_counter()
     tokens = 0
     for first in range(0, len(documents), 500):
@@ -124,7 +125,7 @@ def prepare(folder: str, tokenizer: str) -> dict[str, Any]:
     from camelid.text.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    source = Source(files=(str(Path(folder, "text.txt")),), split="blank_line", add_bos=False, add_eos=False)
+    source = Source(files=(str(Path(folder, "text.jsonl")),), add_bos=False, add_eos=False)
     began = time.perf_counter()
     store = prepare([source], loaded, Path(folder, "prepared"), workers=THREADS)
     seconds = time.perf_counter() - began

@@ -1,5 +1,6 @@
 """What camelid.load returns, as Python users see it; tests/checkpoint has the files, tests/generate the tokens."""
 
+import pickle
 from pathlib import Path
 
 import jax
@@ -81,3 +82,13 @@ def test_every_public_name_is_there():
     assert {name for name in dir(camelid) if getattr(camelid, name)} == {*camelid.__all__, "__version__"}
     with pytest.raises(AttributeError, match="nothing"):
         camelid.nothing  # noqa: B018
+
+
+def test_a_user_error_comes_out_of_another_process_as_it_was():
+    error = pickle.loads(pickle.dumps(UserError("a problem", "a way out")))
+    assert (type(error), error.problem, error.advice, str(error)) == (
+        UserError,
+        "a problem",
+        "a way out",
+        "a problem\na way out",
+    )

@@ -8,3 +8,7 @@ class UserError(ValueError):
         super().__init__(f"{problem}\n{advice}")
         self.problem = problem
         self.advice = advice
+
+    def __reduce__(self):
+        # Exceptions are pickled by their args, and this one's is its text: worker processes raise it here.
+        return type(self), (self.problem, self.advice)

@@ -1,6 +1,5 @@
 """The batch of a step, as a function of the configuration and the step alone."""
 
-import gc
 import multiprocessing
 import os
 import threading
@@ -133,7 +132,7 @@ def _by_processes(
     flags.FLAGS.mark_as_parsed()  # grain reads them, and no command line of ours sets them
     batches = (
         grain.MapDataset.range(first_step, last_step)
-        .map(partial(_arrays, make))
+        .map(make)  # to grain a batch is one thing; of a dictionary, arrays would go by shared memory, which it leaks
         .to_iter_dataset(grain.ReadOptions(num_threads=0))
         .mp_prefetch(grain.MultiprocessingOptions(workers, max(1, depth)), worker_init_fn=_begin_worker)
     )
@@ -141,21 +140,12 @@ def _by_processes(
     try:
         while True:
             with shielded():
-                arrays = next(iterator, None)
-            if arrays is None:
+                batch = next(iterator, None)
+            if batch is None:
                 return
-            # A copy, so that shared memory goes back now.
-            batch = Batch(**{name: np.array(array) for name, array in arrays.items()})
-            del arrays
             yield batch
     finally:
         iterator.close()
-        gc.collect()  # the last batches of each process are held by a cycle, and their memory would outlive this one
-
-
-def _arrays(make: Callable[[int], Batch], step: int) -> dict[str, np.ndarray]:
-    # Arrays of a dictionary go to the parent by shared memory.
-    return vars(make(step))
 
 
 def _begin_worker(number: int, count: int) -> None:

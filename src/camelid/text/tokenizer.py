@@ -277,7 +277,7 @@ def _token_id(engine: Engine, config: dict[str, Any], key: str) -> int | None:
 
 
 def _unbroken(text: str) -> str:
-    if half := HALF_CHARACTER.search(text):
+    if not text.isascii() and (half := HALF_CHARACTER.search(text)):
         raise UserError(
             f"the text has half a character, {half[0]!r}, at position {half.start()}",
             "give both halves of the surrogate pair, or neither",
@@ -287,4 +287,6 @@ def _unbroken(text: str) -> str:
 
 def _framed(ids: list[int], head: list[int], tail: list[int]) -> list[int]:
     """The ids between BOS and EOS, unless the text itself began or ended with them."""
-    return [*([] if ids[:1] == head else head), *ids, *([] if ids[-1:] == tail else tail)]
+    if head and ids[:1] != head:
+        ids = [*head, *ids]
+    return [*ids, *tail] if tail and ids[-1:] != tail else ids
