@@ -85,9 +85,9 @@ def test_every_public_name_is_there():
 
 
 def test_a_user_error_comes_out_of_another_process_as_it_was():
-    error = pickle.loads(pickle.dumps(UserError("a problem", "a way out")))
+    error = pickle.loads(pickle.dumps(camelid.UserError("a problem", "a way out")))
     assert (type(error), error.problem, error.advice, str(error)) == (
-        UserError,
+        camelid.UserError,
         "a problem",
         "a way out",
         "a problem\na way out",

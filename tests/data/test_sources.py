@@ -271,7 +271,7 @@ def test_a_data_set_of_hugging_face_is_read_from_its_folder():
     assert read("d/test", kind="chat") == rows[:3]
     assert places("d/test") == [f"d/test, row {number}" for number in (1, 2, 3)]
     assert [file.suffix for file in source_files(Source(files=("d/train",)))] == [".arrow"]
-    with pytest.raises(UserError, match="d has several splits: train, test\nName one, for example d/train"):
+    with pytest.raises(UserError, match="d has several splits: train, test\nName one, say d/train"):
         read("d")
     with pytest.raises(UserError, match="d/test: no field 'body', only 'text', 'n'"):
         read("d/test", text_key="body")
