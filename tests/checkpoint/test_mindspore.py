@@ -344,6 +344,19 @@ def test_safetensors_with_mindformers_names_are_read(tmp_path: Path):
     assert_tiny(open_path(tmp_path / "model.safetensors", TINY))
 
 
+def test_safetensors_are_written_as_mindspore_writes_them(tmp_path: Path):
+    (tmp_path / "a.ckpt").write_bytes(file(their_arrays()))
+    source = open_path(tmp_path / "a.ckpt", TINY)
+    put(tmp_path / "ours", mindspore.files, Saving(TINY, source.dtypes, source.source), safetensors=True)
+    with safetensors.safe_open(tmp_path / "ours" / "model.safetensors", "np") as opened:
+        assert opened.metadata() == {"format": "ms"}
+        held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    theirs = their_arrays()
+    assert held.keys() == theirs.keys()
+    assert all(np.array_equal(array, theirs[name]) for name, array in held.items())
+    assert_tiny(open_checkpoint(tmp_path / "ours"))
+
+
 def test_concatenated_projections_are_taken_apart(tmp_path: Path):
     arrays, (kv, embed, head) = their_arrays(), (TINY.num_kv_heads, TINY.embed_dim, TINY.head_dim)
     for layer in range(TINY.num_layers):

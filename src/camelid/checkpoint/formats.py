@@ -65,6 +65,12 @@ FORMATS: Mapping[str, Format] = {
         mindspore.open_path,
         mindspore.files,
     ),
+    "mindspore-safetensors": Format(
+        "MindSpore: safetensors with MindFormers' names",
+        _never,
+        mindspore.open_path,
+        partial(mindspore.files, safetensors=True),
+    ),
     "mindspore-interleaved": Format(
         "MindSpore, with MindFormers' rotary layout before August 2023",
         _never,

@@ -14,6 +14,7 @@ from camelid.checkpoint.layout import Row, check
 from camelid.checkpoint.mindspore_file import TRAINING, cipher, ckpt_file, ckpts, open_file, single, unverified
 from camelid.checkpoint.mindspore_ranks import open_ranks
 from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, table_for
+from camelid.checkpoint.safetensors import safetensors_file
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
@@ -147,8 +148,8 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving, *, rope_layout: RopeLayout = "half") -> list[File]:
-    """model.ckpt as MindFormers' converter writes it.
+def files(saving: Saving, *, rope_layout: RopeLayout = "half", safetensors: bool = False) -> list[File]:
+    """model.ckpt as MindFormers' converter writes it, or the same as MindSpore's save_checkpoint(format="safetensors").
 
     What MindFormers has to be told in its YAML: sizes, n_kv_heads, theta, rms_norm_eps, seq_length.
     """
@@ -167,4 +168,7 @@ def files(saving: Saving, *, rope_layout: RopeLayout = "half") -> list[File]:
         part, layer = table.tensors[segment.tensor.name][0]
         return layer if layer is not None else -1 if part.row.path == "embed" else config.num_layers
 
-    return [ckpt_file("model.ckpt", sorted(theirs.segments(table), key=place))]
+    segments = sorted(theirs.segments(table), key=place)
+    if safetensors:
+        return [safetensors_file("model.safetensors", segments, framework="ms")]
+    return [ckpt_file("model.ckpt", segments)]

@@ -67,10 +67,10 @@ def _tensor(path: Path, name: str, entry: dict, start: int) -> Tensor:
     return Tensor(path, name, start + first, shape, dtype)
 
 
-def safetensors_file(name: str, segments: Sequence[Segment]) -> File:
-    """A file of these tensors, in this order."""
+def safetensors_file(name: str, segments: Sequence[Segment], framework: str = "pt") -> File:
+    """A file of these tensors, in this order; `framework` is what its metadata names."""
     codes = {dtype: code for code, dtype in HELD.items()}
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": framework}}
     offset = 0
     for segment in segments:
         tensor = segment.tensor

@@ -17,6 +17,7 @@ Format = Literal[
     "easylm-flax",
     "easylm-trainstate",
     "mindspore",
+    "mindspore-safetensors",
     "mindspore-interleaved",
     "megatron",
     "megatron-legacy",
