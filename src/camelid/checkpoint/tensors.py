@@ -134,15 +134,17 @@ class Bands:
             self._held.band = None
             return tensor.read(index, dtype)
         axis, want = cut[-1], index[cut[-1]]
-        around = (tensor.name, tensor.file, *index[:axis], *index[axis + 1 :])
+        around = index[:axis], index[axis + 1 :]
         band = getattr(self._held, "band", None)
-        if band is None or band[0] != around or not band[1] <= want.start <= want.stop <= band[2]:
+        # Tensors may share file and name: gate and up of one matrix.
+        known = band is not None and band[0] is tensor and band[1] == around
+        if not (known and band[2] <= want.start and want.stop <= band[3]):
             self._held.band = band = None  # gone before the next one is read
             column = math.prod(s.stop - s.start for s in index) // (want.stop - want.start) * tensor.dtype.itemsize
             stop = min(max(want.stop, want.start + BAND // column), tensor.shape[axis])
             values = tensor.read((*index[:axis], slice(want.start, stop), *index[axis + 1 :]), tensor.dtype)
-            band = self._held.band = around, want.start, stop, values
-        start, values = band[1], band[3]
+            band = self._held.band = tensor, around, want.start, stop, values
+        *_, start, _, values = band
         within = [slice(None)] * axis + [slice(want.start - start, want.stop - start)]
         return values[*within].astype(dtype, copy=False)
 
