@@ -149,7 +149,7 @@ def test_the_options_that_a_page_names_are_options_of_the_command(page: Path):
     printed = [text.split() for text in ours(page) if text.startswith("camelid ")]
     assert len(printed) > 5
     for _, command, *rest in printed:
-        words = [command, *rest[:1]] if command in ("evaluate", "delta") else [command]
+        words = [command, *rest[:1]] if command in ("evaluate", "delta", "data") else [command]
         text = called(*words, "--help").stdout
         options = {word.partition("=")[0] for word in rest if word.startswith("--")}
         known = {*re.findall(r"--[a-z][\w-]*", text)} | ({"--init"} if command == "train" else set())
