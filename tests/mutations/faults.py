@@ -890,9 +890,9 @@ FAULTS = (
     ),
     Fault(
         "the tokenizer is left behind",
-        "checkpoint/formats.py",
-        "for file in saving.companions:",
-        "for file in saving.companions[:0]:",
+        "checkpoint/opened.py",
+        "for file in companions:",
+        "for file in companions[:0]:",
         "checkpoint/test_hf.py::test_every_companion_of_the_weights_is_carried_along_and_nothing_else",
     ),
     Fault(
@@ -1150,15 +1150,15 @@ FAULTS = (
     Fault(
         "a band is read where another one begins",
         "checkpoint/tensors.py",
-        "within = [slice(None)] * axis + [slice(want.start - start, want.stop - start)]",
+        "within = [slice(None)] * axis + [slice(want.start - band.start, want.stop - band.start)]",
         "within = [slice(None)] * axis + [slice(0, want.stop - want.start)]",
         "checkpoint/test_layout.py::test_pieces_of_bands_are_those_of_the_whole",
     ),
     Fault(
         "tensors of one name and file share a band",
         "checkpoint/tensors.py",
-        "band[0] is tensor and",
-        "band[0].name == tensor.name and",
+        "self.tensor is tensor and",
+        "self.tensor.name == tensor.name and",
         "checkpoint/test_megatron.py::"
         "test_what_lies_in_one_tensor_is_told_apart_when_it_is_read_across_its_rows[4000-mcore]",
     ),

@@ -1,12 +1,11 @@
 """Checkpoints of any formats, number by number: two beside each other, or one alone."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from camelid.checkpoint.layout import PIECE, Index
+from camelid.checkpoint.layout import Index, cuts
 from camelid.checkpoint.opened import Checkpoint
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -56,12 +55,9 @@ def compare(
 
 def slices(spec: Spec) -> Iterator[tuple[int | None, Index]]:
     """All of a parameter, in slices of about PIECE bytes of float32: their layers and places."""
-    shape = spec.shape[len(spec.stacked) :]
-    row = math.prod(shape[1:]) * 4
-    step = max(1, PIECE // max(1, row))
     for layer in range(spec.shape[0]) if spec.stacked else [None]:
-        for start in range(0, shape[0], step):
-            yield layer, (slice(start, min(start + step, shape[0])), *(slice(0, n) for n in shape[1:]))
+        for index in cuts(spec.shape[len(spec.stacked) :]):
+            yield layer, index
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ An exact delta knows its base by checksums, and has its own names: each layer of
 
 import hashlib
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,8 +23,8 @@ from camelid.checkpoint.files import File, Segment, json_file, segment, write_fi
 from camelid.checkpoint.folder import new_folder, read_json, write_json
 from camelid.checkpoint.formats import files_of, open_checkpoint, write_checkpoint
 from camelid.checkpoint.hf_config import config_to_hf
-from camelid.checkpoint.layout import PIECE, Index, Source
-from camelid.checkpoint.opened import COMPANIONS, Checkpoint, Saving
+from camelid.checkpoint.layout import Index, Source, cuts
+from camelid.checkpoint.opened import Checkpoint, Saving, companions_in, copy_companions
 from camelid.checkpoint.peft import (
     Adapter,
     Computed,
@@ -128,7 +127,7 @@ def apply(
     else:
         exact = _open_exact(folder, one)
         progress = partial(_after, exact.check(progress), progress)
-        saving = Saving(exact.config, exact.dtypes, exact.source, _companions(folder) or one.companions)
+        saving = Saving(exact.config, exact.dtypes, exact.source, companions_in(folder) or one.companions)
     write_checkpoint(Path(destination), saving, to, overwrite=overwrite, progress=progress)
     return notes
 
@@ -162,22 +161,19 @@ def _name_of(base: str | Path) -> str:
     return str(path.absolute()) if path.exists() else str(base).removeprefix("hf::")
 
 
-def _companions(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if COMPANIONS.fullmatch(file.name) and file.is_file())
-
-
-def _write(destination: Path, files: list[File], tuned: Checkpoint, overwrite: bool, progress: Progress) -> None:
+def _write(
+    destination: Path,
+    files: list[File],
+    tuned: Checkpoint,
+    overwrite: bool,
+    progress: Progress,
+    then: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes a folder with the files that go with `tuned`; `then` adds what is known when they are written."""
     with new_folder(destination, sum(file.size for file in files), overwrite) as folder:
         write_files(folder, files, progress=progress)
-        for file in tuned.companions:
-            shutil.copyfile(file, folder / file.name)
-
-
-def _cuts(shape: tuple[int, ...]) -> Iterator[Index]:
-    """Slices that lie end to end, of about PIECE bytes in float32."""
-    step = max(1, PIECE // (4 * max(1, math.prod(shape[1:]))))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0])), *(slice(0, n) for n in shape[1:])
+        copy_companions(tuned.companions, folder)
+        then(folder)
 
 
 def _bits(dtype: np.dtype) -> np.dtype:
@@ -200,12 +196,9 @@ def _make_exact(base: Checkpoint, tuned: Checkpoint, destination: Path, overwrit
         place, planned = (part.row.path, layer), Planned(name, rows.shape(name), _bits(dtype))
         segments.append(_difference(planned, place, dtype, sources if shared else sources[1:], entry))
     config = json_file("config.json", config_to_hf(tuned.config, tuned.dtypes["embed"].name))
+    about = {"kind": "exact", "version": VERSION, "tensors": entries}  # whose checksums come with the writing
     files = [safetensors_file(TENSORS, segments), config]
-    with new_folder(destination, sum(file.size for file in files), overwrite) as folder:
-        write_files(folder, files, progress=progress)
-        write_json(folder / NAME, {"kind": "exact", "version": VERSION, "tensors": entries})
-        for file in tuned.companions:
-            shutil.copyfile(file, folder / file.name)
+    _write(destination, files, tuned, overwrite, progress, lambda folder: write_json(folder / NAME, about))
     whole = [name for name, entry in entries.items() if entry["base"] is None]
     return Made(notes=(f"held whole, as the base has no such tensor: {', '.join(whole)}",) if whole else ())
 
@@ -217,7 +210,7 @@ def _difference(
 
     def chunks() -> Iterator[np.ndarray]:
         sums = [hashlib.sha256() for _ in sources]
-        for index in _cuts(tensor.shape):
+        for index in cuts(tensor.shape):
             values = [np.ascontiguousarray(source(*place, index, dtype)).view(tensor.dtype) for source in sources]
             for digest, value in zip(sums, values, strict=True):
                 digest.update(value.reshape(-1).data)
@@ -268,7 +261,7 @@ class Exact:
         total = 2 * sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
         for name, [(part, layer)] in plain_table(self.config).tensors.items():
             sums = {"base": hashlib.sha256(), "tuned": hashlib.sha256()}
-            for index in _cuts(self.tensors[name].shape):
+            for index in cuts(self.tensors[name].shape):
                 values = self._values(name, (part.row.path, layer), index, source)
                 for digest, value in zip(list(sums.values())[-len(values) :], values, strict=True):
                     digest.update(value.view(self.tensors[name].dtype).reshape(-1).data)

@@ -21,7 +21,7 @@ from camelid.checkpoint import msgpack
 from camelid.checkpoint.files import File, Segment
 from camelid.checkpoint.hf import GIVEN, understood
 from camelid.checkpoint.layout import Row, Table, check, read_slice, table
-from camelid.checkpoint.opened import Checkpoint, Saving, Training, refuse_beyond, table_for
+from camelid.checkpoint.opened import Checkpoint, Saving, Training, refuse_beyond, refuse_wide_heads, table_for
 from camelid.checkpoint.tensors import Tensor
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -282,12 +282,7 @@ def _segments(saving: Saving) -> list[Segment]:
     """In the order of EasyLM's converter."""
     config = saving.config
     refuse_beyond("EasyLM", config, {"rope_theta", "tie_embeddings"})
-    if config.head_dim * config.num_heads != config.embed_dim:
-        raise UserError(
-            f"EasyLM cannot hold head_dim = {config.head_dim}: it is embed_dim / num_heads there, "
-            f"{config.embed_dim} / {config.num_heads}",
-            "Use the format hf, which holds every model.",
-        )
+    refuse_wide_heads("EasyLM", config)
     saving = saving.untied()
     held = {segment.tensor.name: segment for segment in saving.segments(table_of(saving.config))}
     order = [row.name for row in OUTER]

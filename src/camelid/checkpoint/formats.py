@@ -1,8 +1,7 @@
 """Every format by name: which paths look like it, how it is opened, how it is written."""
 
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from camelid.checkpoint.files import JOURNAL, WORKERS, File, json_file, write_fi
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.hub import find
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.opened import Checkpoint, Saving, copy_companions
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
@@ -156,8 +155,8 @@ def files_of(saving: Saving, format: str) -> list[File]:
     files = FORMATS[format].files
     if files is None:
         raise UserError(f"{format!r} is a format that is only read", "Choose another one.")
-    for name in TENSOR + PIPELINE + SHARDS:
-        given, usual = getattr(saving, name), {f.name: f.default for f in fields(Saving)}[name]
+    for name, usual in {**dict.fromkeys(TENSOR + PIPELINE, 1), **dict.fromkeys(SHARDS)}.items():
+        given = getattr(saving, name)
         if given != usual and (given < 1 or name not in FORMATS[format].cuts):
             which = ", ".join(other for other, kind in FORMATS.items() if name in kind.cuts)
             raise UserError(f"{name} = {given} is not for the format {format}", f"It may be 1 or more for {which}.")
@@ -183,5 +182,4 @@ def write_checkpoint(
     need = sum(file.size for file in files) + sum(file.stat().st_size for file in saving.companions)
     with new_folder(destination, need, overwrite, JOURNAL if resume else "") as folder:
         write_files(folder, files, source=source, progress=progress, workers=workers)
-        for file in saving.companions:
-            shutil.copyfile(file, folder / file.name)
+        copy_companions(saving.companions, folder)

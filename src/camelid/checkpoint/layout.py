@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from camelid.checkpoint.tensors import CODES, Bands, Planned, Tensor
+from camelid.checkpoint.tensors import CODES, Bands, Index, Planned, Tensor
 from camelid.errors import UserError
 from camelid.model.params import Spec
 
@@ -33,7 +33,6 @@ BLOCK = (256, 64)  # numbers along the fast axes of a source and of its target; 
 
 Groups = tuple[tuple[str, ...], ...]
 """axes, each of words that are laid together"""
-Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -367,6 +366,13 @@ def pieces(table: Table, name: str, dtype: np.dtype, source: Source) -> Iterator
                 move(values.reshape(view.shape), view)
             assert held is not None
             yield held
+
+
+def cuts(shape: Sequence[int]) -> Iterator[Index]:
+    """Slices of an array that lie end to end, of about PIECE bytes in float32."""
+    step = max(1, PIECE // (4 * max(1, math.prod(shape[1:]))))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0])), *(slice(0, n) for n in shape[1:])
 
 
 def our_index(part: Part, cuts: Mapping[str, slice]) -> Index:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from camelid.checkpoint.folder import read_json
-from camelid.checkpoint.opened import assumed, refuse_beyond
+from camelid.checkpoint.opened import assumed, refuse_beyond, refuse_wide_heads
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 
@@ -128,10 +128,7 @@ def params_from_config(config: ModelConfig) -> dict[str, Any]:
     refuse_beyond(WHAT, config, ("rope_scaling", "tie_embeddings"))
     if config.rope_scaling not in (None, LLAMA3_1, LLAMA3_2):
         raise UserError(f"{WHAT} cannot hold rope_scaling = {config.rope_scaling}", "Use the format hf.")
-    if config.head_dim * config.num_heads != config.embed_dim:
-        raise UserError(
-            f"{WHAT} cannot hold head_dim = {config.head_dim}: it takes embed_dim / num_heads", "Use the format hf."
-        )
+    refuse_wide_heads(WHAT, config)
     multiple_of, multiplier = _mlp_words(config.embed_dim, config.mlp_dim)
     params: dict[str, Any] = {
         "dim": config.embed_dim,

@@ -13,7 +13,7 @@ from camelid.checkpoint.files import File, Segment
 from camelid.checkpoint.layout import Row, check
 from camelid.checkpoint.mindspore_file import TRAINING, cipher, ckpt_file, ckpts, open_file, single, unverified
 from camelid.checkpoint.mindspore_ranks import open_ranks
-from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, table_for
+from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, refuse_wide_heads, table_for
 from camelid.checkpoint.safetensors import safetensors_file
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -155,12 +155,7 @@ def files(saving: Saving, *, rope_layout: RopeLayout = "half", safetensors: bool
     """
     config = saving.config
     refuse_beyond(WHAT, config, ("tie_embeddings",))
-    if config.head_dim * config.num_heads != config.embed_dim:
-        raise UserError(
-            f"{WHAT} cannot hold head_dim = {config.head_dim}; it is embed_dim / num_heads, "
-            f"{config.embed_dim} / {config.num_heads}",
-            "Use the format hf, which holds every model.",
-        )
+    refuse_wide_heads(WHAT, config)
     theirs = saving.untied()
     table = table_for(WHAT, ROWS[rope_layout], theirs.config, SIZES)
 

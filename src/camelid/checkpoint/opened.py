@@ -1,6 +1,7 @@
 """What every format has in common: a checkpoint that is opened, and a model that is to be written."""
 
 import re
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -61,7 +62,18 @@ class Checkpoint:
     @property
     def companions(self) -> list[Path]:
         """The files that go wherever the weights go: tokenizer, generation settings, licence."""
-        return sorted(file for file in self.folder.iterdir() if COMPANIONS.fullmatch(file.name) and file.is_file())
+        return companions_in(self.folder)
+
+
+def companions_in(folder: Path) -> list[Path]:
+    """The files of a folder that go wherever its weights go."""
+    return sorted(file for file in folder.iterdir() if COMPANIONS.fullmatch(file.name) and file.is_file())
+
+
+def copy_companions(companions: Sequence[Path], folder: Path) -> None:
+    """Puts them beside the weights."""
+    for file in companions:
+        shutil.copyfile(file, folder / file.name)
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,16 @@ def assumed(what: str, config: ModelConfig, *names: str) -> str:
     """The note of a reader whose files do not say some fields of a model; `what` is their name."""
     values = ", ".join(f"{name} = {getattr(config, name)!r}" for name in names)
     return f"{what} does not say everything of a model, and these are assumed: {values}"
+
+
+def refuse_wide_heads(what: str, config: ModelConfig) -> None:
+    """Raises UserError where heads are not as wide as the embedding together, for systems that know no other width."""
+    if config.head_dim * config.num_heads != config.embed_dim:
+        raise UserError(
+            f"{what} cannot hold head_dim = {config.head_dim}: it is embed_dim / num_heads there, "
+            f"{config.embed_dim} / {config.num_heads}",
+            "Use the format hf, which holds every model.",
+        )
 
 
 def refuse_beyond(what: str, config: ModelConfig, can_say: Collection[str]) -> None:

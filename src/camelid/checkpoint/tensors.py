@@ -22,6 +22,8 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
+Index = tuple[slice, ...]
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -121,32 +123,46 @@ def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
     return Joined(first.file, first.name, 0, shape, first.dtype, tuple(parts), axis)
 
 
+@dataclass(frozen=True)
+class Band:
+    """Columns of a tensor that one thread holds."""
+
+    tensor: Tensor
+    around: tuple[Index, Index]
+    """what was cut of the axes before and after"""
+    start: int
+    values: np.ndarray
+    axis: int
+
+    def holds(self, tensor: Tensor, around: tuple[Index, Index], want: slice) -> bool:
+        stop = self.start + self.values.shape[self.axis]
+        # Tensors may share file and name: gate and up of one matrix.
+        return self.tensor is tensor and self.around == around and self.start <= want.start and want.stop <= stop
+
+
 class Bands:
     """Tensors that are read piece after piece across their rows: a thread holds a band of what it must read anyway."""
 
     def __init__(self) -> None:
         self._held = threading.local()
 
-    def read(self, tensor: Tensor, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    def read(self, tensor: Tensor, index: Index, dtype: np.dtype) -> np.ndarray:
         """As `tensor.read`; the pieces of a band are read from the file once."""
         cut = [axis for axis, n in enumerate(tensor.shape) if axis and index[axis] != slice(0, n)]
         if not cut:
             self._held.band = None
             return tensor.read(index, dtype)
         axis, want = cut[-1], index[cut[-1]]
-        around = index[:axis], index[axis + 1 :]
-        band = getattr(self._held, "band", None)
-        # Tensors may share file and name: gate and up of one matrix.
-        known = band is not None and band[0] is tensor and band[1] == around
-        if not (known and band[2] <= want.start and want.stop <= band[3]):
+        before, after = index[:axis], index[axis + 1 :]
+        band: Band | None = getattr(self._held, "band", None)
+        if band is None or not band.holds(tensor, (before, after), want):
             self._held.band = band = None  # gone before the next one is read
             column = math.prod(s.stop - s.start for s in index) // (want.stop - want.start) * tensor.dtype.itemsize
             stop = min(max(want.stop, want.start + BAND // column), tensor.shape[axis])
-            values = tensor.read((*index[:axis], slice(want.start, stop), *index[axis + 1 :]), tensor.dtype)
-            band = self._held.band = tensor, around, want.start, stop, values
-        *_, start, _, values = band
-        within = [slice(None)] * axis + [slice(want.start - start, want.stop - start)]
-        return values[*within].astype(dtype, copy=False)
+            values = tensor.read((*before, slice(want.start, stop), *after), tensor.dtype)
+            self._held.band = band = Band(tensor, (before, after), want.start, values, axis)
+        within = [slice(None)] * axis + [slice(want.start - band.start, want.stop - band.start)]
+        return band.values[*within].astype(dtype, copy=False)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from camelid.cli.shared import model_config, note, print_json, progress_bar, read_text
+from camelid.cli.shared import model_config, note, print_json, progress_bar, read_text, tell
 from camelid.errors import UserError
 
 Format = Literal[
@@ -102,8 +102,7 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
-    for text in notes:
-        note(f"note: {text}")
+    tell(notes)
     note(f"wrote {destination}")
     if verify:
         _verify(source, destination, opened_as, described, to)
@@ -115,9 +114,9 @@ def _rope_layout(source: str, format: str | None, config, layout: str, reference
     from camelid.checkpoint.formats import open_checkpoint
     from camelid.checkpoint.mindspore import FORMAT_OF
 
-    found = open_checkpoint(source, format, config).format
-    if found != "mindspore":
-        raise UserError(f"--rope-layout is for MindSpore's files, and {source} is {found}", "Leave it out.")
+    found = open_checkpoint(source, format, config)
+    if found.format != "mindspore":
+        raise UserError(f"--rope-layout is for MindSpore's files, and {source} is {found.format}", "Leave it out.")
     if layout != "auto":
         return FORMAT_OF[layout]
     if reference is None:
@@ -127,14 +126,10 @@ def _rope_layout(source: str, format: str | None, config, layout: str, reference
     from camelid.evaluate.parity import MOST, loss
     from camelid.text.tokenizer import load_tokenizer
 
-    text = read_text(reference)
-    losses = {}
-    for layout, format in FORMAT_OF.items():
-        checkpoint = open_checkpoint(source, format, config)
-        tokens = np.array(load_tokenizer(checkpoint.folder).encode(text)[: 4 * MOST])
-        if len(tokens) < 2:
-            raise UserError(f"{reference} has nothing to predict", "Give a text of some sentences.")
-        losses[layout] = loss(checkpoint, tokens)
+    tokens = np.array(load_tokenizer(found.folder).encode(read_text(reference))[: 4 * MOST])
+    if len(tokens) < 2:
+        raise UserError(f"{reference} has nothing to predict", "Give a text of some sentences.")
+    losses = {layout: loss(open_checkpoint(source, format, config), tokens) for layout, format in FORMAT_OF.items()}
     best = min(losses, key=losses.__getitem__)
     told = ", ".join(f"{value:.3f} {layout}" for layout, value in losses.items())
     note(f"the rotary layout is {best}: a token of {reference} costs {told} (nats)")
@@ -152,8 +147,7 @@ def _check(source: str, format: str | None, config) -> None:
         found = list(survey(checkpoint, progress))
     with progress_bar("checksums") as progress:
         sums = check_manifest(checkpoint.folder, progress)
-    for text in checkpoint.notes:
-        note(f"note: {text}")
+    tell(checkpoint.notes)
     dtypes = ", ".join(sorted({each.dtype for each in found}))
     print(f"{checkpoint.format}: {sum(each.size for each in found):,} parameters in {dtypes}")
     print(f"checksums: {f'{sums} tensors are as they were written' if sums else 'the folder has none'}")
@@ -223,8 +217,7 @@ def delta_make(
         made = make(
             base, tuned, destination, kind=kind, rank=rank, config=described, overwrite=overwrite, progress=progress
         )
-    for text in made.notes:
-        note(f"note: {text}")
+    tell(made.notes)
     if made.left is not None:
         note(f"rank {rank} leaves {made.left:.3%} of the difference")
     note(f"wrote {destination}")
@@ -264,8 +257,7 @@ def delta_apply(
             overwrite=overwrite,
             progress=progress,
         )
-    for text in notes:
-        note(f"note: {text}")
+    tell(notes)
     note(f"wrote {destination}")
 
 

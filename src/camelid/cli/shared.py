@@ -3,7 +3,7 @@
 import contextlib
 import json as json_module
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,8 +28,7 @@ def load(model: str, dtype: str, config: str | None, tokenizer: str | None):
     from camelid.api import load
 
     loaded = load(model, dtype=dtype, config=model_config(config), tokenizer=tokenizer)
-    for text in loaded.notes:
-        note(f"note: {text}")
+    tell(loaded.notes)
     return loaded
 
 
@@ -77,3 +76,9 @@ def print_json(value: object) -> None:
 def note(text: str) -> None:
     """A line for people, on standard error."""
     print(text, file=sys.stderr)
+
+
+def tell(notes: Iterable[str]) -> None:
+    """What was guessed or left out, a line each."""
+    for text in notes:
+        note(f"note: {text}")
