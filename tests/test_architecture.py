@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "api": "text generate checkpoint model parallel",
     "describe": "checkpoint model parallel",
     "recipe": "*",
+    "resume": "recipe parallel",
     "run": "*",
     "demo": "*",
     "cli": "*",

@@ -1,9 +1,7 @@
 """Wires a run together: recipe -> model, data, optimizer, loop -> a folder."""
 
 import contextlib
-import fcntl
 import time
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -31,10 +29,11 @@ from camelid.model.config import ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import count_parameters, peak_flops, training_flops
 from camelid.model.params import build, initialize, map_specs, named
-from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, place, to_host, wait_for_all
+from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, place, to_host
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, check_divides, partition
-from camelid.recipe import Recipe, structure, write_recipe
+from camelid.recipe import Recipe
+from camelid.resume import check_folder, claimed, has_begun
 from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics, tokenizing
 from camelid.train.loop import Callback, train
@@ -61,12 +60,12 @@ def run(recipe: Recipe) -> Outcome:
     Raises UserError for recipes that do not fit the data, the model, the machine or the folder.
     """
     folder = Path(recipe.run).absolute()
-    _check_folder(folder, recipe)
+    check_folder(folder, recipe)
     mesh = make_mesh(recipe.mesh)
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         parts = _prepare(recipe, mesh)
-        with _folder(folder, recipe, parts), contextlib.closing(_checkpoints(folder, recipe)) as checkpoints:
+        with claimed(folder, recipe, parts.files), contextlib.closing(_checkpoints(folder, recipe)) as checkpoints:
             return _run(recipe, parts, folder, checkpoints, mesh)
 
 
@@ -87,13 +86,19 @@ class Parts:
         inherited = [] if self.source is None else self.source.companions
         return {file.name: file for file in [*inherited, *self.tokenizer.files]}
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """By name: all of a checkpoint but its numbers."""
+        config = json_text(config_to_hf(self.config, self.trainer.compute.param_dtype)).encode()
+        return {**{name: file.read_bytes() for name, file in self.companions.items()}, "config.json": config}
+
 
 def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
     source = None if recipe.init is None else open_checkpoint(recipe.init, config=recipe.model)
     config, where = (recipe.model, recipe.tokenizer) if source is None else (source.config, source.folder)
     assert config is not None  # a Recipe has init, or model and tokenizer
     assert where is not None
-    if source is not None and recipe.init_optimizer and not _begun(Path(recipe.run)):
+    if source is not None and recipe.init_optimizer and not has_begun(Path(recipe.run)):
         _check_training(source, recipe)
     tokenizer = load_tokenizer(recipe.tokenizer or where)
     check_vocabulary(tokenizer, config.vocab_size)
@@ -180,83 +185,6 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
     if is_main():
         draw_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
     return Outcome(folder, made, made == steps, model)
-
-
-@contextlib.contextmanager
-def _folder(folder: Path, recipe: Recipe, parts: Parts) -> Iterator[None]:
-    """The run's folder, locked, with this recipe and all but the numbers of a checkpoint in it."""
-    if not is_main():
-        wait_for_all("run folder")
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process trains in {folder}", "Wait for it, or choose another --run.") from error
-        _check_folder(folder, recipe)
-        # The recipe first: it is what tells this folder from one of something else.
-        _write(folder / "recipe.toml", write_recipe(recipe).encode())
-        for name, file in parts.companions.items():
-            _write(folder / name, file.read_bytes())
-        _write(folder / "config.json", json_text(config_to_hf(parts.config, recipe.compute.param_dtype)).encode())
-        wait_for_all("run folder")
-        yield
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A file that is there whole, or as it was before."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_bytes(content)
-    temporary.rename(path)
-
-
-def _check_folder(folder: Path, recipe: Recipe) -> None:
-    """Refuses a folder of something else, and a run that has begun with another recipe."""
-    kept = folder / "recipe.toml"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file", "Choose another folder with --run.")
-    if not kept.is_file():
-        if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
-            raise UserError(f"{folder} holds something else than a run", "Choose another folder with --run.")
-        return
-    if _begun(folder) and (changed := _changed(kept.read_text("utf-8"), write_recipe(recipe))):
-        raise UserError(
-            f"{folder} holds a run with another recipe: {changed}",
-            "Choose another --run, or start with the recipe that the folder keeps.",
-        )
-
-
-def _begun(folder: Path) -> bool:
-    """Whether a run has checkpoints to go on from."""
-    return any(file.name.isdigit() for file in folder.glob("checkpoints/*"))
-
-
-FREE = {
-    f"train.{name}"
-    for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
-} | {"data.workers", "data.prepare_workers", "data.cache"}
-"""what may change when a run goes on; steps may only grow, and the mesh may be any"""
-
-
-def _changed(kept: str, new: str) -> str | None:
-    """The first field in which two recipes differ, other than those that may change."""
-    # Read and written again, the kept one has the fields that came to recipes after it.
-    kept = write_recipe(structure(tomllib.loads(kept)))
-    old_fields, new_fields = (_flat(tomllib.loads(text)) for text in (kept, new))
-    for field in sorted(old_fields.keys() | new_fields.keys()):
-        before, now = old_fields.get(field), new_fields.get(field)
-        if before != now and field not in FREE and not field.startswith("mesh."):
-            return f"{field} = {before!r} there, {now!r} here"
-    return None
-
-
-def _flat(table: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

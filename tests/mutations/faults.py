@@ -756,14 +756,14 @@ FAULTS = (
     ),
     Fault(
         "a run's folder is not locked",
-        "run.py",
+        "resume.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_UN",
         "end_to_end/test_run_folder.py::test_a_run_that_another_process_trains_is_refused",
     ),
     Fault(
         "a run goes on with other data",
-        "run.py",
+        "resume.py",
         "and field not in FREE and",
         'and field not in {*FREE, "data.seed"} and',
         "end_to_end/test_run_folder.py::test_another_recipe_is_refused_with_the_field_and_both_values",

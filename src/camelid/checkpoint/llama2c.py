@@ -22,7 +22,8 @@ import numpy as np
 
 from camelid.checkpoint import hf
 from camelid.checkpoint.files import File, Segment
-from camelid.checkpoint.layout import Row, Table, check
+from camelid.checkpoint.layout import Table, check
+from camelid.checkpoint.meta import ROWS, SIZES
 from camelid.checkpoint.opened import Checkpoint, Saving, assumed, refuse_beyond, table_for
 from camelid.checkpoint.tensors import CHUNK, Tensor
 from camelid.errors import UserError
@@ -31,27 +32,6 @@ from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 
 FILE = "model.bin"
-ROWS = (
-    Row("embed", "tok_embeddings.weight", "vocab_in embed_in"),
-    Row("layers.attn_norm.scale", "layers.{layer}.attention_norm.weight", "embed"),
-    Row(
-        "layers.attn.q_proj", "layers.{layer}.attention.wq.weight", "(heads freq pair) embed", "heads (pair freq) embed"
-    ),
-    Row(
-        "layers.attn.k_proj",
-        "layers.{layer}.attention.wk.weight",
-        "(kv_heads freq pair) embed",
-        "kv_heads (pair freq) embed",
-    ),
-    Row("layers.attn.v_proj", "layers.{layer}.attention.wv.weight", "(kv_heads head_dim) embed"),
-    Row("layers.attn.o_proj", "layers.{layer}.attention.wo.weight", "embed (heads head_dim)"),
-    Row("layers.mlp_norm.scale", "layers.{layer}.ffn_norm.weight", "embed"),
-    Row("layers.mlp.gate_proj", "layers.{layer}.feed_forward.w1.weight", "mlp embed"),
-    Row("layers.mlp.down_proj", "layers.{layer}.feed_forward.w2.weight", "embed mlp"),
-    Row("layers.mlp.up_proj", "layers.{layer}.feed_forward.w3.weight", "mlp embed"),
-    Row("final_norm.scale", "norm.weight", "embed"),
-    Row("lm_head", "output.weight", "vocab embed"),
-)
 FIELDS = ("embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "context_length")
 MAGIC, LONG_HEADER, SHORT_HEADER = 0x616B3432, 256, 28  # the first says "ak42"; bytes
 EPS, THETA = 1e-5, 10_000.0  # in its code, for every model
@@ -200,7 +180,7 @@ def _check_same(path: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
 def _table(config: ModelConfig, version: int) -> Table:
     """The tensors in the order of a version: versions 1 and 2 have all norms first."""
     rows = sorted(ROWS, key=lambda row: not row.path.endswith("scale")) if version else ROWS
-    return table_for("llama2.c", rows, config, {"pair": 2})
+    return table_for("llama2.c", rows, config, SIZES)
 
 
 def _places(table: Table, header: Header) -> Iterator[tuple[str, int, int]]:

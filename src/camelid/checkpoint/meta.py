@@ -34,7 +34,7 @@ from camelid.model.config import Llama3Scaling, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import Spec, named
 
-# Rotary pairs are neighbours.
+# Rotary pairs are neighbours. In the order of Meta's modules, in which llama2.c's files lie.
 ROWS = (
     Row("embed", "tok_embeddings.weight", "vocab_in embed_in"),
     Row("layers.attn_norm.scale", "layers.{layer}.attention_norm.weight", "embed"),
@@ -51,8 +51,8 @@ ROWS = (
     Row("layers.attn.o_proj", "layers.{layer}.attention.wo.weight", "embed (heads head_dim)"),
     Row("layers.mlp_norm.scale", "layers.{layer}.ffn_norm.weight", "embed"),
     Row("layers.mlp.gate_proj", "layers.{layer}.feed_forward.w1.weight", "mlp embed"),
-    Row("layers.mlp.up_proj", "layers.{layer}.feed_forward.w3.weight", "mlp embed"),
     Row("layers.mlp.down_proj", "layers.{layer}.feed_forward.w2.weight", "embed mlp"),
+    Row("layers.mlp.up_proj", "layers.{layer}.feed_forward.w3.weight", "mlp embed"),
     Row("final_norm.scale", "norm.weight", "embed"),
     Row("lm_head", "output.weight", "vocab embed"),
 )
