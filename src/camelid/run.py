@@ -143,9 +143,9 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers)
         sinks = [MetricsFile(folder / "metrics.jsonl", 0 if latest is None else first), *trackers]
         _introduce(terminal, recipe, parts, mesh, first, latest)
-    batches = _batches(recipe, loader, mesh, first)
     step = _compile(trainer, state, recipe, mesh, terminal) if first < steps else trainer.step
     speed = Speed(first, steps, training_flops(config, recipe.data.sequence_length), _peak())
+    batches = _batches(recipe, loader, mesh, first, speed)
     tokens = recipe.data.batch_size * recipe.data.sequence_length
 
     def record(row: dict) -> None:
@@ -265,10 +265,10 @@ def from_checkpoint(source: Checkpoint, training: Training | None, trainer: Trai
     return TrainState(taken(target.step), params, opt_state)
 
 
-def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int) -> Iterator[dict[str, jax.Array]]:
+def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int, speed: Speed) -> Iterator[dict[str, jax.Array]]:
     rows = recipe.data.batch_size
     own = own_rows(rows, mesh)
-    for batch in prefetched(loader, first, recipe.train.steps, own.start, own.stop):
+    for batch in speed.timed(prefetched(loader, first, recipe.train.steps, own.start, own.stop)):
         yield place(vars(batch), own, rows, mesh)
 
 

@@ -12,7 +12,7 @@ from runs import TIMEOUT_S, command, losses, started, tensor_bytes, tiny_run, wa
 
 STEPS = 40
 # What a row says about the machine, not about the run.
-ABOUT_TIME = ("tokens_per_second", "mfu", "step_s", "eta_s")
+ABOUT_TIME = ("tokens_per_second", "mfu", "step_s", "data_s", "eta_s")
 
 
 def write_run(folder: Path) -> Path:

@@ -90,24 +90,27 @@ def chunks(image: bytes) -> list[bytes]:
 def test_without_a_terminal_about_twenty_plain_lines_are_printed(capsys: pytest.CaptureFixture[str]):
     terminal = Terminal(0, 100)
     for step in range(1, 101):
-        numbers = {"loss": 1.0, "learning_rate": 1e-3, "tokens_per_second": 1e4, "mfu": 0.5, "eta_s": 3.0}
-        terminal.show(step, numbers)
+        numbers = {"loss": 1.0, "learning_rate": 1e-3, "tokens_per_second": 1e4, "mfu": 0.5}
+        terminal.show(step, numbers | {"step_s": 2.0, "data_s": 0.5 if step == 50 else 0.1, "eta_s": 3.0})
     terminal.close()
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
     assert len(lines) == 20
+    assert lines[9].endswith("MFU 50.0%  waits for data 25%  3 s left")
     assert lines[-1] == "step 100/100  loss 1.0000  lr 1.00e-03  10,000 tokens/s  MFU 50.0%  3 s left"
     assert "\x1b" not in err
 
 
 def test_speed_counts_the_tokens_since_the_last_reading(monkeypatch: pytest.MonkeyPatch):
-    clock = iter([10.0, 12.0, 13.0])
+    clock = iter([10.0, 10.5, 10.75, 11.0, 11.25, 12.0, 13.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     speed = Speed(first=5, steps=25, flops_per_token=3.0, peak_flops=6000.0)
-    assert speed.read(9, 100) == {"tokens_per_second": 200.0, "mfu": 0.1, "step_s": 0.5, "eta_s": 8.0}
+    assert list(speed.timed(["batch"])) == ["batch"]
+    first = {"tokens_per_second": 200.0, "mfu": 0.1, "step_s": 0.5, "data_s": 0.125, "eta_s": 8.0}
+    assert speed.read(9, 100) == first
     later = speed.read(10, 100)
-    assert later == {"tokens_per_second": 100.0, "mfu": 0.05, "step_s": 1.0, "eta_s": 15.0}
+    assert later == {"tokens_per_second": 100.0, "mfu": 0.05, "step_s": 1.0, "data_s": 0.0, "eta_s": 15.0}
     assert not np.isnan(list(later.values())).any()
 
 

@@ -3,9 +3,13 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+WORTH_SAYING = 0.1  # of a step's time
 
 
 class MetricsFile:
@@ -73,11 +77,13 @@ class Terminal:
             self._bar.start()
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The newest metrics: loss, learning_rate, tokens_per_second, and mfu where it is known."""
+        """The newest metrics: loss, learning_rate, Speed's, and mfu where it is known."""
         text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
         text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
         if metrics.get("mfu") is not None:
             text += f"  MFU {metrics['mfu']:.1%}"
+        if (waited := metrics["data_s"] / metrics["step_s"]) > WORTH_SAYING:
+            text += f"  waits for data {waited:.0%}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif step % self._every == 0 or step == self._steps:
@@ -93,19 +99,35 @@ class Terminal:
 
 
 class Speed:
-    """Tokens a second since the last reading, and the time that is left."""
+    """Tokens a second since the last reading, and the time that is left.
+
+    data_s are the seconds of a step's step_s for which its batch was waited for: where they are many, the loader is the
+    limit.
+    """
 
     def __init__(self, first: int, steps: int, flops_per_token: float, peak_flops: float | None):
         self._steps, self._flops, self._peak = steps, flops_per_token, peak_flops
-        self._step, self._time = first, time.perf_counter()
+        self._step, self._time, self._waited = first, time.perf_counter(), 0.0
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; how long each was waited for is counted."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     def read(self, step: int, tokens_per_step: int) -> dict[str, float | None]:
-        now = time.perf_counter()
-        seconds = max(now - self._time, 1e-9) / max(step - self._step, 1)
-        self._step, self._time = step, now
+        now, steps = time.perf_counter(), max(step - self._step, 1)
+        seconds, waited = max(now - self._time, 1e-9) / steps, self._waited / steps
+        self._step, self._time, self._waited = step, now, 0.0
         speed = tokens_per_step / seconds
         mfu = None if self._peak is None else speed * self._flops / self._peak
-        return {"tokens_per_second": speed, "mfu": mfu, "step_s": seconds, "eta_s": (self._steps - step) * seconds}
+        left = (self._steps - step) * seconds
+        return {"tokens_per_second": speed, "mfu": mfu, "step_s": seconds, "data_s": waited, "eta_s": left}
 
 
 def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
