@@ -5,6 +5,8 @@ RUN := $(VENV)/bin/python
 # A training step touches fresh memory; in huge pages that costs less (glibc on Linux, for every library alike).
 HUGE := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 STAMP := $(VENV)/.stamp
+# Processes that run tests; each takes up to 5 GB.
+JOBS ?= 2
 
 # The stamp holds the folder it was made in: a venv that was copied or moved still points to the old one.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
@@ -20,8 +22,8 @@ help: ## show this list
 demo: $(STAMP) ## train, measure and use a small Llama, offline, in minutes (MODEL=path: one of yours)
 	@$(HUGE) $(RUN) -m camelid demo $(if $(MODEL),--model "$(MODEL)")
 
-test: $(STAMP) ## run the tests (ARGS="-k rope -x" goes to pytest)
-	@$(RUN) -m pytest -q $(ARGS)
+test: $(STAMP) ## run the tests (ARGS="-k rope -x" goes to pytest, JOBS=4 are processes)
+	@$(RUN) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(STAMP) ## lint, format and types, as CI does
 	@$(RUN) -m ruff check

@@ -23,7 +23,10 @@ ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 << 30),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes test on one GPU
 }
+# pytest-xdist's processes get it from readline, which pytest imports: nobody's terminal is so wide.
+os.environ.pop("COLUMNS", None)
 USER_ENVIRONMENT = os.environ | ENVIRONMENT
 USER_ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
