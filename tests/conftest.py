@@ -25,14 +25,17 @@ ENVIRONMENT = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes test on one GPU
 }
-# pytest-xdist's processes get it from readline, which pytest imports: nobody's terminal is so wide.
-os.environ.pop("COLUMNS", None)
+EIGHT = "--xla_force_host_platform_device_count=8"
+# pytest-xdist's processes inherit what is set here, and a width that readline sets: a user has none of it.
+for name in ("COLUMNS", "LINES", "NPROC"):
+    os.environ.pop(name, None)
 USER_ENVIRONMENT = os.environ | ENVIRONMENT
 USER_ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+USER_ENVIRONMENT["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(EIGHT, "").strip()
 
 # All of this before jax is imported, because it reads the environment once.
 os.environ.update(ENVIRONMENT)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = f"{USER_ENVIRONMENT['XLA_FLAGS']} {EIGHT}".strip()
 # Eight simulated devices on few cores wait for each other for ever once many dispatches are queued, unless XLA is told
 # to keep a thread for each.
 os.environ["NPROC"] = "16"

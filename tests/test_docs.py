@@ -1,7 +1,8 @@
 """The documentation keeps its word: its commands run, its links lead somewhere, its subcommands exist.
 
-A block that starts with `<!-- run -->` on the line above it is run. All such blocks of one document are one story, told
-in one empty folder by one shell; lines that start with "$ " are the commands, the others are what they print.
+A block with `<!-- run -->` on the line above it is run, and one that is not says why: `<!-- not run: reason -->`. All such
+blocks of one document are one story, told in one empty folder by one shell; lines that start with "$ " are the commands,
+with what they read up to the end of a here-document, the others are what they print.
 """
 
 import os
@@ -17,9 +18,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 SHELLS = ("bash", "console", "sh", "shell")
+DONE = "the end of all blocks"
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+|~~~+) *(?P<language>\w*)(?P<rest>.*)$")
 LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
+HERE = re.compile(r"<<-?'?(\w+)'?")
 # `camelid train …` where a command can stand: at the start, or after a prompt, a variable, a pipe, && or python -m.
 BEFORE = r"(?:^|[|&;])\s*(?:\$ +)?(?:\w+=\S* +)*(?:\S*python3? -m )?(?:\S*bin/)?"
 COMMAND = re.compile(BEFORE + r"camelid +([a-z][a-z_-]*)", re.M)
@@ -54,14 +57,25 @@ def parse(document: Path) -> tuple[list[Block], str]:
 
 
 def commands(text: str) -> str:
-    """The shell script in a block: its "$ " lines with their continuations, or all of it when it has none."""
+    """The shell script in a block: its "$ " lines with what belongs to them, or all of it when it has none."""
     if not re.search(r"^\$ ", text, re.M):
         return text
-    return "\n".join(re.findall(r"^\$ ((?:.*\\\n)*.*)$", text, re.M))
+    kept, goes_on, end = [], False, None
+    for line in text.splitlines():
+        if end is not None:
+            kept.append(line)
+            end = None if line == end else end
+        elif goes_on or line.startswith("$ "):
+            kept.append(line if goes_on else line.removeprefix("$ "))
+            goes_on = line.endswith("\\")
+            here = HERE.search(line)
+            end = here and here[1]
+    assert end is None, f"{end} never comes in {text!r}"
+    return "\n".join(kept)
 
 
 def script(document: Path, folder: Path) -> str:
-    """One shell script for all the blocks of a document that ask to be run."""
+    """One shell script for all the blocks of a document that ask to be run; it says DONE at its end."""
     steps = ["PS4='$ '", "set -exo pipefail"]
     for block in parse(document)[0]:
         if not block.run:
@@ -76,7 +90,7 @@ def script(document: Path, folder: Path) -> str:
         if "CAMELID_ASSETS" in block.text and "CAMELID_ASSETS" not in os.environ:
             return "\n".join([*steps, "exit 75"])
         steps.append(f": {where}\n{step}")
-    return "\n".join(steps)
+    return "\n".join([*steps, f"echo {DONE}"])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -88,7 +102,7 @@ def test_the_commands_of_a_document_run(document: Path, tmp_path: Path, user_env
     done = subprocess.run(["bash", "-c", script(document, tmp_path)], cwd=work, env=user_env, **output)
     if done.returncode == 75:
         pytest.skip("CAMELID_ASSETS is not set; what this document does with the assets was not run")
-    if done.returncode:
+    if done.returncode or not done.stdout.endswith(f"{DONE}\n"):
         pytest.fail(f"{document.name} breaks off:\n{done.stdout[-4000:]}", pytrace=False)
 
 
@@ -99,6 +113,18 @@ def test_links_lead_to_files(document: Path):
     local = [target for target in targets if target and not re.match(r"[a-z]+:", target)]
     missing = [target for target in local if not (document.parent / target).exists()]
     assert not missing, f"{document.name} links to what is not there: {missing}"
+
+
+def test_every_command_of_ours_is_run_or_says_why_not():
+    silent = []
+    for document in DOCUMENTS:
+        lines = document.read_text().splitlines()
+        for block in parse(document)[0]:
+            told = block.line > 1 and lines[block.line - 2].startswith("<!-- not run: ")
+            # The pages about other systems have a test of their own, which runs all.
+            if COMMAND.search(commands(block.text)) and not (block.run or told or document.parent.name == "migrating"):
+                silent.append(f"{document.name}:{block.line}")
+    assert not silent, f"put <!-- run --> above {silent}"
 
 
 def printed_subcommands() -> dict[str, str]:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 import camelid
 from camelid.checkpoint.files import MANIFEST
@@ -287,6 +289,35 @@ def test_a_revision_follows_an_at_sign(hub: Hub, env: dict[str, str], small_file
     result = command("inspect", f"{NAME}@refs/pr/1", "--json", env=env)
     assert json.loads(result.stdout)["config"]["norm_eps"] == 0.25
     assert {request.revision for request in hub.asked if request.what == "revision"} == {"refs/pr/1"}
+
+
+@pytest.mark.parametrize("form", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_is_downloaded_and_then_its_base(
+    form: str,
+    hub: Hub,
+    env: dict[str, str],
+    tmp_path: Path,
+    stories: Path,
+    small_files: Files,
+    weights: Mapping[str, Files],
+):
+    base = transformers.AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, lora)
+    adapted.save_pretrained(tmp_path / "saved", safe_serialization=form.endswith("safetensors"))
+    files = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    settings = json.loads(files["adapter_config.json"]) | {"base_model_name_or_path": NAME}
+    files |= {"adapter_config.json": json.dumps(settings).encode(), "optimizer.pt": b"", "README.md": b"ours"}
+    hub.repositories["herd/adapter"] = [Repository(files)]
+    hub.repositories[NAME] = [Repository({**small_files, **weights["safetensors"]})]
+    result = command("convert", "herd/adapter", tmp_path / "merged", env=env)
+    assert result.returncode == 0, result.stderr
+    expected = ["README.md", "adapter_config.json", form, *BESIDE, "model.safetensors"]
+    assert hub.downloaded() == sorted(expected)
+    merged = adapted.merge_and_unload().state_dict()
+    for name, tensor in safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [NAME, f"{NAME}@main"])

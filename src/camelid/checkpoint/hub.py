@@ -7,19 +7,17 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from camelid.checkpoint.opened import COMPANIONS
 from camelid.errors import UserError
 
 NAME = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(@(?P<revision>\S+))?")
-BESIDE = """
-    generation_config.json tokenizer* special_tokens_map.json added_tokens.json vocab.json merges.txt
-    chat_template* preprocessor_config.json LICEN[SC]E* NOTICE* USE_POLICY* README*
-""".split()
 FORMS = ("model.safetensors", "pytorch_model.bin")
 """of the weights, the preferred one first; each is one file, or shards that an index names"""
+ADAPTER, ADAPTER_FORMS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def find(path: str | Path, look: Callable[[Path], object] = lambda folder: None) -> Path:
-    """The folder of a checkpoint; what is no local path is a Hub name, `org/name` or `org/name@revision`.
+    """The folder of a checkpoint, or of an adapter; what is no path is a Hub name, `org/name` or `org/name@revision`.
 
     `look` sees a folder before its weights are downloaded, and raises UserError where they would be of no use.
     """
@@ -31,22 +29,22 @@ def find(path: str | Path, look: Callable[[Path], object] = lambda folder: None)
                 f"{folder} does not exist", "Give a checkpoint's folder, or a name on the Hugging Face Hub."
             )
         folder = _download(name["repo"], name["revision"], look)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER)):
         raise UserError(f"{path} has no config.json", "Give the folder or the Hub name of a Hugging Face checkpoint.")
     return folder
 
 
 def _download(repo: str, revision: str | None, look: Callable[[Path], object]) -> Path:
     """The snapshot of a repository, with one form of the weights; they come last, so that what has them is whole."""
-    folder = _snapshot(repo, revision, BESIDE, quiet=True)
+    folder = _snapshot(repo, revision, COMPANIONS, quiet=True)
+    commit = folder.name  # what comes next belongs to it, even if the branch moves on
+    if (folder / ADAPTER).is_file():
+        _first_of(ADAPTER_FORMS, folder, repo, commit)
     if not (folder / "config.json").is_file():
         return folder
     look(folder)
-    commit = folder.name  # what comes next belongs to it, even if the branch moves on
     for form in FORMS:
-        if not (folder / form).is_file():
-            _snapshot(repo, commit, [form])
-        if (folder / form).is_file():
+        if _first_of([form], folder, repo, commit):
             break
         index = f"{form}.index.json"
         _snapshot(repo, commit, [index], quiet=True)
@@ -56,6 +54,16 @@ def _download(repo: str, revision: str | None, look: Callable[[Path], object]) -
         if files:
             break
     return folder
+
+
+def _first_of(names: Iterable[str], folder: Path, repo: str, commit: str) -> bool:
+    """Downloads the first of these files that there is, and says whether there is one."""
+    for name in names:
+        if not (folder / name).is_file():
+            _snapshot(repo, commit, [name])
+        if (folder / name).is_file():
+            return True
+    return False
 
 
 def _shards(index: Path) -> list[str]:
@@ -79,7 +87,7 @@ def _snapshot(repo: str, revision: str | None, wanted: Iterable[str], *, quiet: 
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=["config.json", *wanted],  # the library warns where nothing matches
+                allow_patterns=["config.json", ADAPTER, *wanted],  # the library warns where nothing matches
                 ignore_patterns="*/*",  # the library's * does not stop at a /
                 tqdm_class=Bar,
             )

@@ -1,6 +1,7 @@
 """What every format has in common: a checkpoint that is opened, and a model that is to be written."""
 
-import re
+import fnmatch
+import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -16,10 +17,11 @@ from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 
-COMPANIONS = re.compile(
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template.*|vocab\.json|merges\.txt"
-    r"|generation_config\.json|preprocessor_config\.json|LICEN[SC]E.*|NOTICE.*|USE_POLICY.*|README.*"
-)
+COMPANIONS = """
+    tokenizer* special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template*
+    generation_config.json preprocessor_config.json LICEN[SC]E* NOTICE* USE_POLICY* README*
+""".split()
+"""names, as patterns, of the files that go wherever the weights go"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Checkpoint:
 
 def companions_in(folder: Path) -> list[Path]:
     """The files of a folder that go wherever its weights go."""
-    return sorted(file for file in folder.iterdir() if COMPANIONS.fullmatch(file.name) and file.is_file())
+    names = (name for pattern in COMPANIONS for name in fnmatch.filter(os.listdir(folder), pattern))
+    return sorted(folder / name for name in names if (folder / name).is_file())
 
 
 def copy_companions(companions: Sequence[Path], folder: Path) -> None:
