@@ -10,10 +10,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "camelid"
 # `errors` is for everybody, and so is `camelid.__version__`; the other public names are for users of the package.
 MAY_IMPORT = {
     "errors": "",
-    "parallel": "",
+    "cache": "",
+    "parallel": "cache",
     "text": "",
     "model": "parallel",
-    "data": "text",
+    "data": "text cache",
     "generate": "model parallel",
     "checkpoint": "model parallel",
     "train": "model parallel data.batch checkpoint.native",

@@ -309,6 +309,23 @@ def test_the_histogram_is_a_picture_of_the_bars(store: Path):
     assert not list(Path().glob(".*incomplete"))
 
 
+@pytest.mark.parametrize("count", [3, 30])
+def test_any_number_of_sources_of_any_name_is_drawn(count: int, tokenizer: Path):
+    rows = [{"text": "words " * n} for n in range(1, 9)]
+    train = [{"files": str(write_rows(Path(f"a_$\\of{n}$.jsonl"), rows)), "weight": n} for n in range(1, count + 1)]
+    data = {"train": train, "sequence_length": 8, "batch_size": 4, "cache": "cache"}
+    model = {"preset": "tinyllama_1b"}
+    table = {"run": "run", "tokenizer": str(tokenizer), "model": model, "data": data, "train": {"steps": 5}}
+    recipe = write_recipe_file(table, Path("recipe.toml"))
+    done = called("data", "inspect", recipe, "--rows", 0, "--histogram", "lengths.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    with Image.open("lengths.png") as image:
+        found = {colour: number for number, colour in image.convert("RGB").getcolors(1 << 20) or []}
+    blue, orange = found.get((31, 119, 180), 0), found.get((255, 127, 14), 0)
+    assert blue > 1000
+    assert (orange > 1000) == (count == 3), "colours tell sources apart, as long as there are some"
+
+
 def test_what_cannot_be_inspected_is_refused(store: Path, tokenizer: Path):
     Path("recipe.toml").write_text("run = 5")
     for words, about in {
@@ -384,10 +401,48 @@ def test_a_recipe_is_told_in_json(recipe: Path):
 def test_a_recipe_is_shown(recipe: Path):
     done = called("data", "inspect", recipe, "--rows", 2)
     assert (done.returncode, done.stderr) == (0, "")
-    for line in ("best_fit, rows of 300", "steps 0 to 256", "steps 256 to 300", "all 300 steps", "*.json, validation"):
+    for line in ("best_fit, rows of 300", "steps 0 to 256", "steps 256 to 300", "all 300 steps", "2 held out "):
         assert line in done.stdout, done.stdout
     assert done.stdout.count("─ row ") == 2
     assert "⟦" in done.stdout
+
+
+def test_a_recipe_says_what_its_sources_are_and_where_they_were_prepared_to(recipe: Path, assets: Path):
+    shown = called("data", "inspect", recipe, "--rows", 0).stdout
+    for number, (source, name) in enumerate(zip(inspected(recipe)["sources"], ("*.txt", "*.json"), strict=True), 1):
+        assert shown.count(f"\n{number} {name} ") == 5, "counts, packing, two stages, and both together"
+        assert Path(source["store"]).parent == Path("cache").absolute()
+        assert f"source {number}: {source['name']}\n  prepared in {source['store']}\n" in shown
+    assert shown.count("prepared in") == 2
+
+
+def test_validation_of_its_own_is_named_beside_the_sources(table: dict[str, Any], stories: Path):
+    Path("letter.txt").write_text("dear")
+    write_rows(Path("rows.jsonl"), [{"text": f"row {n}"} for n in range(9)])
+    held = write_rows(Path("held.jsonl"), [{"text": "held"}])
+    prepared(held, "--tokenizer", stories, "--out", "store")
+    data = {"train": ["rows.jsonl"], "validation": [{"files": "store", "kind": "tokens"}, "letter.txt"]}
+    data |= {"sequence_length": 4, "batch_size": 4, "cache": "cache"}
+    recipe = write_recipe_file(table | {"data": data}, Path("recipe.toml"))
+    shown = called("data", "inspect", recipe, "--rows", 0).stdout
+    assert "source 1: rows.jsonl\n  prepared in " in shown
+    assert "validation v1: letter.txt\n  prepared in " in shown
+    assert "validation v2: store\n\n" in shown
+    assert "\nv2 store " in shown
+
+
+def test_tables_of_long_names_fit_80_columns(table: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    rows = [{"text": "word " * n} for n in range(3, 60)]
+    files = [str(write_rows(Path(f"{name * 30}.jsonl"), rows)) for name in "ab"]
+    data = table["data"] | {"train": [{"files": files, "weight": 1}, *table["data"]["train"][1:]], "overlong": "split"}
+    plain = write_recipe_file(table | {"data": data | {"sequence_length": 8}}, Path("plain.toml"))
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = called("data", "inspect", plain, "--rows", 0).stdout
+    assert f"source 1: {files[0]}, {files[1]}\n" in shown
+    tables = [line for line in shown.splitlines() if line.startswith("1 ")]
+    assert len(tables) == 7
+    assert all(line.startswith(("1 aaaaaa... and 1 more ", "1 held out ")) and len(line) <= 80 for line in tables)
+    assert "rows without loss of source 2 *.json: " in shown
 
 
 def test_sources_without_weights_are_one(table: dict[str, Any]):
@@ -396,6 +451,7 @@ def test_sources_without_weights_are_one(table: dict[str, Any]):
     recipe = write_recipe_file(table | {"data": data | {"train": sources}}, Path("plain.toml"))
     told = inspected(recipe, "--rows", 0)
     (source,) = told["sources"]
+    assert source["name"] == ", ".join(source["files"])
     assert len(source["files"]) == 2
     assert [stage["asked"] for stage in told["stages"]] == [[1.0]]
     assert told["shown"] == []

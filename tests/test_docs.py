@@ -1,8 +1,8 @@
 """The documentation keeps its word: its commands run, its links lead somewhere, its subcommands exist.
 
-A block with `<!-- run -->` on the line above it is run, and one that is not says why: `<!-- not run: reason -->`. All such
-blocks of one document are one story, told in one empty folder by one shell; lines that start with "$ " are the commands,
-with what they read up to the end of a here-document, the others are what they print.
+A block with `<!-- run -->` on the line above it is run; one that is not says why: `<!-- not run: reason -->`. All blocks of
+one document are one story, told in one empty folder by one shell. Lines that start with "$ " are the commands, with what
+they read up to the end of a here-document; the others are what they print.
 """
 
 import os

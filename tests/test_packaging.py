@@ -16,7 +16,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Where the name that is imported is not the name that is installed.
 DISTRIBUTIONS = {
-    "absl": "absl-py",
     "google": "protobuf",
     "jaxlib": "jax",
     "mlflow": "mlflow-skinny",

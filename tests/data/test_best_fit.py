@@ -1,3 +1,5 @@
+import errno
+import os
 import random
 import time
 import tracemalloc
@@ -8,6 +10,7 @@ import pytest
 
 from camelid.data import best_fit
 from camelid.data.best_fit import fill, open_plan
+from camelid.errors import UserError
 
 
 def obvious_rooms(lengths: list[int], size: int) -> list[int]:
@@ -71,3 +74,30 @@ def test_a_plan_that_was_not_finished_is_made_again(tmp_path: Path):
     (left / "rows.bin").write_bytes(b"half")
     assert plan(tmp_path / "p", np.array([5, 3, 2]), 4).counts["rows"] == 2
     assert not left.exists()
+
+
+@pytest.mark.parametrize("damage", ["a file is cut", "a file is gone", "what it says is cut", "it says something else"])
+def test_a_plan_that_was_damaged_is_made_again(tmp_path: Path, damage: str):
+    lengths = np.random.default_rng(0).integers(1, 60, 500)
+    made = plan(tmp_path / "whole", lengths, 16)
+    plan(tmp_path / "p", lengths, 16)
+    starts, manifest = tmp_path / "p" / "starts.bin", tmp_path / "p" / "plan.json"
+    if damage == "a file is cut":
+        starts.write_bytes(starts.read_bytes()[:-8])
+    elif damage == "a file is gone":
+        starts.unlink()
+    else:
+        manifest.write_text("{" if damage == "what it says is cut" else "[]")
+    again = plan(tmp_path / "p", lengths, 16)
+    for name in ("rows", "starts", "lengths"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(made, name))
+
+
+def test_a_disk_that_is_full_is_an_error_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"p cannot be written: .*No space left"):
+        plan(tmp_path / "p", np.array([5, 3, 2]), 4)
+    assert not (tmp_path / "p").exists()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import camelid
 from camelid.data.config import DataConfig, Source, Stage
 from camelid.errors import UserError
 
@@ -29,6 +30,7 @@ GOOD = {"train": (SOURCE,), "sequence_length": 8, "batch_size": 2}
         ({"overlong": "drop"}, "overlong = 'drop' has no meaning for packing = 'stream'"),
         ({"train": (SOURCE, replace(SOURCE, weight=1.0))}, "some sources have a weight and some have none"),
         ({"train": (replace(SOURCE, weight=0.0),)}, r"weights \[0\.0\]"),
+        ({"train": (replace(SOURCE, weight=1e308),) * 2}, r"weights \[1e\+308, 1e\+308\]"),
         ({"stages": (Stage(first_step=5, weights=(1.0, 1.0)),)}, "from step 5 has 2 weights for 1 sources"),
         ({"stages": (Stage(first_step=5, weights=(1.0,)),) * 2}, r"stages begin at steps \[5, 5\]"),
     ],
@@ -39,7 +41,19 @@ def test_an_impossible_configuration_is_refused(change: dict, message: str):
         DataConfig(**GOOD | change)
 
 
+@pytest.mark.parametrize("weight", [-3.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_named(weight: float):
+    with pytest.raises(UserError, match=f"^weight = {weight}\n"):
+        Source(files=("a.txt",), weight=weight)
+
+
+@pytest.mark.parametrize("weights", [(-1.0, 2.0), (0.0, 0.0), (float("nan"), 1.0), (float("inf"), 1.0)])
+def test_weights_of_a_stage_that_are_none_are_named(weights: tuple[float, ...]):
+    with pytest.raises(UserError, match=r"weights \[.*, .*\]"):
+        Stage(first_step=5, weights=weights)
+
+
 def test_declaring_a_configuration_loads_no_numpy():
     code = "import sys, camelid.data.config; sys.exit('numpy' in sys.modules)"
-    source = str(Path(__file__).parents[2] / "src")
+    source = str(Path(camelid.__file__).parents[1])
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": source}, check=False).returncode == 0

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
@@ -15,9 +17,10 @@ from string import ascii_lowercase
 import numpy as np
 import pytest
 
+import camelid
 from camelid.data.batch import Batch
 from camelid.data.config import DataConfig, Source, Stage
-from camelid.data.loader import Loader, cache_folder, open_stores, prefetched
+from camelid.data.loader import Loader, data_cache, open_stores, prefetched
 from camelid.data.prepare import prepare
 from camelid.data.store import VALIDATION
 from camelid.errors import UserError
@@ -244,6 +247,9 @@ def test_too_little_text_is_refused(config: DataConfig, tokenizer: Tokenizer):
         Loader(config, tokenizer)
     for packing in ("best_fit", "none"):
         assert Loader(replace(config, packing=packing), tokenizer).num_rows == 1
+    for packing in ("best_fit", "none"):
+        with pytest.raises(UserError, match=r"every document of the train text is longer than a row of 3\n.*overlong"):
+            Loader(replace(config, packing=packing, overlong="drop", sequence_length=3), tokenizer)
     write_documents("a.jsonl", list("abcdefghijk"))
     bare = (replace(A[0], add_bos=False, add_eos=False),)
     for packing in ("stream", "best_fit", "none"):
@@ -271,7 +277,7 @@ def test_a_source_is_prepared_once_and_again_when_it_changes(config: DataConfig,
     assert not seen
     write_documents("a.jsonl", ["another"] * 3)
     assert texts(load()) == [b"another"] * 3
-    assert len(list((cache_folder(config)).iterdir())) == 2
+    assert len(list(data_cache(config).iterdir())) == 2
 
 
 def test_the_cache_is_where_the_recipe_or_the_user_says(config: DataConfig, tokenizer: Tokenizer, monkeypatch):
@@ -397,7 +403,7 @@ def test_batches_are_the_same_for_any_number_of_processes_and_when_others_go_on(
             assert_equal(joined(*parts), expected[step])
 
 
-@pytest.mark.parametrize(("workers", "first", "start"), [(1, 0, 0), (4, 100, 0), (2, 190, 5)])
+@pytest.mark.parametrize(("workers", "first", "start"), [(1, 0, 0), (4, 0, 0), (4, 100, 4), (2, 190, 5)])
 def test_batches_are_the_same_for_any_number_of_workers(
     tokenizer: Tokenizer, expected: list[Batch], workers: int, first: int, start: int
 ):
@@ -494,53 +500,105 @@ def test_closing_ends_the_processes(config: DataConfig, tokenizer: Tokenizer):
     assert not workers_of(os.getpid())
 
 
+@pytest.fixture
+def large(config: DataConfig) -> DataConfig:
+    """Batches that no pipe takes: a process is always in the midst of sending one."""
+    write_documents("a.jsonl", ["large" * 2**15])
+    return replace(config, sequence_length=2**12)
+
+
+def test_a_process_that_was_killed_is_an_error_and_no_wait(large: DataConfig, tokenizer: Tokenizer):
+    batches = prefetched(Loader(large, tokenizer), 0, 1000, workers=1)
+    next(batches)
+    (worker,) = workers_of(os.getpid())
+    time.sleep(1)  # until it waits for its reader, in the midst of a batch
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"makes batches ended by itself \(code -9\)"):
+        list(batches)
+
+
+def test_a_failure_in_a_process_reaches_the_reader_at_its_step(config: DataConfig, tokenizer: Tokenizer):
+    loader = Watched(config, tokenizer)
+    loader.failing = 2
+    batches = prefetched(loader, 0, 9, workers=1)
+    for step in range(2):
+        assert_equal(next(batches), loader.batch(step))
+    with pytest.raises(UserError, match="no such row"):
+        next(batches)
+    assert not workers_of(os.getpid())
+
+
 COMMAND = """
-import signal, sys, threading
+import signal, sys
 from camelid.data.config import DataConfig, Source
 from camelid.data.loader import Loader, prefetched
 from camelid.text.tokenizer import load_tokenizer
 
 if __name__ == "__main__":
-    asked = threading.Event()
-    signal.signal(signal.SIGINT, lambda *about: asked.set())
-    config = DataConfig(train=(Source(files=("a.jsonl",)),), sequence_length=8, batch_size=4, workers=2)
-    for batch in prefetched(Loader(config, load_tokenizer(sys.argv[1])), 0, 10**9):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *about: None)
+    config = DataConfig(train=(Source(files=("a.jsonl",)),), sequence_length=2**12, batch_size=4, workers=2)
+    batches = prefetched(Loader(config, load_tokenizer(sys.argv[1])), 0, 10**9)
+    for asked in sys.stdin:
+        next(batches)
         print("batch", flush=True)
-        asked.wait(60)
-        asked.clear()
 """
 
 
-def test_processes_leave_ctrl_c_to_their_parent_and_end_with_it(config: DataConfig, tokenizer: Tokenizer):
+@contextlib.contextmanager
+def command(tokenizer: Tokenizer) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
+    """A process that reads as many batches as it is asked for, and the function that asks."""
     Path("command.py").write_text(COMMAND)
     process = subprocess.Popen(
         [sys.executable, "command.py", str(tokenizer.files[0].parent)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+        env=os.environ | {"PYTHONPATH": str(Path(camelid.__file__).parents[1])},
+        stdin=-1,
         stdout=-1,
         stderr=-1,
         text=True,
         process_group=0,
     )
+    assert process.stdin is not None
     assert process.stdout is not None
-    workers: list[int] = []
+    into, out = process.stdin, process.stdout
+
+    def ask() -> str:
+        into.write("\n")
+        into.flush()
+        return out.readline()
+
     try:
-        begun = process.stdout.readline()
-        workers = workers_of(process.pid)
-        os.killpg(process.pid, signal.SIGINT)
-        # Enough that each process makes one that it had not made before.
-        for _ in range(9):
-            begun += process.stdout.readline()
-            os.killpg(process.pid, signal.SIGINT)
+        yield process, ask
     finally:
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 20
-        while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-        _, err = process.communicate()
-    assert begun == "batch\n" * 10, err
+
+
+def test_processes_leave_signals_to_their_parent_and_end_with_it(large: DataConfig, tokenizer: Tokenizer):
+    with command(tokenizer) as (process, ask):
+        answers = [ask()]
+        workers = workers_of(process.pid)
+        # Enough that each process makes one that it had not made before.
+        for n in range(12):
+            os.killpg(process.pid, signal.SIGTERM if n % 2 else signal.SIGINT)
+            answers.append(ask())
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    _, err = process.communicate()
+    assert answers == ["batch\n"] * 13, err
     assert "KeyboardInterrupt" not in err
     assert len(workers) == 2
     assert not left, "they should end with their parent"
+
+
+def test_a_program_may_end_in_the_midst_of_its_batches(large: DataConfig, tokenizer: Tokenizer):
+    with command(tokenizer) as (process, ask):
+        ask()
+        workers = workers_of(process.pid)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert len(workers) == 2
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]

@@ -140,6 +140,19 @@ def test_two_faults_may_outweigh_each_other(tokenizer: Tokenizer):
     assert not sample.learnt[-len(unanswered) - 1 :].any()
 
 
+def test_only_tokens_within_the_row_are_counted(tokenizer: Tokenizer):
+    # Its last round is zeros, which do not count, and the EOS that the row has no room for.
+    answered = qa_text(row("a", "b"))
+    end = len(answered) - len("</s>") + 2
+    text = answered + "\0" * 3
+    (whole,) = qa_samples([text], tokenizer, end + 3)
+    assert len(whole.tokens) == end + 4
+    assert whole.lost
+    (cut,) = qa_samples([text], tokenizer, end + 2)
+    assert not cut.lost
+    assert cut.learnt.any()
+
+
 def test_a_sample_that_reaches_beyond_the_row_is_cut_and_kept(tokenizer: Tokenizer):
     text = qa_text(row("a", "bcdef"))
     length = len(text) - len("</s>") + 2

@@ -1,4 +1,5 @@
 import itertools
+import os
 import pickle
 import random
 from pathlib import Path
@@ -230,6 +231,14 @@ def test_a_plan_is_made_once_and_for_its_store_alone(tmp_path: Path):
     made.rename(tmp_path / "t" / "plans" / made.name)
     assert Packing(other, 2, "best_fit").num_rows == 2
     assert not list((tmp_path / "t" / "plans").glob(".*"))
+
+
+def test_the_plan_of_a_store_that_cannot_be_written_lies_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = write_store(tmp_path / "s", [[1, 2, 3], [4, 5]])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert Packing(store, 2, "best_fit", cache=tmp_path / "cache").num_rows == 2
+    assert not (store.folder / "plans").exists()
+    assert (tmp_path / "cache" / "plans" / store.fingerprint[:32] / "best_fit-2-split" / "plan.json").is_file()
 
 
 def test_a_copy_of_a_packing_maps_the_same_plan(pack):

@@ -1,10 +1,16 @@
+import dataclasses
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -12,17 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+import camelid
 from camelid.data import lines, parts
 from camelid.data import prepare as preparing
 from camelid.data.config import Source
+from camelid.data.formats import Record
 from camelid.data.prepare import prepare
-from camelid.data.store import MANIFEST, VALIDATION, Store
+from camelid.data.store import MANIFEST, VALIDATION, Store, locked
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from data.stores import documents_of, write_store
 from text.tiny import BOS, EOS, save_byte_tokenizer
 
-SOURCE_ROOT = str(Path(__file__).parents[2] / "src")
+SOURCE_ROOT = str(Path(camelid.__file__).parents[1])
 
 
 def write_documents(name: str, count: int, length: int = 20) -> list[str]:
@@ -92,6 +100,10 @@ def test_a_changed_source_is_noticed(tokenizer: Tokenizer, sources):
     Path("b.jsonl").write_text(text.replace("a", "b", 1))
     with pytest.raises(UserError, match=r"store was prepared before, and .*b\.jsonl has changed\nAllow --overwrite"):
         prepare(sources, tokenizer, Path("store"))
+    Path("store/diary.txt").write_text("dear")
+    with pytest.raises(UserError, match=r"store holds diary\.txt beside its store"):
+        prepare(sources, tokenizer, Path("store"), overwrite=True)
+    Path("store/diary.txt").unlink()
     store = prepare(sources, tokenizer, Path("store"), overwrite=True)
     assert documents_of(store)[201:] == [
         [*json.loads(line)["text"].encode(), EOS] for line in Path("b.jsonl").read_text().splitlines()
@@ -103,6 +115,7 @@ def test_other_options_and_files_are_named(tokenizer: Tokenizer, sources):
     prepare(sources, tokenizer, store)
     changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"sources": sources[:1]}, "sources was"),
+        ({"sources": (sources[0], dataclasses.replace(sources[1], add_bos=True))}, "add_bos was False, and is True"),
         ({"tokenizer": load_tokenizer(save_byte_tokenizer(Path("other"), adds_bos=False))}, "tokenizer was"),
         ({"validation_fraction": 0.5}, r"validation_fraction was 0\.0, and is 0\.5 now"),
     )
@@ -124,6 +137,42 @@ def test_weights_of_a_mixture_do_not_change_a_store(tokenizer: Tokenizer):
     write_documents("a.jsonl", 3)
     prepare([Source(files=("a.jsonl",), weight=1.0)], tokenizer, Path("store"))
     prepare([Source(files=("a.jsonl",), weight=3.0)], tokenizer, Path("store"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("tokens.bin", lambda path: path.unlink(), "is missing"),
+        (MANIFEST, lambda path: path.write_text('{"format": "camelid store"}'), "store of version None"),
+        (
+            MANIFEST,
+            lambda path: path.write_text(path.read_text().replace('"mtime_ns"', '"t"')),
+            "does not say from what",
+        ),
+    ],
+)
+def test_a_damaged_store_is_named_and_replaced(
+    tokenizer: Tokenizer, sources, name: str, change: Callable[[Path], Any], problem: str
+):
+    prepare(sources, tokenizer, Path("store"))
+    whole = contents(Path("store"))
+    change(Path("store") / name)
+    with pytest.raises(UserError, match=problem):
+        prepare(sources, tokenizer, Path("store"))
+    prepare(sources, tokenizer, Path("store"), overwrite=True)
+    assert contents(Path("store")) == whole
+
+
+def test_a_link_stays_one_and_a_disk_is_refused(tokenizer: Tokenizer, sources, monkeypatch: pytest.MonkeyPatch):
+    Path("large").mkdir()
+    Path("store").symlink_to("large")
+    prepare(sources, tokenizer, Path("store"))
+    assert Path("store").is_symlink()
+    assert Store.open("large").num_documents == 301
+    Path("disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(UserError, match=r"disk is a disk.*\nChoose .*disk/store"):
+        prepare(sources, tokenizer, Path("disk"))
 
 
 def test_a_folder_of_something_else_is_left_alone(tokenizer: Tokenizer, sources):
@@ -148,6 +197,89 @@ def test_a_file_that_is_written_meanwhile_is_refused(tokenizer: Tokenizer, sourc
     assert not Path("store").exists()
 
 
+def test_an_error_does_not_wait_for_the_hashes_of_all_files(
+    tokenizer: Tokenizer, sources, monkeypatch: pytest.MonkeyPatch
+):
+    ends: list[bool] = []
+
+    def hash_slowly(path: Path, stopped: Callable[[], bool]) -> str:
+        deadline = time.monotonic() + 10
+        while not stopped() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ends.append(stopped())
+        return ""
+
+    monkeypatch.setattr(preparing, "hash_file", hash_slowly)
+    Path("a.jsonl").write_text("broken")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: no JSON"):
+        prepare(sources, tokenizer, Path("store"))
+    assert ends == [True] * 3
+    assert not Path(".store.incomplete").exists(), "there was nothing to go on from"
+
+
+def test_a_tokenizer_that_changed_after_it_was_loaded_is_named(sources):
+    folder = save_byte_tokenizer(Path("own"))
+    tokenizer = load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"tokenizer\.json has changed since it was loaded"):
+            prepare(sources, tokenizer, Path("store"), workers=workers)
+
+
+def test_a_process_keeps_few_files_open(tokenizer: Tokenizer):
+    write_documents("a.jsonl", 2000)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, limits[1]))
+    try:
+        store = prepare([Source(files=("a.jsonl",))], tokenizer, Path("store"), validation_fraction=0.1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert store.num_documents == 1800
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_disk_does_not_take_is_an_error_and_the_next_run_goes_on(tokenizer: Tokenizer, workers: int):
+    write_documents("a.jsonl", 200)
+    Path("b.txt").write_text("x" * 50_000)
+    source = [Source(files=("a.jsonl", "b.txt"))]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"store.* cannot be written: .*File too large"):
+            prepare(source, tokenizer, Path("store"), workers=workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    begun = Path().glob(".store.incomplete/parts-*/.0*")
+    seen: list[tuple[int, int]] = []
+    store = prepare(
+        source, tokenizer, Path("store"), progress=lambda done, total: seen.append((done, len(list(begun))))
+    )
+    assert seen[0] == (Path("a.jsonl").stat().st_size, 0), "parts are kept, and what was begun of one takes no room"
+    assert store.num_documents == 201
+
+
+def test_who_waited_for_another_store_leaves_nothing(tokenizer: Tokenizer, sources, monkeypatch: pytest.MonkeyPatch):
+    prepare(sources[:1], tokenizer, Path("other"))
+    work = Path(".store.incomplete").absolute()
+    asked = threading.Event()
+    existing = preparing._existing
+
+    def ask(*arguments: Any) -> Store | None:
+        found = existing(*arguments)
+        asked.set()
+        return found
+
+    monkeypatch.setattr(preparing, "_existing", ask)
+    with ThreadPoolExecutor(1) as pool:
+        with locked(work):
+            waiting = pool.submit(prepare, sources, tokenizer, Path("store"))
+            assert asked.wait(30)
+            Path("other").rename("store")
+        with pytest.raises(UserError, match="store was prepared before, and sources was"):
+            waiting.result()
+    assert not work.exists()
+
+
 def test_progress_counts_the_bytes_of_the_sources(tokenizer: Tokenizer, sources):
     seen: list[tuple[int, int]] = []
     prepare(sources, tokenizer, Path("store"), workers=2, progress=lambda *now: seen.append(now))
@@ -169,6 +301,8 @@ from camelid.data.config import Source
 from camelid.data.prepare import prepare
 from camelid.text.tokenizer import load_tokenizer
 
+if "stuck" in sys.argv:
+    parts._batches = lambda records: time.sleep(30)
 if __name__ == "__main__":
     lines.BLOCK = 1000
     def progress(done, total):
@@ -206,6 +340,13 @@ def gone(pid: int) -> bool:
         return True
 
 
+def until(true: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_begun_again_gives_the_same_store(tokenizer: Tokenizer, workers: int):
     write_documents("a.jsonl", 300)
@@ -231,6 +372,20 @@ def test_killed_and_begun_again_gives_the_same_store(tokenizer: Tokenizer, worke
     assert not Path(".store.incomplete").exists()
 
 
+def test_parts_of_other_chunks_are_of_no_use(tokenizer: Tokenizer, sources, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(sources, tokenizer, Path("store"), progress=interrupt)
+    assert list(Path().glob(".store.incomplete/parts-*/0*"))
+    monkeypatch.setattr(lines, "BLOCK", 1500)  # as another version of camelid may have it
+    prepare(sources, tokenizer, Path("store"))
+    prepare(sources, tokenizer, Path("whole"))
+    assert contents(Path("store")) == contents(Path("whole"))
+
+
 def test_what_was_left_of_other_files_is_of_no_use(tokenizer: Tokenizer):
     write_documents("a.jsonl", 300)
     process = start(tokenizer, 0, "slow")
@@ -245,19 +400,50 @@ def test_what_was_left_of_other_files_is_of_no_use(tokenizer: Tokenizer):
     assert Store.open("store").num_documents + Store.open(Path("store") / VALIDATION).num_documents == 299
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_workers_end_with_their_parent(tokenizer: Tokenizer, number: signal.Signals):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent_in_the_midst_of_a_part(tokenizer: Tokenizer, number: signal.Signals):
     write_documents("a.jsonl", 300)
-    process = start(tokenizer, 2, "slow")
-    until_a_third(process)
+    process = start(tokenizer, 2, "stuck")
+    until(lambda: len(list(Path().glob(".store.incomplete/parts-*/.0*"))) == 2)
     workers = [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     process.send_signal(number)
+    process.wait(30)
+    until(lambda: all(map(gone, workers)), seconds=8)
     process.communicate()
-    deadline = time.monotonic() + 20
-    while not all(map(gone, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert all(map(gone, workers))
+    assert not Path("store").exists()
+
+
+def test_a_worker_that_was_killed_is_named(tokenizer: Tokenizer):
+    write_documents("a.jsonl", 300)
+    process = start(tokenizer, 2, "stuck")
+    until(lambda: len(list(Path().glob(".store.incomplete/parts-*/.0*"))) == 2)
+    worker = next(pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert "UserError: a process that prepares data ended by itself (code -9)" in err
+    assert process.returncode == 1
+
+
+def test_what_is_left_by_a_process_that_was_killed_at_its_end_goes(
+    tokenizer: Tokenizer, sources, monkeypatch: pytest.MonkeyPatch
+):
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if path.name == ".store.incomplete":
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(sources, tokenizer, Path("store"))
+    whole = contents(Path("store"))
+    assert list(Path(".store.incomplete").glob("parts-*/0*"))
+    prepare(sources, tokenizer, Path("store"))
+    assert contents(Path("store")) == whole
+    assert not Path(".store.incomplete").exists()
 
 
 def test_a_script_without_a_guard_is_told_so(tokenizer: Tokenizer):
@@ -275,6 +461,14 @@ def test_an_error_in_a_worker_is_the_users(tokenizer: Tokenizer):
     for workers in (0, 2):
         with pytest.raises(UserError, match=r"a\.jsonl, line 101: no JSON"):
             prepare([Source(files=("a.jsonl",))], tokenizer, Path("store"), workers=workers)
+
+
+def test_few_tokens_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parts, "CHARACTERS_AT_ONCE", 10)
+    ids = np.arange(5, dtype=np.int32)
+    for value in ("x" * 5, ids, (ids, ids * 1.0), {"a": "xx", "b": ["xxx", 1]}):
+        sizes = [len(batch) for batch in parts._batches([Record(value, "")] * 6)]
+        assert sizes == ([1] * 6 if isinstance(value, tuple) else [2, 2, 2])
 
 
 # --- what is left out
@@ -337,6 +531,18 @@ def test_a_share_of_the_documents_is_held_out(tokenizer: Tokenizer, monkeypatch,
     if held == 40:
         places = [order[tuple(document)] for document in held_out]
         assert max(np.diff(places)) > 8, "they should be drawn, not counted off"
+
+
+def test_a_pair_of_a_preference_is_held_out_together(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    rows = [{"prompt": f"ask {n:02}", "chosen": "yes", "rejected": "no"} for n in range(50)]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(preparing, "TOKENS_AT_ONCE", 100)
+    source = Source(files=("a.jsonl",), kind="preference", template="vicuna_v1.1")
+    kept, held_out = split(prepare([source], tokenizer, Path("s"), validation_fraction=0.2))
+    assert (len(kept), len(held_out)) == (80, 20)
+    for documents in (kept, held_out):
+        asked = [bytes(token for token in document if token < 256).partition(b"ask ")[2][:2] for document in documents]
+        assert asked[::2] == asked[1::2]
 
 
 def test_another_seed_holds_out_others(tokenizer: Tokenizer):

@@ -3,6 +3,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from camelid.data import report
 from camelid.data.config import DataConfig, Source, Stage
 from camelid.data.loader import Loader
 from camelid.data.packing import Packing
+from camelid.data.prepare import prepare
 from camelid.data.store import VALIDATION, Store
 from camelid.text.tokenizer import Tokenizer
 from data.stores import write_store
@@ -103,11 +105,13 @@ def test_a_first_token_has_no_loss_whatever_its_weight(tmp_path: Path):
     assert (told["with_loss"], told["documents_without_loss"]) == (0, {"count": 2, "first": [0, 1]})
 
 
-def test_in_plain_text_only_single_tokens_have_no_loss(tmp_path: Path):
-    store = of_lengths(tmp_path / "store", [3, 1, 2, 1])
+@pytest.mark.parametrize("block", [1, 3, 2**20])
+def test_in_plain_text_only_single_tokens_have_no_loss(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(report, "BLOCK", block)
+    store = of_lengths(tmp_path / "store", [3, 1, 2, 1, 1, 1, 5, 1, 1])
     assert store.codes is None
     told = report.of_store(store)
-    assert (told["with_loss"], told["documents_without_loss"]) == (3, {"count": 2, "first": [1, 3]})
+    assert (told["with_loss"], told["documents_without_loss"]) == (7, {"count": 6, "first": [1, 3, 4, 5, 7]})
 
 
 def test_what_was_held_out_is_told(tmp_path: Path):
@@ -180,6 +184,22 @@ def test_shares_and_repeats_are_those_of_the_rows_that_training_takes(loader: Lo
     assert told["rows"] == num_rows.sum()
     assert [Path(source["name"]).name for source in told["sources"]] == ["a", "b", "c"]
     assert seen[-1] == (num_rows[:2].sum(), num_rows.sum()), "the third needs no look"
+
+
+def test_sources_that_are_stores_have_their_names(tokenizer: Tokenizer, tmp_path: Path):
+    Path("rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    text = Source(files=("rows.jsonl",))
+    prepare([text], tokenizer, tmp_path / "mine", validation_fraction=0.3)
+    mine = Source(files=(str(tmp_path / "mine"),), kind="tokens")
+
+    def names(split: Literal["train", "validation"], *train: Source, **how: Any) -> list[str]:
+        config = DataConfig(train=train, sequence_length=2, batch_size=2, cache="cache", **how)
+        return [source["name"] for source in report.of_loader(Loader(config, tokenizer, split))["sources"]]
+
+    assert names("train", text) == names("validation", text, validation_fraction=0.3) == ["rows.jsonl"]
+    assert names("train", mine, validation_fraction=0.3) == [str(tmp_path / "mine")]
+    assert names("validation", mine, validation_fraction=0.3) == [str(tmp_path / "mine" / VALIDATION)]
+    assert names("validation", text, validation=(mine,)) == [str(tmp_path / "mine")]
 
 
 def test_the_rows_shown_are_the_first_of_the_training(loader: Loader, tokenizer: Tokenizer):

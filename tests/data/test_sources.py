@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -120,6 +121,16 @@ def test_bytes_that_are_no_text_are_named_by_line(content: bytes, message: str, 
         read("a.txt", split=split)
 
 
+def test_blank_lines_before_the_first_document_are_no_part_of_it(monkeypatch: pytest.MonkeyPatch):
+    Path("a.txt").write_bytes(b" \t\r\n  one\n \ntwo")
+    for size in (2**22, 1):
+        small_blocks(monkeypatch, size)
+        assert records("a.txt", split="blank_line") == [
+            Record("  one", "a.txt, line 2"),
+            Record("two", "a.txt, line 4"),
+        ]
+
+
 # JSON -----------------------------------------------------------------------------------
 
 
@@ -146,6 +157,14 @@ def test_zstandard_is_read_in_frames(monkeypatch: pytest.MonkeyPatch):
     Path("a.jsonl.zst").write_bytes(packed[0] + b"no frame")
     with pytest.raises(UserError, match=r"a\.jsonl\.zst cannot be read"):
         read("a.jsonl.zst")
+
+
+def test_zstandard_of_the_longest_window_is_read():
+    library = pytest.importorskip("zstandard", reason="needs the extra `data`")
+    parameters = library.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    packer = library.ZstdCompressor(compression_params=parameters).compressobj()
+    Path("a.txt.zst").write_bytes(packer.compress(b"x") + packer.flush())
+    assert read("a.txt.zst") == ["x"]
 
 
 @pytest.mark.parametrize("block", [1, 7, 2**22])
@@ -216,6 +235,7 @@ def test_a_bad_string_anywhere_in_a_row_is_named():
     for line, message in (
         ('{"messages": [{"content": "\\ud83d"}]}', "half a character"),
         ('{"a": {"\\u0000": 1}}', "a NUL character"),
+        ('{"a": ' + "[" * 100 + "]" * 100 + "}", "lists and objects in one another, more than 100 deep"),
     ):
         write_lines("a.jsonl", line)
         with pytest.raises(UserError, match=rf"a\.jsonl, line 1: {message}"):
@@ -225,14 +245,20 @@ def test_a_bad_string_anywhere_in_a_row_is_named():
 # Tables ---------------------------------------------------------------------------------
 
 
-def test_parquet_is_read_by_row_groups():
+def test_parquet_is_read_by_row_groups(monkeypatch: pytest.MonkeyPatch):
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `data`")
     from pyarrow import parquet
 
     texts = [f"row {number}" for number in range(2500)]
     parquet.write_table(pyarrow.table({"n": range(2500), "text": texts}), "a.parquet", row_group_size=1200)
     assert read("a.parquet") == texts
-    assert records("a.parquet")[1999] == Record("row 1999", "a.parquet, row 2000")
+    whole = records("a.parquet")
+    assert whole[1999] == Record("row 1999", "a.parquet, row 2000")
+    for size, stops in ((2**22, [3]), (1, [1, 2, 3])):
+        small_blocks(monkeypatch, size)
+        spans = [span for chunk in chunks(Source(files=("a.parquet",))) for span in chunk]
+        assert [span.stop for span in spans] == stops, "a file is opened for every span"
+        assert records("a.parquet") == whole
     assert read("a.parquet", kind="chat")[7] == {"n": 7, "text": "row 7"}
     with pytest.raises(UserError, match=r"a\.parquet: no field 'body', only 'n', 'text'"):
         read("a.parquet", text_key="body")
@@ -254,6 +280,24 @@ def test_parquet_is_read_by_row_groups():
         read("e.parquet")
 
 
+def test_text_of_any_parquet_type_is_read_by_its_name():
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `data`")
+    from pyarrow import parquet
+
+    texts = pyarrow.array(["a", "b", "a"])
+    for column in (texts.dictionary_encode(), texts.cast("large_string")):
+        parquet.write_table(pyarrow.table({"text.x": ["no"] * 3, "text": column}), "a.parquet")
+        assert read("a.parquet") == ["a", "b", "a"]
+    dates = pyarrow.array([1, 2**30], pyarrow.date32())
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "date": dates}), "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet, row 2: no value that Python has"):
+        read("b.parquet", kind="chat")
+    parquet.write_table(pyarrow.table([texts, texts], names=["text", "text"]), "c.parquet")
+    for kind in ("text", "chat"):
+        with pytest.raises(UserError, match=r"c\.parquet has 2 columns of the name 'text'"):
+            read("c.parquet", kind=kind)
+
+
 def test_parquet_without_pyarrow_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     Path("a.parquet").write_bytes(b"PAR1")
@@ -267,6 +311,10 @@ def test_a_data_set_of_hugging_face_is_read_from_its_folder():
     rows = [{"text": f"row {number}", "n": number} for number in range(2500)]
     parts = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:3])}
     datasets.DatasetDict(parts).save_to_disk("d")
+    picture = {"text": "x", "picture": {"bytes": b"none", "path": None}}
+    features = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+    datasets.Dataset.from_list([picture], features=features).save_to_disk("pictures")
+    assert read("pictures", kind="chat") == [picture]
     assert read("d/train") == [row["text"] for row in rows]
     assert read("d/test", kind="chat") == rows[:3]
     assert places("d/test") == [f"d/test, row {number}" for number in (1, 2, 3)]
@@ -308,6 +356,10 @@ def test_ids_of_megatron_are_documents():
         ]
         assert found[0].value.dtype == np.int32
     assert source_files(Source(files=("d/x",), kind="tokens")) == [Path("d/x.bin"), Path("d/x.idx")]
+    write_indexed(Path("d"), [np.array([7])], np.dtype("u2"))  # beside the folder of that name
+    assert [ids.tolist() for ids in read("d", kind="tokens")] == [[7]]
+    write_indexed(Path("nothing"), [np.array([], int)] * 2, np.dtype("u2"))
+    assert read("nothing", kind="tokens") == []
 
 
 def test_a_store_is_a_source_of_its_tokens_and_weights():
@@ -346,6 +398,13 @@ def test_unreadable_rows_are_counted_up_to_a_share():
         UserError, match=r"10 of 20 rows are unreadable, max_unreadable is 0\.4: a\.jsonl, line 1: no field"
     ):
         read("a.jsonl", max_unreadable=0.4)
+
+
+def test_a_share_is_what_is_written_not_what_is_near_it():
+    write_lines("a.jsonl", *["{}"] * 29, *['{"text": "x"}'] * 71)
+    assert len(read("a.jsonl", max_unreadable=0.29)) == 71
+    with pytest.raises(UserError, match="29 of 100 rows are unreadable"):
+        read("a.jsonl", max_unreadable=0.289)
 
 
 def test_a_tally_keeps_the_first_problems(monkeypatch: pytest.MonkeyPatch):
@@ -394,16 +453,15 @@ def test_a_line_of_200_megabytes_is_refused_by_name(name: str):
 
 def test_of_a_large_file_a_few_blocks_are_in_memory(monkeypatch: pytest.MonkeyPatch):
     small_blocks(monkeypatch, 2**16)
-    write_lines("a.jsonl", *[json.dumps({"text": "x" * 10_000})] * 2000)
-    write_lines("a.txt", *["x" * 10_000] * 2000)
-    Path("a.json").write_text(json.dumps([{"text": "x" * 10_000}] * 2000))
+    write_lines("a.jsonl", *[json.dumps({"text": "x" * 10_000})] * 800)
+    write_lines("a.txt", *["x" * 10_000] * 800)
+    Path("a.json").write_text(json.dumps([{"text": "x" * 10_000}] * 800))
     tracemalloc.start()
     for name in ("a.jsonl", "a.txt", "a.json"):
         tracemalloc.reset_peak()
-        split = {"split": "line"} if name == "a.txt" else {}
-        assert sum(1 for _ in read_records(Source(files=(name,), **split))) == 2000
+        assert sum(1 for _ in read_records(Source(files=(name,), split="line"))) == 800
         peak = tracemalloc.get_traced_memory()[1]
-        assert peak < 2**21, name  # of 20 MB
+        assert peak < 2**21, name  # of 8 MB
     tracemalloc.stop()
 
 
@@ -493,6 +551,41 @@ def test_a_pattern_without_files_is_named(tmp_path: Path):
         list_files(["*.txt"])
     with pytest.raises(UserError, match=r"folder matches no file in .*\n.*folder/\*"):
         list_files(["folder"])
+
+
+def test_what_is_no_file_is_named_and_never_skipped(monkeypatch: pytest.MonkeyPatch):
+    Path("a.txt").write_text("x")
+    Path("b.txt").symlink_to("gone")
+    Path("folder.txt").mkdir()
+    with pytest.raises(UserError, match=r"b\.txt is a link to nothing"):
+        list_files(["*.txt"])
+    Path("b.txt").unlink()
+    os.mkfifo("b.txt")
+    for name in ("*.txt", "b.txt"):
+        with pytest.raises(UserError, match=r"b\.txt is no file, but a pipe or a device"):
+            list_files([name])
+    Path("b.txt").unlink()
+    assert list_files(["*.txt"]) == [Path("a.txt")]
+
+    def refused(path: str) -> bool:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os.path, "isfile", refused)
+    with pytest.raises(UserError, match=r"a\.txt cannot be read: .*Permission denied"):
+        list_files(["a.txt"])
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/*.txt", "*/*/*.txt", "a/**/*.txt"])
+def test_a_folder_that_is_closed_is_named_and_never_skipped(pattern: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a/b", "a/closed"):
+        Path(name).mkdir(parents=True)
+        Path(f"{name}/x.txt").write_text("x")
+    Path("a/x.txt").write_text("x")
+    assert list_files([pattern])
+    closed = "a/" if pattern == "*/*.txt" else "a/closed/"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed)
+    with pytest.raises(UserError, match=f"{closed} cannot be looked into"):
+        list_files([pattern])
 
 
 def test_an_unknown_kind_of_file_is_named():

@@ -4,7 +4,9 @@ import os
 import pickle
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +88,8 @@ def test_a_damaged_store_is_named(tmp_path: Path, name: str):
     path.write_bytes(content[:-1])
     with pytest.raises(UserError, match=rf"{name} has {len(content) - 1} bytes, the manifest says {len(content)}"):
         Store.open(tmp_path / "s")
-    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     with pytest.raises(UserError, match=f"{name} is not what was written"):
         Store.open(tmp_path / "s").verify()
     path.unlink()
@@ -103,12 +106,49 @@ def test_a_folder_of_something_else_is_no_store(tmp_path: Path):
             Store.open(tmp_path)
 
 
+def change_manifest(store: Store, change: Callable[[dict[str, Any]], Any]) -> None:
+    change(store.manifest)
+    (store.folder / MANIFEST).write_text(json.dumps(store.manifest))
+
+
 def test_another_version_is_refused(tmp_path: Path):
-    write_store(tmp_path / "s", [[1, 2]])
-    path = tmp_path / "s" / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
-    with pytest.raises(UserError, match="store of version 99"):
-        Store.open(tmp_path / "s")
+    for version in (99, None):
+        store = write_store(tmp_path / f"{version}", [[1, 2]])
+        change_manifest(store, lambda manifest, version=version: manifest.update(version=version))
+        with pytest.raises(UserError, match=f"store of version {version}"):
+            Store.open(store.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda m: m.pop("num_tokens"), "KeyError('num_tokens')"),
+        (lambda m: m.pop("weights"), "KeyError('weights')"),
+        (lambda m: m.update(weights={}), "KeyError('first')"),
+        (lambda m: m.update(weights={"levels": ["much"]}), "could not convert string"),
+        (lambda m: m.update(files=[]), "AttributeError"),
+        (lambda m: m["files"].pop(OFFSETS), "'tokens.bin': 12} bytes"),
+        (lambda m: m["files"].update({"other.bin": {"bytes": 1}}), "'other.bin': 1} bytes"),
+        (lambda m: m.update(num_tokens=4), "not {'tokens.bin': 16"),
+        (lambda m: m.update(num_tokens="3"), "documents of 3 tokens"),
+        (lambda m: m.update(num_documents=-1), "-1 documents"),
+        (lambda m: m.update(vocab_size=100), "not {'tokens.bin': 6"),
+    ],
+)
+def test_a_manifest_that_cannot_be_true_is_named(tmp_path: Path, change: Callable[[dict[str, Any]], Any], problem: str):
+    store = write_store(tmp_path / "s", [[1, 2], [3]])
+    change_manifest(store, change)
+    with pytest.raises(UserError, match=r"manifest\.json says something impossible") as caught:
+        Store.open(store.folder)
+    assert problem in caught.value.problem
+
+
+def test_offsets_end_where_the_tokens_do(tmp_path: Path):
+    store = write_store(tmp_path / "s", [[1, 2], [3]])
+    for offsets in ([0, 2, 4], [1, 2, 3]):
+        np.array(offsets, "<i8").tofile(store.folder / OFFSETS)
+        with pytest.raises(UserError, match=rf"offsets\.bin goes from {offsets[0]} to {offsets[-1]}, not 0 to 3"):
+            Store.open(store.folder)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path):

@@ -33,7 +33,7 @@ def prepare(
     split: Annotated[str, arg(metavar="file|line|blank_line|marker:STRING")] = "file",
     clean: Literal["none", "wikitext"] = "none",
     add_bos: bool | None = None,
-    add_eos: bool = True,
+    add_eos: Annotated[bool, arg(help_behavior_hint="")] = True,
     fields: str | None = None,
     fields_from_example: str | None = None,
     prepend_text: str = "",
@@ -61,7 +61,7 @@ def prepare(
         split: text: the documents of a .txt file
         clean: text: wikitext takes WikiText's tokenization back
         add_bos: whether a document begins with BOS; left out, as the tokenizer does
-        add_eos: whether a document ends with EOS
+        add_eos: documents end without EOS
         fields: fields: what is laid end to end, as in EasyLM
         fields_from_example: fields: instead, the key of a row that holds its fields
         prepend_text: fields: stands before the first field

@@ -6,7 +6,7 @@ Beside the command and not beside the facts: data/ is numpy alone, and describe.
 import itertools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from rich.text import Text
 
 WIDTH = 120  # of a line, where no terminal tells
 BAR = 50  # characters of the longest bar
+COLOURS = 10  # that matplotlib has
+LABEL = 20  # characters of a source's name in tables
+FILES = 5  # of a source, that are named
 
 LEARNT, SPECIAL, RULE = "bold green", "cyan", "dim"
 MARKS = "⟦⟧⟨⟩"
@@ -40,8 +43,10 @@ def show(whole: Mapping[str, Any]) -> None:
     """What `data inspect` has found."""
     console = _console()
     if "rows" in whole:
-        for part in (_sources(whole), _packing(whole), *_stages(whole)):
-            console.print(part)
+        for line in (*_names(whole), "", _sources(whole), "", _packing(whole), *_silent(whole), ""):
+            console.print(line, soft_wrap=isinstance(line, str))
+        for stage in _stages(whole):
+            console.print(stage)
             console.print()
     else:
         console.print(_counts(whole["sources"][0]))
@@ -58,19 +63,27 @@ def show(whole: Mapping[str, Any]) -> None:
 def draw_lengths(whole: Mapping[str, Any], path: Path) -> None:
     """The histogram as a PNG, sources stacked."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     edges, below = whole["histogram"]["edges"], [0] * (len(whole["histogram"]["edges"]) - 1)
     # The last bar may be open, and is drawn as wide as the others.
     width = edges[1] - edges[0]
-    for source, counts in zip(whole["sources"], whole["histogram"]["documents"], strict=True):
-        axes.bar(edges[:-1], counts, width, bottom=below, align="edge", label=_shortened(source["name"], 46))
+    names = [_label(n, source) for n, source in enumerate(whole["sources"], start=1)]
+    parts = whole["histogram"]["documents"]
+    if len(parts) > COLOURS:
+        names, parts = [f"{len(parts)} sources"], [[sum(counts) for counts in zip(*parts, strict=True)]]
+    for name, counts in zip(names, parts, strict=True):
+        plain = name.replace("$", r"\$")  # which would begin a formula
+        axes.bar(edges[:-1], counts, width, bottom=below, align="edge", label=plain)
         below = [low + count for low, count in zip(below, counts, strict=True)]
     labels = _labels(edges)
     if labels[-1].startswith("from"):
         axes.set_xticks([*edges[:-4:4], edges[-2]], [*(f"{edge:,}" for edge in edges[:-4:4]), labels[-1]])
     axes.set(xlabel="tokens", ylabel="documents", title="Lengths of documents")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_name(f".{path.name}.incomplete")
@@ -137,49 +150,81 @@ def _first(found: Mapping[str, Any]) -> str:
     return ", ".join(f"{number:,}" for number in found["first"]) + more
 
 
-def _named(whole: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Training's sources, then validation's."""
-    held_out = [(f"{_shortened(source['name'], 34)}, validation", source) for source in whole.get("validation", ())]
-    return [*((_shortened(source["name"], 46), source) for source in whole["sources"]), *held_out]
+def _numbered(whole: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Training's sources by their labels, then validation's."""
+    train = [(_label(n, source), source) for n, source in enumerate(whole["sources"], start=1)]
+    stores = [source["store"] for source in whole["sources"]]
+    validation = []
+    for n, source in enumerate(whole.get("validation", ()), start=1):
+        of = str(Path(source["store"]).parent)
+        validation.append((f"{stores.index(of) + 1} held out" if of in stores else _label(f"v{n}", source), source))
+    return [*train, *validation]
+
+
+def _label(number: int | str, source: Mapping[str, Any]) -> str:
+    """A number, and as much of the name as tables have room for; _names tells the rest."""
+    first, *others = _whole_names(source)
+    name, more = Path(first).name, f" and {len(others):,} more" if others else ""
+    room = LABEL - len(more)
+    return f"{number} {name if len(name) <= room else f'{name[: room - 3]}...'}{more}"
+
+
+def _whole_names(source: Mapping[str, Any]) -> Sequence[str]:
+    """The files of a source, or the store that it is."""
+    return source["files"] if source["name"] == ", ".join(source["files"]) else [source["name"]]
+
+
+def _names(whole: Mapping[str, Any]) -> Iterator[str]:
+    """Where each source comes from, and where it was prepared to."""
+    stores = {source["store"] for source in whole["sources"]}
+    for label, source in _numbered(whole):
+        if str(Path(source["store"]).parent) in stores:
+            continue  # held out of a source that is named
+        number, files = label.split()[0], _whole_names(source)
+        more = f" and {len(files) - FILES:,} more" if len(files) > FILES else ""
+        what = "source" if number.isdigit() else "validation"
+        yield f"{what} {number}: {', '.join(map(_escaped, files[:FILES]))}{more}"
+        if source["store"] != source["name"]:
+            yield f"  prepared in {_escaped(source['store'])}"
 
 
 def _sources(whole: Mapping[str, Any]) -> Table:
-    grid = _grid("source", ">documents", ">tokens", ">with loss", ">median", ">longest", ">unreadable")
-    for name, source in _named(whole):
+    named = _numbered(whole)
+    unreadable = [">unreadable"] if any(source["unreadable"] for _, source in named) else []
+    grid = _grid("source", ">documents", ">tokens", ">with loss", ">median", ">longest", *unreadable)
+    for label, source in named:
         grid.add_row(
-            name,
+            label,
             f"{source['documents']:,}",
             f"{source['tokens']:,}",
             _share_of_loss(source),
             f"{source['lengths']['median']:,}",
             f"{source['lengths']['longest']:,}",
-            f"{source['unreadable']:,}",
+            *(f"{source['unreadable']:,}" for _ in unreadable),
         )
     return grid
 
 
 def _packing(whole: Mapping[str, Any]) -> Table:
     method = whole["sources"][0]["packing"]
-    grid = _grid(
-        f"{method['method']}, rows of {method['sequence_length']:,}",
-        ">rows",
-        ">filled",
-        ">split",
-        ">truncated",
-        ">dropped",
-        ">rows without loss",
-    )
-    for name, source in _named(whole):
+    title = f"{method['method']}, rows of {method['sequence_length']:,}"
+    grid = _grid(title, ">rows", ">filled", ">split", ">truncated", ">dropped", ">no loss")
+    for label, source in _numbered(whole):
         packing = source["packing"]
-        silent = packing["rows_without_loss"]
         grid.add_row(
-            name,
+            label,
             f"{packing['rows']:,}",
             f"{packing['filled']:.1%}",
             *(f"{packing[name]:,}" for name in ("split", "truncated", "dropped")),
-            f"{silent['count']:,}" + (f" ({_first(silent)})" if silent["count"] else ""),
+            f"{packing['rows_without_loss']['count']:,}",
         )
     return grid
+
+
+def _silent(whole: Mapping[str, Any]) -> Iterator[str]:
+    for label, source in _numbered(whole):
+        if (silent := source["packing"]["rows_without_loss"])["count"]:
+            yield f"rows without loss of source {label}: {_first(silent)}"
 
 
 def _stages(whole: Mapping[str, Any]) -> list[Table]:
@@ -195,7 +240,7 @@ def _stages(whole: Mapping[str, Any]) -> list[Table]:
         grid = _grid(title, ">asked", ">given", ">rows", ">repeats")
         for n, source in enumerate(whole["sources"]):
             grid.add_row(
-                _shortened(source["name"], 46),
+                _label(n + 1, source),
                 f"{stage['asked'][n]:.2%}",
                 f"{stage['given'][n]:.2%}",
                 f"{stage['rows'][n]:,}",
@@ -204,8 +249,8 @@ def _stages(whole: Mapping[str, Any]) -> list[Table]:
         tables.append(grid)
     if len(tables) > 1:
         grid = _grid(f"all {whole['steps']:,} steps", ">repeats")
-        for source, repeats in zip(whole["sources"], whole["repeats"], strict=True):
-            grid.add_row(_shortened(source["name"], 46), f"{repeats:.2f}")
+        for n, repeats in enumerate(whole["repeats"]):
+            grid.add_row(_label(n + 1, whole["sources"][n]), f"{repeats:.2f}")
         tables.append(grid)
     return tables
 
@@ -237,9 +282,9 @@ def _labels(edges: Sequence[int]) -> list[str]:
 
 def _show_row(console: Console, row: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
     if "row" in row:
-        name = _shortened(whole["sources"][row["source"]]["name"], 46)
+        label = _label(row["source"] + 1, whole["sources"][row["source"]])
         padding = f", {row['padding']:,} of padding" if row["padding"] else ""
-        console.rule(f"row {row['row']:,} of {name}{padding}", style=RULE, characters="─")
+        console.rule(f"row {row['row']:,} of source {label}{padding}", style=RULE, characters="─")
     else:
         console.rule(f"document {row['document']:,}, {row['tokens']:,} tokens", style=RULE, characters="─")
     for number, pieces in enumerate(row["documents"]):

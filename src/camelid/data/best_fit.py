@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from camelid.data.store import locked, map_array, write_json
+from camelid.data.store import locked, map_array, write_json, writing
 
 # S places of a row; a document of n tokens has n - 1: each but the last predicts the next
 
 Overlong = Literal["split", "truncate", "drop"]
 
-VERSION = 1
+MANIFEST, VERSION = "plan.json", 1
 BLOCK = 2**20  # documents or rows that are worked on at once: what a plan needs of memory
 
 
@@ -51,33 +52,41 @@ def open_plan(
     documents' order. `fingerprint` says whose documents they are.
     """
     about = {"version": VERSION, "store": fingerprint}
-    manifest = folder / "plan.json"
-    if (found := _read(manifest, about)) is None:
+    if (found := _read(folder, about)) is None:
         work = folder.with_name(f".{folder.name}.incomplete")
-        with locked(work):
-            if (found := _read(manifest, about)) is None:
+        with locked(work), writing(folder):
+            if (found := _read(folder, about)) is None:
                 shutil.rmtree(folder, ignore_errors=True)
                 found = _write(work, offsets, sequence_length, whole_rows, overlong)
-                write_json(work / "plan.json", about | {"counts": found})
+                write_json(work / MANIFEST, about | {"counts": found})
+                for name in (*_arrays(found), MANIFEST):
+                    with (work / name).open("rb") as file:
+                        os.fsync(file.fileno())
                 (work / ".lock").unlink()
                 work.rename(folder)
             else:
                 shutil.rmtree(work)
-    rows, pieces = found["rows"], found["pieces"]
-    return Plan(
-        map_array(folder / "rows.bin", np.dtype("<i8"), rows + 1, at_random=True),
-        map_array(folder / "starts.bin", np.dtype("<i8"), pieces, at_random=True),
-        map_array(folder / "lengths.bin", np.dtype("<i4"), pieces, at_random=True),
-        found,
-    )
+    rows, starts, lengths = (map_array(folder / name, *kind, at_random=True) for name, kind in _arrays(found).items())
+    return Plan(rows, starts, lengths, found)
 
 
-def _read(manifest: Path, about: dict[str, Any]) -> dict[str, int] | None:
+def _arrays(counts: dict[str, int]) -> dict[str, tuple[np.dtype, int]]:
+    """The files of a plan, in the order of Plan's fields: their type, and how many numbers they hold."""
+    long, short = np.dtype("<i8"), np.dtype("<i4")
+    rows, pieces = counts["rows"], counts["pieces"]
+    return {"rows.bin": (long, rows + 1), "starts.bin": (long, pieces), "lengths.bin": (short, pieces)}
+
+
+def _read(folder: Path, about: dict[str, Any]) -> dict[str, int] | None:
     """The counts of a plan that is whole, and of this store."""
-    if not manifest.is_file():
-        return None
-    content = json.loads(manifest.read_bytes())
-    return content["counts"] if all(content.get(key) == value for key, value in about.items()) else None
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        arrays = _arrays(content["counts"])
+        sizes = {name: (folder / name).stat().st_size for name in arrays}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # what is damaged is made again
+    whole = sizes == {name: dtype.itemsize * count for name, (dtype, count) in arrays.items()}
+    return content["counts"] if whole and about.items() <= content.items() else None
 
 
 def _write(
@@ -92,11 +101,11 @@ def _write(
     blocks = _pieces(offsets, sequence_length, overlong, dict(counts))
     if whole_rows:
         counts["rows"] = pieces
-        _lay_in_order(folder, blocks, pieces)
+        _lay_in_order(folder, blocks, counts)
     else:
         patterns = fill(of_length)
         counts["rows"] = sum(pattern.rows for pattern in patterns)
-        _lay_by_patterns(folder, blocks, patterns, of_length, counts["rows"])
+        _lay_by_patterns(folder, blocks, patterns, of_length, counts)
     return counts
 
 
@@ -168,9 +177,9 @@ def fill(of_length: Int64[np.ndarray, " lengths"]) -> list[Pattern]:
     return [Pattern(rows, items) for room in rooms for items, rows in kinds[room]]
 
 
-def _lay_in_order(folder: Path, blocks: Iterator[tuple[np.ndarray, np.ndarray]], pieces: int) -> None:
-    rows, all_starts, all_lengths = _create(folder, pieces, pieces)
-    rows[-1] = pieces
+def _lay_in_order(folder: Path, blocks: Iterator[tuple[np.ndarray, np.ndarray]], counts: dict[str, int]) -> None:
+    rows, all_starts, all_lengths = _create(folder, counts)
+    rows[-1] = counts["pieces"]
     done = 0
     for starts, lengths in blocks:
         stop = done + len(starts)
@@ -184,12 +193,11 @@ def _lay_by_patterns(
     blocks: Iterator[tuple[np.ndarray, np.ndarray]],
     patterns: list[Pattern],
     of_length: np.ndarray,
-    num_rows: int,
+    counts: dict[str, int],
 ) -> None:
-    pieces = int(of_length.sum())
-    rows, starts, lengths = _create(folder, num_rows, pieces)
+    rows, starts, lengths = _create(folder, counts)
     # By length, in the documents' order: where the next piece of this length goes.
-    places = np.memmap(folder / "places.bin", "<i8", "w+", shape=(max(1, pieces),))
+    places = _mapped(folder / "places.bin", starts.dtype, len(starts))
     begin = np.cumsum(of_length) - of_length
     used = begin.copy()
     row = piece = 0
@@ -205,8 +213,8 @@ def _lay_by_patterns(
             used[length] += len(here)
             column += number
         row, piece = row + pattern.rows, piece + width * pattern.rows
-    rows[-1] = pieces
-    assert (row, piece) == (num_rows, pieces)
+    rows[-1] = counts["pieces"]
+    assert (row, piece) == (counts["rows"], counts["pieces"])
     used = begin
     for block_starts, block_lengths in blocks:
         order = np.argsort(block_lengths, kind="stable")
@@ -226,17 +234,15 @@ def _in_blocks(patterns: list[Pattern]) -> Iterator[Pattern]:
             yield Pattern(min(most, pattern.rows - first), pattern.items)
 
 
-def _create(folder: Path, rows: int, pieces: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """rows, starts and lengths, mapped to be written."""
+def _create(folder: Path, counts: dict[str, int]) -> list[np.ndarray]:
+    """The arrays of a plan, mapped to be written."""
+    return [_mapped(folder / name, *kind) for name, kind in _arrays(counts).items()]
 
-    def create(name: str, dtype: str, count: int) -> np.ndarray:
+
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    with path.open("wb") as file:
         if not count:
-            (folder / name).touch()
-            return np.empty(0, dtype)
-        return np.memmap(folder / name, dtype, "w+", shape=(count,))
-
-    return (
-        create("rows.bin", "<i8", rows + 1),
-        create("starts.bin", "<i8", pieces),
-        create("lengths.bin", "<i4", pieces),
-    )
+            return np.empty(0, dtype)  # an empty file cannot be mapped
+        # Where a disk is full, writing into a mapped file ends the process without a word.
+        os.posix_fallocate(file.fileno(), 0, dtype.itemsize * count)
+    return np.memmap(path, dtype, "r+")

@@ -83,8 +83,8 @@ class Source:
             raise UserError(f"split = {self.split!r}", "Choose file, line, blank_line, or marker:STRING.")
         if not 0 <= self.max_unreadable < 1:
             raise UserError(f"max_unreadable = {self.max_unreadable}", "Choose a share from 0 up to 1.")
-        if self.weight is not None:
-            _check_weights([self.weight, 1.0])
+        if self.weight is not None and not 0 <= self.weight < math.inf:
+            raise UserError(f"weight = {self.weight}", "Choose 0 or more; weights need not add up to 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,5 +174,5 @@ class DataConfig:
 
 
 def _check_weights(weights: Sequence[float]) -> None:
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights):
+    if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
         raise UserError(f"weights {list(weights)}", "weights are 0 or more, and not all 0; they need not add up to 1")

@@ -254,7 +254,7 @@ class _Reader:
         if name == "bos":
             return self.tokenizer.bos_id
         if name == "eos":
-            return self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else None
+            return self.tokenizer.eos_id
         if not re.fullmatch(r" *[0-9]{1,9} *", name):
             return self.tokenizer.engine.token_id(spelt)
         return int(name) if int(name) < self.tokenizer.vocab_size else None

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from camelid.data.store import Store, is_store
 from camelid.errors import UserError
 
 IGNORED = -100  # MindFormers' label of a token that does not count
+MAX_DEPTH = 100  # of lists and objects in a row; what reads them afterwards calls itself
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,19 @@ def _blocks(span: Span, source: Source) -> Iterator[tuple[int, bytes]]:
 
 
 def _parquet_spans(path: Path, source: Source) -> Iterator[Span]:
-    first = 1
-    for group, (num_rows, size) in enumerate(tables.parquet_groups(path)):
-        if num_rows:
-            yield Span(path, group, group + 1, first, size)
-        first += num_rows
+    return _joined_spans(path, tables.parquet_groups(path))
+
+
+def _joined_spans(path: Path, parts: Sequence[tuple[int, int]]) -> Iterator[Span]:
+    """Parts of so many rows and bytes, small neighbours in one span: what a file says of itself is read for each."""
+    begin, first, rows, size = 0, 1, 0, 0
+    for number, (num_rows, num_bytes) in enumerate(parts):
+        if rows and size + num_bytes > lines.BLOCK:
+            yield Span(path, begin, number, first, size)
+            begin, first, rows, size = number, first + rows, 0, 0
+        rows, size = rows + num_rows, size + num_bytes
+    if rows:
+        yield Span(path, begin, len(parts), first, size)
 
 
 def _read_parquet(span: Span, source: Source) -> Iterator[Row]:
@@ -197,9 +206,7 @@ def _mindrecord_spans(path: Path, source: Source) -> Iterator[Span]:
         raise UserError(
             f"{path} has columns {', '.join(record.columns)}", "Only input_ids, and labels beside them, can be read."
         )
-    for number, page in enumerate(record.pages):
-        if page.num_rows:
-            yield Span(path, number, number + 1, page.first_row + 1, page.size)
+    return _joined_spans(path, [(page.num_rows, page.size) for page in record.pages])
 
 
 def _read_mindrecord(span: Span, source: Source) -> Iterator[Row]:
@@ -235,8 +242,8 @@ def _row(value: Any, place: str, source: Source) -> Row:
     if not isinstance(value, dict):
         return UserError(f"{place}: {value!r:.40} is no object", "Write one JSON object on each line.")
     if source.kind != "text":
-        wrong = next(filter(None, map(_fault, _strings(value))), None)
-        return UserError(f"{place}: {wrong}", "Repair this text.") if wrong else Record(value, place)
+        wrong = next(_faults(value), None)
+        return UserError(f"{place}: {wrong}", "Repair this row.") if wrong else Record(value, place)
     if source.text_key not in value:
         return tables.no_column(place, source.text_key, list(value))
     return _text(value[source.text_key], place, source)
@@ -269,15 +276,18 @@ def _fault(text: str) -> str | None:
     return None
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _faults(value: Any, depth: int = 0) -> Iterator[str]:
+    """What no row may hold, wherever it stands."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from itertools.chain(_strings(key), _strings(item))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
+        if wrong := _fault(value):
+            yield wrong
+    elif isinstance(value, dict | list | tuple):
+        if depth == MAX_DEPTH:
+            yield f"lists and objects in one another, more than {MAX_DEPTH} deep"
+            return
+        inside = itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value
+        for item in inside:
+            yield from _faults(item, depth + 1)
 
 
 FORMATS = (

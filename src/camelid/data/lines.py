@@ -25,12 +25,13 @@ PACKED = re.compile(r"\.(gz|zst)$")
 
 # What stands between two documents.
 LINE = re.compile(rb"\n")
-BLANK_LINE = re.compile(rb"(?:\A|\n)(?:[ \t\r]*\n)+")
+BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")  # what begins with a certain byte is found ten times as fast
 ARTICLE = re.compile(rb"\n(?= = (?!= )[^\n]*(?<! =) = \r?\n)")  # before a heading of WikiText's first level
-NEVER = re.compile(rb"(?!)")
+NEVER = re.compile(rb"\0(?!)")  # the byte makes the search fast
 
 NEWLINE = b"\n"
 BLANKS = re.compile(r"[ \t\r\n]*")
+BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)*")
 DECODER = json.JSONDecoder()
 
 
@@ -90,6 +91,9 @@ def documents(line: int, data: bytes, between: re.Pattern[bytes], name: object) 
     Where they are cut, line breaks at their ends belong to the border.
     """
     begin = 0
+    if between is BLANK_LINE and (blank := BLANK_LINES.match(data)):
+        begin = blank.end()
+        line += data.count(NEWLINE, 0, begin)
     while begin < len(data):
         match = between.search(data, begin)
         end = len(data) if match is None else match.start()
@@ -232,7 +236,8 @@ class _Zstandard(io.RawIOBase):
             import zstandard
         except ImportError as error:
             raise UserError(f"{path} needs zstandard: {error}", "pip install 'camelid[data]'") from error
-        self._frame = zstandard.ZstdDecompressor().decompressobj
+        # What `zstd --long=31` packs can be read with this much only; other files take less.
+        self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
         self._error = zstandard.ZstdError
         self._path, self._file = path, path.open("rb")
         self._object = None

@@ -1,17 +1,21 @@
 """The batch of a step, as a function of the configuration and the step alone."""
 
+import atexit
+import contextlib
 import multiprocessing
-import os
-import threading
+import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from camelid.cache import cache_folder
 from camelid.data.batch import Batch
 from camelid.data.config import DataConfig, Source
 from camelid.data.mixture import Mixture, Share, row_shares
@@ -24,6 +28,7 @@ from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
+Worker = tuple[Connection, BaseProcess]
 
 
 class Loader:
@@ -43,7 +48,7 @@ class Loader:
                 config.overlong,
                 config.cross_documents,
                 looped,
-                cache_folder(config),
+                data_cache(config),
             )
             for store in stores
         )
@@ -102,18 +107,15 @@ def prefetched(
     """
     workers = loader.config.workers if workers is None else workers
     make = partial(loader.batch, start=start, stop=stop)
-    if workers:
-        return _by_processes(make, first_step, last_step, depth, workers)
-    return _by_thread(make, first_step, last_step, depth)
+    steps = range(first_step, last_step)
+    return _by_processes(make, steps, depth, workers) if workers else _by_thread(make, steps, depth)
 
 
-def _by_thread(
-    make: Callable[[int], Batch], first_step: int, last_step: int, depth: int
-) -> Generator[Batch, None, None]:
+def _by_thread(make: Callable[[int], Batch], steps: range, depth: int) -> Generator[Batch, None, None]:
     maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="camelid-batches")
     ahead = deque()
     try:
-        for step in range(first_step, last_step):
+        for step in steps:
             ahead.append(maker.submit(make, step))
             if len(ahead) > depth:
                 yield ahead.popleft().result()
@@ -123,41 +125,63 @@ def _by_thread(
         maker.shutdown(cancel_futures=True)
 
 
-def _by_processes(
-    make: Callable[[int], Batch], first_step: int, last_step: int, depth: int, workers: int
-) -> Generator[Batch, None, None]:
-    import grain
-    from absl import flags
-
-    flags.FLAGS.mark_as_parsed()  # grain reads them, and no command line of ours sets them
-    batches = (
-        grain.MapDataset.range(first_step, last_step)
-        .map(make)  # to grain a batch is one thing; of a dictionary, arrays would go by shared memory, which it leaks
-        .to_iter_dataset(grain.ReadOptions(num_threads=0))
-        .mp_prefetch(grain.MultiprocessingOptions(workers, max(1, depth)), worker_init_fn=_begin_worker)
-    )
-    iterator = iter(batches)
+def _by_processes(make: Callable[[int], Batch], steps: range, depth: int, workers: int) -> Generator[Batch, None, None]:
+    # Not Grain's processes: its queues keep their own other end open, and wait for ever for one that was killed.
+    processes: list[Worker] = []
+    end = partial(_end, processes)
+    atexit.register(end)  # the library would end them by SIGTERM, which they do not hear, and wait
     try:
-        while True:
-            with shielded():
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            yield batch
+        for number in range(min(workers, len(steps))):
+            processes.append(_start(make, steps[number::workers], depth))
+        yield from _by_thread(lambda step: _receive(*processes[steps.index(step) % workers]), steps, depth)
     finally:
-        iterator.close()
+        end()
+        atexit.unregister(end)
 
 
-def _begin_worker(number: int, count: int) -> None:
-    """Ends the process with its parent."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def _start(make: Callable[[int], Batch], steps: range, depth: int) -> Worker:
+    """A process that makes the batches of these steps, and the pipe that they come through."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_work, args=(theirs, make, steps, depth), daemon=True)
+    with shielded():
+        # Nor of SIGTERM, which schedulers send to every process: this one needs batches until it has saved.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        process.start()
+    theirs.close()
+    return ours, process
 
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _end(processes: Sequence[Worker]) -> None:
+    for _, process in processes:
+        process.kill()
+    for connection, process in processes:
+        process.join()
+        connection.close()
+
+
+def _receive(connection: Connection, process: BaseProcess) -> Batch:
+    try:
+        batch, error = connection.recv()
+    except (EOFError, OSError):  # between two batches, or within one
+        process.join()
+        raise UserError(
+            f"a process that makes batches ended by itself (code {process.exitcode})",
+            "Use fewer data.workers if memory ran out; else it has said above what went wrong.",
+        ) from None
+    if error is not None:
+        raise error
+    return batch
+
+
+def _work(connection: Connection, make: Callable[[int], Batch], steps: range, depth: int) -> None:
+    """Sends the batches of these steps, until nobody reads them."""
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            for batch in _by_thread(make, steps, depth):
+                connection.send((batch, None))
+        except UserError as error:
+            connection.send((None, error))
 
 
 # Stores ---------------------------------------------------------------------------------
@@ -185,12 +209,9 @@ def open_stores(
     return [Store.open(store.folder / VALIDATION) for store in stores] if held_out else stores
 
 
-def cache_folder(config: DataConfig) -> Path:
-    """Where what is prepared for recipes is kept: the recipe's choice, CAMELID_CACHE, or the user's cache folder."""
-    if config.cache is not None:
-        return Path(config.cache).expanduser()
-    root = os.environ.get("CAMELID_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "camelid"
-    return Path(root).expanduser() / "data"
+def data_cache(config: DataConfig) -> Path:
+    """Where what is prepared for recipes is kept: the recipe's choice, or a folder of the cache."""
+    return cache_folder() / "data" if config.cache is None else Path(config.cache).expanduser()
 
 
 def _groups(config: DataConfig, sources: Sequence[Source]) -> list[tuple[Source, ...]]:
@@ -227,7 +248,7 @@ def _ready(source: Source, config: DataConfig, tokenizer: Tokenizer) -> Store:
 def _prepared(group: tuple[Source, ...], config: DataConfig, tokenizer: Tokenizer, progress: Progress | None) -> Store:
     fraction = config.validation_fraction if group[0] in config.train else 0.0
     about = {"validation_fraction": fraction, "seed": config.seed, "sequence_length": config.sequence_length}
-    root = cache_folder(config)
+    root = data_cache(config)
     root.mkdir(parents=True, exist_ok=True)
     # Another folder for whatever has changed: what is in the cache is never wrong, and need not be asked about.
     folder = root / fingerprint(Task(group, tokenizer, **about).describe())[:32]
@@ -259,7 +280,12 @@ def _check_size(packing: Packing, split: Split) -> None:
     store = packing.store
     # The first token of a document is predicted only where rows run across documents.
     predicted = store.num_tokens - (1 if packing.cross_documents else store.num_documents)
-    if predicted < 1 or not packing.num_rows:
+    if predicted > 0 and not packing.num_rows:
+        raise UserError(
+            f"every document of the {split} text is longer than a row of {packing.sequence_length}",
+            "Take longer rows, or overlong = 'split' or 'truncate'.",
+        )
+    if predicted < 1:
         raise UserError(
             f"the {split} text has nothing to predict: {store.num_tokens} tokens in all",
             "Give documents of two tokens or more.",

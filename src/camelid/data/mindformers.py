@@ -156,5 +156,6 @@ def _sample(bos: int, rounds: Sequence[list[int]], prompts: Sequence[int | None]
         learnt[end : end + prompt - 1] = 0
         end += len(ids)
     learnt[end:] = 0
+    tokens, learnt = tokens[:size], learnt[:size]
     lost = end < size and end != np.count_nonzero(tokens != PADDING)
-    return Sample(tokens[:size], learnt[:size] * (not lost), bool(lost))
+    return Sample(tokens, learnt * (not lost), bool(lost))

@@ -129,7 +129,7 @@ def open_mindrecord(path: Path) -> MindRecord:
         raise UserError(f"{path} cannot be read: {error}", "Check the file and its permissions.") from error
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no MindRecord, or is damaged ({error!r})", AGAIN) from error
 
 

@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 BLOCK = 1024  # rows whose order is drawn at once; more where there are very many sources
+FEW = 4096
+"""rows of a source whose order is drawn an epoch at once: Grain's takes milliseconds for each of a handful"""
 
 
 class Share(NamedTuple):
@@ -48,7 +50,7 @@ class Mixture:
             stage, block, within = self._split(place)
             before, order, nth = self._block_of(stage, block)
             source = sources[n] = order[within]
-            rows[n] = self._orders[source][self._starts[stage][source] + before[source] + int(nth[within])]
+            rows[n] = self._row(int(source), self._starts[stage][source] + before[source] + int(nth[within]))
         return sources, rows
 
     def taken(self, places: int) -> tuple[int, ...]:
@@ -69,27 +71,24 @@ class Mixture:
     @functools.cached_property
     def _block_of(self):
         # Places come one after another: the last blocks are asked for again and again.
-        return functools.lru_cache(8)(self._draw)
+        return functools.lru_cache(8)(self._draw_block)
 
-    def _draw(self, stage: int, block: int) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    def _draw_block(self, stage: int, block: int) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
         """What sources gave before a block; the source of each of its rows, and how many of it came before in it."""
         before, after = (self._in_blocks(stage, blocks) for blocks in (block, block + 1))
-        order = np.repeat(np.arange(len(before)), np.subtract(after, before))
-        if len(before) > 1:
-            # The raw numbers of this generator are the same in every version of numpy; what is drawn from them is not.
-            numbers = np.random.Philox(key=_seed(self.seed, "mixture", stage, block)).random_raw(len(order))
-            order = order[np.argsort(numbers, kind="stable")]
+        counts = np.subtract(after, before)
+        order = np.repeat(np.arange(len(counts)), counts)
+        if len(counts) > 1:
+            order = order[np.argsort(_draw(len(order), self.seed, "mixture", stage, block), kind="stable")]
         nth = np.empty_like(order)
-        for source in range(len(before)):
-            of_source = order == source
-            nth[of_source] = np.arange(np.count_nonzero(of_source))
+        nth[np.argsort(order, kind="stable")] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         return before, order, nth
 
     def _in_blocks(self, stage: int, blocks: int) -> tuple[int, ...]:
         """Rows of each source in the first blocks of a stage."""
         weights = list(map(Fraction, self.shares[stage].weights))
-        total = blocks * self._block
-        given = [int(total * weight / sum(weights) + Fraction(1, 2)) for weight in weights]
+        whole, total = sum(weights), blocks * self._block
+        given = [int(total * weight / whole + Fraction(1, 2)) for weight in weights]
         given[weights.index(max(weights))] += total - sum(given)
         return tuple(given)
 
@@ -107,16 +106,31 @@ class Mixture:
             starts.append(_sum(starts[-1], self._given(stage, following.first - share.first)))
         return starts
 
+    def _row(self, source: int, taken: int) -> int:
+        """Which of its rows a source gives after so many."""
+        num_rows = self.num_rows[source]
+        epoch, place = divmod(taken, num_rows)
+        if not self.shuffle:
+            return place
+        return int(self._epoch_of(source, epoch)[place]) if num_rows <= FEW else self._orders[source][taken]
+
     @functools.cached_property
-    def _orders(self):
-        """Of each source, which of its rows is the k-th."""
+    def _epoch_of(self):
+        return functools.lru_cache(2 * len(self.num_rows))(self._draw_epoch)
+
+    def _draw_epoch(self, source: int, epoch: int) -> np.ndarray:
+        """The order of an epoch of few rows."""
+        return np.argsort(_draw(self.num_rows[source], self.seed, "rows", source, epoch), kind="stable")
+
+    @functools.cached_property
+    def _orders(self) -> list[Any]:
+        """Of each source of many rows, which of them is the k-th; it needs no memory for them."""
         import grain
 
-        def order(source: int, num_rows: int):
-            rows = grain.MapDataset.range(num_rows)
-            return (rows.shuffle(_seed(self.seed, "rows", source) % 2**32) if self.shuffle else rows).repeat()
-
-        return [order(source, num_rows) for source, num_rows in enumerate(self.num_rows)]
+        return [
+            grain.MapDataset.range(num_rows).shuffle(_seed(self.seed, "rows", source) % 2**32).repeat()
+            for source, num_rows in enumerate(self.num_rows)
+        ]
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -129,6 +143,12 @@ def row_shares(weights: Sequence[float], tokens_per_row: Sequence[float]) -> tup
 
 def _sum(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
     return tuple(a + b for a, b in zip(left, right, strict=True))
+
+
+def _draw(count: int, *words: object) -> np.ndarray:
+    """So many numbers of 64 bits, from a seed and what they are for."""
+    # The raw numbers of this generator are the same in every version of numpy; what is drawn from them is not.
+    return np.random.Philox(key=_seed(*words)).random_raw(count)
 
 
 def _seed(*words: object) -> int:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -26,8 +27,8 @@ import numpy as np
 from camelid.data.config import Source
 from camelid.data.examples import Encoder, make_encoder
 from camelid.data.formats import Record
-from camelid.data.sources import Chunk, Tally, read_chunk, refuse_repeated, source_files
-from camelid.data.store import VERSION, Store, Writer, hash_file
+from camelid.data.sources import Chunk, Tally, read_chunk, reading, refuse_repeated, source_files
+from camelid.data.store import VERSION, Store, Writer, hash_file, writing
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -57,7 +58,10 @@ class Task:
     @property
     def vocabulary(self) -> Path:
         """The file of the tokenizer from which it can be loaded again."""
-        return next(file for file in self.tokenizer.files if hash_file(file) == self.tokenizer.fingerprint)
+        for file in self.tokenizer.files:
+            if file.is_file() and hash_file(file) == self.tokenizer.fingerprint:
+                return file
+        raise UserError(f"{self.tokenizer.files[0]} has changed since it was loaded", "Run it again.")
 
     def describe(self) -> dict[str, Any]:
         """As JSON: the options, and the files by path, size and time; raises UserError where a file is missing."""
@@ -96,17 +100,20 @@ def fingerprint(described: dict[str, Any]) -> str:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    stat = path.stat()
+    with reading(path):
+        stat = path.stat()
     return {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def make_parts(task: Task, pieces: Sequence[Piece], folder: Path, workers: int, progress: Progress) -> list[Store]:
+def make_parts(task: Task, pieces: Sequence[Piece], folder: Path, workers: int, progress: Progress) -> list[Path]:
     """The part of each piece, in `folder`; those that are there already stay.
 
     Raises UserError where a source is unreadable, or a process ends by itself.
     """
+    for begun in folder.glob(".*"):  # by processes that were killed
+        shutil.rmtree(begun, ignore_errors=True)
     sizes = [sum(span.size for span in chunk) for _, chunk in pieces]
-    missing = {n: piece for n, piece in enumerate(pieces) if not _is_whole(folder / _name(n))}
+    missing = {n: piece for n, piece in enumerate(pieces) if not _is_whole(folder / _name(n), piece)}
     done = sum(sizes) - sum(sizes[n] for n in missing)
     progress(done, sum(sizes))
     with contextlib.closing(
@@ -115,21 +122,26 @@ def make_parts(task: Task, pieces: Sequence[Piece], folder: Path, workers: int, 
         for n in made:
             done += sizes[n]
             progress(done, sum(sizes))
-    return [Store.open(folder / _name(n)) for n in range(len(pieces))]
+    return [folder / _name(n) for n in range(len(pieces))]
 
 
 def _name(number: int) -> str:
     return f"{number:06}"
 
 
-def _is_whole(part: Path) -> bool:
-    """Whether an earlier process has finished a part, and the machine has kept it."""
-    try:
-        Store.open(part).verify()
-    except UserError:
-        shutil.rmtree(part, ignore_errors=True)
-        return False
-    return True
+def _is_whole(part: Path, piece: Piece) -> bool:
+    """Whether an earlier process has finished a part, of the same chunk, and the machine has kept it."""
+    with contextlib.suppress(UserError):
+        store = Store.open(part)
+        store.verify()
+        if store.manifest.get("piece") == _piece_fingerprint(piece):
+            return True
+    shutil.rmtree(part, ignore_errors=True)
+    return False
+
+
+def _piece_fingerprint(piece: Piece) -> str:
+    return hashlib.sha256(repr(piece).encode(errors="backslashreplace")).hexdigest()
 
 
 def _here(task: Task, missing: dict[int, Piece], folder: Path) -> Generator[int, None, None]:
@@ -166,7 +178,7 @@ class _Maker:
                         np.concatenate([example.weights for example in examples]),
                     )
             counts = {"rows": tally.rows, "unreadable": tally.unreadable, "empty": empty, "problems": tally.problems}
-            writer.finish({"tokenizer": self._tokenizer.fingerprint, "counts": counts})
+            writer.finish({"piece": _piece_fingerprint((source, chunk)), "counts": counts})
         # A process that outlived its parent may have made it, too.
         shutil.rmtree(self._folder / _name(number), ignore_errors=True)
         temporary.rename(self._folder / _name(number))
@@ -196,11 +208,11 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _characters(value: Any) -> int:
-    if isinstance(value, str | np.ndarray):
+    if isinstance(value, str | bytes | np.ndarray):
         return len(value)
-    return sum(
-        map(_characters, value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-    )
+    if isinstance(value, dict):
+        value = value.values()
+    return sum(map(_characters, value if isinstance(value, Iterable) else ()))
 
 
 def refuse_unguarded() -> None:
@@ -256,7 +268,7 @@ def _by_workers(task: Task, missing: dict[int, Piece], folder: Path, workers: in
 
 
 def _give(connection: Any, waiting: Iterator[tuple[int, Piece]]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # it has ended; that is noticed where its answer is read
+    with contextlib.suppress(ConnectionError):  # it has ended; that is noticed where its answer is read
         if (task := next(waiting, None)) is not None:
             connection.send(task)
 
@@ -264,7 +276,7 @@ def _give(connection: Any, waiting: Iterator[tuple[int, Piece]]) -> None:
 def _receive(connection: Any, process: Any) -> int:
     try:
         kind, what = connection.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):
         process.join()
         raise UserError(
             f"a process that prepares data ended by itself (code {process.exitcode})",
@@ -279,17 +291,27 @@ def _receive(connection: Any, process: Any) -> int:
 
 def _work(connection: Any, vocabulary: Path, sequence_length: int | None, folder: Path) -> None:
     """Makes parts until the parent ends or has no more of them."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     maker = None
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             number, piece = connection.recv()
             try:
                 maker = maker or _Maker(load_tokenizer(vocabulary), sequence_length, folder)
-                maker.make(number, *piece)
+                with writing(folder):  # what cannot be read says so itself
+                    maker.make(number, *piece)
                 answer = "made", number
             except UserError as error:
                 answer = "refused", (error.problem, error.advice)
             except Exception:
                 answer = "failed", traceback.format_exc()
             connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent does, in the midst of a part."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # it was started by one
+    parent.join()
+    os._exit(1)

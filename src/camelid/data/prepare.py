@@ -3,11 +3,13 @@
 .NAME.incomplete/parts-PLAN/000000 000001 ...  ->  .NAME.incomplete/store  ->  NAME
 """
 
+import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,27 @@ import numpy as np
 
 from camelid.data.config import Source
 from camelid.data.parts import Piece, Progress, Task, fingerprint, make_parts, refuse_unguarded
-from camelid.data.sources import Tally, chunks
-from camelid.data.store import VALIDATION, Store, Writer, hash_file, is_store, locked
+from camelid.data.sources import Tally, chunks, reading
+from camelid.data.store import (
+    MANIFEST,
+    OFFSETS,
+    TOKENS,
+    VALIDATION,
+    WEIGHTS,
+    Store,
+    Writer,
+    hash_file,
+    is_store,
+    locked,
+    read_manifest,
+    writing,
+)
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 2**22  # that are laid end to end at once
+CONTENTS = {MANIFEST, TOKENS, OFFSETS, WEIGHTS, VALIDATION, "plans"}
+"""what goes with a store that is replaced"""
 
 
 def prepare(
@@ -38,23 +55,32 @@ def prepare(
     """The store of these sources in a folder, made with `workers` processes (0: in this one) if it is not there.
 
     The same command goes on where it was killed. A store that is there, of the same options and unchanged files, is
-    opened. One of others is a UserError that names the difference, or replaced with `overwrite`; a folder of something
-    else is never replaced. Other processes of this machine that want the same store wait for it. What decides what the
-    store holds is explained at Task.
+    opened. One of others, or a damaged one, is a UserError that names what is wrong, or replaced with `overwrite`; a
+    folder that holds something else is never replaced. Other processes of this machine that want the same store wait
+    for it. What the system refuses is a UserError. What decides what the store holds is explained at Task.
     """
     refuse_unguarded()
     task = Task(tuple(sources), tokenizer, validation_fraction, seed, sequence_length)
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(folder))
     described = task.describe()
-    if (found := _existing(folder, described, overwrite)) is not None:
-        return found
     work = folder.parent / f".{folder.name}.incomplete"
-    with locked(work):
-        if (found := _existing(folder, described, overwrite)) is None:
-            _make(task, described, work, workers, progress or (lambda done, total: None))
-            if folder.exists():
-                folder.rename(work / "replaced")
-            (work / "store").rename(folder)
+    parts = work / f"parts-{fingerprint(described)[:16]}"
+    with writing(folder):
+        found = _existing(folder, described, overwrite)
+    # Parts are left where a process was killed after its store was done.
+    if found is not None and not parts.exists():
+        return found
+    with writing(folder), locked(work):
+        try:
+            if (found := _existing(folder, described, overwrite)) is None:
+                _make(task, described, work, parts, workers, progress or (lambda done, total: None))
+                if folder.exists():
+                    folder.rename(work / "replaced")
+                (work / "store").rename(folder)
+        except BaseException:
+            if not any(work.glob("parts-*/[0-9]*")):
+                shutil.rmtree(work, ignore_errors=True)  # there is nothing to go on from
+            raise
         # The lock goes last, with its folder.
         shutil.rmtree(work)
     return found or Store.open(folder)
@@ -64,74 +90,107 @@ def _existing(folder: Path, described: dict[str, Any], overwrite: bool) -> Store
     """The store that is there already; None where it has to be made."""
     if not folder.exists():
         return None
-    if not is_store(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} holds something else than a store", "Choose another folder.")
     if not is_store(folder):
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise UserError(f"{folder} holds something else than a store", "Choose another folder.")
+        if os.path.ismount(folder):
+            raise UserError(f"{folder} is a disk, which no store can take the place of", f"Choose {folder / 'store'}.")
         return None
-    store = Store.open(folder)
-    difference = _difference(store.manifest.get("prepared"), described)
-    if difference is None:
-        return store
-    if not overwrite:
+    try:
+        store = Store.open(folder)
+        if (difference := _difference(store.manifest.get("prepared"), described)) is None:
+            return store
         raise UserError(
             f"{folder} was prepared before, and {difference}",
             "Allow --overwrite to prepare it anew, or choose another.",
         )
+    except UserError:
+        if not overwrite:
+            raise
+    for name in sorted({path.name for path in folder.iterdir()} - CONTENTS):
+        raise UserError(f"{folder} holds {name} beside its store", "Move it away, or choose another folder.")
     return None
 
 
-def _difference(prepared: dict[str, Any] | None, described: dict[str, Any]) -> str | None:
-    if prepared is None:
+def _difference(prepared: Any, described: dict[str, Any]) -> str | None:
+    try:
+        before = {file["path"]: file for file in itertools.chain.from_iterable(prepared["files"])}
+        stamps = {path: (file["bytes"], file["mtime_ns"], file["sha256"]) for path, file in before.items()}
+        if (difference := _changed_option(prepared["options"], described["options"])) is not None:
+            return difference
+    except (KeyError, TypeError, AttributeError):
         return "does not say from what"
-    for name, value in described["options"].items():
-        if (before := prepared["options"].get(name)) != value:
-            return f"{name} was {before!r}, and is {value!r} now"
-    before = {file["path"]: file for file in itertools.chain.from_iterable(prepared["files"])}
     now = {file["path"]: file for file in itertools.chain.from_iterable(described["files"])}
-    for path in sorted(before.keys() ^ now.keys()):
-        return f"{path} {'is gone from' if path in before else 'came to'} its sources"
+    for path in sorted(stamps.keys() ^ now.keys()):
+        return f"{path} {'is gone from' if path in stamps else 'came to'} its sources"
     for path, file in now.items():
-        same = all(file[key] == before[path][key] for key in ("bytes", "mtime_ns"))
-        if not same and hash_file(Path(path)) != before[path]["sha256"]:
-            return f"{path} has changed"
+        size, time, sha256 = stamps[path]
+        with reading(Path(path)):
+            if (size, time) != (file["bytes"], file["mtime_ns"]) and hash_file(Path(path)) != sha256:
+                return f"{path} has changed"
     return None
 
 
-def _make(task: Task, described: dict[str, Any], work: Path, workers: int, progress: Progress) -> None:
-    """Writes the store into the folder `store` of `work`."""
-    folder = work / f"parts-{fingerprint(described)[:16]}"
+def _changed_option(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    for name, value in now.items():
+        was: Any = before.get(name)
+        if was != value and name == "sources" and len(was) == len(value):
+            # Of a source, only what differs is worth reading.
+            return next(filter(None, map(_changed_option, was, value)))
+        if was != value:
+            return f"{name} was {was!r}, and is {value!r} now"
+    return None
+
+
+def _make(task: Task, described: dict[str, Any], work: Path, folder: Path, workers: int, progress: Progress) -> None:
+    """Writes the store into the folder `store` of `work`, from parts in `folder`."""
     for path in work.iterdir():
         if path != folder and path.is_dir():
             shutil.rmtree(path)  # of other files or options, or not finished
     folder.mkdir(exist_ok=True)
     pieces = [(source, chunk) for source in task.sources for chunk in chunks(source)]
     paths = [file["path"] for files in described["files"] for file in files]
-    with ThreadPoolExecutor(1, thread_name_prefix="camelid-hash") as hasher:
-        hashes = hasher.submit(lambda: {path: hash_file(Path(path)) for path in paths})
+    with _hashing(paths) as hashes:
         parts = make_parts(task, pieces, folder, workers, progress)
-        prepared = {
-            "options": described["options"],
-            "files": [
-                [file | {"sha256": hashes.result()[file["path"]]} for file in files] for files in described["files"]
-            ],
-        }
+        found = hashes.result()
+    files = [[file | {"sha256": found[file["path"]]} for file in files] for files in described["files"]]
+    prepared = {"options": described["options"], "files": files}
     if (after := task.describe()) != described:
         difference = _difference(prepared, after) or "a file was touched"
         raise UserError(f"while the sources were read, {difference}", "Let what writes them finish, and run it again.")
     _lay(task, pieces, parts, work / "store", prepared)
 
 
+@contextlib.contextmanager
+def _hashing(paths: Iterable[str]) -> Iterator[Future[dict[str, str]]]:
+    """The hashes of files, taken meanwhile; not to the end of them where something goes wrong."""
+    stop = threading.Event()
+
+    def hash_all() -> dict[str, str]:
+        found = {}
+        for path in dict.fromkeys(paths):
+            with reading(Path(path)):
+                found[path] = hash_file(Path(path), stop.is_set)
+        return found
+
+    with ThreadPoolExecutor(1, thread_name_prefix="camelid-hash") as hasher:
+        try:
+            yield hasher.submit(hash_all)
+        finally:
+            stop.set()
+
+
 # The store ------------------------------------------------------------------------------
 
 
-def _lay(task: Task, pieces: Sequence[Piece], parts: Sequence[Store], folder: Path, prepared: dict[str, Any]) -> None:
+def _lay(task: Task, pieces: Sequence[Piece], parts: Sequence[Path], folder: Path, prepared: dict[str, Any]) -> None:
     """Writes the documents of the parts, one after another, into a store and into that of those held out."""
-    counts = _counts(task, pieces, parts)
+    manifests = [read_manifest(part) for part in parts]
     about = {
         "tokenizer": task.tokenizer.fingerprint,
         "tokenizer_file": str(task.vocabulary.resolve()),
         "prepared": prepared,
-        "counts": counts,
+        "counts": _counts(task, pieces, manifests),
     }
     if not task.validation_fraction:
         with Writer(folder, task.tokenizer.vocab_size) as writer:
@@ -140,25 +199,26 @@ def _lay(task: Task, pieces: Sequence[Piece], parts: Sequence[Store], folder: Pa
                     writer.append(tokens, lengths, weights)
             writer.finish(about)
     else:
-        _lay_apart(task, pieces, parts, folder, about)
+        documents = [manifest["num_documents"] for manifest in manifests]
+        _lay_apart(task, pieces, parts, documents, folder, about)
     for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
-def _counts(task: Task, pieces: Sequence[Piece], parts: Sequence[Store]) -> dict[str, Any]:
+def _counts(task: Task, pieces: Sequence[Piece], manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What was read of all sources; raises UserError where too much of one is unreadable, or nothing is left."""
     total, empty = Tally(1.0), 0
     for source in task.sources:
         tally = Tally(source.max_unreadable)
-        for (whose, _), part in zip(pieces, parts, strict=True):
+        for (whose, _), manifest in zip(pieces, manifests, strict=True):
             if whose is source:
-                counts = part.manifest["counts"]
+                counts = manifest["counts"]
                 tally.add(Tally(0.0, counts["rows"], counts["unreadable"], counts["problems"]))
                 empty += counts["empty"]
         tally.check()
         total.add(tally)
-    if not any(part.num_documents for part in parts):
+    if not any(manifest["num_documents"] for manifest in manifests):
         raise UserError(
             f"there is no text in {', '.join(name for source in task.sources for name in source.files)}",
             "Name files that hold some.",
@@ -166,8 +226,10 @@ def _counts(task: Task, pieces: Sequence[Piece], parts: Sequence[Store]) -> dict
     return {"rows": total.rows, "unreadable": total.unreadable, "empty": empty, "problems": total.problems}
 
 
-def _blocks(part: Store) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Tokens, lengths and weights of some documents at a time."""
+def _blocks(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Tokens, lengths and weights of some documents of a part at a time."""
+    # Not all parts at once: each keeps files open, and a process may not have many.
+    part = Store.open(folder)
     first = 0
     while first < part.num_documents:
         enough = int(np.searchsorted(part.offsets, part.offsets[first] + TOKENS_AT_ONCE))
@@ -178,21 +240,26 @@ def _blocks(part: Store) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def _lay_apart(
-    task: Task, pieces: Sequence[Piece], parts: Sequence[Store], folder: Path, about: dict[str, Any]
+    task: Task,
+    pieces: Sequence[Piece],
+    parts: Sequence[Path],
+    documents: Sequence[int],
+    folder: Path,
+    about: dict[str, Any],
 ) -> None:
     """The same in two stores: a share of the documents, or of the tokens of a single one, is held out."""
     # What a preference compares stays together.
     sizes = [2 if source.kind == "preference" else 1 for source, _ in pieces]
-    units = sum(part.num_documents // size for part, size in zip(parts, sizes, strict=True))
+    units = sum(count // size for count, size in zip(documents, sizes, strict=True))
     with Writer(folder, task.tokenizer.vocab_size) as kept:
         with Writer(folder / VALIDATION, task.tokenizer.vocab_size) as held_out:
             if units == 1:
-                (part,) = (part for part in parts if part.num_documents)
-                _cut(part, task.validation_fraction, kept, held_out)
+                (part,) = (part for part, count in zip(parts, documents, strict=True) if count)
+                _cut(Store.open(part), task.validation_fraction, kept, held_out)
             else:
                 largest = _largest_held_out(units, task)
                 unit = 0
-                for part, size in zip(parts, sizes, strict=True):
+                for part, count, size in zip(parts, documents, sizes, strict=True):
                     document = 0
                     for tokens, lengths, weights in _blocks(part):
                         which = unit + np.arange(document, document + len(lengths)) // size
@@ -201,7 +268,7 @@ def _lay_apart(
                         kept.append(tokens[~of_tokens], lengths[~held], weights[~of_tokens])
                         held_out.append(tokens[of_tokens], lengths[held], weights[of_tokens])
                         document += len(lengths)
-                    unit += part.num_documents // size
+                    unit += count // size
             held_out.finish(about)
         kept.finish(about)
 

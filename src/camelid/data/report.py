@@ -94,8 +94,7 @@ def _count_loss(store: Store, lengths: Lengths) -> tuple[int, int, list[int]]:
     """Tokens with loss; documents without any, and the first of these."""
     if store.codes is None:
         single = int(lengths.documents[lengths.tokens == 1].sum())
-        first = np.flatnonzero(np.diff(store.offsets) == 1)[:FIRST].tolist() if single else []
-        return store.num_tokens - store.num_documents, single, first
+        return store.num_tokens - store.num_documents, single, _first_single(store) if single else []
     with_loss, silent, named = 0, 0, []
     for first, starts, learnt in _blocks(store):
         of_document = np.add.reduceat(learnt, starts, dtype=np.int64)
@@ -104,6 +103,16 @@ def _count_loss(store: Store, lengths: Lengths) -> tuple[int, int, list[int]]:
         silent += len(empty)
         named += (first + empty[:FIRST]).tolist()
     return with_loss, silent, named[:FIRST]
+
+
+def _first_single(store: Store) -> list[int]:
+    """The first documents of one token."""
+    named: list[int] = []
+    for first in range(0, store.num_documents, BLOCK):
+        named += (first + np.flatnonzero(np.diff(store.offsets[first : first + BLOCK + 1]) == 1)[:FIRST]).tolist()
+        if len(named) >= FIRST:
+            break
+    return named[:FIRST]
 
 
 def _blocks(store: Store) -> Iterator[tuple[int, np.ndarray, Bool[np.ndarray, " tokens"]]]:
@@ -158,6 +167,7 @@ def of_loader(loader: Loader, steps: int | None = None, progress: Progress | Non
     Sources of a recipe that share a store are one here.
     """
     done, sources = 0, []
+    given = {Path(source.files[0]) for source in (*loader.config.train, *loader.config.validation)}
     for packing in loader.packings:
 
         def told(seen: int, before: int = done) -> None:
@@ -165,7 +175,7 @@ def of_loader(loader: Loader, steps: int | None = None, progress: Progress | Non
                 progress(before + seen, sum(_rows(packing) for packing in loader.packings))
 
         about = of_store(packing.store)
-        own = any(Path(source.files[0]) == packing.store.folder for source in loader.config.train)
+        own = given & {packing.store.folder, packing.store.folder.parent}  # the parent of what was held out
         # What is in the cache has a name that says nothing.
         name = about["name"] if own or not about["files"] else ", ".join(about["files"])
         sources.append(about | {"name": name, "packing": of_packing(packing, told)})

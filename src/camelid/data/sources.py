@@ -49,7 +49,8 @@ class Tally:
 
     def check(self) -> None:
         """Raises UserError where more rows than allowed were unreadable."""
-        if self.unreadable > self.max_unreadable * self.rows:
+        # Divided: 29 of 100 are the same number as 0.29, but 0.29 * 100 is less than 29.
+        if self.unreadable and self.unreadable / self.rows > self.max_unreadable:
             raise UserError(
                 f"{self.unreadable} of {self.rows} rows are unreadable, max_unreadable is {self.max_unreadable}: "
                 + "; ".join(self.problems),
@@ -77,13 +78,13 @@ def chunks(source: Source) -> list[Chunk]:
     found: list[list[Span]] = []
     room = 0
     for path in list_files(source.files):
-        with _named(path):
+        with reading(path):
             spans = list(_format(path, source).spans(path, source))
         if not spans:
             raise UserError(f"{path} is empty", "Leave it out of the source's files.")
         for span in spans:
             # Small files lie together, so that thousands of them are not as many pieces of work.
-            if span.size > room:
+            if not found or span.size > room:
                 found.append([])
                 room = lines.BLOCK
             found[-1].append(span)
@@ -99,7 +100,7 @@ def read_chunk(source: Source, chunk: Chunk, tally: Tally | None = None) -> Iter
     """
     counted = Tally(source.max_unreadable) if tally is None else tally
     for span in chunk:
-        with _named(span.path):
+        with reading(span.path):
             for row in _format(span.path, source).read(span, source):
                 counted.rows += 1
                 if isinstance(row, UserError):
@@ -120,7 +121,10 @@ def list_files(patterns: Iterable[str]) -> list[Path]:
 
     Raises UserError where one is missing, named twice, or of no kind that is known.
     """
-    found = [path for pattern in patterns for path in _matches(pattern)]
+    found = []
+    for pattern in patterns:
+        with reading(Path(pattern)):
+            found += _matches(pattern)
     for path in found:
         if not any(form.looks(path) for form in FORMATS):
             raise UserError(f"{path} is of no known kind", f"Rename it, or save it as one of {ENDINGS}.")
@@ -132,9 +136,9 @@ def refuse_repeated(files: Iterable[Path], advice: str) -> None:
     """Refuse a file that is there twice, under whatever name."""
     seen = set()
     for file in files:
-        if file.resolve() in seen:
+        if (real := os.path.realpath(file)) in seen:
             raise UserError(f"{file} is named more than once", advice)
-        seen.add(file.resolve())
+        seen.add(real)
 
 
 def _format(path: Path, source: Source) -> Format:
@@ -158,9 +162,17 @@ def _matches(pattern: str) -> list[Path]:
     # A file's own name may hold brackets, which a glob would read as a choice of letters.
     exact = os.path.isfile(pattern) or _is_data_folder(Path(pattern))
     names = [pattern] if exact else sorted(glob.glob(pattern, recursive=True))
-    if not names and os.path.isfile(f"{pattern}.idx"):
-        names = [f"{pattern}.idx"]
-    paths = [path for path in map(Path, names) if path.is_file() or _is_data_folder(path)]
+    paths = [path for path in map(Path, names) if not path.is_dir() or _is_data_folder(path)]
+    if not paths and os.path.isfile(f"{pattern}.idx"):
+        paths = [Path(f"{pattern}.idx")]
+    if not exact:
+        _refuse_closed_folders(pattern)
+    for path in paths:
+        if path.is_file() or path.is_dir():
+            continue
+        if path.exists():
+            raise UserError(f"{path} is no file, but a pipe or a device", "Save what it gives as a file.")
+        raise UserError(f"{path} is a link to nothing", "Mend the link, or remove it.")
     if not exact:
         paths = [path for path in paths if not (path.suffix == ".db" and MINDRECORD.search(path.stem))]
     if not paths:
@@ -172,12 +184,24 @@ def _matches(pattern: str) -> list[Path]:
     return list(dict.fromkeys(path.with_suffix("") if path.suffix in (".bin", ".idx") else path for path in paths))
 
 
+def _refuse_closed_folders(pattern: str) -> None:
+    """Raises UserError for a folder that a glob would pass over, because this user may not look into it."""
+    while glob.has_magic(pattern):
+        pattern = os.path.dirname(pattern)
+        for folder in glob.glob(os.path.join(pattern, ""), recursive=True):
+            if not os.access(folder, os.R_OK | os.X_OK):
+                raise UserError(
+                    f"{folder} cannot be looked into", "Check its permissions, or name what you want of it."
+                )
+
+
 def _is_data_folder(path: Path) -> bool:
     return path.is_dir() and (is_store(path) or tables.is_dataset(path))
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Whatever the system refuses meanwhile, or is packed wrongly, is a UserError that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:

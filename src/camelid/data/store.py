@@ -7,7 +7,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +21,7 @@ FORMAT, VERSION = "camelid store", 1
 MANIFEST, TOKENS, OFFSETS, WEIGHTS = "manifest.json", "tokens.bin", "offsets.bin", "weights.bin"
 VALIDATION = "validation"
 """the folder, in that of a store, of the documents that were held out of it"""
+AGAIN = "The store is damaged: copy it again, or remove it and prepare it again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,23 +44,21 @@ class Store:
         """Maps the arrays of a folder; raises UserError where it is no store, or a damaged one."""
         folder = Path(folder)
         manifest = read_manifest(folder)
-        tokens, documents = manifest["num_tokens"], manifest["num_documents"]
-        sizes = {name: about["bytes"] for name, about in manifest["files"].items()}
-        for name, size in sizes.items():
+        tokens, documents, weights = manifest["num_tokens"], manifest["num_documents"], manifest["weights"]
+        for name, about in manifest["files"].items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if found != size:
+            if found != about["bytes"]:
                 state = "is missing" if found is None else f"has {found} bytes"
-                raise UserError(
-                    f"{folder / name} {state}, the manifest says {size}",
-                    "The store is damaged: copy it again, or prepare it again.",
-                )
-        weights = manifest["weights"]
+                raise UserError(f"{folder / name} {state}, the manifest says {about['bytes']}", AGAIN)
+        offsets = map_array(folder / OFFSETS, np.dtype("<i8"), documents + 1)
+        if offsets[0] != 0 or offsets[-1] != tokens:
+            raise UserError(f"{folder / OFFSETS} goes from {offsets[0]} to {offsets[-1]}, not 0 to {tokens}", AGAIN)
         return cls(
             folder,
             manifest,
             map_array(folder / TOKENS, token_dtype(manifest["vocab_size"]), tokens, at_random=True),
-            map_array(folder / OFFSETS, np.dtype("<i8"), documents + 1),
-            map_array(folder / WEIGHTS, np.dtype("u1"), tokens, at_random=True) if WEIGHTS in sizes else None,
+            offsets,
+            map_array(folder / WEIGHTS, np.dtype("u1"), tokens, at_random=True) if "levels" in weights else None,
             np.array(weights.get("levels", []), np.float32),
             float(weights.get("first", 0.0)),
         )
@@ -93,7 +92,7 @@ class Store:
 
     def check_tokenizer(self, fingerprint: str, name: object) -> None:
         """Refuses a store of other tokens than this tokenizer's."""
-        if self.manifest["tokenizer"] != fingerprint:
+        if self.manifest.get("tokenizer") != fingerprint:
             raise UserError(
                 f"{self.folder} was prepared with another tokenizer than {name}",
                 "Prepare its sources again with this one, or name the store of this tokenizer.",
@@ -102,10 +101,8 @@ class Store:
     def verify(self) -> None:
         """Reads everything; raises UserError where a file is not what was written."""
         for name, about in self.manifest["files"].items():
-            if hash_file(self.folder / name) != about["sha256"]:
-                raise UserError(
-                    f"{self.folder / name} is not what was written", "Copy the store again, or prepare it again."
-                )
+            if hash_file(self.folder / name) != about.get("sha256"):
+                raise UserError(f"{self.folder / name} is not what was written", AGAIN)
 
 
 def _open(folder: Path) -> Store:
@@ -116,22 +113,40 @@ def is_store(folder: str | Path) -> bool:
     """Whether a folder's manifest says that it is a store."""
     try:
         content = json.loads((Path(folder) / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a store says of itself; raises UserError where there is none, or one of another version."""
+    """What a store says of itself; raises UserError where there is none, a damaged one, or one of another version."""
     if not is_store(folder):
         raise UserError(f"{folder} holds no prepared store", "Make one with `camelid data prepare`.")
     manifest = json.loads((folder / MANIFEST).read_bytes())
-    if manifest["version"] != VERSION:
+    if (version := manifest.get("version")) != VERSION:
         raise UserError(
-            f"{folder} is a store of version {manifest['version']}, this camelid reads {VERSION}",
+            f"{folder} is a store of version {version}, this camelid reads {VERSION}",
             "Prepare its sources again, or use the camelid that made it.",
         )
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / MANIFEST} says something impossible ({error!r})", AGAIN) from error
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raises an error of some kind where something is missing, or files have not the sizes that the counts ask for."""
+    tokens, documents, vocab_size = (manifest[name] for name in ("num_tokens", "num_documents", "vocab_size"))
+    if not all(type(count) is int and count >= 0 for count in (tokens, documents, vocab_size)):
+        raise ValueError(f"{documents} documents of {tokens} tokens, each one of {vocab_size}")
+    sizes = {TOKENS: tokens * token_dtype(vocab_size).itemsize, OFFSETS: 8 * (documents + 1)}
+    weights = manifest["weights"]
+    if "levels" in weights:
+        sizes[WEIGHTS] = tokens
+    np.array(weights["levels"] if "levels" in weights else weights["first"], np.float32)
+    if (found := {name: about["bytes"] for name, about in manifest["files"].items()}) != sizes:
+        raise ValueError(f"files of {found} bytes, not {sizes}")
 
 
 class Writer:
@@ -260,10 +275,13 @@ def map_array(path: Path, dtype: np.dtype, count: int, at_random: bool = False) 
     return np.frombuffer(mapped, dtype)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
+def hash_file(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
+    """SHA-256 of a file; of some of it, where it is stopped."""
+    sha = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while not stopped() and (data := file.read(2**20)):
+            sha.update(data)
+    return sha.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -271,6 +289,18 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     temporary.rename(path)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Whatever the system refuses meanwhile is a UserError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error}",
+            "Check the disk's room and the folder's permissions; the same command goes on where it was.",
+        ) from error
 
 
 @contextlib.contextmanager

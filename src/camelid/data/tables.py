@@ -26,9 +26,9 @@ def parquet_groups(path: Path) -> list[tuple[int, int]]:
 
 
 def parquet_rows(path: Path, start: int, stop: int, column: str | None) -> Iterator[Any]:
-    """The rows of row groups [start, stop), or a column of them; a UserError in place of what is no UTF-8.
+    """The rows of row groups [start, stop), or a column of them; a UserError in place of what is no value.
 
-    Raises UserError where the file is damaged or has no such column.
+    Raises UserError where the file is damaged, has no such column, or several of one name.
     """
     import pyarrow
 
@@ -36,10 +36,13 @@ def parquet_rows(path: Path, start: int, stop: int, column: str | None) -> Itera
     names = file.schema_arrow.names
     if column is not None and column not in names:
         raise no_column(path, column, names)
+    for name in names if column is None else [column]:
+        if names.count(name) > 1:
+            raise UserError(f"{path} has {names.count(name)} columns of the name {name!r}", "Rename all but one.")
     try:
         batches = file.iter_batches(ROWS, row_groups=list(range(start, stop)), columns=column and [column])
         for batch in batches:
-            yield from _values(batch.to_struct_array() if column is None else batch.column(0))
+            yield from _values(batch.to_struct_array() if column is None else batch.column(column))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}", AGAIN) from error
 
@@ -54,12 +57,14 @@ def no_column(name: object, column: str, names: list[str]) -> UserError:
 def _values(array: Any) -> Iterator[Any]:
     try:
         yield from array.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):  # text that is no UTF-8, dates beyond Python's
         for value in array:
             try:
                 yield value.as_py()
             except UnicodeDecodeError as error:
                 yield UserError(f"not UTF-8 ({error.reason})", "Store text as UTF-8.")
+            except (ValueError, OverflowError) as error:
+                yield UserError(f"no value that Python has ({error})", "Store it as text, or leave it out.")
 
 
 def _parquet(path: Path) -> Any:
@@ -99,11 +104,8 @@ def dataset_rows(name: str, start: int, stop: int, column: str | None) -> Iterat
             raise no_column(name, column, rows.column_names)
         rows = rows.select_columns([column])
     for first in range(start, stop, ROWS):
-        columns = rows[first : min(first + ROWS, stop)]
-        if column is not None:
-            yield from columns[column]
-        else:
-            yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        table = rows[first : min(first + ROWS, stop)]
+        yield from _values(table.to_struct_array() if column is None else table.column(column))
 
 
 def dataset_files(name: str) -> list[Path]:
@@ -135,7 +137,8 @@ def _loaded(name: str, state: Path, changed: int) -> Any:
     if isinstance(found, datasets.DatasetDict):
         splits = [str(split) for split in found]
         raise UserError(f"{name} has several splits: {', '.join(splits)}", f"Name one, say {Path(name) / splits[0]}.")
-    return found.with_format(None)
+    # The library's own rows have pictures and sounds unpacked, with more libraries.
+    return found.with_format("arrow")
 
 
 def _advice(name: str) -> str:

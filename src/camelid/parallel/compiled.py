@@ -5,17 +5,18 @@ import os
 import platform
 from pathlib import Path
 
+from camelid.cache import cache_folder
+
 LARGEST = 2 * 2**30  # bytes; the programs that were not used for longest make room
 
 
 def keep_compiled() -> None:
-    """Keeps what XLA compiles under CAMELID_CACHE, or the user's cache folder."""
+    """Keeps what XLA compiles in the cache."""
     import jax
 
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return  # the user has chosen a place by JAX's own variable
-    root = os.environ.get("CAMELID_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "camelid"
-    jax.config.update("jax_compilation_cache_dir", str(Path(root).expanduser() / "xla" / _processor()))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla" / _processor()))
     jax.config.update("jax_compilation_cache_max_size", LARGEST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
