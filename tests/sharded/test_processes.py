@@ -1,4 +1,4 @@
-"""Two processes of four devices each train what one process of eight does, and end together."""
+"""Two processes of four devices each train what one process of eight does, end together, and take turns with it."""
 
 import os
 import signal
@@ -84,7 +84,7 @@ def together(table: dict[str, Any]) -> list[dict]:
     return read_metrics(folder / "metrics.jsonl")
 
 
-def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step_and_they_go_on_to_the_losses_of_one(
+def test_a_signal_to_one_of_two_processes_ends_both_and_one_and_then_two_go_on_to_the_losses_of_one(
     table: dict[str, Any], together: list[dict], devices_env: dict[str, str]
 ):
     run = Path(table["run"])
@@ -100,9 +100,17 @@ def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step_and_they
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [str(stopped)]
     assert not (run / "model").exists()
 
+    alone = devices_env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    with started("train", file, env=alone, log=file.with_name("alone.0.log")) as process:
+        wait_until(lambda: lines(run / "metrics.jsonl") >= stopped + 6, process)
+        process.terminate()
+        ended([process], file, "alone")
+    assert f"resuming after step {stopped}" in file.with_name("alone.0.log").read_text()
+    assert stopped < (again := losses(run)[-1]["step"]) < STEPS, "the run was over before the signal"
+
     with two_processes(file, devices_env, "second") as processes:
         ended(processes, file, "second")
-    assert f"resuming after step {stopped}" in file.with_name("second.0.log").read_text()
+    assert f"resuming after step {again}" in file.with_name("second.0.log").read_text()
     rows = read_metrics(run / "metrics.jsonl")
     assert [(row["step"], "loss" in row) for row in rows] == [(row["step"], "loss" in row) for row in together]
     for name in ("loss", "gradient_norm", "validation_loss", "weight", "learning_rate"):
