@@ -1,7 +1,7 @@
 """The documentation keeps its word: its commands run, its links lead somewhere, its subcommands exist.
 
-A block with `<!-- run -->` on the line above it is run; one that is not says why: `<!-- not run: reason -->`. All blocks of
-one document are one story, told in one empty folder by one shell. Lines that start with "$ " are the commands, with what
+A block with `<!-- run -->` above it is run; one that is not says why: `<!-- not run: reason -->`. All blocks of one
+document are one story, told in one empty folder by one shell. Lines that start with "$ " are the commands, with what
 they read up to the end of a here-document; the others are what they print.
 """
 

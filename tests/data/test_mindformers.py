@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def row(*values: str, first: str = "human") -> dict[str, Any]:
 )
 def test_wikitext_is_cleaned_rule_by_rule(text: str, expected: str):
     assert mindformers._cleaned(text) == expected
+
+
+def test_what_is_not_closed_takes_no_time():
+    began = time.thread_time()
+    for text in ("(" + " " * 4000 + "x", "'" + "\t" * 4000):
+        assert mindformers._cleaned(text) == text
+    assert time.thread_time() - began < 2
 
 
 def test_paragraphs_are_framed_laid_end_to_end_and_cut(tokenizer: Tokenizer):

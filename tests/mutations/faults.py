@@ -1,19 +1,6 @@
-"""Faults that somebody could write, and the test that must notice each: the tests of the tests (CONTRIBUTING.md)."""
+"""Faults in everything but data and text, and the test that must notice each."""
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Fault:
-    name: str
-    file: str
-    """below src/camelid"""
-    text: str
-    """stands there exactly once"""
-    instead: str
-    test: str
-    """below tests; it passes without the fault and fails with it"""
-
+from mutations.fault import Fault
 
 PLAIN = "[llama, grouped queries, heads wider than embed]"
 PARITY = "parity/test_transformers.py::test_logits_equal_transformers"
@@ -733,13 +720,6 @@ FAULTS = (
         "train/test_loggers.py::test_a_run_that_starts_again_from_nothing_keeps_nothing",
     ),
     Fault(
-        "a resumed run sees the first batches again",
-        "data/loader.py",
-        "maker.submit(make, step)",
-        "maker.submit(make, step - first_step)",
-        "sharded/test_training.py::test_a_run_stopped_on_one_mesh_goes_on_on_another",
-    ),
-    Fault(
         "a device gets the first rows instead of its own",
         "parallel/hosts.py",
         "return x[start - own.start : stop - own.start]",
@@ -870,8 +850,8 @@ FAULTS = (
     Fault(
         "the Hub's .bin files come beside its safetensors",
         "checkpoint/hub.py",
-        "        if (folder / form).is_file():\n            break",
-        "        if (folder / form).is_file():\n            continue",
+        "if _fetched(form, folder, repo, commit):\n            break",
+        "if _fetched(form, folder, repo, commit):\n            continue",
         "checkpoint/test_hub.py::test_only_the_files_needed_are_downloaded_and_they_open_again_offline[safetensors]",
     ),
     Fault(

@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 sys.path.insert(0, str(TESTS))
 
-from mutations.faults import FAULTS, Fault  # noqa: E402
+from mutations import data_faults, faults  # noqa: E402
+from mutations.fault import Fault  # noqa: E402
 
+FAULTS = (*faults.FAULTS, *data_faults.FAULTS)
 JOBS = 2
 # Fails the session where the tests did not see the copy: a fault would seem to go unnoticed, or to be noticed.
 PLUGIN = """
@@ -70,8 +72,8 @@ def notice(fault: Fault) -> str | None:
 
 
 def main(words: list[str]) -> int:
-    faults = [f for f in FAULTS if not words or any(word in f"{f.name} {f.file}" for word in words)]
-    status, said = run_tests(dict.fromkeys(fault.test for fault in faults))
+    chosen = [f for f in FAULTS if not words or any(word in f"{f.name} {f.file}" for word in words)]
+    status, said = run_tests(dict.fromkeys(fault.test for fault in chosen))
     if status:
         print(said, "these tests fail without any fault", sep="\n", file=sys.stderr)
         return status
@@ -82,11 +84,11 @@ def main(words: list[str]) -> int:
 
     missed = 0
     with ThreadPoolExecutor(JOBS) as pool:
-        for fault, (why, seconds) in zip(faults, pool.map(timed, faults), strict=True):
+        for fault, (why, seconds) in zip(chosen, pool.map(timed, chosen), strict=True):
             missed += why is None
             print(f"{'MISSED' if why is None else 'caught'}  {seconds:4.0f} s  {fault.name}", flush=True)
             print(f"        {fault.test}\n        {(why or 'passed')[:100]}", flush=True)
-    print(f"{len(faults) - missed} of {len(faults)} faults caught")
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
     return 1 if missed else 0
 
 

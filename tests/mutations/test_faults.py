@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mutations.faults import FAULTS, Fault
-from mutations.run import notice, planted
+from mutations.fault import Fault
+from mutations.run import FAULTS, notice, planted
 
 TESTS = Path(__file__).parents[1]
 

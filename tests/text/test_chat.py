@@ -411,6 +411,23 @@ def test_a_token_across_a_border_counts(bytewise: Tokenizer, assets: Path):
     assert [phi2.decode([token]) for token in tokens[weights > 0]] == [" Yes"]
 
 
+@pytest.mark.parametrize("last", ["c", "<|endoftext|> c"])
+def test_a_file_that_cuts_blanks_off_its_spans_makes_no_difference(assets: Path, tmp_path: Path, last: str):
+    chat = [Message("user", " a"), Message("assistant", " b "), Message("user", last)]
+    found = []
+    for cuts in (False, True):
+        save_tokenizer(assets, "gpt2", tmp_path)
+        file = str(tmp_path / "tokenizer.json")
+        changed = tokenizers.Tokenizer.from_file(file)
+        changed.post_processor = tokenizers.processors.ByteLevel(trim_offsets=cuts)
+        changed.save(file)
+        tokenizer = load_tokenizer(tmp_path)
+        tokens, weights = load_template("vicuna_v1.1", tokenizer).render(chat, tokenizer)
+        assert spoken(tokenizer, tokens, weights) == [" b "]
+        found.append(tokens.tolist())
+    assert found[0] == found[1]
+
+
 def test_weights_of_messages_and_loss_on_all(bytewise: Tokenizer):
     template = load_template("zephyr", bytewise)
     chat = [Message("user", "q", 0.25), Message("assistant", "a", 0.5), Message("user", "r"), Message("assistant", "b")]
@@ -458,6 +475,27 @@ def test_a_template_that_moves_thoughts_is_followed(assets: Path, bytewise: Toke
     # Thoughts of earlier turns are left out by the template, those of the last one are kept.
     last = "<think>\ntwo and two\n</think>\n\nFour.<|im_end|>"
     assert spoken(bytewise, tokens, weights) == ["Four.<|im_end|>", last]
+
+
+def test_thoughts_of_many_turns_take_a_few_renderings(
+    assets: Path, bytewise: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    chat = [TURNS[0], Message("assistant", THINKING + " \n")] * 20
+    rendered: list[str] = []
+    render = sandbox.render
+    monkeypatch.setattr(sandbox, "render", lambda *given: rendered.append("") or render(*given))
+    tokens, weights = ChatTemplate(qwen3(assets)).render(chat, bytewise)
+    runs = spoken(bytewise, tokens, weights)
+    assert runs == ["Four. \n<|im_end|>"] * 19 + ["<think>\ntwo and two\n</think>\n\nFour. \n<|im_end|>"]
+    assert len(rendered) < 10
+
+
+def test_what_a_template_adds_behind_some_words_is_not_the_messages(bytewise: Tokenizer):
+    template = ChatTemplate("{% for m in messages %}{{ m.content | trim }}{{ '</s>' if 'x' in m.content }}{% endfor %}")
+    chat = [Message("user", "x "), Message("assistant", "y"), Message("user", " x"), Message("assistant", "z")]
+    tokens, weights = template.render(chat, bytewise)
+    assert tokens.tolist() == [ord("x"), EOS, ord("y"), ord("x"), EOS, ord("z")]
+    assert weights.tolist() == [0, 0, 1, 0, 0, 1]
 
 
 def test_a_special_in_words_that_a_template_moves_is_refused(assets: Path, bytewise: Tokenizer):
@@ -536,6 +574,7 @@ def test_a_prompt_that_a_template_always_adds_is_not_the_assistants(assets: Path
 
 GROW = "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = BY %}{% endfor %}{{ ns.s }}"
 BIG = "{% set ns = namespace(s='x') %}{% for i in range(19) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
+LISTS = "{% set x = range(90000) | list %}{% set y = x | reverse | list | reverse | list %}"
 
 
 @pytest.mark.parametrize(
@@ -571,8 +610,25 @@ BIG = "{% set ns = namespace(s='x') %}{% for i in range(19) %}{% set ns.s = ns.s
         ("{{ 'x'.center(999999999) }}", "attribute center"),
         ("{{ 'x' | attr('ljust') }}", "attribute ljust"),
         ("{{ 'x' | center(999999999) }}", "No filter named 'center'"),
-        ("{{ 'x' | indent(999999999) }}", "up to 100"),
-        ("{{ 1.5 | round(999999999) }}", "up to 100"),
+        ("{{ 'x' | indent(999999999) }}", "up to 20"),
+        ("{{ 1.5 | round(999999999) }}", "up to 20"),
+        (BIG + "{{ 'x\ny' | indent(width=ns.s) }}", "up to 20"),
+        (BIG + "{{ [1, 2] | tojson(indent=ns.s) }}", "up to 20"),
+        (BIG + "{{ [1, 2] | tojson(separators=(ns.s, ns.s)) }}", "up to 20|makes a value"),
+        (BIG + "{{ strftime_now(ns.s) }}", "up to 100 characters"),
+        (BIG + "{{ ns.s.split('x') | length }}", "makes a value"),
+        (BIG + "{% set x = ns.s[1:] %}" * 50, "more time"),
+        (BIG + "{% macro f() %}{% set x = ns.s.upper() %}{{ f() }}{% endmacro %}{{ f() }}", "more time"),
+        (BIG + "{% macro f() %}{{ f(*varargs) }}{% endmacro %}{{ f(*ns.s) }}", "more time"),
+        (BIG + "{{ ns.s.rfind('xy' + ns.s[9:]) }}", "more time"),
+        (BIG + "{{ ns.s.strip('y' + ns.s) }}", "more time"),
+        (BIG + "{{ ns.s | trim(ns.s) }}", "more time"),
+        (BIG.replace("'x'", "'f'") + "{{ ns.s | int(base=16) // 3 }}", "moderate numbers"),
+        (LISTS + "{% if x == y %}{% endif %}" * 500, "more time"),
+        (LISTS + "{% if x is eq(y) %}{% endif %}" * 500, "more time"),
+        (LISTS + "{% for i in x | reject('in', y) %}{% endfor %}", "more time"),
+        (LISTS + "{% set c = cycler(x) %}{{ [" + "c," * 500 + "] | map(attribute='current') | max }}", "more time"),
+        ("{% for a in [0] recursive %}{% if not a %}{{ loop(range(1, 99999)) }}{% endif %}{% endfor %}", "more time"),
         ("{{ lipsum(n=99999) }}", "'lipsum' is undefined"),
         ("{{ messages.__class__ }}", "attribute __class__ of list"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "attribute __class__"),
@@ -590,37 +646,42 @@ BIG = "{% set ns = namespace(s='x') %}{% for i in range(19) %}{% set ns.s = ns.s
         ("{% if %}", "does not compile, line 1"),
         ("\n{% endfor %}", "does not compile, line 2"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
-        ("x" * 1_000_001, "1,000,001 characters"),
+        (("{{ a" + "|e" * 150 + " }}") * 100, "more time"),
+        ("x" * 200_001, "200,001 characters"),
         ("{{ unknown.name }}", "'unknown' is undefined"),
         ("{{ messages + 1 }}", "TypeError"),
     ],
-    ids=lambda text: text[:60],
+    ids=lambda text: text[-60:],
 )
-def test_a_hostile_template_is_refused_in_any_thread(bytewise: Tokenizer, text: str, message: str):
+def test_a_hostile_template_is_refused_in_any_thread(
+    bytewise: Tokenizer, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+):
+    # Checks of types make every step many times as long here.
+    monkeypatch.setattr(sandbox, "SECONDS", 1.5)
     began = time.thread_time()
     with pytest.raises(UserError, match=f"^the chat template .*({message})"):
         ChatTemplate(text).render(TURNS, bytewise)
-    assert time.thread_time() - began < 10
-    if time.thread_time() - began < 1:
+    assert time.thread_time() - began < 5
+    if time.thread_time() - began < 0.3:
         with ThreadPoolExecutor(1) as threads, pytest.raises(UserError, match=message):
             threads.submit(sandbox.render, text, {"messages": rows(TURNS)}).result()
 
 
 def test_time_is_limited_where_work_is_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
-    lists = "{% set x = range(90000) | list %}{% set y = x | reverse | list | reverse | list %}"
     began = time.thread_time()
     with pytest.raises(UserError, match="more time"):
-        sandbox.render(lists + "{% for i in x %}{{ x == y }}{% endfor %}", {})
+        sandbox.render(LISTS + "{% for i in x %}{{ x == y }}{% endfor %}", {})
     assert time.thread_time() - began < 2
 
 
 def test_long_honest_chats_are_within_the_bounds(assets: Path):
-    chat = [*TURNS] * 1000 + [Message("user", "x" * 5_000_000)]
+    chat = [*TURNS] * 400 + [Message("user", "x" * 5_000_000)]
     for file in ("Qwen__Qwen3", "meta-llama__Llama-3.2-3B-Instruct"):
         text = json.loads((assets / TEMPLATES / f"tokenizer_configs/{file}.json").read_text())["chat_template"]
-        written = sandbox.render(text, {"messages": rows(chat), "bos_token": "<s>"}).text
-        assert written.count("Four:") == 1000
+        for some in (chat, chat[:-1]):
+            written = sandbox.render(text, {"messages": rows(some), "bos_token": "<s>"}).text
+            assert written.count("Four:") == 400
 
 
 def test_the_date_is_the_templates_or_the_clocks(bytewise: Tokenizer):
@@ -681,6 +742,10 @@ def test_sharegpt_and_openai_rows_are_the_same_messages():
     expected.append(Message("assistant", "b", 0.0))
     assert read_chat(shared) == read_chat(opened) == expected
     assert read_chat({"messages": opened["messages"][1:], "system": "s"}) == expected
+    # A table of both kinds has every column in every row.
+    assert read_chat({"messages": None, **shared}) == expected
+    sparse = [{"from": None, "value": None, "weight": None, **message} for message in opened["messages"]]
+    assert read_chat({"conversations": None, "messages": sparse}) == expected
 
 
 USER, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
@@ -692,6 +757,7 @@ USER, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
         ({"text": "x"}, "neither messages nor conversations is among the keys text"),
         ({"conversations": []}, r"conversations is \[\], not a list of messages"),
         ({"messages": "hi"}, "messages is 'hi', not a list"),
+        ({"messages": None, "conversations": None}, "messages is None, not a list"),
         ({"conversations": [USER, "hi"]}, r"conversations\[1\] is 'hi', not a message"),
         ({"conversations": [USER, {"value": "a"}]}, r"conversations\[1\] has no 'from'"),
         ({"messages": [{"content": "a"}]}, r"messages\[0\] has no 'role'"),
@@ -711,6 +777,9 @@ USER, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
         ),
         ({"messages": [{"role": "user", "content": "x", "weight": -1}]}, r"messages\[0\].weight is -1"),
         ({"messages": [{"role": "user", "content": "x", "weight": True}]}, r"messages\[0\].weight is True"),
+        ({"messages": [{"role": "user", "content": "x", "weight": 1e39}]}, r"messages\[0\].weight is 1e\+39"),
+        ({"messages": [{"role": "user", "content": "x", "weight": 10**400}]}, r"messages\[0\].weight is 1000"),
+        ({"messages": [{"role": "user", "content": "x", "weight": float("nan")}]}, r"messages\[0\].weight is nan"),
         ({"conversations": [USER], "tools": [1]}, "the row has tools"),
         (
             {"conversations": [{"from": "system", "value": "s"}, USER], "system": "t"},
@@ -760,7 +829,8 @@ def test_no_row_of_real_data_is_silently_masked(assets: Path, name: str, bytewis
     chats = [read_chat(row) for row in json.loads((assets / "data/chat/dummy_conversation.json").read_text())]
     table = json.loads((assets / "data/instruct/rasbt-instruction-data.json").read_text())
     chats += [read_instruct(row, template) for row in table if row["output"]]
-    chats = chats[::5]
+    # Together the templates see every one of them.
+    chats = chats[list(NAMED).index(name) :: len(NAMED)]
     for chat, (tokens, weights) in zip(chats, template.render_batch(chats, bytewise), strict=True):
         answers = [message.content for message in chat if message.role == "assistant"]
         runs = spoken(bytewise, tokens, weights)

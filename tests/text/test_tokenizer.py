@@ -1,5 +1,6 @@
 import hashlib
 import json
+import pickle
 import random
 import shutil
 import subprocess
@@ -121,6 +122,32 @@ def test_special_strings_are_text_unless_asked_for(bytewise: Tokenizer):
     assert bytewise.encode("</s>x", bos=False, specials=True) == [EOS, ord("x")]
 
 
+@pytest.mark.parametrize("config", [{"eos_token": "<|end|>"}, {"additional_special_tokens": [{"content": "<|end|>"}]}])
+def test_a_special_of_the_configuration_is_one_whatever_the_vocabulary_says(tmp_path: Path, config: dict):
+    import transformers
+
+    folder = save_byte_tokenizer(tmp_path, config={"bos_token": "<s>", **config})
+    changed = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    changed.add_tokens([tokenizers.AddedToken("<|end|>", rstrip=True)])
+    changed.save(str(folder / "tokenizer.json"))
+    ours = load_tokenizer(folder)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|end|>")
+    assert ours.encode("a<|end|> b", bos=False) == list(b"a<|end|> b")
+    ids = ours.encode("a<|end|> b", bos=False, specials=True)
+    assert ids == theirs.encode("a<|end|> b", add_special_tokens=False) == [ord("a"), VOCAB_SIZE, ord("b")]
+    assert ours.decode(ids) == "ab"
+    assert ours.decode(ids, skip_specials=False) == "a<|end|>b"
+
+
+@pytest.mark.parametrize("file", [f"{STORIES}/tokenizer.json", f"{STORIES}/tokenizer.model"])
+def test_a_pickled_tokenizer_is_the_same(assets: Path, file: str):
+    tokenizer = load_tokenizer(assets / file)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    for specials in (False, True):
+        text = "One </s> <s>day"
+        assert again.encode(text, specials=specials) == tokenizer.encode(text, specials=specials)
+
+
 def test_one_thread_may_parse_specials_while_another_does_not(bytewise: Tokenizer):
     text = "</s>" * 500
     plain, parsed = bytewise.encode(text), bytewise.encode(text, specials=True)
@@ -172,6 +199,41 @@ def test_every_file_that_names_an_eos_is_heard(tmp_path: Path):
     assert tokenizer.encode("x", eos=True)[-1] == 7
     (folder / "generation_config.json").write_text('{"eos_token_id": 9}')
     assert load_tokenizer(folder).eos_ids == (9, EOS, ord("!"), 8)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [null, -1]}')
+    assert load_tokenizer(folder).eos_ids == (EOS, ord("!"), 8)
+
+
+def test_an_eos_of_the_model_alone_ends_no_text(tmp_path: Path):
+    folder = save_byte_tokenizer(tmp_path)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [{VOCAB_SIZE}, {EOS}]}}')
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_ids == (VOCAB_SIZE, EOS)
+    assert tokenizer.encode("x", eos=True) == [BOS, ord("x"), EOS]
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {VOCAB_SIZE}}}')
+    with pytest.raises(UserError, match="no file beside it names one that it has"):
+        load_tokenizer(folder).encode("x", eos=True)
+
+
+def test_an_ordinary_token_that_is_also_eos_ends_a_text_once_more(tmp_path: Path):
+    tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path, config={"bos_token": "#", "eos_token": "!"}))
+    assert tokenizer.encode("#x!", bos=True, eos=True) == list(b"##x!!")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generation_config.json", '{"eos_token_id": "x"}', r"eos_token_id in .*generation_config\.json is \['x'\]"),
+        ("config.json", '{"eos_token_id": [1, 2.5]}', r"eos_token_id in .*config\.json is \[1, 2\.5\]"),
+        ("tokenizer_config.json", '{"eos_token": 2}', "eos_token is 2 in the tokenizer's configuration"),
+        ("tokenizer_config.json", '{"bos_token": ["<s>"]}', r"bos_token is \['<s>'\]"),
+    ],
+)
+def test_a_special_of_another_shape_is_named(tmp_path: Path, name: str, content: str, message: str):
+    folder = save_byte_tokenizer(tmp_path)
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder)
 
 
 def test_truncation_and_padding_saved_in_the_file_are_ignored(tmp_path: Path):
@@ -195,6 +257,14 @@ def test_tokens_added_to_a_bare_model_are_counted_parsed_and_spelled(assets: Pat
     # 32001 belongs to nobody.
     assert tokenizer.decode([*ids, 32001]) == TextStream(tokenizer).push(32001) == ""
     assert 32000 not in tokenizer.encode("<|im|>")
+
+
+@pytest.mark.parametrize("added", ['{"x": "y"}', '{"x": -1}', '{"x": 3.5}', '{"": 32000}'])
+def test_an_added_token_without_text_or_id_is_named(assets: Path, tmp_path: Path, added: str):
+    shutil.copy(assets / LLAMA2 / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(added)
+    with pytest.raises(UserError, match=r"added_tokens\.json gives '\w?' the id "):
+        load_tokenizer(tmp_path)
 
 
 def test_files_and_fingerprint_are_those_of_the_folder(assets: Path, tmp_path: Path):

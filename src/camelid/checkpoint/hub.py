@@ -39,12 +39,12 @@ def _download(repo: str, revision: str | None, look: Callable[[Path], object]) -
     folder = _snapshot(repo, revision, COMPANIONS, quiet=True)
     commit = folder.name  # what comes next belongs to it, even if the branch moves on
     if (folder / ADAPTER).is_file():
-        _first_of(ADAPTER_FORMS, folder, repo, commit)
+        any(_fetched(form, folder, repo, commit) for form in ADAPTER_FORMS)  # the first that there is
     if not (folder / "config.json").is_file():
         return folder
     look(folder)
     for form in FORMS:
-        if _first_of([form], folder, repo, commit):
+        if _fetched(form, folder, repo, commit):
             break
         index = f"{form}.index.json"
         _snapshot(repo, commit, [index], quiet=True)
@@ -56,14 +56,11 @@ def _download(repo: str, revision: str | None, look: Callable[[Path], object]) -
     return folder
 
 
-def _first_of(names: Iterable[str], folder: Path, repo: str, commit: str) -> bool:
-    """Downloads the first of these files that there is, and says whether there is one."""
-    for name in names:
-        if not (folder / name).is_file():
-            _snapshot(repo, commit, [name])
-        if (folder / name).is_file():
-            return True
-    return False
+def _fetched(name: str, folder: Path, repo: str, commit: str) -> bool:
+    """Downloads a file where it is not there yet, and says whether there is one."""
+    if not (folder / name).is_file():
+        _snapshot(repo, commit, [name])
+    return (folder / name).is_file()
 
 
 def _shards(index: Path) -> list[str]:

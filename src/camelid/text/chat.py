@@ -12,7 +12,6 @@ A token counts if any of its characters does: the assistant cannot be heard with
 import datetime
 import functools
 import itertools
-import math
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,8 +42,11 @@ NOT_TEXT = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", 
 NOT_TEXT += ("audio", "images", "videos")
 NOT_A_CHAT = ("tools", "functions", "history", "images", "videos", "audios")
 
+MOST_WEIGHT = float(np.finfo(np.float32).max)
+
 # Digits, because they are the same in capitals and between other letters.
 MARK = f"{secrets.randbelow(10**20):020}."
+MARKS = re.compile(rf"{re.escape(MARK)}(\d+)\.")
 # What templates do to the ends of a content; the first that fits is taken.
 TRIMS = (
     str,
@@ -71,7 +73,9 @@ def read_chat(row: Mapping[str, Any]) -> list[Message]:
 
     UserError that names message and key where something is missing, unknown, empty, or out of turn.
     """
-    key = next((key for key in ("messages", "conversations") if key in row), None)
+    # Tables have every column in every row.
+    present = sorted((key for key in ("messages", "conversations") if key in row), key=lambda key: row[key] is None)
+    key = next(iter(present), None)
     if key is None:
         raise UserError(
             f"neither messages nor conversations is among the keys {', '.join(map(str, row)) or '(none)'}",
@@ -163,7 +167,8 @@ def _read_message(place: str, row: Any) -> Message:
             raise UserError(
                 f"{place} has {key}, which is not text of the chat", "leave such rows out; it would be lost"
             )
-    role_key, content_key = ("from", "value") if "from" in row or "value" in row else ("role", "content")
+    shares = any(row.get(key) is not None for key in ("from", "value"))
+    role_key, content_key = ("from", "value") if shares else ("role", "content")
     if role_key not in row:
         raise UserError(f"{place} has no {role_key!r}", f"its keys are {', '.join(map(str, row)) or '(none)'}")
     role = ROLES.get(row[role_key]) if isinstance(row[role_key], str) else None
@@ -191,8 +196,8 @@ def _text(place: str, content: Any) -> str:
 def _weight(place: str, weight: Any) -> float | None:
     if weight is None:
         return None
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise UserError(f"{place}.weight is {_shown(weight)}", "a weight is a number, 0 or more")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MOST_WEIGHT:
+        raise UserError(f"{place}.weight is {_shown(weight)}", "a weight is a number, 0 or more, that float32 can hold")
     return float(weight)
 
 
@@ -282,7 +287,7 @@ def _laid_out(template: ChatTemplate, messages: tuple[Message, ...], tokenizer: 
     marked = _marked_pieces(writer, tuple(message.role for message in messages), prompt)
     contents = _fitted(written.text, marked, messages)
     if contents is None:
-        contents = _one_by_one(writer, messages, prompt, written.text)
+        contents = _one_by_one(writer, messages, prompt, written.text, marked)
     if written.generated:
         said = [span for span in contents if messages[span[2]].role != "assistant"]
         said += [(start, end, _speaker(contents, start, end)) for start, end in written.generated]
@@ -301,7 +306,7 @@ def _marked_pieces(writer: _Writer, roles: tuple[str, ...], prompt: bool) -> tup
         text = writer.write([Message(role, _mark(index)) for index, role in enumerate(roles)], prompt).text
     except UserError:
         return None
-    pieces = tuple(re.split(rf"{re.escape(MARK)}(\d+)\.", text))
+    pieces = tuple(MARKS.split(text))
     return pieces if {int(index) for index in pieces[1::2]} == set(range(len(roles))) else None
 
 
@@ -329,24 +334,53 @@ def _fitted(
     return spans if at == len(text) else None
 
 
-def _one_by_one(writer: _Writer, messages: tuple[Message, ...], prompt: bool, text: str) -> list[tuple[int, int, int]]:
-    """Where the contents lie, for a template that looks at their words: each is found by a mark in its place alone."""
-    spans: list[tuple[int, int, int]] = []
-    for index, message in enumerate(messages):
-        marked = (*messages[:index], Message(message.role, _mark(index)), *messages[index + 1 :])
-        try:
-            before, found, after = writer.write(marked, prompt).text.partition(_mark(index))
-        except UserError:
-            before, found, after = "", "", ""
-        fits = found and text.startswith(before) and text.endswith(after) and _mark(index) not in after
-        if fits and len(before) + len(after) <= len(text):
-            spans.append((len(before), len(text) - len(after), index))
-        else:
-            spans.append(_by_prefixes(writer, messages, index, text))
+def _one_by_one(
+    writer: _Writer, messages: tuple[Message, ...], prompt: bool, text: str, pieces: tuple[str, ...] | None
+) -> list[tuple[int, int, int]]:
+    """Where the contents lie, for a template that looks at their words."""
+    known = _by_ends(writer, messages, prompt, text, pieces)
+    spans = [known.get(index) or _alone(writer, messages, prompt, text, index) for index in range(len(messages))]
     for before, span in itertools.pairwise(spans):
         if span[0] < before[1]:
             raise _hidden(span[2], messages)
     return spans
+
+
+def _by_ends(
+    writer: _Writer, messages: tuple[Message, ...], prompt: bool, text: str, pieces: tuple[str, ...] | None
+) -> dict[int, tuple[int, int, int]]:
+    """Where those contents lie that keep their ends: marks behind all of them tell at once where these are."""
+    order = [str(index) for index in range(len(messages))]
+    if pieces is None or list(pieces[1::2]) != order:
+        return {}
+    for trim in (str, str.rstrip):
+        marked = [Message(message.role, trim(message.content) + _mark(i)) for i, message in enumerate(messages)]
+        try:
+            written = MARKS.split(writer.write(marked, prompt).text)
+        except UserError:
+            continue
+        if "".join(written[::2]) == text and written[1::2] == order:
+            found: dict[int, tuple[int, int, int]] = {}
+            at = 0
+            for i, (head, piece) in enumerate(zip(pieces[:-1:2], written[:-1:2], strict=True)):
+                if piece.startswith(head) and trim(messages[i].content).endswith(piece[len(head) :]):
+                    found[i] = at + len(head), at + len(piece), i
+                at += len(piece)
+            return found
+    return {}
+
+
+def _alone(writer: _Writer, messages: tuple[Message, ...], prompt: bool, text: str, index: int) -> tuple[int, int, int]:
+    """Where a message's content lies, by a mark in its place alone."""
+    marked = (*messages[:index], Message(messages[index].role, _mark(index)), *messages[index + 1 :])
+    try:
+        before, found, after = writer.write(marked, prompt).text.partition(_mark(index))
+    except UserError:
+        before, found, after = "", "", ""
+    fits = found and text.startswith(before) and text.endswith(after) and _mark(index) not in after
+    if fits and len(before) + len(after) <= len(text):
+        return len(before), len(text) - len(after), index
+    return _by_prefixes(writer, messages, index, text)
 
 
 def _by_prefixes(writer: _Writer, messages: tuple[Message, ...], index: int, text: str) -> tuple[int, int, int]:

@@ -12,7 +12,6 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,8 +36,10 @@ class Placed:
 class TokenizersEngine:
     """tokenizer.json, read by Hugging Face's `tokenizers`."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, named: Iterable[str] = ()):
+        """`named` are specials whatever the file says of them."""
         self._file = file
+        self._named = tuple(named)
         self._plain = self._load(specials=False)
         self.vocab_size = 1 + max(self._plain.get_vocab(with_added_tokens=True).values())
         added = self._plain.get_added_tokens_decoder()
@@ -49,6 +50,10 @@ class TokenizersEngine:
         decoder = self._plain.decoder
         self.is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
 
+    def __reduce__(self):
+        # The library's own pickles forget whether specials are parsed.
+        return type(self), (self._file, self._named)
+
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
         engine = self._parsing if specials else self._plain
         return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
@@ -58,7 +63,7 @@ class TokenizersEngine:
         plain = ["".join(text for text, _ in parts) for parts, stray in zip(texts, strays, strict=True) if not stray]
         encodings = iter(self._parsing.encode_batch(plain, add_special_tokens=False))
         return [
-            self._placed_by_name(parts) if stray else _placed(next(encodings))
+            self._placed_by_name(parts) if stray else _placed((found := next(encodings)).ids, found.offsets)
             for parts, stray in zip(texts, strays, strict=True)
         ]
 
@@ -82,7 +87,7 @@ class TokenizersEngine:
     @functools.cached_property
     def _parsing(self):
         # Parsing specials is a switch of the whole object: a second one keeps threads apart.
-        return self._load(specials=True)
+        return self._load(specials=True, framed=False)
 
     def _has_stray_special(self, parts: Sequence[Part]) -> bool:
         """Whether the text as a whole holds other special strings than the parts that may hold them."""
@@ -108,7 +113,8 @@ class TokenizersEngine:
                 renamed += specials and piece in names
                 here.append(here[-1] + len(name))
                 there.append(there[-1] + len(piece))
-        placed = _placed(engine.encode("".join(texts), add_special_tokens=False))
+        found = engine.encode("".join(texts), add_special_tokens=False)
+        placed = _placed(found.ids, found.offsets)
         if (placed.tokens != ids[placed.tokens]).sum() != renamed:
             raise UserError(
                 f"{self._file} has specials that are found in some places only (single_word or normalized is set), and "
@@ -125,7 +131,7 @@ class TokenizersEngine:
         """An engine where specials go by names that nobody can guess, these names, and what its ids are in ours."""
         import tokenizers
 
-        engine = self._load(specials=False)
+        engine = self._load(specials=False, framed=False)
         added = engine.get_added_tokens_decoder()
         secret = secrets.token_hex(8)
         names = {added[token].content: f"<{secret}{token}>" for token in self.special_ids}
@@ -137,7 +143,7 @@ class TokenizersEngine:
         ids[[vocab[name] for name in names.values()]] = [vocab[special] for special in names]
         return engine, names, ids
 
-    def _load(self, *, specials: bool):
+    def _load(self, *, specials: bool, framed: bool = True):
         import tokenizers
 
         try:
@@ -147,10 +153,22 @@ class TokenizersEngine:
                 f"{self._file} is no tokenizer that tokenizers {tokenizers.__version__} can read: {error}",
                 "name a tokenizer.json, or update tokenizers",
             ) from error
+        added = engine.get_added_tokens_decoder()
+        known = {text: engine.token_to_id(text) for text in self._named}
+        engine.add_special_tokens(
+            [
+                added.get(i) or tokenizers.AddedToken(text, normalized=False)
+                for text, i in known.items()
+                if i is not None
+            ]
+        )
         # Some files were saved with the last caller's truncation or padding still on.
         engine.no_truncation()
         engine.no_padding()
         engine.encode_special_tokens = not specials
+        if not framed:
+            # What puts BOS in front may also cut blanks off the spans of tokens.
+            engine.post_processor = None
         return engine
 
     def _leading_special(self) -> int | None:
@@ -229,83 +247,30 @@ class SentencePieceEngine:
         yield from [(plain, False)] if plain else []
 
     def _placed(self, runs: list[tuple[str, bool]]) -> Placed:
-        spans = [np.zeros((0, 3), np.int64)]
+        tokens: list[int] = []
+        spans: list[tuple[int, int]] = []
         at = 0
         for text, special in runs:
             if special:
-                spans.append(np.array([[self._specials[text], at, at + len(text)]]))
+                tokens.append(self._specials[text])
+                spans.append((at, at + len(text)))
             else:
-                pieces = _sentence_pieces(self._model.encode(text, out_type="serialized_proto"))
-                span = np.array(pieces, np.int64).reshape(-1, 3)
-                span[:, 1:] = at + _char_at_byte(text)[span[:, 1:]]
-                spans.append(span)
+                found = self._model.encode(text, out_type="offset_mapping")
+                tokens += found["ids"]
+                spans += [(at + start, at + end) for start, end in found["offsets"]]
             at += len(text)
-        tokens, starts, ends = np.concatenate(spans).T
-        return Placed(tokens.astype(np.int32), starts, ends)
+        return _placed(tokens, spans)
 
 
-def _placed(encoding: Any) -> Placed:
-    """What `tokenizers` found."""
-    starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-    return Placed(np.array(encoding.ids, np.int32), starts, ends)
+def _placed(tokens: Sequence[int], spans: Sequence[tuple[int, int]]) -> Placed:
+    flat = np.fromiter(itertools.chain.from_iterable(spans), np.int64, 2 * len(spans))
+    return Placed(np.array(tokens, np.int32), flat[::2], flat[1::2])
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
     """What finds any of the strings, the longest where several begin, and splits a text around them."""
     longest_first = sorted(strings, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-
-
-def _char_at_byte(text: str) -> np.ndarray:
-    """The character that each byte of the text's UTF-8 belongs to, and the text's length at the end."""
-    data = np.frombuffer(text.encode(), np.uint8)
-    return np.append(np.cumsum((data & 0xC0) != 0x80) - 1, len(text))
-
-
-def _sentence_pieces(message: bytes) -> list[tuple[int, int, int]]:
-    """The id and the span in bytes of every piece of a SentencePieceText, which is a message of protobuf."""
-    spans: list[tuple[int, int, int]] = []
-    at = 0
-    while at < len(message):
-        key = message[at]
-        if key == 0x1D:  # the score, four bytes
-            at += 5
-            continue
-        size, at = _varint(message, at + 1)
-        end = at + size
-        if key != 0x12:  # the text itself
-            at = end
-            continue
-        # Numbers that are 0 may be left out.
-        token = start = stop = 0
-        while at < end:
-            key = message[at]
-            value, at = _varint(message, at + 1)
-            if key == 0x10:
-                token = value
-            elif key == 0x20:
-                start = value
-            elif key == 0x28:
-                stop = value
-            else:  # the piece, and what it stands for
-                at += value
-        spans.append((token, start, stop))
-    return spans
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and where it ends."""
-    value = message[at]
-    if value < 0x80:
-        return value, at + 1
-    value, shift = value & 0x7F, 7
-    while True:
-        at += 1
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at + 1
-        shift += 7
 
 
 def _load_sentencepiece(file: Path):

@@ -1,8 +1,9 @@
 """Jinja templates from strangers: what they write is bounded in time and memory, and they see only what they are given.
 
-Templates have no `while`, so work comes from loops, calls, filters and `+`. Each of these is charged to a budget before
-it is done, which stops a template between two steps, in whatever thread it runs; no value may grow past a limit. What
-could make much of little in one step (`*` on texts, `**`, str.format, `center`, ...) is not there at all.
+Templates have no `while`, so work comes from loops, calls, filters, operators and slices. Each of these is charged to a
+budget, by what goes in or comes out, which stops a template between two steps, in whatever thread it runs; no value may
+grow past a limit. What could make much of little in one step (`*` on texts, `**`, str.format, `center`, ...) is not
+there at all.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ import jinja2.visitor
 
 from camelid.errors import UserError
 
-MAX_TEMPLATE_CHARS = 1_000_000
+MAX_TEMPLATE_CHARS = 200_000
 SECONDS = 5.0
 """of the rendering thread's own time: a busy or sleeping machine stops no honest template"""
 STR_METHODS = frozenset(
@@ -43,8 +44,14 @@ FILTERS = frozenset(
     "map max min reject rejectattr replace reverse round safe select selectattr sort string title trim truncate unique "
     "upper wordcount".split()
 )
-# A number in front of these decides how much they write.
+# What these are told decides how much they write.
 SIZED_FILTERS = frozenset(["indent", "round", "tojson"])
+MOST_TOLD = 20
+"""the largest number, and the length of the longest text"""
+# These may go through what they are given once for every character of the text.
+SLOW_METHODS = frozenset(["strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit"])
+UNITS_BETWEEN_LOOKS = 5000
+"""looking at the clock takes longer than most of what is charged for"""
 
 SECRET = secrets.token_hex(8)
 GENERATION_BEGINS, GENERATION_ENDS = f"<generation {SECRET}>", f"</generation {SECRET}>"
@@ -57,17 +64,16 @@ class Rendered:
     """the spans of the text that stand in {% generation %} blocks"""
 
 
-def render(source: str, values: Mapping[str, Any], now: datetime.datetime | None = None) -> Rendered:
+def render(source: str, values: dict[str, Any], now: datetime.datetime | None = None) -> Rendered:
     """What the template `source` makes of the values; UserError where it fails, refuses them, or goes too far.
 
     `now` is what strftime_now tells; left out, the clock does.
     """
-    with _refusing("does not compile"), _bounded_by(_Budget(source, 0, now)):
-        template = _compiled(source)
+    template, has_generation = _compiled(source)
     budget = _Budget(source, _size(values, 1 << 62), now)
     with _refusing("fails"), _bounded_by(budget):
         text = template.render(values)
-        if not re.search(r"\{%[-+]?\s*generation\b", source):
+        if not has_generation:
             return Rendered(text, ())
         budget.marks_generation = True
         return _without_marks(template.render(values), text)
@@ -87,6 +93,7 @@ class _Budget:
         # One turn of a loop can go through the whole template.
         self._step = 500 + len(source) // 8
         self._left = 20_000_000 + 100 * given
+        self._next_look = self._left
         self._until = time.thread_time() + SECONDS
 
     def step(self) -> None:
@@ -94,8 +101,10 @@ class _Budget:
 
     def charge(self, cost: int) -> None:
         self._left -= cost
-        if self._left < 0 or time.thread_time() > self._until:
-            raise _TooMuch("it takes more time, or writes more, than any chat needs")
+        if self._left < self._next_look:
+            self._next_look = self._left - UNITS_BETWEEN_LOOKS
+            if self._left < 0 or time.thread_time() > self._until:
+                raise _TooMuch("it takes more time, or writes more, than any chat needs")
 
     def room_for(self, size: int) -> None:
         """Refuse a value before it is made, or pay for it."""
@@ -158,10 +167,13 @@ def _without_marks(marked: str, text: str) -> Rendered:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(source: str) -> jinja2.Template:
-    if len(source) > MAX_TEMPLATE_CHARS:
-        raise _TooMuch(f"it has {len(source):,} characters, and {MAX_TEMPLATE_CHARS:,} are allowed")
-    return _environment().from_string(source)
+def _compiled(source: str) -> tuple[jinja2.Template, bool]:
+    """The template, and whether it may have {% generation %} blocks."""
+    # Constants are folded, which is work too.
+    with _refusing("does not compile"), _bounded_by(_Budget(source, 0, None)):
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise _TooMuch(f"it has {len(source):,} characters, and {MAX_TEMPLATE_CHARS:,} are allowed")
+        return _environment().from_string(source), re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
 
 class _Refused(jinja2.TemplateError):
@@ -169,7 +181,7 @@ class _Refused(jinja2.TemplateError):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def concat(self, pieces: Iterable[str]) -> str:
         """What everything written is joined by: the whole text, and that of macros and blocks."""
@@ -190,29 +202,35 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         budget = _budget.get()
-        numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if operator == "+":
             budget.room_for(budget.size(left) + budget.size(right))
-        elif operator == "**" or not numbers or max(abs(left), abs(right)) > 2**63:
+        elif operator == "**" or not (_is_moderate(left) and _is_moderate(right)):
             raise jinja2.exceptions.SecurityError(f"{operator} is allowed for moderate numbers only")
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
         budget.step()
+        # Each of the functions that it goes through holds a copy of them.
+        budget.charge(10 * (len(args) + len(kwargs)))
         text = getattr(__obj, "__self__", None)
-        if isinstance(text, str) and __obj.__name__ == "replace" and len(args) >= 2:
-            budget.room_for(_replaced_size(text, args[0], args[1]))
-        if isinstance(text, str) and __obj.__name__ == "join" and args:
-            args = (_joinable(args[0], text),)
-        return super().call(__context, __obj, *args, **kwargs)
+        if isinstance(text, str):
+            if __obj.__name__ == "replace" and len(args) >= 2:
+                budget.room_for(_replaced_size(text, args[0], args[1]))
+            elif __obj.__name__ == "join" and args:
+                args = (_joinable(args[0], text),)
+            elif __obj.__name__ in SLOW_METHODS:
+                _charge_search(text, *args, *kwargs.values())
+        elif isinstance(__obj, jinja2.runtime.LoopContext):
+            args = tuple(map(_turns, args))
+        return _value(super().call(__context, __obj, *args, **kwargs))
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         return super()._generate(_Charged().visit(source), *args, **kwargs)
 
 
 class _Charged(jinja2.visitor.NodeTransformer):
-    """Puts a filter of ours around what loops, and around what makes a value of several."""
+    """Puts a filter of ours around what loops, what is compared or looked up, and what makes a value of several."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -222,6 +240,20 @@ class _Charged(jinja2.visitor.NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)
         return _filtered("_concat", nodes.List(node.nodes, lineno=node.lineno, environment=node.environment))
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _weighed(node.expr)
+        for operand in node.ops:
+            operand.expr = _weighed(operand.expr)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            return _filtered("_value", node)
+        node.arg = _weighed(node.arg)
+        return node
 
     def visit_List(self, node: nodes.List) -> nodes.Expr:
         self.generic_visit(node)
@@ -238,6 +270,11 @@ class _Charged(jinja2.visitor.NodeTransformer):
 
 def _filtered(name: str, node: Any) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
+
+
+def _weighed(node: nodes.Expr) -> nodes.Expr:
+    # What filters and calls give is paid for.
+    return node if isinstance(node, nodes.Const | nodes.Filter | nodes.Call) else _filtered("_value", node)
 
 
 def _turns(values: Iterable[Any]) -> Iterator[Any]:
@@ -263,6 +300,14 @@ def _joinable(values: Iterable[Any], between: str) -> list[Any]:
     return values
 
 
+def _charge_search(text: str, *sought: Any) -> None:
+    _budget.get().charge(sum(len(text) * len(each) // 64 for each in sought if isinstance(each, str)))
+
+
+def _is_moderate(value: Any) -> bool:
+    return (isinstance(value, int | float) and abs(value) <= 2**63) or isinstance(value, jinja2.Undefined)
+
+
 def _replaced_size(text: str, old: Any, new: Any) -> int:
     return len(text) + text.count(str(old)) * len(str(new))
 
@@ -272,11 +317,26 @@ def _charged_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
     @functools.wraps(function)
     def charged(*args: Any, **kwargs: Any) -> Any:
-        _budget.get().step()
-        numbers = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, int | float)]
-        if name in SIZED_FILTERS and any(abs(number) > 100 for number in numbers):
-            raise jinja2.exceptions.SecurityError(f"{name} is allowed for numbers up to 100 only")
-        return _value(function(*args, **kwargs))
+        budget = _budget.get()
+        budget.step()
+        if name in SIZED_FILTERS:
+            for told in (*args[1:], *kwargs.values()):
+                if (abs(told) if isinstance(told, int | float) else budget.size(told)) > MOST_TOLD:
+                    raise jinja2.exceptions.SecurityError(f"{name} is allowed for options up to {MOST_TOLD} only")
+        found = function(*args, **kwargs)
+        return map(_value, found) if isinstance(found, Iterator) else _value(found)
+
+    return charged
+
+
+def _charged_test(function: Callable[..., bool]) -> Callable[..., bool]:
+    """The test, with what is compared in it paid for."""
+
+    @functools.wraps(function)
+    def charged(*args: Any) -> bool:
+        if len(args) > 1:
+            _value(args)
+        return function(*args)
 
     return charged
 
@@ -284,6 +344,11 @@ def _charged_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 @jinja2.pass_eval_context
 def _join(eval_ctx: nodes.EvalContext, value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
     return jinja2.filters.sync_do_join(eval_ctx, _joinable(value, str(d)), d, attribute)
+
+
+def _trim(value: str, chars: str | None = None) -> str:
+    _charge_search(str(value), chars)
+    return jinja2.filters.do_trim(value, chars)
 
 
 @jinja2.pass_eval_context
@@ -334,21 +399,33 @@ class _Generation(jinja2.ext.Extension):
 
 @functools.cache
 def _environment() -> _Environment:
+    # Jinja's optimizer takes minutes for chains of a hundred filters.
     environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], finalize=_value
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        finalize=_value,
     )
-    own = {"join": _join, "replace": _replace, "tojson": _tojson}
+    own = {"join": _join, "replace": _replace, "tojson": _tojson, "trim": _trim}
     known = {name: own.get(name) or environment.filters[name] for name in FILTERS | own.keys()}
     environment.filters = {name: _charged_filter(name, function) for name, function in known.items()}
     environment.filters |= {"_turns": _turns, "_value": _value, "_concat": _concat}
+    environment.tests = {name: _charged_test(function) for name, function in environment.tests.items()}
     del environment.globals["lipsum"]
     environment.globals |= {
-        "dict": lambda *args, **kwargs: _value(dict(*args, **kwargs)),
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": _Namespace,
         "raise_exception": _raise,
-        "strftime_now": lambda form: (_budget.get().now or datetime.datetime.now()).strftime(form),
+        "strftime_now": _strftime_now,
     }
     return environment
+
+
+def _strftime_now(form: str) -> str:
+    if len(form) > 100:
+        raise jinja2.exceptions.SecurityError("strftime_now is allowed for up to 100 characters only")
+    return (_budget.get().now or datetime.datetime.now()).strftime(form)
 
 
 def _raise(message: Any) -> None:
@@ -361,13 +438,17 @@ def _size(value: Any, most: int) -> int:
     while stack and total <= most:
         held = stack.pop()
         total += 1
-        if isinstance(held, str | bytes | range):
+        if isinstance(held, str):
             total += len(held)
-        elif isinstance(held, jinja2.utils.Namespace):
-            stack.append(getattr(held, "_Namespace__attrs"))  # noqa: B009
-        elif isinstance(held, Mapping | list | tuple | set | frozenset):
+        elif isinstance(held, int):
+            total += held.bit_length() // 8
+        elif isinstance(held, dict | list | tuple | set | frozenset):
             total += len(held)
             if total <= most:
                 stack.extend(held)
-                stack.extend(held.values() if isinstance(held, Mapping) else ())
+                stack.extend(held.values() if isinstance(held, dict) else ())
+        elif isinstance(held, bytes | range):
+            total += len(held)
+        elif isinstance(held, jinja2.utils.Namespace):
+            stack.append(getattr(held, "_Namespace__attrs"))  # noqa: B009
     return total

@@ -42,7 +42,7 @@ class Tokenizer:
     """Every id is below it; added tokens are counted."""
     bos_id: int | None
     eos_ids: tuple[int, ...]
-    """Any of them ends a text; the first is the one that `eos=True` appends."""
+    """Any of them ends a text; some may be the model's alone."""
     adds_bos: bool
     """Whether the checkpoint itself puts BOS in front of a text."""
     files: tuple[Path, ...]
@@ -53,6 +53,11 @@ class Tokenizer:
     """The checkpoint's templates, in jinja, by name; the one for chats is `default`."""
     named_specials: dict[str, str]
     """What templates know specials by (bos_token, eos_token, ...), and their strings."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """The one that `eos=True` appends: the first that the vocabulary has."""
+        return next((token for token in self.eos_ids if token < self.vocab_size), None)
 
     @property
     def has_chat_template(self) -> bool:
@@ -71,7 +76,9 @@ class Tokenizer:
         """`encode` of every text, on all cores."""
         head = self._bos(bos)
         tail = self._eos(eos)
-        return [_framed(ids, head, tail) for ids in self.engine.encode(list(map(_unbroken, texts)), specials)]
+        encoded = self.engine.encode(list(map(_unbroken, texts)), specials)
+        # A text in which specials are text can neither begin nor end with them by itself.
+        return [_framed(ids, head, tail) if specials else [*head, *ids, *tail] for ids in encoded]
 
     def encode_parts(self, texts: Iterable[Sequence[Part]]) -> list[Placed]:
         """The tokens of texts that come in parts, and where they lie; neither BOS nor EOS is added.
@@ -119,26 +126,29 @@ class Tokenizer:
         return [self.bos_id] if wanted and self.bos_id is not None else []
 
     def _eos(self, wanted: bool) -> list[int]:
-        if wanted and not self.eos_ids:
+        if not wanted:
+            return []
+        if self.eos_id is None:
             raise UserError(
-                f"{self.files[0]}: EOS is asked for, but no file beside it names one",
+                f"{self.files[0]}: EOS is asked for, but no file beside it names one that it has",
                 "leave EOS off (add_eos = false in a recipe), or name eos_token in tokenizer_config.json",
             )
-        return [self.eos_ids[0]] if wanted else []
+        return [self.eos_id]
 
 
 def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, or of one tokenizer.json or tokenizer.model."""
     file = _vocabulary_file(Path(folder_or_file))
     folder = file.parent
-    if file.suffix == ".json":
-        engine = TokenizersEngine(file)
-    else:
-        engine = SentencePieceEngine(file, added=_read(folder / "added_tokens.json"))
     config = _read(folder / "tokenizer_config.json")
     named = (config, _read(folder / "special_tokens_map.json"))
+    if file.suffix == ".json":
+        engine = TokenizersEngine(file, _texts_of_specials(named))
+    else:
+        engine = SentencePieceEngine(file, _added_tokens(folder / "added_tokens.json"))
     bos_id = _bos_id(engine, named)
-    eos_ids = _eos_ids(engine, named, _read(folder / "generation_config.json"), _read(folder / "config.json"))
+    listed = [_listed(folder / name) for name in ("generation_config.json", "config.json")]
+    eos_ids = _eos_ids(engine, named, *listed)
     adds_bos = config.get("add_bos_token")
     files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     return Tokenizer(
@@ -204,12 +214,26 @@ def _bos_id(engine: Engine, named: Sequence[dict[str, Any]]) -> int | None:
 
 
 def _eos_ids(
-    engine: Engine, named: Sequence[dict[str, Any]], generation: dict[str, Any], model: dict[str, Any]
+    engine: Engine, named: Sequence[dict[str, Any]], generation: Sequence[int], model: Sequence[int]
 ) -> tuple[int, ...]:
     """Every EOS that any file names, generation_config.json's first: chat models end turns by more than one."""
     by_name = [_token_id(engine, config, "eos_token") for config in named]
-    found = [*_listed(generation), *by_name, *_listed(model), engine.eos_id]
+    found = [*generation, *by_name, *model, engine.eos_id]
     return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def _texts_of_specials(named: Sequence[dict[str, Any]]) -> set[str]:
+    """What the files use as specials, which the vocabulary's own file may take for ordinary added tokens."""
+    found = [config.get(key) for config in named for key in ("bos_token", "eos_token")]
+    for config in named:
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            found += config[key] if isinstance(config.get(key), list) else []
+    return {text for text in map(_text_of, found) if isinstance(text, str) and text}
+
+
+def _text_of(token: Any) -> Any:
+    """A token is named by its string, or by an object that holds the string."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _named_specials(
@@ -219,10 +243,10 @@ def _named_specials(
     found: dict[str, str] = {}
     for config in reversed(named):
         for key, token in config.items():
-            text = token.get("content") if isinstance(token, dict) else token
+            text = _text_of(token)
             if key.endswith("_token") and isinstance(text, str) and text:
                 found[key] = text
-    known = {"bos_token": bos_id, "eos_token": eos_ids[0] if eos_ids else None}
+    known = {"bos_token": bos_id, "eos_token": next((token for token in eos_ids if token < engine.vocab_size), None)}
     texts = {key: engine.decode([token]) for key, token in known.items() if token is not None}
     return {key: text for key, text in texts.items() if text} | found
 
@@ -256,18 +280,31 @@ def _by_name(templates: Any) -> dict[str, Any] | None:
     return templates if isinstance(templates, dict) else None
 
 
-def _listed(config: dict[str, Any]) -> list[int]:
-    ids = config.get("eos_token_id")
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+def _listed(file: Path) -> list[int]:
+    """The ids of a file's eos_token_id."""
+    ids = _read(file).get("eos_token_id")
+    ids = [token for token in (ids if isinstance(ids, list) else [ids]) if token is not None]
+    if not all(type(token) is int for token in ids):
+        raise UserError(
+            f"eos_token_id in {file} is {ids}, not ids", "mend it, or take the file from the checkpoint again"
+        )
+    # Some write -1 for none.
+    return [token for token in ids if token >= 0]
+
+
+def _added_tokens(file: Path) -> dict[str, int]:
+    added = _read(file)
+    for text, token in added.items():
+        if not text or type(token) is not int or token < 0:
+            raise UserError(f"{file} gives {text!r} the id {token!r}", "map texts to ids from 0 on, or remove the file")
+    return added
 
 
 def _token_id(engine: Engine, config: dict[str, Any], key: str) -> int | None:
-    """The id of a special token that is named by its string, or by an object that holds the string."""
-    token = config.get(key)
-    text = token.get("content") if isinstance(token, dict) else token
+    text = _text_of(config.get(key))
     if not text:
         return None
-    found = engine.token_id(text)
+    found = engine.token_id(text) if isinstance(text, str) else None
     if found is None:
         raise UserError(
             f"{key} is {text!r} in the tokenizer's configuration, but the vocabulary has no such token",
