@@ -175,7 +175,7 @@ COMMANDS: dict[str, Callable[[Path], Call]] = {
     "__builtin__.eval": lambda file: Call(eval, f"open({str(file)!r}, 'w')"),
     "__builtin__.exec": lambda file: Call(exec, f"open({str(file)!r}, 'w')"),
     "__builtin__.getattr": lambda file: Call(getattr, "", "join"),
-    "io.open": lambda file: Call(open, str(file), "w"),
+    f"{open.__module__}.open": lambda file: Call(open, str(file), "w"),
     "commands.Popen": lambda file: Call(subprocess.Popen, ["touch", str(file)]),
     "functools.partial": lambda file: Call(functools.partial, os.system, f"touch {file}"),
     "torch.serialization.load": lambda file: Call(torch.load, str(file)),
