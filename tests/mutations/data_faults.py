@@ -260,6 +260,20 @@ FAULTS = (
     ),
     # Tokenizers, chats, fields
     Fault(
+        "texts are cut into words where tokens go on from one to the next",
+        "text/words.py",
+        'and not any(map(CROSSES.search, model["vocab"]))',
+        'and model["vocab"]',
+        "text/test_words.py::test_another_tokenizer_has_no_words[changed6]",
+    ),
+    Fault(
+        "the first of a text's words has no space before it",
+        "text/words.py",
+        "(SPACE + text).replace",
+        "text.replace",
+        "text/test_words.py::test_the_ids_of_words_are_those_of_the_text",
+    ),
+    Fault(
         "a special's string in a message is a special",
         "text/chat.py",
         "parts += [(self.text[at:start], True), (self.text[start:end], False)]",
