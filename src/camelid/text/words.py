@@ -26,7 +26,7 @@ NORMALIZER = {
 """of Llama 2 and Mistral, and of what was made of them"""
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 PLAIN = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-MOST = 2**18  # words that are remembered, in about 60 MB
+MOST = 2**18  # words that are remembered, in about 100 MB
 LONGEST = 32  # characters of a word that may come again
 
 
