@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from camelid.cli.shared import print_json
 from camelid.recipe import read_recipe
 from runs import TIMEOUT_S, assert_refused, called, command, tiny_run, words, write_recipe_file
 
@@ -253,6 +254,14 @@ def test_every_command_has_help_with_an_example_and_an_end_without_color():
         assert (done.returncode, done.stderr) == (0, "")
         assert f"camelid {name} " in done.stdout.split("usage:")[1].split("\n", 1)[1], "no example"
         assert ESCAPE not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["öl.txt", "\udcff.txt"])
+def test_json_may_name_any_file(name: str, capsys: pytest.CaptureFixture[str]):
+    print_json({"file": name})
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"file": name}
+    assert name.startswith("\udcff") or name in out
 
 
 def test_the_version_is_that_of_the_package():

@@ -70,7 +70,10 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def print_json(value: object) -> None:
     """One JSON object on standard output."""
-    print(json_module.dumps(value, ensure_ascii=False))
+    try:
+        print(json_module.dumps(value, ensure_ascii=False))
+    except UnicodeEncodeError:  # names of files may be no UTF-8
+        print(json_module.dumps(value))
 
 
 def note(text: str) -> None:
