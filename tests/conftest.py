@@ -1,4 +1,4 @@
-"""What every test sees: eight CPU devices, strict dtype promotion, annotations that are checked, no network."""
+"""What every test sees: eight CPU devices, strict dtype promotion, annotated shapes that are checked, no network."""
 
 import atexit
 import os
@@ -45,7 +45,11 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jaxtyping.install_import_hook("camelid", "beartype.beartype")
+# jaxtyping's wrapper takes most of the time of small functions: it is for modules with shapes alone.
+SHAPED = [file for file in (ROOT / "src" / "camelid").rglob("*.py") if "jaxtyping" in file.read_text("utf-8")]
+jaxtyping.install_import_hook(
+    [".".join(file.relative_to(ROOT / "src").with_suffix("").parts) for file in SHAPED], "beartype.beartype"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
