@@ -176,7 +176,7 @@ FAULTS = (
     ),
     Fault(
         "a worker that was killed in the midst of a batch is an OSError",
-        "data/loader.py",
+        "data/workers.py",
         "except (EOFError, OSError):",
         "except EOFError:",
         f"{LOADER}test_a_process_that_was_killed_is_an_error_and_no_wait",
@@ -184,8 +184,8 @@ FAULTS = (
     Fault(
         "workers end at a SIGTERM that goes to all processes",
         "data/loader.py",
-        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})",
-        "signal.pthread_sigmask(signal.SIG_BLOCK, set())",
+        "blocked=[signal.SIGTERM]",
+        "blocked=[]",
         f"{LOADER}test_processes_leave_signals_to_their_parent_and_end_with_it",
     ),
     Fault(

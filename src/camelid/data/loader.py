@@ -2,14 +2,12 @@
 
 import atexit
 import contextlib
-import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
@@ -20,15 +18,15 @@ from camelid.data.batch import Batch
 from camelid.data.config import DataConfig, Source
 from camelid.data.mixture import Mixture, Share, row_shares
 from camelid.data.packing import Packing
-from camelid.data.parts import Progress, Task, fingerprint, shielded
+from camelid.data.parts import Progress, Task, fingerprint
 from camelid.data.prepare import prepare
 from camelid.data.sources import refuse_repeated, source_files
 from camelid.data.store import VALIDATION, Store, is_store
+from camelid.data.workers import Worker, end_workers, receive, start_worker
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
-Worker = tuple[Connection, BaseProcess]
 
 
 class Loader:
@@ -126,49 +124,22 @@ def _by_thread(make: Callable[[int], Batch], steps: range, depth: int) -> Genera
 
 
 def _by_processes(make: Callable[[int], Batch], steps: range, depth: int, workers: int) -> Generator[Batch, None, None]:
-    # Not Grain's processes: its queues keep their own other end open, and wait for ever for one that was killed.
     processes: list[Worker] = []
-    end = partial(_end, processes)
-    atexit.register(end)  # the library would end them by SIGTERM, which they do not hear, and wait
+    close = partial(end_workers, processes)
+    atexit.register(close)  # the library would end them by SIGTERM, which they do not hear, and wait
     try:
         for number in range(min(workers, len(steps))):
-            processes.append(_start(make, steps[number::workers], depth))
-        yield from _by_thread(lambda step: _receive(*processes[steps.index(step) % workers]), steps, depth)
+            # Schedulers send SIGTERM to every process: this one needs batches until it has saved.
+            own = steps[number::workers]
+            processes.append(start_worker(_work, make, own, depth, duplex=False, blocked=[signal.SIGTERM]))
+        yield from _by_thread(lambda step: _receive(processes[steps.index(step) % workers]), steps, depth)
     finally:
-        end()
-        atexit.unregister(end)
+        close()
+        atexit.unregister(close)
 
 
-def _start(make: Callable[[int], Batch], steps: range, depth: int) -> Worker:
-    """A process that makes the batches of these steps, and the pipe that they come through."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_work, args=(theirs, make, steps, depth), daemon=True)
-    with shielded():
-        # Nor of SIGTERM, which schedulers send to every process: this one needs batches until it has saved.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        process.start()
-    theirs.close()
-    return ours, process
-
-
-def _end(processes: Sequence[Worker]) -> None:
-    for _, process in processes:
-        process.kill()
-    for connection, process in processes:
-        process.join()
-        connection.close()
-
-
-def _receive(connection: Connection, process: BaseProcess) -> Batch:
-    try:
-        batch, error = connection.recv()
-    except (EOFError, OSError):  # between two batches, or within one
-        process.join()
-        raise UserError(
-            f"a process that makes batches ended by itself (code {process.exitcode})",
-            "Use fewer data.workers if memory ran out; else it has said above what went wrong.",
-        ) from None
+def _receive(worker: Worker) -> Batch:
+    batch, error = receive(worker, "makes batches", "data.workers")
     if error is not None:
         raise error
     return batch

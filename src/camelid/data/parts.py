@@ -11,13 +11,11 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from camelid.data.examples import Encoder, make_encoder
 from camelid.data.formats import Record
 from camelid.data.sources import Chunk, Tally, read_chunk, reading, refuse_repeated, source_files
 from camelid.data.store import VERSION, Store, Writer, hash_file, writing
+from camelid.data.workers import Worker, end_workers, receive, start_worker
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -228,43 +227,22 @@ def refuse_unguarded() -> None:
 # Workers --------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def shielded() -> Iterator[None]:
-    """Processes that are started meanwhile never hear of Ctrl-C: it is this thread's to answer, afterwards."""
-    resource_tracker.ensure_running()  # its start, otherwise within, would end this
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _by_workers(task: Task, missing: dict[int, Piece], folder: Path, workers: int) -> Generator[int, None, None]:
     """Makes parts in other processes, which end with this generator; gives the number of each that is done."""
-    # Not a pool of the library: its processes outlive a parent that is killed, and it waits for one that is.
-    spawn = multiprocessing.get_context("spawn")
     waiting = iter(missing.items())
-    processes: dict[Any, Any] = {}
+    vocabulary = task.vocabulary
+    processes: dict[Any, Worker] = {}
     try:
         for _ in range(min(workers, len(missing))):
-            ours, theirs = spawn.Pipe()
-            arguments = theirs, task.vocabulary, task.sequence_length, folder
-            process = spawn.Process(target=_work, args=arguments, daemon=True)
-            with shielded():
-                process.start()
-            theirs.close()
-            processes[ours] = process
-            _give(ours, waiting)
+            worker = start_worker(_work, vocabulary, task.sequence_length, folder)
+            processes[worker[0]] = worker
+            _give(worker[0], waiting)
         for _ in missing:
-            ready = wait(list(processes))[0]
-            yield _receive(ready, processes[ready])
+            ready: Any = wait(list(processes))[0]
+            yield _receive(processes[ready])
             _give(ready, waiting)
     finally:
-        for process in processes.values():
-            process.kill()
-        for connection, process in processes.items():
-            process.join()
-            connection.close()
+        end_workers(processes.values())
 
 
 def _give(connection: Any, waiting: Iterator[tuple[int, Piece]]) -> None:
@@ -273,15 +251,8 @@ def _give(connection: Any, waiting: Iterator[tuple[int, Piece]]) -> None:
             connection.send(task)
 
 
-def _receive(connection: Any, process: Any) -> int:
-    try:
-        kind, what = connection.recv()
-    except (EOFError, OSError):
-        process.join()
-        raise UserError(
-            f"a process that prepares data ended by itself (code {process.exitcode})",
-            "Use fewer workers if memory ran out; else it has said above what went wrong.",
-        ) from None
+def _receive(worker: Worker) -> int:
+    kind, what = receive(worker, "prepares data", "workers")
     if kind == "refused":
         raise UserError(*what)
     if kind == "failed":
