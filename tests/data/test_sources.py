@@ -429,8 +429,8 @@ def test_a_tally_keeps_the_first_problems(monkeypatch: pytest.MonkeyPatch):
         ("a.txt", b" \n\n"),
         ("a.jsonl", b"\n \n"),
         ("a.json", b"[ ]"),
-        ("a.txt.gz", gzip.compress(b"\n")),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.txt.gz", gzip.compress(b"\n", mtime=0)),  # the hour is no part of a test's name
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_an_empty_file_is_named(name: str, content: bytes):
