@@ -1,6 +1,7 @@
 """Two checkpoints side by side: what `camelid diff` and `camelid convert --verify` say."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import camelid
-from camelid.checkpoint.compare import compare, survey
+from camelid.checkpoint import mindspore_file, torch_files
+from camelid.checkpoint.compare import check_own_sums, compare, survey
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.formats import open_checkpoint
@@ -109,6 +111,9 @@ def test_check_reads_everything_and_writes_nothing(model: Path, tmp_path: Path):
     assert {file.name for file in tmp_path.iterdir()} == before
     convert(model, tmp_path / "ours")
     assert called("convert", tmp_path / "ours", "--check").stdout.splitlines()[1].endswith("are as they were written")
+    convert(saved(tmp_path / "narrow", head_dim=8), tmp_path / "meta", to="meta")
+    said = called("convert", tmp_path / "meta", "--check").stdout.splitlines()
+    assert said[2:] == ["checksums: those within consolidated.00.pth are right"]
 
 
 def test_check_finds_one_changed_bit_by_its_checksum(model: Path, tmp_path: Path):
@@ -119,6 +124,27 @@ def test_check_finds_one_changed_bit_by_its_checksum(model: Path, tmp_path: Path
     content[held["model.layers.3.mlp.up_proj.weight"]["offset"] + 5] ^= 1
     file.write_bytes(content)
     assert_refused(called("convert", tmp_path / "ours", "--check"), f"model.layers.3.mlp.up_proj.weight in {file}")
+
+
+@pytest.mark.parametrize(("to", "name"), [("meta", "consolidated.00.pth"), ("mindspore", "model.ckpt")])
+def test_check_verifies_what_files_say_of_themselves_however_large_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, name: str
+):
+    for module in (torch_files, mindspore_file):
+        monkeypatch.setattr(module, "CRC_BYTES", 1000)
+    convert(saved(tmp_path / "model", head_dim=8), tmp_path / "ours", to=to)
+    file = tmp_path / "ours" / name
+    if to == "mindspore":  # whose writer leaves it out, as MindSpore's does
+        content = file.read_bytes()
+        file.write_bytes(content + b"crc_num" + zlib.crc32(content).to_bytes(10, "big"))
+    checkpoint = open_checkpoint(tmp_path / "ours")
+    assert any("is larger than 1 GiB: convert --check verifies its checksum" in note for note in checkpoint.notes)
+    assert check_own_sums(checkpoint) == [file]
+    held = bytearray(file.read_bytes())
+    held[len(held) // 2] ^= 1
+    file.write_bytes(held)
+    with pytest.raises(UserError, match=rf"{name} is not what its checksums were made of"):
+        check_own_sums(open_checkpoint(tmp_path / "ours"))
 
 
 def test_check_names_parameters_with_numbers_that_are_none(model: Path):

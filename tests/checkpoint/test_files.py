@@ -167,7 +167,7 @@ WRITTEN: dict[str, list[str]] = {
     "meta": ["--tensor-parallel", "2"],
     "easylm": [],
     "easylm-flax": [],
-    "mindspore": [],
+    "mindspore": ["--tensor-parallel", "2", "--pipeline-parallel", "2"],
     "megatron": ["--tensor-parallel", "2", "--pipeline-parallel", "2"],
     "llama2-jax": [],
     "gguf-q8_0": [],

@@ -74,6 +74,7 @@ TARGETS: dict[str, tuple[str, Make]] = {
     "easylm": ("easylm", by_convert("easylm")),
     "easylm-flax": ("easylm-flax", by_convert("easylm-flax")),
     "mindspore": ("mindspore", by_convert("mindspore")),
+    "mindspore, 2 x 2": ("mindspore", by_convert("mindspore", tensor_parallel=2, pipeline_parallel=2)),
     "mindspore, with a checksum": ("mindspore", with_checksum),
     "megatron": ("megatron", by_convert("megatron")),
     "megatron, 2 x 2": ("megatron", by_convert("megatron", tensor_parallel=2, pipeline_parallel=2)),

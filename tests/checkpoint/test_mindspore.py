@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from camelid.checkpoint import hf, mindspore, mindspore_file
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.mindspore import open_path
 from camelid.checkpoint.mindspore_file import CRC_BYTES, checksum_holds, open_ckpt
-from camelid.checkpoint.mindspore_ranks import Split, merged, open_ranks, open_strategy
+from camelid.checkpoint.mindspore_ranks import Split, merged, open_ranks, open_strategy, strategy_bytes
 from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.checkpoint.tensors import Tensor, dtype_named
 from camelid.errors import UserError
@@ -33,7 +34,7 @@ from writing import put
 IDS = [1, 403, 407, 261, 378]
 EVERY = {"num_kv_heads": 6, "head_dim": 8}
 CONFIGS = {
-    "every head its own keys": tiny_config(**EVERY),
+    "every head its own keys": tiny_config(**EVERY, vocab_size=96),
     "grouped": tiny_config(head_dim=8),
     "every head its own keys, tied": tiny_config(**EVERY, tie_embeddings=True),
     "grouped, tied, another theta": tiny_config(head_dim=8, tie_embeddings=True, rope_theta=500.0),
@@ -73,6 +74,12 @@ def written(source: Checkpoint, folder: Path, dtype: str | None = None, **how: o
     folder.mkdir()
     dtypes = source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype_named(dtype))
     put(folder, mindspore.files, Saving(source.config, dtypes, source.source), **how)
+    return folder
+
+
+def in_ranks(source: Checkpoint, folder: Path, ways: int, stages: int) -> Path:
+    folder.mkdir()
+    put(folder, mindspore.files, Saving(source.config, source.dtypes, source.source, (), ways, stages))
     return folder
 
 
@@ -385,7 +392,7 @@ def test_a_checksum_is_verified_up_to_a_size(tmp_path: Path, monkeypatch: pytest
         open_path(path, TINY)
     monkeypatch.setattr(mindspore_file, "CRC_BYTES", len(held))
     assert checksum_holds(path) is False
-    assert any("checksum of a.ckpt was not verified" in note for note in open_path(path, TINY).notes)
+    assert any("a.ckpt is larger than 1 GiB" in note for note in open_path(path, TINY).notes)
     assert CRC_BYTES == 2**30
 
 
@@ -459,13 +466,56 @@ def test_three_axes_over_devices_in_any_order(tmp_path: Path):
     np.testing.assert_array_equal(content(held, some), whole[some])
 
 
-def test_strategies_say_what_they_say(golden: Path):
-    assert open_strategy(golden / "split4_strategy.ckpt") == {
+def test_strategies_say_what_they_say_and_are_written_byte_for_byte(golden: Path):
+    splits = {
         "col.weight": Split((2, 2), (0, -1)),
         "row.weight": Split((2, 2), (-1, 0)),
         "norm.weight": Split((2, 2), (-1,)),
         "opt.weight": Split((2, 2), (0, -1), 2, 2),
     }
+    assert open_strategy(golden / "split4_strategy.ckpt") == splits
+    assert strategy_bytes(0, splits) == (golden / "split4_strategy.ckpt").read_bytes()
+
+
+def test_ranks_hold_what_numpy_splits(tmp_path: Path, theirs: Path):
+    """Of a model of any heads, tied or not, in two stages of two ranks."""
+    source = hf.open_folder(theirs)
+    whole = open_ckpt(written(source, tmp_path / "whole") / "model.ckpt")
+    folder = in_ranks(source, tmp_path / "ranks", ways=2, stages=2)
+    found: set[str] = set()
+    for rank in range(4):
+        stage, way = divmod(rank, 2)
+        splits = open_strategy(folder / "strategy" / f"ckpt_strategy_rank_{2 * stage}.ckpt")
+        held = open_ckpt(folder / f"rank_{rank}" / "model.ckpt")
+        assert held.keys() == splits.keys()
+        for name, tensor in held.items():
+            late = re.search(r"layers\.[23]\.|norm_out|lm_head", name) is not None
+            uneven = re.search("embedding|lm_head", name) is not None and source.config.vocab_size % 2
+            axis = None if "norm" in name or uneven else 1 if re.search(r"\.(wo|w2)\.", name) else 0
+            parts = [content(whole[name])] * 2 if axis is None else np.split(content(whole[name]), 2, axis)
+            assert late == bool(stage), name
+            assert splits[name] == Split((2,), tuple(0 if i == axis else -1 for i in range(len(tensor.shape))))
+            np.testing.assert_array_equal(content(tensor), parts[way])
+            found.add(name)
+    assert found == whole.keys()
+    assert tensor_bytes(to_hf(open_path(folder, source.config), tmp_path / "back")) == tensor_bytes(theirs)
+
+
+def test_without_stages_every_rank_has_the_tables(tmp_path: Path, theirs: Path):
+    source = hf.open_folder(theirs)
+    folder = in_ranks(source, tmp_path / "ranks", ways=2, stages=1)
+    for rank in range(2):
+        table = open_ckpt(folder / f"rank_{rank}" / "model.ckpt")["model.tok_embeddings.embedding_weight"]
+        assert table.shape == (source.config.vocab_size, source.config.embed_dim)
+
+
+@pytest.mark.parametrize(
+    ("ways", "stages", "about"),
+    [(4, 1, "heads = 6 does not divide by tensor_parallel = 4"), (1, 3, "layers = 4 does not divide by pipeline")],
+)
+def test_what_ranks_cannot_share_is_named(tmp_path: Path, theirs: Path, ways: int, stages: int, about: str):
+    with pytest.raises(UserError, match=about):
+        in_ranks(hf.open_folder(theirs), tmp_path / "ranks", ways, stages)
 
 
 Damage = Callable[[Path], object]

@@ -507,14 +507,40 @@ def large(config: DataConfig) -> DataConfig:
     return replace(config, sequence_length=2**12)
 
 
-def test_a_process_that_was_killed_is_an_error_and_no_wait(large: DataConfig, tokenizer: Tokenizer):
-    batches = prefetched(Loader(large, tokenizer), 0, 1000, workers=1)
-    next(batches)
-    (worker,) = workers_of(os.getpid())
-    time.sleep(1)  # until it waits for its reader, in the midst of a batch
-    os.kill(worker, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"makes batches ended by itself \(code -9\)"):
+def test_a_process_that_was_killed_is_replaced(large: DataConfig, tokenizer: Tokenizer):
+    loader = Loader(large, tokenizer)
+    batches = prefetched(loader, 3, 40, workers=2)
+    got = [next(batches)]
+    for _ in range(2):
+        time.sleep(1)  # until they wait for their reader, in the midst of a batch
+        for worker in workers_of(os.getpid()):
+            os.kill(worker, signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match=r"ended by itself \(code -9\); another one goes on"):
+            got += itertools.islice(batches, 10)
+    got += batches
+    assert len(got) == 37
+    for step, batch in enumerate(got, start=3):
+        assert_equal(batch, loader.batch(step))
+    assert not workers_of(os.getpid())
+
+
+class Deadly(Loader):
+    """Ends its process at one step."""
+
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
+        if step == 5:
+            os._exit(3)
+        return super().batch(step, start, stop)
+
+
+def test_a_step_that_ends_every_process_is_an_error_and_no_wait(config: DataConfig, tokenizer: Tokenizer):
+    batches = prefetched(Deadly(config, tokenizer), 0, 1000, workers=2)
+    with (
+        pytest.warns(RuntimeWarning, match="another one goes on"),
+        pytest.raises(UserError, match=r"makes batches ended by itself \(code 3\)"),
+    ):
         list(batches)
+    assert not workers_of(os.getpid())
 
 
 def test_a_failure_in_a_process_reaches_the_reader_at_its_step(config: DataConfig, tokenizer: Tokenizer):

@@ -179,7 +179,21 @@ FAULTS = (
         "data/workers.py",
         "except (EOFError, OSError):",
         "except EOFError:",
-        f"{LOADER}test_a_process_that_was_killed_is_an_error_and_no_wait",
+        f"{LOADER}test_a_process_that_was_killed_is_replaced",
+    ),
+    Fault(
+        "what replaces a killed worker begins a step late",
+        "data/loader.py",
+        "start(range(step, steps.stop, workers))",
+        "start(range(step + workers, steps.stop, workers))",
+        f"{LOADER}test_a_process_that_was_killed_is_replaced",
+    ),
+    Fault(
+        "what replaces a killed worker makes every step",
+        "data/loader.py",
+        "start(range(step, steps.stop, workers))",
+        "start(range(step, steps.stop))",
+        f"{LOADER}test_a_process_that_was_killed_is_replaced",
     ),
     Fault(
         "workers end at a SIGTERM that goes to all processes",

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
+from camelid.checkpoint import mindspore_file, torch_files
 from camelid.checkpoint.layout import Index, cuts
 from camelid.checkpoint.opened import Checkpoint
 from camelid.errors import UserError
@@ -43,10 +45,9 @@ def compare(
         dtypes = a.dtypes[path], b.dtypes[path]
         largest, equal, rounded = 0.0, True, True
         for layer, index in slices(part.spec):
-            x, y = (source(path, layer, index, dtypes[1]) for source in sources)
-            rounded = rounded and x.tobytes() == y.tobytes()
             x, y = (source(path, layer, index, np.dtype(np.float32)) for source in sources)
             equal = equal and x.tobytes() == y.tobytes()
+            rounded = rounded and (equal or x.astype(dtypes[1]).tobytes() == y.astype(dtypes[1]).tobytes())
             largest = float(np.maximum(largest, np.abs(x - y).max()))
             done += x.size
             progress(done, total)
@@ -89,6 +90,24 @@ def survey(checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda
             done += values.size
             progress(done, total)
         yield Survey(path, dtypes[path].name, part.spec.size, largest, not_finite)
+
+
+def check_own_sums(
+    checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Path]:
+    """The files of a checkpoint that hold checksums of themselves; raises UserError for one that is not as they say."""
+    files = sorted(set().union(*(tensor.files for tensor in checkpoint.tensors.values())))
+    total, done, having = sum(file.stat().st_size for file in files), 0, []
+    for file in files:
+        held = torch_files.checksums_hold(file)
+        held = mindspore_file.checksum_holds(file) if held is None else held
+        if held is False:
+            raise UserError(f"{file} is not what its checksums were made of", "Download or copy the file again.")
+        if held:
+            having.append(file)
+        done += file.stat().st_size
+        progress(done, total)
+    return having
 
 
 def config_differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[object, object]]:

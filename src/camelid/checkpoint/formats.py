@@ -63,18 +63,21 @@ FORMATS: Mapping[str, Format] = {
         mindspore.looks,
         mindspore.open_path,
         mindspore.files,
+        cuts=TENSOR + PIPELINE,
     ),
     "mindspore-safetensors": Format(
         "MindSpore: safetensors with MindFormers' names",
         _never,
         mindspore.open_path,
         partial(mindspore.files, safetensors=True),
+        cuts=TENSOR + PIPELINE,
     ),
     "mindspore-interleaved": Format(
         "MindSpore, with MindFormers' rotary layout before August 2023",
         _never,
         partial(mindspore.open_path, rope_layout="interleaved"),
         partial(mindspore.files, rope_layout="interleaved"),
+        cuts=TENSOR + PIPELINE,
     ),
     "megatron": Format(
         "Megatron-LM: latest_checkpointed_iteration.txt with iter_*/mp_rank_*/model_optim_rng.pt",

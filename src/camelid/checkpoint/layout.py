@@ -121,11 +121,13 @@ def table(rows: Sequence[Row], specs: Mapping[str, Spec], sizes: Mapping[str, in
     return Table({path: replace(part, length=ends[part.row.name]) for path, part in parts.items()})
 
 
+def groups_of(axes: str) -> Groups:
+    """Axes as they are written in a row, apart."""
+    return tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", axes))
+
+
 def _part(row: Row, spec: Spec, sizes: Mapping[str, int]) -> Part:
-    theirs, ours = (
-        tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", axes))
-        for axes in (row.axes, row.ours or " ".join(spec.outputs + spec.inputs))
-    )
+    theirs, ours = groups_of(row.axes), groups_of(row.ours or " ".join(spec.outputs + spec.inputs))
     known = {**sizes, **dict(zip(spec.axes, spec.shape, strict=True))}
     for group, axis in zip(ours, spec.outputs + spec.inputs, strict=True):
         whole, missing = known[axis], [word for word in group if word not in known]

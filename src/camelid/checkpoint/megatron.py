@@ -29,12 +29,13 @@ from camelid.checkpoint.megatron_args import (
 from camelid.checkpoint.megatron_files import AGAIN, FILE, RANK, TRACKER, Shard, find_ranks, rank_files
 from camelid.checkpoint.opened import Checkpoint, Saving, table_for
 from camelid.checkpoint.pickles import shown
+from camelid.checkpoint.shards import axis_of, check_divides, part_of, source_of
 from camelid.checkpoint.tensors import Tensor, joined
 from camelid.checkpoint.torch_files import Attributes, Strided, torch_file, unverified
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import Spec, named
+from camelid.model.params import named
 
 QUERY, KEY, VALUE, GATE, UP = "query", "key", "value", "gate", "up"
 MCORE = {
@@ -211,7 +212,7 @@ def _joined_all(
     tensors: dict[str, Tensor] = {}
     for name, shards in parts.items():
         general = re.sub(r"\.layers\.\d+\.", ".layers.{layer}.", name)
-        axis, matrix = _axis(by_name.get(general)), all(len(shard.shape) == 2 for shard in shards)
+        axis, matrix = axis_of(by_name.get(general), CUT), all(len(shard.shape) == 2 for shard in shards)
         if axis is None or not matrix:  # tensors of other forms are refused by name in layout.check
             _check_copies(shards)
             tensors[name] = shards[0]
@@ -225,12 +226,6 @@ def _joined_all(
         else:
             tensors[name] = joined(shards, axis)
     return tensors
-
-
-def _axis(row: Row | None) -> int | None:
-    """The axis along which the shards of a tensor lie end to end; None where each has all of it."""
-    groups = re.findall(r"\([^)]*\)|\S+", row.axes) if row else []
-    return next((axis for axis, group in enumerate(groups) if CUT & {*group.strip("()").split()}), None)
 
 
 def _check_copies(shards: Sequence[Tensor]) -> None:
@@ -281,13 +276,7 @@ def files(saving: Saving, names: str = "mcore") -> list[File]:
         "use_mcore_models": names == "mcore",
         "use_legacy_models": names == "legacy",
     }
-    for word in sorted(CUT):
-        if (size := config.axis_sizes[word]) % ways:
-            raise UserError(f"{word} = {size} does not divide over {ways} ranks", "Choose another tensor_parallel.")
-    if config.num_layers % stages:
-        raise UserError(
-            f"num_layers = {config.num_layers} does not divide over {stages} stages", "Choose fewer or more."
-        )
+    check_divides(saving, CUT)
     places = [(way, stage) for stage in range(stages) for way in range(ways)]
     ranks = [
         _rank_file(saving, NAMES[names], args | {"rank": rank}, way, stage) for rank, (way, stage) in enumerate(places)
@@ -314,18 +303,18 @@ def _padded(saving: Saving) -> Saving:
 def _rank_file(saving: Saving, names: Mapping[str, str], args: Mapping[str, Any], way: int, stage: int) -> File:
     name = f"iter_0000001/mp_rank_{way:02}" + f"_{stage:03}" * (saving.pipeline_parallel > 1)
     config, ways, stages = saving.config, saving.tensor_parallel, saving.pipeline_parallel
-    last, dtypes = stage == stages - 1, dict(saving.dtypes)
-    tied = config.tie_embeddings
-    if tied and stages > 1:  # the last stage has a copy of the table
-        dtypes["lm_head"] = dtypes["embed"]
+    last, tied = stage == stages - 1, config.tie_embeddings
+    if stages > 1:  # the last one has a copy of a tied table
+        saving = saving.untied()
+    over = dict.fromkeys(CUT, ways) | {"layers": stages}
     specs = {
-        path: _of_rank(spec, ways, stages)
-        for path, spec in named(declare_decoder(replace(config, tie_embeddings=tied and stages == 1))).items()
+        path: part_of(spec, over)
+        for path, spec in named(declare_decoder(saving.config)).items()
         if spec.stacked or (stage == 0 if path == "embed" else last)
     }
     table = layout.table(rows(names), specs, _sizes(config, ways))
-    shard = replace(saving, dtypes=dtypes, source=_source(saving.source, specs, way, stage, tied))
-    segments = shard.segments(table)
+    source = source_of(saving.source, specs, dict.fromkeys(CUT, way) | {"layers": stage})
+    segments = replace(saving, source=source).segments(table)
     tree = {
         "args": Attributes(args),
         "checkpoint_version": 3.0,
@@ -334,26 +323,6 @@ def _rank_file(saving: Saving, names: Mapping[str, str], args: Mapping[str, Any]
         "num_floating_point_operations_so_far": 0,
     }
     return torch_file(f"{name}/{FILE}", segments, tree)
-
-
-def _of_rank(spec: Spec, ways: int, stages: int) -> Spec:
-    """The parameter of one rank."""
-    over = dict.fromkeys(CUT, ways) | {"layers": stages}
-    return replace(spec, shape=tuple(n // over.get(axis, 1) for axis, n in zip(spec.axes, spec.shape, strict=True)))
-
-
-def _source(source: layout.Source, specs: Mapping[str, Spec], way: int, stage: int, tied: bool) -> layout.Source:
-    """The values of one rank, out of those of the model."""
-
-    def values(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
-        spec = specs[path]
-        sizes = zip(spec.outputs + spec.inputs, spec.shape[len(spec.stacked) :], strict=True)
-        starts = [way * n * (axis in CUT) for axis, n in sizes]
-        whole = tuple(slice(s.start + start, s.stop + start) for s, start in zip(index, starts, strict=True))
-        own = None if layer is None else layer + stage * spec.shape[0]
-        return source("embed" if tied and path == "lm_head" else path, own, whole, dtype)
-
-    return values
 
 
 def _tree(tensors: Mapping[str, Any], names: Mapping[str, str], tied: bool, last: bool) -> dict[str, Any]:

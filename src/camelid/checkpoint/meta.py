@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from camelid.checkpoint import layout
 from camelid.checkpoint.files import File, json_file
 from camelid.checkpoint.hf import GIVEN, same_values, understood
@@ -27,12 +25,13 @@ from camelid.checkpoint.meta_params import (
     read_params,
 )
 from camelid.checkpoint.opened import Checkpoint, Saving, table_for
+from camelid.checkpoint.shards import axis_of, check_divides, part_of, source_of
 from camelid.checkpoint.tensors import Tensor, joined
 from camelid.checkpoint.torch_files import open_torch, torch_file, unverified
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import Spec, named
+from camelid.model.params import named
 
 # Rotary pairs are neighbours. In the order of Meta's modules, in which llama2.c's files lie.
 ROWS = (
@@ -134,9 +133,7 @@ def _shard_name(rank: int) -> str:
 
 def _axis(name: str, cut: frozenset[str]) -> int | None:
     """The axis along which the shards of a tensor lie end to end; None where each has all of it."""
-    row = BY_NAME.get(re.sub(r"^layers\.\d+\.", "layers.{layer}.", name))
-    groups = re.findall(r"\([^)]*\)|\S+", row.axes) if row else []
-    return next((axis for axis, group in enumerate(groups) if cut & {*group.strip("()").split()}), None)
+    return axis_of(BY_NAME.get(re.sub(r"^layers\.\d+\.", "layers.{layer}.", name)), cut)
 
 
 def _joined_all(folder: Path, shards: Sequence[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
@@ -209,46 +206,17 @@ def _check_agree(folder: Path, params: Mapping[str, Any], config: ModelConfig, s
 
 def files(saving: Saving) -> list[File]:
     """`tensor_parallel` shards, and params.json."""
-    config, ways, dtypes = saving.config, saving.tensor_parallel, dict(saving.dtypes)
+    config, theirs, ways = saving.config, saving.untied(), saving.tensor_parallel
     params = params_from_config(config)
     if saving.pipeline_parallel != 1:
         raise UserError(f"{WHAT} has no pipeline stages", "Leave pipeline_parallel at 1.")
     cut = BY_ROWS if config.rope_theta == LLAMA3_THETA else BY_COLUMNS
-    for word in sorted(cut):
-        if (size := config.axis_sizes[word]) % ways:
-            raise UserError(f"{word} = {size} does not divide over {ways} shards", "Choose another tensor_parallel.")
-    if config.tie_embeddings:
-        dtypes["lm_head"] = dtypes["embed"]  # the table is written twice
-    specs = {
-        path: _cut(spec, cut, ways)
-        for path, spec in named(declare_decoder(replace(config, tie_embeddings=False))).items()
-    }
+    check_divides(theirs, cut)
+    over = dict.fromkeys(cut, ways)
+    specs = {path: part_of(spec, over) for path, spec in named(declare_decoder(theirs.config)).items()}
     table = layout.table(ROWS, specs, SIZES)
     shards = []
     for rank in range(ways):
-        source = _of_shard(saving.source, specs, cut, rank, config.tie_embeddings)
-        shards.append(torch_file(_shard_name(rank), replace(saving, dtypes=dtypes, source=source).segments(table)))
+        source = source_of(theirs.source, specs, dict.fromkeys(cut, rank))
+        shards.append(torch_file(_shard_name(rank), replace(theirs, source=source).segments(table)))
     return [*shards, json_file(PARAMS, params)]
-
-
-def _cut(spec: Spec, cut: frozenset[str], ways: int) -> Spec:
-    """The parameter of one shard."""
-    shape = (n // ways if axis in cut else n for axis, n in zip(spec.axes, spec.shape, strict=True))
-    return replace(spec, shape=tuple(shape))
-
-
-def _of_shard(
-    source: layout.Source, specs: Mapping[str, Spec], cut: frozenset[str], rank: int, tied: bool
-) -> layout.Source:
-    """The values of one shard, out of those of the model."""
-
-    def values(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
-        spec = specs[path]
-        starts = [
-            rank * n * (axis in cut)
-            for axis, n in zip(spec.outputs + spec.inputs, spec.shape[len(spec.stacked) :], strict=True)
-        ]
-        whole = tuple(slice(s.start + start, s.stop + start) for s, start in zip(index, starts, strict=True))
-        return source("embed" if tied and path == "lm_head" else path, layer, whole, dtype)
-
-    return values

@@ -5,18 +5,22 @@ The files hold names and tensors, and nothing of the model: neither its sizes no
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from camelid.checkpoint import hf
+from camelid.checkpoint import hf, layout
 from camelid.checkpoint.files import File, Segment
 from camelid.checkpoint.layout import Row, check
 from camelid.checkpoint.mindspore_file import TRAINING, cipher, ckpt_file, ckpts, open_file, single, unverified
-from camelid.checkpoint.mindspore_ranks import open_ranks
+from camelid.checkpoint.mindspore_ranks import Split, open_ranks, strategy_bytes
 from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, refuse_wide_heads, table_for
 from camelid.checkpoint.safetensors import safetensors_file
+from camelid.checkpoint.shards import axis_of, check_divides, part_of, source_of
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
+from camelid.model.decoder import declare_decoder
+from camelid.model.params import named
 
 WHAT = "a MindSpore checkpoint of MindFormers' LLaMA"
 
@@ -50,6 +54,8 @@ ROWS: Mapping[RopeLayout, tuple[Row, ...]] = {
     ),
 }
 SIZES = {"pair": 2, "one": 1}
+# What ranks cut. MindFormers keeps the tables whole (vocab_emb_dp), except where there are stages.
+MATRICES, TABLES = frozenset({"heads", "kv_heads", "mlp"}), frozenset({"vocab", "vocab_in"})
 # With qkv_concat, a key head comes after its queries and before its value head, and rows of gate and up take turns.
 QKV, GATE_UP = "model.layers.{layer}.attention.w_qkv.weight", "model.layers.{layer}.feed_forward.w_gate_hidden.weight"
 CONCAT = (
@@ -82,8 +88,8 @@ def looks(path: Path) -> bool:
     try:
         if not path.is_dir():
             return _looks_file(path)
-        if (path / "rank_0").is_dir():
-            return any(map(_looks_file, ckpts(path / "rank_0")))
+        if (first := path / "rank_0").is_dir():
+            return any(map(_looks_file, [*ckpts(first), *first.glob("*.safetensors")]))
         return any(map(_looks_file, [*ckpts(path), path / "model.safetensors"]))
     except OSError:
         return False
@@ -120,7 +126,7 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
     described_by = "config.json" if config is None else hf.GIVEN
     config = config or hf.understood(folder)
     for file in filter(unverified, {tensor.file for tensor in tensors.values()}):
-        notes.append(f"the checksum of {file.name} was not verified; the file is larger than 1 GiB")
+        notes.append(f"{file.name} is larger than 1 GiB: convert --check verifies its checksum")
     if aside:
         more = ", ..." if len(aside) > 3 else ""
         notes.append(f"values of the training run were left out: {', '.join(aside[:3])}{more}")
@@ -151,19 +157,38 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
 def files(saving: Saving, *, rope_layout: RopeLayout = "half", safetensors: bool = False) -> list[File]:
     """model.ckpt as MindFormers' converter writes it, or the same as MindSpore's save_checkpoint(format="safetensors").
 
-    What MindFormers has to be told in its YAML: sizes, n_kv_heads, theta, rms_norm_eps, seq_length.
+    Of several ranks, such a file in the folder of each, and the strategy file of each stage of the pipeline. What
+    MindFormers has to be told in its YAML: sizes, n_kv_heads, theta, rms_norm_eps, seq_length.
     """
-    config = saving.config
-    refuse_beyond(WHAT, config, ("tie_embeddings",))
-    refuse_wide_heads(WHAT, config)
-    theirs = saving.untied()
-    table = table_for(WHAT, ROWS[rope_layout], theirs.config, SIZES)
+    refuse_beyond(WHAT, saving.config, ("tie_embeddings",))
+    refuse_wide_heads(WHAT, saving.config)
+    theirs, ways, stages = saving.untied(), saving.tensor_parallel, saving.pipeline_parallel
+    cut = MATRICES | TABLES if stages > 1 and theirs.config.vocab_size % ways == 0 else MATRICES
+    check_divides(theirs, cut)
+    over = dict.fromkeys(cut, ways)
+    specs = {path: part_of(spec, over) for path, spec in named(declare_decoder(theirs.config)).items()}
+    table = layout.table(ROWS[rope_layout], specs, SIZES)
+    last = theirs.config.num_layers - 1
 
     def place(segment: Segment) -> int:
         part, layer = table.tensors[segment.tensor.name][0]
-        return layer if layer is not None else -1 if part.row.path == "embed" else config.num_layers
+        return layer if layer is not None else -1 if part.row.path == "embed" else last + 1
 
-    segments = sorted(theirs.segments(table), key=place)
-    if safetensors:
-        return [safetensors_file("model.safetensors", segments, framework="ms")]
-    return [ckpt_file("model.ckpt", segments)]
+    def split(name: str) -> Split:
+        return Split.among(ways, len(table.shape(name)), axis_of(table.tensors[name][0][0].row, cut))
+
+    written = []
+    for rank in range(ways * stages):
+        stage, way = divmod(rank, ways)
+        source = source_of(theirs.source, specs, dict.fromkeys(cut, way))
+        segments = sorted(replace(theirs, source=source).segments(table), key=place)
+        own = [s for s in segments if min(max(place(s), 0), last) * stages // (last + 1) == stage]
+        folder = f"rank_{rank}/" if ways * stages > 1 else ""
+        if safetensors:
+            written.append(safetensors_file(f"{folder}model.safetensors", own, framework="ms"))
+        else:
+            written.append(ckpt_file(f"{folder}model.ckpt", own))
+        if folder and way == 0:
+            strategy = strategy_bytes(stage, {s.tensor.name: split(s.tensor.name) for s in own})
+            written.append(File(f"strategy/ckpt_strategy_rank_{rank}.ckpt", [strategy]))
+    return written

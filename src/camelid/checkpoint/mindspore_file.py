@@ -243,7 +243,8 @@ def _slices(segment: Segment) -> Chunks:
 
 def _head(tensor: Planned, count: int) -> bytes:
     """What stands in front of `count` bytes of a tensor's content."""
-    dims = b"".join(b"\x08" + protobuf.varint_bytes(n) for n in tensor.shape)
-    proto = dims + b"\x12" + protobuf.text_bytes(TYPES[tensor.dtype]) + b"\x1a" + protobuf.varint_bytes(count)
-    value = b"\x0a" + protobuf.text_bytes(tensor.name) + b"\x12" + protobuf.varint_bytes(len(proto) + count) + proto
-    return b"\x0a" + protobuf.varint_bytes(len(value) + count) + value
+    field, begin = protobuf.field_bytes, protobuf.begin_bytes
+    dims = b"".join(field(1, n) for n in tensor.shape)
+    proto = dims + field(2, TYPES[tensor.dtype].encode()) + begin(3, count)
+    value = field(1, tensor.name.encode()) + begin(2, len(proto) + count) + proto
+    return begin(1, len(value) + count) + value

@@ -1,4 +1,4 @@
-"""Folders of a MindSpore run on many devices, and the strategy files that say how its tensors were split.
+"""Folders of a MindSpore run on many devices, and the strategy files that say how its tensors are split.
 
 Each of rank_0, rank_1, ... holds one part of every tensor of its stage; which one, a strategy file says (Split).
 """
@@ -37,6 +37,11 @@ class Split:
     """the first axis is cut once more (parallel_optimizer), among ranks so far from each other"""
     ways: int = 1
     """into so many"""
+
+    @classmethod
+    def among(cls, ranks: int, ndim: int, axis: int | None) -> "Split":
+        """A tensor that is cut along one axis among the ranks of its stage, or that each of them has whole."""
+        return cls((ranks,), tuple(0 if i == axis else -1 for i in range(ndim)))
 
 
 def open_ranks(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -105,6 +110,18 @@ def _layout(file: io.BufferedReader, span: range) -> tuple[str, Split]:
     if min(devices, default=0) < 1 or not all(-1 <= axis < len(devices) for axis in axes):
         raise ValueError(f"{name} lies on devices {devices} as {axes}")
     return name, Split(devices, axes, step, ways) if step and ways > 1 else Split(devices, axes)
+
+
+def strategy_bytes(stage: int, splits: Mapping[str, Split]) -> bytes:
+    """The strategy file of a stage: how each of its tensors is split."""
+    field = protobuf.field_bytes
+    content = field(1, stage)
+    for name, split in splits.items():
+        devices, axes = (b"".join(field(1, n) for n in numbers) for numbers in (split.devices, split.axes))
+        once_more = field(6, split.step) + field(7, split.ways if split.ways > 1 else 0)
+        layouts = field(1, devices) + field(2, axes) + field(3, b"") + field(4, b"") + field(5, 0) + once_more
+        content += field(3, field(1, name.encode()) + field(2, layouts))
+    return content
 
 
 def merged(ranks: Sequence[Mapping[str, Tensor]], splits: Mapping[str, Split]) -> dict[str, Tensor]:

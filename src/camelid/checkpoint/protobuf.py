@@ -78,5 +78,13 @@ def varint_bytes(value: int) -> bytes:
     return bytes([low | 0x80]) + varint_bytes(rest) if rest else bytes([low])
 
 
-def text_bytes(text: str) -> bytes:
-    return varint_bytes(len(text.encode())) + text.encode()
+def begin_bytes(number: int, count: int) -> bytes:
+    """What stands in front of a field of `count` bytes."""
+    return varint_bytes(number << 3 | 2) + varint_bytes(count)
+
+
+def field_bytes(number: int, value: int | bytes) -> bytes:
+    """A field; a number below zero is written as an int64."""
+    if isinstance(value, int):
+        return varint_bytes(number << 3) + varint_bytes(value % 2**64)
+    return begin_bytes(number, len(value)) + value

@@ -136,11 +136,8 @@ def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | 
         entry = entries[roots[0] + name]
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise UserError(f"{path} is compressed or encrypted", "Save it again with torch.save.")
-        file.seek(entry.header_offset)
-        # The extra field may differ from the directory's: torch pads with it, and zip64 needs it in either place.
-        signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
-        start = entry.header_offset + 30 + name_bytes + extra_bytes
-        if signature != b"PK\x03\x04" or entry.compress_size != entry.file_size or start + entry.file_size > size:
+        start = _start(file, entry)
+        if entry.compress_size != entry.file_size or start + entry.file_size > size:
             raise ValueError(f"{name} does not lie inside the file")
         if size <= CRC_BYTES and entry.CRC and _crc(file, start, entry.file_size) != entry.CRC:
             raise ValueError(f"{name} does not have its checksum")
@@ -164,6 +161,16 @@ def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | 
     return _run(path, io.BytesIO(content("data.pkl")), storage, inert)
 
 
+def _start(file: io.BufferedReader, entry: zipfile.ZipInfo) -> int:
+    """Where the content of an entry begins."""
+    file.seek(entry.header_offset)
+    # The extra field may differ from the directory's: torch pads with it, and zip64 needs it in either place.
+    signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
+    if signature != b"PK\x03\x04":
+        raise ValueError(f"{entry.filename} does not lie inside the file")
+    return entry.header_offset + 30 + name_bytes + extra_bytes
+
+
 def _crc(file: io.BufferedReader, start: int, count: int) -> int:
     file.seek(start)
     crc = 0
@@ -176,7 +183,16 @@ def unverified(tensors: Iterable[Tensor]) -> tuple[str, ...]:
     """Notes on the zip files that are too large for their checksums to be verified when they are opened."""
     files = sorted(set().union(*(tensor.files for tensor in tensors)))
     large = (file for file in files if file.stat().st_size > CRC_BYTES and zipfile.is_zipfile(file))
-    return tuple(f"the checksums of {file.name} were not verified; the file is larger than 1 GiB" for file in large)
+    return tuple(f"{file.name} is larger than 1 GiB: convert --check verifies its checksums" for file in large)
+
+
+def checksums_hold(path: Path) -> bool | None:
+    """Whether every entry of a zip file that was opened has its checksum; None for other files. Reads all of it."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        entries = [entry for entry in archive.infolist() if entry.CRC]
+        return all(_crc(file, _start(file, entry), entry.file_size) == entry.CRC for entry in entries)
 
 
 def _unpickle_legacy(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | None) -> Any:

@@ -138,7 +138,7 @@ def _rope_layout(source: str, format: str | None, config, layout: str, reference
 
 def _check(source: str, format: str | None, config) -> None:
     """Reads everything, and says what is there."""
-    from camelid.checkpoint.compare import survey
+    from camelid.checkpoint.compare import check_own_sums, survey
     from camelid.checkpoint.files import check_manifest
     from camelid.checkpoint.formats import open_checkpoint
 
@@ -147,10 +147,17 @@ def _check(source: str, format: str | None, config) -> None:
         found = list(survey(checkpoint, progress))
     with progress_bar("checksums") as progress:
         sums = check_manifest(checkpoint.folder, progress)
+    with progress_bar("files' own checksums") as progress:
+        having = check_own_sums(checkpoint, progress)
     tell(checkpoint.notes)
     dtypes = ", ".join(sorted({each.dtype for each in found}))
     print(f"{checkpoint.format}: {sum(each.size for each in found):,} parameters in {dtypes}")
-    print(f"checksums: {f'{sums} tensors are as they were written' if sums else 'the folder has none'}")
+    if not sums and not having:
+        print("checksums: the folder has none")
+    if sums:
+        print(f"checksums: {sums} tensors are as they were written")
+    if having:
+        print(f"checksums: those within {', '.join(file.name for file in having)} are right")
     if odd := [each for each in found if each.not_finite]:
         for each in odd:
             print(f"{each.path}: {each.not_finite:,} of {each.size:,} numbers are infinite or NaN")

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import signal
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from camelid.data.parts import Progress, Task, fingerprint
 from camelid.data.prepare import prepare
 from camelid.data.sources import refuse_repeated, source_files
 from camelid.data.store import VALIDATION, Store, is_store
-from camelid.data.workers import Worker, end_workers, receive, start_worker
+from camelid.data.workers import Worker, WorkerEnded, end_workers, receive, start_worker
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer
 
@@ -101,7 +102,8 @@ def prefetched(
     """The batches of steps [first_step, last_step), made ahead.
 
     By `workers` processes (left out: as the configuration says), each `depth` batches ahead, or with 0 of them by a
-    thread of this one. The batches and their order are the same.
+    thread of this one. The batches and their order are the same. A process that is killed is replaced, with a
+    RuntimeWarning; where two end at one step, that is a UserError.
     """
     workers = loader.config.workers if workers is None else workers
     make = partial(loader.batch, start=start, stop=stop)
@@ -127,12 +129,25 @@ def _by_processes(make: Callable[[int], Batch], steps: range, depth: int, worker
     processes: list[Worker] = []
     close = partial(end_workers, processes)
     atexit.register(close)  # the library would end them by SIGTERM, which they do not hear, and wait
+
+    def start(steps: range) -> Worker:
+        # Schedulers send SIGTERM to every process: this one needs batches until it has saved.
+        return start_worker(_work, make, steps, depth, duplex=False, blocked=[signal.SIGTERM])
+
+    def batch(step: int) -> Batch:
+        number = steps.index(step) % workers
+        try:
+            return _receive(processes[number])
+        except WorkerEnded as ended:
+            warnings.warn(f"{ended.problem}; another one goes on from step {step}", RuntimeWarning, stacklevel=2)
+            end_workers([processes[number]])
+            processes[number] = start(range(step, steps.stop, workers))
+            return _receive(processes[number])  # or it cannot be made
+
     try:
         for number in range(min(workers, len(steps))):
-            # Schedulers send SIGTERM to every process: this one needs batches until it has saved.
-            own = steps[number::workers]
-            processes.append(start_worker(_work, make, own, depth, duplex=False, blocked=[signal.SIGTERM]))
-        yield from _by_thread(lambda step: _receive(processes[steps.index(step) % workers]), steps, depth)
+            processes.append(start(steps[number::workers]))
+        yield from _by_thread(batch, steps, depth)
     finally:
         close()
         atexit.unregister(close)

@@ -17,6 +17,10 @@ from camelid.errors import UserError
 Worker = tuple[Connection, BaseProcess]
 
 
+class WorkerEnded(UserError):
+    """A process that was killed, or failed before it could say why."""
+
+
 def start_worker(
     work: Callable[..., None], *arguments: object, duplex: bool = True, blocked: Iterable[signal.Signals] = ()
 ) -> Worker:
@@ -38,13 +42,13 @@ def start_worker(
 
 
 def receive(worker: Worker, does: str, option: str) -> Any:
-    """What a worker sends; raises UserError where it has ended, by what it does and the option that says how many."""
+    """What a worker sends; raises WorkerEnded by what it does and the option that says how many there are."""
     connection, process = worker
     try:
         return connection.recv()
     except (EOFError, OSError):  # between two answers, or within one
         process.join()
-        raise UserError(
+        raise WorkerEnded(
             f"a process that {does} ended by itself (code {process.exitcode})",
             f"Use fewer {option} if memory ran out; else it has said above what went wrong.",
         ) from None
