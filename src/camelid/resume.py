@@ -1,12 +1,14 @@
 """The folder of a run: one process trains in it at a time, and only by the recipe that began it."""
 
 import contextlib
-import fcntl
+import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from camelid.errors import UserError
+from camelid.locks import locked
 from camelid.parallel.hosts import is_main, wait_for_all
 from camelid.recipe import Recipe, structure, write_recipe
 
@@ -15,6 +17,10 @@ FREE = {
     for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
 } | {"data.workers", "data.prepare_workers", "data.cache"}
 """what may change when a run goes on; steps may only grow, and the mesh may be any"""
+
+
+DATA = "data.json"
+"""the file that says of what the batches were made"""
 
 
 def has_begun(folder: Path) -> bool:
@@ -38,25 +44,46 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         )
 
 
+Data = Mapping[str, Sequence[Mapping[str, Any]]]
+"""by split: of each store that it is read from, the `fingerprint`, and the hashes of its `sources`"""
+
+
 @contextlib.contextmanager
-def claimed(folder: Path, recipe: Recipe, files: Mapping[str, bytes]) -> Iterator[None]:
-    """The run's folder, locked, with this recipe and these files in it; UserError where another process has it."""
+def claimed(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data) -> Iterator[None]:
+    """The run's folder, locked, with this recipe and these files in it.
+
+    Raises UserError where another process has it, or the run has begun with other data.
+    """
     if not is_main():
         wait_for_all("run folder")
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError as error:
             raise UserError(f"another process trains in {folder}", "Wait for it, or choose another --run.") from error
         check_folder(folder, recipe)
+        if has_begun(folder) and (folder / DATA).is_file():
+            _check_data(folder, json.loads((folder / DATA).read_text("utf-8")), data)
         # The recipe first: it is what tells this folder from one of something else.
-        for name, content in {"recipe.toml": write_recipe(recipe).encode(), **files}.items():
+        about = {"recipe.toml": write_recipe(recipe).encode(), DATA: (json.dumps(data, indent=1) + "\n").encode()}
+        for name, content in {**about, **files}.items():
             _write(folder / name, content)
         wait_for_all("run folder")
         yield
+
+
+def _check_data(folder: Path, before: Data, now: Data) -> None:
+    """Raises UserError where what is trained on is not what it was: the batches of all steps would be others."""
+    for split, stores in before.items():
+        for was, store in zip(stores, now.get(split, []), strict=False):
+            if was["fingerprint"] != store["fingerprint"]:
+                names = sorted({path for path, _ in was["sources"].items() ^ store["sources"].items()})
+                raise UserError(
+                    f"{names[0] if names else f'the tokens of the {split} text'} changed since {folder} began",
+                    f"Bring back what was there, or begin another run from it: init = {str(folder)!r}.",
+                )
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -33,7 +33,7 @@ from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, pl
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, check_divides, partition
 from camelid.recipe import Recipe
-from camelid.resume import check_folder, claimed, has_begun
+from camelid.resume import Data, check_folder, claimed, has_begun
 from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics, tokenizing
 from camelid.train.loop import Callback, train
@@ -65,7 +65,10 @@ def run(recipe: Recipe) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         parts = _prepare(recipe, mesh)
-        with claimed(folder, recipe, parts.files), contextlib.closing(_checkpoints(folder, recipe)) as checkpoints:
+        with (
+            claimed(folder, recipe, parts.files, parts.data),
+            contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
+        ):
             return _run(recipe, parts, folder, checkpoints, mesh)
 
 
@@ -92,6 +95,15 @@ class Parts:
         config = json_text(config_to_hf(self.config, self.trainer.compute.param_dtype)).encode()
         return {**{name: file.read_bytes() for name, file in self.companions.items()}, "config.json": config}
 
+    @property
+    def data(self) -> Data:
+        """Of what the batches are made."""
+        loaders = {"train": self.loader} | ({} if self.validation is None else {"validation": self.validation})
+        return {
+            split: [{"fingerprint": p.store.fingerprint, "sources": p.store.sources} for p in loader.packings]
+            for split, loader in loaders.items()
+        }
+
 
 def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
     source = None if recipe.init is None else open_checkpoint(recipe.init, config=recipe.model)
@@ -108,6 +120,11 @@ def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
         raise UserError(
             f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.max_length}",
             "Use shorter rows.",
+        )
+    if any(source.kind == "preference" for source in (*recipe.data.train, *recipe.data.validation)):
+        raise UserError(
+            "kind = 'preference' is not trained on: that needs a loss that compares the two answers",
+            "`camelid data prepare` and `inspect` take it; to imitate the good answers, give them as kind = 'chat'.",
         )
     progress = tokenizing() if is_main() else None
     loader = Loader(recipe.data, tokenizer, progress=progress)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from camelid.checkpoint import files as files_module
+from camelid.checkpoint.compare import compare
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import JOURNAL, MANIFEST, File, Later, Segment, segment, write_files
+from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.tensors import Planned
 from camelid.errors import UserError
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
@@ -205,9 +209,8 @@ def test_a_conversion_that_was_killed_goes_on_to_the_same_bytes(
     assert {file.name for file in tmp_path.iterdir()} == {"out", "whole"}
 
 
-def test_a_source_that_changed_in_between_is_noticed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source = tmp_path / "source"
-    convert(model, source)
+def unfinished(monkeypatch: pytest.MonkeyPatch, *words: Any, **options: Any) -> None:
+    """A conversion that fails when all tensors are written, and leaves them to the next one."""
 
     def broken(*_: Any) -> None:
         raise RuntimeError("broken off")
@@ -215,9 +218,93 @@ def test_a_source_that_changed_in_between_is_noticed(model: Path, tmp_path: Path
     with monkeypatch.context() as patch:
         patch.setattr(files_module, "_manifest", broken)
         with pytest.raises(RuntimeError, match="broken off"):
-            convert(source, tmp_path / "out", to="easylm", resume=True)
+            convert(*words, **options, resume=True)
+
+
+def test_a_source_that_changed_in_between_is_noticed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = tmp_path / "source"
+    convert(model, source)
+    unfinished(monkeypatch, source, tmp_path / "out", to="easylm")
     os.utime(source / "model.safetensors", (1, 1))
     with pytest.raises(UserError, match="was begun from other files"):
         convert(source, tmp_path / "out", to="easylm", resume=True)
     convert(source, tmp_path / "out", to="easylm")
     assert (tmp_path / "out" / "streaming_params").is_file()
+
+
+def test_another_layout_of_the_same_names_and_sizes_does_not_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """MindSpore's two rotary layouts: as they are read, and as they are written."""
+    out, begun = tmp_path / "out", "was begun from other files, or with other options"
+    unfinished(monkeypatch, model, out, to="mindspore")
+    with pytest.raises(UserError, match=begun):
+        convert(model, out, to="mindspore-interleaved", resume=True)
+    convert(model, out, to="mindspore", resume=True)
+    unfinished(monkeypatch, out, tmp_path / "back", format="mindspore-interleaved")
+    with pytest.raises(UserError, match=begun):
+        convert(out, tmp_path / "back", format="mindspore", resume=True)
+
+
+@pytest.mark.parametrize("journal", [b"", b"\xff\xfe\x00"])
+def test_a_journal_that_a_power_failure_emptied_is_begun_anew(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: bytes
+):
+    unfinished(monkeypatch, model, tmp_path / "out", to="easylm")
+    (tmp_path / ".out.incomplete" / JOURNAL).write_bytes(journal)
+    convert(model, tmp_path / "out", to="easylm", resume=True)
+    convert(model, tmp_path / "whole", to="easylm")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_it_goes_on_from_another_working_directory(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(model.parent)
+    unfinished(monkeypatch, model.name, tmp_path / "out", to="easylm")
+    monkeypatch.chdir(tmp_path)
+    convert(model, "out", to="easylm", resume=True)
+    assert (tmp_path / "out" / "streaming_params").is_file()
+
+
+def test_companions_are_there_before_the_journal_goes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    convert(model, tmp_path / "source")
+    (tmp_path / "source" / "LICENSE").write_text("free")
+    unfinished(monkeypatch, tmp_path / "source", tmp_path / "out", to="easylm")
+    assert (tmp_path / ".out.incomplete" / "LICENSE").read_text() == "free"
+
+
+def test_more_files_than_a_process_may_open_are_written(model: Path, tmp_path: Path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 10, before[1]))
+        convert(model, tmp_path / "out", to="megatron", tensor_parallel=2, pipeline_parallel=4)
+        convert(model, tmp_path / "shards", shards=20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(list((tmp_path / "out").rglob("*.pt"))) == 8
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 10
+
+
+def test_a_source_below_its_destination_is_not_swept_away(model: Path, tmp_path: Path):
+    """Meta's files in the folder of Hugging Face's: llama/original."""
+    convert(model, tmp_path / "llama")
+    convert(model, tmp_path / "llama" / "original", to="meta")
+    with pytest.raises(UserError, match="which would be replaced"):
+        convert(tmp_path / "llama" / "original", tmp_path / "llama", overwrite=True)
+    assert (tmp_path / "llama" / "original" / "consolidated.00.pth").is_file()
+    convert(tmp_path / "llama", tmp_path / "llama", dtype="float16", overwrite=True)  # itself may be
+    assert {dtype.name for dtype in open_checkpoint(tmp_path / "llama").dtypes.values()} == {"float16"}
+
+
+def test_layers_of_different_dtypes_lose_nothing(model: Path, tmp_path: Path):
+    convert(model, tmp_path / "mixed", dtype="bfloat16")
+    file = tmp_path / "mixed" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.2.self_attn.q_proj.weight"
+    tensors[name] = load_file(model / "model.safetensors")[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    mixed = open_checkpoint(tmp_path / "mixed")
+    assert [note for note in mixed.notes if "q_proj" in note] == list(mixed.notes)
+    assert "layers.attn.q_proj are bfloat16 and float32; it is taken as float32" in mixed.notes[0]
+    convert(tmp_path / "mixed", tmp_path / "meta", to="meta")
+    assert all(each.equal for each in compare(mixed, open_checkpoint(tmp_path / "meta")))

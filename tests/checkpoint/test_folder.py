@@ -19,6 +19,7 @@ from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
 from camelid.checkpoint.opened import Saving
 from camelid.errors import UserError
+from camelid.locks import LOCK
 from runs import TIMEOUT_S, assert_refused, called, command, tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
 
@@ -75,7 +76,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
         if fits:
             assert called("convert", model, tmp_path / "out").returncode == 0
         else:
-            assert_refused(called("convert", model, tmp_path / "out"), "0.0 GB free")
+            assert_refused(called("convert", model, tmp_path / "out"), " MB free")
             assert entries(tmp_path) == set()
 
 
@@ -164,10 +165,41 @@ def test_what_killed_processes_left_is_swept_away(tmp_path: Path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     with new_folder(tmp_path / "out", 0, overwrite=True) as folder:
-        assert entries(folder) == set()
+        assert entries(folder) == {LOCK}
         (folder / "new").write_text("new")
     assert entries(tmp_path) == {"out"}
     assert entries(tmp_path / "out") == {"new"}
+
+
+def test_one_process_at_a_time_writes_a_destination(model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with new_folder(out, 0) as folder:
+        (folder / "config.json").write_text("{}")
+        assert_refused(called("convert", model, out), f"another process writes {out}")
+        assert_refused(called("convert", model, out, "--resume"), f"another process writes {out}")
+    assert entries(out) == {"config.json"}
+    assert entries(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_written_where_it_leads(tmp_path: Path, there: bool):
+    (tmp_path / "link").symlink_to("real")
+    if there:
+        (tmp_path / "real").mkdir()
+    with new_folder(tmp_path / "link", 0, overwrite=there) as folder:
+        (folder / "new").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert entries(tmp_path / "real") == {"new"}
+    assert entries(tmp_path) == {"link", "real"}
+
+
+def test_what_a_process_put_aside_before_it_was_killed_comes_back(tmp_path: Path):
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "out", 0):
+        pass
+    assert entries(tmp_path) == {"out"}
+    assert entries(tmp_path / "out") == {"config.json"}
 
 
 def test_folders_above_the_destination_are_made(model: Path, tmp_path: Path):

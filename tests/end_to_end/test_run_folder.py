@@ -58,6 +58,7 @@ def test_a_finished_run_leaves_a_recipe_metrics_a_picture_and_a_model_that_opens
     assert {file.name for file in run.iterdir()} == {
         ".lock",
         "recipe.toml",
+        "data.json",
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -128,6 +129,7 @@ def test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it(tmp_path:
         ({"tokenizer": "nowhere"}, "no tokenizer: looked for nowhere"),
         ({"compute__replicate": ["head"]}, "compute.replicate names 'head'"),
         ({"data__train": ["empty.txt"]}, "empty.txt"),
+        ({"data__train": [{"files": ["text.jsonl"], "kind": "preference"}]}, "kind = 'preference' is not trained on"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -167,6 +169,22 @@ def test_a_file_in_the_folders_place_is_refused_and_stays(tmp_path: Path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
+def test_text_that_changed_since_the_run_began_is_refused_by_name(tmp_path: Path):
+    """All batches would be others; the run would go on with rows that it has seen, and without some that it has not."""
+    table = tiny_run(tmp_path, train={"steps": 2}, data__validation_fraction=0.2)
+    assert called("train", write_recipe_file(table, tmp_path / "recipe.toml")).returncode == 0
+    text = Path(table["data"]["train"][0])
+    before, kept = contents(tmp_path / "run"), text.read_bytes()
+    more = write_recipe_file(lay_over(table, {"train__steps": 4}), tmp_path / "recipe.toml")
+    text.write_bytes(kept + b'{"text": "more"}\n')
+    assert_refused(called("train", more), f"{text} changed since {tmp_path / 'run'} began")
+    assert contents(tmp_path / "run") == before
+    text.write_bytes(kept)
+    assert called("train", more).returncode == 0
+    (tmp_path / "run" / "data.json").unlink()  # of a run that began before there was one
+    assert called("train", more).returncode == 0
+
+
 def test_a_run_that_another_process_trains_is_refused(finished: Path):
     before = contents(finished / "run")
     with (finished / "run" / ".lock").open("w") as lock:
@@ -180,7 +198,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_keeps_the_checkpoi
 ):
     free = iter([10**12, 1000])  # at step 2, and at step 4
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
-    assert_refused(train(tmp_path), "0.0 GB free, and a checkpoint of 0.0 GB is due")
+    assert_refused(train(tmp_path), " kB free, and a checkpoint of 1.2 MB is due")
     assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
     assert not (tmp_path / "run" / "model").exists()
     monkeypatch.undo()

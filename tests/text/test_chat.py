@@ -143,12 +143,12 @@ def one(template: str, messages: Sequence[Message], bos: str, eos: str) -> str:
         for i, (ask, answer) in enumerate(pairs):
             ahead = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and not i else ""
             text += f"{bos}[INST] {(ahead + ask.content).strip()} [/INST]"
-            text += f" ⟦{answer.content.strip()} {eos}⟧" if answer else ""
+            text += f"⟦ {answer.content.strip()} {eos}⟧" if answer else ""
         return text
     if template == "mistral":
         for i, (ask, answer) in enumerate(pairs):
             ahead = f"{system}\n\n" if system and not i else ""
-            text += f" [INST] {ahead}{ask.content} [/INST]" + (f" ⟦{answer.content}{eos}⟧" if answer else "")
+            text += f" [INST] {ahead}{ask.content} [/INST]" + (f"⟦ {answer.content}{eos}⟧" if answer else "")
         return bos + text
     if template == "vicuna_v1.1":
         # fschat's: system, then "ROLE: words" and one of the two separators behind each.
@@ -158,7 +158,7 @@ def one(template: str, messages: Sequence[Message], bos: str, eos: str) -> str:
         )
         text += " "
         for ask, answer in pairs:
-            text += f"USER: {ask.content} " + (f"ASSISTANT: ⟦{answer.content}{eos}⟧" if answer else "")
+            text += f"USER: {ask.content} " + (f"ASSISTANT:⟦ {answer.content}{eos}⟧" if answer else "")
         return bos + text
     if template == "alpaca":
         first = system or (
@@ -404,6 +404,22 @@ def test_specials_that_hide_in_words_are_not_mixed_with_text(assets: Path, tmp_p
         tokenizer.encode_parts([[("a<|x|>b", True), ("<|x|>", False)]])
 
 
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("vocabulary", ["bytes", "llama2", "stories260K"])
+@pytest.mark.parametrize("answer", ["42", "日本", "Yes"])
+def test_what_is_learnt_begins_where_the_prompt_for_it_ends(
+    bytewise: Tokenizer, assets: Path, vocabulary: str, name: str, answer: str
+):
+    """What a model is never taught to say after its prompt, say a blank before a digit, it does not say."""
+    where = {"llama2": "tokenizers/llama2", "stories260K": "models/stories260K/hf"}
+    tokenizer = bytewise if vocabulary == "bytes" else load_tokenizer(assets / where[vocabulary])
+    template, ask = load_template(name, tokenizer), [Message("user", "How many?")]
+    prompt, _ = template.render(ask, tokenizer, add_generation_prompt=True)
+    tokens, weights = template.render([*ask, Message("assistant", answer)], tokenizer)
+    assert tokens[: len(prompt)].tolist() == prompt.tolist()
+    assert np.flatnonzero(weights)[0] == len(prompt)
+
+
 def test_a_token_across_a_border_counts(bytewise: Tokenizer, assets: Path):
     phi2 = load_tokenizer(assets / "tokenizers/phi-2")
     template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
@@ -423,7 +439,7 @@ def test_a_file_that_cuts_blanks_off_its_spans_makes_no_difference(assets: Path,
         changed.save(file)
         tokenizer = load_tokenizer(tmp_path)
         tokens, weights = load_template("vicuna_v1.1", tokenizer).render(chat, tokenizer)
-        assert spoken(tokenizer, tokens, weights) == [" b "]
+        assert spoken(tokenizer, tokens, weights) == ["  b "]
         found.append(tokens.tolist())
     assert found[0] == found[1]
 

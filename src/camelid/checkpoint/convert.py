@@ -6,7 +6,7 @@ from pathlib import Path
 
 from camelid.checkpoint.formats import TRAIN_STATE, open_checkpoint, write_checkpoint
 from camelid.checkpoint.layout import from_tensors
-from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving
+from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving, refuse_within
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.config import ModelConfig
 
@@ -36,6 +36,8 @@ def convert(
     dtypes = checkpoint.dtypes
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, dtype_named(dtype))
+    if overwrite:
+        refuse_within(Path(destination), checkpoint)
     saving = Saving(
         checkpoint.config,
         dtypes,
@@ -68,7 +70,7 @@ def _training(checkpoint: Checkpoint) -> SavedTraining | None:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Of the files that hold the tensors: it changes when one of them does."""
-    files = sorted(set().union(*(tensor.files for tensor in checkpoint.tensors.values())))
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((checkpoint.config, stats)).encode()).hexdigest()
+    """Of the files that hold the tensors, and of how they are read: it changes when one of them does."""
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
+    rows = [(path, part.row, part.start) for path, part in checkpoint.table.parts.items()]
+    return hashlib.sha256(repr((checkpoint.config, stats, rows)).encode(errors="surrogateescape")).hexdigest()

@@ -115,9 +115,10 @@ def write_files(
     """
     total, done = sum(file.size for file in files), 0
     lock, stop = threading.Lock(), threading.Event()
+    for file in files:
+        _create(folder / file.name, file)
+    finished = _read_journal(folder / JOURNAL, _plan(files, source))
     with contextlib.ExitStack() as stack:
-        opened = {file.name: _create(folder / file.name, file, stack) for file in files}
-        finished = _read_journal(folder / JOURNAL, _plan(files, source))
         journal = stack.enter_context((folder / JOURNAL).open("a", encoding="utf-8"))
         stack.callback(stop.set)
 
@@ -127,44 +128,55 @@ def write_files(
                 done += count
                 progress(min(done, total), total)
 
+        def put(file: File, offset: int, content: bytes) -> None:
+            with _opened(folder / file.name) as descriptor:
+                _pwrite(descriptor, content, offset)
+            advance(len(content))
+
         def write(file: File, offset: int, part: Segment) -> None:
             key = f"{file.name}/{part.tensor.name}"
-            sums = finished.get(key)
-            if sums is None or _sums_of(opened[file.name], offset, part.size) != sums:
-                sums = _write(opened[file.name], offset, part, advance, stop)
-                line = json.dumps({"key": key, "sha256": sums.sha256, "crc32": sums.crc32})
-                with lock:
-                    finished[key] = sums
-                    journal.write(line + "\n")
-                    journal.flush()
-            else:
-                advance(part.size)
+            with _opened(folder / file.name) as descriptor:
+                if (sums := finished.get(key)) is not None and _sums_of(descriptor, offset, part.size) == sums:
+                    return advance(part.size)
+                sums = _write(descriptor, offset, part, advance, stop)
+            line = json.dumps({"key": key, "sha256": sums.sha256, "crc32": sums.crc32})
+            with lock:
+                finished[key] = sums
+                journal.write(line + "\n")
+                journal.flush()
 
         tasks = [(file, *place) for file in files for place in file.places()]
         for file, offset, part in tasks:
             if isinstance(part, bytes):
-                _pwrite(opened[file.name], part, offset)
-                advance(len(part))
+                put(file, offset, part)
         segments = [(file, offset, part) for file, offset, part in tasks if isinstance(part, Segment)]
         _in_threads(workers, write, segments, stop)
         for file, offset, part in tasks:
             if isinstance(part, Later):
                 crcs = {held.tensor.name: finished[f"{file.name}/{held.tensor.name}"].crc32 for held in file.segments}
-                _pwrite(opened[file.name], part.content(crcs), offset)
-                advance(part.size)
+                put(file, offset, part.content(crcs))
         write_json(folder / MANIFEST, _manifest(files, finished))
-        for descriptor in opened.values():
-            os.fsync(descriptor)
+        for file in files:
+            with _opened(folder / file.name) as descriptor:
+                os.fsync(descriptor)
     (folder / JOURNAL).unlink()
 
 
-def _create(path: Path, file: File, stack: contextlib.ExitStack) -> int:
-    """The descriptor of a file of the right size; what stands in it stays."""
+def _create(path: Path, file: File) -> None:
+    """Makes a file of the right size; what stands in it stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, file.mode)
-    stack.callback(os.close, descriptor)
-    os.ftruncate(descriptor, file.size)
-    return descriptor
+    with _opened(path, file.mode) as descriptor:
+        os.ftruncate(descriptor, file.size)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, mode: int = 0o666) -> Iterator[int]:
+    """The descriptor of a file, not for longer than it is needed: a process may have fewer of them than files."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, mode)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _in_threads(workers: int, write: Callable, tasks: Sequence[tuple], stop: threading.Event) -> None:
@@ -234,10 +246,13 @@ def _read_journal(path: Path, plan: str) -> dict[str, Sums]:
         path.write_text(json.dumps({"plan": plan}) + "\n", "utf-8")
         return {}
     lines = []
-    for line in path.read_text("utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a line that was cut when the process was killed
+    for line in path.read_text("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):  # a line that was cut when the process was killed, or the power failed
             lines.append(json.loads(line))
-    if not lines or lines[0].get("plan") != plan:
+    if not lines:
+        path.unlink()
+        return _read_journal(path, plan)
+    if lines[0].get("plan") != plan:
         raise UserError(
             f"{path.parent} was begun from other files, or with other options",
             "Give the same command as before, or leave --resume out to begin anew.",

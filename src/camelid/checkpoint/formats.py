@@ -1,7 +1,7 @@
 """Every format by name: which paths look like it, how it is opened, how it is written."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -133,7 +133,8 @@ def open_checkpoint(path: str | Path, format: str | None = None, config: ModelCo
     format = format or detect(place)
     if format not in OPEN:
         raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(OPEN)}.")
-    return OPEN[format](place, config)
+    checkpoint = OPEN[format](place, config)
+    return replace(checkpoint, notes=(*checkpoint.notes, *checkpoint.mixed))
 
 
 def detect(place: Path) -> str:
@@ -184,5 +185,6 @@ def write_checkpoint(
     files = files_of(saving, format)
     need = sum(file.size for file in files) + sum(file.stat().st_size for file in saving.companions)
     with new_folder(destination, need, overwrite, JOURNAL if resume else "") as folder:
-        write_files(folder, files, source=source, progress=progress, workers=workers)
+        # Before the journal is done with, so that a process that is killed here can be resumed too.
         copy_companions(saving.companions, folder)
+        write_files(folder, files, source=f"{format} {source}", progress=progress, workers=workers)

@@ -153,7 +153,7 @@ def _shards(segments: Sequence[Segment], most: int) -> list[list[Segment]]:
 
 def _so_many(segments: Sequence[Segment], count: int) -> list[list[Segment]]:
     """About equal; fewer, where a tensor is larger than a share."""
-    total, before = sum(segment.size for segment in segments), 0
+    total, before, count = sum(segment.size for segment in segments), 0, min(count, len(segments))
     shards: list[list[Segment]] = [[] for _ in range(count)]
     for segment in segments:
         shards[(before + segment.size // 2) * count // total].append(segment)

@@ -53,8 +53,29 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
-        """By path: the dtype of each parameter in the files."""
-        return {path: self.tensors[part.name(part.layers()[0])].dtype for path, part in self.table.parts.items()}
+        """By path: the dtype of each parameter in the files; float32 where its layers differ, which loses nothing."""
+        found = self._dtypes().items()
+        return {path: next(iter(dtypes)) if len(dtypes) == 1 else np.dtype(np.float32) for path, dtypes in found}
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """Notes on the parameters whose layers have different dtypes in the files."""
+        found = {path: sorted(dtype.name for dtype in dtypes) for path, dtypes in self._dtypes().items()}
+        return tuple(
+            f"layers of {path} are {' and '.join(names)}; it is taken as float32"
+            for path, names in found.items()
+            if len(names) > 1
+        )
+
+    def _dtypes(self) -> dict[str, set[np.dtype]]:
+        """By path: the dtypes of its layers."""
+        parts = self.table.parts
+        return {path: {self.tensors[part.name(layer)].dtype for layer in part.layers()} for path, part in parts.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold its tensors, in order."""
+        return sorted(set().union(*(tensor.files for tensor in self.tensors.values())))
 
     @property
     def source(self) -> Source:
@@ -137,6 +158,15 @@ def assumed(what: str, config: ModelConfig, *names: str) -> str:
     """The note of a reader whose files do not say some fields of a model; `what` is their name."""
     values = ", ".join(f"{name} = {getattr(config, name)!r}" for name in names)
     return f"{what} does not say everything of a model, and these are assumed: {values}"
+
+
+def refuse_within(destination: Path, *sources: Checkpoint) -> None:
+    """Raises UserError where a source lies in a folder below the destination, which would be replaced as a whole."""
+    place = destination.resolve()
+    for source in sources:
+        for file in source.files:
+            if source.folder.resolve() != place and place in file.resolve().parents:
+                raise UserError(f"{file} lies in {destination}, which would be replaced", "Choose another destination.")
 
 
 def refuse_wide_heads(what: str, config: ModelConfig) -> None:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from camelid.data.store import locked, map_array, write_json, writing
+from camelid.data.store import map_array, write_json, writing
+from camelid.locks import locked
 
 # S places of a row; a document of n tokens has n - 1: each but the last predicts the next
 

@@ -1,16 +1,14 @@
 """Prepared documents in a folder: arrays that are mapped into memory, never read whole."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64, Integer, UInt8
@@ -80,6 +78,12 @@ class Store:
         """Of everything that it holds."""
         files = self.manifest["files"]
         return hashlib.sha256(json.dumps([files, self.manifest["weights"]], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """By path: the hashes of the files that it was prepared from."""
+        files = (self.manifest.get("prepared") or {"files": []})["files"]
+        return {file["path"]: file["sha256"] for group in files for file in group}
 
     def weights(self, start: int, stop: int) -> Float32[np.ndarray, " tokens"]:
         """How much tokens [start, stop) count where they are predicted."""
@@ -301,23 +305,3 @@ def writing(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written: {error}",
             "Check the disk's room and the folder's permissions; the same command goes on where it was.",
         ) from error
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes a folder, and holds it alone among the processes of this machine; whoever holds it may remove it."""
-    with _lock(folder):
-        yield
-
-
-def _lock(folder: Path) -> IO:
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / ".lock"
-        with contextlib.suppress(FileNotFoundError):
-            file = path.open("w")
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # Who held it before may have removed the folder, and somebody else have made it again.
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-            file.close()

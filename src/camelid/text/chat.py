@@ -6,6 +6,7 @@ a message is text, never a special. Nobody can end a turn or open one by writing
     <s> [INST] hi [/INST] hello </s> <s> [INST] bye [/INST] see you </s>
      0     0   0     0      1    1    0     0    0     0     1   1   1     the assistant's words, and what ends them
 
+An answer begins where the prompt for it ends: a blank that the prompt lacks is learnt too, or it would never be said.
 A token counts if any of its characters does: the assistant cannot be heard without it.
 """
 
@@ -410,12 +411,32 @@ def _hidden(index: int, messages: Sequence[Message]) -> UserError:
 def _spans_said(
     writer: _Writer, messages: Sequence[Message], contents: Sequence[tuple[int, int, int]], text: str
 ) -> Iterator[tuple[int, int, int]]:
-    tail = _turn_end(writer, messages[0].role == "system") if any(m.role == "assistant" for m in messages) else ""
+    system, answers = messages[0].role == "system", any(message.role == "assistant" for message in messages)
+    head, tail = (_turn_start(writer, system), _turn_end(writer, system)) if answers else ("", "")
+    before = 0
     for start, end, index in contents:
+        first, last = start, end
         if messages[index].role == "assistant":
+            first -= _own_blanks(text[before:start], head)
             found = writer.eos.match(text, end)
-            end = found.end() if found else end + len(tail) * text.startswith(tail, end)
-        yield start, end, index
+            last = found.end() if found else end + len(tail) * text.startswith(tail, end)
+        before = end
+        yield first, last, index
+
+
+def _own_blanks(between: str, head: str | None) -> int:
+    """How many blanks of what stands before an answer are its own: those that the prompt for it leaves to the model."""
+    if head is None or not between.startswith(head):
+        return 0
+    blanks = between.removeprefix(head)
+    return len(blanks) if blanks.isspace() else 0
+
+
+@functools.lru_cache(maxsize=256)
+def _turn_start(writer: _Writer, system: bool) -> str | None:
+    """What the template writes behind a user's words to let the assistant speak: ` ASSISTANT:`, with no blank."""
+    pieces = _marked_pieces(writer, ("system",) * system + ("user",), True)
+    return None if pieces is None else pieces[-1]
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,40 @@
+"""Folders that one process holds at a time."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Makes a folder, and holds it alone among the processes of this machine; whoever holds it may remove it.
+
+    Raises BlockingIOError where another process has it and this one is not to `wait`. A file system without locks keeps
+    nobody out.
+    """
+    with _lock(folder, wait):
+        yield
+
+
+def _lock(folder: Path, wait: bool) -> IO:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / LOCK
+        with contextlib.suppress(FileNotFoundError):
+            file = path.open("w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise
+            except OSError:
+                return file
+            # Who held it before may have removed the folder, and somebody else have made it again.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            file.close()
