@@ -1,5 +1,6 @@
 """The command line as users meet it: standard output, exit statuses, and mistakes answered in two lines."""
 
+import gzip
 import json
 import math
 import subprocess
@@ -89,6 +90,27 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused(stories: Path):
     assert_refused(called("generate", stories, "a", "--top-p", "1.5", "--temperature", "1"), "top_p = 1.5")
 
 
+WARNS = """
+import threading, warnings
+from camelid import cli
+
+def warn() -> None:
+    \"\"\"Warn.\"\"\"
+    thread = threading.Thread(target=lambda: warnings.warn("a process ended;\\n another goes on", RuntimeWarning))
+    thread.start()
+    thread.join()
+
+cli.COMMANDS["inspect"] = warn
+cli.main()
+"""
+
+
+def test_a_warning_is_one_line_also_from_a_thread(user_env: dict[str, str]):
+    words = [sys.executable, "-c", WARNS, "inspect"]
+    done = subprocess.run(words, env=user_env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert (done.returncode, done.stderr) == (0, "warning: a process ended; another goes on\n")
+
+
 def test_ctrl_c_ends_quietly(stories: Path):
     with mock.patch("camelid.describe.open_checkpoint", side_effect=KeyboardInterrupt):
         done = called("inspect", stories)
@@ -130,6 +152,53 @@ def test_perplexity_of_nothing_and_of_no_text_is_refused(stories: Path, tmp_path
     assert_refused(called(*score, tmp_path / "empty.txt"), "the text has 0 tokens")
     assert_refused(called(*score, tmp_path / "bytes.txt"), "bytes.txt is not UTF-8 at byte 2")
     assert_refused(called(*score, tmp_path / "none.txt"), "none.txt cannot be read")
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    return ['Lily said, "Hi!"\nShe ran.', "The sun was höt.", "One day, Tim saw a {dog}."]
+
+
+def write_texts(path: Path, texts: list[str]) -> Path:
+    """A file of these texts as its name says; of a .txt all in one."""
+    lines = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts)
+    if path.suffix == ".parquet":
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist([{"text": text} for text in texts]), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"text": text} for text in texts], indent=1))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress((lines if ".jsonl" in path.name else "".join(texts)).encode()))
+    else:
+        path.write_text(lines if path.suffix == ".jsonl" else "".join(texts))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.parquet"])
+def test_perplexity_scores_the_texts_of_rows(name: str, texts: list[str], stories: Path, tmp_path: Path):
+    score = ("evaluate", "perplexity", stories, "--json")
+    plain = [write_texts(tmp_path / f"{n}.md", [text]) for n, text in enumerate(texts)]
+    expected = called(*score, *plain)
+    assert expected.returncode == 0, expected.stderr
+    found = called(*score, write_texts(tmp_path / name, texts))
+    assert (found.returncode, found.stderr) == (0, "")
+    assert json.loads(found.stdout) == json.loads(expected.stdout)
+
+
+def test_perplexity_scores_packed_text_as_text(texts: list[str], stories: Path, tmp_path: Path):
+    score = ("evaluate", "perplexity", stories, "--json")
+    expected = called(*score, write_texts(tmp_path / "a.txt", texts)).stdout
+    assert json.loads(called(*score, write_texts(tmp_path / "a.txt.gz", texts)).stdout) == json.loads(expected)
+
+
+def test_perplexity_names_the_row_that_is_no_text_and_takes_another_key(stories: Path, tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"body": "One day."}\n{"body": "Tim ran."}\n')
+    score = ("evaluate", "perplexity", stories, tmp_path / "a.jsonl")
+    assert_refused(called(*score), "a.jsonl, line 1: no field 'text', only 'body'")
+    assert called(*score, "--text-key", "body").returncode == 0
+    (tmp_path / "a.jsonl").write_text('{"text": "One day."}\n{"text": 5}\n')
+    assert_refused(called(*score), "a.jsonl, line 2: field 'text' is 5, no string")
 
 
 def test_inspect_json_describes_every_parameter(stories: Path):

@@ -5,6 +5,7 @@ import inspect
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -198,6 +199,18 @@ def test_the_speed_is_of_what_this_process_did(tokenizer: Path, monkeypatch: pyt
     assert told["tokens_per_second"] * told["seconds"] == pytest.approx(told["tokens"] / 4)
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on(tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
+    from camelid.data import parts
+
+    Path("a.jsonl").write_text('{"text": "some text"}\n')
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.Writer, "finish", mock.Mock(side_effect=KeyboardInterrupt))
+        done = called("data", "prepare", "a.jsonl", "--tokenizer", tokenizer, "--out", "store")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "stopped; the same command goes on from there\n"
+    assert prepared("a.jsonl", "--tokenizer", tokenizer, "--out", "store")["documents"] == 1
+
+
 def test_help_has_examples():
     for name in ("data prepare", "data inspect"):
         done = called(*name.split(), "--help")
@@ -270,6 +283,20 @@ def test_colours_tell_what_is_learnt_unless_they_are_refused(store: Path, monkey
     assert "⟦" not in shown
     monkeypatch.setenv("NO_COLOR", "1")
     assert "⟦a\\\\b" in called("data", "inspect", store, "--rows", 1).stdout
+
+
+def test_what_counts_neither_0_nor_1_says_how_much(tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
+    ask, whole = {"role": "user", "content": "Ask"}, {"role": "assistant", "content": "whole"}
+    messages = [ask, whole | {"content": "half", "weight": 0.5}, ask, whole]
+    write_rows(Path("rows.jsonl"), [{"messages": messages}])
+    template = ("--kind", "chat", "--template", "vicuna_v1.1")
+    prepared("rows.jsonl", *template, "--tokenizer", tokenizer, "--out", "store")
+    shown = called("data", "inspect", "store").stdout.split("document 0")[1]
+    assert "Ask ASSISTANT:⟦0.5:  half⟨</s>⟩⟧USER: Ask ASSISTANT:⟦ whole⟨</s>⟩⟧\n" in shown
+    assert "what is read  ⟦0.5: what counts so much⟧" in shown
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b[1;32m⟦0.5: \x1b[0m\x1b[1;32m half\x1b[0m" in called("data", "inspect", "store").stdout
 
 
 def test_a_store_is_told_in_json(store: Path):
@@ -403,6 +430,10 @@ def test_a_recipe_is_shown(recipe: Path):
     assert (done.returncode, done.stderr) == (0, "")
     for line in ("best_fit, rows of 300", "steps 0 to 256", "steps 256 to 300", "all 300 steps", "2 held out "):
         assert line in done.stdout, done.stdout
+    (source,) = inspected(recipe)["sources"][1:]
+    lost, tokens = source["packing"]["lost"], source["tokens"]
+    assert lost > 0
+    assert f"\ntokens truncated or dropped of source 2 *.json: {lost:,} of {tokens:,} (" in done.stdout
     assert done.stdout.count("─ row ") == 2
     assert "⟦" in done.stdout
 

@@ -196,6 +196,13 @@ def _converter() -> cattrs.Converter:
 
         return hook
 
+    def choice(value: Any, kind: Any) -> Any:
+        if value not in (choices := typing.get_args(kind)):
+            raise ValueError(f"{value!r} is none of {', '.join(map(repr, choices))}")
+        return value
+
+    converter.register_structure_hook_func(lambda kind: typing.get_origin(kind) is typing.Literal, choice)
+
     for kind, kinds in {int: (int,), float: (float, int), bool: (bool,), str: (str,)}.items():
         converter.register_structure_hook(kind, exactly(*kinds))
 

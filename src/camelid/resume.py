@@ -82,7 +82,7 @@ def _check_data(folder: Path, before: Data, now: Data) -> None:
                 names = sorted({path for path, _ in was["sources"].items() ^ store["sources"].items()})
                 raise UserError(
                     f"{names[0] if names else f'the tokens of the {split} text'} changed since {folder} began",
-                    f"Bring back what was there, or begin another run from it: init = {str(folder)!r}.",
+                    f"Bring back what was there, or begin another run: init = {str(folder)!r}, init_optimizer = true.",
                 )
 
 
@@ -100,13 +100,18 @@ def _changed(kept: str, new: str) -> str | None:
     old_fields, new_fields = (_flat(tomllib.loads(text)) for text in (kept, new))
     for field in sorted(old_fields.keys() | new_fields.keys()):
         before, now = old_fields.get(field), new_fields.get(field)
-        if before != now and field not in FREE and not field.startswith("mesh."):
-            return f"{field} = {before!r} there, {now!r} here"
+        if before != now and field.partition("[")[0] not in FREE and not field.startswith("mesh."):
+            there, here = ("nothing" if value is None else repr(value) for value in (before, now))
+            return f"{field} = {there} there, {here} here"
     return None
 
 
-def _flat(table: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The values within a table by their places, say data.train[0].kind."""
+    if isinstance(value, dict):
+        inner = {f"{name}.{key}" if name else key: item for key, item in value.items()}
+    elif isinstance(value, list):
+        inner = {f"{name}[{number}]": item for number, item in enumerate(value)}
+    else:
+        return {name: value}
+    return {place: leaf for key, item in inner.items() for place, leaf in _flat(item, key).items()}

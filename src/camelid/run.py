@@ -121,7 +121,7 @@ def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
             f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.max_length}",
             "Use shorter rows.",
         )
-    if any(source.kind == "preference" for source in (*recipe.data.train, *recipe.data.validation)):
+    if any(text.kind == "preference" for text in (*recipe.data.train, *recipe.data.validation)):
         raise UserError(
             "kind = 'preference' is not trained on: that needs a loss that compares the two answers",
             "`camelid data prepare` and `inspect` take it; to imitate the good answers, give them as kind = 'chat'.",
@@ -179,12 +179,17 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
 
     def validate(made: int, state: TrainState) -> None:
         assert validation is not None
-        loss = _validation_loss(trainer, state.params, validation, recipe, mesh)
+        with speed.aside():
+            loss = _validation_loss(trainer, state.params, validation, recipe, mesh)
         record({"step": made, "validation_loss": loss})
         if is_main():
             terminal.say(f"step {made}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}")
 
-    callbacks = [Callback(recipe.train.checkpoint_every, checkpoints.save, at_end=True, at_stop=True)]
+    def save(made: int, state: TrainState) -> None:
+        with speed.aside():
+            checkpoints.save(made, state)
+
+    callbacks = [Callback(recipe.train.checkpoint_every, save, at_end=True, at_stop=True)]
     if validation is not None:
         # Before the checkpoint: what a run resumes from is in metrics.jsonl already.
         callbacks.insert(0, Callback(recipe.train.evaluate_every or steps, validate, at_end=True))

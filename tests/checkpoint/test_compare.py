@@ -1,8 +1,12 @@
 """Two checkpoints side by side: what `camelid diff` and `camelid convert --verify` say."""
 
+import dataclasses
 import json
+import shutil
+import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +19,16 @@ from camelid.checkpoint.compare import check_own_sums, compare, survey
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.native import RunCheckpoints
+from camelid.cli.shared import model_config
 from camelid.errors import UserError
 from camelid.evaluate.parity import logits, loss
+from camelid.model.presets import preset
 from runs import assert_refused, called
-from tiny import save_hf, tiny_config, tiny_params, transformers_twin
+from tiny import LLAMA3, save_hf, tiny_config, tiny_params, transformers_twin
 
 
-def saved(folder: Path, **fields: int) -> Path:
+def saved(folder: Path, **fields: Any) -> Path:
     config = tiny_config(**fields)
     return save_hf(transformers_twin(config, tiny_params(config)), folder)
 
@@ -79,6 +86,93 @@ def test_other_fields_are_differences_and_other_shapes_another_model(model: Path
         list(compare(open_checkpoint(model), open_checkpoint(saved(tmp_path / "tied", tie_embeddings=True))))
 
 
+def test_models_of_other_shapes_are_told_apart_parameter_by_parameter(model: Path, tmp_path: Path):
+    other = saved(tmp_path / "other", mlp_dim=96, tie_embeddings=True, rope_theta=500.0)
+    done = called("diff", model, other)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "mlp_dim: 80 and 96",
+        "rope_theta: 10000.0 and 500.0",
+        "tie_embeddings: False and True",
+        "layers.mlp.gate_proj: (4, 80, 48) and (4, 96, 48)",
+        "layers.mlp.up_proj: (4, 80, 48) and (4, 96, 48)",
+        "layers.mlp.down_proj: (4, 48, 80) and (4, 48, 96)",
+        f"lm_head: only {model} has it",
+    ]
+    done = called("diff", other, model, "--json")
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert report["config"]["mlp_dim"] == [96, 80]
+    assert report["shapes"]["layers.mlp.up_proj"] == [[4, 96, 48], [4, 80, 48]]
+    assert report["shapes"]["lm_head"] == [None, [97, 48]]
+    assert (len(report["shapes"]), report["parameters"]) == (4, [])
+
+
+def strict_json(text: str) -> dict:
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_json_has_no_words_for_is_said_in_others(model: Path, tmp_path: Path):
+    stretched = saved(tmp_path / "stretched", rope_scaling=LLAMA3)
+    file = stretched / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = np.inf
+    tensors["model.norm.weight"][0] = np.nan
+    tensors["lm_head.weight"][0, 0] = 1e30
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = strict_json(called("diff", model, stretched, "--json").stdout)
+    assert report["config"]["rope_scaling"] == [None, dataclasses.asdict(LLAMA3)]
+    held = {each["path"]: each for each in report["parameters"] if not each["equal"]}
+    assert {path: each["largest"] for path, each in held.items()} == {
+        "layers.mlp.up_proj": None,
+        "final_norm.scale": None,
+        "lm_head": pytest.approx(1e30),
+    }
+    same = shutil.copytree(stretched, tmp_path / "same")
+    report = strict_json(called("diff", stretched, same, "--json").stdout)
+    assert {(each["largest"], each["equal"], each["rounded"]) for each in report["parameters"]} == {(0.0, True, True)}
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_a_dtype_cannot_hold_are_compared_without_a_word(model: Path, tmp_path: Path):
+    convert(model, tmp_path / "half", dtype="float16")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][:2] = [1e30, np.inf]
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = {each.path: each for each in compare(open_checkpoint(model), open_checkpoint(tmp_path / "half"))}
+    assert {path for path, each in found.items() if not each.rounded} == {"final_norm.scale"}
+    assert found["final_norm.scale"].largest == np.inf
+
+
+def test_diff_is_told_what_files_do_not_say(stories: Path, tmp_path: Path):
+    convert(stories, tmp_path / "ours", to="mindspore")
+    (tmp_path / "ours" / "config.json").unlink()
+    assert_refused(called("diff", stories, tmp_path / "ours"), "does not say which model it holds")
+    for described in (stories, stories / "config.json"):
+        done = called("diff", stories, tmp_path / "ours", "--config", described)
+        assert (done.returncode, done.stdout) == (0, "11 of 11 parameters are equal\n")
+
+
+@pytest.mark.parametrize("given", ["nowhere.json", "nowhere/config.json", "nowhere/model", "empty"])
+def test_a_config_that_is_not_there_is_named_by_its_path(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    place = "empty/config.json" if given == "empty" else given
+    assert_refused(called("diff", model, model, "--config", given), f"{place} does not exist")
+
+
+def test_a_preset_is_one_beside_a_folder_of_its_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama_7b").mkdir()
+    assert model_config("llama_7b") == preset("llama_7b")
+    with pytest.raises(UserError, match="there is no preset 'llama_9b'"):
+        model_config("llama_9b")
+
+
 # convert --verify, --check, --rope-layout --------------------------------------------------
 
 
@@ -114,6 +208,39 @@ def test_check_reads_everything_and_writes_nothing(model: Path, tmp_path: Path):
     convert(saved(tmp_path / "narrow", head_dim=8), tmp_path / "meta", to="meta")
     said = called("convert", tmp_path / "meta", "--check").stdout.splitlines()
     assert said[2:] == ["checksums: those within consolidated.00.pth are right"]
+
+
+def test_check_reads_the_checkpoints_of_a_run(tmp_path: Path):
+    config = tiny_config(head_dim=8)
+    params = tiny_params(config)
+    save_hf(transformers_twin(config, params), tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    (tmp_path / "run" / "recipe.toml").write_text("")
+    checkpoints = RunCheckpoints(tmp_path / "run" / "checkpoints", keep=1)
+    checkpoints.save(3, {"params": params, "opt_state": [{"mu": params, "nu": params}]})
+    checkpoints.wait()
+    checkpoints.close()
+    done = called("convert", tmp_path / "run", "--check")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "checksums: the folder has none"
+
+
+def test_check_names_files_from_their_folder_and_counts_the_rest(tmp_path: Path):
+    convert(saved(tmp_path / "model", head_dim=8), tmp_path / "ours", to="megatron", pipeline_parallel=4)
+    said = called("convert", tmp_path / "ours", "--check").stdout.splitlines()[-1]
+    names = [f"iter_0000001/mp_rank_00_{stage:03}/model_optim_rng.pt" for stage in range(3)]
+    assert said == f"checksums: those within {', '.join(names)} and 1 more are right"
+
+
+def test_check_tells_of_a_zip_whose_unread_parts_are_damaged(tmp_path: Path):
+    convert(saved(tmp_path / "model", head_dim=8), tmp_path / "ours", to="meta")
+    file = tmp_path / "ours" / "consolidated.00.pth"
+    with zipfile.ZipFile(file) as archive:
+        at = archive.getinfo("consolidated.00/version").header_offset
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    assert_refused(called("convert", tmp_path / "ours", "--check"), f"{file} is not what its checksums were made of")
 
 
 def test_check_finds_one_changed_bit_by_its_checksum(model: Path, tmp_path: Path):
@@ -162,6 +289,35 @@ def test_a_destination_and_check_exclude_each_other(model: Path, tmp_path: Path)
     assert_refused(called("convert", model, tmp_path / "out", "--check"), "--check writes nothing")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--to hf",
+        "--dtype float32",
+        "--tensor-parallel 2",
+        "--pipeline-parallel 2",
+        "--shards 2",
+        "--verify",
+        "--resume",
+        "--overwrite",
+    ],
+)
+def test_options_of_writing_are_refused_beside_check(model: Path, option: str):
+    about = f"--check writes nothing, and takes no {option.split()[0]}"
+    assert_refused(called("convert", model, "--check", *option.split()), about)
+
+
+@pytest.mark.parametrize("place", ["", "hf::", "a file"])
+def test_verify_refuses_a_source_that_is_replaced(tmp_path: Path, place: str):
+    own = tmp_path / "own"
+    convert(saved(tmp_path / "model", head_dim=8), own, to="mindspore" if place == "a file" else "hf")
+    before = {file: file.read_bytes() for file in own.iterdir()}
+    source = own / "model.ckpt" if place == "a file" else f"{place}{own}"
+    done = called("convert", source, tmp_path / "x" / ".." / "own", "--overwrite", "--verify")
+    assert_refused(done, "--verify cannot compare", "which it replaces")
+    assert {file: file.read_bytes() for file in own.iterdir()} == before
+
+
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 def test_the_rotary_layout_is_decided_by_a_text(stories: Path, assets: Path, tmp_path: Path, layout: str):
     convert(stories, tmp_path / "theirs", to="mindspore" if layout == "half" else "mindspore-interleaved")
@@ -182,6 +338,46 @@ def test_the_rotary_layout_is_asked_of_mindspore_alone(stories: Path, tmp_path: 
     assert_refused(called("convert", stories, out, "--reference", "a.txt"), "--reference is for --rope-layout auto")
     convert(stories, tmp_path / "theirs", to="mindspore")
     assert_refused(called("convert", tmp_path / "theirs", out, "--rope-layout", "auto"), "needs a text")
+    given = ["--rope-layout", "half", "--reference", "a.txt"]
+    assert_refused(called("convert", tmp_path / "theirs", out, *given), "--reference is for --rope-layout auto")
+
+
+def test_a_layout_is_said_once(stories: Path, tmp_path: Path):
+    theirs = tmp_path / "theirs"
+    convert(stories, theirs, to="mindspore-interleaved")
+    half = ["--rope-layout", "half"]
+    for words in (
+        [theirs, tmp_path / "out", "--from", "mindspore-interleaved"],
+        [f"mindspore-interleaved::{theirs}", "--check"],
+    ):
+        assert_refused(
+            called("convert", *words, *half), "mindspore-interleaved says interleaved, and --rope-layout half"
+        )
+    done = called("convert", f"mindspore::{theirs}", tmp_path / "out", "--rope-layout", "interleaved")
+    assert done.returncode == 0, done.stderr
+    assert all(each.equal for each in compare(open_checkpoint(stories), open_checkpoint(tmp_path / "out")))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_cannot_decide(stories: Path, tmp_path: Path):
+    convert(saved(tmp_path / "model", head_dim=8), tmp_path / "theirs", to="mindspore")
+    shutil.copy(stories / "tokenizer.json", tmp_path / "theirs")
+    (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl.")
+    given = ["--rope-layout", "auto", "--reference", tmp_path / "text.txt"]
+    about = "tokenizer.json has 512 ids, the model's vocabulary only 97"
+    assert_refused(called("convert", tmp_path / "theirs", tmp_path / "out", *given), about)
+
+
+def test_concatenated_projections_have_one_layout(stories: Path, tmp_path: Path):
+    convert(stories, tmp_path / "apart", to="mindspore-safetensors")
+    arrays, config = load_file(tmp_path / "apart" / "model.safetensors"), open_checkpoint(stories).config
+    for layer in range(config.num_layers):
+        block = f"model.layers.{layer}.attention."
+        q, k, v = (arrays.pop(f"{block}w{x}.weight").reshape(config.num_kv_heads, -1, config.embed_dim) for x in "qkv")
+        arrays[f"{block}w_qkv.weight"] = np.concatenate([q, k, v], 1).reshape(-1, config.embed_dim)
+    save_file(arrays, tmp_path / "apart" / "model.safetensors", metadata={"format": "ms"})
+    done = called("convert", tmp_path / "apart", tmp_path / "out", "--rope-layout", "auto")
+    assert "the rotary layout is half: w_qkv has no other" in done.stderr
+    assert all(each.equal for each in compare(open_checkpoint(stories), open_checkpoint(tmp_path / "out")))
 
 
 def test_a_file_that_does_not_say_its_model_or_tokenizer_is_told_them(assets: Path, stories: Path):

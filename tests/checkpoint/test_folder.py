@@ -76,7 +76,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
         if fits:
             assert called("convert", model, tmp_path / "out").returncode == 0
         else:
-            assert_refused(called("convert", model, tmp_path / "out"), " MB free")
+            assert_refused(called("convert", model, tmp_path / "out"), " kB free")
             assert entries(tmp_path) == set()
 
 

@@ -419,11 +419,11 @@ def test_a_release_and_its_config_are_found(folder: Path, tmp_path: Path):
         (FAMILIES["qwen2, tied"].ours, {}, "cannot hold qkv_bias = True"),
         (FAMILIES["mistral, sliding window"].ours, {}, "cannot hold sliding_window = 7"),
         (replace(GQA, rope_scaling=LLAMA3), {}, "cannot hold rope_scaling"),
-        (GQA, {"tensor_parallel": 4}, "heads = 6 does not divide by tensor_parallel = 4"),
-        (GQA, {"tensor_parallel": 3}, "kv_heads = 2 does not divide by tensor_parallel = 3"),
-        (MHA, {"tensor_parallel": 2}, "mlp = 81 does not divide by tensor_parallel = 2"),
-        (replace(GQA, mlp_dim=81), {"tensor_parallel": 2}, "mlp = 81 does not divide by tensor_parallel = 2"),
-        (GQA, {"pipeline_parallel": 3}, "layers = 4 does not divide by pipeline_parallel = 3"),
+        (GQA, {"tensor_parallel": 4}, "heads = 6 is not divisible by tensor_parallel = 4"),
+        (GQA, {"tensor_parallel": 3}, "kv_heads = 2 is not divisible by tensor_parallel = 3"),
+        (MHA, {"tensor_parallel": 2}, "mlp = 81 is not divisible by tensor_parallel = 2"),
+        (replace(GQA, mlp_dim=81), {"tensor_parallel": 2}, "mlp = 81 is not divisible by tensor_parallel = 2"),
+        (GQA, {"pipeline_parallel": 3}, "layers = 4 is not divisible by pipeline_parallel = 3"),
     ],
 )
 def test_what_megatron_cannot_hold_is_refused_by_name(config: ModelConfig, options: Any, about: str, tmp_path: Path):

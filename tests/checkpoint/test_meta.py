@@ -339,8 +339,8 @@ def test_folders_and_files_are_known_by_their_names(folder: Path, stories: Path)
         (FAMILIES["mistral, sliding window"].ours, {}, "cannot hold sliding_window = 7"),
         (tiny_config(), {}, "cannot hold head_dim = 10"),
         (replace(GQA, rope_scaling=replace(LLAMA3_1, low_freq_factor=2.0)), {}, "cannot hold rope_scaling"),
-        (GQA, {"tensor_parallel": 4}, "heads = 6 does not divide by tensor_parallel = 4"),
-        (GQA, {"tensor_parallel": 3}, "kv_heads = 2 does not divide by tensor_parallel = 3"),
+        (GQA, {"tensor_parallel": 4}, "heads = 6 is not divisible by tensor_parallel = 4"),
+        (GQA, {"tensor_parallel": 3}, "kv_heads = 2 is not divisible by tensor_parallel = 3"),
         (GQA, {"pipeline_parallel": 2}, "no pipeline stages"),
     ],
 )

@@ -3,8 +3,10 @@
 import json
 import random
 import re
+import shutil
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +19,12 @@ import camelid
 from camelid.api import load_params
 from camelid.checkpoint import hf, mindspore, mindspore_file
 from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.layout import Table
 from camelid.checkpoint.mindspore import open_path
 from camelid.checkpoint.mindspore_file import CRC_BYTES, checksum_holds, open_ckpt
 from camelid.checkpoint.mindspore_ranks import Split, merged, open_ranks, open_strategy, strategy_bytes
 from camelid.checkpoint.opened import Checkpoint, Saving
-from camelid.checkpoint.tensors import Tensor, dtype_named
+from camelid.checkpoint.tensors import Planned, Tensor, dtype_named
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.params import named
@@ -396,6 +399,17 @@ def test_a_checksum_is_verified_up_to_a_size(tmp_path: Path, monkeypatch: pytest
     assert CRC_BYTES == 2**30
 
 
+def test_all_files_that_are_too_large_to_be_verified_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = pipelined(tmp_path / "checkpoint")
+    for path in folder.rglob("*.ckpt"):
+        held = path.read_bytes()
+        path.write_bytes(held + b"crc_num" + zlib.crc32(held).to_bytes(10, "big"))
+    monkeypatch.setattr(mindspore_file, "CRC_BYTES", 1000)
+    names = ", ".join(f"rank_{i}/llama_rank_{i}-1_2.ckpt" for i in range(3))
+    note = f"{names} and 5 more are larger than 1 GiB: convert --check verifies their checksums"
+    assert note in open_path(folder, TINY).notes
+
+
 # Ranks ----------------------------------------------------------------------------------
 
 
@@ -501,6 +515,19 @@ def test_ranks_hold_what_numpy_splits(tmp_path: Path, theirs: Path):
     assert tensor_bytes(to_hf(open_path(folder, source.config), tmp_path / "back")) == tensor_bytes(theirs)
 
 
+def test_no_rank_plans_tensors_of_another_stage(tmp_path: Path, theirs: Path, monkeypatch: pytest.MonkeyPatch):
+    planned: list[str] = []
+    segment = Saving.segment
+
+    def counted(self: Saving, table: Table, tensor: Planned):
+        planned.append(tensor.name)
+        return segment(self, table, tensor)
+
+    monkeypatch.setattr(Saving, "segment", counted)
+    in_ranks(hf.open_folder(theirs), tmp_path / "ranks", ways=2, stages=4)
+    assert set(Counter(planned).values()) == {2}
+
+
 def test_without_stages_every_rank_has_the_tables(tmp_path: Path, theirs: Path):
     source = hf.open_folder(theirs)
     folder = in_ranks(source, tmp_path / "ranks", ways=2, stages=1)
@@ -511,7 +538,7 @@ def test_without_stages_every_rank_has_the_tables(tmp_path: Path, theirs: Path):
 
 @pytest.mark.parametrize(
     ("ways", "stages", "about"),
-    [(4, 1, "heads = 6 does not divide by tensor_parallel = 4"), (1, 3, "layers = 4 does not divide by pipeline")],
+    [(4, 1, "heads = 6 is not divisible by tensor_parallel = 4"), (1, 3, "layers = 4 is not divisible by pipeline")],
 )
 def test_what_ranks_cannot_share_is_named(tmp_path: Path, theirs: Path, ways: int, stages: int, about: str):
     with pytest.raises(UserError, match=about):
@@ -539,6 +566,11 @@ def other_shape(root: Path) -> None:
     (root / FILE).write_bytes(file(held | {W1: held[W1][1:]}))
 
 
+def another_run(root: Path) -> None:
+    held = {name: content(tensor) for name, tensor in open_ckpt(root / FILE).items()}
+    (root / FILE).write_bytes(file({name: array * 2 if "norm" in name else array for name, array in held.items()}))
+
+
 RANKS: dict[str, tuple[Damage, str]] = {
     "no strategy": (lambda root: [f.unlink() for f in (root / "strategy").iterdir()], "no strategy file"),
     "half a strategy": (lambda root: (root / STRATEGY).unlink(), "do not say how model"),
@@ -550,6 +582,11 @@ RANKS: dict[str, tuple[Damage, str]] = {
         lambda root: (root / "strategy" / "z_strategy.ckpt").write_bytes(strategy({W1: ((4,), (-1, -1), 0, 0)})),
         "z_strategy.ckpt splits",
     ),
+    "ranks of two runs": (
+        another_run,
+        r"layers\.0\.attention_norm\.weight in .*rank_3.* differs from that in .*rank_0",
+    ),
+    "the first rank is missing": (lambda root: (root / "checkpoint/rank_0").rename(root / "rank_0"), "has no rank_0"),
     "a rank is missing": (lambda root: (root / "checkpoint/rank_2").rename(root / "rank_2"), "has no rank_2"),
     "the last rank is missing": (
         lambda root: (root / "checkpoint/rank_7").rename(root / "rank_7"),
@@ -638,6 +675,18 @@ def test_encrypted_files_look_like_mindspore_and_others_do_not(tmp_path: Path, v
     assert mindspore.looks(golden / "split4")
     assert mindspore.looks(golden / "plain.ckpt")
     assert not mindspore.looks(golden / "split4_strategy.ckpt")
+
+
+def test_ranks_without_the_first_are_still_mindspores(tmp_path: Path):
+    folder = pipelined(tmp_path / "checkpoint")
+    (folder / "config.json").write_text("{}")
+    shutil.rmtree(folder / "rank_0")
+    assert mindspore.looks(folder)
+    with pytest.raises(UserError, match="has no rank_0"):
+        open_checkpoint(folder)
+    for path in folder.rglob("*.ckpt"):
+        path.unlink()
+    assert not mindspore.looks(folder)
 
 
 def test_a_file_that_describes_no_model_asks_for_one(tmp_path: Path):

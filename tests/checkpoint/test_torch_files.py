@@ -23,7 +23,16 @@ import torch
 from camelid.checkpoint import torch_files
 from camelid.checkpoint.files import write_files
 from camelid.checkpoint.tensors import Planned, Tensor
-from camelid.checkpoint.torch_files import MAGIC, PROTOCOL, Strided, open_torch, torch_file, unpickle
+from camelid.checkpoint.torch_files import (
+    MAGIC,
+    PROTOCOL,
+    Strided,
+    checksums_hold,
+    open_torch,
+    torch_file,
+    unpickle,
+    unverified,
+)
 from camelid.errors import UserError
 from writing import in_pieces
 
@@ -562,6 +571,68 @@ WRITTEN = {
     "no tensors": dict,
     "many": lambda: {f"layers.{i}.weight": count(i % 7) for i in range(300)},
 }
+
+
+def spoilt(path: Path, find: Callable[[zipfile.ZipFile], int], value: int = 1) -> None:
+    """Flips bits of the byte that `find` finds."""
+    with zipfile.ZipFile(path) as archive:
+        at = find(archive)
+    content = bytearray(path.read_bytes())
+    content[at] ^= value
+    path.write_bytes(content)
+
+
+VERSION = "pytorch_model/version"  # which is not read when a file is opened
+UNREAD: dict[str, tuple[Callable[[zipfile.ZipFile], int], int]] = {
+    "the signature of an entry": (lambda zipped: zipped.getinfo(VERSION).header_offset, 1),
+    "the length of an entry's name": (lambda zipped: zipped.getinfo(VERSION).header_offset + 27, 255),
+    "the signature of the directory": (lambda zipped: zipped.start_dir, 1),
+    "where an entry begins": (lambda zipped: _listed(zipped) + 43, 1),
+    "how long an entry is": (lambda zipped: _listed(zipped) + 27, 64),
+    "what extracts an entry": (lambda zipped: _listed(zipped) + 6, 255),
+}
+
+
+def _listed(archive: zipfile.ZipFile) -> int:
+    """Where the directory tells of VERSION."""
+    assert archive.fp is not None
+    archive.fp.seek(archive.start_dir)
+    return archive.start_dir + archive.fp.read().index(VERSION.encode()) - 46
+
+
+@pytest.mark.parametrize(("find", "value"), UNREAD.values(), ids=UNREAD)
+def test_the_checksums_of_a_damaged_zip_do_not_hold(tmp_path: Path, find: Callable[[zipfile.ZipFile], int], value: int):
+    path = saved(shares(), tmp_path, True)
+    assert checksums_hold(path) is True
+    spoilt(path, find, value)
+    assert checksums_hold(path) is False
+
+
+def test_what_is_compressed_beside_the_tensors_is_passed_over(tmp_path: Path):
+    path = saved(shares(), tmp_path, True)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pytorch_model/extra.txt", "once upon a time " * 99)
+    assert checksums_hold(path) is True
+    spoilt(path, lambda zipped: zipped.start_dir - 20)  # in the text
+    assert checksums_hold(path) is True
+    spoilt(path, lambda zipped: zipped.getinfo("pytorch_model/data/0").header_offset + 150)
+    assert checksums_hold(path) is False
+
+
+def test_files_too_large_to_be_verified_are_named_from_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tensors = {}
+    for i in range(5):
+        (tmp_path / f"rank_{i}").mkdir()
+        tensors |= {f"{i}": open_torch(saved({"a": count(3)}, tmp_path / f"rank_{i}", True))["a"]}
+    assert unverified(tensors.values()) == ()
+    monkeypatch.setattr(torch_files, "CRC_BYTES", 100)
+    assert unverified([tensors["0"]]) == (
+        "pytorch_model.bin is larger than 1 GiB: convert --check verifies its checksums",
+    )
+    assert unverified(tensors.values()) == (
+        "rank_0/pytorch_model.bin, rank_1/pytorch_model.bin, rank_2/pytorch_model.bin and 2 more "
+        "are larger than 1 GiB: convert --check verifies their checksums",
+    )
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "in zip64"])

@@ -41,6 +41,14 @@ def test_an_impossible_configuration_is_refused(change: dict, message: str):
         DataConfig(**GOOD | change)
 
 
+@pytest.mark.parametrize("share", [1.0, -0.1])
+def test_a_share_of_all_is_refused_as_the_advice_says(share: float):
+    with pytest.raises(UserError, match=f"max_unreadable = {share}\nChoose a share from 0 to below 1"):
+        Source(files=("a.txt",), max_unreadable=share)
+    with pytest.raises(UserError, match=f"validation_fraction = {share}\nchoose a share from 0 to below 1"):
+        DataConfig(train=(SOURCE,), sequence_length=8, batch_size=2, validation_fraction=share)
+
+
 @pytest.mark.parametrize("weight", [-3.0, float("nan"), float("inf")])
 def test_a_weight_that_is_none_is_named(weight: float):
     with pytest.raises(UserError, match=f"^weight = {weight}\n"):

@@ -287,11 +287,11 @@ def test_no_row_of_the_preference_data_is_masked(llama: Tokenizer, assets: Path)
     [
         ({"prompt": "a", "chosen": "b"}, "no key 'rejected'"),
         ({"chosen": "b", "rejected": "c"}, "no key 'prompt'"),
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "nothing to learn"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are equal"),
         ({"prompt": "a", "chosen": "b", "rejected": 7}, "rejected: .*7"),
         ({"prompt": "a", "chosen": "", "rejected": "b"}, "chosen: .*empty"),
         ({"prompt": 7, "chosen": "a", "rejected": "b"}, "chosen: .*7"),
-        ({"prompt": "a", "chosen": [], "rejected": []}, "nothing to learn"),
+        ({"prompt": "a", "chosen": [], "rejected": []}, "chosen and rejected are equal"),
         (
             {"prompt": "q", "chosen": [message("user", "p"), message("assistant", "a")], "rejected": "b"},
             r"messages\[1\]",

@@ -96,8 +96,9 @@ def test_encoded_ids_may_be_of_another_type(tokenizer: Tokenizer, id_type: str, 
 
 
 def test_a_key_may_hold_a_colon_and_blanks(tokenizer: Tokenizer):
-    row = {"x:y": ROW["ids"], "the question": "ab"}
-    assert spelt(encode(tokenizer, "{x:y},the question", row)) == "\x011 \x021 a1 b1"
+    row = {"x:y": ROW["ids"], "x:part2": ROW["ids"], "the question": "ab"}
+    for key in ("x:y", "x:part2"):
+        assert spelt(encode(tokenizer, f"{{{key}}},the question", row)) == "\x011 \x021 a1 b1"
 
 
 def test_a_row_brings_its_own_template(tokenizer: Tokenizer):
@@ -127,6 +128,8 @@ def test_prepended_text_is_part_of_the_first_text(tokenizer: Tokenizer):
         ("q]", 2, "a comma or the end"),
         ("[q]a", 4, "a comma or the end"),
         ("{ids", 5, "closing brace"),
+        ("{ids:u9}", 6, "no known type, u9"),
+        ("q,{a:b:int32}", 8, "no known type, int32"),
         ("{ids}+q", 6, "a comma or the end"),
         ("<|bos|>+q", 8, "a comma or the end"),
         ("q,<|bos", 3, "not closed"),

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -319,6 +320,48 @@ def test_a_store_of_another_tokenizer_is_refused(config: DataConfig, tokenizer: 
         Loader(replace(config, train=(Source(files=("store",), kind="tokens"),)), other)
 
 
+def test_several_stores_of_a_source_are_all_of_this_tokenizer(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path):
+    prepare(A, tokenizer, Path("store"))
+    write_documents("b.jsonl", DOCUMENTS)
+    prepare(B, load_tokenizer(save_byte_tokenizer(tmp_path / "other", adds_bos=False)), Path("theirs"))
+    both = Source(files=("store", "theirs"), kind="tokens")
+    for train in ((both,), (*A, both), (replace(both, weight=1.0),)):
+        with pytest.raises(UserError, match="theirs was prepared with another tokenizer than"):
+            Loader(replace(config, train=train), tokenizer)
+
+
+def test_a_store_with_ids_beyond_the_vocabulary_is_named(config: DataConfig, tokenizer: Tokenizer):
+    write_documents("b.jsonl", DOCUMENTS)
+    store = prepare(A, tokenizer, Path("store"))
+    loader = Loader(replace(config, train=(Source(files=("store",), kind="tokens"), *B)), tokenizer)
+    written = (store.folder / "tokens.bin").read_bytes()
+    for last in (tokenizer.vocab_size, 65535):
+        (store.folder / "tokens.bin").write_bytes(written[:-2] + last.to_bytes(2, "little"))
+        with pytest.raises(UserError, match=f"store holds token id {last}, outside the tokenizer's vocabulary of 258"):
+            list(loader.in_order(8))
+    # The first row does not hold this one, but is asked to predict it.
+    (store.folder / "tokens.bin").write_bytes(written[:16] + b"\xff\xff" + written[18:])
+    with pytest.raises(UserError, match="store holds token id 65535"):
+        next(Loader(replace(config, train=(Source(files=("store",), kind="tokens"),)), tokenizer).in_order(1))
+    (store.folder / "tokens.bin").write_bytes(written)
+    assert len(list(loader.in_order(8))) == 9
+
+
+def test_text_of_which_nothing_counts_is_refused(config: DataConfig, tokenizer: Tokenizer):
+    rows = [{"q": "ask " * 9, "a": "answer"}] * 3000
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(files=("a.jsonl",), kind="fields", fields="[q],a")
+    config = replace(config, train=(source,), packing="best_fit", overlong="truncate", sequence_length=16)
+    with pytest.raises(UserError, match=r"no row of the train text holds a token that the loss counts\n.*longer rows"):
+        Loader(config, tokenizer)
+    rows[-1] = {"q": "ask", "a": "answer"}
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Loader(config, tokenizer).num_rows == 3000
+    Path("b.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(UserError, match="no row of the validation text"):
+        Loader(replace(config, validation=(replace(source, files=("b.jsonl",)),)), tokenizer, "validation")
+
+
 def test_stores_without_weights_are_read_by_their_size(config: DataConfig, tokenizer: Tokenizer):
     write_documents("b.jsonl", DOCUMENTS * 3)
     prepare(B, tokenizer, Path("store"))
@@ -522,6 +565,29 @@ def test_a_process_that_was_killed_is_replaced(large: DataConfig, tokenizer: Tok
     for step, batch in enumerate(got, start=3):
         assert_equal(batch, loader.batch(step))
     assert not workers_of(os.getpid())
+
+
+def test_a_store_that_was_removed_is_named_where_a_process_opens_it_again(
+    large: DataConfig, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
+):
+    loader = Loader(large, tokenizer)
+    batches = prefetched(loader, 0, 1000, workers=1)
+    assert_equal(next(batches), loader.batch(0))
+    folder = loader.packings[0].store.folder
+    shutil.rmtree(folder)
+    assert_equal(next(batches), loader.batch(1))
+    (worker,) = workers_of(os.getpid())
+    os.kill(worker, signal.SIGKILL)
+    with (
+        pytest.warns(RuntimeWarning) as warned,
+        pytest.raises(UserError, match=f"{folder} holds no prepared store.*\n.*the same command goes on"),
+    ):
+        list(batches)
+    (warning,) = warned
+    assert "ended by itself (code -9); another one goes on" in str(warning.message)
+    assert "Traceback" not in capfd.readouterr().err
+    assert not workers_of(os.getpid())
+    assert_equal(Loader(large, tokenizer).batch(2), loader.batch(2))
 
 
 class Deadly(Loader):

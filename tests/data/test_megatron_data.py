@@ -4,7 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from camelid.data.config import Source
 from camelid.data.megatron_data import index_dtype, open_indexed, write_indexed
+from camelid.data.sources import source_files
 from camelid.errors import UserError
 
 DOCUMENTS = [[1, 2, 3], [], [65499, 0], [7]]
@@ -118,6 +120,14 @@ def test_a_missing_half_is_named():
     Path("x.bin").unlink()
     with pytest.raises(UserError, match=r"x\.bin is missing\nMegatron's data is two files, x\.bin and x\.idx"):
         read()
+
+
+@pytest.mark.parametrize(("gone", "name"), [(".idx", "x.bin"), (".idx", "x"), (".bin", "x.idx"), (".bin", "x*")])
+def test_a_source_of_half_a_data_set_names_the_other_half(gone: str, name: str):
+    save(GOOD)
+    Path(f"x{gone}").unlink()
+    with pytest.raises(UserError, match=rf"^x\{gone} is missing\nMegatron's data is two files, x\.bin and x\.idx"):
+        source_files(Source(files=(name,), kind="tokens"))
 
 
 def test_any_cut_or_changed_byte_gives_ids_or_an_error_of_ours():

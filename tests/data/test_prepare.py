@@ -24,8 +24,9 @@ from camelid.data import prepare as preparing
 from camelid.data.config import Source
 from camelid.data.formats import Record
 from camelid.data.prepare import prepare
-from camelid.data.store import MANIFEST, VALIDATION, Store, locked
+from camelid.data.store import MANIFEST, VALIDATION, Store
 from camelid.errors import UserError
+from camelid.locks import locked
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from data.stores import documents_of, write_store
 from text.tiny import BOS, EOS, save_byte_tokenizer
@@ -421,7 +422,7 @@ def test_a_worker_that_was_killed_is_named(tokenizer: Tokenizer):
     worker = next(pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(worker, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
-    assert "UserError: a process that prepares data ended by itself (code -9)" in err
+    assert "WorkerEnded: a process that prepares data ended by itself (code -9)" in err
     assert process.returncode == 1
 
 
@@ -566,10 +567,22 @@ def test_too_little_to_hold_out_is_an_error(tokenizer: Tokenizer):
 
 
 def test_a_store_is_a_source(tokenizer: Tokenizer):
-    write_store(Path("old"), [[1, 2, 3], [4, 5]], [[0, 0.5, 1], [0, 0]], tokenizer.vocab_size)
+    write_store(Path("old"), [[1, 2, 3], [4, 5]], [[0, 0.5, 1], [0, 0]], tokenizer.vocab_size, tokenizer.fingerprint)
     store = prepare([Source(files=("old",), kind="tokens")], tokenizer, Path("new"))
     assert documents_of(store) == [[1, 2, 3], [4, 5]]
     assert store.weights(0, 5).tolist() == [0, 0.5, 1, 0, 0]
+
+
+@pytest.mark.parametrize("files", [("other",), ("own", "other"), ("o*",)], ids=str)
+def test_a_store_of_another_tokenizer_is_no_source(files: tuple[str, ...], tokenizer: Tokenizer):
+    Path("a.txt").write_text("text")
+    for name, adds_bos in (("own", True), ("other", False)):
+        made_with = tokenizer if adds_bos else load_tokenizer(save_byte_tokenizer(Path("tokenizer"), adds_bos=False))
+        prepare([Source(files=("a.txt",))], made_with, Path(name))
+    with pytest.raises(UserError, match=r"^other was prepared with another tokenizer than"):
+        prepare([Source(files=files, kind="tokens")], tokenizer, Path("new"))
+    assert not Path("new").exists()
+    assert prepare([Source(files=("own",), kind="tokens")], tokenizer, Path("new")).num_tokens == 6
 
 
 def test_the_manifest_says_where_everything_came_from(tokenizer: Tokenizer, sources):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from camelid.data.packing import Packing
-from camelid.data.store import MANIFEST, OFFSETS, TOKENS, WEIGHTS, Store, is_store, locked
+from camelid.data.store import MANIFEST, OFFSETS, TOKENS, WEIGHTS, Store, is_store
 from camelid.errors import UserError
+from camelid.locks import locked
 from data.stores import documents_of, write_store
 
 

@@ -114,6 +114,28 @@ def test_speed_counts_the_tokens_since_the_last_reading(monkeypatch: pytest.Monk
     assert not np.isnan(list(later.values())).any()
 
 
+def test_speed_leaves_out_what_is_no_step(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([10.0, 11.0, 111.0, 112.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    speed = Speed(first=0, steps=10, flops_per_token=3.0, peak_flops=None)
+    with speed.aside():
+        pass  # 100 seconds
+    now = speed.read(2, 100)
+    assert (now["tokens_per_second"], now["step_s"], now["eta_s"]) == (100.0, 1.0, 8.0)
+
+
+def test_on_a_terminal_the_bar_says_the_time_that_the_steps_take(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    terminal = Terminal(0, 100)
+    numbers = {"loss": 1.0, "learning_rate": 1e-3, "tokens_per_second": 1e4, "step_s": 2.0, "data_s": 0.1}
+    terminal.show(5, numbers | {"eta_s": 190.2})
+    assert terminal._bar is not None
+    assert terminal._bar.tasks[0].description.endswith("10,000 tokens/s  0:03:10 left")
+    terminal.close()
+
+
 def test_tokenizing_is_told_every_so_often(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

@@ -21,7 +21,7 @@ class Difference:
     path: str
     dtypes: tuple[str, str]
     largest: float
-    """of the differences, in float32; NaN where there is one"""
+    """of the differences, in float32; NaN where one of them is none"""
     equal: bool
     """whether they hold the same numbers"""
     rounded: bool
@@ -32,26 +32,44 @@ def compare(
     a: Checkpoint, b: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[Difference]:
     """Every parameter of two checkpoints, a slice at a time; raises UserError where they are not of one shape."""
-    ours, theirs = a.table.parts, b.table.parts
-    if odd := sorted(ours.keys() ^ theirs.keys()):
-        raise UserError(f"only one of the two has {', '.join(odd[:3])}", "They are different models.")
-    total, done, sources = sum(part.spec.size for part in ours.values()), 0, (a.source, b.source)
-    for path, part in ours.items():
-        if part.spec.shape != theirs[path].spec.shape:
-            raise UserError(
-                f"{path} is {part.spec.shape} in one and {theirs[path].spec.shape} in the other",
-                "They are different models.",
-            )
+    odd = shape_differences(a, b)
+    if alone := sorted(path for path, shapes in odd.items() if None in shapes):
+        raise UserError(f"only one of the two has {', '.join(alone[:3])}", "They are different models.")
+    for path, (ours, theirs) in odd.items():
+        raise UserError(f"{path} is {ours} in one and {theirs} in the other", "They are different models.")
+    parts, sources = a.table.parts, (a.source, b.source)
+    total, done = sum(part.spec.size for part in parts.values()), 0
+    for path, part in parts.items():
         dtypes = a.dtypes[path], b.dtypes[path]
         largest, equal, rounded = 0.0, True, True
         for layer, index in slices(part.spec):
             x, y = (source(path, layer, index, np.dtype(np.float32)) for source in sources)
-            equal = equal and x.tobytes() == y.tobytes()
-            rounded = rounded and (equal or x.astype(dtypes[1]).tobytes() == y.astype(dtypes[1]).tobytes())
-            largest = float(np.maximum(largest, np.abs(x - y).max()))
+            if x.tobytes() != y.tobytes():
+                equal, rounded = False, rounded and _rounds_to(x, y, dtypes[1])
+                largest = float(np.maximum(largest, _apart(x, y)))
             done += x.size
             progress(done, total)
         yield Difference(path, (dtypes[0].name, dtypes[1].name), largest, equal, rounded)
+
+
+def shape_differences(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[tuple[int, ...] | None, ...]]:
+    """The parameters that only one of two models has, or that are of two shapes: both, or None."""
+    shapes = [{path: part.spec.shape for path, part in each.table.parts.items()} for each in (a, b)]
+    pairs = {path: tuple(each.get(path) for each in shapes) for path in shapes[0] | shapes[1]}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _rounds_to(x: np.ndarray, y: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether two arrays are one in a dtype."""
+    with np.errstate(over="ignore"):
+        return x.astype(dtype).tobytes() == y.astype(dtype).tobytes()
+
+
+def _apart(x: np.ndarray, y: np.ndarray) -> float:
+    """The largest difference of the numbers that are not the same."""
+    differ = x.view(np.uint32) != y.view(np.uint32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.abs(x[differ] - y[differ]).max())
 
 
 def slices(spec: Spec) -> Iterator[tuple[int | None, Index]]:
@@ -96,7 +114,7 @@ def check_own_sums(
     checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Path]:
     """The files of a checkpoint that hold checksums of themselves; raises UserError for one that is not as they say."""
-    files = sorted(set().union(*(tensor.files for tensor in checkpoint.tensors.values())))
+    files = [file for file in checkpoint.files if file.is_file()]  # the step of a run is a folder
     total, done, having = sum(file.stat().st_size for file in files), 0, []
     for file in files:
         held = torch_files.checksums_hold(file)

@@ -79,9 +79,17 @@ def _check_room(folder: Path, need_bytes: int) -> None:
     need = need_bytes - sum(512 * file.stat().st_blocks for file in folder.rglob("*"))
     if (free := shutil.disk_usage(folder).free) < need:
         raise UserError(
-            f"{folder.parent} has {free / 1e6:,.0f} MB free, and {need / 1e6:,.0f} MB are needed",
+            f"{folder.parent} has {in_units(free)} free, and {in_units(need)} are needed",
             "Free some space, or choose another destination.",
         )
+
+
+def in_units(count: int) -> str:
+    """A number of bytes, for people."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from camelid.checkpoint.tensors import CHUNK, DTYPES, Tensor
+from camelid.checkpoint.tensors import CHUNK, DTYPES, Tensor, cast
 from camelid.errors import UserError
 
 BLOCK = 32  # numbers that share a scale
@@ -117,7 +117,7 @@ class Quantised(Tensor):
             raw = np.empty((count, *raw_shape), np.uint8)
             offset = self.offset + (rows.start + start) * row_bytes
             Tensor(self.file, self.name, offset, raw.shape, raw.dtype).read_into(raw, (slice(None),) * raw.ndim)
-            out[start : start + count] = dequantise(raw, self.kind)[:, *index[1:]]
+            cast(self, dequantise(raw, self.kind)[:, *index[1:]], out[start : start + count])
 
 
 def bytes_of(shape: Sequence[int], code: int) -> int:

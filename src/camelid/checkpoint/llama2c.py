@@ -25,7 +25,7 @@ from camelid.checkpoint.files import File, Segment
 from camelid.checkpoint.layout import Table, check
 from camelid.checkpoint.meta import ROWS, SIZES
 from camelid.checkpoint.opened import Checkpoint, Saving, assumed, refuse_beyond, table_for
-from camelid.checkpoint.tensors import CHUNK, Tensor
+from camelid.checkpoint.tensors import CHUNK, Tensor, cast
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -218,7 +218,7 @@ class Quantized(Tensor):
             first = cut.start - groups.start * self.group
             values = q * np.repeat(scale, self.group)[first : first + len(q)]
             chunk = values.reshape(stop - start, *self.shape[1:])
-            out[start - rows.start : stop - rows.start] = chunk[:, *index[1:]]
+            cast(self, chunk[:, *index[1:]], out[start - rows.start : stop - rows.start])
 
 
 # Writing --------------------------------------------------------------------------------

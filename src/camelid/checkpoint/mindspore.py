@@ -10,13 +10,23 @@ from pathlib import Path
 from typing import Literal
 
 from camelid.checkpoint import hf, layout
-from camelid.checkpoint.files import File, Segment
-from camelid.checkpoint.layout import Row, check
-from camelid.checkpoint.mindspore_file import TRAINING, cipher, ckpt_file, ckpts, open_file, single, unverified
-from camelid.checkpoint.mindspore_ranks import Split, open_ranks, strategy_bytes
+from camelid.checkpoint.files import File
+from camelid.checkpoint.layout import Row, Table, check
+from camelid.checkpoint.mindspore_file import (
+    TRAINING,
+    cipher,
+    ckpt_file,
+    ckpts,
+    open_file,
+    single,
+    tensor_files,
+    unverified,
+)
+from camelid.checkpoint.mindspore_ranks import Split, open_ranks, ranks_in, strategy_bytes
 from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, refuse_wide_heads, table_for
 from camelid.checkpoint.safetensors import safetensors_file
 from camelid.checkpoint.shards import axis_of, check_divides, part_of, source_of
+from camelid.checkpoint.tensors import Planned, unverified_note
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -88,8 +98,8 @@ def looks(path: Path) -> bool:
     try:
         if not path.is_dir():
             return _looks_file(path)
-        if (first := path / "rank_0").is_dir():
-            return any(map(_looks_file, [*ckpts(first), *first.glob("*.safetensors")]))
+        if ranks := ranks_in(path):
+            return any(map(_looks_file, (file for rank in ranks.values() for file in tensor_files(rank))))
         return any(map(_looks_file, [*ckpts(path), path / "model.safetensors"]))
     except OSError:
         return False
@@ -114,7 +124,7 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
     """
     folder = path if path.is_dir() else path.parent
     notes: list[str] = []
-    if path.is_dir() and (path / "rank_0").is_dir():
+    if path.is_dir() and ranks_in(path):
         tensors, aside = open_ranks(path)
     else:
         tensors = open_file(path if path.is_file() else single(path))
@@ -125,8 +135,8 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
         )
     described_by = "config.json" if config is None else hf.GIVEN
     config = config or hf.understood(folder)
-    for file in filter(unverified, {tensor.file for tensor in tensors.values()}):
-        notes.append(f"{file.name} is larger than 1 GiB: convert --check verifies its checksum")
+    files = frozenset().union(*(tensor.files for tensor in tensors.values()))
+    notes += unverified_note([*filter(unverified, files)], folder)
     if aside:
         more = ", ..." if len(aside) > 3 else ""
         notes.append(f"values of the training run were left out: {', '.join(aside[:3])}{more}")
@@ -168,27 +178,32 @@ def files(saving: Saving, *, rope_layout: RopeLayout = "half", safetensors: bool
     over = dict.fromkeys(cut, ways)
     specs = {path: part_of(spec, over) for path, spec in named(declare_decoder(theirs.config)).items()}
     table = layout.table(ROWS[rope_layout], specs, SIZES)
-    last = theirs.config.num_layers - 1
-
-    def place(segment: Segment) -> int:
-        part, layer = table.tensors[segment.tensor.name][0]
-        return layer if layer is not None else -1 if part.row.path == "embed" else last + 1
-
-    def split(name: str) -> Split:
-        return Split.among(ways, len(table.shape(name)), axis_of(table.tensors[name][0][0].row, cut))
-
+    parts = [replace(theirs, source=source_of(theirs.source, specs, dict.fromkeys(cut, way))) for way in range(ways)]
     written = []
-    for rank in range(ways * stages):
-        stage, way = divmod(rank, ways)
-        source = source_of(theirs.source, specs, dict.fromkeys(cut, way))
-        segments = sorted(replace(theirs, source=source).segments(table), key=place)
-        own = [s for s in segments if min(max(place(s), 0), last) * stages // (last + 1) == stage]
-        folder = f"rank_{rank}/" if ways * stages > 1 else ""
-        if safetensors:
-            written.append(safetensors_file(f"{folder}model.safetensors", own, framework="ms"))
-        else:
-            written.append(ckpt_file(f"{folder}model.ckpt", own))
-        if folder and way == 0:
-            strategy = strategy_bytes(stage, {s.tensor.name: split(s.tensor.name) for s in own})
-            written.append(File(f"strategy/ckpt_strategy_rank_{rank}.ckpt", [strategy]))
+    for stage, own in enumerate(_stages(table, layout.plan(table, theirs.dtypes), theirs.config.num_layers, stages)):
+        for way, part in enumerate(parts):
+            rank = stage * ways + way
+            folder = f"rank_{rank}/" if ways * stages > 1 else ""
+            segments = [part.segment(table, tensor) for tensor in own]
+            if safetensors:
+                written.append(safetensors_file(f"{folder}model.safetensors", segments, framework="ms"))
+            else:
+                written.append(ckpt_file(f"{folder}model.ckpt", segments))
+            if folder and way == 0:
+                axes = {tensor.name: axis_of(table.tensors[tensor.name][0][0].row, cut) for tensor in own}
+                splits = {tensor.name: Split.among(ways, len(tensor.shape), axes[tensor.name]) for tensor in own}
+                written.append(File(f"strategy/ckpt_strategy_rank_{rank}.ckpt", [strategy_bytes(stage, splits)]))
     return written
+
+
+def _stages(table: Table, tensors: Sequence[Planned], layers: int, count: int) -> list[list[Planned]]:
+    """The tensors of each stage, layer by layer; the table of the embedding is first, what has no layer last."""
+
+    def place(tensor: Planned) -> int:
+        part, layer = table.tensors[tensor.name][0]
+        return layer if layer is not None else -1 if part.row.path == "embed" else layers
+
+    stages: list[list[Planned]] = [[] for _ in range(count)]
+    for tensor in sorted(tensors, key=place):
+        stages[min(max(place(tensor), 0), layers - 1) * count // layers].append(tensor)
+    return stages

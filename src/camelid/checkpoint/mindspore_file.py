@@ -24,7 +24,7 @@ import numpy as np
 from camelid.checkpoint import protobuf
 from camelid.checkpoint.files import Chunks, File, Segment
 from camelid.checkpoint.safetensors import open_safetensors
-from camelid.checkpoint.tensors import CHUNK, Joined, Planned, Tensor
+from camelid.checkpoint.tensors import CHUNK, Joined, Planned, Tensor, cast
 from camelid.errors import UserError
 
 AGAIN = "Download or copy the file again."
@@ -59,9 +59,14 @@ def open_file(path: Path) -> dict[str, Tensor]:
     return open_safetensors(path) if path.suffix == ".safetensors" else open_ckpt(path)
 
 
+def tensor_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold tensors: .ckpt, or where there are none, safetensors."""
+    return ckpts(folder) or sorted(folder.glob("*.safetensors"))
+
+
 def single(folder: Path) -> Path:
     """The one file with tensors of a folder."""
-    files = ckpts(folder) or sorted(folder.glob("*.safetensors"))
+    files = tensor_files(folder)
     if not files:
         raise UserError(f"{folder} has no .ckpt file", "Give the folder or the file of a MindSpore checkpoint.")
     if len(files) > 1:
@@ -207,7 +212,7 @@ class Flat(Tensor):
         for start in range(0, len(rows), step):
             chunk, first = held[: len(rows) - start], (rows.start + start) * width
             self.numbers.read_into(chunk.reshape(-1), (slice(first, first + chunk.size),))
-            out[start : start + step] = chunk[:, *index[1:]]
+            cast(self, chunk[:, *index[1:]], out[start : start + step])
 
 
 # Writing --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from camelid.checkpoint import protobuf
+from camelid.checkpoint.hf import same_values
 from camelid.checkpoint.mindspore_file import AGAIN, TRAINING, open_file, single
 from camelid.checkpoint.tensors import Tensor, joined
 from camelid.errors import UserError
@@ -44,9 +45,15 @@ class Split:
         return cls((ranks,), tuple(0 if i == axis else -1 for i in range(ndim)))
 
 
+def ranks_in(folder: Path) -> dict[int, Path]:
+    """The folders of ranks in a folder, by their number."""
+    folders = (path for path in folder.iterdir() if re.fullmatch(r"rank_(0|[1-9]\d{0,4})", path.name) and path.is_dir())
+    return {int(path.name[5:]): path for path in folders}
+
+
 def open_ranks(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The whole tensors of a folder of ranks, and the names of what training left there beside them."""
-    found = {int(path.name[5:]): path for path in folder.iterdir() if re.fullmatch(r"rank_(0|[1-9]\d{0,4})", path.name)}
+    found = ranks_in(folder)
     if missing := [i for i in range(max(found) + 1) if i not in found]:
         raise UserError(f"{folder} has no rank_{missing[0]}", "Copy the folders of all ranks.")
     ranks = [open_file(single(found[i])) for i in range(len(found))]
@@ -149,11 +156,16 @@ def _merged(name: str, ranks: Sequence[Mapping[str, Tensor]], split: Split) -> T
         place = [0 if axis < 0 else int(at[axis]) for axis in split.axes]
         if split.ways > 1:
             place.insert(1, local // split.step % split.ways)
-        parts.setdefault(tuple(place), tensor)
+        held = parts.setdefault(tuple(place), tensor)
         if (tensor.shape, tensor.dtype) != ((one := next(iter(parts.values()))).shape, one.dtype):
             raise UserError(
                 f"{name} is {one.shape} {one.dtype} in {one.file}, and {tensor.shape} {tensor.dtype} in {tensor.file}",
                 "The files belong to different runs.",
+            )
+        # Of copies, norms tell one run from another, and take little reading.
+        if held is not tensor and len(tensor.shape) == 1 and not same_values(tensor, held):
+            raise UserError(
+                f"{name} in {tensor.file} differs from that in {held.file}", "The files belong to different runs."
             )
     axes = [*range(len(split.axes))]
     counts = [1 if axis < 0 else split.devices[-1 - axis] for axis in split.axes]

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from camelid.checkpoint.files import Chunks, File, Segment
-from camelid.checkpoint.tensors import CHUNK, Planned, Tensor
+from camelid.checkpoint.tensors import CHUNK, Planned, Tensor, cast
 from camelid.errors import UserError
 
 LIMIT = 2**30  # bytes; flax cuts longer arrays
@@ -71,7 +71,7 @@ class Chunked(Tensor):
         for start in range(0, len(rows), step):
             held = np.empty((min(step, len(rows) - start), *self.shape[1:]), self.dtype)
             self._read_flat(held.reshape(-1), (rows.start + start) * width)
-            out[start : start + step] = held[:, *index[1:]]
+            cast(self, held[:, *index[1:]], out[start : start + step])
 
     def _read_flat(self, out: np.ndarray, first: int) -> None:
         start = 0

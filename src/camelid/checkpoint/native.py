@@ -13,7 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from camelid.checkpoint.tensors import Tensor
+from camelid.checkpoint.folder import in_units
+from camelid.checkpoint.tensors import Tensor, cast
 from camelid.errors import UserError
 
 ZARR = "/.zarray"  # after the name of each array, what describes it
@@ -47,7 +48,7 @@ class RunCheckpoints:
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             if (free := shutil.disk_usage(self._folder).free) < need:
                 raise UserError(
-                    f"{self._folder} has {free / 1e9:.1f} GB free, and a checkpoint of {need / 1e9:.1f} GB is due",
+                    f"{self._folder} has {in_units(free)} free, and a checkpoint of {in_units(need)} is due",
                     MORE_SPACE,
                 )
             self._manager.save(step, args=ocp.args.StandardSave(state, jax.tree.map_with_path(_cut, state)))
@@ -85,11 +86,13 @@ class Stored(Tensor):
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
         """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype."""
-        part = ts.cast(self.store, ts.dtype(out.dtype))[index].translate_to[(0,) * len(index)]
+        held = out if out.dtype == self.dtype else np.empty(out.shape, self.dtype)
         try:
-            ts.array(out).write(part).result()
+            ts.array(held).write(self.store[index].translate_to[(0,) * len(index)]).result()
         except (OSError, ValueError) as error:
             raise UserError(f"{self.name} in {self.file} cannot be read: {_first_line(error)}", DAMAGED) from error
+        if held is not out:
+            cast(self, held, out)
 
 
 def newest(folder: Path) -> int | None:

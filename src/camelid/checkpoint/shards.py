@@ -17,7 +17,7 @@ def check_divides(saving: Saving, cut: Collection[str]) -> None:
         ways = getattr(saving, option)
         for word in words:
             if (size := saving.config.axis_sizes[word]) % ways:
-                raise UserError(f"{word} = {size} does not divide by {option} = {ways}", f"Choose another {option}.")
+                raise UserError(f"{word} = {size} is not divisible by {option} = {ways}", f"Choose another {option}.")
 
 
 def part_of(spec: Spec, ways: Mapping[str, int]) -> Spec:

@@ -3,7 +3,7 @@
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ DTYPES: Mapping[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+INFINITY: Mapping[np.dtype, int] = {DTYPES["F16"]: 0x7C00, DTYPES["BF16"]: 0x7F80}
+"""its bits, in the dtypes that end before float32 does"""
 
 Index = tuple[slice, ...]
 
@@ -66,7 +68,25 @@ class Tensor:
             for start in range(0, len(rows), step):
                 chunk = held[: len(rows) - start]
                 _read_exactly(file, self.offset + (rows.start + start) * row_bytes, chunk)
-                out[start : start + step] = chunk[:, *index[1:]]
+                cast(self, chunk[:, *index[1:]], out[start : start + step])
+
+
+def cast(tensor: Tensor, values: np.ndarray, out: np.ndarray) -> None:
+    """out[...] = values, which are a tensor's; raises UserError where one is too large for the dtype of `out`."""
+    with np.errstate(over="ignore"):
+        out[...] = values
+    # By bits without their sign, because isinf takes as long as the cast, and from bfloat16 numpy sees no overflow.
+    if out.dtype == values.dtype or (infinity := INFINITY.get(out.dtype)) is None:
+        return
+    if np.left_shift(out.view(np.uint16), 1).max(initial=0) < 2 * infinity:
+        return
+    if (beyond := np.isinf(out) & np.isfinite(values)).any():
+        ends = {dtype.name: float(ml_dtypes.finfo(dtype).max) for dtype in CODES}
+        end = ends[out.dtype.name]
+        raise UserError(
+            f"{tensor.name} in {tensor.file} holds {float(values[beyond][0]):.3g}, and {out.dtype} ends at {end:.5g}",
+            f"Choose {' or '.join(name for name, other in ends.items() if other > end)}.",
+        )
 
 
 def _read_exactly(file, offset: int, out: np.ndarray) -> None:
@@ -162,7 +182,12 @@ class Bands:
             values = tensor.read((*before, slice(want.start, stop), *after), tensor.dtype)
             self._held.band = band = Band(tensor, (before, after), want.start, values, axis)
         within = [slice(None)] * axis + [slice(want.start - band.start, want.stop - band.start)]
-        return band.values[*within].astype(dtype, copy=False)
+        values = band.values[*within]
+        if values.dtype == dtype:
+            return values
+        out = np.empty(values.shape, dtype)
+        cast(tensor, values, out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -176,6 +201,20 @@ class Planned:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def file_names(files: Collection[Path], folder: Path, most: int = 3) -> str:
+    """Some files as they are named from a folder, and how many more there are."""
+    names = [str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file) for file in sorted(files)]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def unverified_note(files: Collection[Path], folder: Path) -> tuple[str, ...]:
+    """The note on files that are too large for their checksums to be verified when they are opened."""
+    if not files:
+        return ()
+    are, their = ("are", "their checksums") if len(files) > 1 else ("is", "its checksums")
+    return (f"{file_names(files, folder)} {are} larger than 1 GiB: convert --check verifies {their}",)
 
 
 def dtype_named(name: str) -> np.dtype:

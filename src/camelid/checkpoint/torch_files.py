@@ -27,7 +27,7 @@ import numpy as np
 
 from camelid.checkpoint.files import File, Later, Segment
 from camelid.checkpoint.pickles import Record, run, shown
-from camelid.checkpoint.tensors import CHUNK, Planned, Tensor
+from camelid.checkpoint.tensors import CHUNK, Planned, Tensor, cast, unverified_note
 from camelid.errors import UserError
 
 CRC_BYTES = 2**30  # of a file whose checksums are verified when it is opened; larger ones would take seconds
@@ -65,7 +65,7 @@ class Strided(Tensor):
         except ValueError as error:
             raise UserError(f"{self.file} ended while it was read", AGAIN) from error
         byte_strides = [s * self.dtype.itemsize for s in self.strides]
-        out[...] = np.lib.stride_tricks.as_strided(held, self.shape, byte_strides)[index]
+        cast(self, np.lib.stride_tricks.as_strided(held, self.shape, byte_strides)[index], out)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | 
     def place(name: str) -> tuple[int, int]:
         """Where an entry starts, and its bytes, which are what they were when its checksum was made."""
         entry = entries[roots[0] + name]
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        if _is_packed(entry):
             raise UserError(f"{path} is compressed or encrypted", "Save it again with torch.save.")
         start = _start(file, entry)
         if entry.compress_size != entry.file_size or start + entry.file_size > size:
@@ -161,8 +161,15 @@ def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | 
     return _run(path, io.BytesIO(content("data.pkl")), storage, inert)
 
 
+def _is_packed(entry: zipfile.ZipInfo) -> bool:
+    """Whether an entry is compressed or encrypted."""
+    return entry.compress_type != zipfile.ZIP_STORED or bool(entry.flag_bits & 1)
+
+
 def _start(file: io.BufferedReader, entry: zipfile.ZipInfo) -> int:
     """Where the content of an entry begins."""
+    if entry.header_offset < 0:
+        raise ValueError(f"{entry.filename} does not lie inside the file")
     file.seek(entry.header_offset)
     # The extra field may differ from the directory's: torch pads with it, and zip64 needs it in either place.
     signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
@@ -175,24 +182,32 @@ def _crc(file: io.BufferedReader, start: int, count: int) -> int:
     file.seek(start)
     crc = 0
     for at in range(0, count, CHUNK):
-        crc = zlib.crc32(file.read(min(CHUNK, count - at)), crc)
+        if not (held := file.read(min(CHUNK, count - at))):
+            raise ValueError(f"{count:,} bytes do not lie inside the file")
+        crc = zlib.crc32(held, crc)
     return crc
 
 
 def unverified(tensors: Iterable[Tensor]) -> tuple[str, ...]:
-    """Notes on the zip files that are too large for their checksums to be verified when they are opened."""
-    files = sorted(set().union(*(tensor.files for tensor in tensors)))
-    large = (file for file in files if file.stat().st_size > CRC_BYTES and zipfile.is_zipfile(file))
-    return tuple(f"{file.name} is larger than 1 GiB: convert --check verifies its checksums" for file in large)
+    """The note on zip files that are too large for their checksums to be verified when they are opened."""
+    files = frozenset().union(*(tensor.files for tensor in tensors))
+    large = [file for file in files if file.stat().st_size > CRC_BYTES and zipfile.is_zipfile(file)]
+    return unverified_note(large, Path(os.path.commonpath([file.parent for file in large])) if large else Path())
 
 
 def checksums_hold(path: Path) -> bool | None:
-    """Whether every entry of a zip file that was opened has its checksum; None for other files. Reads all of it."""
+    """Whether every entry of a zip file that lies in it as it is has its checksum; None for other files.
+
+    Reads all of it. Tensors are never compressed, and a damaged directory is a checksum that does not hold.
+    """
     if not zipfile.is_zipfile(path):
         return None
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        entries = [entry for entry in archive.infolist() if entry.CRC]
-        return all(_crc(file, _start(file, entry), entry.file_size) == entry.CRC for entry in entries)
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            entries = [entry for entry in archive.infolist() if entry.CRC and not _is_packed(entry)]
+            return all(_crc(file, _start(file, entry), entry.file_size) == entry.CRC for entry in entries)
+    except (ValueError, struct.error, zipfile.BadZipFile, NotImplementedError):
+        return False
 
 
 def _unpickle_legacy(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | None) -> Any:

@@ -7,6 +7,7 @@ import inspect as inspect_module
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -39,6 +40,7 @@ QUIET = (tyro.conf.FlagCreatePairsOff,)  # --json, and no --no-json
 
 def main() -> None:
     """Runs a command; user errors are one line and one line of advice, with exit status 2."""
+    warnings.formatwarning = _one_line
     try:
         _run(sys.argv[1:])
     except UserError as error:
@@ -54,6 +56,11 @@ def main() -> None:
             raise
         about = f"{error.filename}: " if error.filename else ""
         _fail(f"{about}{error.strerror}", "Check the path, its permissions, and the disk.")
+
+
+def _one_line(message: Warning | str, *about: object) -> str:
+    """A warning for people, who do not read where in the code it was raised."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _fail(problem: str, advice: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """Commands for checkpoints of any format: from one to another, and how two differ."""
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,7 +39,7 @@ def convert(
     destination: Annotated[
         Positional[Path | None], arg(metavar="DESTINATION", help="a folder that does not exist yet")
     ] = None,
-    to: Format = "hf",
+    to: Format | None = None,
     from_format: Annotated[Format | None, arg(name="from")] = None,
     config: str | None = None,
     rope_layout: Literal["half", "interleaved", "auto"] | None = None,
@@ -61,7 +62,7 @@ def convert(
     camelid convert ./TinyLlama --check
 
     Args:
-        to: format that is written
+        to: format that is written; hf if left out
         from_format: format of SOURCE, where its files leave a doubt
         config: what SOURCE is, where its files do not say: a preset, or a config.json
         rope_layout: of MindSpore's files; auto takes the one that predicts the reference better
@@ -79,14 +80,29 @@ def convert(
     if (destination is None) != check:
         advice = "Give a folder to write to, or --check to read alone."
         raise UserError("convert takes a DESTINATION" if destination is None else "--check writes nothing", advice)
+    if check:
+        _refuse_beside_check(
+            to=to,
+            dtype=dtype,
+            tensor_parallel=tensor_parallel != 1,
+            pipeline_parallel=pipeline_parallel != 1,
+            shards=shards is not None,
+            verify=verify,
+            resume=resume,
+            overwrite=overwrite,
+        )
+    if reference is not None and rope_layout != "auto":
+        raise UserError("--reference is for --rope-layout auto", "Leave it out.")
+    if verify and destination is not None and _lies_in(source, destination):
+        advice = "Write to another folder, or leave --verify out."
+        raise UserError(f"--verify cannot compare {destination} with {source}, which it replaces", advice)
     described = model_config(config)
     opened_as: str | None = from_format
     if rope_layout is not None:
-        opened_as = _rope_layout(source, from_format, described, rope_layout, reference)
-    elif reference is not None:
-        raise UserError("--reference is for --rope-layout auto", "Leave it out.")
+        source, opened_as = _rope_layout(source, from_format, described, rope_layout, reference)
     if destination is None:
         return _check(source, opened_as, described)
+    to = to or "hf"
     with progress_bar("convert") as progress:
         notes = convert(
             source,
@@ -109,31 +125,59 @@ def convert(
     return None
 
 
-def _rope_layout(source: str, format: str | None, config, layout: str, reference: Path | None) -> str:
-    """The format of a MindSpore file with this layout; "auto" asks a text which of the two the model was trained in."""
-    from camelid.checkpoint.formats import open_checkpoint
-    from camelid.checkpoint.mindspore import FORMAT_OF
+def _refuse_beside_check(**given: object) -> None:
+    """Raises UserError for options of writing."""
+    if named := [f"--{name.replace('_', '-')}" for name, value in given.items() if value]:
+        raise UserError(f"--check writes nothing, and takes no {' or '.join(named)}", "Leave out one or the other.")
 
-    found = open_checkpoint(source, format, config)
+
+def _path_of(source: str) -> tuple[str | None, str]:
+    """The format that stands before a path, and the path."""
+    prefix, colons, rest = source.partition("::")
+    return (prefix, rest) if colons and not Path(source).exists() else (None, source)
+
+
+def _lies_in(source: str, destination: Path) -> bool:
+    """Whether a checkpoint is a folder that is to be written, or a file in it."""
+    place, folder = Path(_path_of(source)[1]).expanduser().resolve(), destination.resolve()
+    return place.exists() and place.is_relative_to(folder)
+
+
+def _rope_layout(source: str, format: str | None, config, layout: str, reference: Path | None) -> tuple[str, str]:
+    """A MindSpore file's path, and its format with this layout; "auto" asks a text in which the model was trained."""
+    from camelid.checkpoint.formats import open_checkpoint
+    from camelid.checkpoint.mindspore import FORMAT_OF, QKV
+
+    prefix, path = _path_of(source)
+    format = prefix or format
+    for known, name in FORMAT_OF.items():
+        if format == name and layout != known:
+            raise UserError(f"{name} says {known}, and --rope-layout {layout}", "Leave out one of them.")
+    found = open_checkpoint(path, format, config)
     if found.format != "mindspore":
         raise UserError(f"--rope-layout is for MindSpore's files, and {source} is {found.format}", "Leave it out.")
     if layout != "auto":
-        return FORMAT_OF[layout]
+        return path, FORMAT_OF[layout]
+    if any(part.row.name == QKV for part in found.table.parts.values()):
+        note("the rotary layout is half: w_qkv has no other")
+        return path, FORMAT_OF["half"]
     if reference is None:
         raise UserError("--rope-layout auto needs a text", "Give one with --reference TEXTFILE.")
     import numpy as np
 
     from camelid.evaluate.parity import MOST, loss
-    from camelid.text.tokenizer import load_tokenizer
+    from camelid.text.tokenizer import check_vocabulary, load_tokenizer
 
-    tokens = np.array(load_tokenizer(found.folder).encode(read_text(reference))[: 4 * MOST])
+    tokenizer = load_tokenizer(found.folder)
+    check_vocabulary(tokenizer, found.config.vocab_size)
+    tokens = np.array(tokenizer.encode(read_text(reference))[: 4 * MOST])
     if len(tokens) < 2:
         raise UserError(f"{reference} has nothing to predict", "Give a text of some sentences.")
-    losses = {layout: loss(open_checkpoint(source, format, config), tokens) for layout, format in FORMAT_OF.items()}
+    losses = {layout: loss(open_checkpoint(path, name, config), tokens) for layout, name in FORMAT_OF.items()}
     best = min(losses, key=losses.__getitem__)
     told = ", ".join(f"{value:.3f} {layout}" for layout, value in losses.items())
     note(f"the rotary layout is {best}: a token of {reference} costs {told} (nats)")
-    return FORMAT_OF[best]
+    return path, FORMAT_OF[best]
 
 
 def _check(source: str, format: str | None, config) -> None:
@@ -141,6 +185,7 @@ def _check(source: str, format: str | None, config) -> None:
     from camelid.checkpoint.compare import check_own_sums, survey
     from camelid.checkpoint.files import check_manifest
     from camelid.checkpoint.formats import open_checkpoint
+    from camelid.checkpoint.tensors import file_names
 
     checkpoint = open_checkpoint(source, format, config)
     with progress_bar("read") as progress:
@@ -157,7 +202,7 @@ def _check(source: str, format: str | None, config) -> None:
     if sums:
         print(f"checksums: {sums} tensors are as they were written")
     if having:
-        print(f"checksums: those within {', '.join(file.name for file in having)} are right")
+        print(f"checksums: those within {file_names(having, checkpoint.folder)} are right")
     if odd := [each for each in found if each.not_finite]:
         for each in odd:
             print(f"{each.path}: {each.not_finite:,} of {each.size:,} numbers are infinite or NaN")
@@ -167,6 +212,7 @@ def _check(source: str, format: str | None, config) -> None:
 def diff(
     a: Annotated[Positional[str], arg(metavar="A", help="a checkpoint of any format")],
     b: Annotated[Positional[str], arg(metavar="B", help="another")],
+    config: str | None = None,
     json: bool = False,
 ) -> None:
     """Compare two checkpoints of any formats, tensor by tensor; exit status 1 where they differ.
@@ -174,27 +220,52 @@ def diff(
     camelid diff ./TinyLlama ./tinyllama-meta
     camelid diff easylm::streaming_params ./hf --json
 
+    Where one has other parameters than the other, or of other shapes, these are named and no numbers are read.
+
     Args:
+        config: what both models are, where their files do not say: a preset, or a config.json
         json: print one JSON object
     """
-    from camelid.checkpoint.compare import compare, config_differences
+    from camelid.checkpoint.compare import compare, config_differences, shape_differences
     from camelid.checkpoint.formats import open_checkpoint
 
-    opened = open_checkpoint(a), open_checkpoint(b)
-    config = config_differences(opened[0].config, opened[1].config)
+    described = model_config(config)
+    opened = open_checkpoint(a, config=described), open_checkpoint(b, config=described)
+    fields, shapes = config_differences(opened[0].config, opened[1].config), shape_differences(*opened)
     with progress_bar("compare") as progress:
-        found = list(compare(*opened, progress))
+        found = [] if shapes else list(compare(*opened, progress))
     differ = [difference for difference in found if not difference.equal]
     if json:
-        print_json({"config": config, "parameters": [dataclasses.asdict(difference) for difference in found]})
+        print_json(_differences_json(fields, shapes, found))
     else:
-        for name, (ours, theirs) in config.items():
+        for name, (ours, theirs) in fields.items():
             print(f"{name}: {ours} and {theirs}")
+        for path, (ours, theirs) in shapes.items():
+            if ours is None or theirs is None:
+                print(f"{path}: only {b if ours is None else a} has it")
+            else:
+                print(f"{path}: {ours} and {theirs}")
         for difference in differ:
             print(f"{difference.path}: {' and '.join(difference.dtypes)}, at most {difference.largest:.3g} apart")
-        print(f"{len(found) - len(differ)} of {len(found)} parameters are equal")
-    if config or differ:
+        if not shapes:
+            print(f"{len(found) - len(differ)} of {len(found)} parameters are equal")
+    if fields or shapes or differ:
         sys.exit(1)
+
+
+def _differences_json(fields, shapes, found) -> dict[str, object]:
+    """What `diff --json` prints; numbers that JSON cannot say are null."""
+
+    def plain(value: object) -> object:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.asdict(value)
+        return value
+
+    parameters = [dataclasses.asdict(difference) for difference in found]
+    for parameter in parameters:
+        parameter["largest"] = parameter["largest"] if math.isfinite(parameter["largest"]) else None
+    config = {name: [plain(value) for value in pair] for name, pair in fields.items()}
+    return {"config": config, "shapes": shapes, "parameters": parameters}
 
 
 def delta_make(

@@ -43,7 +43,7 @@ def show(whole: Mapping[str, Any]) -> None:
     """What `data inspect` has found."""
     console = _console()
     if "rows" in whole:
-        for line in (*_names(whole), "", _sources(whole), "", _packing(whole), *_silent(whole), ""):
+        for line in (*_names(whole), "", _sources(whole), "", _packing(whole), *_lost(whole), *_silent(whole), ""):
             console.print(line, soft_wrap=isinstance(line, str))
         for stage in _stages(whole):
             console.print(stage)
@@ -57,7 +57,7 @@ def show(whole: Mapping[str, Any]) -> None:
         _show_row(console, row, whole)
     if whole["shown"]:
         console.print()
-        console.print(_legend(_has_colour(console)))
+        console.print(_legend(_has_colour(console), whole["sources"]))
 
 
 def draw_lengths(whole: Mapping[str, Any], path: Path) -> None:
@@ -221,6 +221,13 @@ def _packing(whole: Mapping[str, Any]) -> Table:
     return grid
 
 
+def _lost(whole: Mapping[str, Any]) -> Iterator[str]:
+    for label, source in _numbered(whole):
+        if lost := source["packing"]["lost"]:
+            share = lost / source["tokens"]
+            yield f"tokens truncated or dropped of source {label}: {lost:,} of {source['tokens']:,} ({share:.1%})"
+
+
 def _silent(whole: Mapping[str, Any]) -> Iterator[str]:
     for label, source in _numbered(whole):
         if (silent := source["packing"]["rows_without_loss"])["count"]:
@@ -296,24 +303,26 @@ def _show_row(console: Console, row: Mapping[str, Any], whole: Mapping[str, Any]
 
 
 def _text(pieces: Sequence[Mapping[str, Any]], colour: bool) -> Text:
-    """Learnt and read, specials and text, told apart by colour, or else by marks."""
-    text, learning = Text(), False
-    for piece in pieces:
-        learnt, shown = piece["weight"] > 0, _escaped(piece["text"])
-        if colour:
-            text.append(shown, f"{LEARNT if learnt else ''} {SPECIAL if piece['special'] else ''}".strip())
-            continue
-        if learnt != learning:
-            learning = learnt
-            text.append(MARKS[0] if learnt else MARKS[1])
-        text.append(f"{MARKS[2]}{shown}{MARKS[3]}" if piece["special"] else shown)
-    if learning:
-        text.append(MARKS[1])
+    """Learnt and read, specials and text, told apart by colour, or else by marks; what counts otherwise, by marks."""
+    text = Text()
+    for weight, run in itertools.groupby(pieces, key=lambda piece: piece["weight"]):
+        style = LEARNT if weight and colour else ""
+        marked = weight not in (0, 1) or (weight and not colour)
+        text.append("" if not marked else MARKS[0] if weight == 1 else f"{MARKS[0]}{weight:g}: ", style)
+        for piece in run:
+            shown, special = _escaped(piece["text"]), piece["special"]
+            if colour:
+                text.append(shown, f"{style} {SPECIAL if special else ''}".strip())
+            else:
+                text.append(f"{MARKS[2]}{shown}{MARKS[3]}" if special else shown)
+        text.append(MARKS[1] if marked else "", style)
     return text
 
 
-def _legend(colour: bool) -> Text:
-    words = (("what is learnt", 1, False), ("special", 1, True), ("special", 0, True), ("what is read", 0, False))
+def _legend(colour: bool, sources: Sequence[Mapping[str, Any]]) -> Text:
+    words = [("what is learnt", 1, False), ("special", 1, True), ("special", 0, True), ("what is read", 0, False)]
+    other = sorted({weight for source in sources for weight in source["weights"]} - {0, 1})
+    words += [("what counts so much", weight, False) for weight in other[:1]]
     pieces = [{"text": text, "weight": weight, "special": special} for text, weight, special in words]
     return Text("  ").join(_text([piece], colour) for piece in pieces)
 

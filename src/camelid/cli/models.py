@@ -25,7 +25,10 @@ Prompts = Annotated[
     Positional[tuple[str, ...]],
     arg(metavar="PROMPT...", help="texts to go on from; without one, standard input is the prompt"),
 ]
-Texts = Annotated[Positional[tuple[str, ...]], arg(metavar="TEXTFILE...", help="UTF-8 text")]
+Texts = Annotated[
+    Positional[tuple[str, ...]],
+    arg(metavar="FILE...", help="rows with texts (.jsonl, .json, .parquet; .gz or .zst), or plain UTF-8 text"),
+]
 
 
 def generate(
@@ -73,6 +76,7 @@ def perplexity(
     files: Texts,
     sequence_length: int | None = None,
     max_tokens: int | None = None,
+    text_key: str = "text",
     config: Config = None,
     tokenizer: TokenizerPath = None,
     dtype: Dtype = "float32",
@@ -82,19 +86,22 @@ def perplexity(
 
     camelid evaluate perplexity ./TinyLlama test.txt
     camelid evaluate perplexity ./TinyLlama test.txt --sequence-length 256 --max-tokens 100000 --json
+    camelid evaluate perplexity ./TinyLlama held_out.jsonl --text-key body
 
+    A text is a row of .jsonl, .json or .parquet, as training reads it, or the whole of any other file.
     The texts are joined, without BOS, and scored in windows; every token but the first is scored once.
 
     Args:
         sequence_length: tokens in a window; the model's context, at most 2048, if left out
         max_tokens: score only so many tokens from the beginning
+        text_key: the key of the text in a row
         json: print one JSON object
     """
     import numpy as np
 
     from camelid.evaluate.perplexity import perplexity
 
-    texts = [read_text(Path(file)) for file in files]
+    texts = [text for file in files for text in _texts(file, text_key)]
     loaded = load(model, dtype, config, tokenizer)
     if loaded.tokenizer is None:
         raise UserError(f"{model} has no tokenizer", "Name one with --tokenizer.")
@@ -114,6 +121,16 @@ def perplexity(
     print(f"loss           {result.loss:.4f} nats a token")
     print(f"bits per byte  {result.bits_per_byte:.4f}")
     print(f"tokens         {result.tokens:,}")
+
+
+def _texts(file: str, text_key: str) -> list[str]:
+    """The texts of rows, as training reads them; of a file of any other kind the whole."""
+    from camelid.data.config import Source
+    from camelid.data.sources import holds_rows, read_records
+
+    if not holds_rows(Path(file)):
+        return [read_text(Path(file))]
+    return [record.value for record in read_records(Source(files=(file,), text_key=text_key))]
 
 
 def inspect(

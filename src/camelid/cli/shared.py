@@ -33,16 +33,21 @@ def load(model: str, dtype: str, config: str | None, tokenizer: str | None):
 
 
 def model_config(text: str | None):
-    """A preset by name, or what a config.json describes."""
+    """A preset by name, or what a config.json describes, in a folder or by its own name."""
     if text is None:
         return None
-    if Path(text).is_file():
+    from camelid.model.presets import ALIASES, PRESETS, preset
+
+    path = Path(text).expanduser()
+    if path.is_dir() and text not in (*PRESETS, *ALIASES):
+        path /= "config.json"
+    if path.is_file():
         from camelid.checkpoint.folder import read_json
         from camelid.checkpoint.hf_config import config_from_hf
 
-        return config_from_hf(read_json(Path(text)))
-    from camelid.model.presets import preset
-
+        return config_from_hf(read_json(path))
+    if path.suffix == ".json" or len(path.parts) > 1:
+        raise UserError(f"{path} does not exist", "Give --config a preset, a config.json, or a folder that has one.")
     return preset(text)
 
 

@@ -82,7 +82,7 @@ class Source:
         if self.split not in ("file", "line", "blank_line") and not self.split.startswith("marker:"):
             raise UserError(f"split = {self.split!r}", "Choose file, line, blank_line, or marker:STRING.")
         if not 0 <= self.max_unreadable < 1:
-            raise UserError(f"max_unreadable = {self.max_unreadable}", "Choose a share from 0 up to 1.")
+            raise UserError(f"max_unreadable = {self.max_unreadable}", "Choose a share from 0 to below 1.")
         if self.weight is not None and not 0 <= self.weight < math.inf:
             raise UserError(f"weight = {self.weight}", "Choose 0 or more; weights need not add up to 1.")
 
@@ -145,7 +145,7 @@ class DataConfig:
                 "keep one of the two",
             )
         if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"validation_fraction = {self.validation_fraction}", "choose a share from 0 up to 1")
+            raise UserError(f"validation_fraction = {self.validation_fraction}", "choose a share from 0 to below 1")
         for name in ("sequence_length", "batch_size", "prepare_workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}", f"{name} counts things: choose 1 or more")

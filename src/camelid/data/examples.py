@@ -24,6 +24,7 @@ GSM8K_PROMPT = (
 )
 # Some templates ask for today's date, and a store must not depend on its day; this is what Llama 3.1's falls back on.
 TODAY = datetime.datetime(2024, 7, 26)
+LEAVE_OUT = "leave it out (max_unreadable is the share of rows that may be left out)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ def _taught(examples: list[Example]) -> list[Example]:
         if not example.weights[1:].any():
             raise UserError(
                 f"nothing to learn: the loss counts none of the {len(example.tokens)} tokens",
-                "give it an answer, or leave it out (max_unreadable is the share of rows that may be left out)",
+                f"give it an answer, or {LEAVE_OUT}",
             )
     return examples
 
@@ -178,11 +179,13 @@ def _chat(source: Source, tokenizer: Tokenizer) -> _Kind:
 
 
 def _preference(source: Source, tokenizer: Tokenizer) -> _Kind:
-    """Pairs of chats; only what differs is learnt, so that a prompt with answers in it is not."""
+    """Pairs of chats; only messages from the first that differs on are learnt, no answers within a prompt."""
     template = _template(source, tokenizer)
 
     def read(row: Mapping[str, Any]) -> list[list[Message]]:
         pair = [_answered(row, key, template) for key in ("chosen", "rejected")]
+        if pair[0] == pair[1]:
+            raise UserError("chosen and rejected are equal", f"make them differ, or {LEAVE_OUT}")
         shared = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False)))
         return [[*(replace(message, weight=0.0) for message in chat[:shared]), *chat[shared:]] for chat in pair]
 

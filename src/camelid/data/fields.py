@@ -31,6 +31,7 @@ Piece = tuple[str | Sequence[int], float]
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 SIGNS = ",+[]{}"
 ID_TYPES = ("i2", "u2", "i4", "u4", "i8", "u8")
+NUMBER_TYPE = re.compile(r"[<>|=]?(i|u|f|int|uint|float)[0-9]+")  # what is meant as one, after a colon
 
 
 @dataclass(frozen=True)
@@ -183,16 +184,23 @@ class _Reader:
         if self._sees("<|"):
             part = _Ids(weight, (self._special(),))
         elif self._sees("{"):
-            self.at += 1
-            key, colon, id_type = self._key().rpartition(":")
-            # A colon may also be part of the key.
-            key, id_type = (key, id_type) if key and id_type in ID_TYPES else (f"{key}{colon}{id_type}", "i4")
-            part = _Encoded(weight, key, id_type, self.tokenizer.vocab_size)
-            self._expect("}", "the closing brace }")
+            part = self._encoded(weight)
         else:
             part = _Text(weight, tuple(self._words()))
         self._skip_blanks()
         return part
+
+    def _encoded(self, weight: float) -> _Encoded:
+        self.at += 1
+        opening = self.at
+        key, colon, id_type = self._key().rpartition(":")
+        if key and id_type not in ID_TYPES and NUMBER_TYPE.fullmatch(id_type):
+            self.at = self.template.rindex(":", opening, self.at) + 1
+            self._fail(f"ids of no known type, {id_type}", f"write one of {', '.join(ID_TYPES)}")
+        # A colon may also be part of the key.
+        key, id_type = (key, id_type) if key and id_type in ID_TYPES else (f"{key}{colon}{id_type}", "i4")
+        self._expect("}", "the closing brace }")
+        return _Encoded(weight, key, id_type, self.tokenizer.vocab_size)
 
     def _words(self) -> list[_Literal | _Key]:
         words = [self._word()]

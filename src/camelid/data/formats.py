@@ -173,6 +173,11 @@ def _megatron_spans(path: Path, source: Source) -> Iterator[Span]:
     return _even_spans(path, len(data), len(data.tokens))
 
 
+def _megatron_files(path: Path) -> list[Path]:
+    open_indexed(path)  # or says which of the two is missing
+    return list(pair(path))
+
+
 def _read_megatron(span: Span, source: Source) -> Iterator[Row]:
     data = open_indexed(span.path)
     for index in range(span.start, span.stop):
@@ -309,5 +314,5 @@ FORMATS = (
         lambda path: [file for file in (path, index_file(path)) if file.is_file()],
     ),
     Format(is_store, "ids", _store_spans, _read_store, lambda path: sorted(filter(Path.is_file, path.iterdir()))),
-    Format(is_indexed, "ids", _megatron_spans, _read_megatron, lambda path: list(pair(path))),
+    Format(is_indexed, "ids", _megatron_spans, _read_megatron, _megatron_files),
 )

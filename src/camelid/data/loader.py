@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import pickle
 import signal
 import warnings
 from collections import deque
@@ -22,12 +23,14 @@ from camelid.data.packing import Packing
 from camelid.data.parts import Progress, Task, fingerprint
 from camelid.data.prepare import prepare
 from camelid.data.sources import refuse_repeated, source_files
-from camelid.data.store import VALIDATION, Store, is_store
+from camelid.data.store import AGAIN, VALIDATION, Store, is_store
 from camelid.data.workers import Worker, WorkerEnded, end_workers, receive, start_worker
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
+
+LOOKED_AT = 2**20  # tokens of rows, at once, where a first one that counts is looked for
 
 
 class Loader:
@@ -37,6 +40,7 @@ class Loader:
         self, config: DataConfig, tokenizer: Tokenizer, split: Split = "train", progress: Progress | None = None
     ):
         self.config = config
+        self.vocab_size = tokenizer.vocab_size
         stores = open_stores(config, tokenizer, split, progress)
         looped = config.cross_documents and not config.shuffle and len(stores) == 1 and split == "train"
         self.packings = tuple(
@@ -53,6 +57,7 @@ class Loader:
         )
         for packing in self.packings:
             _check_size(packing, split)
+        _check_loss(self.packings, split)
         self.mixture = _mixture(config, self.packings, split)
 
     @property
@@ -84,10 +89,23 @@ class Loader:
     def _rows(self, which: np.ndarray, rows: np.ndarray) -> Batch:
         """Rows of packings, given by the packing's number and the row's."""
         if len(self.packings) == 1:
-            return self.packings[0].rows(rows)
-        parts = [vars(packing.rows(rows[which == n])) for n, packing in enumerate(self.packings)]
+            return self._checked(self.packings[0], rows)
+        parts = [vars(self._checked(packing, rows[which == n])) for n, packing in enumerate(self.packings)]
         place = np.argsort(np.argsort(which, kind="stable"))
         return Batch(**{name: np.concatenate([part[name] for part in parts])[place] for name in parts[0]})
+
+    def _checked(self, packing: Packing, rows: np.ndarray) -> Batch:
+        """Rows of a packing; raises UserError for ids that no row of the embedding table stands for."""
+        batch = packing.rows(rows)
+        # Unsigned, so that what was too large for an int32 is not taken as negative.
+        largest = max(int(x.view(np.uint32).max(initial=0)) for x in (batch.tokens, batch.targets))
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"{packing.store.folder} holds token id {largest}, outside the tokenizer's vocabulary of "
+                f"{self.vocab_size}",
+                AGAIN,
+            )
+        return batch
 
 
 def prefetched(
@@ -127,12 +145,13 @@ def _by_thread(make: Callable[[int], Batch], steps: range, depth: int) -> Genera
 
 def _by_processes(make: Callable[[int], Batch], steps: range, depth: int, workers: int) -> Generator[Batch, None, None]:
     processes: list[Worker] = []
+    packed = pickle.dumps(make)
     close = partial(end_workers, processes)
     atexit.register(close)  # the library would end them by SIGTERM, which they do not hear, and wait
 
     def start(steps: range) -> Worker:
         # Schedulers send SIGTERM to every process: this one needs batches until it has saved.
-        return start_worker(_work, make, steps, depth, duplex=False, blocked=[signal.SIGTERM])
+        return start_worker(_work, packed, steps, depth, duplex=False, blocked=[signal.SIGTERM])
 
     def batch(step: int) -> Batch:
         number = steps.index(step) % workers
@@ -160,14 +179,25 @@ def _receive(worker: Worker) -> Batch:
     return batch
 
 
-def _work(connection: Connection, make: Callable[[int], Batch], steps: range, depth: int) -> None:
-    """Sends the batches of these steps, until nobody reads them."""
+def _work(connection: Connection, packed: bytes, steps: range, depth: int) -> None:
+    """Sends the batches of these steps, until nobody reads them; what makes them opens its stores here."""
     with contextlib.suppress(BrokenPipeError):
         try:
-            for batch in _by_thread(make, steps, depth):
+            for batch in _by_thread(_unpacked(packed), steps, depth):
                 connection.send((batch, None))
         except UserError as error:
-            connection.send((None, error))
+            while True:  # steps after this one are waited for already
+                connection.send((None, error))
+
+
+def _unpacked(packed: bytes) -> Callable[[int], Batch]:
+    try:
+        return pickle.loads(packed)
+    except UserError as error:
+        raise UserError(
+            f"{error.problem}, which a process that makes batches was to open again",
+            "If it was removed: the same command goes on from the newest checkpoint, and prepares its sources again.",
+        ) from error
 
 
 # Stores ---------------------------------------------------------------------------------
@@ -281,3 +311,23 @@ def _check_size(packing: Packing, split: Split) -> None:
             f"the train text has {store.num_tokens} tokens, fewer than a row of {packing.sequence_length}",
             f"Give more text, or set sequence_length = {store.num_tokens} or less.",
         )
+
+
+def _check_loss(packings: Sequence[Packing], split: Split) -> None:
+    if not any(map(_teaches, packings)):
+        raise UserError(
+            f"no row of the {split} text holds a token that the loss counts",
+            "Take longer rows: prompts may fill them. "
+            f"`camelid data inspect {packings[0].store.folder}` shows what counts.",
+        )
+
+
+def _teaches(packing: Packing) -> bool:
+    """Whether a row has some loss; one of the first nearly always does."""
+    first, count = 0, 1
+    while first < packing.num_rows:
+        rows = np.arange(first, min(first + count, packing.num_rows))
+        if packing.rows(rows).weights.any():
+            return True
+        first, count = first + count, min(2 * count, max(1, LOOKED_AT // packing.sequence_length))
+    return False

@@ -17,7 +17,7 @@ import numpy as np
 
 from camelid.data.config import Source
 from camelid.data.parts import Piece, Progress, Task, fingerprint, make_parts, refuse_unguarded
-from camelid.data.sources import Tally, chunks, reading
+from camelid.data.sources import Tally, chunks, list_files, reading
 from camelid.data.store import (
     MANIFEST,
     OFFSETS,
@@ -28,11 +28,11 @@ from camelid.data.store import (
     Writer,
     hash_file,
     is_store,
-    locked,
     read_manifest,
     writing,
 )
 from camelid.errors import UserError
+from camelid.locks import locked
 from camelid.text.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 2**22  # that are laid end to end at once
@@ -60,6 +60,7 @@ def prepare(
     for it. What the system refuses is a UserError. What decides what the store holds is explained at Task.
     """
     refuse_unguarded()
+    _check_tokenizer(sources, tokenizer)
     task = Task(tuple(sources), tokenizer, validation_fraction, seed, sequence_length)
     folder = Path(os.path.realpath(folder))
     described = task.describe()
@@ -84,6 +85,14 @@ def prepare(
         # The lock goes last, with its folder.
         shutil.rmtree(work)
     return found or Store.open(folder)
+
+
+def _check_tokenizer(sources: Sequence[Source], tokenizer: Tokenizer) -> None:
+    """Refuses stores of another tokenizer among the sources: their ids would mean other text."""
+    for source in sources:
+        for path in list_files(source.files) if source.kind == "tokens" else ():
+            if is_store(path):
+                Store.open(path).check_tokenizer(tokenizer.fingerprint, tokenizer.files[0])
 
 
 def _existing(folder: Path, described: dict[str, Any], overwrite: bool) -> Store | None:

@@ -111,6 +111,12 @@ def read_chunk(source: Source, chunk: Chunk, tally: Tally | None = None) -> Iter
         counted.check()
 
 
+def holds_rows(path: Path) -> bool:
+    """Whether texts are found in a file or folder as rows, or unpacked; plain text is what it is, whatever its name."""
+    plain = path.suffix == ".txt"
+    return not plain and any(form.looks(path) for form in FORMATS if form.holds != "ids")
+
+
 def source_files(source: Source) -> list[Path]:
     """Every file that a source is read from, with those that belong to them, in a fixed order."""
     return [file for path in list_files(source.files) for file in _format(path, source).files(path)]
@@ -163,8 +169,8 @@ def _matches(pattern: str) -> list[Path]:
     exact = os.path.isfile(pattern) or _is_data_folder(Path(pattern))
     names = [pattern] if exact else sorted(glob.glob(pattern, recursive=True))
     paths = [path for path in map(Path, names) if not path.is_dir() or _is_data_folder(path)]
-    if not paths and os.path.isfile(f"{pattern}.idx"):
-        paths = [Path(f"{pattern}.idx")]
+    if not paths:
+        paths = [Path(file) for file in (f"{pattern}.bin", f"{pattern}.idx") if os.path.isfile(file)]
     if not exact:
         _refuse_closed_folders(pattern)
     for path in paths:

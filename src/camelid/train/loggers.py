@@ -1,9 +1,11 @@
 """Where a run's numbers go: metrics.jsonl, the terminal, and a picture at the end."""
 
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +61,7 @@ class Terminal:
 
     def __init__(self, first: int, steps: int):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.console = Console(stderr=True, highlight=False)
         self._steps, self._every = steps, max(1, steps // 20)
@@ -70,7 +72,6 @@ class Terminal:
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
-                TimeRemainingColumn(),
                 console=self.console,
             )
             self._task = self._bar.add_task("", total=steps, completed=first)
@@ -85,7 +86,8 @@ class Terminal:
         if (waited := metrics["data_s"] / metrics["step_s"]) > WORTH_SAYING:
             text += f"  waits for data {waited:.0%}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            left = timedelta(seconds=round(metrics["eta_s"]))
+            self._bar.update(self._task, completed=step, description=f"{text}  {left} left")
         elif step % self._every == 0 or step == self._steps:
             self.say(f"step {step}/{self._steps}  {text}  {metrics['eta_s']:.0f} s left")
 
@@ -99,7 +101,7 @@ class Terminal:
 
 
 class Speed:
-    """Tokens a second since the last reading, and the time that is left.
+    """Tokens a second since the last reading, and the time that is left for steps alone.
 
     data_s are the seconds of a step's step_s for which its batch was waited for: where they are many, the loader is the
     limit.
@@ -119,6 +121,13 @@ class Speed:
             if batch is None:
                 return
             yield batch
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done meanwhile is no step: a validation, a checkpoint."""
+        began = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - began
 
     def read(self, step: int, tokens_per_step: int) -> dict[str, float | None]:
         now, steps = time.perf_counter(), max(step - self._step, 1)
