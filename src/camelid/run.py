@@ -34,6 +34,8 @@ from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, check_divides, partition
 from camelid.recipe import Recipe
 from camelid.resume import Data, check_folder, claimed, has_begun
+from camelid.text.chat import load_template
+from camelid.text.templates import NAMED
 from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics, tokenizing
 from camelid.train.loop import Callback, train
@@ -41,6 +43,8 @@ from camelid.train.optimizer import learning_rate, make_optimizer
 from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import Trainer
 from camelid.train.trackers import make_tracker
+
+TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,16 @@ class Parts:
     def files(self) -> dict[str, bytes]:
         """By name: all of a checkpoint but its numbers."""
         config = json_text(config_to_hf(self.config, self.trainer.compute.param_dtype)).encode()
-        return {**{name: file.read_bytes() for name, file in self.companions.items()}, "config.json": config}
+        template = {} if self.chat_template is None else {TEMPLATE: self.chat_template.encode()}
+        inherited = {name: file.read_bytes() for name, file in self.companions.items()}
+        return {**inherited, **template, "config.json": config}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that the model learns to answer in, where it is not what its tokenizer comes with."""
+        names = set().union(*(packing.store.templates for packing in self.loader.packings))
+        name = names.pop() if len(names) == 1 else None
+        return load_template(name, self.tokenizer).text if name in (*NAMED, *self.tokenizer.chat_templates) else None
 
     @property
     def data(self) -> Data:
@@ -200,8 +213,8 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
             ending.callback(sink.close)
         made, state = train(step, state, batches, report, callbacks, stop)
     checkpoints.wait()
-    companions = tuple(parts.companions.values())
-    model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, companions)
+    companions = parts.companions | ({} if parts.chat_template is None else {TEMPLATE: folder / TEMPLATE})
+    model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, tuple(companions.values()))
     if made == steps:
         model.save(folder / "model", overwrite=True)
     if is_main():

@@ -1,6 +1,7 @@
 """The folder of a run: what goes on in it, what is refused, and that a bad start leaves nothing."""
 
 import fcntl
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 
 import camelid
 import camelid.run
 from camelid.parallel.mesh import one_device
+from camelid.text.templates import NAMED
 from camelid.train.loggers import read_metrics
 from runs import assert_refused, called, lay_over, losses, tiny_run, write_recipe_file
 
@@ -71,6 +74,28 @@ def test_a_finished_run_leaves_a_recipe_metrics_a_picture_and_a_model_that_opens
     assert model.generate("ab", max_new_tokens=3)[0].prompt == "ab"
     # What the folder keeps is the recipe, and starts the same run.
     assert camelid.recipe.read_recipe(run / "recipe.toml").train.steps == 4
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_model_that_learnt_chats_has_their_template_beside_it(tmp_path: Path, prepared: bool):
+    table = tiny_run(tmp_path, train={"steps": 1})
+    chats = tmp_path / "chats.jsonl"
+    row = {"conversations": [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It."}]}
+    chats.write_text(f"{json.dumps(row)}\n" * 20)
+    source: dict[str, Any] = {"files": [str(chats)], "kind": "chat", "template": "zephyr"}
+    if prepared:
+        words = ["--kind", "chat", "--template", "zephyr", "--tokenizer", table["tokenizer"]]
+        assert called("data", "prepare", chats, *words, "--out", tmp_path / "store").returncode == 0
+        source = {"files": [str(tmp_path / "store")], "kind": "tokens"}
+    table = lay_over(table, {"data__train": [source]})
+    assert called("train", write_recipe_file(table, tmp_path / "recipe.toml")).returncode == 0
+    for folder in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert (folder / "chat_template.jinja").read_text() == NAMED["zephyr"].text
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    asked = [{"role": "user", "content": "Say it."}]
+    written = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert written.startswith("<|user|>\nSay it.")
+    assert written.endswith("<|assistant|>\n")
 
 
 def test_starting_a_finished_run_again_changes_nothing(finished: Path):

@@ -182,6 +182,27 @@ FAULTS = (
         f"{LOADER}test_a_process_that_was_killed_is_replaced",
     ),
     Fault(
+        "a store of another tokenizer is a source",
+        "data/prepare.py",
+        "    _check_tokenizer(sources, tokenizer)\n",
+        "",
+        "data/test_prepare.py::test_a_store_of_another_tokenizer_is_no_source",
+    ),
+    Fault(
+        "text of which nothing counts is trained on",
+        "data/loader.py",
+        "        _check_loss(self.packings, split)\n",
+        "",
+        f"{LOADER}test_text_of_which_nothing_counts_is_refused",
+    ),
+    Fault(
+        "ids beyond the vocabulary are trained on",
+        "data/loader.py",
+        "if largest >= self.vocab_size:",
+        "if largest < 0:",
+        f"{LOADER}test_a_store_with_ids_beyond_the_vocabulary_is_named",
+    ),
+    Fault(
         "what replaces a killed worker begins a step late",
         "data/loader.py",
         "start(range(step, steps.stop, workers))",

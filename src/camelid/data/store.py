@@ -85,6 +85,12 @@ class Store:
         files = (self.manifest.get("prepared") or {"files": []})["files"]
         return {file["path"]: file["sha256"] for group in files for file in group}
 
+    @property
+    def templates(self) -> set[str | None]:
+        """The names of the templates that its chats are written in; None is the tokenizer's own."""
+        sources = (self.manifest.get("prepared") or {"options": {"sources": []}})["options"]["sources"]
+        return {source["template"] for source in sources if source["kind"] in ("chat", "instruct")}
+
     def weights(self, start: int, stop: int) -> Float32[np.ndarray, " tokens"]:
         """How much tokens [start, stop) count where they are predicted."""
         if self.codes is not None:
