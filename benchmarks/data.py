@@ -161,7 +161,7 @@ def rows(folder: str, packing: Any) -> float:
     config = DataConfig(
         train=(source,), packing=packing, sequence_length=LENGTH, batch_size=ROWS, workers=2, cache=folder
     )
-    tokenizer: Any = SimpleNamespace(fingerprint="none", files=("none",))
+    tokenizer: Any = SimpleNamespace(fingerprint="none", files=("none",), vocab_size=32_000)
     loader = Loader(config, tokenizer)
     loader.packings[0].store.verify()  # reads all of it
     began = time.perf_counter()
