@@ -36,15 +36,13 @@ from camelid.recipe import Recipe
 from camelid.resume import Data, check_folder, claimed, has_begun
 from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
-from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, check_vocabulary, load_tokenizer
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics, tokenizing
 from camelid.train.loop import Callback, train
 from camelid.train.optimizer import learning_rate, make_optimizer
 from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import Trainer
 from camelid.train.trackers import make_tracker
-
-TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Parts:
     def files(self) -> dict[str, bytes]:
         """By name: all of a checkpoint but its numbers."""
         config = json_text(config_to_hf(self.config, self.trainer.compute.param_dtype)).encode()
-        template = {} if self.chat_template is None else {TEMPLATE: self.chat_template.encode()}
+        template = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template.encode()}
         inherited = {name: file.read_bytes() for name, file in self.companions.items()}
         return {**inherited, **template, "config.json": config}
 
@@ -213,7 +211,7 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
             ending.callback(sink.close)
         made, state = train(step, state, batches, report, callbacks, stop)
     checkpoints.wait()
-    companions = parts.companions | ({} if parts.chat_template is None else {TEMPLATE: folder / TEMPLATE})
+    companions = parts.companions | ({} if parts.chat_template is None else {CHAT_TEMPLATE: folder / CHAT_TEMPLATE})
     model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, tuple(companions.values()))
     if made == steps:
         model.save(folder / "model", overwrite=True)

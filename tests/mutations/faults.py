@@ -976,7 +976,7 @@ FAULTS = (
     Fault(
         "a model that learnt chats loses their template",
         "run.py",
-        "{} if parts.chat_template is None else {TEMPLATE: folder / TEMPLATE}",
+        "{} if parts.chat_template is None else {CHAT_TEMPLATE: folder / CHAT_TEMPLATE}",
         "{}",
         "end_to_end/test_run_folder.py::test_a_model_that_learnt_chats_has_their_template_beside_it[False]",
     ),
@@ -1038,8 +1038,8 @@ FAULTS = (
     ),
     Fault(
         "every shard of Meta's gets the first part",
-        "checkpoint/meta.py",
-        "dict.fromkeys(cut, rank)",
+        "checkpoint/shards.py",
+        "dict.fromkeys(cut, way)",
         "dict.fromkeys(cut, 0)",
         "checkpoint/test_meta.py::test_two_shards_are_written_as_they_were",
     ),
@@ -1157,7 +1157,7 @@ FAULTS = (
     ),
     Fault(
         "MindSpore: every rank is written with the first part",
-        "checkpoint/mindspore.py",
+        "checkpoint/shards.py",
         "dict.fromkeys(cut, way)",
         "dict.fromkeys(cut, 0)",
         "checkpoint/test_mindspore.py::test_ranks_hold_what_numpy_splits[grouped]",

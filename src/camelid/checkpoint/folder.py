@@ -23,7 +23,7 @@ def new_folder(destination: Path, need_bytes: int, overwrite: bool = False, resu
     """
     destination = Path(os.path.realpath(destination))
     temporary, old = (destination.parent / f".{destination.name}.{word}" for word in ("incomplete", "replaced"))
-    _check_free(destination, overwrite)
+    _check_free(destination, overwrite)  # before anything is made; and once more when nobody else can make it
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(temporary, wait=False))

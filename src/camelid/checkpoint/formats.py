@@ -124,9 +124,8 @@ def open_checkpoint(path: str | Path, format: str | None = None, config: ModelCo
     `format` None asks the files; `format::path` says it too. Raises UserError for what is damaged, incomplete,
     ambiguous or not understood.
     """
-    prefix, colons, rest = str(path).partition("::")
-    if colons and not Path(path).exists():
-        format, path = prefix, rest
+    prefix, path = split_prefix(path)
+    format = prefix or format
     place = Path(path).expanduser()
     if not place.exists():
         place = find(path, hf.understood)
@@ -135,6 +134,12 @@ def open_checkpoint(path: str | Path, format: str | None = None, config: ModelCo
         raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(OPEN)}.")
     checkpoint = OPEN[format](place, config)
     return replace(checkpoint, notes=(*checkpoint.notes, *checkpoint.mixed))
+
+
+def split_prefix(path: str | Path) -> tuple[str | None, str]:
+    """The format that stands before a path, `format::path`, and the path; None where there is none."""
+    prefix, colons, rest = str(path).partition("::")
+    return (prefix, rest) if colons and not Path(path).exists() else (None, str(path))
 
 
 def detect(place: Path) -> str:

@@ -7,7 +7,6 @@ the table of embeddings is cut by columns up to Llama 2 and by rows since Llama 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,11 @@ from camelid.checkpoint.meta_params import (
     read_params,
 )
 from camelid.checkpoint.opened import Checkpoint, Saving, table_for
-from camelid.checkpoint.shards import axis_of, check_divides, part_of, source_of
+from camelid.checkpoint.shards import among, axis_of
 from camelid.checkpoint.tensors import Tensor, joined
 from camelid.checkpoint.torch_files import open_torch, torch_file, unverified
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
-from camelid.model.decoder import declare_decoder
-from camelid.model.params import named
 
 # Rotary pairs are neighbours. In the order of Meta's modules, in which llama2.c's files lie.
 ROWS = (
@@ -206,17 +203,10 @@ def _check_agree(folder: Path, params: Mapping[str, Any], config: ModelConfig, s
 
 def files(saving: Saving) -> list[File]:
     """`tensor_parallel` shards, and params.json."""
-    config, theirs, ways = saving.config, saving.untied(), saving.tensor_parallel
-    params = params_from_config(config)
+    params = params_from_config(saving.config)
     if saving.pipeline_parallel != 1:
         raise UserError(f"{WHAT} has no pipeline stages", "Leave pipeline_parallel at 1.")
-    cut = BY_ROWS if config.rope_theta == LLAMA3_THETA else BY_COLUMNS
-    check_divides(theirs, cut)
-    over = dict.fromkeys(cut, ways)
-    specs = {path: part_of(spec, over) for path, spec in named(declare_decoder(theirs.config)).items()}
-    table = layout.table(ROWS, specs, SIZES)
-    shards = []
-    for rank in range(ways):
-        source = source_of(theirs.source, specs, dict.fromkeys(cut, rank))
-        shards.append(torch_file(_shard_name(rank), replace(theirs, source=source).segments(table)))
+    cut = BY_ROWS if saving.config.rope_theta == LLAMA3_THETA else BY_COLUMNS
+    table, parts = among(saving.untied(), ROWS, SIZES, cut)
+    shards = [torch_file(_shard_name(rank), part.segments(table)) for rank, part in enumerate(parts)]
     return [*shards, json_file(PARAMS, params)]

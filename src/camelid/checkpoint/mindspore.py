@@ -5,7 +5,6 @@ The files hold names and tensors, and nothing of the model: neither its sizes no
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,12 +24,10 @@ from camelid.checkpoint.mindspore_file import (
 from camelid.checkpoint.mindspore_ranks import Split, open_ranks, ranks_in, strategy_bytes
 from camelid.checkpoint.opened import Checkpoint, Saving, refuse_beyond, refuse_wide_heads, table_for
 from camelid.checkpoint.safetensors import safetensors_file
-from camelid.checkpoint.shards import axis_of, check_divides, part_of, source_of
-from camelid.checkpoint.tensors import Planned, unverified_note
+from camelid.checkpoint.shards import among, axis_of
+from camelid.checkpoint.tensors import Planned, files_under, unverified_note
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
-from camelid.model.decoder import declare_decoder
-from camelid.model.params import named
 
 WHAT = "a MindSpore checkpoint of MindFormers' LLaMA"
 
@@ -135,8 +132,7 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
         )
     described_by = "config.json" if config is None else hf.GIVEN
     config = config or hf.understood(folder)
-    files = frozenset().union(*(tensor.files for tensor in tensors.values()))
-    notes += unverified_note([*filter(unverified, files)], folder)
+    notes += unverified_note([*filter(unverified, files_under(tensors.values()))], folder)
     if aside:
         more = ", ..." if len(aside) > 3 else ""
         notes.append(f"values of the training run were left out: {', '.join(aside[:3])}{more}")
@@ -174,11 +170,7 @@ def files(saving: Saving, *, rope_layout: RopeLayout = "half", safetensors: bool
     refuse_wide_heads(WHAT, saving.config)
     theirs, ways, stages = saving.untied(), saving.tensor_parallel, saving.pipeline_parallel
     cut = MATRICES | TABLES if stages > 1 and theirs.config.vocab_size % ways == 0 else MATRICES
-    check_divides(theirs, cut)
-    over = dict.fromkeys(cut, ways)
-    specs = {path: part_of(spec, over) for path, spec in named(declare_decoder(theirs.config)).items()}
-    table = layout.table(ROWS[rope_layout], specs, SIZES)
-    parts = [replace(theirs, source=source_of(theirs.source, specs, dict.fromkeys(cut, way))) for way in range(ways)]
+    table, parts = among(theirs, ROWS[rope_layout], SIZES, cut)
     written = []
     for stage, own in enumerate(_stages(table, layout.plan(table, theirs.dtypes), theirs.config.num_layers, stages)):
         for way, part in enumerate(parts):

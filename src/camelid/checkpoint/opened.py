@@ -1,6 +1,7 @@
 """What every format has in common: a checkpoint that is opened, and a model that is to be written."""
 
 import fnmatch
+import functools
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from camelid.checkpoint.files import Segment, segment
 from camelid.checkpoint.layout import Index, Row, Source, Table, from_tensors, pieces, plan, table
-from camelid.checkpoint.tensors import Planned, Tensor
+from camelid.checkpoint.tensors import Planned, Tensor, files_under
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -54,20 +55,21 @@ class Checkpoint:
     @property
     def dtypes(self) -> dict[str, np.dtype]:
         """By path: the dtype of each parameter in the files; float32 where its layers differ, which loses nothing."""
-        found = self._dtypes().items()
+        found = self._layer_dtypes.items()
         return {path: next(iter(dtypes)) if len(dtypes) == 1 else np.dtype(np.float32) for path, dtypes in found}
 
     @property
     def mixed(self) -> tuple[str, ...]:
         """Notes on the parameters whose layers have different dtypes in the files."""
-        found = {path: sorted(dtype.name for dtype in dtypes) for path, dtypes in self._dtypes().items()}
+        found = {path: sorted(dtype.name for dtype in dtypes) for path, dtypes in self._layer_dtypes.items()}
         return tuple(
             f"layers of {path} are {' and '.join(names)}; it is taken as float32"
             for path, names in found.items()
             if len(names) > 1
         )
 
-    def _dtypes(self) -> dict[str, set[np.dtype]]:
+    @functools.cached_property
+    def _layer_dtypes(self) -> dict[str, set[np.dtype]]:
         """By path: the dtypes of its layers."""
         parts = self.table.parts
         return {path: {self.tensors[part.name(layer)].dtype for layer in part.layers()} for path, part in parts.items()}
@@ -75,7 +77,7 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The files that hold its tensors, in order."""
-        return sorted(set().union(*(tensor.files for tensor in self.tensors.values())))
+        return files_under(self.tensors.values())
 
     @property
     def source(self) -> Source:

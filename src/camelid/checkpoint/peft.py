@@ -183,7 +183,7 @@ def on_base(adapter: Adapter, base: Checkpoint, folder: Path) -> Adapted:
     rows, source, dtypes = plain_table(adapter.config), adapted(adapter, base), base.dtypes
     notes, tensors = base.notes, {}
     files = frozenset({path for path in folder.iterdir() if path.name in (NAME, *FILES)})
-    files |= frozenset().union(*(tensor.files for tensor in base.tensors.values()))
+    files |= frozenset(base.files)
     for name, [(part, layer)] in rows.tensors.items():
         place = part.row.path, layer
         saved = adapter.saved.get(place)

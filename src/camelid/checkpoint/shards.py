@@ -1,14 +1,15 @@
 """The part of a model that one rank holds, in formats that cut matrices among ranks, and layers into stages."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from camelid.checkpoint.layout import Index, Row, Source, groups_of
+from camelid.checkpoint.layout import Index, Row, Source, Table, groups_of, table
 from camelid.checkpoint.opened import Saving
 from camelid.errors import UserError
-from camelid.model.params import Spec
+from camelid.model.decoder import declare_decoder
+from camelid.model.params import Spec, named
 
 
 def check_divides(saving: Saving, cut: Collection[str]) -> None:
@@ -18,6 +19,17 @@ def check_divides(saving: Saving, cut: Collection[str]) -> None:
         for word in words:
             if (size := saving.config.axis_sizes[word]) % ways:
                 raise UserError(f"{word} = {size} is not divisible by {option} = {ways}", f"Choose another {option}.")
+
+
+def among(
+    saving: Saving, rows: Sequence[Row], sizes: Mapping[str, int], cut: Collection[str]
+) -> tuple[Table, list[Saving]]:
+    """The table of a part of a model, and the part of each rank, where axes of these words are cut among them."""
+    check_divides(saving, cut)
+    over = dict.fromkeys(cut, saving.tensor_parallel)
+    specs = {path: part_of(spec, over) for path, spec in named(declare_decoder(saving.config)).items()}
+    sources = (source_of(saving.source, specs, dict.fromkeys(cut, way)) for way in range(saving.tensor_parallel))
+    return table(rows, specs, sizes), [replace(saving, source=source) for source in sources]
 
 
 def part_of(spec: Spec, ways: Mapping[str, int]) -> Spec:

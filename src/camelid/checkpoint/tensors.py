@@ -3,7 +3,7 @@
 import math
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,6 +201,11 @@ class Planned:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def files_under(tensors: Iterable[Tensor]) -> list[Path]:
+    """All files that some tensors lie in, in order."""
+    return sorted(frozenset().union(*(tensor.files for tensor in tensors)))
 
 
 def file_names(files: Collection[Path], folder: Path, most: int = 3) -> str:

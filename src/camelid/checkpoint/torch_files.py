@@ -27,7 +27,7 @@ import numpy as np
 
 from camelid.checkpoint.files import File, Later, Segment
 from camelid.checkpoint.pickles import Record, run, shown
-from camelid.checkpoint.tensors import CHUNK, Planned, Tensor, cast, unverified_note
+from camelid.checkpoint.tensors import CHUNK, Planned, Tensor, cast, files_under, unverified_note
 from camelid.errors import UserError
 
 CRC_BYTES = 2**30  # of a file whose checksums are verified when it is opened; larger ones would take seconds
@@ -190,8 +190,7 @@ def _crc(file: io.BufferedReader, start: int, count: int) -> int:
 
 def unverified(tensors: Iterable[Tensor]) -> tuple[str, ...]:
     """The note on zip files that are too large for their checksums to be verified when they are opened."""
-    files = frozenset().union(*(tensor.files for tensor in tensors))
-    large = [file for file in files if file.stat().st_size > CRC_BYTES and zipfile.is_zipfile(file)]
+    large = [file for file in files_under(tensors) if file.stat().st_size > CRC_BYTES and zipfile.is_zipfile(file)]
     return unverified_note(large, Path(os.path.commonpath([file.parent for file in large])) if large else Path())
 
 

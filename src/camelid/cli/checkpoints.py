@@ -131,24 +131,20 @@ def _refuse_beside_check(**given: object) -> None:
         raise UserError(f"--check writes nothing, and takes no {' or '.join(named)}", "Leave out one or the other.")
 
 
-def _path_of(source: str) -> tuple[str | None, str]:
-    """The format that stands before a path, and the path."""
-    prefix, colons, rest = source.partition("::")
-    return (prefix, rest) if colons and not Path(source).exists() else (None, source)
-
-
 def _lies_in(source: str, destination: Path) -> bool:
     """Whether a checkpoint is a folder that is to be written, or a file in it."""
-    place, folder = Path(_path_of(source)[1]).expanduser().resolve(), destination.resolve()
+    from camelid.checkpoint.formats import split_prefix
+
+    place, folder = Path(split_prefix(source)[1]).expanduser().resolve(), destination.resolve()
     return place.exists() and place.is_relative_to(folder)
 
 
 def _rope_layout(source: str, format: str | None, config, layout: str, reference: Path | None) -> tuple[str, str]:
     """A MindSpore file's path, and its format with this layout; "auto" asks a text in which the model was trained."""
-    from camelid.checkpoint.formats import open_checkpoint
+    from camelid.checkpoint.formats import open_checkpoint, split_prefix
     from camelid.checkpoint.mindspore import FORMAT_OF, QKV
 
-    prefix, path = _path_of(source)
+    prefix, path = split_prefix(source)
     format = prefix or format
     for known, name in FORMAT_OF.items():
         if format == name and layout != known:

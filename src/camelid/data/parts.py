@@ -275,7 +275,7 @@ def _work(connection: Any, vocabulary: Path, sequence_length: int | None, folder
                 answer = "made", number
             except UserError as error:
                 answer = "refused", (error.problem, error.advice)
-            except Exception:
+            except Exception:  # whatever it is, the parent is to hear of it and not to wait
                 answer = "failed", traceback.format_exc()
             connection.send(answer)
 

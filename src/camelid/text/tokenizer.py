@@ -18,6 +18,7 @@ Engine = TokenizersEngine | SentencePieceEngine
 # JSON can spell half of a surrogate pair, which is no character: it has no UTF-8 and no tokens.
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
+CHAT_TEMPLATE = "chat_template.jinja"
 # Everything a conversion must carry along, so that the copy tokenizes, stops and chats as the original does.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,7 +28,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "generation_config.json",
 )
@@ -253,7 +254,7 @@ def _named_specials(
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """The templates by name, from the file that transformers believes first."""
-    file = folder / "chat_template.jinja"
+    file = folder / CHAT_TEMPLATE
     if file.is_file():
         try:
             own: Any = file.read_text(encoding="utf-8")
