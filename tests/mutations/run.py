@@ -6,6 +6,7 @@
 Ends with status 1 when a fault goes unnoticed.
 """
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -20,10 +21,11 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 sys.path.insert(0, str(TESTS))
 
-from mutations import data_faults, faults  # noqa: E402
 from mutations.fault import Fault  # noqa: E402
 
-FAULTS = (*faults.FAULTS, *data_faults.FAULTS)
+# A file of faults belongs to one part of the code; a new file is found by its name.
+MODULES = sorted(file.stem for file in Path(__file__).parent.glob("*faults.py") if not file.stem.startswith("test"))
+FAULTS = tuple(f for module in MODULES for f in importlib.import_module(f"mutations.{module}").FAULTS)
 JOBS = 2
 # Fails the session where the tests did not see the copy: a fault would seem to go unnoticed, or to be noticed.
 PLUGIN = """
