@@ -5,7 +5,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from camelid.checkpoint import easylm, gguf, hf, llama2_jax, llama2c, megatron, meta, mindspore, peft, run_folder
+from camelid.checkpoint import (
+    distributed,
+    easylm,
+    gguf,
+    hf,
+    llama2_jax,
+    llama2c,
+    megatron,
+    meta,
+    mindspore,
+    peft,
+    run_folder,
+)
 from camelid.checkpoint.files import JOURNAL, WORKERS, File, json_file, write_files
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.hf_config import config_to_hf
@@ -80,7 +92,7 @@ FORMATS: Mapping[str, Format] = {
         cuts=TENSOR + PIPELINE,
     ),
     "megatron": Format(
-        "Megatron-LM: latest_checkpointed_iteration.txt with iter_*/mp_rank_*/model_optim_rng.pt",
+        "Megatron-LM: latest_checkpointed_iteration.txt with iter_*, of mp_rank_*/model_optim_rng.pt or of torch_dist",
         megatron.looks,
         megatron.open_path,
         megatron.files,
@@ -92,6 +104,12 @@ FORMATS: Mapping[str, Format] = {
         megatron.open_path,
         partial(megatron.files, names="legacy"),
         cuts=TENSOR + PIPELINE,
+    ),
+    "dcp": Format(
+        "PyTorch's distributed checkpoints: .metadata with __0_0.distcp, of torchtitan or FSDP",
+        distributed.looks_like_others,
+        distributed.open_folder,
+        None,
     ),
     "llama2-jax": Format("llama-2-jax: a .pickle", llama2_jax.looks, llama2_jax.open_file, llama2_jax.files),
     **{

@@ -1,7 +1,7 @@
 """Megatron-LM's checkpoints: iter_0000001/mp_rank_00/model_optim_rng.pt, a file for each rank of the model.
 
-Names and layouts are those of Megatron-LM 307dcf37f0 and core_v0.12.3. A rank TT of tensor parallelism and PPP of the
-pipeline is the folder mp_rank_TT, or mp_rank_TT_PPP where there are stages; layers are numbered within a stage.
+A rank TT of tensor parallelism and PPP of the pipeline is the folder mp_rank_TT, or mp_rank_TT_PPP where there are
+stages; layers are numbered within a stage. Distributed checkpoints (torch_dist) have another reader, distributed.py.
 """
 
 import re
@@ -12,21 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from camelid.checkpoint import layout
+from camelid.checkpoint import dcp, distributed, layout
 from camelid.checkpoint.files import File
-from camelid.checkpoint.hf import GIVEN, same_values, understood
-from camelid.checkpoint.layout import Row
-from camelid.checkpoint.megatron_args import (
-    WHAT,
-    args_from_config,
-    check_agree,
-    check_plain,
-    config_from_args,
-    same,
-    told,
-    vocab_step,
+from camelid.checkpoint.hf import same_values
+from camelid.checkpoint.megatron_args import WHAT, args_from_config, check_plain, same, told, vocab_step
+from camelid.checkpoint.megatron_files import AGAIN, FILE, RANK, TRACKER, Shard, described, find_ranks, rank_files
+from camelid.checkpoint.megatron_rows import (
+    BUFFERS,
+    CUT,
+    ENGINE,
+    GATE,
+    KEY,
+    LEGACY,
+    MCORE,
+    NAMES,
+    PADDING,
+    QUERY,
+    STATES,
+    UP,
+    VALUE,
+    rows,
 )
-from camelid.checkpoint.megatron_files import AGAIN, FILE, RANK, TRACKER, Shard, find_ranks, rank_files
 from camelid.checkpoint.opened import Checkpoint, Saving, table_for
 from camelid.checkpoint.pickles import shown
 from camelid.checkpoint.shards import axis_of, check_divides, part_of, source_of
@@ -37,81 +43,6 @@ from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 
-QUERY, KEY, VALUE, GATE, UP = "query", "key", "value", "gate", "up"
-MCORE = {
-    "embed": "embedding.word_embeddings.weight",
-    "attn_norm": "decoder.layers.{layer}.input_layernorm.weight",
-    "qkv": "decoder.layers.{layer}.self_attention.linear_qkv.weight",
-    "o_proj": "decoder.layers.{layer}.self_attention.linear_proj.weight",
-    "mlp_norm": "decoder.layers.{layer}.pre_mlp_layernorm.weight",
-    "fc1": "decoder.layers.{layer}.mlp.linear_fc1.weight",
-    "fc2": "decoder.layers.{layer}.mlp.linear_fc2.weight",
-    "final_norm": "decoder.final_layernorm.weight",
-    "lm_head": "output_layer.weight",
-}
-ENGINE = MCORE | {  # Transformer Engine's layers hold the norm before them
-    "attn_norm": "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
-    "mlp_norm": "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
-}
-LEGACY = {
-    "embed": "language_model.embedding.word_embeddings.weight",
-    "attn_norm": "language_model.encoder.layers.{layer}.input_norm.weight",
-    "qkv": "language_model.encoder.layers.{layer}.self_attention.query_key_value.weight",
-    "o_proj": "language_model.encoder.layers.{layer}.self_attention.dense.weight",
-    "mlp_norm": "language_model.encoder.layers.{layer}.post_attention_norm.weight",
-    "fc1": "language_model.encoder.layers.{layer}.mlp.dense_h_to_4h.weight",
-    "fc2": "language_model.encoder.layers.{layer}.mlp.dense_4h_to_h.weight",
-    "final_norm": "language_model.encoder.final_norm.weight",
-    "lm_head": "language_model.output_layer.weight",
-}
-NAMES = {"mcore": MCORE, "legacy": LEGACY}
-BUFFERS = r".*rotary_pos_emb\.inv_freq|.*rotary_emb\.inv_freq"
-# Modules with a state beside their weights, which is empty; Megatron's strict loader looks for it.
-STATES = ("qkv", "o_proj", "fc1", "fc2", "lm_head")
-PADDING = 128  # Megatron's make_vocab_size_divisible_by, for each rank
-CUT = frozenset({"heads", "kv_heads", "mlp", "vocab", "vocab_in"})
-
-
-def rows(names: Mapping[str, str], version: float = 3.0, split: bool = False) -> tuple[Row, ...]:
-    """The rows of a shard; with `split`, gate and up lie in tensors of their own, as the reader presents them.
-
-    Queries, keys and values lie group by group. Before version 2, where every head had its own keys, they were words
-    of the last place (version 1), or one after the other (version 0, which the reader presents as three tensors).
-    """
-    grouped, ours = "(kv_heads slot head_dim) embed", "(kv_heads slot) head_dim embed"
-    first = [
-        Row("layers.attn.q_proj", names["qkv"], grouped, ours, along="slot"),
-        Row("layers.attn.k_proj", names["qkv"], grouped, ours, along="slot"),
-        Row("layers.attn.v_proj", names["qkv"], grouped, ours, along="slot"),
-    ]
-    if version < 2:
-        words = (("q_proj", "heads", QUERY), ("k_proj", "kv_heads", KEY), ("v_proj", "kv_heads", VALUE))
-        first = [
-            Row(f"layers.attn.{name}", f"{names['qkv']} ({word})", f"({heads} head_dim) embed")
-            if version < 1
-            else Row(
-                f"layers.attn.{name}",
-                names["qkv"],
-                f"({heads} head_dim slot) embed",
-                f"{heads} (head_dim slot) embed",
-                along="slot",
-            )
-            for name, heads, word in words
-        ]
-    return (
-        Row("embed", names["embed"], "vocab_in embed_in"),
-        Row("layers.attn_norm.scale", names["attn_norm"], "embed"),
-        *first,
-        Row("layers.attn.o_proj", names["o_proj"], "embed (heads head_dim)"),
-        Row("layers.mlp_norm.scale", names["mlp_norm"], "embed"),
-        Row("layers.mlp.gate_proj", names["fc1"] + f" ({GATE})" * split, "mlp embed"),
-        Row("layers.mlp.up_proj", names["fc1"] + f" ({UP})" * split, "mlp embed"),
-        Row("layers.mlp.down_proj", names["fc2"], "embed mlp"),
-        Row("final_norm.scale", names["final_norm"], "embed"),
-        Row("lm_head", names["lm_head"], "vocab embed"),
-    )
-
-
 # Reading --------------------------------------------------------------------------------
 
 
@@ -119,6 +50,7 @@ def looks(path: Path) -> bool:
     """Whether a folder tells of its last iteration or holds ranks, or is one, or a file is that of a rank."""
     return (
         (path / TRACKER).is_file()
+        or distributed.looks_like_megatron(path)
         or (path.name == FILE and path.is_file())
         or (RANK.fullmatch(path.name) is not None and (path / FILE).is_file())
         or any((path / f"mp_rank_00{stage}" / FILE).is_file() for stage in ("", "_000"))
@@ -131,23 +63,16 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     What the model is comes from `config`, from a config.json in the folder or the one around it, or from its settings.
     """
     folder = find_ranks(path)
+    if dcp.looks(folder):
+        return distributed.open_folder(folder, config)
     stages = [[Shard(file) for file in files] for files in rank_files(folder)]
     shards = [shard for stage in stages for shard in stage]
     args, version, ways = shards[0].args, shards[0].version, len(stages[0])
     _check_ranks(shards, len(stages), ways)
     check_plain(shards[0].file, args)
-    home = next((place for place in (folder, folder.parent) if (place / "config.json").is_file()), None)
-    root = home or (folder.parent if (folder.parent / TRACKER).is_file() else folder)
     parts = _by_name(stages)
     names = LEGACY if LEGACY["embed"] in parts else ENGINE if ENGINE["attn_norm"].format(layer=0) in parts else MCORE
-    notes: tuple[str, ...] = ()
-    if config is not None or home is not None:
-        source = GIVEN if config is not None else "config.json"
-        config = understood(home) if config is None and home is not None else config
-        assert config is not None
-        check_agree(shards[0].file, args, config, source)
-    else:
-        (config, notes), source = config_from_args(shards[0].file, args), f"args in {shards[0].file}"
+    config, notes, source, root = described(folder, shards[0].file, args, config)
     if version < 2 and config.num_heads != config.num_kv_heads:
         raise UserError(f"{shards[0].file} is of version {version}, which has no grouped queries", AGAIN)
     if config.num_layers > len(parts):  # before a table is made of them

@@ -2,16 +2,19 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from camelid.checkpoint.megatron_args import WHAT, told
+from camelid.checkpoint.dcp import METADATA
+from camelid.checkpoint.hf import GIVEN, understood
+from camelid.checkpoint.megatron_args import WHAT, check_agree, config_from_args, told
 from camelid.checkpoint.pickles import Record, shown
 from camelid.checkpoint.tensors import Tensor
 from camelid.checkpoint.torch_files import unpickle
 from camelid.errors import UserError
+from camelid.model.config import ModelConfig
 
 TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -54,9 +57,10 @@ def find_ranks(path: Path) -> Path:
 
 def rank_files(folder: Path) -> list[list[Path]]:
     """By stage, then by rank of tensor parallelism: the files."""
-    if (folder / "metadata.json").is_file() or (folder / ".metadata").is_file():
+    if (folder / "metadata.json").is_file():
         raise UserError(
-            f"{folder} is a distributed checkpoint of Megatron", "Save it with --ckpt-format torch, then open that."
+            f"{folder} is a distributed checkpoint of Megatron without {METADATA}, as --ckpt-format zarr writes it",
+            "Save it with --ckpt-format torch_dist, or copy the whole folder.",
         )
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     places = {}
@@ -68,6 +72,29 @@ def rank_files(folder: Path) -> list[list[Path]]:
     if not places or len(places) != stages * ways:
         raise UserError(f"{folder} has {len(places)} folders mp_rank_*: ranks are missing", "Copy all of them.")
     return [[places[stage, rank] for rank in range(ways)] for stage in range(stages)]
+
+
+def described(
+    folder: Path, file: Path, args: Mapping[str, Any], config: ModelConfig | None
+) -> tuple[ModelConfig, tuple[str, ...], str, Path]:
+    """What the model of a checkpoint is, notes on what was assumed, what describes it, and the folder it belongs to.
+
+    `config` wins, then a config.json in the folder of the iteration or in the one around it, then the settings `args`
+    that `file` holds, which must agree with either in every size.
+    """
+    home = next((place for place in (folder, folder.parent) if (place / "config.json").is_file()), None)
+    root = home or (folder.parent if (folder.parent / TRACKER).is_file() else folder)
+    if config is None and home is None:
+        if not args:
+            raise UserError(f"{folder} holds no args, as Megatron-LM writes them", "Give --config PRESET_OR_JSON.")
+        config, notes = config_from_args(file, args)
+        return config, notes, f"args in {file}", root
+    source = "config.json" if config is None else GIVEN
+    if config is None:
+        assert home is not None
+        config = understood(home)
+    check_agree(file, args, config, source)
+    return config, (), source, root
 
 
 class Shard:

@@ -28,15 +28,19 @@ COUNTS = ("TUPLE1 APPEND BINPERSID", "TUPLE2 SETITEM STACK_GLOBAL REDUCE NEWOBJ 
 TAKES: Mapping[str, int] = {name: count for count, names in enumerate(COUNTS, 1) for name in names.split()}
 
 
-@dataclass
+@dataclass(eq=False)  # so that its hash is its identity, which a file cannot choose
 class Record:
     """What stands for an object whose class is never looked up: nothing is called, and nothing calls it."""
 
     name: str
     """of the global: module and name"""
     arguments: tuple[Any, ...]
-    state: dict[Any, Any] = field(default_factory=dict)
-    """attributes, where the program sets them"""
+    state: Any = field(default_factory=dict)
+    """attributes, where the program sets them: a dictionary, or whatever the class makes of them"""
+
+
+class Key(Record):
+    """A record that may be a key of a table."""
 
 
 def run(
@@ -103,7 +107,7 @@ def run(
 def _fill(table: Any, items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Other keys may be traps: the hash of a deep tuple ends Python, and large numbers can be made to collide.
-        named = isinstance(key, str) or (isinstance(key, int) and 0 <= key < 2**32)
+        named = isinstance(key, str | Key) or (isinstance(key, int) and 0 <= key < 2**32)
         if not isinstance(table, dict) or not named or key in table:
             raise ValueError("a table with a strange key, or with one key twice")
         table[key] = value

@@ -111,7 +111,7 @@ def unpickle(path: Path, inert: re.Pattern[str] | None = None) -> Any:
         with path.open("rb") as file:
             start = file.read(262)
             if start.startswith(b"PK\x03\x04"):
-                return _unpickle_zip(path, file, inert)
+                return _unpickle_zip(path, Section(file, 0, os.fstat(file.fileno()).st_size), inert)
             if start.endswith(b"ustar"):
                 raise UserError(f"{path} is a tar file, as the first versions of torch wrote", "Save it again.")
             return _unpickle_legacy(path, file, inert)
@@ -122,8 +122,50 @@ def unpickle(path: Path, inert: re.Pattern[str] | None = None) -> Any:
         raise UserError(f"{path} is damaged, or is not a PyTorch checkpoint ({reason})", AGAIN) from error
 
 
-def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | None) -> Any:
-    size = os.fstat(file.fileno()).st_size
+def open_torch_within(path: Path, start: int, count: int) -> Tensor:
+    """The tensor that torch.save wrote into `count` bytes of a file that holds several such archives."""
+    try:
+        with path.open("rb") as file:
+            held = _unpickle_zip(path, Section(file, start, count), None)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file fails anywhere in zipfile, in pickletools and below
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {shown(error)})", AGAIN) from error
+    if not isinstance(held, Tensor):
+        raise UserError(f"{path} holds a {type(held).__name__} where a tensor is expected", AGAIN)
+    return held
+
+
+class Section(io.RawIOBase):
+    """A part of an open file, as a file of its own."""
+
+    def __init__(self, file: io.BufferedReader, start: int, count: int) -> None:
+        self.start, self.count = start, count
+        self._file, self._at = file, 0
+        if not 0 <= start <= start + count <= os.fstat(file.fileno()).st_size:
+            raise ValueError(f"bytes {start:,} to {start + count:,} do not lie inside the file")
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.count}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.count - self._at)
+        self._file.seek(self.start + self._at)
+        held = self._file.read(left if size is None or size < 0 else min(size, left))
+        self._at += len(held)
+        return held
+
+
+def _unpickle_zip(path: Path, file: Section, inert: re.Pattern[str] | None) -> Any:
+    size = file.count
+    verify = path.stat().st_size <= CRC_BYTES
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
     roots = [name.removesuffix("data.pkl") for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
@@ -139,7 +181,7 @@ def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | 
         start = _start(file, entry)
         if entry.compress_size != entry.file_size or start + entry.file_size > size:
             raise ValueError(f"{name} does not lie inside the file")
-        if size <= CRC_BYTES and entry.CRC and _crc(file, start, entry.file_size) != entry.CRC:
+        if verify and entry.CRC and _crc(file, start, entry.file_size) != entry.CRC:
             raise ValueError(f"{name} does not have its checksum")
         return start, entry.file_size
 
@@ -154,7 +196,7 @@ def _unpickle_zip(path: Path, file: io.BufferedReader, inert: re.Pattern[str] | 
         start, held = place(f"data/{key}")
         if held != count * dtype.itemsize:
             raise ValueError(f"storage {key} has {held:,} bytes for {count:,} {dtype}")
-        return Storage(path, key, start, dtype, count)
+        return Storage(path, key, file.start + start, dtype, count)
 
     if roots[0] + "byteorder" in entries:
         _check_order(path, content("byteorder") == b"little")
@@ -166,7 +208,7 @@ def _is_packed(entry: zipfile.ZipInfo) -> bool:
     return entry.compress_type != zipfile.ZIP_STORED or bool(entry.flag_bits & 1)
 
 
-def _start(file: io.BufferedReader, entry: zipfile.ZipInfo) -> int:
+def _start(file: Section, entry: zipfile.ZipInfo) -> int:
     """Where the content of an entry begins."""
     if entry.header_offset < 0:
         raise ValueError(f"{entry.filename} does not lie inside the file")
@@ -178,7 +220,7 @@ def _start(file: io.BufferedReader, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + 30 + name_bytes + extra_bytes
 
 
-def _crc(file: io.BufferedReader, start: int, count: int) -> int:
+def _crc(file: Section, start: int, count: int) -> int:
     file.seek(start)
     crc = 0
     for at in range(0, count, CHUNK):
@@ -195,16 +237,25 @@ def unverified(tensors: Iterable[Tensor]) -> tuple[str, ...]:
 
 
 def checksums_hold(path: Path) -> bool | None:
-    """Whether every entry of a zip file that lies in it as it is has its checksum; None for other files.
+    """Whether every uncompressed entry of a zip archive, or of several in one file, has its checksum.
 
-    Reads all of it. Tensors are never compressed, and a damaged directory is a checksum that does not hold.
+    None for other files. Reads all of it. Tensors are never compressed, and a damaged directory is a checksum that does
+    not hold.
     """
     if not zipfile.is_zipfile(path):
         return None
+    end = path.stat().st_size
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            entries = [entry for entry in archive.infolist() if entry.CRC and not _is_packed(entry)]
-            return all(_crc(file, _start(file, entry), entry.file_size) == entry.CRC for entry in entries)
+        with path.open("rb") as file:
+            while end:  # from the last archive to the first: what a directory lists begins where the one before ends
+                section = Section(file, 0, end)
+                with zipfile.ZipFile(section) as archive:
+                    entries = archive.infolist()
+                stored = [entry for entry in entries if entry.CRC and not _is_packed(entry)]
+                if not all(_crc(section, _start(section, entry), entry.file_size) == entry.CRC for entry in stored):
+                    return False
+                end = min((entry.header_offset for entry in entries), default=0)
+        return True
     except (ValueError, struct.error, zipfile.BadZipFile, NotImplementedError):
         return False
 
