@@ -22,6 +22,7 @@ Format = Literal[
     "mindspore-interleaved",
     "megatron",
     "megatron-legacy",
+    "dcp",
     "llama2-jax",
     "llama2c",
     "llama2c-v1",
