@@ -44,6 +44,9 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+from camelid.parallel.backend import prepare_backend  # noqa: E402
+
+prepare_backend()  # tests compute before any of them makes a mesh
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # jaxtyping's wrapper takes most of the time of small functions: it is for modules with shapes alone.
 SHAPED = [file for file in (ROOT / "src" / "camelid").rglob("*.py") if "jaxtyping" in file.read_text("utf-8")]

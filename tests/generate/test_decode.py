@@ -52,6 +52,18 @@ def test_a_mesh_generates_what_one_device_does(run, params: Decoder):
     assert rows == run(PROMPTS, SEEDS, SAMPLED)[:3]
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "tensor"), [(16, 2, 4), (8, 2, 8)])
+def test_replicated_key_heads_generate_what_one_device_does(heads: int, kv_heads: int, tensor: int):
+    """More devices share the query heads than there are key/value heads; the cache is whole on each of them."""
+    config = tiny_config(vocab_size=96, num_heads=heads, num_kv_heads=kv_heads)
+    params, compute = tiny_params(config), Compute(replicate=("kv_heads",))
+    mesh = make_mesh(MeshConfig(tensor=tensor))
+    specs = abstract(declare_decoder(config), jnp.float32, mesh, compute.replicate)
+    cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
+    alone = generate(params, PROMPTS, SEEDS, SAMPLED, 20, (), config, Compute(), one_device())
+    assert generate(cut, PROMPTS, SEEDS, SAMPLED, 20, (), config, compute, mesh) == alone
+
+
 def test_sampled_tokens_are_those_of_full_forwards_without_a_cache(run, params: Decoder):
     logits = jax.jit(lambda tokens: params(tokens, jnp.arange(64)[None], None, CONFIG, Compute())[0])
     tokens = list(PROMPTS[1])

@@ -67,11 +67,11 @@ def logits(checkpoint: Checkpoint, tokens: Int[np.ndarray, " S"]) -> Float[np.nd
         inner = named(specs.layers)
         return build(specs.layers, [read(f"layers.{path}", spec, index) for path, spec in inner.items()])
 
-    # Without layers, every parameter that is left is read at once.
-    outer = {path: None if spec.stacked else read(path, spec, None) for path, spec in named(specs).items()}
-    whole: Decoder = replace(build(specs, outer.values()), layers=_Layers(read_layer, config.num_layers))
-    positions = jnp.arange(len(tokens))[None]
     with jax.set_mesh(one_device()):
+        # Without layers, every parameter that is left is read at once.
+        outer = {path: None if spec.stacked else read(path, spec, None) for path, spec in named(specs).items()}
+        whole: Decoder = replace(build(specs, outer.values()), layers=_Layers(read_layer, config.num_layers))
+        positions = jnp.arange(len(tokens))[None]
         found, _ = whole(jnp.asarray(tokens)[None], positions, None, config, Compute())
     return np.asarray(found[0])
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from camelid.errors import UserError
+from camelid.parallel.backend import prepare_backend
 
 if TYPE_CHECKING:
     import jax
@@ -45,6 +46,7 @@ def make_mesh(config: MeshConfig) -> "jax.sharding.Mesh":
     """A mesh over every device of every process."""
     import jax
 
+    prepare_backend()
     return _mesh(config.sizes(jax.device_count()), jax.devices())
 
 
@@ -52,6 +54,7 @@ def one_device() -> "jax.sharding.Mesh":
     """A mesh of this process's first device."""
     import jax
 
+    prepare_backend()
     return _mesh(MeshConfig().sizes(1), jax.local_devices()[:1])
 
 
