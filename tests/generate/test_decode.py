@@ -30,7 +30,7 @@ def params() -> Decoder:
 @pytest.fixture(scope="module")
 def run(params: Decoder):
     def run(prompts, seeds, how: Sampling, max_new_tokens: int = 30, eos_ids=()) -> list[list[int]]:
-        return generate(params, prompts, seeds, how, max_new_tokens, eos_ids, CONFIG, Compute(), one_device())
+        return generate(params, prompts, seeds, how, max_new_tokens, eos_ids, CONFIG, Compute(), one_device())[0]
 
     return run
 
@@ -48,7 +48,7 @@ def test_a_mesh_generates_what_one_device_does(run, params: Decoder):
     mesh, compute = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), Compute(replicate=("vocab", "vocab_in"))
     specs = abstract(declare_decoder(CONFIG), jnp.float32, mesh, compute.replicate)
     cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
-    rows = generate(cut, PROMPTS[:3], SEEDS[:3], SAMPLED, 30, (), CONFIG, compute, mesh)
+    rows, _ = generate(cut, PROMPTS[:3], SEEDS[:3], SAMPLED, 30, (), CONFIG, compute, mesh)
     assert rows == run(PROMPTS, SEEDS, SAMPLED)[:3]
 
 
