@@ -37,7 +37,7 @@ class MeshConfig:
             available = f"{devices} is available" if devices == 1 else f"{devices} are available"
             raise UserError(
                 f"mesh {shown} needs {known} devices; {available}",
-                f"Choose sizes whose product is {devices}, or start on more devices (and with all processes).",
+                f"Choose sizes whose product is {devices}, or start on more devices.",
             )
         if free and devices % known == 0:
             sizes[free[0]] = devices // known
