@@ -196,16 +196,17 @@ def load(
     products (None: that of the files); `mesh` None is the first device alone; `compute` sets the rest: kernels,
     rematerialization, replicated axes. Raises UserError for files that are damaged, incomplete or not understood.
     """
+    for name, value, kind in (("compute", compute, Compute), ("config", config, ModelConfig)):
+        if not isinstance(value, kind | None):
+            raise UserError(
+                f"{name} = {value!r} is not a camelid.{kind.__name__}", f"Give camelid.{kind.__name__}(...)."
+            )
     checkpoint = open_checkpoint(path, format, config)
     if dtype is None:
         found = {dtype.name for dtype in checkpoint.dtypes.values()}
         if len(found) > 1:
             raise UserError(f"the files mix {', '.join(sorted(found))}", "Choose one with --dtype.")
         dtype = found.pop()
-    if not isinstance(compute, Compute | None):
-        raise UserError(
-            f"compute = {compute!r} is no Compute", 'Give camelid.Compute, for example Compute(remat="layer").'
-        )
     dtype = dtype_named(dtype).name
     compute = replace(compute or Compute(), dtype=dtype, param_dtype=dtype)
     mesh = _mesh(mesh)

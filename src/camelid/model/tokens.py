@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -35,14 +35,15 @@ def token_row(ids: Any, name: str, vocab_size: int) -> Int[np.ndarray, " S"]:
     return row.astype(np.int32)
 
 
-def token_rows(ids: Any, config: ModelConfig) -> Int[np.ndarray, "B S"] | Int[Array, "B S"]:
+def token_rows(ids: Any, config: ModelConfig) -> Int[np.ndarray, "B S"]:
     """Rows of ids of one length as int32.
 
-    Raises UserError as `token_row` does, and for rows of different lengths or beyond the model's context. In a jit of
-    the caller's there are no values yet: an array is returned as it is.
+    Raises UserError as `token_row` does, and for rows of different lengths or beyond the model's context.
     """
     if isinstance(ids, Tracer):
-        return jnp.asarray(ids, jnp.int32)
+        raise UserError(
+            "the token ids are traced and have no values yet", "The call is compiled already: make it outside jax.jit."
+        )
     if isinstance(ids, jax.Array):
         ids = to_host(ids)
     if isinstance(ids, str | bytes) or not hasattr(ids, "__len__") or getattr(ids, "shape", None) == ():
