@@ -412,6 +412,7 @@ def test_what_users_print_is_one_short_line(folder: Path, model: camelid.Model):
         ({"mesh": camelid.MeshConfig(fsdp=16)}, "mesh data 1 x fsdp 16 x tensor 1 needs 16 devices; 8 are available"),
         ({"compute": {"remat": "layer"}}, "compute = {'remat': 'layer'} is not a camelid.Compute"),
         ({"config": {"vocab_size": 3}}, "config = {'vocab_size': 3} is not a camelid.ModelConfig"),
+        ({"tokenizer": 3}, "tokenizer = 3 is not the path of a folder or file"),
         ({"dtype": "fp16"}, "dtype 'fp16' is unknown"),
         ({"dtype": jnp.bfloat16}, "is unknown\nChoose one of "),
         ({"format": "pytorch"}, "'pytorch'"),

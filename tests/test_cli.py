@@ -70,6 +70,13 @@ def test_generate_reads_standard_input_and_prints_the_prompt_with_its_continuati
     assert plain.stdout == expected["text"] + completion["text"] + "\n"
 
 
+def test_a_terminal_that_lacks_a_character_does_not_lose_the_other_texts(stories: Path, user_env: dict[str, str]):
+    prompts = ["Zoé", "One day"]
+    done = command("generate", stories, *prompts, "--max-new-tokens", 4, env=user_env | {"PYTHONIOENCODING": "ascii"})
+    first, second = done.stdout.splitlines()
+    assert (done.returncode, first[:6], second[:7]) == (0, r"Zo\xe9", "One day"), done.stderr
+
+
 def test_prompts_are_answered_in_order_and_seeds_repeat(stories: Path):
     options = ["--max-new-tokens", "8", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", "--json"]
     first, again, other = (

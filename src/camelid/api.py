@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from types import UnionType
 from typing import Literal
 
 import jax
@@ -196,11 +197,9 @@ def load(
     products (None: that of the files); `mesh` None is the first device alone; `compute` sets the rest: kernels,
     rematerialization, replicated axes. Raises UserError for files that are damaged, incomplete or not understood.
     """
-    for name, value, kind in (("compute", compute, Compute), ("config", config, ModelConfig)):
-        if not isinstance(value, kind | None):
-            raise UserError(
-                f"{name} = {value!r} is not a camelid.{kind.__name__}", f"Give camelid.{kind.__name__}(...)."
-            )
+    _check_kind("compute", compute, Compute, "camelid.Compute")
+    _check_kind("config", config, ModelConfig, "camelid.ModelConfig")
+    _check_kind("tokenizer", tokenizer, str | Path, "the path of a folder or file")
     checkpoint = open_checkpoint(path, format, config)
     if dtype is None:
         found = {dtype.name for dtype in checkpoint.dtypes.values()}
@@ -240,6 +239,11 @@ def _mesh(mesh: Mesh | MeshConfig | None) -> Mesh:
         raise UserError(f"the mesh has axes {tuple(mesh.shape)}, and lacks {missing[0]!r}", advice)
     prepare_backend()
     return mesh
+
+
+def _check_kind(name: str, value: object, kind: type | UnionType, wanted: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"{name} = {value!r} is not {wanted}", f"Give {wanted}, or leave {name} out.")
 
 
 def _each(prompts: object) -> list:

@@ -31,12 +31,13 @@ RIGHT = 32768.0**2
 PREPARE = "from camelid.parallel.mesh import one_device; one_device()\n"
 
 
-def python(program: str, env: dict[str, str], flags: str = "") -> subprocess.CompletedProcess[str]:
-    """A program in a process of its own, with these XLA_FLAGS."""
-    env = env | {"XLA_FLAGS": flags}
-    return subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
+def python(
+    program: str, env: dict[str, str], flags: str = "", arguments: tuple[object, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, with these XLA_FLAGS and the camelid that is tested here."""
+    env = env | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(camelid.__file__).parents[1])}
+    words = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
+    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
 def test_sums_are_right_with_the_installed_jax_and_what_camelid_sets(capsys):
@@ -146,15 +147,7 @@ for name, entry in entries.items():
 
 def test_every_entry_turns_the_fusion_off(stories: Path, tmp_path: Path, user_env: dict[str, str]):
     recipe = write_recipe_file(tiny_run(tmp_path, train__steps=1), tmp_path / "recipe.toml")
-    env = user_env | {"XLA_FLAGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ENTRIES, str(stories), str(recipe), str(tmp_path)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    done = python(ENTRIES, user_env, arguments=(stories, recipe, tmp_path))
     found = dict(map(json.loads, done.stdout.splitlines()))
     assert len(found) == 6, done.stderr
     assert set(found.values()) == {False}, found

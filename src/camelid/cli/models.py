@@ -17,6 +17,7 @@ from camelid.cli.shared import (
     model_config,
     note,
     print_json,
+    print_text,
     progress_bar,
     read_text,
 )
@@ -70,7 +71,7 @@ def generate(
         print_json({"completions": [dataclasses.asdict(completion) for completion in completions]})
     else:
         for completion in completions:
-            print(completion.prompt + completion.text)
+            print_text(completion.prompt + completion.text)
     if any(completion.finish_reason == "error" for completion in completions):
         sys.exit(1)
 
