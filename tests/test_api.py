@@ -198,7 +198,7 @@ def test_a_jit_around_logits_is_refused(model: camelid.Model):
         ([1.0, 2.0], "the text holds 1.0"),
         ([[1, 2]], "the text holds [1, 2]"),
         (np.ones(5, bool), "the text is an array of bool"),
-        ([], "the text is empty"),
+        ([], "the text has no token"),
     ],
 )
 def test_ids_that_cannot_be_scored_are_refused(model: camelid.Model, ids, message: str, as_users_call):
@@ -225,7 +225,7 @@ def test_the_advice_on_room_can_be_followed(model: camelid.Model):
     with pytest.raises(camelid.UserError, match="ask for at most 4 new tokens"):
         model.generate([ids], max_new_tokens=5)
     assert len(model.generate([ids], max_new_tokens=4)[0].tokens) <= 4
-    with pytest.raises(camelid.UserError, match=r"leaves no room .* of 64|leaves no room") as refused:
+    with pytest.raises(camelid.UserError, match="no room for new ones in the context of 64") as refused:
         model.generate([[1] * 64])
     assert refused.value.advice == "Shorten the prompt to at most 63 tokens."
     with pytest.raises(camelid.UserError, match="at most 1 new token\\."):
@@ -410,8 +410,8 @@ def test_what_users_print_is_one_short_line(folder: Path, model: camelid.Model):
         ({"mesh": 2}, "mesh = 2 is not a mesh"),
         ({"mesh": Mesh(jax.devices(), "x")}, "the mesh has axes ('x',), and lacks 'data'"),
         ({"mesh": camelid.MeshConfig(fsdp=16)}, "mesh data 1 x fsdp 16 x tensor 1 needs 16 devices; 8 are available"),
-        ({"compute": {"remat": "layer"}}, "compute = {'remat': 'layer'} is not a camelid.Compute"),
-        ({"config": {"vocab_size": 3}}, "config = {'vocab_size': 3} is not a camelid.ModelConfig"),
+        ({"compute": {"remat": "layer"}}, "compute = {'remat': 'layer'} is not camelid.Compute"),
+        ({"config": {"vocab_size": 3}}, "config = {'vocab_size': 3} is not camelid.ModelConfig"),
         ({"tokenizer": 3}, "tokenizer = 3 is not the path of a folder or file"),
         ({"dtype": "fp16"}, "dtype 'fp16' is unknown"),
         ({"dtype": jnp.bfloat16}, "is unknown\nChoose one of "),

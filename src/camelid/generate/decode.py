@@ -82,7 +82,7 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelC
         room = config.max_length - length
         if room < 1:
             raise UserError(
-                f"prompt {number} has {length} tokens and leaves no room for new ones: the context is "
+                f"prompt {number} has {length} tokens, which leave no room for new ones in the context of "
                 f"{config.max_length}",
                 f"Shorten the prompt to at most {config.max_length - 1} tokens.",
             )
