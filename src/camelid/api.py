@@ -113,7 +113,7 @@ class Model:
         for number, (row, ok) in enumerate(zip(rows, finite, strict=True)):
             if not ok:
                 warnings.warn(
-                    f"prompt {number}: the logits became NaN or infinite after {len(row)} new tokens", stacklevel=2
+                    f"prompt {number}: the logits became NaN or infinite after {len(row)} new tokens", stacklevel=3
                 )
         return [self._completion(*row, limit) for row in zip(each, ids, rows, finite, strict=True)]
 
