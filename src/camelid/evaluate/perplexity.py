@@ -63,9 +63,11 @@ def perplexity(
     Raises UserError where there is nothing to score, an id is beyond the vocabulary, a window is longer than the
     model's context, or the loss is not finite.
     """
-    if (count := len(tokens)) < 2:
-        raise UserError(f"the text has {count or 'no'} token", "At least two are needed: one to see, one to score.")
-    tokens = token_row(tokens, "the text", config.vocab_size)
+    if len(tokens):
+        tokens = token_row(tokens, "the text", config.vocab_size)
+    if len(tokens) < 2:
+        what = f"the text has {len(tokens) or 'no'} token"
+        raise UserError(what, "At least two are needed: one to see, one to score.")
     if not 1 <= length <= config.max_length:
         raise UserError(
             f"sequence length {length} does not fit the context of {config.max_length}",
