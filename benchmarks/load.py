@@ -216,8 +216,9 @@ def camelid_model(file: Path, dtype: str) -> Side:
     import numpy as np
 
     import camelid.api
+    from camelid.parallel.mesh import one_device
 
-    jax.devices()
+    one_device()  # starts JAX
 
     def arrays(model: camelid.api.Model) -> Iterator[np.ndarray]:
         for leaf in jax.tree.leaves(model.params):

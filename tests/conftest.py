@@ -26,16 +26,18 @@ ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes test on one GPU
 }
 EIGHT = "--xla_force_host_platform_device_count=8"
+RIGHT_SUMS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 # pytest-xdist's processes inherit what is set here, and a width that readline sets: a user has none of it.
 for name in ("COLUMNS", "LINES", "NPROC"):
     os.environ.pop(name, None)
 USER_ENVIRONMENT = os.environ | ENVIRONMENT
 USER_ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-USER_ENVIRONMENT["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(EIGHT, "").strip()
+USER_ENVIRONMENT["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(EIGHT, "").replace(RIGHT_SUMS, "").strip()
 
-# All of this before jax is imported, because it reads the environment once.
+# All of this before jax is imported, because it reads the environment once. Tests compute before any of them calls what
+# turns off XLA's fusion of reductions (camelid/parallel/backend.py).
 os.environ.update(ENVIRONMENT)
-os.environ["XLA_FLAGS"] = f"{USER_ENVIRONMENT['XLA_FLAGS']} {EIGHT}".strip()
+os.environ["XLA_FLAGS"] = f"{USER_ENVIRONMENT['XLA_FLAGS']} {EIGHT} {RIGHT_SUMS}".strip()
 # Eight simulated devices on few cores wait for each other for ever once many dispatches are queued, unless XLA is told
 # to keep a thread for each.
 os.environ["NPROC"] = "16"

@@ -70,6 +70,13 @@ def test_generate_reads_standard_input_and_prints_the_prompt_with_its_continuati
     assert plain.stdout == expected["text"] + completion["text"] + "\n"
 
 
+def test_a_terminal_that_lacks_a_character_does_not_lose_the_other_texts(stories: Path, user_env: dict[str, str]):
+    prompts = ["Zoé", "One day"]
+    done = command("generate", stories, *prompts, "--max-new-tokens", 4, env=user_env | {"PYTHONIOENCODING": "ascii"})
+    first, second = done.stdout.splitlines()
+    assert (done.returncode, first[:6], second[:7]) == (0, r"Zo\xe9", "One day"), done.stderr
+
+
 def test_prompts_are_answered_in_order_and_seeds_repeat(stories: Path):
     options = ["--max-new-tokens", "8", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", "--json"]
     first, again, other = (
@@ -149,7 +156,7 @@ def test_perplexity_of_nothing_and_of_no_text_is_refused(stories: Path, tmp_path
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bytes.txt").write_bytes(b"ab\xff")
     score = ("evaluate", "perplexity", stories)
-    assert_refused(called(*score, tmp_path / "empty.txt"), "the text has 0 tokens")
+    assert_refused(called(*score, tmp_path / "empty.txt"), "the text has no token")
     assert_refused(called(*score, tmp_path / "bytes.txt"), "bytes.txt is not UTF-8 at byte 2")
     assert_refused(called(*score, tmp_path / "none.txt"), "none.txt cannot be read")
 

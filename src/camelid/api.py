@@ -1,10 +1,12 @@
 """What Python users see: `camelid.load` and the Model that it returns."""
 
 import collections
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from types import UnionType
 from typing import Literal
 
 import jax
@@ -18,12 +20,16 @@ from camelid.checkpoint.files import WORKERS
 from camelid.checkpoint.formats import files_of, open_checkpoint, write_checkpoint
 from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.checkpoint.tensors import dtype_named
-from camelid.errors import UserError
+from camelid.errors import UserError, in_python
 from camelid.generate.decode import generate
-from camelid.generate.sample import sampling
+from camelid.generate.sample import sampling, whole_number
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
+from camelid.model.finite import not_finite
+from camelid.model.flops import count_parameters
 from camelid.model.params import abstract, build, named
+from camelid.model.tokens import ROWS, token_row, token_rows
+from camelid.parallel.backend import prepare_backend
 from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from camelid.parallel.rules import check_divides
@@ -39,11 +45,11 @@ class Completion:
     text: str
     tokens: list[int]
     """the new ids, without EOS"""
-    finish_reason: Literal["stop", "length"]
-    """"stop": the model ended the text; "length": max_new_tokens did"""
+    finish_reason: Literal["stop", "length", "error"]
+    """"stop": the model ended the text; "length": max_new_tokens did; "error": its logits were NaN or infinite"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A decoder with its parameters, its tokenizer, and the way it is computed."""
 
@@ -57,14 +63,27 @@ class Model:
     notes: tuple[str, ...] = ()
     """what had to be guessed when the checkpoint was opened, and what was left out"""
 
-    def logits(self, tokens: Int[Array | np.ndarray, "B S"]) -> Float[Array, "B S V"]:
-        """For each token, the float32 logits of the one after it."""
-        with jax.set_mesh(self.mesh):
-            return _logits(self.params, jnp.asarray(tokens, jnp.int32), self.config, self.compute)
+    def __repr__(self) -> str:
+        config = self.config
+        size = f"{count_parameters(config):,} parameters, {config.num_layers} layers, vocabulary of {config.vocab_size}"
+        tokenizer = "no tokenizer" if self.tokenizer is None else repr(self.tokenizer)
+        devices = f"{self.mesh.size} device{'s' if self.mesh.size > 1 else ''}"
+        return f"Model({config.family or 'llama'}: {size}; {self.compute.dtype} on {devices}; {tokenizer})"
 
+    @in_python
+    def logits(self, tokens: Sequence[Sequence[int]] | Int[Array | np.ndarray, "B S"]) -> Float[Array, "B S V"]:
+        """For each token, the float32 logits of the one after it.
+
+        Raises UserError for ids outside the vocabulary, rows of different lengths, and rows beyond the context.
+        """
+        rows = token_rows(tokens, self.config)
+        with jax.set_mesh(self.mesh):
+            return _logits(self.params, jnp.asarray(rows), self.config, self.compute)
+
+    @in_python
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: str | Sequence[str] | Sequence[Sequence[int]] | Int[Array | np.ndarray, "B S"],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -75,31 +94,56 @@ class Model:
         """One completion a prompt, in order. A prompt is text, or token ids that already hold their BOS.
 
         Temperature 0 is greedy; otherwise temperature, then top_k, then top_p. Row i draws with seed + i, whatever else
-        is in the batch. Raises UserError for prompts that do not fit the context, and numbers out of range.
+        is in the batch. Ids for which the tokenizer has no token are never drawn. Raises UserError for prompts that do
+        not fit the context, numbers out of range, and a model whose logits are NaN or infinite; where that is so for
+        some of the prompts, it warns and their completions end there.
         """
-        each = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self._encode(prompt) for prompt in each]
+        each = [prompts] if isinstance(prompts, str) else _each(prompts)
+        ids = [self._encode(prompt, number) for number, prompt in enumerate(each)]
+        seed = whole_number("seed", seed)
         seeds = [seed + i for i in range(len(each))]
         how = sampling(temperature, top_k, top_p)
+        limit = whole_number("max_new_tokens", max_new_tokens)
         eos_ids = self.config.eos_ids if self.tokenizer is None else self.tokenizer.eos_ids
-        rows = generate(self.params, ids, seeds, how, max_new_tokens, eos_ids, self.config, self.compute, self.mesh)
-        return [self._completion(*pair, max_new_tokens) for pair in zip(each, ids, rows, strict=True)]
+        rows, finite = generate(
+            self.params, ids, seeds, how, limit, eos_ids, self.config, self.compute, self.mesh, self._drawable
+        )
+        if not any(finite):
+            raise not_finite(self.params, self.compute, "the logits are")
+        for number, (row, ok) in enumerate(zip(rows, finite, strict=True)):
+            if not ok:
+                warnings.warn(
+                    f"prompt {number}: the logits became NaN or infinite after {len(row)} new tokens", stacklevel=3
+                )
+        return [self._completion(*row, limit) for row in zip(each, ids, rows, finite, strict=True)]
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+    def _encode(self, prompt: str | Sequence[int], number: int) -> list[int]:
         if not isinstance(prompt, str):
-            return list(prompt)
+            ids = token_row(prompt, f"prompt {number}", self.config.vocab_size).tolist()
+            return ids if self.tokenizer is None else self.tokenizer.checked(ids)
         if self.tokenizer is None:
-            raise UserError("the checkpoint has no tokenizer", "Give token ids, or name a tokenizer.")
+            raise UserError("the checkpoint has no tokenizer", "Give token ids, or name a tokenizer with --tokenizer.")
         return self.tokenizer.encode(prompt, specials=True)
 
-    def _completion(self, prompt: str | Sequence[int], ids: list[int], new: list[int], limit: int) -> Completion:
-        reason = "length" if len(new) == limit else "stop"
+    @cached_property
+    def _drawable(self) -> np.ndarray | None:
+        """Which ids may be drawn: those of the tokenizer's tokens, and any that ends a text. None: every id."""
+        if self.tokenizer is None:
+            return None
+        drawable = np.isin(np.arange(self.config.vocab_size), [*self.tokenizer.token_ids, *self.tokenizer.eos_ids])
+        return None if drawable.all() else drawable
+
+    def _completion(
+        self, prompt: str | Sequence[int], ids: list[int], new: list[int], finite: bool, limit: int
+    ) -> Completion:
+        reason = "error" if not finite else "length" if len(new) == limit else "stop"
         if self.tokenizer is None:
             return Completion("", "", new, reason)
         stream = TextStream(self.tokenizer, ids)
         text = "".join(stream.push(token) for token in new) + stream.flush()
         return Completion(prompt if isinstance(prompt, str) else self.tokenizer.decode(ids), text, new, reason)
 
+    @in_python
     def save(
         self,
         path: str | Path,
@@ -135,6 +179,7 @@ class Model:
         wait_for_all(f"saved {path}")
 
 
+@in_python
 def load(
     path: str | Path,
     dtype: str | None = "float32",
@@ -152,13 +197,16 @@ def load(
     products (None: that of the files); `mesh` None is the first device alone; `compute` sets the rest: kernels,
     rematerialization, replicated axes. Raises UserError for files that are damaged, incomplete or not understood.
     """
+    _check_kind("compute", compute, Compute, "camelid.Compute")
+    _check_kind("config", config, ModelConfig, "camelid.ModelConfig")
+    _check_kind("tokenizer", tokenizer, str | Path, "the path of a folder or file")
     checkpoint = open_checkpoint(path, format, config)
     if dtype is None:
         found = {dtype.name for dtype in checkpoint.dtypes.values()}
         if len(found) > 1:
-            raise UserError(f"the files mix {', '.join(sorted(found))}", "Choose one with dtype.")
+            raise UserError(f"the files mix {', '.join(sorted(found))}", "Choose one with --dtype.")
         dtype = found.pop()
-    dtype_named(dtype)
+    dtype = dtype_named(dtype).name
     compute = replace(compute or Compute(), dtype=dtype, param_dtype=dtype)
     mesh = _mesh(mesh)
     check_divides(checkpoint.config.axis_sizes, mesh, compute.replicate)
@@ -179,9 +227,31 @@ def load_params(checkpoint: Checkpoint, compute: Compute, mesh: Mesh) -> Decoder
 
 
 def _mesh(mesh: Mesh | MeshConfig | None) -> Mesh:
+    if mesh is None:
+        return one_device()
     if isinstance(mesh, MeshConfig):
         return make_mesh(mesh)
-    return one_device() if mesh is None else mesh
+    advice = "Give camelid.MeshConfig, for example MeshConfig(fsdp=2); None is one device."
+    if not isinstance(mesh, Mesh):
+        raise UserError(f"mesh = {mesh!r} is not a mesh", advice)
+    axes = [field.name for field in fields(MeshConfig)]
+    if missing := [axis for axis in axes if axis not in mesh.shape]:
+        raise UserError(f"the mesh has axes {tuple(mesh.shape)}, and lacks {missing[0]!r}", advice)
+    prepare_backend()
+    return mesh
+
+
+def _check_kind(name: str, value: object, kind: type | UnionType, wanted: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"{name} = {value!r} is not {wanted}", f"Give {wanted}, or leave {name} out.")
+
+
+def _each(prompts: object) -> list:
+    """The prompts of a batch."""
+    try:
+        return list(prompts)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise UserError(f"prompts = {prompts!r} are neither texts nor rows of token ids", ROWS) from None
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))

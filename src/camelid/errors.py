@@ -1,5 +1,13 @@
 """The one exception that the command line shows without a traceback."""
 
+import functools
+import re
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 
 class UserError(ValueError):
     """Something the user can mend: what is wrong, and the way out, one line each."""
@@ -12,3 +20,34 @@ class UserError(ValueError):
     def __reduce__(self):
         # Exceptions are pickled by their args, and this one's is its text: worker processes raise it here.
         return type(self), (self.problem, self.advice)
+
+
+_OPTIONS = (
+    (r"--config PRESET_OR_JSON", "config=ModelConfig(...)"),
+    (r"--config (\w+)", r'config=camelid.model.presets.preset("\1")'),
+    (r"--overwrite\b", "overwrite=True"),
+    (r"--resume\b", "resume=True"),
+    (r"--dtype (\w+)", r'dtype="\1"'),
+    (r"--sequence-length (\d+)", r"length=\1"),
+    (r"--(tokenizer|format|dtype)\b", r"\1=..."),
+)
+
+
+def in_python(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Makes the UserErrors of a public function speak of its arguments where they name options of the command line.
+
+    Only their text changes, which Python users see; the command line shows `problem` and `advice`.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            text = str(error)
+            for option, argument in _OPTIONS:
+                text = re.sub(option, argument, text)
+            error.args = (text,)
+            raise
+
+    return wrapped

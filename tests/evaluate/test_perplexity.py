@@ -66,7 +66,8 @@ def test_perplexity_of_a_real_model_on_wikitext(stories: Path, assets: Path):
 @pytest.mark.parametrize(
     ("tokens", "length", "message"),
     [
-        ([5], 8, "the text has 1 tokens"),
+        ([5], 8, "the text has 1 token\n"),
+        ([], 8, "the text has no token\n"),
         ([5, 6], 65, "sequence length 65 does not fit the context of 64"),
         ([5, 6], 0, "sequence length 0"),
         ([5, 97], 8, "the text has token 97, and the vocabulary has 97"),

@@ -30,7 +30,7 @@ def params() -> Decoder:
 @pytest.fixture(scope="module")
 def run(params: Decoder):
     def run(prompts, seeds, how: Sampling, max_new_tokens: int = 30, eos_ids=()) -> list[list[int]]:
-        return generate(params, prompts, seeds, how, max_new_tokens, eos_ids, CONFIG, Compute(), one_device())
+        return generate(params, prompts, seeds, how, max_new_tokens, eos_ids, CONFIG, Compute(), one_device())[0]
 
     return run
 
@@ -48,8 +48,20 @@ def test_a_mesh_generates_what_one_device_does(run, params: Decoder):
     mesh, compute = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), Compute(replicate=("vocab", "vocab_in"))
     specs = abstract(declare_decoder(CONFIG), jnp.float32, mesh, compute.replicate)
     cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
-    rows = generate(cut, PROMPTS[:3], SEEDS[:3], SAMPLED, 30, (), CONFIG, compute, mesh)
+    rows, _ = generate(cut, PROMPTS[:3], SEEDS[:3], SAMPLED, 30, (), CONFIG, compute, mesh)
     assert rows == run(PROMPTS, SEEDS, SAMPLED)[:3]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tensor"), [(16, 2, 4), (8, 2, 8)])
+def test_replicated_key_heads_generate_what_one_device_does(heads: int, kv_heads: int, tensor: int):
+    """More devices share the query heads than there are key/value heads; the cache is whole on each of them."""
+    config = tiny_config(vocab_size=96, num_heads=heads, num_kv_heads=kv_heads)
+    params, compute = tiny_params(config), Compute(replicate=("kv_heads",))
+    mesh = make_mesh(MeshConfig(tensor=tensor))
+    specs = abstract(declare_decoder(config), jnp.float32, mesh, compute.replicate)
+    cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
+    alone = generate(params, PROMPTS, SEEDS, SAMPLED, 20, (), config, Compute(), one_device())
+    assert generate(cut, PROMPTS, SEEDS, SAMPLED, 20, (), config, compute, mesh) == alone
 
 
 def test_sampled_tokens_are_those_of_full_forwards_without_a_cache(run, params: Decoder):

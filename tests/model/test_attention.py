@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import re
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,9 @@ from jax import lax
 
 from camelid.errors import UserError
 from camelid.model import attention
-from camelid.model.attention import attend, choose_kernel
+from camelid.model.attention import attend
 from camelid.model.config import Compute, ModelConfig
+from camelid.model.kernels import choose_kernel
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from programs import largest_array
 
@@ -286,40 +289,83 @@ def test_only_dense_makes_an_array_of_queries_by_keys(compute: Compute, config: 
 @pytest.mark.parametrize("kernel", ["cudnn", "splash"])
 def test_a_kernel_that_the_device_lacks_is_refused(kernel: str):
     q, k, v, _ = inputs(13)
-    with pytest.raises(UserError, match=f"attention = '{kernel}' needs .* here are {jax.default_backend()}, float32"):
+    device = jax.default_backend()
+    with pytest.raises(UserError, match=f"attention = '{kernel}' .* needs .* here are {device}, float32"):
         attend(q, k, v, None, None, False, PLAIN, Compute(attention=kernel))
 
 
-def test_capped_scores_are_not_for_cudnn(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert choose_kernel("auto", "bfloat16", 512, 64, True, 50.0) == "blockwise"
-    with pytest.raises(UserError, match=r"'cudnn' needs .* no attn_softcap; here are gpu, .* attn_softcap = 50\.0"):
+H200, A100 = ("gpu", "NVIDIA H200", "9.0"), ("gpu", "NVIDIA A100-SXM4-40GB", "8.0")
+V100, MI250 = ("gpu", "Tesla V100-SXM2-16GB", "7.0"), ("gpu", "AMD Instinct MI250X", "gfx90a")
+CPU, TPU = ("cpu", "cpu", None), ("tpu", "TPU v5e", None)
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Lets choose_kernel believe that this process has devices of a kind."""
+
+    def on_device(platform: str, kind: str, capability: str | None) -> None:
+        about = {"platform": platform, "device_kind": kind}
+        if capability is not None:
+            about["compute_capability"] = capability
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(**about)] * 2)
+
+    return on_device
+
+
+def test_capped_scores_are_not_for_cudnn(on_device):
+    on_device(*H200)
+    with pytest.raises(UserError, match=r"'cudnn' .* no attn_softcap; here are gpu .* attn_softcap = 50\.0"):
         choose_kernel("cudnn", "bfloat16", 512, 64, True, 50.0)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    on_device(*TPU)
     assert choose_kernel("auto", "bfloat16", 512, 128, True, 50.0) == "splash"
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "length", "head_dim", "own", "kernel"),
     [
-        ("cpu", "float32", 512, 64, True, "blockwise"),
-        ("cpu", "bfloat16", 512, 64, True, "blockwise"),
-        ("cpu", "bfloat16", 1, 64, False, "dense"),
-        ("cpu", "bfloat16", 512, 64, False, "blockwise"),
-        ("gpu", "bfloat16", 500, 64, True, "cudnn"),
-        ("gpu", "float16", 500, 128, True, "cudnn"),
-        ("gpu", "float32", 500, 64, True, "blockwise"),
-        ("gpu", "bfloat16", 500, 256, True, "blockwise"),
-        ("gpu", "bfloat16", 500, 10, True, "blockwise"),
-        ("gpu", "bfloat16", 1, 64, False, "dense"),
-        ("tpu", "float32", 512, 128, True, "splash"),
-        ("tpu", "bfloat16", 500, 128, True, "blockwise"),
-        ("tpu", "bfloat16", 512, 64, True, "blockwise"),
+        (CPU, "float32", 512, 64, True, "blockwise"),
+        (CPU, "bfloat16", 512, 64, True, "blockwise"),
+        (CPU, "bfloat16", 1, 64, False, "dense"),
+        (CPU, "bfloat16", 512, 64, False, "blockwise"),
+        (H200, "bfloat16", 500, 64, True, "cudnn"),
+        (A100, "float16", 500, 128, True, "cudnn"),
+        (("gpu", "NVIDIA GB300", "12.1"), "bfloat16", 500, 64, True, "cudnn"),
+        (H200, "bfloat16", 1, 64, False, "dense"),
+        (V100, "bfloat16", 512, 64, False, "blockwise"),
+        (TPU, "float32", 512, 128, True, "splash"),
     ],
 )
-def test_auto_takes_the_kernel_that_fits(monkeypatch, device, dtype, length, head_dim, own, kernel):
-    monkeypatch.setattr(jax, "default_backend", lambda: device)
+def test_auto_takes_the_kernel_that_fits(on_device, device, dtype, length, head_dim, own, kernel):
+    on_device(*device)
     assert choose_kernel("auto", dtype, length, head_dim, own, None) == kernel
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "length", "head_dim", "cap", "here"),
+    [
+        (V100, "float16", 500, 64, None, "gpu (Tesla V100-SXM2-16GB)"),
+        (MI250, "bfloat16", 500, 64, None, "gpu (AMD Instinct MI250X)"),
+        (("gpu", "a GPU that says nothing", None), "bfloat16", 500, 64, None, "gpu (a GPU that says nothing)"),
+        (H200, "float32", 500, 64, None, "float32"),
+        (H200, "bfloat16", 500, 256, None, "head_dim = 256"),
+        (H200, "bfloat16", 500, 10, None, "head_dim = 10"),
+        (H200, "bfloat16", 501, 64, None, "501 tokens"),
+        (H200, "bfloat16", 500, 64, 50.0, "attn_softcap = 50.0"),
+        (TPU, "bfloat16", 500, 128, None, "500 tokens"),
+        (TPU, "bfloat16", 512, 64, None, "head_dim = 64"),
+    ],
+)
+def test_auto_falls_back_with_one_line_and_the_kernel_itself_is_refused(
+    on_device, device, dtype, length, head_dim, cap, here
+):
+    on_device(*device)
+    with pytest.warns(UserWarning, match=re.escape(here)) as noted:
+        assert choose_kernel("auto", dtype, length, head_dim, True, cap) == "blockwise"
+    (note,) = noted
+    assert "\n" not in str(note.message)
+    with pytest.raises(UserError, match=re.escape(here)):
+        choose_kernel({"gpu": "cudnn", "tpu": "splash"}[device[0]], dtype, length, head_dim, True, cap)
 
 
 # Static, and traced as in a scan over layers.
@@ -344,7 +390,7 @@ def test_splash_equals_dense_in_outputs_and_gradients(
 ):
     """TPU's kernel, as Pallas interprets it on other devices."""
     monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_: asked)
-    monkeypatch.setattr(attention, "_splash", partial(attention._splash, interpret=True))
+    monkeypatch.setattr(attention, "splash", partial(attention.splash, interpret=True))
     length = 256
     config = dataclasses.replace(config, attn_softcap=cap)
     arrays = inputs(length, heads=8, kv_heads=4, head_dim=128)
@@ -353,6 +399,46 @@ def test_splash_equals_dense_in_outputs_and_gradients(
         splash = with_gradients(*arrays, None, segments, Compute(attention="splash"), config, local)
     dense = with_gradients(*arrays, None, segments, DENSE, config, local)
     for ours, reference in zip(splash, dense, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Devices' kernels on every device: splash as Pallas interprets it, cuDNN's call as XLA computes it."""
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_: asked)
+    monkeypatch.setattr(attention, "splash", partial(attention.splash, interpret=True))
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *qkv, implementation, **how: plain(*qkv, implementation="xla", **how)
+    )
+
+
+# Query heads, key/value heads, devices that share the heads: more of them than key heads, and device borders that lie
+# within the group of a key head, on its border, and across it (12 / 6 on 4: heads 0 1 2 read keys 0 0 1).
+RATIOS = [(16, 2, 4), (8, 2, 8), (4, 1, 4), (12, 6, 4), (8, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tensor", "replicate"),
+    [
+        *[(*ratio, ("kv_heads",)) for ratio in RATIOS],
+        (8, 4, 4, ("heads",)),
+        (8, 4, 4, ()),
+        (8, 2, 8, ("heads", "kv_heads")),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["dense", "blockwise", "cudnn", "splash"])
+def test_replicated_heads_read_the_keys_that_they_read_on_one_device(
+    kernel: str, heads: int, kv_heads: int, tensor: int, replicate: tuple[str, ...], everywhere
+):
+    """Outputs and gradients, of a packed batch whose rows are cut over the other devices."""
+    length = 128
+    arrays = inputs(length, heads=heads, kv_heads=kv_heads, head_dim=128)
+    alone = with_gradients(*arrays, None, documents(length), DENSE)
+    compute = Compute(attention=kernel, replicate=replicate)  # pyright: ignore[reportArgumentType]
+    with jax.set_mesh(make_mesh(MeshConfig(data=8 // tensor, tensor=tensor))):
+        shared = with_gradients(*arrays, None, documents(length), compute)
+    for ours, reference in zip(shared, alone, strict=True):
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
 
 

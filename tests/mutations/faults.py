@@ -20,14 +20,14 @@ FAULTS = (
     # Attention
     Fault(
         "segments are ignored",
-        "model/attention.py",
+        "model/kernels.py",
         "return mask & (q_segments[:, :, None] == k_segments[:, None, :])",
         "return mask & (q_segments[:, :, None] > -1)",
         PACKED,
     ),
     Fault(
         "a query sees the next token",
-        "model/attention.py",
+        "model/kernels.py",
         "mask = keys <= order[..., None]",
         "mask = keys <= order[..., None] + 1",
         "model/test_decoder.py::test_a_token_does_not_change_what_came_before_it",
@@ -76,7 +76,7 @@ FAULTS = (
     ),
     Fault(
         "splash: segments are ignored",
-        "model/attention.py",
+        "model/kernels.py",
         "segments = jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments",
         "segments = jnp.ones(q.shape[:2], jnp.int32)",
         f"{ATTENTION}test_splash_equals_dense_in_outputs_and_gradients[one device-packed-plain-all tokens]",
@@ -98,7 +98,7 @@ FAULTS = (
     ),
     Fault(
         "a window holds one token too many",
-        "model/attention.py",
+        "model/kernels.py",
         "keys > order[..., None] - window",
         "keys >= order[..., None] - window",
         f"{ATTENTION}test_a_query_sees_as_many_tokens_as_the_window_its_own_the_last",
@@ -168,21 +168,21 @@ FAULTS = (
     ),
     Fault(
         "cudnn: the window is one token wider",
-        "model/attention.py",
+        "model/kernels.py",
         "(window - 1, 0)  #",
         "(window, 0)  #",
         f"{ATTENTION}test_what_cudnn_is_asked_for_is_dense_attention",
     ),
     Fault(
         "splash: the window is one token wider",
-        "model/attention.py",
-        "splash.LocalMask(square, (window - 1, 0), 0)",
-        "splash.LocalMask(square, (window, 0), 0)",
+        "model/kernels.py",
+        "pallas.LocalMask(square, (window - 1, 0), 0)",
+        "pallas.LocalMask(square, (window, 0), 0)",
         f"{ATTENTION}test_splash_equals_dense_in_outputs_and_gradients[one device-packed-plain-window]",
     ),
     Fault(
         "a device's kernel has the window in every layer",
-        "model/attention.py",
+        "model/kernels.py",
         "if window is None or local is True:",
         "if True:",
         f"{ATTENTION}test_what_cudnn_is_asked_for_is_dense_attention",

@@ -26,12 +26,26 @@ def test_minus_one_takes_the_devices_that_are_left(config: MeshConfig, sizes: di
         (MeshConfig(tensor=3), "does not fill 8 devices"),
         (MeshConfig(fsdp=2, tensor=2), "does not fill 8 devices\nChoose sizes whose product is 8"),
         (MeshConfig(tensor=0), "is not a mesh"),
+        (MeshConfig(tensor=-2), "is not a mesh"),
+        (MeshConfig(tensor="2"), "is not a mesh"),  # pyright: ignore[reportArgumentType]
+        (MeshConfig(tensor=2.0), "is not a mesh"),  # pyright: ignore[reportArgumentType]
+        (MeshConfig(data=True), "is not a mesh"),
+        (
+            MeshConfig(fsdp=4, tensor=4),
+            "mesh data 1 x fsdp 4 x tensor 4 needs 16 devices; 8 are available\nChoose sizes whose product is 8, or ",
+        ),
+        (MeshConfig(tensor=9), "mesh data 1 x fsdp -1 x tensor 9 needs 9 devices; 8 are available"),
         (MeshConfig(data=-1), "one axis may be -1"),
     ],
 )
 def test_sizes_that_make_no_mesh_are_refused(config: MeshConfig, message: str):
     with pytest.raises(UserError, match=re.escape(message)):
         config.sizes(8)
+
+
+def test_a_mesh_for_two_on_one_device_is_refused():
+    with pytest.raises(UserError, match="mesh data 1 x fsdp 2 x tensor 1 needs 2 devices; 1 is available"):
+        MeshConfig(fsdp=2).sizes(1)
 
 
 def test_a_mesh_has_every_device_once():

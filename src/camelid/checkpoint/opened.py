@@ -37,7 +37,7 @@ class Training:
     """and of their squares"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """An opened checkpoint: everything but the numbers."""
 
@@ -51,6 +51,9 @@ class Checkpoint:
     """what was guessed, and what was left out"""
     training: Training | None = None
     """of a checkpoint that was made to go on training from"""
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.folder)!r}: {self.format}, {len(self.tensors)} tensors)"
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:

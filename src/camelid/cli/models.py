@@ -1,6 +1,7 @@
 """Commands for a model: what it is, what it says, how well it predicts."""
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from camelid.cli.shared import (
     model_config,
     note,
     print_json,
+    print_text,
     progress_bar,
     read_text,
 )
@@ -66,9 +68,12 @@ def generate(
         texts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     if json:
-        return print_json({"completions": [dataclasses.asdict(completion) for completion in completions]})
-    for completion in completions:
-        print(completion.prompt + completion.text)
+        print_json({"completions": [dataclasses.asdict(completion) for completion in completions]})
+    else:
+        for completion in completions:
+            print_text(completion.prompt + completion.text)
+    if any(completion.finish_reason == "error" for completion in completions):
+        sys.exit(1)
 
 
 def perplexity(
@@ -116,7 +121,9 @@ def perplexity(
             loaded.params, np.array(ids), size, length, loaded.config, loaded.compute, loaded.mesh, progress
         )
     if json:
-        return print_json(dataclasses.asdict(result))
+        # JSON has no infinity, which the exponential of a loss above 709 is.
+        shown = result if math.isfinite(result.perplexity) else dataclasses.replace(result, perplexity=None)
+        return print_json(dataclasses.asdict(shown))
     print(f"perplexity     {result.perplexity:.4f}")
     print(f"loss           {result.loss:.4f} nats a token")
     print(f"bits per byte  {result.bits_per_byte:.4f}")

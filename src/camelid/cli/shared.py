@@ -81,6 +81,14 @@ def print_json(value: object) -> None:
         print(json_module.dumps(value))
 
 
+def print_text(text: str) -> None:
+    """A text on standard output; characters that its encoding lacks are escaped."""
+    try:
+        print(text)
+    except UnicodeEncodeError as error:
+        print(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+
+
 def note(text: str) -> None:
     """A line for people, on standard error."""
     print(text, file=sys.stderr)

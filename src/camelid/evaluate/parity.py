@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from camelid.checkpoint.opened import Checkpoint
+from camelid.errors import UserError
 from camelid.model.config import Compute
 from camelid.model.decoder import Decoder, Layer, declare_decoder
 from camelid.model.params import Spec, build, named
@@ -49,8 +50,13 @@ def sample_tokens(tokenizer: Tokenizer | None, vocab_size: int) -> Int[np.ndarra
 
 
 def loss(checkpoint: Checkpoint, tokens: Int[np.ndarray, " S"]) -> float:
-    """Nats a token, of every token but the first."""
+    """Nats a token, of every token but the first; raises UserError where the logits are NaN or infinite."""
     found = logits(checkpoint, tokens)[:-1]
+    if not np.isfinite(found).all():
+        raise UserError(
+            f"the logits of {checkpoint.folder} are NaN or infinite",
+            "The checkpoint is damaged, or its training diverged: use an earlier one.",
+        )
     log_sums = np.log(np.exp(found - found.max(-1, keepdims=True)).sum(-1)) + found.max(-1)
     return float(np.mean(log_sums - found[np.arange(len(found)), tokens[1:]]))
 
@@ -67,11 +73,11 @@ def logits(checkpoint: Checkpoint, tokens: Int[np.ndarray, " S"]) -> Float[np.nd
         inner = named(specs.layers)
         return build(specs.layers, [read(f"layers.{path}", spec, index) for path, spec in inner.items()])
 
-    # Without layers, every parameter that is left is read at once.
-    outer = {path: None if spec.stacked else read(path, spec, None) for path, spec in named(specs).items()}
-    whole: Decoder = replace(build(specs, outer.values()), layers=_Layers(read_layer, config.num_layers))
-    positions = jnp.arange(len(tokens))[None]
     with jax.set_mesh(one_device()):
+        # Without layers, every parameter that is left is read at once.
+        outer = {path: None if spec.stacked else read(path, spec, None) for path, spec in named(specs).items()}
+        whole: Decoder = replace(build(specs, outer.values()), layers=_Layers(read_layer, config.num_layers))
+        positions = jnp.arange(len(tokens))[None]
         found, _ = whole(jnp.asarray(tokens)[None], positions, None, config, Compute())
     return np.asarray(found[0])
 

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from camelid.errors import UserError
+from camelid.errors import UserError, in_python
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder
+from camelid.model.finite import not_finite
+from camelid.model.tokens import token_row
 from camelid.parallel.hosts import batch_ways, own_rows, place, to_host
 
 ROWS = 16  # windows that a device scores at once
@@ -45,6 +47,7 @@ def windows(tokens: np.ndarray, length: int) -> dict[str, np.ndarray]:
     }
 
 
+@in_python
 def perplexity(
     params: Decoder,
     tokens: np.ndarray,
@@ -57,19 +60,18 @@ def perplexity(
 ) -> Perplexity:
     """Scores `tokens`, which stand for `text_bytes` bytes of UTF-8, in windows of `length`.
 
-    Raises UserError where there is nothing to score, or a window is longer than the model's context.
+    Raises UserError where there is nothing to score, an id is beyond the vocabulary, a window is longer than the
+    model's context, or the loss is not finite.
     """
+    if len(tokens):
+        tokens = token_row(tokens, "the text", config.vocab_size)
     if len(tokens) < 2:
-        raise UserError(f"the text has {len(tokens)} tokens", "At least two are needed: one to see, one to score.")
+        what = f"the text has {len(tokens) or 'no'} token"
+        raise UserError(what, "At least two are needed: one to see, one to score.")
     if not 1 <= length <= config.max_length:
         raise UserError(
             f"sequence length {length} does not fit the context of {config.max_length}",
             f"Use --sequence-length {config.max_length} or less.",
-        )
-    if (highest := int(np.max(tokens))) >= config.vocab_size:
-        raise UserError(
-            f"the text has token {highest}, and the vocabulary has {config.vocab_size}",
-            "The tokenizer and the model belong to different checkpoints.",
         )
     rows = windows(tokens, length)
     count = len(rows["tokens"])
@@ -81,10 +83,14 @@ def perplexity(
             batch = {name: _rows(x, start, at_once)[own] for name, x in rows.items()}
             sums = to_host(_score(params, place(batch, own, at_once, mesh), config, compute))
             total, weight = total + float(sums[0]), weight + float(sums[1])
+            if not math.isfinite(total):
+                raise not_finite(params, compute, "the loss is")
             progress(min(start + at_once, count), count)
     loss = total / weight
     bits = total / math.log(2) / max(text_bytes, 1)
-    return Perplexity(perplexity=math.exp(loss), loss=loss, bits_per_byte=bits, tokens=int(weight))
+    return Perplexity(
+        perplexity=math.exp(loss) if loss < 709 else math.inf, loss=loss, bits_per_byte=bits, tokens=int(weight)
+    )
 
 
 def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:

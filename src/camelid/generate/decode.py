@@ -1,6 +1,6 @@
 """Prefill and decode: one compiled program a shape, one dispatch a call.
 
-Axes: B batch, P prompt, N new tokens.
+Axes: B batch, P prompt, N new tokens, V vocab.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, UInt32
+from jaxtyping import Array, Bool, Int, UInt32
 
 from camelid.errors import UserError
-from camelid.generate.sample import Sampling, choose
+from camelid.generate.sample import Sampling, all_finite, choose
 from camelid.model.cache import empty_cache
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder, unstacked
+from camelid.model.tokens import token_row
 from camelid.parallel.hosts import batch_ways, own_rows, place, to_host
 
 BUCKET = 64  # prompts and new tokens are padded to multiples, so that few shapes are compiled
@@ -33,10 +34,13 @@ def generate(
     config: ModelConfig,
     compute: Compute,
     mesh: Mesh,
-) -> list[list[int]]:
+    drawable: Bool[np.ndarray, " V"] | None = None,
+) -> tuple[list[list[int]], list[bool]]:
     """New tokens after each prompt, up to and without the first EOS; a row's tokens do not depend on the other rows.
 
-    Raises UserError where a prompt is empty, has an id beyond the vocabulary, or leaves no room in the context.
+    `drawable` says which ids may be drawn (None: all). The second list says for each row whether its logits stayed
+    finite: a row ends at the first that are not. Raises UserError where a prompt is empty, has an id beyond the
+    vocabulary, or leaves no room in the context.
     """
     _check(prompts, max_new_tokens, config)
     longest = max(len(prompt) for prompt in prompts)
@@ -52,19 +56,20 @@ def generate(
     local = {"tokens": tokens[own], "lengths": lengths[own], "seeds": row_seeds[own]}
     eos = np.array(eos_ids, np.int32)
     with jax.set_mesh(mesh):
-        out, counts = _generate(
+        found = _generate(
             params,
             unstacked(params),
             place(local, own, rows, mesh),
             how,
             eos,
+            drawable,
             np.int32(max_new_tokens),
             room,
             config,
             compute,
         )
-        out, counts = to_host((out, counts))
-    return [row[:count].tolist() for row, count in zip(out[: len(prompts)], counts, strict=False)]
+        out, counts, finite = (x[: len(prompts)] for x in to_host(found))
+    return [row[:count].tolist() for row, count in zip(out, counts, strict=True)], finite.tolist()
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
@@ -73,18 +78,19 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelC
     if not prompts:
         raise UserError("there is no prompt", "Give at least one.")
     for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompt {number} is empty", "Give at least one token; BOS is enough.")
-        if odd := [token for token in prompt if not 0 <= token < config.vocab_size]:
+        length = len(token_row(prompt, f"prompt {number}", config.vocab_size))
+        room = config.max_length - length
+        if room < 1:
             raise UserError(
-                f"prompt {number} has token {odd[0]}, and the vocabulary has {config.vocab_size}",
-                "The tokenizer and the model belong to different checkpoints.",
+                f"prompt {number} has {length} tokens, which leave no room for new ones in the context of "
+                f"{config.max_length}",
+                f"Shorten the prompt to at most {config.max_length - 1} tokens.",
             )
-        if len(prompt) + max_new_tokens > config.max_length:
+        if room < max_new_tokens:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens, and {max_new_tokens} new ones are asked for: more than the "
+                f"prompt {number} has {length} tokens, and {max_new_tokens} new ones are asked for: more than the "
                 f"context of {config.max_length}",
-                f"Shorten the prompt, or ask for at most {max(0, config.max_length - len(prompt))} new tokens.",
+                f"Shorten the prompt, or ask for at most {room} new token{'s' if room > 1 else ''}.",
             )
 
 
@@ -99,12 +105,13 @@ def _generate(
     rows: dict[str, Array],
     how: Sampling,
     eos: Int[Array, " ids"],
+    drawable: Bool[Array, " V"] | None,
     limit: Int[Array, ""],
     room: int,
     config: ModelConfig,
     compute: Compute,
-) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """At most `limit` new tokens of each row, in a buffer of `room`, and how many come before its EOS.
+) -> tuple[Int[Array, "B N"], Int[Array, " B"], Bool[Array, " B"]]:
+    """At most `limit` new tokens of each row, in a buffer of `room`, how many come before its end, and `finite`.
 
     `params` read the prompt; `one_by_one` are the same, as decoding wants them.
     """
@@ -119,22 +126,32 @@ def _generate(
     ends = lengths + limit
     x, cache = params.hidden(tokens, positions, None, config, compute, cache, ends)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)
-    first = choose(params.logits(last, config, compute)[:, 0], seeds, jnp.int32(0), how)
+
+    def next_token(logits: Array, step: Array) -> tuple[Array, Array]:
+        allowed = logits if drawable is None else jnp.where(drawable, logits, -jnp.inf)
+        return choose(allowed, seeds, step, how), all_finite(logits)
+
+    first, finite = next_token(params.logits(last, config, compute)[:, 0], jnp.int32(0))
     out = jnp.zeros((batch, room), jnp.int32)
 
     def goes_on(carry) -> Array:
-        step, _, _, _, done, _ = carry
+        step, _, _, _, done, _, _ = carry
         return (step < limit) & ~jnp.all(done)
 
     def one_token(carry):
-        step, out, cache, token, done, counts = carry
-        done = done | jnp.any(token[:, None] == eos, -1)
+        step, out, cache, token, done, finite, counts = carry
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], step, 1)
         counts = counts + jnp.where(done, 0, 1)
         positions = (lengths + step)[:, None]
         logits, cache = one_by_one(token[:, None], positions, None, config, compute, cache, ends)
-        return step + 1, out, cache, choose(logits[:, 0], seeds, step + 1, how), done, counts
+        token, sound = next_token(logits[:, 0], step + 1)
+        # The logits after the last token are computed, and nobody needs them.
+        finite = finite & (done | sound | (step + 1 == limit))
+        return step + 1, out, cache, token, done | ends_at(token, finite), finite, counts
 
-    start = (jnp.int32(0), out, cache, first, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
-    _, out, *_, counts = lax.while_loop(goes_on, one_token, start)
-    return out, counts
+    def ends_at(token: Array, finite: Array) -> Array:
+        return jnp.any(token[:, None] == eos, -1) | ~finite
+
+    start = (jnp.int32(0), out, cache, first, ends_at(first, finite), finite, jnp.zeros(batch, jnp.int32))
+    _, out, _, _, _, finite, counts = lax.while_loop(goes_on, one_token, start)
+    return out, counts, finite

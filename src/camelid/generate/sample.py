@@ -5,10 +5,12 @@ Axes: B batch, V vocab.
 
 import dataclasses
 import math
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from camelid.errors import UserError
 
@@ -29,7 +31,7 @@ def sampling(temperature: float, top_k: int | None, top_p: float | None) -> Samp
         raise UserError(
             f"temperature = {temperature} is not in [0, inf)", "Use 0 for greedy decoding, or a positive number."
         )
-    if top_k is not None and top_k < 1:
+    if top_k is not None and whole_number("top_k", top_k) < 1:
         raise UserError(f"top_k = {top_k} is below 1", "Use 1 or more, or leave it out to keep every token.")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(
@@ -38,6 +40,14 @@ def sampling(temperature: float, top_k: int | None, top_p: float | None) -> Samp
     if temperature == 0:
         return Sampling(None, None, None)
     return Sampling(jnp.float32(temperature), top_k, None if top_p in (None, 1) else jnp.float32(top_p))
+
+
+def whole_number(name: str, value: Any) -> int:
+    """The value as an int; raises UserError where it is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} = {value!r} is not a whole number", f"Give {name} as an int.") from None
 
 
 def choose(
@@ -52,6 +62,11 @@ def choose(
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), row)
 
     return jax.vmap(draw)(seeds, kept).astype(jnp.int32)
+
+
+def all_finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """Whether each row holds neither NaN nor infinity; -inf is allowed, as it only rules out a token."""
+    return ~jnp.any(jnp.isnan(logits) | (logits == jnp.inf), -1)
 
 
 def keep(logits: Float[Array, "B V"], top_k: int | None, top_p: Array | None) -> Float[Array, "B V"]:

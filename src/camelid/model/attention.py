@@ -14,10 +14,7 @@ in a layer with a window no more than so many:
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +22,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
+from camelid.model.kernels import Scoring, choose_kernel, cudnn, either, splash, visible
 from camelid.model.weights import KEPT, dot
-from camelid.parallel.rules import COMPUTE, partition
 
 BLOCK = 256  # tokens; the scores of one pair of blocks stay in a CPU's cache, and products are still large
 HIDDEN = -1e30  # finite: a row whose first blocks are all hidden must not become NaN
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How a query times a key becomes a score: cap tanh(scale x / cap), without a cap scale x."""
-
-    scale: float
-    cap: float | None
 
 
 def attend(
@@ -67,64 +55,17 @@ def attend(
         window = None  # it hides nothing
     kernel = choose_kernel(compute.attention, q.dtype, S, D, order is None, scoring.cap)
     if kernel == "cudnn":
-        cudnn = partial(_cudnn, segments=segments, scale=scoring.scale)
-        return _either(cudnn, local, window, q, k, v)
+        run = partial(cudnn, segments=segments, scale=scoring.scale, replicate=compute.replicate)
+        return either(run, local, window, q, k, v)
     if kernel == "splash":
-        splash = partial(_splash, segments=segments, scoring=scoring, replicate=compute.replicate)
-        return _either(splash, local, window, q, k, v)
+        run = partial(splash, segments=segments, scoring=scoring, replicate=compute.replicate)
+        return either(run, local, window, q, k, v)
     grouped = q.reshape(B, S, k.shape[1], -1, D).transpose(0, 2, 3, 1, 4)
     if order is None:
         order = jnp.arange(S)[None]
     reach = None if window is None else jnp.where(local, window, T)
     out = {"dense": dense, "blockwise": blockwise}[kernel](grouped, k, v, order, segments, reach, scoring)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, D)
-
-
-def choose_kernel(asked: str, dtype: Any, length: int, head_dim: int, own: bool, cap: float | None) -> str:
-    """The kernel for these shapes on this device; `own`: the keys are the queries' own tokens."""
-    if not own:
-        # Few queries over a cache: scores are small, and the device's kernels want queries and keys of one length.
-        return "dense" if length == 1 else "blockwise"
-    device = jax.default_backend()
-    fits = {
-        # Odd lengths: JAX cannot train them with a mask.
-        "cudnn": device == "gpu"
-        and jnp.dtype(dtype).itemsize == 2
-        and head_dim in range(8, 129, 8)
-        and length % 2 == 0
-        and cap is None,
-        "splash": device == "tpu" and head_dim % 128 == 0 and length % 128 == 0,
-    }
-    if asked == "auto":
-        return next((kernel for kernel, ok in fits.items() if ok), "blockwise")
-    if not fits.get(asked, True):
-        need = {
-            "cudnn": "a GPU, a 16-bit compute.dtype, a head_dim that 8 divides, at most 128, an even number of tokens "
-            "and no attn_softcap",
-            "splash": "a TPU, and a head_dim and a sequence length that 128 divides",
-        }[asked]
-        raise UserError(
-            f"attention = {asked!r} needs {need}; here are {device}, {jnp.dtype(dtype).name}, head_dim = {head_dim}, "
-            f"{length} tokens and attn_softcap = {cap}",
-            'Use compute.attention = "auto".',
-        )
-    return asked
-
-
-def visible(
-    order: Int[Array, "#B S"],
-    keys: Int[Array, " T"],
-    q_segments: Int[Array, "B S"] | None,
-    k_segments: Int[Array, "B T"] | None,
-    window: int | Int[Array, ""] | None,
-) -> Bool[Array, "#B S T"]:
-    """Which keys each query sees."""
-    mask = keys <= order[..., None]
-    if window is not None:
-        mask = mask & (keys > order[..., None] - window)
-    if q_segments is None or k_segments is None:
-        return mask
-    return mask & (q_segments[:, :, None] == k_segments[:, None, :])
 
 
 def _scores(q: Float[Array, "B K G S D"], k: Float[Array, "B K T D"], scoring: Scoring) -> Float[Array, "B K G S T"]:
@@ -268,74 +209,3 @@ def _key_block(k, v, order_i, segments_i, segments, window, j, size):
     segments_j = None if segments is None else _cut(segments, j, size, 1)
     mask = visible(order_i, j * size + jnp.arange(size), segments_i, segments_j, window)
     return _cut(k, j, size, 2), _cut(v, j, size, 2), mask
-
-
-def _either(kernel: Callable[..., Array], local: bool | Bool[Array, ""], window: int | None, *qkv: Array) -> Array:
-    """A device's kernel, whose window is part of the program: for a traced `local` it is compiled with and without."""
-    if window is None or local is True:
-        return kernel(*qkv, window=window)
-    return lax.cond(local, partial(kernel, window=window), partial(kernel, window=None), *qkv)
-
-
-def _cudnn(
-    q: Float[Array, "B S H D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
-    segments: Int[Array, "B S"] | None,
-    scale: float,
-    window: int | None,
-) -> Float[Array, "B S H D"]:
-    """cuDNN's fused kernel; it reads segments as a mask of S x S, one byte-pair for each row of the batch."""
-    mask = None
-    if segments is not None:
-        # The mask holds the window too: together they are refused by cuDNN before 9.10.2.
-        at = jnp.arange(q.shape[1])
-        mask, window = visible(at[None], at, segments, segments, window)[:, None], None
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    sides = None if window is None else (window - 1, 0)  # tokens before and after a query's own
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=sides, implementation="cudnn"
-    )
-
-
-def _splash(
-    q: Float[Array, "B S H D"],
-    k: Float[Array, "B K S D"],
-    v: Float[Array, "B K S D"],
-    segments: Int[Array, "B S"] | None,
-    scoring: Scoring,
-    window: int | None,
-    replicate: tuple[str, ...],
-    interpret: bool = False,
-) -> Float[Array, "B S H D"]:
-    """TPU's fused kernel; each device runs it on its own rows and heads."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    segments = jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments
-    scaled = (q * scoring.scale).astype(q.dtype).transpose(0, 2, 1, 3)
-
-    def on_device(q, k, v, segments):
-        heads, length = q.shape[1:3]
-        square = (length, length)
-        mask = splash.CausalMask(square) if window is None else splash.LocalMask(square, (window - 1, 0), 0)
-        kernel = splash.make_splash_mha(
-            mask=splash.MultiHeadMask([mask] * heads),
-            attn_logits_soft_cap=scoring.cap,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        # One kernel for all kinds of heads: keys and values are repeated for the queries that share them.
-        k, v = (jnp.repeat(x, heads // x.shape[1], 1) for x in (k, v))
-        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
-        assert isinstance(out, Array)  # it gives more only where asked for residuals
-        return out
-
-    if not (mesh := jax.sharding.get_abstract_mesh()).empty:
-        heads, kv_heads, rows = (
-            partition(tuple(axes.split()), COMPUTE, replicate)
-            for axes in ("batch heads seq head_dim", "batch kv_heads seq head_dim", "batch seq")
-        )
-        specs = (heads, kv_heads, kv_heads, rows)
-        on_device = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    return on_device(scaled, k, v, segments).transpose(0, 2, 1, 3)

@@ -61,7 +61,8 @@ def child(cls: type, *, stack: str | None = None, when: Callable[[ModelConfig], 
 @dataclass_transform(field_specifiers=(param, child), frozen_default=True)
 def module(cls: type) -> type:
     """Makes `cls` a frozen dataclass whose fields are parameters or child modules, and a JAX pytree."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
+    cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
+    cls.__repr__ = _repr  # pyright: ignore[reportAttributeAccessIssue]
     names = tuple(field.name for field in dataclasses.fields(cls))
     keys = tuple(jax.tree_util.GetAttrKey(name) for name in names)
     jax.tree_util.register_pytree_with_keys(
@@ -71,6 +72,12 @@ def module(cls: type) -> type:
         unflatten_func=lambda _, leaves: _build(cls, dict(zip(names, leaves, strict=True))),
     )
     return cls
+
+
+def _repr(tree: Any) -> str:
+    """One line, where the arrays themselves would be thousands."""
+    leaves = jax.tree.leaves(tree)
+    return f"{type(tree).__name__}({len(leaves)} arrays, {sum(getattr(x, 'size', 0) for x in leaves):,} numbers)"
 
 
 def _fields(tree: Any, names: tuple[str, ...]) -> tuple:

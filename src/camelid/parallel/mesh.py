@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from camelid.errors import UserError
+from camelid.parallel.backend import prepare_backend
 
 if TYPE_CHECKING:
     import jax
@@ -27,15 +28,22 @@ class MeshConfig:
     def sizes(self, devices: int) -> dict[str, int]:
         """Axis sizes whose product is `devices`; raises UserError where there are none."""
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         free = [axis for axis, size in sizes.items() if size == -1]
-        if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+        if len(free) > 1 or any(type(size) is not int or size == 0 or size < -1 for size in sizes.values()):
             raise UserError(f"mesh {sizes} is not a mesh", "Give every axis a size of 1 or more; one axis may be -1.")
         known = math.prod(size for size in sizes.values() if size != -1)
+        if known > devices:
+            available = f"{devices} is available" if devices == 1 else f"{devices} are available"
+            raise UserError(
+                f"mesh {shown} needs {known} devices; {available}",
+                f"Choose sizes whose product is {devices}, or start on more devices.",
+            )
         if free and devices % known == 0:
             sizes[free[0]] = devices // known
         elif free or known != devices:
             raise UserError(
-                f"mesh {sizes} does not fill {devices} devices",
+                f"mesh {shown} does not fill {devices} devices",
                 f"Choose sizes whose product is {devices}; -1 takes all that are left.",
             )
         return sizes
@@ -45,6 +53,7 @@ def make_mesh(config: MeshConfig) -> "jax.sharding.Mesh":
     """A mesh over every device of every process."""
     import jax
 
+    prepare_backend()
     return _mesh(config.sizes(jax.device_count()), jax.devices())
 
 
@@ -52,6 +61,7 @@ def one_device() -> "jax.sharding.Mesh":
     """A mesh of this process's first device."""
     import jax
 
+    prepare_backend()
     return _mesh(MeshConfig().sizes(1), jax.local_devices()[:1])
 
 

@@ -43,7 +43,8 @@ class TokenizersEngine:
         self._file = file
         self._named = tuple(named)
         self._plain = self._load(specials=False)
-        self.vocab_size = 1 + max(self._plain.get_vocab(with_added_tokens=True).values())
+        self.token_ids = frozenset(self._plain.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(self.token_ids)
         added = self._plain.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self._special = _any_of(added[token].content for token in self.special_ids)
@@ -198,7 +199,8 @@ class SentencePieceEngine:
         self._letter = self._model.encode("a")
         self._special = _any_of(self._specials)
         self.special_ids = frozenset(self._texts)
-        self.vocab_size = max(len(self._model), 1 + max(self._texts, default=0))
+        self.token_ids = frozenset(range(len(self._model))) | self.special_ids
+        self.vocab_size = 1 + max(self.token_ids)
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
 

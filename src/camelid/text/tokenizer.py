@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tokenizer:
     """Strings to ids and back; may be used from several threads at once."""
 
@@ -59,6 +59,14 @@ class Tokenizer:
     def eos_id(self) -> int | None:
         """The one that `eos=True` appends: the first that the vocabulary has."""
         return next((token for token in self.eos_ids if token < self.vocab_size), None)
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """The ids that have a token; between them there may be gaps."""
+        return self.engine.token_ids
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.files[0].name}: {len(self.token_ids)} tokens, bos {self.bos_id}, eos {self.eos_ids})"
 
     @property
     def has_chat_template(self) -> bool:
