@@ -418,6 +418,7 @@ MEANINGS: list[tuple[str, Json, Json]] = [
     ("mistral", {"sliding_window": GONE}, {"sliding_window": 4096}),
     ("mistral", {"sliding_window": None}, NO_WINDOW),
     ("phi3", {"sliding_window": GONE}, NO_WINDOW),
+    ("mistral", {"sliding_window": None, "layer_types": ["full_attention"] * 4}, NO_WINDOW),
     ("qwen2", {"use_sliding_window": False, "layer_types": GONE}, NO_WINDOW),
     ("qwen2", {"use_sliding_window": GONE, "layer_types": GONE}, NO_WINDOW),
     ("qwen2", QWEN_WINDOW | {"sliding_window": None}, NO_WINDOW),

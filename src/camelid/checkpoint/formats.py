@@ -219,7 +219,7 @@ def _unknown(place: Path) -> UserError:
     known = "; ".join(f"{name} ({FORMATS[name].what})" for name in ranked)
     held = some([child.name for child in children], 5) if place.is_dir() else "one file"
     return UserError(
-        f"{place} looks like no checkpoint: it holds {held or 'nothing'}",
+        f"{place} looks like no checkpoint: it has no config.json, and holds {held or 'nothing'}",
         f"The likeliest formats are {known}. If it is of one of them, name the format in front of the path, as in "
         f"{ranked[0]}::{place}, and describe the model with --config where no file does.",
     )
