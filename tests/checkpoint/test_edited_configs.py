@@ -1,4 +1,4 @@
-"""A hundred config.json edited as real finetunes are, from released ones: equal logits, or a refusal that names its way on.
+"""A hundred config.json, edited as those of finetunes are: equal logits, or a refusal that names the field and option.
 
 The models are released config.json with tiny sizes and random weights, made and saved by transformers.
 """
@@ -107,7 +107,9 @@ EQUAL: list[tuple[str, Json]] = [
     ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
     ("gemma3", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("phi3", {"attention_bias": False, "qk_layernorm": False}),
+    ("phi3", {"sliding_window": None, "embd_pdrop": 0.1, "resid_pdrop": 0.1}),
     ("stablelm", {"partial_rotary_factor": 0.5}),
+    ("stablelm", {"rope_scaling": LINEAR}),
 ]
 # A model, an edit that transformers does not compute or that might mean something else, and the fields to ignore.
 NAMED: list[tuple[str, Json, list[str]]] = [
@@ -190,7 +192,7 @@ def assert_equal(ours: Any, theirs: torch.Tensor) -> None:
     np.testing.assert_allclose(np.asarray(ours), theirs.numpy(), atol=2e-5 * scale, rtol=1e-4)
 
 
-EQUAL += [(family, edit) for family, edit in zip(itertools.cycle(FAMILIES), ANYWHERE)]  # noqa: B905
+EQUAL += [(family, edit) for family, edit in zip(itertools.cycle(FAMILIES), ANYWHERE)]
 EQUAL += [(family, {"scale_emb": None, "window": None, "post_norm": False}) for family in FAMILIES]
 
 
@@ -235,9 +237,9 @@ def test_what_might_change_the_result_is_refused_with_its_name_and_opens_without
 def test_what_transformers_refuses_is_refused_by_name(folders: dict[str, tuple[Path, Json]], family: str, edit: Json):
     folder, table = folders[family]
     write(folder, table, edit)
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         camelid.load(folder)
-    with pytest.raises(Exception):  # noqa: B017, PT011: of many kinds
+    with pytest.raises((ValueError, TypeError, KeyError, AttributeError, RuntimeError)):  # from all over transformers
         in_transformers(folder)
 
 

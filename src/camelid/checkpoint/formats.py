@@ -207,21 +207,21 @@ def detect(place: Path) -> str:
 def _unknown(place: Path) -> UserError:
     """The refusal of a path that looks like no format: what is there, the likeliest formats, and how to name one."""
     children = sorted(place.iterdir()) if place.is_dir() else [place]
-    for child in children if place.is_dir() else []:
-        if child.is_dir() and any(format.looks(child) for format in FORMATS.values()):
-            return UserError(f"{place} is not a checkpoint itself", f"Give a folder inside it: {child} is one.")
+    for near in children if place.is_dir() else [place.parent]:
+        if near.is_dir() and any(format.looks(near) for format in FORMATS.values()):
+            return UserError(f"{place} is not a checkpoint itself", f"There is one in {near}: give that folder.")
 
-    def alike(name: str) -> int:
+    def resemblance(name: str) -> int:
         patterns = FORMATS[name].usual.split()
         return sum(any(fnmatch.fnmatch(child.name, pattern) for child in children) for pattern in patterns)
 
-    ranked = sorted((name for name in FORMATS if FORMATS[name].usual), key=alike, reverse=True)[:3]
-    known = "; ".join(f"{name} ({FORMATS[name].what})" for name in ranked)
-    held = some([child.name for child in children], 5) if place.is_dir() else "one file"
+    likely = sorted((name for name in FORMATS if FORMATS[name].usual), key=resemblance, reverse=True)[:3]
+    held = some([child.name for child in children], 5) or "nothing"
     return UserError(
-        f"{place} looks like no checkpoint: it has no config.json, and holds {held or 'nothing'}",
-        f"The likeliest formats are {known}. If it is of one of them, name the format in front of the path, as in "
-        f"{ranked[0]}::{place}, and describe the model with --config where no file does.",
+        f"{place} looks like no checkpoint" + (f": it has no config.json, and holds {held}" if place.is_dir() else ""),
+        f"The likeliest formats are {'; '.join(f'{name} ({FORMATS[name].what})' for name in likely)}. If it is of one "
+        f"of them, name the format in front of the path, as in {likely[0]}::{place}, and describe the model with "
+        "--config where no file does.",
     )
 
 

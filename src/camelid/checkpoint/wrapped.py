@@ -1,9 +1,8 @@
 """Tensors whose names begin otherwise than their format's, because the model was saved inside a wrapper or alone."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from camelid.checkpoint.layout import Table
 from camelid.checkpoint.tensors import Tensor
 
 # What torch.compile, FSDP, activation checkpointing and DeepSpeed put before the names of a module that they wrap,
@@ -13,15 +12,17 @@ BASE = "model."
 """what the names of a model without a head begin with once it has one"""
 
 
-def unwrapped(table: Table, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors by the names that the table has, and a note where they had others.
+def unwrapped(
+    tensors: Mapping[str, Tensor], norm: str, wanted: Collection[str] = ()
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors by the names that their format has, and a note where they had others.
 
-    Beside MODULES, a prefix of all names is removed, whatever it is: `module.` of DDP, `base_model.model.` of PEFT, the
-    name of an attribute. Names without BASE, which AutoModel saves, get it. The last norm, of which a model has one,
-    shows the prefix; where there are two, as of a student and its teacher, names stay as they are.
+    `norm` is the format's name of the last norm, and `wanted` are some that are right as they are. Beside MODULES, a
+    prefix of all names is removed, whatever it is: `module.` of DDP, `base_model.model.` of PEFT, the name of an
+    attribute. Names without BASE, which AutoModel saves, get it. The last norm, of which a model has one, shows the
+    prefix; where there are two, as of a student and its teacher, names stay as they are.
     """
     plain = {name: MODULES.sub("", name) for name in tensors}
-    norm = table.parts["final_norm.scale"].row.name
     before = after = ""
     for inner in dict.fromkeys((norm, norm.removeprefix(BASE))):
         prefixes = {
@@ -33,7 +34,7 @@ def unwrapped(table: Table, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Te
             before, after = prefixes.pop(), norm.removesuffix(inner)
             break
     names = {
-        name: after + short.removeprefix(before) if short.startswith(before) and short not in table.tensors else short
+        name: after + short.removeprefix(before) if short.startswith(before) and short not in wanted else short
         for name, short in plain.items()
     }
     if len({*names.values()}) < len(names) or all(name == other for name, other in names.items()):
