@@ -227,13 +227,13 @@ def check(table: Table, tensors: Mapping[str, Tensor], known: str, described_by:
             f"the checkpoint holds {len(tensors)} tensors, too few for its layers: {some([*tensors])}",
             f"The files are incomplete, or {described_by} describes another model.",
         )
+    extra = [name for name in tensors if name not in table.tensors and not re.fullmatch(known, name)]
     if missing := [name for name in table.tensors if name not in tensors]:
-        others = [name for name in tensors if name not in table.tensors and not re.fullmatch(known, name)]
         raise UserError(
-            f"the checkpoint lacks {some(missing)}" + (f"; instead it holds {some(others)}" if others else ""),
+            f"the checkpoint lacks {some(missing)}" + (f"; instead it holds {some(extra)}" if extra else ""),
             f"The files are incomplete, or {described_by} describes another model.",
         )
-    if extra := [name for name in tensors if name not in table.tensors and not re.fullmatch(known, name)]:
+    if extra:
         raise UserError(
             f"the checkpoint holds tensors that this model has no place for: {some(extra)}",
             f"They are of another model than {described_by} describes, or are parts that camelid does not know.",
