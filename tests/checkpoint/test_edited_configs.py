@@ -174,9 +174,10 @@ TOKENS = np.random.default_rng(0).integers(0, 97, (2, 24), np.int32)
 
 
 def in_transformers(folder: Path) -> torch.Tensor:
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True
     )
+    model, report = found
     assert not report["missing_keys"], report
     with torch.no_grad():
         return model.eval()(torch.from_numpy(TOKENS).long()).logits

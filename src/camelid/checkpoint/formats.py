@@ -154,6 +154,10 @@ OPEN: Mapping[str, Callable[[Path, ModelConfig | None], Checkpoint]] = {
 }
 
 
+IGNORING: Mapping[str, Callable[..., Checkpoint]] = {"hf": hf.open_folder, "peft": peft.open_path}
+"""formats that find and read config.json themselves, and leave fields of it out"""
+
+
 def open_checkpoint(
     path: str | Path,
     format: str | None = None,
@@ -175,8 +179,8 @@ def open_checkpoint(
         raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(OPEN)}.")
     opener, notes = OPEN[format], ()
     if ignore and config is None:
-        if format in ("hf", "peft"):
-            opener = partial(opener, ignore=ignore)
+        if format in IGNORING:
+            opener = partial(IGNORING[format], ignore=ignore)
         elif ((folder := place if place.is_dir() else place.parent) / "config.json").is_file():
             said, notes = hf.read_config(folder, ignore)
             config = config_from_hf(said)

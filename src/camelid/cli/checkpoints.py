@@ -231,7 +231,8 @@ def diff(
     from camelid.checkpoint.formats import open_checkpoint
 
     described = model_config(config, ignore_config_field)
-    opened = [open_checkpoint(path, config=described, ignore=ignore_config_field) for path in (a, b)]
+    one, other = (open_checkpoint(path, config=described, ignore=ignore_config_field) for path in (a, b))
+    opened = one, other
     tell(f"{path}: {text}" for path, each in zip((a, b), opened, strict=True) for text in each.notes)
     fields, shapes = config_differences(opened[0].config, opened[1].config), shape_differences(*opened)
     with progress_bar("compare") as progress:
