@@ -401,6 +401,8 @@ NO_WINDOW = {"sliding_window": None, "window_pattern": (True,)}
 MEANINGS: list[tuple[str, Json, Json]] = [
     ("llama", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
     ("llama", {"num_key_value_heads": GONE}, {"num_kv_heads": 6}),
+    ("qwen2", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
+    ("qwen3", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
     ("llama", {"head_dim": None}, {"head_dim": 8}),
     ("mistral", {"head_dim": GONE}, {"head_dim": 8}),
     ("qwen3", {"head_dim": GONE}, {"head_dim": 128}),
@@ -486,6 +488,7 @@ MEANINGS: list[tuple[str, Json, Json]] = [
 BEYOND_V5: list[tuple[str, Json, Json]] = [
     ("llama", {"max_position_embeddings": GONE, "max_sequence_length": 32}, {"context_length": 32}),
     ("gemma", {"hidden_act": None}, {}),
+    ("mistral", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
     ("phi3", {"rope_scaling": LONG_JSON | {"type": "su"}}, {"rope_scaling": replace(LONG, original_context=4096)}),
     ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 8.0}}, {}),
     (
