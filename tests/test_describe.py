@@ -64,7 +64,7 @@ def test_an_alias_tells_of_the_preset_that_it_names():
 
 def test_a_checkpoint_is_told_the_same_and_what_its_files_hold(stories: Path):
     whole, config = told(stories), open_checkpoint(stories).config
-    assert whole.keys() == COSTS | {"bytes", "config", "tree"}
+    assert whole.keys() == COSTS | {"bytes", "config", "notes", "tree"}
     assert whole["bytes"] == whole["bytes_in"]["float32"] == 1_040_128
     assert whole["cache_bytes_per_token"]["bfloat16"] == cache_bytes(config, "bfloat16")
     assert whole["formula"] is None  # its head is the embedding table

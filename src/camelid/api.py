@@ -188,19 +188,21 @@ def load(
     *,
     format: str | None = None,
     config: ModelConfig | None = None,
+    ignore: Sequence[str] = (),
     tokenizer: str | Path | None = None,
 ) -> Model:
     """Opens a checkpoint of any format where it lies, or a repository of the Hugging Face Hub by its name.
 
-    `format` None asks the files; `config` describes a model whose files do not; `tokenizer` is a folder or a file, None
-    the checkpoint's own. `dtype` is that of parameters and
-    products (None: that of the files); `mesh` None is the first device alone; `compute` sets the rest: kernels,
-    rematerialization, replicated axes. Raises UserError for files that are damaged, incomplete or not understood.
+    `format` None asks the files; `config` describes a model whose files do not; the fields in `ignore`, such as
+    "rope_scaling.alpha", are as if config.json did not have them; `tokenizer` is a folder or a file, None the
+    checkpoint's own. `dtype` is that of parameters and products (None: that of the files); `mesh` None is the first
+    device alone; `compute` sets the rest: kernels, rematerialization, replicated axes. Raises UserError for files that
+    are damaged, incomplete or not understood.
     """
     _check_kind("compute", compute, Compute, "camelid.Compute")
     _check_kind("config", config, ModelConfig, "camelid.ModelConfig")
     _check_kind("tokenizer", tokenizer, str | Path, "the path of a folder or file")
-    checkpoint = open_checkpoint(path, format, config)
+    checkpoint = open_checkpoint(path, format, config, ignore)
     if dtype is None:
         found = {dtype.name for dtype in checkpoint.dtypes.values()}
         if len(found) > 1:

@@ -44,13 +44,13 @@ MODEL = ModelConfig(
 )
 
 
-def main(folder: Path, model: str | None, steps: int) -> None:
+def main(folder: Path, model: str | None, steps: int, ignore: tuple[str, ...] = ()) -> None:
     """Corpus, tokenizer, training, measurement, text, saving, opening again; all under `folder`."""
     began = time.perf_counter()
     train, held_out = write_corpus(folder)
     _say(f"corpus     {train.parent}: the manual of Python {sys.version_info.major}.{sys.version_info.minor}")
     data = {"train": (Source(files=(str(train),)),), "validation": (Source(files=(str(held_out),)),)}
-    recipe = finetuning(folder, model, data, steps) if model else from_scratch(folder, train, data, steps)
+    recipe = finetuning(folder, model, ignore, data, steps) if model else from_scratch(folder, train, data, steps)
     outcome = run(recipe)
     if not outcome.finished:
         return _say("stopped; the same command goes on from here")
@@ -136,12 +136,13 @@ def from_scratch(folder: Path, corpus: Path, data: dict, steps: int) -> Recipe:
     )
 
 
-def finetuning(folder: Path, checkpoint: str, data: dict, steps: int) -> Recipe:
+def finetuning(folder: Path, checkpoint: str, ignore: tuple[str, ...], data: dict, steps: int) -> Recipe:
     """The user's checkpoint, gently."""
-    length = min(256, open_checkpoint(checkpoint).config.context_length)
+    length = min(256, open_checkpoint(checkpoint, ignore=ignore).config.context_length)
     return Recipe(
         run=str(folder / Path(checkpoint).name),
         init=checkpoint,
+        init_ignore=ignore,
         data=DataConfig(**data, sequence_length=length, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5, weight_decay=0.0),
         train=TrainConfig(steps=steps, evaluate_every=50, checkpoint_every=100),

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,20 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 WIDTH = 120  # of a line, where no terminal tells
 
 
-def report(model: str, config: ModelConfig | None = None) -> dict[str, Any]:
+def report(model: str, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> dict[str, Any]:
     """What a preset is, or what a checkpoint holds: its folder, or its name on the Hub.
 
-    `config` describes a model whose files do not.
+    `config` describes a model whose files do not; the fields in `ignore` are as if config.json did not have them.
     """
     if "/" not in model and not Path(model).expanduser().exists():
         return {"preset": ALIASES.get(model, model)} | of_config(_preset(model))
-    checkpoint = open_checkpoint(model, config=config)
+    checkpoint = open_checkpoint(model, config=config, ignore=ignore)
     whole = of_config(checkpoint.config)
     for path, dtype in checkpoint.dtypes.items():
         entry = whole["tree"][path]
         entry |= {"dtype": dtype.name, "bytes": entry["parameters"] * dtype.itemsize}
-    return {"bytes": sum(entry["bytes"] for entry in whole["tree"].values())} | whole
+    total = sum(entry["bytes"] for entry in whole["tree"].values())
+    return {"notes": list(checkpoint.notes), "bytes": total} | whole
 
 
 def of_config(config: ModelConfig) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Recipe:
     """the folder of the run: recipe, metrics, checkpoints, and the model in the end"""
     init: str | None = None
     """a checkpoint of any format, or its name on the Hub: model, tokenizer and parameters"""
+    init_ignore: tuple[str, ...] = ()
+    """fields of its config.json that are as if they were absent, such as "rope_scaling.alpha\""""
     init_optimizer: bool = False
     """also take its step and AdamW's moments, as EasyLM's train states and runs' folders have them"""
     model: ModelConfig | None = None

@@ -117,7 +117,9 @@ class Parts:
 
 
 def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
-    source = None if recipe.init is None else open_checkpoint(recipe.init, config=recipe.model)
+    source = (
+        None if recipe.init is None else open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore)
+    )
     config, where = (recipe.model, recipe.tokenizer) if source is None else (source.config, source.folder)
     assert config is not None  # a Recipe has init, or model and tokenizer
     assert where is not None

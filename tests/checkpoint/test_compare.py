@@ -289,6 +289,28 @@ def test_a_destination_and_check_exclude_each_other(model: Path, tmp_path: Path)
     assert_refused(called("convert", model, tmp_path / "out", "--check"), "--check writes nothing")
 
 
+@pytest.mark.parametrize("layout", [None, "half", "interleaved"])
+def test_verify_says_what_it_compared_and_that_a_layout_was_assumed(stories: Path, tmp_path: Path, layout: str | None):
+    """A file in the old layout, read in the new one, is equal to what was made of that: as wrong."""
+    theirs = tmp_path / "theirs"
+    assert called("convert", stories, theirs, "--to", "mindspore-interleaved").returncode == 0
+    options = [] if layout is None else ["--rope-layout", layout]
+    told = called("convert", theirs, tmp_path / "out", "--verify", *options).stderr
+    assert f"of {theirs}, read as mindspore, with {tmp_path / 'out'}, read as hf" in told
+    assert "every tensor is equal" in told
+    assert told.count("was assumed in reading") == (layout is None)
+    assert ("--rope-layout auto with --reference" in told) == (layout is None)
+    assert (called("diff", stories, tmp_path / "out").returncode == 0) == (layout == "interleaved")
+
+
+def test_diff_tells_what_was_not_read(stories: Path, tmp_path: Path):
+    shutil.copytree(stories, tmp_path / "other")
+    (tmp_path / "other" / "model.fp16.safetensors").write_bytes(b"x")
+    done = called("diff", stories, tmp_path / "other")
+    assert done.returncode == 0
+    assert f"note: {tmp_path / 'other'}: the parameters are those of model.safetensors; not read: " in done.stderr
+
+
 @pytest.mark.parametrize(
     "option",
     [

@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 
-from camelid.checkpoint.families import FAMILIES, HARMLESS, SCALINGS
+from camelid.checkpoint.config_leftovers import HARMLESS
+from camelid.checkpoint.families import FAMILIES, SCALINGS
 from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
 from camelid.errors import UserError
 from camelid.model.config import (
@@ -400,6 +401,8 @@ NO_WINDOW = {"sliding_window": None, "window_pattern": (True,)}
 MEANINGS: list[tuple[str, Json, Json]] = [
     ("llama", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
     ("llama", {"num_key_value_heads": GONE}, {"num_kv_heads": 6}),
+    ("qwen2", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
+    ("qwen3", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
     ("llama", {"head_dim": None}, {"head_dim": 8}),
     ("mistral", {"head_dim": GONE}, {"head_dim": 8}),
     ("qwen3", {"head_dim": GONE}, {"head_dim": 128}),
@@ -417,6 +420,7 @@ MEANINGS: list[tuple[str, Json, Json]] = [
     ("mistral", {"sliding_window": GONE}, {"sliding_window": 4096}),
     ("mistral", {"sliding_window": None}, NO_WINDOW),
     ("phi3", {"sliding_window": GONE}, NO_WINDOW),
+    ("mistral", {"sliding_window": None, "layer_types": ["full_attention"] * 4}, NO_WINDOW),
     ("qwen2", {"use_sliding_window": False, "layer_types": GONE}, NO_WINDOW),
     ("qwen2", {"use_sliding_window": GONE, "layer_types": GONE}, NO_WINDOW),
     ("qwen2", QWEN_WINDOW | {"sliding_window": None}, NO_WINDOW),
@@ -484,6 +488,7 @@ MEANINGS: list[tuple[str, Json, Json]] = [
 BEYOND_V5: list[tuple[str, Json, Json]] = [
     ("llama", {"max_position_embeddings": GONE, "max_sequence_length": 32}, {"context_length": 32}),
     ("gemma", {"hidden_act": None}, {}),
+    ("mistral", {"num_key_value_heads": None}, {"num_kv_heads": 6}),
     ("phi3", {"rope_scaling": LONG_JSON | {"type": "su"}}, {"rope_scaling": replace(LONG, original_context=4096)}),
     ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 8.0}}, {}),
     (
@@ -520,10 +525,19 @@ KINDS = "linear, dynamic, llama3, yarn, longrope"
 WRONG: list[tuple[str, Json, str]] = [
     # Unknown fields, and known ones of other families
     ("llama", {"sliding_window": 4096}, "has fields that camelid does not know: sliding_window = 4096"),
-    ("llama", {"b": [2], "a": None}, "has fields that camelid does not know: a = None, b = [2]"),
-    ("mistral", {"layer_types": []}, "has fields that camelid does not know: layer_types = []"),
+    ("llama", {"b": [2], "a": 1, "c": None}, "has fields that camelid does not know: a = 1, b = [2]"),
+    ("llama", {"scale_emb": 12}, "has fields that camelid does not know: scale_emb = 12"),
+    ("llama", {"per_layer_config": {"0": {}}}, "has fields that camelid does not know: per_layer_config = {'0': {}}"),
+    (
+        "mistral",
+        {"layer_types": []},
+        "has layer_types = []; camelid computes ['sliding_attention', 'sliding_attention'",
+    ),
+    ("mistral", {"layer_types": ["full_attention"] * 4}, "has layer_types = ['full_attention', 'full_attention', "),
+    ("llama", {"layer_types": ["full_attention"] * 3}, "has layer_types = ['full_attention', 'full_attention', "),
     ("qwen2", {"attention_bias": True}, "has fields that camelid does not know: attention_bias = True"),
-    ("phi3", {"qk_layernorm": False}, "has fields that camelid does not know: qk_layernorm = False"),
+    ("phi3", {"qk_layernorm": True}, "has fields that camelid does not know: qk_layernorm = True"),
+    ("llama", {"partial_rotary_factor": 0.5}, "has partial_rotary_factor = 0.5; camelid computes 1.0 or None"),
     # Settings that change what is computed
     ("llama", {"model_type": "mixtral"}, "has model_type = 'mixtral'"),
     ("llama", {"model_type": GONE}, "has model_type = None"),
@@ -531,9 +545,6 @@ WRONG: list[tuple[str, Json, str]] = [
     ("llama", {"quantization_config": {"bits": 4}}, "has quantization_config = {'bits': 4}; camelid computes None"),
     ("llama", {"is_encoder_decoder": True}, "has is_encoder_decoder = True; camelid computes False or None"),
     ("llama", {"rope_interleaved": True}, "has rope_interleaved = True; camelid computes False or None"),
-    ("llama", {"attention_dropout": 0.1}, "has attention_dropout = 0.1; camelid computes 0.0 or None"),
-    ("stablelm", {"hidden_dropout": 0.1}, "has hidden_dropout = 0.1; camelid computes 0.0 or None"),
-    ("phi", {"resid_pdrop": 0.5}, "has resid_pdrop = 0.5; camelid computes 0.0 or 0.1 or None"),
     ("phi", {"qk_layernorm": True}, "has qk_layernorm = True; camelid computes False or None"),
     ("stablelm", {"qk_layernorm": True}, "has qk_layernorm = True; camelid computes False or None"),
     ("phi3", {"mlp_bias": True}, "has mlp_bias = True; camelid computes False or None"),
@@ -569,7 +580,6 @@ WRONG: list[tuple[str, Json, str]] = [
     ("llama", {"tie_word_embeddings": None}, "has tie_word_embeddings = None"),
     ("llama", {"hidden_act": None}, "has hidden_act = None; camelid computes"),
     ("llama", {"rope_theta": None}, "has rope_theta = None"),
-    ("mistral", {"num_key_value_heads": None}, "has num_key_value_heads = None"),
     ("qwen3", {"head_dim": None}, "has head_dim = None"),
     ("gemma2", {"query_pre_attn_scalar": None}, "has query_pre_attn_scalar = None"),
     ("gemma3_text", {"rope_local_base_freq": None}, "has rope_local_base_freq = None"),
@@ -595,19 +605,23 @@ WRONG: list[tuple[str, Json, str]] = [
     ("llama", {"rope_theta": 0}, "has rope_theta = 0"),
     ("llama", {"rope_theta": "1e4"}, "has rope_theta = '1e4'"),
     ("llama", {"rope_scaling": "linear"}, "has rope_scaling = 'linear'"),
-    ("llama", {"rope_parameters": FLAT, "rope_scaling": FLAT}, "has both rope_parameters and rope_scaling"),
-    ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "has partial_rotary_factor = 0.5"),
+    (
+        "llama",
+        {"rope_parameters": FLAT, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "has rope_parameters = {'rope_type': 'default'} and rope_scaling = {'type': 'linear', 'factor': 2.0}, which",
+    ),
+    ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "has rope_parameters.partial_rotary_factor = 0.5"),
     ("llama", {"rope_scaling": {"type": "ntk"}}, f"has rope_scaling = {{'type': 'ntk'}}; camelid computes {KINDS}"),
     ("llama", {"rope_parameters": {"rope_type": ["linear"]}}, "has rope_parameters = {'rope_type': ['linear']}; "),
     ("llama", {"rope_scaling": {"factor": 2.0}}, f"has rope_scaling = {{'factor': 2.0}}; camelid computes {KINDS}"),
     ("llama", {"rope_scaling": {"type": "linear"}}, "{'type': 'linear'}; camelid computes 'linear' with factor"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": None}}, "; camelid computes 'linear' with factor"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "has factor = '2'"),
-    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": None}}, "'alpha': None}; camelid computes"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 9}}, "has rope_scaling.alpha = 9; camelid "),
     (
         "llama",
         {"rope_scaling": YARN_OF_OURS},
-        "; camelid computes 'yarn' with factor, original_max_position_embeddings,",
+        "has rope_scaling.original_context = 16; camelid computes 'yarn' with factor, original_max_position_embeddings",
     ),
     ("llama", {"rope_scaling": YARN_JSON | {"truncate": 1}}, "has truncate = 1"),
     ("llama", {"rope_scaling": LLAMA3_JSON}, "high_freq_factor = 1.0 is not above low_freq_factor"),

@@ -75,7 +75,10 @@ def config(**fields: object) -> Damage:
 
 
 def index(value: object) -> Damage:
+    """An index beside a file that only an index names."""
+
     def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps(value))
 
     return damage
@@ -123,7 +126,10 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "index of numbers": (index({"weight_map": {NORM: 1}}), ("has no weight_map",)),
     "index names a lost file": (index({"weight_map": {NORM: "model-1.safetensors"}}), ("names model-1.safetensors",)),
     "index leaves the folder": (index({"weight_map": {NORM: "../a.safetensors"}}), ("names ../a.safetensors",)),
-    "index of fewer tensors": (index({"weight_map": {NORM: "model.safetensors"}}), ("disagree about",)),
+    "index alone lists a tensor": (
+        index({"weight_map": {NORM: "part.safetensors", "x": "y.safetensors"}}),
+        ("names y",),
+    ),
 }
 
 

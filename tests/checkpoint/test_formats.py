@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -283,6 +284,58 @@ def test_shards_that_a_format_does_not_have_are_refused(
     assert done.returncode == 2
     assert f"{option[2:].replace('-', '_')} = {ways} is not for the format {name}" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "likely"),
+    [
+        (["model.fp16.safetensors", "tokenizer.json"], "hf"),
+        (["weights.pth", "params.json"], "meta"),
+        (["iter_0000100/x", "notes.txt"], "megatron"),
+        (["llama-7b.gguf"], "gguf"),
+        (["rank_0/x.ckpt", "strategy/y"], "mindspore"),
+        (["adapter_model.bin.tmp", "adapter_weights.npz"], "peft"),
+        (["params.pkl"], "llama2-jax"),
+        ([], "hf"),
+    ],
+    ids=str,
+)
+def test_a_folder_of_no_format_is_refused_with_what_is_in_it_and_the_likeliest_formats(
+    tmp_path: Path, names: list[str], likely: str
+):
+    for name in names:
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).write_bytes(b"none of ours")
+    (tmp_path / "x").mkdir(exist_ok=True)
+    done = called("inspect", tmp_path / "x")
+    assert done.returncode == 2
+    held = sorted({name.partition("/")[0] for name in names})
+    assert f"it has no config.json, and holds {', '.join(held) or 'nothing'}" in done.stderr
+    known = re.findall(r"(?:are|;) ([\w-]+) \(", done.stderr)
+    assert len(known) == 3
+    assert known[0] == likely
+    assert f"{likely}::{tmp_path / 'x'}" in done.stderr
+    assert "--config" in done.stderr
+
+
+def test_a_folder_around_a_checkpoint_and_a_file_of_another_kind_are_told(written: dict[str, Path], tmp_path: Path):
+    shutil.copytree(written["meta"], tmp_path / "outer" / "original")
+    with pytest.raises(UserError, match=rf"not a checkpoint itself\n.*{tmp_path / 'outer' / 'original'}: give"):
+        open_checkpoint(tmp_path / "outer")
+    with pytest.raises(UserError, match=rf"not a checkpoint itself\n.*{written['hf']}: give that folder"):
+        open_checkpoint(written["hf"] / "config.json")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match="looks like no checkpoint"):
+        open_checkpoint(tmp_path / "a.txt")
+
+
+def test_weights_without_a_config_open_with_one(written: dict[str, Path], tmp_path: Path):
+    (tmp_path / "bare").mkdir()
+    shutil.copy(written["hf"] / "model.safetensors", tmp_path / "bare")
+    with pytest.raises(UserError, match=r"has no config\.json.*\n.*--config"):
+        open_checkpoint(f"hf::{tmp_path / 'bare'}")
+    config = open_checkpoint(written["hf"]).config
+    assert open_checkpoint(f"hf::{tmp_path / 'bare'}", config=config).config == config
 
 
 def test_an_unknown_prefix_is_refused(written: dict[str, Path]):

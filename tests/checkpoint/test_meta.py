@@ -310,6 +310,17 @@ def test_two_descriptions_that_disagree_are_refused(folder: Path, tmp_path: Path
         meta.open_folder(folder, GQA if given else None)
 
 
+def test_names_that_a_wrapper_left_are_read_and_said(folder: Path):
+    before = meta.open_folder(folder)
+    for shard in folder.glob("*.pth"):
+        torch.save({f"module._orig_mod.{name}": tensor for name, tensor in torch.load(shard).items()}, shard)
+    after = meta.open_folder(folder)
+    assert after.tensors.keys() == before.tensors.keys()
+    assert {*after.notes} - {*before.notes} == {
+        "the names of tensors are read without '_orig_mod.' and 'module.', left by a wrapper"
+    }
+
+
 def test_a_table_called_model_stands_for_all(folder: Path):
     expected = named(loaded(meta.open_folder(folder)).params)
     params = json.loads((folder / "params.json").read_text())

@@ -1,7 +1,7 @@
 """From one checkpoint to another, a slice at a time: memory is what is in flight, not the model."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from camelid.checkpoint.formats import TRAIN_STATE, open_checkpoint, write_checkpoint
@@ -18,6 +18,7 @@ def convert(
     to: str = "hf",
     format: str | None = None,
     config: ModelConfig | None = None,
+    ignore: Sequence[str] = (),
     dtype: str | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -28,11 +29,11 @@ def convert(
 ) -> tuple[str, ...]:
     """Writes `source` in the format `to`; `dtype` None keeps each tensor's own.
 
-    `format` is that of the source, None asks its files; `config` describes a model whose files do not. With `resume`,
-    goes on where an earlier process was killed that was called with the same arguments. Returns what was guessed or
-    left out.
+    `format` is that of the source, None asks its files; `config` describes a model whose files do not; the fields in
+    `ignore` are as if config.json did not have them. With `resume`, goes on where an earlier process was killed that
+    was called with the same arguments. Returns what was guessed or left out.
     """
-    checkpoint = open_checkpoint(source, format, config)
+    checkpoint = open_checkpoint(source, format, config, ignore)
     dtypes = checkpoint.dtypes
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, dtype_named(dtype))

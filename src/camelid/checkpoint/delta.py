@@ -9,7 +9,7 @@ An exact delta knows its base by checksums, and has its own names: each layer of
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -69,13 +69,15 @@ def make(
     kind: str = "exact",
     rank: int | None = None,
     config: ModelConfig | None = None,
+    ignore: Sequence[str] = (),
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Made:
     """Writes a folder with what makes `tuned` of `base`, a slice at a time, and the files that go with `tuned`.
 
     `rank` is for the kind lora, which holds the adapter and one matrix in memory; `config` describes both models where
-    their files do not. Raises UserError where a kind cannot say the difference.
+    their files do not, and the fields in `ignore` are as if their config.json did not have them. Raises UserError where
+    a kind cannot say the difference.
     """
     if kind not in KINDS:
         raise UserError(f"a delta of kind {kind!r} is unknown", f"Choose one of {', '.join(KINDS)}.")
@@ -83,7 +85,7 @@ def make(
         raise UserError(
             f"kind = {kind} with rank = {rank}", "The kind lora takes a rank of 1 or more, others take none."
         )
-    one, other = (open_checkpoint(path, config=config) for path in (base, tuned))
+    one, other = (open_checkpoint(path, config=config, ignore=ignore) for path in (base, tuned))
     if overwrite:
         refuse_within(Path(destination), one, other)
     if kind == "exact":
@@ -108,19 +110,20 @@ def apply(
     to: str = "hf",
     summed: bool = False,
     config: ModelConfig | None = None,
+    ignore: Sequence[str] = (),
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> tuple[str, ...]:
     """Writes the checkpoint that a base and a delta make, in the format `to`; returns what was guessed or left out.
 
     A delta is what `make` wrote, or an adapter; with `summed`, any checkpoint whose values are differences. `config`
-    describes the base, and such a checkpoint, where their files do not. Raises UserError where the delta was made from
-    another base, or is damaged.
+    describes the base, and such a checkpoint, where their files do not; the fields in `ignore` are as if their
+    config.json did not have them. Raises UserError where the delta was made from another base, or is damaged.
     """
-    one, folder = open_checkpoint(base, config=config), Path(delta).expanduser()
+    one, folder = open_checkpoint(base, config=config, ignore=ignore), Path(delta).expanduser()
     notes = one.notes
     if summed or _kind(folder) == "sum":
-        other = open_checkpoint(delta, config=config if summed else None)
+        other = open_checkpoint(delta, config=config if summed else None, ignore=ignore)
         _check_same(one, other)
         saving = Saving(other.config, other.dtypes, _combined(one, other, np.add), other.companions or one.companions)
     elif _kind(folder) == "lora":

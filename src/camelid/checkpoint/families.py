@@ -71,7 +71,8 @@ GEMMA2 = (
 )
 
 TIED_HEAD = "lm_head.weight"  # some files repeat the embedding table as the head
-BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"  # computed, never trained
+# Computed, never trained; versions until 4.31 saved them, and some programs still do.
+BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb(_local)?\.(original_)?(inv_freq|cos_cached|sin_cached)"
 
 
 # config.json --------------------------------------------------------------------------------
@@ -90,6 +91,10 @@ class Field:
     """what an absent one means, or a function of config.json; if that is null, or computed, a null one means it too"""
     names: Mapping[Any, Any] | None = None
     """their values to ours; of two with one meaning, the first is written"""
+    least: int | None = None
+    """of a number; None: it is positive"""
+    computed_if_null: bool = False
+    """whether null means what the function `default` gives in families that have another default, too"""
 
 
 def _field(ours: str, theirs: str, default: Any = REQUIRED, names: Mapping[Any, Any] | None = None) -> Field:
@@ -104,9 +109,10 @@ SIZES = (
     _field("mlp_dim", "intermediate_size"),
     _field("num_layers", "num_hidden_layers"),
     _field("num_heads", "num_attention_heads"),
-    _field("num_kv_heads", "num_key_value_heads", lambda hf: hf["num_attention_heads"]),
+    # Null is every head its own; if another number was meant, the shapes of the tensors do not fit.
+    Field(("num_kv_heads",), "num_key_value_heads", lambda hf: hf["num_attention_heads"], computed_if_null=True),
     _field("context_length", "max_position_embeddings", lambda hf: hf.get("max_sequence_length", 2048)),
-    _field("init_std", "initializer_range", 0.02),
+    Field(("init_std",), "initializer_range", 0.02, least=0),
     _field("tie_embeddings", "tie_word_embeddings", False),
     _field("bos_id", "bos_token_id", None),
     _field("pad_id", "pad_token_id", None),
@@ -126,26 +132,11 @@ SCALINGS: Mapping[str, type[RopeScaling]] = {cls.kind: cls for cls in get_args(R
 
 # Of every family: values of fields for which camelid computes the right thing.
 FIXED: Mapping[str, tuple] = {
-    "is_decoder": (True, False, None),  # older versions write False for every decoder
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
     "quantization_config": (None,),
-} | dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"), (0.0, None))
-# Names, defaults of generation, and settings of training and of other heads: none changes what the decoder computes.
-HARMLESS = frozenset(
-    """
-    _name_or_path architectures torch_dtype dtype transformers_version use_cache pretraining_tp max_sequence_length
-    auto_map return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss pruned_heads
-    chunk_size_feed_forward tie_encoder_decoder cross_attention_hidden_size tokenizer_class unk_token_id sep_token_id
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens decoder_start_token_id
-    prefix task_specific_params problem_type finetuning_task id2label label2id selective_checkpoint_enabled
-    sequence_parallel_enabled move_model_to_device cache_implementation _attn_implementation_autoset is_llama_config
-    transformers.js_config unsloth_fixed unsloth_version _sliding_window_pattern
-    """.split()
-)
+    "partial_rotary_factor": (1.0, None),
+}
 
 
 @dataclass(frozen=True)
@@ -320,8 +311,7 @@ FAMILIES: Mapping[str, Family] = {
         }
         | dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True),
         # attention_bias is written by some tools and read by none: the biases are there always.
-        # Phi-2 was trained with a dropout of 0.1; camelid trains without.
-        fixed={"attention_bias": (False, None), "qk_layernorm": (False, None), "resid_pdrop": (0.0, 0.1, None)},
+        fixed={"attention_bias": (False, None), "qk_layernorm": (False, None)},
         repeated={"rotary_dim": lambda config: config.rotary_dim, **HEAD_DIM_REPEATED},
     ),
     "phi3": Family(

@@ -1,6 +1,7 @@
 """Every format by name: which paths look like it, how it is opened, how it is written."""
 
-from collections.abc import Callable, Mapping
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,9 @@ from camelid.checkpoint import (
 )
 from camelid.checkpoint.files import JOURNAL, WORKERS, File, json_file, write_files
 from camelid.checkpoint.folder import new_folder
-from camelid.checkpoint.hf_config import config_to_hf
+from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
 from camelid.checkpoint.hub import find
+from camelid.checkpoint.layout import some
 from camelid.checkpoint.opened import Checkpoint, Saving, copy_companions
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -41,6 +43,8 @@ class Format:
     """whether numbers are rounded to fewer bits than their dtype has"""
     cuts: tuple[str, ...] = ()
     """the fields of Saving by which it is cut into shards"""
+    usual: str = ""
+    """patterns of the names of its files, to find what an unknown folder resembles"""
 
 
 TENSOR, PIPELINE, SHARDS = ("tensor_parallel",), ("pipeline_parallel",), ("shards",)
@@ -53,13 +57,28 @@ def _never(path: Path) -> bool:
 
 TRAIN_STATE = "easylm-trainstate"
 FORMATS: Mapping[str, Format] = {
-    "hf": Format("Hugging Face: config.json with safetensors or .bin", hf.looks, hf.open_folder, hf.files, cuts=SHARDS),
-    "meta": Format("Meta: params.json with consolidated.00.pth", meta.looks, meta.open_folder, meta.files, cuts=TENSOR),
+    "hf": Format(
+        "Hugging Face: config.json with safetensors or .bin",
+        hf.looks,
+        hf.open_folder,
+        hf.files,
+        cuts=SHARDS,
+        usual="config.json *.safetensors *.bin *.index.json tokenizer*",
+    ),
+    "meta": Format(
+        "Meta: params.json with consolidated.00.pth",
+        meta.looks,
+        meta.open_folder,
+        meta.files,
+        cuts=TENSOR,
+        usual="params.json *.pth *.pt tokenizer.model",
+    ),
     "easylm": Format(
         "EasyLM and LL3M: streaming_params, flax_params or streaming_train_state",
         easylm.looks,
         easylm.open_path,
         easylm.files,
+        usual="*streaming_* flax_params* *.msgpack *.ckpt",
     ),
     "easylm-flax": Format(
         "EasyLM: flax_params", _never, partial(easylm.open_path, prefix="flax_params"), easylm.flax_files
@@ -76,6 +95,7 @@ FORMATS: Mapping[str, Format] = {
         mindspore.open_path,
         mindspore.files,
         cuts=TENSOR + PIPELINE,
+        usual="*.ckpt rank_* strategy",
     ),
     "mindspore-safetensors": Format(
         "MindSpore: safetensors with MindFormers' names",
@@ -97,6 +117,7 @@ FORMATS: Mapping[str, Format] = {
         megatron.open_path,
         megatron.files,
         cuts=TENSOR + PIPELINE,
+        usual="latest_checkpointed_iteration.txt iter_* release mp_rank_* *.pt",
     ),
     "megatron-legacy": Format(
         "Megatron-LM, with the names before Megatron core",
@@ -110,8 +131,11 @@ FORMATS: Mapping[str, Format] = {
         distributed.looks_like_others,
         distributed.open_folder,
         None,
+        usual=".metadata *.distcp",
     ),
-    "llama2-jax": Format("llama-2-jax: a .pickle", llama2_jax.looks, llama2_jax.open_file, llama2_jax.files),
+    "llama2-jax": Format(
+        "llama-2-jax: a .pickle", llama2_jax.looks, llama2_jax.open_file, llama2_jax.files, usual="*.pickle *.pkl"
+    ),
     **{
         f"llama2c{suffix}": Format(
             f"llama2.c: .bin of version {version}",
@@ -119,14 +143,27 @@ FORMATS: Mapping[str, Format] = {
             llama2c.open_file,
             partial(llama2c.files, version=version),
             lossy=version == 2,
+            usual="*.bin" if version == 0 else "",
         )
         for version, suffix in enumerate(("", "-v1", "-v2"))
     },
-    "gguf": Format("GGUF, llama.cpp's", gguf.looks, gguf.open_gguf, gguf.files),
+    "gguf": Format("GGUF, llama.cpp's", gguf.looks, gguf.open_gguf, gguf.files, usual="*.gguf *.ggml"),
     "gguf-q8_0": Format("GGUF of 8 bits", _never, gguf.open_gguf, partial(gguf.files, kind="q8_0"), lossy=True),
     "gguf-q4_0": Format("GGUF of 4 bits", _never, gguf.open_gguf, partial(gguf.files, kind="q4_0"), lossy=True),
-    "run": Format("camelid's own run: recipe.toml with checkpoints/", run_folder.looks, run_folder.open_path, None),
-    "peft": Format("PEFT: adapter_config.json with adapter_model.safetensors", peft.looks, peft.open_path, None),
+    "run": Format(
+        "camelid's own run: recipe.toml with checkpoints/",
+        run_folder.looks,
+        run_folder.open_path,
+        None,
+        usual="recipe.toml checkpoints metrics.jsonl",
+    ),
+    "peft": Format(
+        "PEFT: adapter_config.json with adapter_model.safetensors",
+        peft.looks,
+        peft.open_path,
+        None,
+        usual="adapter_*",
+    ),
 }
 # What may stand before `::` in a path: the formats, and other words for what their files may be.
 OPEN: Mapping[str, Callable[[Path, ModelConfig | None], Checkpoint]] = {
@@ -136,22 +173,38 @@ OPEN: Mapping[str, Callable[[Path, ModelConfig | None], Checkpoint]] = {
 }
 
 
-def open_checkpoint(path: str | Path, format: str | None = None, config: ModelConfig | None = None) -> Checkpoint:
+IGNORING: Mapping[str, Callable[..., Checkpoint]] = {"hf": hf.open_folder, "peft": peft.open_path}
+"""formats that find and read config.json themselves, and leave fields of it out"""
+
+
+def open_checkpoint(
+    path: str | Path,
+    format: str | None = None,
+    config: ModelConfig | None = None,
+    ignore: Sequence[str] = (),
+) -> Checkpoint:
     """Opens a checkpoint of any format where it lies, or a repository of the Hugging Face Hub by its name.
 
-    `format` None asks the files; `format::path` says it too. Raises UserError for what is damaged, incomplete,
-    ambiguous or not understood.
+    `format` None asks the files; `format::path` says it too. Without `config`, the fields in `ignore` are as if
+    config.json did not have them. Raises UserError for what is damaged, incomplete, ambiguous or not understood.
     """
     prefix, path = split_prefix(path)
     format = prefix or format
     place = Path(path).expanduser()
     if not place.exists():
-        place = find(path, hf.understood)
+        place = find(path, partial(hf.understood, ignore=ignore))
     format = format or detect(place)
     if format not in OPEN:
         raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(OPEN)}.")
-    checkpoint = OPEN[format](place, config)
-    return replace(checkpoint, notes=(*checkpoint.notes, *checkpoint.mixed))
+    opener, notes = OPEN[format], ()
+    if ignore and config is None:
+        if format in IGNORING:
+            opener = partial(IGNORING[format], ignore=ignore)
+        elif ((folder := place if place.is_dir() else place.parent) / "config.json").is_file():
+            said, notes = hf.read_config(folder, ignore)
+            config = config_from_hf(said)
+    checkpoint = opener(place, config)
+    return replace(checkpoint, notes=(*notes, *checkpoint.notes, *checkpoint.mixed))
 
 
 def split_prefix(path: str | Path) -> tuple[str | None, str]:
@@ -171,8 +224,28 @@ def detect(place: Path) -> str:
         return found[0]
     if (place / "config.json").is_file():
         return "hf"  # whose reader can say what is missing
-    kinds = "; ".join(format.what for format in FORMATS.values())
-    raise UserError(f"{place} has no config.json, and nothing of other formats", f"camelid opens {kinds}.")
+    raise _unknown(place)
+
+
+def _unknown(place: Path) -> UserError:
+    """The refusal of a path that looks like no format: what is there, the likeliest formats, and how to name one."""
+    children = sorted(place.iterdir()) if place.is_dir() else [place]
+    for near in children if place.is_dir() else [place.parent]:
+        if near.is_dir() and any(format.looks(near) for format in FORMATS.values()):
+            return UserError(f"{place} is not a checkpoint itself", f"There is one in {near}: give that folder.")
+
+    def resemblance(name: str) -> int:
+        patterns = FORMATS[name].usual.split()
+        return sum(any(fnmatch.fnmatch(child.name, pattern) for child in children) for pattern in patterns)
+
+    likely = sorted((name for name in FORMATS if FORMATS[name].usual), key=resemblance, reverse=True)[:3]
+    held = some([child.name for child in children], 5) or "nothing"
+    return UserError(
+        f"{place} looks like no checkpoint" + (f": it has no config.json, and holds {held}" if place.is_dir() else ""),
+        f"The likeliest formats are {'; '.join(f'{name} ({FORMATS[name].what})' for name in likely)}. If it is of one "
+        f"of them, name the format in front of the path, as in {likely[0]}::{place}, and describe the model with "
+        "--config where no file does.",
+    )
 
 
 def files_of(saving: Saving, format: str) -> list[File]:

@@ -1,21 +1,22 @@
 """Hugging Face folders: config.json, the tensors, and the files that go with them."""
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from camelid.checkpoint import hf_files
+from camelid.checkpoint.config_leftovers import remarks, without
 from camelid.checkpoint.families import BUFFERS, FAMILIES, TIED_HEAD
 from camelid.checkpoint.files import File, Segment, json_file
 from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
 from camelid.checkpoint.layout import Table, check, table
 from camelid.checkpoint.opened import Checkpoint, Saving
-from camelid.checkpoint.safetensors import open_safetensors, safetensors_file
-from camelid.checkpoint.tensors import Tensor
-from camelid.checkpoint.torch_files import open_torch, unverified
+from camelid.checkpoint.safetensors import safetensors_file
+from camelid.checkpoint.tensors import Tensor, same_values
+from camelid.checkpoint.torch_files import unverified
+from camelid.checkpoint.wrapped import unwrapped
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -37,89 +38,74 @@ def table_of(config: ModelConfig) -> Table:
 
 def looks(path: Path) -> bool:
     """Whether a folder has config.json and one of the forms of weights."""
-    return (path / "config.json").is_file() and any(
-        (path / name).is_file() for file in FILES for name in (file, f"{file}.index.json")
-    )
+    return (path / "config.json").is_file() and hf_files.looks(path)
 
 
-def understood(folder: Path) -> ModelConfig:
-    """The model that a folder's config.json describes."""
-    return config_from_hf(read_json(folder / "config.json"))
+def understood(folder: Path, ignore: Sequence[str] = ()) -> ModelConfig:
+    """The model that a folder's config.json describes; the fields in `ignore` are as if they were absent."""
+    return config_from_hf(read_config(folder, ignore)[0])
 
 
-def open_folder(folder: Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Opens a folder and checks it against its config.json, or against `config` where that is given."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json", "Give the folder of a Hugging Face checkpoint.")
-    described_by = "config.json" if config is None else GIVEN
-    config = config or understood(folder)
+def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A folder's config.json without the fields in `ignore`, and a note where it has some of them."""
+    whole = read_json(folder / "config.json")
+    left = [name for name in ignore if without(whole, [name]) != whole]
+    return without(whole, left), (f"config.json is read as if it had no {', '.join(left)}, as asked",) if left else ()
+
+
+def open_folder(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Checkpoint:
+    """Opens a folder and checks it against its config.json, or against `config` where that is given.
+
+    The fields in `ignore` are as if config.json did not have them.
+    """
+    said, notes, described_by = {}, (), GIVEN
+    if config is None:
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json", "Copy it there, or describe the model with --config.")
+        (said, notes), described_by = read_config(folder, ignore), "config.json"
+        config, notes = config_from_hf(said), (*notes, *remarks(said))
+    held, from_files = hf_files.open_files(folder)
     rows = table_of(config)
-    tensors = _open_files(folder)
-    known = BUFFERS
-    if config.tie_embeddings and TIED_HEAD in tensors:
-        _check_tied(tensors[rows.parts["embed"].row.name], tensors[TIED_HEAD], described_by)
-        known += "|" + re.escape(TIED_HEAD)
-    check(rows, tensors, known, described_by)
-    return Checkpoint("hf", folder, config, tensors, rows, unverified(tensors.values()))
+    tensors, from_names = unwrapped(held, rows.parts["final_norm.scale"].row.name, rows.tensors)
+    if described_by != GIVEN and "tie_word_embeddings" not in said:
+        config, from_head = _tied_or_not(config, tensors)
+        notes += from_head
+    rows = table_of(config)
+    if config.tie_embeddings:
+        tensors = tied(tensors, rows.parts["embed"].row.name, TIED_HEAD, described_by)
+    check(rows, tensors, BUFFERS, described_by)
+    notes += (*from_files, *from_names, *unverified(tensors.values()))
+    return Checkpoint("hf", folder, config, tensors, rows, notes)
 
 
-FILES: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
-    "model.safetensors": open_safetensors,
-    "pytorch_model.bin": open_torch,
-}
+def _tied_or_not(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The model, where config.json leaves out tie_word_embeddings, as its files ask for it, and a note on a change."""
+    table = tensors.get(table_of(config).parts["embed"].row.name)
+    head = tensors.get(TIED_HEAD)
+    if not config.tie_embeddings and (table is None or head is None) and not config.head_bias:
+        what = f"the files hold {'no ' + TIED_HEAD if head is None else TIED_HEAD + ' and no table of embeddings'}"
+        note = f"{what}, and config.json no tie_word_embeddings: the head is taken to be the embedding table"
+        return replace(config, tie_embeddings=True), (note,)
+    if config.tie_embeddings and table is not None and head is not None and not same_values(table, head):
+        note = f"{TIED_HEAD} differs from the embedding table, and config.json has no tie_word_embeddings: it is used"
+        return replace(config, tie_embeddings=False), (note,)
+    return config, ()
 
 
-def _open_files(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name; with an index file, exactly those that it lists."""
-    for single, open_file in FILES.items():
-        if (index := folder / f"{single}.index.json").is_file():
-            return _open_shards(index, open_file)
-        if (folder / single).is_file():
-            return open_file(folder / single)
-    raise UserError(
-        f"{folder} has neither {' nor '.join(FILES)}, whole or with an index",
-        "Give the folder of a Hugging Face checkpoint.",
-    )
+def tied(tensors: Mapping[str, Tensor], table: str, head: str, described_by: str) -> dict[str, Tensor]:
+    """The tensors of a model whose head is its embedding table, of which a file may hold either or both; without head.
 
-
-def _open_shards(index: Path, open_file: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index} has no weight_map", "Download the file again.")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
-        file = index.parent / name
-        if file.parent != index.parent or not file.is_file():
-            raise UserError(f"{index} names {name}, which is not in the folder", "Download the missing file.")
-        tensors |= open_file(file)
-    if odd := sorted(set(weight_map) ^ set(tensors)):
-        raise UserError(f"{index} and the files disagree about {', '.join(odd[:3])}", "Download the checkpoint again.")
-    return tensors
-
-
-def _check_tied(table: Tensor, head: Tensor, described_by: str) -> None:
-    if not same_values(table, head):
+    `table` and `head` are their names. Raises UserError where both are there and differ.
+    """
+    others = {name: tensor for name, tensor in tensors.items() if name not in (table, head)}
+    if head in tensors and table in tensors and not same_values(tensors[table], tensors[head]):
         raise UserError(
-            f"{described_by} ties the head to the embedding table, and {TIED_HEAD} differs from it",
-            "Set tie_word_embeddings to false there if the head is to be used.",
+            f"{described_by} ties the head to the embedding table, and {head} differs from it",
+            "If the head is to be used, set tie_word_embeddings to false there, or leave it out: "
+            "--ignore-config-field tie_word_embeddings.",
         )
-
-
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same bit for bit; they are read as far as they are."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.shape:
-        return False
-    length, *rest = one.shape
-    rows = max(1, 2**24 // max(1, math.prod(rest)))
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        index = (slice(start, stop), *(slice(0, n) for n in rest))
-        a, b = (np.empty((stop - start, *rest), one.dtype) for _ in range(2))
-        one.read_into(a, index)
-        other.read_into(b, index)
-        if a.tobytes() != b.tobytes():
-            return False
-    return True
+    one = tensors.get(table, tensors.get(head))
+    return others if one is None else {table: one, **others}
 
 
 # Writing --------------------------------------------------------------------------------

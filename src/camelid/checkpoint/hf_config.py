@@ -1,12 +1,13 @@
 """config.json as ModelConfig and back, strictly, by the tables of checkpoint/families.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import MISSING, fields, replace
 from dataclasses import Field as DataclassField
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from camelid.checkpoint.families import FAMILIES, FIXED, HARMLESS, REQUIRED, Family, Field
+from camelid.checkpoint.config_leftovers import ROPE_LEFTOVERS, is_harmless, way_on
+from camelid.checkpoint.families import FAMILIES, FIXED, REQUIRED, Family, Field
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig, RopeScaling
 
@@ -17,7 +18,6 @@ HINTS = get_type_hints(ModelConfig)
 LAYER_TYPES = {True: "sliding_attention", False: "full_attention"}
 MAX_LAYERS = 10_000
 ADVICE = "Download or copy the file again."
-UNSUPPORTED = "This model is not supported yet."
 
 
 # Reading --------------------------------------------------------------------------------
@@ -29,8 +29,11 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"config.json has model_type = {name!r}", f"camelid computes {', '.join(FAMILIES)}.")
     family = FAMILIES[name]
-    _refuse_unknown(hf, family)
-    _check_fixed(hf, {**FIXED, **family.fixed})
+    mapped = {field.theirs for field in family.fields}
+    fixed = {name: values for name, values in {**FIXED, **family.fixed}.items() if name not in mapped}
+    repeated = {"layer_types": _layer_types, **family.repeated} if _lacks_layer_types(family) else family.repeated
+    _refuse_unknown(hf, family, mapped | fixed.keys() | repeated.keys())
+    _check_fixed(hf, fixed)
     hf = {**family.defaults, **hf}
     values: dict[str, Any] = {"family": name}
     for field in family.fields:
@@ -50,18 +53,27 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise
     except ValueError as error:
         raise UserError(f"config.json: {error}", ADVICE) from error
-    _check_fixed(hf, {theirs: (said(config), None) for theirs, said in family.repeated.items()})
+    _check_fixed(hf, {theirs: (said(config), None) for theirs, said in repeated.items()})
     return config
 
 
-def _refuse_unknown(hf: Mapping[str, Any], family: Family) -> None:
-    known = {field.theirs for field in family.fields} | {*family.fixed, *family.repeated, *FIXED, *HARMLESS, *SPECIAL}
+def _lacks_layer_types(family: Family) -> bool:
+    """Whether layer_types is not a field of the family; what some files have there may only repeat what is so."""
+    return family.windows is None or not family.windows.layer_types
+
+
+def _layer_types(config: ModelConfig) -> list[str]:
+    return [LAYER_TYPES[local] for local in config.windowed]
+
+
+def _refuse_unknown(hf: Mapping[str, Any], family: Family, known: Set[str]) -> None:
+    known = known | SPECIAL
     if family.windows is not None:
         known |= {"sliding_window", *family.windows.settings, *(["layer_types"] if family.windows.layer_types else [])}
-    if unknown := sorted(set(hf) - known):
+    if unknown := sorted(name for name in set(hf) - known if not is_harmless(name, hf[name])):
         raise UserError(
             "config.json has fields that camelid does not know: " + ", ".join(f"{n} = {hf[n]!r}" for n in unknown),
-            "They may change what the model computes; remove those that do not.",
+            way_on(*unknown),
         )
 
 
@@ -70,13 +82,14 @@ def _check_fixed(hf: Mapping[str, Any], fixed: Mapping[str, tuple]) -> None:
         if name in hf and hf[name] not in allowed:
             raise UserError(
                 f"config.json has {name} = {hf[name]!r}; camelid computes {' or '.join(repr(a) for a in allowed)}",
-                UNSUPPORTED,
+                way_on(name),
             )
 
 
 def _value(field: Field, hf: Mapping[str, Any], family: Family) -> Any:
     value = hf.get(field.theirs, field.default)
-    if callable(field.default) and (value is field.default or (value is None and field.theirs not in family.defaults)):
+    computed = field.computed_if_null or field.theirs not in family.defaults
+    if callable(field.default) and (value is field.default or (value is None and computed)):
         value = field.default(hf)
     if value is REQUIRED or (value is None and field.default is REQUIRED):
         raise UserError(f"config.json has no {field.theirs}", "The checkpoint cannot be opened without it.")
@@ -87,7 +100,7 @@ def _value(field: Field, hf: Mapping[str, Any], family: Family) -> Any:
     if field.names is not None:
         _check_fixed({field.theirs: value}, {field.theirs: tuple(field.names)})
         return field.names[value]
-    return _checked(field.theirs, value, HINTS[field.ours[0]])
+    return _checked(field.theirs, value, HINTS[field.ours[0]], field.least)
 
 
 def _id(name: str, value: Any) -> int | None:
@@ -114,7 +127,8 @@ def _windows(hf: Mapping[str, Any], family: Family, layers: int) -> dict[str, An
         return {}
     for name, least in family.windows.settings.items():
         _checked(name, hf[name], type(least), least)
-    types, window = hf.get("layer_types"), hf.get("sliding_window")
+    types = hf.get("layer_types") if family.windows.layer_types else None
+    window = hf.get("sliding_window")
     window = None if window is None else _checked("sliding_window", window, int)
     if types is None:
         pattern = family.windows.pattern(hf)
@@ -133,25 +147,37 @@ def _windows(hf: Mapping[str, Any], family: Family, layers: int) -> dict[str, An
 
 def _rope(hf: Mapping[str, Any], family: Family, context_length: int) -> dict[str, Any]:
     """Both spellings: rope_theta with rope_scaling, and rope_parameters, which holds both since transformers 5."""
-    tables = {name: _table(name, hf.get(name)) for name in ("rope_parameters", "rope_scaling")}
-    if all(tables.values()):
-        raise UserError("config.json has both rope_parameters and rope_scaling", "Remove one of them.")
-    told = "rope_parameters" if tables["rope_parameters"] else "rope_scaling"
-    rope, values = tables[told], {}
+    told = [name for name in ("rope_parameters", "rope_scaling") if hf.get(name)] or ["rope_scaling"]
+    values, *others = (_rope_table(name, hf, family, context_length) for name in told)
+    if others and others != [values]:
+        raise UserError(
+            f"config.json has rope_parameters = {hf['rope_parameters']!r} and rope_scaling = {hf['rope_scaling']!r}, "
+            "which differ",
+            "Ignore the one that is wrong: --ignore-config-field rope_parameters or --ignore-config-field rope_scaling "
+            "(in Python ignore=).",
+        )
+    return values
+
+
+def _rope_table(told: str, hf: Mapping[str, Any], family: Family, context_length: int) -> dict[str, Any]:
+    """What the field `told` says of rotations, with rope_theta beside it where that is not inside."""
+    rope, values = _table(told, hf.get(told)), {}
     if family.rope_by_layer and told == "rope_parameters":
         by_layer = {local: _table(f"{told}.{kind}", rope.pop(kind, None)) for local, kind in LAYER_TYPES.items()}
         if "rope_theta" in by_layer[True]:
             values["local_rope_theta"] = _checked("rope_theta", by_layer[True].pop("rope_theta"), float)
         if rope or by_layer[True] not in ({}, {"rope_type": "default"}):
-            raise UserError(f"config.json has {told} = {hf[told]!r}; camelid scales full_attention only", UNSUPPORTED)
-        rope = by_layer[False]
+            raise UserError(f"config.json has {told} = {hf[told]!r}; camelid scales full_attention only", way_on(told))
+        told, rope = f"{told}.{LAYER_TYPES[False]}", by_layer[False]
     theta = rope.pop("rope_theta", hf.get("rope_theta", family.rope_theta))
     values["rope_theta"] = _checked("rope_theta", theta, float)
     fraction = rope.pop("partial_rotary_factor", None)
     if fraction is not None and any("rotary_fraction" in field.ours for field in family.fields):
         values["rotary_fraction"] = _checked("partial_rotary_factor", fraction, float)
     elif fraction not in (None, 1.0):
-        raise UserError(f"config.json has partial_rotary_factor = {fraction!r}", UNSUPPORTED)
+        raise UserError(
+            f"config.json has {told}.partial_rotary_factor = {fraction!r}", way_on(f"{told}.partial_rotary_factor")
+        )
     return values | {"rope_scaling": _scaling(told, rope, hf, family, context_length)}
 
 
@@ -165,11 +191,13 @@ def _scaling(
     told: str, rope: dict[str, Any], hf: Mapping[str, Any], family: Family, context_length: int
 ) -> RopeScaling | None:
     beside = None if hf.get(ORIGINAL) is None else _checked(ORIGINAL, hf[ORIGINAL], int)
+    said = dict(rope)
     kind = rope.pop("rope_type", rope.pop("type", "default"))  # some files give both names
-    if kind == "default" and not rope:
-        return None
     cls = family.rope_kinds.get(kind) if isinstance(kind, str) else None
     options = {} if cls is None else _options(cls)
+    rope = {n: v for n, v in rope.items() if n in options or not (v is None or v is False or n in ROPE_LEFTOVERS)}
+    if kind == "default" and not rope:
+        return None
     # A null stands for the default, but of truncate for false.
     given = {name: False if name == "truncate" and value is None else value for name, value in rope.items()}
     given = {name: value for name, value in given.items() if value is not None}
@@ -179,11 +207,16 @@ def _scaling(
             raise UserError(f"config.json has {ORIGINAL} = {beside!r}, and {inside!r} in {told}", ADVICE)
         given[ORIGINAL] = next(value for value in (beside, inside, context_length) if value is not None)
     lacks = [name for name, option in options.items() if option.default is MISSING and name not in given]
-    if cls is None or lacks or rope.keys() - options.keys():
+    if cls is None or lacks:
         raise UserError(
-            f"config.json has {told} = {hf[told]!r}; camelid computes "
+            f"config.json has {told} = {said!r}; camelid computes "
             + (f"{kind!r} with {', '.join(options)}" if cls else ", ".join(family.rope_kinds)),
-            UNSUPPORTED,
+            way_on(told),
+        )
+    if unknown := [f"{told}.{name}" for name in rope if name not in options]:
+        values = ", ".join(f"{told}.{name} = {value!r}" for name, value in rope.items() if name not in options)
+        raise UserError(
+            f"config.json has {values}; camelid computes {kind!r} with {', '.join(options)}", way_on(*unknown)
         )
     hints = get_type_hints(cls)
     return cls(**{options[name].name: _option(name, value, hints[options[name].name]) for name, value in given.items()})
@@ -238,7 +271,7 @@ def _written(config: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
             hf[field.theirs] = value
     if (windows := family.windows) is not None:
         hf |= {"sliding_window": config.sliding_window, **windows.write(config)}
-        hf |= {"layer_types": [LAYER_TYPES[local] for local in config.windowed]} if windows.layer_types else {}
+        hf |= {"layer_types": _layer_types(config)} if windows.layer_types else {}
     eos = config.eos_ids
     return {
         **hf,

@@ -224,17 +224,18 @@ def check(table: Table, tensors: Mapping[str, Tensor], known: str, described_by:
     # Before all names are made: of a damaged number of layers there are too many.
     if any(len(part.layers()) > len(tensors) for part in table.parts.values()):
         raise UserError(
-            f"the checkpoint holds {len(tensors)} tensors, too few for its layers",
+            f"the checkpoint holds {len(tensors)} tensors, too few for its layers: {some([*tensors])}",
             f"The files are incomplete, or {described_by} describes another model.",
         )
+    extra = [name for name in tensors if name not in table.tensors and not re.fullmatch(known, name)]
     if missing := [name for name in table.tensors if name not in tensors]:
         raise UserError(
-            f"the checkpoint lacks {_some(missing)}",
+            f"the checkpoint lacks {some(missing)}" + (f"; instead it holds {some(extra)}" if extra else ""),
             f"The files are incomplete, or {described_by} describes another model.",
         )
-    if extra := [name for name in tensors if name not in table.tensors and not re.fullmatch(known, name)]:
+    if extra:
         raise UserError(
-            f"the checkpoint holds tensors that this model has no place for: {_some(extra)}",
+            f"the checkpoint holds tensors that this model has no place for: {some(extra)}",
             f"They are of another model than {described_by} describes, or are parts that camelid does not know.",
         )
     for name in table.tensors:
@@ -250,7 +251,8 @@ def check(table: Table, tensors: Mapping[str, Tensor], known: str, described_by:
             )
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Some names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

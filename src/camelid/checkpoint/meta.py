@@ -27,6 +27,7 @@ from camelid.checkpoint.opened import Checkpoint, Saving, table_for
 from camelid.checkpoint.shards import among, axis_of
 from camelid.checkpoint.tensors import Tensor, joined
 from camelid.checkpoint.torch_files import open_torch, torch_file, unverified
+from camelid.checkpoint.wrapped import unwrapped
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 
@@ -53,6 +54,7 @@ ROWS = (
     Row("lm_head", "output.weight", "vocab embed"),
 )
 SIZES = {"pair": 2}
+NORM = "norm.weight"
 TABLE, HEAD, GATE = "tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight"
 BUFFERS = r"rope\.freqs"
 BY_NAME = {row.name: row for row in ROWS}
@@ -79,7 +81,7 @@ def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     What the model is comes from `config`, from a config.json beside the shards, or from params.json and guesses.
     """
     folder = path.parent if _is_shard(path) else path
-    shards = _open_shards(folder)
+    shards, renamed = _open_shards(folder)
     params = read_params(folder / PARAMS) if (folder / PARAMS).is_file() else {}
     source = GIVEN
     if config is None and (folder / "config.json").is_file():
@@ -103,25 +105,27 @@ def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
         known += "|" + re.escape(HEAD)
     layout.check(table, tensors, known, source)
     _check_copies(shards, [name for name in table.tensors if _axis(name, BY_ROWS) is None])
-    notes = (*notes, *unverified(tensors.values()))
+    notes = (*notes, *renamed, *unverified(tensors.values()))
     return Checkpoint("meta", folder, config, tensors, table, notes)
 
 
-def _open_shards(folder: Path) -> list[dict[str, Tensor]]:
+def _open_shards(folder: Path) -> tuple[list[dict[str, Tensor]], tuple[str, ...]]:
+    """The tensors of each shard, and a note where their names are not Meta's own."""
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files or [file.name for file in files] != [_shard_name(i) for i in range(len(files))]:
         raise UserError(
             f"{folder} has {', '.join(file.name for file in files[:9]) or 'no ' + _shard_name(0)}: shards are missing",
             "Copy all of them.",
         )
-    shards = [open_torch(file, "model") for file in files]
+    named_alike = [unwrapped(open_torch(file, "model"), NORM) for file in files]
+    shards, notes = [tensors for tensors, _ in named_alike], named_alike[0][1]
     for file, shard in zip(files, shards, strict=True):
         if odd := sorted(shard.keys() ^ shards[0].keys()):
             raise UserError(f"{file} and {files[0].name} disagree about {odd[0]}", "Copy the files again.")
         for name, tensor in shard.items():
             if math.prod(tensor.shape) * tensor.dtype.itemsize > file.stat().st_size:  # of one number, over and over
                 raise UserError(f"{name} in {file} is larger than the file", "Save the checkpoint again.")
-    return shards
+    return shards, notes
 
 
 def _shard_name(rank: int) -> str:
@@ -136,7 +140,8 @@ def _axis(name: str, cut: frozenset[str]) -> int | None:
 def _joined_all(folder: Path, shards: Sequence[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
     first = shards[0].get(TABLE)
     if first is None or len(first.shape) != 2:
-        raise UserError(f"{folder} has no matrix {TABLE}", "Give a folder of Meta's Llama.")
+        held = layout.some([*shards[0]])
+        raise UserError(f"{folder} has no matrix {TABLE}; it holds {held}", "Give a folder of Meta's Llama.")
     widths = {first.shape[1]: BY_ROWS, first.shape[1] * len(shards): BY_COLUMNS}
     if dim not in widths:
         raise UserError(

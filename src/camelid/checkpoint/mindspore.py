@@ -137,24 +137,18 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
         more = ", ..." if len(aside) > 3 else ""
         notes.append(f"values of the training run were left out: {', '.join(aside[:3])}{more}")
     rows = rows_for(tensors, rope_layout or "half")
+    layout = None
     if rope_layout is None and not any(row.name == QKV for row in rows):
+        layout = "the rotary layout of wq and wk (half)"
         notes.append(
             "wq and wk are taken to be half-split, as MindFormers writes them since August 2023; where the text that "
             "the model writes is broken, open it as mindspore-interleaved::PATH"
         )
     table = table_for(WHAT, rows, config, SIZES)
-    known = TRAINING
-    embed = tensors.get(table.parts["embed"].row.name)
-    # MindFormers holds a tied table twice.
-    if config.tie_embeddings and HEAD in tensors and embed is not None and 0 not in embed.shape:
-        if not hf.same_values(embed, tensors[HEAD]):
-            raise UserError(
-                f"the config ties the head to the embedding table, and {HEAD} differs from it",
-                "Set tie_word_embeddings to false in config.json if the head is to be used.",
-            )
-        known += "|" + re.escape(HEAD)
-    check(table, tensors, known, described_by)
-    return Checkpoint("mindspore", folder, config, tensors, table, tuple(notes))
+    if config.tie_embeddings:  # MindFormers holds a tied table twice
+        tensors = hf.tied(tensors, table.parts["embed"].row.name, HEAD, described_by)
+    check(table, tensors, TRAINING, described_by)
+    return Checkpoint("mindspore", folder, config, tensors, table, tuple(notes), assumed_layout=layout)
 
 
 # Writing --------------------------------------------------------------------------------

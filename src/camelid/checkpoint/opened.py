@@ -51,6 +51,8 @@ class Checkpoint:
     """what was guessed, and what was left out"""
     training: Training | None = None
     """of a checkpoint that was made to go on training from"""
+    assumed_layout: str | None = None
+    """the order of numbers in some tensors, where no file tells it; other copies of them cannot show if it is right"""
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r}: {self.format}, {len(self.tensors)} tensors)"

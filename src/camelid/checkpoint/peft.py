@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -214,27 +215,29 @@ def looks(path: Path) -> bool:
     return (path / NAME).is_file()
 
 
-def open_path(folder: Path, config: ModelConfig | None = None) -> Adapted:
+def open_path(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Adapted:
     """Opens an adapter with the base that it names: a folder seen from its own, or as find sees it, or a Hub name.
 
+    The fields in `ignore` are as if the base's config.json did not have them.
     Raises UserError where files are damaged, do not belong together, or ask for something else than LoRA.
     """
     if config is not None:
         raise UserError(f"{folder} is an adapter, whose model is its base's", "Leave the config out.")
     if not looks(folder):
         raise UserError(f"{folder} has no {NAME}", "Give the folder of a PEFT adapter.")
-    base = hf.open_folder(_base_of(folder))
+    base = hf.open_folder(_base_of(folder, ignore), ignore=ignore)
     return on_base(open_adapter(folder, base.config), base, folder)
 
 
-def _base_of(folder: Path) -> Path:
+def _base_of(folder: Path, ignore: Sequence[str]) -> Path:
     settings = read_settings(read_json(folder / NAME))
     if not settings.base:
         raise UserError(f"{folder / NAME} does not name the adapter's base", "Write it as base_model_name_or_path.")
     if (near := folder / Path(settings.base).expanduser()).is_dir():
         return near
     try:
-        return find(f"{settings.base}@{settings.revision}" if settings.revision else settings.base, hf.understood)
+        name = f"{settings.base}@{settings.revision}" if settings.revision else settings.base
+        return find(name, partial(hf.understood, ignore=ignore))
     except UserError as error:
         raise UserError(
             f"the base of {folder} cannot be opened: {error.problem}",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from camelid.cli.shared import model_config, note, print_json, progress_bar, read_text, tell
+from camelid.cli.shared import Ignore, model_config, note, print_json, progress_bar, read_text, tell
 from camelid.errors import UserError
 
 Format = Literal[
@@ -43,6 +43,7 @@ def convert(
     to: Format | None = None,
     from_format: Annotated[Format | None, arg(name="from")] = None,
     config: str | None = None,
+    ignore_config_field: Ignore = (),
     rope_layout: Literal["half", "interleaved", "auto"] | None = None,
     reference: Path | None = None,
     dtype: Annotated[
@@ -97,12 +98,12 @@ def convert(
     if verify and destination is not None and _lies_in(source, destination):
         advice = "Write to another folder, or leave --verify out."
         raise UserError(f"--verify cannot compare {destination} with {source}, which it replaces", advice)
-    described = model_config(config)
+    described = model_config(config, ignore_config_field)
     opened_as: str | None = from_format
     if rope_layout is not None:
-        source, opened_as = _rope_layout(source, from_format, described, rope_layout, reference)
+        source, opened_as = _rope_layout(source, from_format, described, ignore_config_field, rope_layout, reference)
     if destination is None:
-        return _check(source, opened_as, described)
+        return _check(source, opened_as, described, ignore_config_field)
     to = to or "hf"
     with progress_bar("convert") as progress:
         notes = convert(
@@ -111,6 +112,7 @@ def convert(
             to=to,
             format=opened_as,
             config=described,
+            ignore=ignore_config_field,
             dtype=dtype,
             tensor_parallel=tensor_parallel,
             pipeline_parallel=pipeline_parallel,
@@ -122,7 +124,7 @@ def convert(
     tell(notes)
     note(f"wrote {destination}")
     if verify:
-        _verify(source, destination, opened_as, described, to)
+        _verify(source, destination, opened_as, described, ignore_config_field, to)
     return None
 
 
@@ -140,7 +142,9 @@ def _lies_in(source: str, destination: Path) -> bool:
     return place.exists() and place.is_relative_to(folder)
 
 
-def _rope_layout(source: str, format: str | None, config, layout: str, reference: Path | None) -> tuple[str, str]:
+def _rope_layout(
+    source: str, format: str | None, config, ignore: tuple[str, ...], layout: str, reference: Path | None
+) -> tuple[str, str]:
     """A MindSpore file's path, and its format with this layout; "auto" asks a text in which the model was trained."""
     from camelid.checkpoint.formats import open_checkpoint, split_prefix
     from camelid.checkpoint.mindspore import FORMAT_OF, QKV
@@ -150,7 +154,7 @@ def _rope_layout(source: str, format: str | None, config, layout: str, reference
     for known, name in FORMAT_OF.items():
         if format == name and layout != known:
             raise UserError(f"{name} says {known}, and --rope-layout {layout}", "Leave out one of them.")
-    found = open_checkpoint(path, format, config)
+    found = open_checkpoint(path, format, config, ignore)
     if found.format != "mindspore":
         raise UserError(f"--rope-layout is for MindSpore's files, and {source} is {found.format}", "Leave it out.")
     if layout != "auto":
@@ -170,21 +174,21 @@ def _rope_layout(source: str, format: str | None, config, layout: str, reference
     tokens = np.array(tokenizer.encode(read_text(reference))[: 4 * MOST])
     if len(tokens) < 2:
         raise UserError(f"{reference} has nothing to predict", "Give a text of some sentences.")
-    losses = {layout: loss(open_checkpoint(path, name, config), tokens) for layout, name in FORMAT_OF.items()}
+    losses = {layout: loss(open_checkpoint(path, name, config, ignore), tokens) for layout, name in FORMAT_OF.items()}
     best = min(losses, key=losses.__getitem__)
     told = ", ".join(f"{value:.3f} {layout}" for layout, value in losses.items())
     note(f"the rotary layout is {best}: a token of {reference} costs {told} (nats)")
     return path, FORMAT_OF[best]
 
 
-def _check(source: str, format: str | None, config) -> None:
+def _check(source: str, format: str | None, config, ignore: tuple[str, ...]) -> None:
     """Reads everything, and says what is there."""
     from camelid.checkpoint.compare import check_own_sums, survey
     from camelid.checkpoint.files import check_manifest
     from camelid.checkpoint.formats import open_checkpoint
     from camelid.checkpoint.tensors import file_names
 
-    checkpoint = open_checkpoint(source, format, config)
+    checkpoint = open_checkpoint(source, format, config, ignore)
     with progress_bar("read") as progress:
         found = list(survey(checkpoint, progress))
     with progress_bar("checksums") as progress:
@@ -210,6 +214,7 @@ def diff(
     a: Annotated[Positional[str], arg(metavar="A", help="a checkpoint of any format")],
     b: Annotated[Positional[str], arg(metavar="B", help="another")],
     config: str | None = None,
+    ignore_config_field: Ignore = (),
     json: bool = False,
 ) -> None:
     """Compare two checkpoints of any formats, tensor by tensor; exit status 1 where they differ.
@@ -226,8 +231,10 @@ def diff(
     from camelid.checkpoint.compare import compare, config_differences, shape_differences
     from camelid.checkpoint.formats import open_checkpoint
 
-    described = model_config(config)
-    opened = open_checkpoint(a, config=described), open_checkpoint(b, config=described)
+    described = model_config(config, ignore_config_field)
+    one, other = (open_checkpoint(path, config=described, ignore=ignore_config_field) for path in (a, b))
+    opened = one, other
+    tell(f"{path}: {text}" for path, each in zip((a, b), opened, strict=True) for text in each.notes)
     fields, shapes = config_differences(opened[0].config, opened[1].config), shape_differences(*opened)
     with progress_bar("compare") as progress:
         found = [] if shapes else list(compare(*opened, progress))
@@ -272,6 +279,7 @@ def delta_make(
     kind: Literal["exact", "sum", "lora"] = "exact",
     rank: int | None = None,
     config: str | None = None,
+    ignore_config_field: Ignore = (),
     overwrite: bool = False,
 ) -> None:
     """Write the difference of two checkpoints of any formats.
@@ -287,10 +295,18 @@ def delta_make(
     """
     from camelid.checkpoint.delta import make
 
-    described = model_config(config)
+    described = model_config(config, ignore_config_field)
     with progress_bar("delta make") as progress:
         made = make(
-            base, tuned, destination, kind=kind, rank=rank, config=described, overwrite=overwrite, progress=progress
+            base,
+            tuned,
+            destination,
+            kind=kind,
+            rank=rank,
+            config=described,
+            ignore=ignore_config_field,
+            overwrite=overwrite,
+            progress=progress,
         )
     tell(made.notes)
     if made.left is not None:
@@ -305,6 +321,7 @@ def delta_apply(
     to: Format = "hf",
     summed: Annotated[bool, arg(name="sum")] = False,
     config: str | None = None,
+    ignore_config_field: Ignore = (),
     overwrite: bool = False,
 ) -> None:
     """Write what a base and a delta make.
@@ -320,7 +337,7 @@ def delta_apply(
     """
     from camelid.checkpoint.delta import apply
 
-    described = model_config(config)
+    described = model_config(config, ignore_config_field)
     with progress_bar("delta apply") as progress:
         notes = apply(
             base,
@@ -329,6 +346,7 @@ def delta_apply(
             to=to,
             summed=summed,
             config=described,
+            ignore=ignore_config_field,
             overwrite=overwrite,
             progress=progress,
         )
@@ -336,16 +354,17 @@ def delta_apply(
     note(f"wrote {destination}")
 
 
-def _verify(source: str, written: Path, format: str | None, config, to: str) -> None:
+def _verify(source: str, written: Path, format: str | None, config, ignore: tuple[str, ...], to: str) -> None:
     """Says how far what was written is from its source, and what it does not say without its config.json."""
     from camelid.checkpoint.compare import compare, config_differences
     from camelid.checkpoint.formats import FORMATS, open_checkpoint
     from camelid.evaluate.parity import compare_logits, sample_tokens
     from camelid.text.tokenizer import find_tokenizer
 
-    pair = open_checkpoint(source, format, config), open_checkpoint(written, to)
+    pair = open_checkpoint(source, format, config, ignore), open_checkpoint(written, to)
     with progress_bar("verify") as progress:
         found = list(compare(*pair, progress))
+    note(f"compared {len(found)} parameters of {source}, read as {pair[0].format}, with {written}, read as {to}")
     if all(difference.equal for difference in found):
         note("every tensor is equal")
     else:
@@ -361,6 +380,11 @@ def _verify(source: str, written: Path, format: str | None, config, to: str) -> 
         f"logits of {parity.tokens} tokens, up to {parity.scale:.3g}, are at most {parity.largest:.3g} apart; "
         f"{parity.agreement:.0%} agree on the next token"
     )
+    if (layout := pair[0].assumed_layout) is not None:
+        note(
+            f"warning: {layout} was assumed in reading {source}, and so in this comparison, which cannot show whether "
+            "it is right; --rope-layout auto with --reference TEXTFILE can"
+        )
     if untold := _untold(written, pair[1], to):
         note(f"warning: {untold}")
 

@@ -12,6 +12,7 @@ from camelid.cli.shared import (
     Checkpoint,
     Config,
     Dtype,
+    Ignore,
     TokenizerPath,
     load,
     model_config,
@@ -20,6 +21,7 @@ from camelid.cli.shared import (
     print_text,
     progress_bar,
     read_text,
+    tell,
 )
 from camelid.errors import UserError
 
@@ -42,6 +44,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     config: Config = None,
+    ignore_config_field: Ignore = (),
     tokenizer: TokenizerPath = None,
     dtype: Dtype = "float32",
     json: bool = False,
@@ -61,7 +64,7 @@ def generate(
         json: print one JSON object
     """
     texts = list(prompts) or [sys.stdin.read().removesuffix("\n")]
-    loaded = load(model, dtype, config, tokenizer)
+    loaded = load(model, dtype, config, ignore_config_field, tokenizer)
     if loaded.tokenizer is not None and loaded.tokenizer.has_chat_template:
         note("this model was tuned to chat; prompts here are plain text, without its chat template")
     completions = loaded.generate(
@@ -83,6 +86,7 @@ def perplexity(
     max_tokens: int | None = None,
     text_key: str = "text",
     config: Config = None,
+    ignore_config_field: Ignore = (),
     tokenizer: TokenizerPath = None,
     dtype: Dtype = "float32",
     json: bool = False,
@@ -107,7 +111,7 @@ def perplexity(
     from camelid.evaluate.perplexity import perplexity
 
     texts = [text for file in files for text in _texts(file, text_key)]
-    loaded = load(model, dtype, config, tokenizer)
+    loaded = load(model, dtype, config, ignore_config_field, tokenizer)
     if loaded.tokenizer is None:
         raise UserError(f"{model} has no tokenizer", "Name one with --tokenizer.")
     ids = [token for row in loaded.tokenizer.encode_batch(texts, bos=False) for token in row]
@@ -145,6 +149,7 @@ def inspect(
         Positional[str | None], arg(metavar="MODEL", help="a checkpoint's folder, its name on the Hub, or a preset")
     ] = None,
     config: Config = None,
+    ignore_config_field: Ignore = (),
     presets: bool = False,
     json: bool = False,
 ) -> None:
@@ -162,7 +167,12 @@ def inspect(
         raise UserError("inspect takes a MODEL, or --presets", "camelid inspect --help shows examples.")
     from camelid import describe
 
-    report = describe.presets() if model is None else describe.report(model, model_config(config))
+    report = (
+        describe.presets()
+        if model is None
+        else describe.report(model, model_config(config, ignore_config_field), ignore_config_field)
+    )
     if json:
         return print_json(report)
+    tell(report.get("notes", ()))
     return describe.show_presets(report) if model is None else describe.show(report)

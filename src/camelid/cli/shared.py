@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from camelid.errors import UserError
 from camelid.parallel.compiled import keep_compiled
@@ -17,23 +17,28 @@ Checkpoint = Annotated[
     Positional[str], arg(metavar="MODEL", help="a checkpoint's folder, or its name on the Hugging Face Hub")
 ]
 Config = Annotated[str | None, arg(help="what MODEL is, where its files do not say: a preset, or a config.json")]
+Ignore = Annotated[
+    tuple[str, ...],
+    UseAppendAction,
+    arg(metavar="NAME", help="open config.json as if it had no field NAME; may be given several times"),
+]
 TokenizerPath = Annotated[
     str | None, arg(name="tokenizer", help="a folder or file with one; the checkpoint's own if left out")
 ]
 
 
-def load(model: str, dtype: str, config: str | None, tokenizer: str | None):
+def load(model: str, dtype: str, config: str | None, ignore: tuple[str, ...], tokenizer: str | None):
     """The model, with its notes told."""
     keep_compiled()
     from camelid.api import load
 
-    loaded = load(model, dtype=dtype, config=model_config(config), tokenizer=tokenizer)
+    loaded = load(model, dtype=dtype, config=model_config(config, ignore), ignore=ignore, tokenizer=tokenizer)
     tell(loaded.notes)
     return loaded
 
 
-def model_config(text: str | None):
-    """A preset by name, or what a config.json describes, in a folder or by its own name."""
+def model_config(text: str | None, ignore: tuple[str, ...] = ()):
+    """A preset by name, or what a config.json without some fields describes, in a folder or by its own name."""
     if text is None:
         return None
     from camelid.model.presets import ALIASES, PRESETS, preset
@@ -42,10 +47,11 @@ def model_config(text: str | None):
     if path.is_dir() and text not in (*PRESETS, *ALIASES):
         path /= "config.json"
     if path.is_file():
+        from camelid.checkpoint.config_leftovers import without
         from camelid.checkpoint.folder import read_json
         from camelid.checkpoint.hf_config import config_from_hf
 
-        return config_from_hf(read_json(path))
+        return config_from_hf(without(read_json(path), ignore))
     if path.suffix == ".json" or len(path.parts) > 1:
         raise UserError(f"{path} does not exist", "Give --config a preset, a config.json, or a folder that has one.")
     return preset(text)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, Suppress, arg
 
-from camelid.cli.shared import note
+from camelid.cli.shared import Ignore, note
 from camelid.parallel.compiled import keep_compiled
 
 
@@ -54,7 +54,12 @@ def train(
     return None
 
 
-def demo(model: str | None = None, folder: Path = Path("runs/demo"), steps: int = 200) -> None:
+def demo(
+    model: str | None = None,
+    folder: Path = Path("runs/demo"),
+    steps: int = 200,
+    ignore_config_field: Ignore = (),
+) -> None:
     """Train a tokenizer and a small Llama from scratch, measure it, write with it, save it: offline, in minutes.
 
     camelid demo
@@ -68,4 +73,4 @@ def demo(model: str | None = None, folder: Path = Path("runs/demo"), steps: int 
     keep_compiled()
     from camelid.demo import main
 
-    main(folder, model, steps)
+    main(folder, model, steps, ignore_config_field)
