@@ -54,7 +54,7 @@ def save_tokenizer(assets: Path, name: str, folder: Path) -> None:
         shutil.copytree(assets / "models/stories260K/hf", folder, dirs_exist_ok=True)
     elif name == "llama2":
         shutil.copy(assets / "tokenizers/llama2/tokenizer.model", folder)
-        name_specials(folder, tokenizer_class="LlamaTokenizer", unk_token="<unk>")
+        name_specials(folder, unk_token="<unk>")
     elif name == "mistral-v1, more specials":
         bigger = tokenizers.Tokenizer.from_file(str(assets / "tokenizers/mistral-v1/tokenizer.json"))
         bigger.add_special_tokens([tokenizers.AddedToken(text, rstrip=text == "<|end|>") for text in SPECIALS])
