@@ -15,7 +15,8 @@ from camelid.data.config import Source
 from camelid.data.fields import Piece, text_of, value_of
 from camelid.data.sources import Record
 from camelid.errors import UserError
-from camelid.text.chat import ChatTemplate, Message, load_template, read_chat, read_instruct
+from camelid.text.chat import ChatTemplate, load_template
+from camelid.text.messages import Message, read_chat, read_instruct
 from camelid.text.tokenizer import Tokenizer
 
 GSM8K_PROMPT = (
