@@ -1,7 +1,7 @@
 """From one checkpoint to another, a slice at a time: memory is what is in flight, not the model."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from camelid.checkpoint.formats import TRAIN_STATE, open_checkpoint, write_checkpoint
@@ -24,12 +24,14 @@ def convert(
     shards: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    companions: Callable[[Sequence[Path]], Sequence[Path]] = list,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, ...]:
     """Writes `source` in the format `to`; `dtype` None keeps each tensor's own.
 
     `format` is that of the source, None asks its files; `config` describes a model whose files do not. With `resume`,
-    goes on where an earlier process was killed that was called with the same arguments. Returns what was guessed or
+    goes on where an earlier process was killed that was called with the same arguments. `companions` gives the files
+    that are written beside the weights (tokenizer, licence, ...), from those of the source. Returns what was guessed or
     left out.
     """
     checkpoint = open_checkpoint(source, format, config)
@@ -42,7 +44,7 @@ def convert(
         checkpoint.config,
         dtypes,
         checkpoint.source,
-        checkpoint.companions,
+        companions(checkpoint.companions),
         tensor_parallel,
         pipeline_parallel,
         shards,

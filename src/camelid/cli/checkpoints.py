@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from camelid.cli.shared import model_config, note, print_json, progress_bar, read_text, tell
+from camelid.cli.shared import model_config, note, print_json, progress_bar, read_text, tell, tokenizer_of_config
 from camelid.errors import UserError
 
 Format = Literal[
@@ -33,6 +35,9 @@ Format = Literal[
     "peft",
 ]
 
+GENERATION = "generation_config.json"
+"""A file of the model's that also names its EOS; the tokenizer's own is taken where the model has none."""
+
 
 def convert(
     source: Annotated[Positional[str], arg(metavar="SOURCE", help="a checkpoint's folder, or its name on the Hub")],
@@ -42,6 +47,7 @@ def convert(
     to: Format | None = None,
     from_format: Annotated[Format | None, arg(name="from")] = None,
     config: str | None = None,
+    tokenizer: str | None = None,
     rope_layout: Literal["half", "interleaved", "auto"] | None = None,
     reference: Path | None = None,
     dtype: Annotated[
@@ -64,7 +70,9 @@ def convert(
     Args:
         to: format that is written; hf if left out
         from_format: format of SOURCE, where its files leave a doubt
-        config: what SOURCE is, where its files do not say: a preset, or a config.json
+        config: what SOURCE is, where its files do not say: a preset, a config.json, or a folder that has one, whose
+            tokenizer is taken where SOURCE has none
+        tokenizer: a folder or file with the tokenizer that is written, instead of SOURCE's
         rope_layout: of MindSpore's files; auto takes the one that predicts the reference better
         reference: a text for --rope-layout auto
         tensor_parallel: shards of every matrix, in formats that have them
@@ -84,6 +92,7 @@ def convert(
         _refuse_beside_check(
             to=to,
             dtype=dtype,
+            tokenizer=tokenizer,
             tensor_parallel=tensor_parallel != 1,
             pipeline_parallel=pipeline_parallel != 1,
             shards=shards is not None,
@@ -103,7 +112,7 @@ def convert(
     if destination is None:
         return _check(source, opened_as, described)
     to = to or "hf"
-    with progress_bar("convert") as progress:
+    with progress_bar("convert") as progress, tempfile.TemporaryDirectory() as made:
         notes = convert(
             source,
             destination,
@@ -116,6 +125,7 @@ def convert(
             shards=shards,
             resume=resume,
             overwrite=overwrite,
+            companions=lambda files: _companions(files, tokenizer, config, to, Path(made)),
             progress=progress,
         )
     tell(notes)
@@ -123,6 +133,24 @@ def convert(
     if verify:
         _verify(source, destination, opened_as, described, to)
     return None
+
+
+def _companions(
+    files: Sequence[Path], tokenizer: str | None, config: str | None, to: str, made: Path
+) -> Sequence[Path]:
+    """The files that are written beside the weights: those of the source, with the tokenizer that was asked for."""
+    from camelid.text.tokenizer import TOKENIZER_FILES, VOCABULARIES, load_tokenizer, portable
+
+    tokenizer = tokenizer or tokenizer_of_config(config, any(file.name in VOCABULARIES for file in files))
+    if tokenizer is not None:
+        taken = load_tokenizer(tokenizer)
+        tell(taken.notes)
+        kept = [file for file in files if file.name not in TOKENIZER_FILES or file.name == GENERATION]
+        taken_files = [
+            file for file in taken.files if file.name != GENERATION or not any(f.name == GENERATION for f in kept)
+        ]
+        files = [*kept, *taken_files]
+    return files if to == "meta" else portable(files, made)  # Meta's own code reads no other tokenizer
 
 
 def _refuse_beside_check(**given: object) -> None:
@@ -162,11 +190,14 @@ def _rope_layout(source: str, format: str | None, config, layout: str, reference
     import numpy as np
 
     from camelid.evaluate.parity import MOST, loss
-    from camelid.text.tokenizer import check_vocabulary, load_tokenizer
+    from camelid.text.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(found.folder)
-    check_vocabulary(tokenizer, found.config.vocab_size)
-    tokens = np.array(tokenizer.encode(read_text(reference))[: 4 * MOST])
+    tokens = np.array(load_tokenizer(found.folder).encode(read_text(reference))[: 4 * MOST])
+    if len(tokens) and (largest := int(tokens.max())) >= found.config.vocab_size:
+        raise UserError(
+            f"{reference} needs token id {largest}, and the model's vocabulary has {found.config.vocab_size}",
+            "Use the model's own tokenizer.",
+        )
     if len(tokens) < 2:
         raise UserError(f"{reference} has nothing to predict", "Give a text of some sentences.")
     losses = {layout: loss(open_checkpoint(path, name, config), tokens) for layout, name in FORMAT_OF.items()}

@@ -1,8 +1,8 @@
 """Tokenizers as the classes of transformers 5 build them from their files.
 
 Some classes use tokenizer.json as it is. Others take only its vocabulary, merges and post-processor, and bring their
-own normalizer, pre-tokenizer and decoder; those are the ones below. Source: transformers 5.23, models/*/tokenization_*.py
-and models/auto/tokenization_auto.py.
+own normalizer, pre-tokenizer and decoder; those are the ones below. Source: transformers 5.23,
+models/*/tokenization_*.py and models/auto/tokenization_auto.py.
 """
 
 from collections.abc import Callable, Mapping

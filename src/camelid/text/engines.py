@@ -45,7 +45,7 @@ class TokenizersEngine:
     def __init__(self, file: Path, serialized: str):
         """`serialized` is the tokenizer as tokenizer.json holds it, with all added tokens; `file` is for messages."""
         self._file = file
-        self._serialized = serialized
+        self.serialized = serialized
         self._plain = self._load(specials=False)
         self.vocab_size = 1 + max(self._plain.get_vocab(with_added_tokens=True).values())
         added = self._plain.get_added_tokens_decoder()
@@ -56,7 +56,7 @@ class TokenizersEngine:
 
     def __reduce__(self):
         # The library's own pickles forget whether specials are parsed.
-        return type(self), (self._file, self._serialized)
+        return type(self), (self._file, self.serialized)
 
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
         # On one core, words that were seen before are found faster than they are merged again.
@@ -155,7 +155,7 @@ class TokenizersEngine:
         return engine, names, ids
 
     def _load(self, *, specials: bool, framed: bool = True):
-        engine = parsed(self._file, self._serialized)
+        engine = parsed(self._file, self.serialized)
         # Some files were saved with the last caller's truncation or padding still on.
         engine.no_truncation()
         engine.no_padding()

@@ -28,7 +28,7 @@ ROLES = {
     "bard": "assistant",
 }
 SWITCHES = ("train", "training", "trainable", "loss", "loss_mask")
-"""Keys of a message that say whether it is learnt, as axolotl (train, training), ms-swift (loss) and others write it."""
+"""Keys of a message that say whether it is learnt, as axolotl (train, training), ms-swift (loss) and others write."""
 LABELS = frozenset(
     """
     id uuid message_id parent_id conversation_id turn turn_id index idx timestamp create_time created_at updated_at date

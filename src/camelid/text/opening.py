@@ -116,15 +116,18 @@ def _from_vocab_and_merges(file: Path) -> Opened:
 
 
 def _from_tiktoken(file: Path) -> Opened:
+    """Meta's tokenizer.model of Llama 3."""
     declared = read_declared(file.parent)
     tokenizer = tiktoken.build(file, declared)
     declared = _with_defaults(declared, {"bos_token": tiktoken.BOS, "eos_token": tiktoken.EOS})
     _add(tokenizer, declared)
+    bos = declared.named["bos_token"]
+    adds_bos = declared.config.get("add_bos_token") in (None, True)  # as Meta's code does
+    tiktoken.put_in_front(tokenizer, bos.content if bos is not None and adds_bos else None)
     ends = (tiktoken.EOS, tiktoken.END_OF_MESSAGE, tiktoken.END_OF_TURN)
     eos_ids = tuple(token for token in map(tokenizer.token_to_id, ends) if token is not None)
-    bos, eos = _frame(file, tokenizer)
     engine = TokenizersEngine(file, tokenizer.to_str())
-    return Opened(engine, declared, bos, eos_ids, _switches(declared, bos, eos))
+    return Opened(engine, declared, bos.content if bos is not None and adds_bos else None, eos_ids)
 
 
 def _from_sentencepiece(file: Path) -> Opened:
@@ -216,7 +219,8 @@ def _add(tokenizer: "Tokenizer", declared: Declared) -> bool:
         if (found := tokenizer.token_to_id(entry.content)) != token:
             where = CONFIG if declared.config.get("added_tokens_decoder") is not None else ADDED
             raise UserError(
-                f"{declared.folder / where} gives {entry.content!r} the id {token}, and its id in the vocabulary is {found}",
+                f"{declared.folder / where} gives {entry.content!r} the id {token}, and its id in the vocabulary is "
+                f"{found}",
                 "Correct the id: transformers ignores the declared one, and gives tokens that the vocabulary lacks the "
                 "ids that follow its last one.",
             )

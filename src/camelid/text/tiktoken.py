@@ -90,20 +90,26 @@ def special_tokens(folder: Path) -> list[str]:
 
 
 def build(file: Path, declared: Declared) -> "Tokenizer":
-    """The tokenizer of a tokenizer.model of ranks; texts begin with BOS, as Meta's code has them.
+    """The tokenizer of a tokenizer.model of ranks.
 
     Special tokens are those that tokenizer_config.json declares, or else those of the release.
     """
-    from tokenizers import AddedToken, processors
+    from tokenizers import AddedToken
 
     ranks = read_ranks(file)
     tokenizer = split_bytes(vocabulary(ranks), PATTERN, ignore_merges=True)
     names = [] if any(token >= len(ranks) for token in declared.added) else special_tokens(file.parent)
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
-    as_bytes = processors.ByteLevel(trim_offsets=False)
-    tokenizer.post_processor = as_bytes
-    if (bos := tokenizer.token_to_id(BOS)) is not None:
-        pair = f"{BOS}:0 $A:0 {BOS}:1 $B:1"
-        framed = processors.TemplateProcessing(single=f"{BOS}:0 $A:0", pair=pair, special_tokens=[(BOS, bos)])
-        tokenizer.post_processor = processors.Sequence([as_bytes, framed])
     return tokenizer
+
+
+def put_in_front(tokenizer: "Tokenizer", bos: str | None) -> None:
+    """Makes every text begin with BOS, by the post-processor of the released tokenizer.json files."""
+    from tokenizers import processors
+
+    steps: list = [processors.ByteLevel(trim_offsets=False)]
+    if bos is not None:
+        pair = f"{bos}:0 $A:0 {bos}:1 $B:1"
+        named = [(bos, tokenizer.token_to_id(bos))]
+        steps.append(processors.TemplateProcessing(single=f"{bos}:0 $A:0", pair=pair, special_tokens=named))
+    tokenizer.post_processor = processors.Sequence(steps)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import operator
 import re
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from camelid.errors import UserError
 from camelid.text.declared import CONFIG, SPECIALS, Declared, read_object
 from camelid.text.engines import Part, Placed, SentencePieceEngine, TokenizersEngine
 from camelid.text.opening import VOCABULARIES, Opened, open_vocabulary, vocabulary_file
+from camelid.text.tiktoken import is_tiktoken
 
 Engine = TokenizersEngine | SentencePieceEngine
 
@@ -175,13 +177,35 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
     return load_tokenizer(folder) if any((folder / name).is_file() for name in VOCABULARIES) else None
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a tokenizer that knows more ids than the model has embeddings."""
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{tokenizer.files[0]} has {tokenizer.vocab_size} ids, the model's vocabulary only {vocab_size}",
-            f"use the model's own tokenizer, or a model of vocab_size = {tokenizer.vocab_size} or more",
-        )
+def vocabulary_notes(tokenizer: Tokenizer, vocab_size: int) -> tuple[str, ...]:
+    """A note if a tokenizer has more ids than the model has embeddings, as one with an added padding token."""
+    if tokenizer.vocab_size <= vocab_size:
+        return ()
+    return (
+        f"{tokenizer.files[0]} has {tokenizer.vocab_size} ids, the model's vocabulary only {vocab_size}: a text that "
+        f"needs one of the ids from {vocab_size} on is refused",
+    )
+
+
+def portable(files: Sequence[Path], folder: Path) -> list[Path]:
+    """The files of a tokenizer as every reader of Hugging Face's format understands them.
+
+    A tokenizer.model of tiktoken's ranks becomes tokenizer.json and tokenizer_config.json, which are written into
+    `folder`; all other files stay as they are.
+    """
+    by_name = {file.name: file for file in files}
+    ranks = by_name.get("tokenizer.model")
+    if ranks is None or "tokenizer.json" in by_name or not is_tiktoken(ranks):
+        return list(files)
+    tokenizer = load_tokenizer(ranks)
+    assert isinstance(tokenizer.engine, TokenizersEngine)
+    named = {key: text for key, text in tokenizer.named_specials.items() if text}
+    config = read_object(ranks.parent / CONFIG) | named
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    written = [folder / "tokenizer.json", folder / CONFIG]
+    written[0].write_text(tokenizer.engine.serialized, "utf-8")
+    written[1].write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    return [*(file for name, file in by_name.items() if name not in ("tokenizer.model", CONFIG)), *written]
 
 
 def _eos_ids(opened: Opened, generation: Sequence[int], model: Sequence[int]) -> tuple[int, ...]:
