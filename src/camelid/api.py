@@ -29,7 +29,14 @@ from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from camelid.parallel.rules import check_divides
 from camelid.text.stream import TextStream
-from camelid.text.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, portable, vocabulary_notes
+from camelid.text.tokenizer import (
+    Tokenizer,
+    companions_with,
+    find_tokenizer,
+    load_tokenizer,
+    portable,
+    vocabulary_notes,
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,9 @@ class Model:
     def with_tokenizer(self, tokenizer: Tokenizer | str | Path) -> "Model":
         """The same model with another tokenizer, or with that of a folder or file."""
         found = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-        companions = {file.name: file for file in (*self.companions, *found.files)}
+        companions = companions_with(self.companions, found)
         notes = (*self.notes, *found.notes, *vocabulary_notes(found, self.config.vocab_size))
-        return replace(self, tokenizer=found, companions=tuple(companions.values()), notes=notes)
+        return replace(self, tokenizer=found, companions=tuple(companions), notes=notes)
 
     def logits(self, tokens: Int[Array | np.ndarray, "B S"]) -> Float[Array, "B S V"]:
         """For each token, the float32 logits of the one after it."""
@@ -136,8 +143,9 @@ class Model:
         if is_main():
             workers = WORKERS if jax.process_count() == 1 else 1
             with tempfile.TemporaryDirectory() as made:
-                if format != "meta":  # whose own code reads no other tokenizer
-                    saving = replace(saving, companions=portable(self.companions, Path(made)))
+                # Meta's own code reads no other tokenizer than ranks.
+                companions = portable(self.companions, Path(made), keep_ranks=format == "meta")
+                saving = replace(saving, companions=companions)
                 write_checkpoint(Path(path), saving, format, overwrite=overwrite, progress=progress, workers=workers)
         else:
             for file in files_of(saving, format):

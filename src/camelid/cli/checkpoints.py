@@ -35,9 +35,6 @@ Format = Literal[
     "peft",
 ]
 
-GENERATION = "generation_config.json"
-"""A file of the model's that also names its EOS; the tokenizer's own is taken where the model has none."""
-
 
 def convert(
     source: Annotated[Positional[str], arg(metavar="SOURCE", help="a checkpoint's folder, or its name on the Hub")],
@@ -139,18 +136,14 @@ def _companions(
     files: Sequence[Path], tokenizer: str | None, config: str | None, to: str, made: Path
 ) -> Sequence[Path]:
     """The files that are written beside the weights: those of the source, with the tokenizer that was asked for."""
-    from camelid.text.tokenizer import TOKENIZER_FILES, VOCABULARIES, load_tokenizer, portable
+    from camelid.text.tokenizer import VOCABULARIES, companions_with, load_tokenizer, portable
 
     tokenizer = tokenizer or tokenizer_of_config(config, any(file.name in VOCABULARIES for file in files))
     if tokenizer is not None:
         taken = load_tokenizer(tokenizer)
         tell(taken.notes)
-        kept = [file for file in files if file.name not in TOKENIZER_FILES or file.name == GENERATION]
-        taken_files = [
-            file for file in taken.files if file.name != GENERATION or not any(f.name == GENERATION for f in kept)
-        ]
-        files = [*kept, *taken_files]
-    return files if to == "meta" else portable(files, made)  # Meta's own code reads no other tokenizer
+        files = companions_with(files, taken)
+    return portable(files, made, keep_ranks=to == "meta")  # Meta's own code reads no other tokenizer
 
 
 def _refuse_beside_check(**given: object) -> None:

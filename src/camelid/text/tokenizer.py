@@ -5,6 +5,7 @@ import hashlib
 import json
 import operator
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ Engine = TokenizersEngine | SentencePieceEngine
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
 # Everything a conversion must carry along, so that the copy tokenizes, stops and chats as the original does.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,7 +35,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     CHAT_TEMPLATE,
     "chat_template.json",
-    "generation_config.json",
+    GENERATION,
 )
 
 
@@ -155,7 +157,7 @@ def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
     named_bos = declared.named.get("bos_token")
     bos = opened.bos or (named_bos.content if named_bos is not None else None)
     bos_id = engine.token_id(bos) if bos else None
-    listed = [_listed(folder / name) for name in ("generation_config.json", "config.json")]
+    listed = [_listed(folder / name) for name in (GENERATION, "config.json")]
     eos_ids = _eos_ids(opened, *listed)
     files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     return Tokenizer(
@@ -187,25 +189,39 @@ def vocabulary_notes(tokenizer: Tokenizer, vocab_size: int) -> tuple[str, ...]:
     )
 
 
-def portable(files: Sequence[Path], folder: Path) -> list[Path]:
-    """The files of a tokenizer as every reader of Hugging Face's format understands them.
+def companions_with(companions: Sequence[Path], tokenizer: Tokenizer) -> list[Path]:
+    """The files beside a model's weights, with those of another tokenizer in the place of its own.
 
-    A tokenizer.model of tiktoken's ranks becomes tokenizer.json and tokenizer_config.json, which are written into
-    `folder`; all other files stay as they are.
+    generation_config.json is the model's, and is the tokenizer's only where the model has none.
     """
-    by_name = {file.name: file for file in files}
-    ranks = by_name.get("tokenizer.model")
-    if ranks is None or "tokenizer.json" in by_name or not is_tiktoken(ranks):
-        return list(files)
-    tokenizer = load_tokenizer(ranks)
+    kept = [file for file in companions if file.name not in TOKENIZER_FILES or file.name == GENERATION]
+    names = {file.name for file in kept}
+    return [*kept, *(file for file in tokenizer.files if file.name not in names)]
+
+
+def portable(companions: Sequence[Path], folder: Path, *, keep_ranks: bool = False) -> list[Path]:
+    """The files beside a model's weights as every reader of Hugging Face's format understands them.
+
+    A tokenizer.model of tiktoken's ranks becomes tokenizer.json and tokenizer_config.json, unless `keep_ranks`; a
+    vocabulary under another name becomes tokenizer.model. Such files are written into `folder`.
+    """
+    by_name = {file.name: file for file in companions}
+    model = next((file for file in companions if file.suffix == ".model"), None)
+    if model is None or "tokenizer.json" in by_name:
+        return list(companions)
+    if keep_ranks or not is_tiktoken(model):
+        if model.name == "tokenizer.model":
+            return list(companions)
+        renamed = Path(shutil.copyfile(model, folder / "tokenizer.model"))
+        return [renamed if file is model else file for file in companions]
+    tokenizer = load_tokenizer(model)
     assert isinstance(tokenizer.engine, TokenizersEngine)
-    named = {key: text for key, text in tokenizer.named_specials.items() if text}
-    config = read_object(ranks.parent / CONFIG) | named
+    config = read_object(model.parent / CONFIG) | tokenizer.named_specials
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     written = [folder / "tokenizer.json", folder / CONFIG]
     written[0].write_text(tokenizer.engine.serialized, "utf-8")
     written[1].write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
-    return [*(file for name, file in by_name.items() if name not in ("tokenizer.model", CONFIG)), *written]
+    return [*(file for file in companions if file is not model and file.name != CONFIG), *written]
 
 
 def _eos_ids(opened: Opened, generation: Sequence[int], model: Sequence[int]) -> tuple[int, ...]:
