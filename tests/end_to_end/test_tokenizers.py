@@ -98,5 +98,6 @@ def test_a_tokenizer_may_have_more_ids_than_the_model_until_one_is_needed(storie
     assert_refused(called("train", tmp_path / "recipe.toml"), "holds token id 513, and the model's vocabulary has 512")
     (tmp_path / "text.txt").write_text("Tim")
     assert_refused(
-        called("evaluate", "perplexity", folder, "--text", tmp_path / "text.txt"), "the text has token 513, and the vocabulary has 512"
+        called("evaluate", "perplexity", folder, tmp_path / "text.txt"),
+        "the text has token 513, and the vocabulary has 512",
     )

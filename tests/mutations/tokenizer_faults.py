@@ -74,8 +74,8 @@ FAULTS = (
     Fault(
         "merges of equal scores are ordered by their shortest left part",
         "text/pieces.py",
-        "(-piece.score, -at, at - len(piece.text), piece.text)",
-        "(-piece.score, at, len(piece.text) - at, piece.text)",
+        "(-piece.score, -at, at - len(piece.text), piece.text[:at], piece.text[at:])",
+        "(-piece.score, at, len(piece.text) - at, piece.text[:at], piece.text[at:])",
         "text/test_folders.py::test_tokenizer_model_gives_the_ids_of_sentencepiece[Mistral, EOS]",
     ),
     Fault(
@@ -105,5 +105,40 @@ FAULTS = (
         'if role == "system" and not _holds(content):',
         'if role == "system" and content is None:',
         f"{CHAT}test_an_empty_message_of_the_system_is_none[]",
+    ),
+    Fault(
+        "a token of Llama 3 that no merges make is not found",
+        "text/tiktoken.py",
+        "tokenizer = split_bytes(vocabulary(ranks), PATTERN, ignore_merges=True)",
+        "tokenizer = split_bytes(vocabulary(ranks), PATTERN)",
+        "text/test_tiktoken.py::test_a_text_that_is_a_token_is_that_token_even_if_no_merges_lead_to_it",
+    ),
+    Fault(
+        "merges of Llama 3 are in the order of their left parts",
+        "text/tiktoken.py",
+        "(rank, ranks[token[:at]], ranks[token[at:]], token[:at], token[at:])",
+        "(ranks[token[:at]], ranks[token[at:]], rank, token[:at], token[at:])",
+        "text/test_tiktoken.py::test_ids_of_1000_texts_are_tiktokens",
+    ),
+    Fault(
+        "every release of Llama 3 has the special tokens of 3.1",
+        "text/tiktoken.py",
+        'names = LLAMA3 if params and not params.get("use_scaled_rope") else LLAMA3_1',
+        "names = LLAMA3_1",
+        "text/test_tiktoken.py::test_special_tokens_have_the_names_of_each_release[3]",
+    ),
+    Fault(
+        "a store's ids beyond the model are trained on",
+        "data/loader.py",
+        "if (largest := max((int(block.max()) for block in blocks), default=0)) >= vocab_size:",
+        "if (largest := max((int(block.max()) for block in blocks), default=0)) < 0:",
+        "end_to_end/test_tokenizers.py::test_a_tokenizer_may_have_more_ids_than_the_model_until_one_is_needed",
+    ),
+    Fault(
+        "the checkpoint's own tokenizer stays beside the one that was asked for",
+        "text/tokenizer.py",
+        "kept = [file for file in companions if file.name not in TOKENIZER_FILES or file.name == GENERATION]",
+        "kept = list(companions)",
+        "end_to_end/test_tokenizers.py::test_convert_takes_another_tokenizer_in_the_place_of_the_sources",
     ),
 )

@@ -48,15 +48,16 @@ class Pieces:
         leftmost. The pieces of equal scores are Llama's and Mistral's runs of spaces: there the leftmost is the one
         whose left part is the longest.
         """
-        texts = {piece.text for piece in self.pieces}
+        # Control pieces, such as <s>, are never made of text.
+        plain = [piece for piece in self.pieces if piece.type in (NORMAL, USER_DEFINED)]
+        texts = {piece.text for piece in plain}
         found = [
-            (-piece.score, -at, at - len(piece.text), piece.text)
-            for piece in self.pieces
-            if piece.type != UNUSED
+            (-piece.score, -at, at - len(piece.text), piece.text[:at], piece.text[at:])
+            for piece in plain
             for at in range(1, len(piece.text))
             if piece.text[:at] in texts and piece.text[at:] in texts
         ]
-        return [(text[:-left], text[-left:]) for _, left, _, text in sorted(found)]
+        return [(left, right) for *_, left, right in sorted(found)]
 
 
 def read_pieces(proto: bytes) -> Pieces:

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 from camelid.errors import UserError
 from camelid.text.declared import CONFIG, SPECIALS, Declared, read_object
 from camelid.text.engines import Part, Placed, SentencePieceEngine, TokenizersEngine
-from camelid.text.opening import VOCABULARIES, Opened, open_vocabulary, vocabulary_file
+from camelid.text.opening import VOCAB, VOCABULARIES, Opened, open_vocabulary, vocabulary_file
 from camelid.text.tiktoken import is_tiktoken
 
 Engine = TokenizersEngine | SentencePieceEngine
@@ -176,7 +176,10 @@ def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint's folder, where it has one."""
-    return load_tokenizer(folder) if any((folder / name).is_file() for name in VOCABULARIES) else None
+    found = [name for name in VOCABULARIES if (folder / name).is_file()]
+    # Other parts of a model may have a vocab.json too.
+    has_one = found and (found != [VOCAB] or (folder / "merges.txt").is_file())
+    return load_tokenizer(folder) if has_one else None
 
 
 def vocabulary_notes(tokenizer: Tokenizer, vocab_size: int) -> tuple[str, ...]:
