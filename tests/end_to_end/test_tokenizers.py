@@ -96,7 +96,7 @@ def test_a_tokenizer_may_have_more_ids_than_the_model_until_one_is_needed(storie
     (tmp_path / "text.txt").write_text("One day, Tim saw a big red dog. " * 3)
     shutil.rmtree(tmp_path / "run")
     assert_refused(called("train", tmp_path / "recipe.toml"), "holds token id 513, and the model's vocabulary has 512")
-    (tmp_path / "text.txt").write_text("Tim")
+    (tmp_path / "text.txt").write_text("One day, Tim saw a dog.")
     assert_refused(
         called("evaluate", "perplexity", folder, tmp_path / "text.txt"),
         "the text has token 513, and the vocabulary has 512",
