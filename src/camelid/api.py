@@ -1,6 +1,7 @@
 """What Python users see: `camelid.load` and the Model that it returns."""
 
 import collections
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -34,7 +35,14 @@ from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from camelid.parallel.rules import check_divides
 from camelid.text.stream import TextStream
-from camelid.text.tokenizer import Tokenizer, check_vocabulary, find_tokenizer, load_tokenizer
+from camelid.text.tokenizer import (
+    Tokenizer,
+    companions_with,
+    find_tokenizer,
+    load_tokenizer,
+    portable,
+    vocabulary_notes,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,13 @@ class Model:
         tokenizer = "no tokenizer" if self.tokenizer is None else repr(self.tokenizer)
         devices = f"{self.mesh.size} device{'s' if self.mesh.size > 1 else ''}"
         return f"Model({config.family or 'llama'}: {size}; {self.compute.dtype} on {devices}; {tokenizer})"
+
+    def with_tokenizer(self, tokenizer: Tokenizer | str | Path) -> "Model":
+        """The same model with another tokenizer, or with that of a folder or file."""
+        found = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+        companions = companions_with(self.companions, found)
+        notes = (*self.notes, *found.notes, *vocabulary_notes(found, self.config.vocab_size))
+        return replace(self, tokenizer=found, companions=tuple(companions), notes=notes)
 
     @in_python
     def logits(self, tokens: Sequence[Sequence[int]] | Int[Array | np.ndarray, "B S"]) -> Float[Array, "B S V"]:
@@ -171,7 +186,11 @@ class Model:
         # Fetching a layer is a collective: every process takes part in each, one after another in the same order.
         if is_main():
             workers = WORKERS if jax.process_count() == 1 else 1
-            write_checkpoint(Path(path), saving, format, overwrite=overwrite, progress=progress, workers=workers)
+            with tempfile.TemporaryDirectory() as made:
+                # Meta's own code reads no other tokenizer than ranks.
+                companions = portable(self.companions, Path(made), keep_ranks=format == "meta")
+                saving = replace(saving, companions=companions)
+                write_checkpoint(Path(path), saving, format, overwrite=overwrite, progress=progress, workers=workers)
         else:
             for file in files_of(saving, format):
                 for segment in file.segments:
@@ -213,11 +232,9 @@ def load(
     mesh = _mesh(mesh)
     check_divides(checkpoint.config.axis_sizes, mesh, compute.replicate)
     found = find_tokenizer(checkpoint.folder) if tokenizer is None else load_tokenizer(tokenizer)
-    if found is not None:
-        check_vocabulary(found, checkpoint.config.vocab_size)
     params = load_params(checkpoint, compute, mesh)
-    companions = {file.name: file for file in (*checkpoint.companions, *(found.files if found is not None else ()))}
-    return Model(checkpoint.config, params, found, compute, mesh, tuple(companions.values()), checkpoint.notes)
+    model = Model(checkpoint.config, params, None, compute, mesh, tuple(checkpoint.companions), checkpoint.notes)
+    return model if found is None else model.with_tokenizer(found)
 
 
 def load_params(checkpoint: Checkpoint, compute: Compute, mesh: Mesh) -> Decoder:

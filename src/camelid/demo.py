@@ -101,7 +101,7 @@ def write_corpus(folder: Path) -> tuple[Path, Path]:
 
 def train_tokenizer(folder: Path, corpus: Path) -> Path:
     """A byte-level BPE tokenizer of the corpus, in the files of a Hugging Face checkpoint."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -114,6 +114,7 @@ def train_tokenizer(folder: Path, corpus: Path) -> Path:
     )
     texts = (json.loads(line)["text"] for line in corpus.read_text("utf-8").splitlines())
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -36,7 +36,7 @@ from camelid.recipe import Recipe
 from camelid.resume import Data, check_folder, claimed, has_begun
 from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
-from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, check_vocabulary, load_tokenizer
+from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics, tokenizing
 from camelid.train.loop import Callback, train
 from camelid.train.optimizer import learning_rate, make_optimizer
@@ -126,7 +126,6 @@ def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
     if source is not None and recipe.init_optimizer and not has_begun(Path(recipe.run)):
         _check_training(source, recipe)
     tokenizer = load_tokenizer(recipe.tokenizer or where)
-    check_vocabulary(tokenizer, config.vocab_size)
     check_divides(config.axis_sizes, mesh, recipe.compute.replicate)
     hf.table_of(config)  # what could not be saved is not trained
     if recipe.data.sequence_length > config.max_length:
@@ -142,6 +141,8 @@ def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
     progress = tokenizing() if is_main() else None
     loader = Loader(recipe.data, tokenizer, progress=progress)
     validation = Loader(recipe.data, tokenizer, "validation", progress) if _validates(recipe) else None
+    for each in (loader, *([] if validation is None else [validation])):
+        each.check_ids(config.vocab_size)
     return Parts(source, config, tokenizer, loader, validation, _trainer(recipe, config))
 
 
@@ -328,7 +329,8 @@ def _peak() -> float | None:
 
 
 def _introduce(terminal: Terminal, recipe: Recipe, parts: Parts, mesh: Mesh, first: int, resumed: int | None) -> None:
-    for note in () if parts.source is None else parts.source.notes:
+    notes = () if parts.source is None else parts.source.notes
+    for note in (*notes, *parts.tokenizer.notes, *vocabulary_notes(parts.tokenizer, parts.config.vocab_size)):
         terminal.say(f"note: {note}")
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     tokens = recipe.data.batch_size * recipe.data.sequence_length

@@ -385,7 +385,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_cannot_decide(stories: Path, t
     shutil.copy(stories / "tokenizer.json", tmp_path / "theirs")
     (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl.")
     given = ["--rope-layout", "auto", "--reference", tmp_path / "text.txt"]
-    about = "tokenizer.json has 512 ids, the model's vocabulary only 97"
+    about = "text.txt needs token id 432, and the model's vocabulary has 97"
     assert_refused(called("convert", tmp_path / "theirs", tmp_path / "out", *given), about)
 
 

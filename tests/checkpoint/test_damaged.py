@@ -171,6 +171,9 @@ def test_a_name_that_the_hub_does_not_give_is_refused(tmp_path: Path, monkeypatc
     assert_refused(called("inspect", "nobody/nothing"), "nobody/nothing is not a local folder")
 
 
-def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(folder: Path):
+def test_a_prompt_that_needs_an_id_beyond_the_model_is_refused(folder: Path):
     save_byte_tokenizer(folder)
-    assert_refused(called("generate", folder, "a"), "has 258 ids, the model's vocabulary only 97")
+    done = called("generate", folder, "a")
+    assert "note: " in done.stderr
+    assert "has 258 ids, the model's vocabulary only 97" in done.stderr
+    assert_refused(done, "prompt 0 has token 256, and the vocabulary has 97")

@@ -147,7 +147,7 @@ def test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it(tmp_path:
         ({"data__train": ["missing.txt"]}, "missing.txt matches no file"),
         ({"data__batch_size": 6, "train__accumulate": 4}, "data.batch_size = 6 does not divide over 4 microbatches"),
         ({"data__sequence_length": 65}, "data.sequence_length = 65 exceeds the context of 64"),
-        ({"model__vocab_size": 200}, "has 258 ids, the model's vocabulary only 200"),
+        ({"model__vocab_size": 200}, "holds token id 257, and the model's vocabulary has 200"),
         ({"model__num_kv_heads": 4}, "num_heads = 6 is not a multiple of num_kv_heads = 4"),
         ({"model__head_dim": 9}, "of head_dim = 9, 9 are rotary; rotary embeddings turn pairs"),
         ({"model__parallel_block": True}, "cannot say parallel_block = True"),

@@ -15,7 +15,8 @@ import tokenizers
 
 from camelid.errors import UserError
 from camelid.text import sandbox
-from camelid.text.chat import ChatTemplate, Message, load_template, read_chat, read_instruct
+from camelid.text.chat import ChatTemplate, load_template
+from camelid.text.messages import Message, read_chat, read_instruct
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from text.tiny import EOS, save_byte_tokenizer
@@ -54,7 +55,7 @@ def save_tokenizer(assets: Path, name: str, folder: Path) -> None:
         shutil.copytree(assets / "models/stories260K/hf", folder, dirs_exist_ok=True)
     elif name == "llama2":
         shutil.copy(assets / "tokenizers/llama2/tokenizer.model", folder)
-        name_specials(folder, tokenizer_class="LlamaTokenizer", unk_token="<unk>")
+        name_specials(folder, unk_token="<unk>")
     elif name == "mistral-v1, more specials":
         bigger = tokenizers.Tokenizer.from_file(str(assets / "tokenizers/mistral-v1/tokenizer.json"))
         bigger.add_special_tokens([tokenizers.AddedToken(text, rstrip=text == "<|end|>") for text in SPECIALS])
@@ -752,7 +753,7 @@ def test_sharegpt_and_openai_rows_are_the_same_messages():
     shared["conversations"] += [{"from": "bard", "value": "b", "weight": 0}]
     parts = [{"type": "text", "text": "q"}]
     opened = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]}
-    opened["messages"] += [{"role": "assistant", "content": "a", "tool_calls": None, "name": "x"}]
+    opened["messages"] += [{"role": "assistant", "content": "a", "tool_calls": None, "id": "x"}]
     opened["messages"] += [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b", "weight": 0.0}]
     expected = [Message("system", "s"), Message("user", "q"), Message("assistant", "a"), Message("user", "r")]
     expected.append(Message("assistant", "b", 0.0))
@@ -782,10 +783,6 @@ USER, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
         ({"conversations": [USER, {"from": "gpt", "value": 3}]}, r"conversations\[1\].value is 3, not a text"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, r"conversations\[0\].from is 'tool'\nroles are"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\].role is \['user'\]"),
-        ({"conversations": [GPT, USER]}, r"conversations\[0\] is the assistant's where the user's is due"),
-        ({"conversations": [USER, USER]}, r"conversations\[1\] is the user's where the assistant's is due"),
-        ({"conversations": [USER, GPT, GPT]}, r"conversations\[2\] is the assistant's where the user's is due"),
-        ({"conversations": [USER, {"from": "system", "value": "s"}]}, r"conversations\[1\] is the system's"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, r"messages\[0\] has tool_calls"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -802,11 +799,77 @@ USER, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
             "the row has system, and a message",
         ),
         ({"conversations": [USER], "system": 5}, "system is 5, not a text"),
+        (
+            {"conversations": [USER], "system": "s", "system_prompt": "t"},
+            "the row has system and system_prompt, which d",
+        ),
+        ({"conversations": [USER], "messages": [USER]}, "the row has messages and conversations"),
+        ({"conversations": [{"from": "system", "value": ""}]}, "conversations holds only empty messages"),
+        ({"conversations": [USER, GPT], "documents": ["x"]}, "the row has documents"),
+        ({"conversations": [USER, GPT], "weight": 0.5}, "the row has weight = 0.5, which would change"),
+        ({"conversations": [USER, GPT], "train": False}, "the row has train = False, which would change"),
+        ({"conversations": [USER, GPT | {"train": "no"}]}, r"conversations\[1\].train is 'no'"),
+        ({"conversations": [USER, GPT | {"loss_mask": [0, 1]}]}, r"conversations\[1\].loss_mask is \[0, 1\]"),
+        ({"conversations": [USER, GPT | {"loss": 0.5}]}, r"conversations\[1\].loss is 0.5"),
+        (
+            {"conversations": [USER, GPT | {"train": True, "weight": 0}]},
+            r"conversations\[1\] has weight = 0 and train = True",
+        ),
+        ({"conversations": [USER, GPT | {"train_detail": [{}]}]}, r"conversations\[1\] has train_detail = \[\{\}\]"),
+        ({"conversations": [USER, GPT | {"learn": False}]}, r"conversations\[1\] has learn = False"),
+        ({"conversations": [USER, GPT | {"content": "b"}]}, r"conversations\[1\] has content = 'b'"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Tim"}]}, r"messages\[0\] has name = 'Tim'"),
+        ({"messages": [{"role": "user", "content": "x", "thinking": "hm"}]}, r"messages\[0\] has thinking = 'hm'"),
     ],
 )
 def test_a_row_that_is_no_chat_says_where(row: dict, message: str):
     with pytest.raises(UserError, match=f"^{message}"):
         read_chat(row)
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "loss", "loss_mask", "weight"])
+def test_a_flag_of_a_message_decides_whether_it_is_learnt(bytewise: Tokenizer, key: str):
+    off, on = (0, 1) if key in ("weight", "loss_mask") else (False, True)
+    row = {
+        "id": 7,
+        "source": "forum",
+        "conversations": [
+            {"from": "human", "value": "q", key: on},
+            {"from": "gpt", "value": "a", key: off},
+            {"from": "human", "value": "r", key: None},
+            {"from": "gpt", "value": "b", "timestamp": 3},
+        ],
+    }
+    messages = read_chat(row)
+    assert [message.weight for message in messages] == [1, 0, None, None]
+    tokens, weights = load_template("chatml", bytewise).render(messages, bytewise)
+    assert spoken(bytewise, tokens, weights) == ["q", "b<|im_end|>"]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
+def test_the_message_of_the_system_may_stand_beside_the_others(key: str):
+    told = [Message("system", "s"), Message("user", "q"), Message("assistant", "a")]
+    assert read_chat({"conversations": [USER, GPT], key: "s"}) == told
+    assert read_chat({"conversations": [{"from": "system", "value": "s"}, USER, GPT], key: "s"}) == told
+    assert read_instruct({"instruction": "q", "output": "a", key: "s"}, ChatTemplate("")) == told
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None, [], [{"type": "text", "text": ""}]])
+def test_an_empty_message_of_the_system_is_none(empty: object):
+    expected = [Message("user", "q"), Message("assistant", "a")]
+    assert read_chat({"conversations": [{"from": "system", "value": empty, "role": None}, USER, GPT]}) == expected
+    assert read_chat({"messages": [{"role": "system", "content": empty}, *rows(expected)]}) == expected
+    assert read_chat({"conversations": [USER, GPT], "system": empty, "system_prompt": empty}) == expected
+
+
+def test_who_may_speak_after_whom_is_up_to_the_template(bytewise: Tokenizer):
+    """A conversation that the assistant begins, with two answers in a row and a late message of the system."""
+    late = {"from": "system", "value": "s"}
+    messages = read_chat({"conversations": [GPT, USER, GPT, GPT, late, USER, USER]})
+    tokens, weights = load_template("chatml", bytewise).render(messages, bytewise)
+    assert spoken(bytewise, tokens, weights) == ["a<|im_end|>"] * 3
+    with pytest.raises(UserError, match="user and assistant must take turns"):
+        load_template("llama2", bytewise).render(messages, bytewise)
 
 
 def test_instructions_become_what_alpaca_was_trained_on(bytewise: Tokenizer):

@@ -15,7 +15,7 @@ import tokenizers
 
 from camelid.errors import UserError
 from camelid.text.stream import TextStream
-from camelid.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from camelid.text.tokenizer import Tokenizer, load_tokenizer, vocabulary_notes
 from text.tiny import BOS, EOS, VOCAB_SIZE, save_byte_tokenizer
 
 STORIES = "models/stories260K/hf"
@@ -158,22 +158,27 @@ def test_one_thread_may_parse_specials_while_another_does_not(bytewise: Tokenize
     assert ids == [parsed if specials else plain for specials in wanted]
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize(
-    ("adds_bos", "config", "expected"),
+    "config",
     [
-        (True, {}, True),
-        (False, {}, False),
-        (True, {"add_bos_token": False}, False),
-        (False, {"add_bos_token": True, "bos_token": "<s>"}, True),
-        (True, {"add_bos_token": None}, True),
-        (True, {"bos_token": None}, False),
-        (True, {"bos_token": ""}, True),
+        {},
+        {"add_bos_token": False},
+        {"add_bos_token": True, "bos_token": "<s>"},
+        {"add_bos_token": None},
+        {"bos_token": None},
+        {"bos_token": ""},
     ],
 )
-def test_bos_follows_the_checkpoint(tmp_path: Path, adds_bos: bool, config: dict, expected: bool):
-    tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path, adds_bos=adds_bos, config=config))
-    assert tokenizer.adds_bos is expected
-    assert tokenizer.encode("x") == ([BOS] if expected else []) + [ord("x")]
+def test_bos_follows_the_post_processor_as_in_transformers(tmp_path: Path, adds_bos: bool, config: dict):
+    import transformers
+
+    folder = save_byte_tokenizer(tmp_path, adds_bos=adds_bos, config=config)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.adds_bos is adds_bos
+    assert tokenizer.encode("x") == transformers.AutoTokenizer.from_pretrained(folder).encode("x")
+    said = config.get("add_bos_token")
+    assert bool(tokenizer.notes) == (said is not None and said is not adds_bos)
 
 
 def test_bos_is_put_once_and_the_caller_may_overrule_the_checkpoint(bytewise: Tokenizer):
@@ -216,7 +221,8 @@ def test_an_eos_of_the_model_alone_ends_no_text(tmp_path: Path):
 
 
 def test_an_ordinary_token_that_is_also_eos_ends_a_text_once_more(tmp_path: Path):
-    tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path, config={"bos_token": "#", "eos_token": "!"}))
+    folder = save_byte_tokenizer(tmp_path, adds_bos=False, config={"bos_token": "#", "eos_token": "!"})
+    tokenizer = load_tokenizer(folder)
     assert tokenizer.encode("#x!", bos=True, eos=True) == list(b"##x!!")
 
 
@@ -225,8 +231,8 @@ def test_an_ordinary_token_that_is_also_eos_ends_a_text_once_more(tmp_path: Path
     [
         ("generation_config.json", '{"eos_token_id": "x"}', r"eos_token_id in .*generation_config\.json is \['x'\]"),
         ("config.json", '{"eos_token_id": [1, 2.5]}', r"eos_token_id in .*config\.json is \[1, 2\.5\]"),
-        ("tokenizer_config.json", '{"eos_token": 2}', "eos_token is 2 in the tokenizer's configuration"),
-        ("tokenizer_config.json", '{"bos_token": ["<s>"]}', r"bos_token is \['<s>'\]"),
+        ("tokenizer_config.json", '{"eos_token": 2}', r"eos_token in .*tokenizer_config\.json is 2"),
+        ("tokenizer_config.json", '{"bos_token": ["<s>"]}', r"bos_token in .*tokenizer_config\.json is \['<s>'\]"),
     ],
 )
 def test_a_special_of_another_shape_is_named(tmp_path: Path, name: str, content: str, message: str):
@@ -248,15 +254,22 @@ def test_truncation_and_padding_saved_in_the_file_are_ignored(tmp_path: Path):
 
 def test_tokens_added_to_a_bare_model_are_counted_parsed_and_spelled(assets: Path, tmp_path: Path):
     shutil.copy(assets / LLAMA2 / "tokenizer.model", tmp_path)
-    (tmp_path / "added_tokens.json").write_text('{"<|im|>": 32000, "<|im|>x": 32002}')
+    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<|im|>", "<|im|>x"]}')
+    (tmp_path / "added_tokens.json").write_text('{"<|im|>": 32000, "<|im|>x": 32001}')
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.vocab_size == 32003
+    assert tokenizer.vocab_size == 32002
     ids = tokenizer.encode("<|im|>x<|im|>", specials=True)
-    assert ids == [1, 32002, 32000]
+    assert ids == [1, 32001, 32000]
     assert tokenizer.decode(ids, skip_specials=False) == "<s><|im|>x<|im|>"
-    # 32001 belongs to nobody.
-    assert tokenizer.decode([*ids, 32001]) == TextStream(tokenizer).push(32001) == ""
+    assert TextStream(tokenizer).push(32000) == ""
     assert 32000 not in tokenizer.encode("<|im|>")
+
+
+def test_an_id_that_transformers_would_not_give_is_named(assets: Path, tmp_path: Path):
+    shutil.copy(assets / LLAMA2 / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|im|>": 32001}')
+    with pytest.raises(UserError, match=r"added_tokens\.json gives '<\|im\|>' the id 32001, and .* is 32000"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("added", ['{"x": "y"}', '{"x": -1}', '{"x": 3.5}', '{"": 32000}'])
@@ -306,14 +319,14 @@ def test_half_a_character_is_refused_by_place(bytewise: Tokenizer):
         bytewise.encode("ab\ud83d")
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(bytewise: Tokenizer):
-    check_vocabulary(bytewise, VOCAB_SIZE)
-    with pytest.raises(UserError, match=f"{VOCAB_SIZE} ids.* only 257"):
-        check_vocabulary(bytewise, 257)
+def test_a_tokenizer_larger_than_the_model_is_noted_with_both_sizes(bytewise: Tokenizer):
+    assert vocabulary_notes(bytewise, VOCAB_SIZE) == ()
+    (note,) = vocabulary_notes(bytewise, 257)
+    assert f"{VOCAB_SIZE} ids, the model's vocabulary only 257" in note
 
 
 def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path):
-    with pytest.raises(UserError, match=r"looked for .*tokenizer\.json and .*tokenizer\.model"):
+    with pytest.raises(UserError, match=r"looked for .*tokenizer\.json, .*tokenizer\.model, .*vocab\.json"):
         load_tokenizer(tmp_path)
 
 
@@ -321,7 +334,13 @@ def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("tokenizer.json", "{}", r"tokenizer\.json is no tokenizer"),
-        ("tokenizer.model", "IQ== 0\nIg== 1\n", r"tokenizer\.model is no sentencepiece model"),
+        (
+            "tokenizer.model",
+            "no model",
+            r"tokenizer\.model is neither a sentencepiece model nor a list of tiktoken's ranks",
+        ),
+        ("tokenizer.model", "IQ== 0\nIg== 1\n", r"tokenizer\.model is not whole: byte 0 has no token"),
+        ("tokenizer.model", "IQ== 0\nIg= 1\n", r"tokenizer\.model:2 is no token with its rank"),
     ],
 )
 def test_a_vocabulary_of_another_kind_is_named(tmp_path: Path, name: str, content: str, message: str):
@@ -338,9 +357,33 @@ def test_a_broken_file_beside_the_vocabulary_is_named(tmp_path: Path):
             load_tokenizer(folder)
 
 
-def test_a_named_special_that_the_vocabulary_lacks_is_an_error(tmp_path: Path):
-    with pytest.raises(UserError, match="eos_token is '<end>'"):
-        load_tokenizer(save_byte_tokenizer(tmp_path, config={"eos_token": "<end>"}))
+def test_a_named_special_that_the_vocabulary_lacks_follows_its_last_id(tmp_path: Path):
+    import transformers
+
+    folder = save_byte_tokenizer(tmp_path, config={"eos_token": "<end>"})
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.eos_ids == (theirs.eos_token_id,) == (VOCAB_SIZE,)
+    assert ours.encode("a<end>", specials=True) == theirs.encode("a<end>")
+
+
+def test_a_unigram_model_is_encoded_by_sentencepiece_and_takes_no_tokens(assets: Path, tmp_path: Path):
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(assets / "data/tinystories/tinystories_sample.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="unigram",
+        vocab_size=200,
+        minloglevel=2,
+    )
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<unk>"}')
+    texts = ["Once upon  a time", "ﬁsh </s> x", ""]
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_batch(texts, bos=False) == theirs.encode(texts)
+    assert tokenizer.encode("a</s>b", specials=True) == [1, *theirs.encode("a"), 2, *theirs.encode("b")]
+    assert pickle.loads(pickle.dumps(tokenizer)).encode_batch(texts) == tokenizer.encode_batch(texts)
+    (tmp_path / "added_tokens.json").write_text('{"<tool>": 200}')
+    with pytest.raises(UserError, match="'<tool>' is to be added to it"):
+        load_tokenizer(tmp_path)
 
 
 def test_bos_or_eos_that_does_not_exist_is_refused(tmp_path: Path):

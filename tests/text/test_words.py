@@ -74,6 +74,17 @@ def test_the_ids_of_words_are_those_of_the_text(tokenizer: Tokenizer, texts: lis
     assert by_words(tokenizer, texts) == whole
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_words_of_the_class_llama_are_its_texts(file: Path, texts: list[str], tmp_path: Path, legacy: bool):
+    (tmp_path / "tokenizer.json").write_bytes(file.read_bytes())
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    llama = load_tokenizer(tmp_path)
+    some = [*texts[:40], *texts[-800:], "  x", "▁x"]
+    whole = [found.ids for found in llama.engine._plain.encode_batch_fast(some, add_special_tokens=False)]
+    assert by_words(llama, some) == whole
+
+
 @pytest.mark.parametrize(("most", "longest"), [(10, 32), (2**18, 2), (0, 0)])
 def test_what_is_forgotten_is_found_again(
     tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch, most: int, longest: int

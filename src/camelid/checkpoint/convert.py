@@ -25,13 +25,15 @@ def convert(
     shards: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    companions: Callable[[Sequence[Path]], Sequence[Path]] = list,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, ...]:
     """Writes `source` in the format `to`; `dtype` None keeps each tensor's own.
 
     `format` is that of the source, None asks its files; `config` describes a model whose files do not; the fields in
     `ignore` are as if config.json did not have them. With `resume`, goes on where an earlier process was killed that
-    was called with the same arguments. Returns what was guessed or left out.
+    was called with the same arguments. `companions` gives the files that are written beside the weights (tokenizer,
+    license, ...), from those of the source. Returns what was guessed or left out.
     """
     checkpoint = open_checkpoint(source, format, config, ignore)
     dtypes = checkpoint.dtypes
@@ -43,7 +45,7 @@ def convert(
         checkpoint.config,
         dtypes,
         checkpoint.source,
-        checkpoint.companions,
+        companions(checkpoint.companions),
         tensor_parallel,
         pipeline_parallel,
         shards,

@@ -3,12 +3,23 @@
 import dataclasses
 import math
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from camelid.cli.shared import Ignore, model_config, note, print_json, progress_bar, read_text, tell
+from camelid.cli.shared import (
+    Ignore,
+    model_config,
+    note,
+    print_json,
+    progress_bar,
+    read_text,
+    tell,
+    tokenizer_of_config,
+)
 from camelid.errors import UserError
 
 Format = Literal[
@@ -44,6 +55,7 @@ def convert(
     from_format: Annotated[Format | None, arg(name="from")] = None,
     config: str | None = None,
     ignore_config_field: Ignore = (),
+    tokenizer: str | None = None,
     rope_layout: Literal["half", "interleaved", "auto"] | None = None,
     reference: Path | None = None,
     dtype: Annotated[
@@ -66,7 +78,9 @@ def convert(
     Args:
         to: format that is written; hf if left out
         from_format: format of SOURCE, where its files leave a doubt
-        config: what SOURCE is, where its files do not say: a preset, or a config.json
+        config: what SOURCE is, where its files do not say: a preset, a config.json, or a folder that has one, whose
+            tokenizer is taken where SOURCE has none
+        tokenizer: a folder or file with the tokenizer that is written, instead of SOURCE's
         rope_layout: of MindSpore's files; auto takes the one that predicts the reference better
         reference: a text for --rope-layout auto
         tensor_parallel: shards of every matrix, in formats that have them
@@ -86,6 +100,7 @@ def convert(
         _refuse_beside_check(
             to=to,
             dtype=dtype,
+            tokenizer=tokenizer,
             tensor_parallel=tensor_parallel != 1,
             pipeline_parallel=pipeline_parallel != 1,
             shards=shards is not None,
@@ -105,7 +120,7 @@ def convert(
     if destination is None:
         return _check(source, opened_as, described, ignore_config_field)
     to = to or "hf"
-    with progress_bar("convert") as progress:
+    with progress_bar("convert") as progress, tempfile.TemporaryDirectory() as made:
         notes = convert(
             source,
             destination,
@@ -119,6 +134,7 @@ def convert(
             shards=shards,
             resume=resume,
             overwrite=overwrite,
+            companions=lambda files: _companions(files, tokenizer, config, to, Path(made)),
             progress=progress,
         )
     tell(notes)
@@ -126,6 +142,20 @@ def convert(
     if verify:
         _verify(source, destination, opened_as, described, ignore_config_field, to)
     return None
+
+
+def _companions(
+    files: Sequence[Path], tokenizer: str | None, config: str | None, to: str, made: Path
+) -> Sequence[Path]:
+    """The files that are written beside the weights: those of the source, with the tokenizer that was asked for."""
+    from camelid.text.tokenizer import VOCABULARIES, companions_with, load_tokenizer, portable
+
+    tokenizer = tokenizer or tokenizer_of_config(config, any(file.name in VOCABULARIES for file in files))
+    if tokenizer is not None:
+        taken = load_tokenizer(tokenizer)
+        tell(taken.notes)
+        files = companions_with(files, taken)
+    return portable(files, made, keep_ranks=to == "meta")  # Meta's own code reads no other tokenizer
 
 
 def _refuse_beside_check(**given: object) -> None:
@@ -167,11 +197,14 @@ def _rope_layout(
     import numpy as np
 
     from camelid.evaluate.parity import MOST, loss
-    from camelid.text.tokenizer import check_vocabulary, load_tokenizer
+    from camelid.text.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(found.folder)
-    check_vocabulary(tokenizer, found.config.vocab_size)
-    tokens = np.array(tokenizer.encode(read_text(reference))[: 4 * MOST])
+    tokens = np.array(load_tokenizer(found.folder).encode(read_text(reference))[: 4 * MOST])
+    if len(tokens) and (largest := int(tokens.max())) >= found.config.vocab_size:
+        raise UserError(
+            f"{reference} needs token id {largest}, and the model's vocabulary has {found.config.vocab_size}",
+            "Use the model's own tokenizer.",
+        )
     if len(tokens) < 2:
         raise UserError(f"{reference} has nothing to predict", "Give a text of some sentences.")
     losses = {layout: loss(open_checkpoint(path, name, config, ignore), tokens) for layout, name in FORMAT_OF.items()}

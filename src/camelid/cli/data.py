@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from camelid.cli.shared import note, print_json, progress_bar
+from camelid.cli.shared import note, print_json, progress_bar, tell
 from camelid.data.config import Kind, Source
 from camelid.errors import UserError
 
@@ -100,6 +100,7 @@ def prepare(
     from camelid.text.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
+    tell(loaded.notes)
     began, done_before = time.perf_counter(), []
     with progress_bar("prepare") as progress:
 

@@ -16,7 +16,13 @@ Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="of parame
 Checkpoint = Annotated[
     Positional[str], arg(metavar="MODEL", help="a checkpoint's folder, or its name on the Hugging Face Hub")
 ]
-Config = Annotated[str | None, arg(help="what MODEL is, where its files do not say: a preset, or a config.json")]
+Config = Annotated[
+    str | None,
+    arg(
+        help="what MODEL is, where its files do not say: a preset, a config.json, or a folder that has one, whose "
+        "tokenizer is taken where MODEL has none"
+    ),
+]
 Ignore = Annotated[
     tuple[str, ...],
     UseAppendAction,
@@ -33,8 +39,22 @@ def load(model: str, dtype: str, config: str | None, ignore: tuple[str, ...], to
     from camelid.api import load
 
     loaded = load(model, dtype=dtype, config=model_config(config, ignore), ignore=ignore, tokenizer=tokenizer)
+    if (taken := tokenizer_of_config(config, loaded.tokenizer is not None)) is not None:
+        loaded = loaded.with_tokenizer(taken)
     tell(loaded.notes)
     return loaded
+
+
+def tokenizer_of_config(config: str | None, has_one: bool) -> str | None:
+    """The folder that --config names, if it holds a tokenizer and the checkpoint does not."""
+    from camelid.text.tokenizer import VOCABULARIES
+
+    if config is None or has_one:
+        return None
+    path = Path(config).expanduser()
+    folder = path if path.is_dir() else path.parent
+    named = path.is_dir() or path.is_file()
+    return str(folder) if named and any((folder / name).is_file() for name in VOCABULARIES) else None
 
 
 def model_config(text: str | None, ignore: tuple[str, ...] = ()):

@@ -15,7 +15,8 @@ from camelid.data.config import Source
 from camelid.data.fields import Piece, text_of, value_of
 from camelid.data.sources import Record
 from camelid.errors import UserError
-from camelid.text.chat import ChatTemplate, Message, load_template, read_chat, read_instruct
+from camelid.text.chat import ChatTemplate, load_template
+from camelid.text.messages import Message, read_chat, read_instruct
 from camelid.text.tokenizer import Tokenizer
 
 GSM8K_PROMPT = (
@@ -216,8 +217,11 @@ def _answered(row: Mapping[str, Any], key: str, template: ChatTemplate) -> list[
             before, after = value_of(row, "prompt"), [{"role": "assistant", "content": answer}]
         if not isinstance(before, list):
             # Some data sets repeat the prompt as the first message of both answers.
-            repeated = isinstance(answer, list) and answer and answer[0] == {"role": "user", "content": before}
-            before = [] if repeated else [{"role": "user", "content": before}]
+            asked = {"role": "user", "content": before}
+            first = answer[0] if isinstance(answer, list) and answer else None
+            if isinstance(first, Mapping) and first.get("role") == "user" and first != asked:
+                raise UserError("messages[1] is the user's too, and differs from prompt", "Keep one of the two.")
+            before = [] if first == asked else [asked]
         return read_chat({**row, "messages": before + after})
     except UserError as error:
         raise _at(key, error) from error

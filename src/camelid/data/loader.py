@@ -60,6 +60,18 @@ class Loader:
         _check_loss(self.packings, split)
         self.mixture = _mixture(config, self.packings, split)
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises UserError if a store holds an id that is not below a model's `vocab_size`."""
+        if self.vocab_size <= vocab_size:  # the stores hold no ids beyond the tokenizer's
+            return
+        for store in (packing.store for packing in self.packings):
+            blocks = (store.tokens[at : at + LOOKED_AT] for at in range(0, store.num_tokens, LOOKED_AT))
+            if (largest := max((int(block.max()) for block in blocks), default=0)) >= vocab_size:
+                raise UserError(
+                    f"{store.folder} holds token id {largest}, and the model's vocabulary has {vocab_size}",
+                    "Train a model with more embeddings, or leave out the texts and templates that need this token.",
+                )
+
     @property
     def num_rows(self) -> int:
         return sum(packing.num_rows for packing in self.packings)

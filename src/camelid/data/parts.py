@@ -39,6 +39,8 @@ Piece = tuple[Source, Chunk]
 # Enough to keep every core busy; the tokenizer needs about a hundred bytes for each character meanwhile.
 CHARACTERS_AT_ONCE = 1_000_000
 RECORDS_AT_ONCE = 4096
+BESIDE = ("chat_template", "tokenizer_config", "special_tokens_map", "added_tokens", "merges")
+"""Names of the files that decide ids together with the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Task:
 
     def _options(self) -> dict[str, Any]:
         tokenizer = self.tokenizer
-        beside = [file for file in tokenizer.files if file.stem in ("chat_template", "tokenizer_config")]
+        beside = [file for file in tokenizer.files if file.stem in BESIDE]
         # How often a source is read does not change what it holds.
         sources = [dataclasses.asdict(dataclasses.replace(source, weight=None)) for source in self.sources]
         mindformers = any(source.compat == "mindformers" for source in self.sources)

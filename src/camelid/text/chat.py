@@ -1,4 +1,4 @@
-"""Chats to tokens, and how much each token counts: rows -> messages -> a template's text -> tokens and weights.
+"""Chats to tokens, and how much each token counts: messages -> a template's text -> tokens and weights.
 
 The ids are those of transformers' apply_chat_template, with one difference that is meant: a special token's string in
 a message is text, never a special. Nobody can end a turn or open one by writing `</s>` into a message.
@@ -15,36 +15,20 @@ import functools
 import itertools
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from camelid.errors import UserError
 from camelid.text import sandbox
 from camelid.text.engines import Part, Placed
+from camelid.text.messages import Message
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import Tokenizer
 
 Loss = Literal["assistant", "all"]
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
-# What a reader that knows only text would lose.
-NOT_TEXT = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
-NOT_TEXT += ("audio", "images", "videos")
-NOT_A_CHAT = ("tools", "functions", "history", "images", "videos", "audios")
-
-MOST_WEIGHT = float(np.finfo(np.float32).max)
-
 # Digits, because they are the same in capitals and between other letters.
 MARK = f"{secrets.randbelow(10**20):020}."
 MARKS = re.compile(rf"{re.escape(MARK)}(\d+)\.")
@@ -58,48 +42,6 @@ TRIMS = (
     str.lstrip,
     str.strip,
 )
-
-
-@dataclass(frozen=True)
-class Message:
-    role: str
-    """system, user or assistant"""
-    content: str
-    weight: float | None = None
-    """how much its tokens count; left out, the role and the loss decide"""
-
-
-def read_chat(row: Mapping[str, Any]) -> list[Message]:
-    """The messages of a row: ShareGPT's {conversations: [{from, value}]}, or {messages: [{role, content}]}.
-
-    UserError that names message and key where something is missing, unknown, empty, or out of turn.
-    """
-    # Tables have every column in every row.
-    present = sorted((key for key in ("messages", "conversations") if key in row), key=lambda key: row[key] is None)
-    key = next(iter(present), None)
-    if key is None:
-        raise UserError(
-            f"neither messages nor conversations is among the keys {', '.join(map(str, row)) or '(none)'}",
-            "give chats one of these keys, or set the kind of the source to what its rows are",
-        )
-    rows = row[key]
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{key} is {_shown(rows)}, not a list of messages", "leave the row out, or mend it")
-    messages = [_read_message(f"{key}[{index}]", message) for index, message in enumerate(rows)]
-    _check_turns(key, messages)
-    return _with_system(row, messages)
-
-
-def read_instruct(row: Mapping[str, Any], template: "ChatTemplate") -> list[Message]:
-    """The messages of a row {instruction, input, output}; the template says how instruction and input are joined."""
-    instruction, output = (_text(key, row.get(key)) for key in ("instruction", "output"))
-    given = row.get("input")
-    messages = [Message("user", instruction), Message("assistant", output)]
-    if given is not None and (not isinstance(given, str) or given.strip()):
-        messages[0] = Message("user", instruction + template.input_joint + _text("input", given))
-        if template.input_system is not None and not row.get("system"):
-            messages.insert(0, Message("system", template.input_system))
-    return _with_system(row, messages)
 
 
 @dataclass(frozen=True)
@@ -155,79 +97,6 @@ def load_template(name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
     if name is None:
         raise UserError(f"{tokenizer.files[0].parent} has no chat template", f"name one (template = ...): {known}")
     raise UserError(f"no chat template is called {name!r}", f"choose one of {known}")
-
-
-# Rows to messages.
-
-
-def _read_message(place: str, row: Any) -> Message:
-    if not isinstance(row, Mapping):
-        raise UserError(f"{place} is {_shown(row)}, not a message", "write it as {role, content} or {from, value}")
-    for key in NOT_TEXT:
-        if row.get(key):
-            raise UserError(
-                f"{place} has {key}, which is not text of the chat", "leave such rows out; it would be lost"
-            )
-    shares = any(row.get(key) is not None for key in ("from", "value"))
-    role_key, content_key = ("from", "value") if shares else ("role", "content")
-    if role_key not in row:
-        raise UserError(f"{place} has no {role_key!r}", f"its keys are {', '.join(map(str, row)) or '(none)'}")
-    role = ROLES.get(row[role_key]) if isinstance(row[role_key], str) else None
-    if role is None:
-        raise UserError(f"{place}.{role_key} is {_shown(row[role_key])}", f"roles are {', '.join(ROLES)}")
-    return Message(role, _text(f"{place}.{content_key}", row.get(content_key)), _weight(place, row.get("weight")))
-
-
-def _text(place: str, content: Any) -> str:
-    """A text, whole or as OpenAI's list of parts."""
-    if isinstance(content, list) and content:
-        for index, part in enumerate(content):
-            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise UserError(f"{place}[{index}] is {_shown(part)}", 'only parts {type: "text", text} are known')
-        content = "".join(part["text"] for part in content)
-    if content is None:
-        raise UserError(f"{place} is missing", "leave the row out, or mend it")
-    if not isinstance(content, str):
-        raise UserError(f"{place} is {_shown(content)}, not a text", "leave the row out, or mend it")
-    if not content.strip():
-        raise UserError(f"{place} is empty", "leave the row out, or mend it")
-    return content
-
-
-def _weight(place: str, weight: Any) -> float | None:
-    if weight is None:
-        return None
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MOST_WEIGHT:
-        raise UserError(f"{place}.weight is {_shown(weight)}", "a weight is a number, 0 or more, that float32 can hold")
-    return float(weight)
-
-
-def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """The messages after the row's own `system`, as some data sets keep it apart."""
-    for key in NOT_A_CHAT:
-        if row.get(key):
-            raise UserError(f"the row has {key}, which would be lost", "leave such rows out, or put it into messages")
-    if not row.get("system"):
-        return messages
-    if messages[0].role == "system":
-        raise UserError("the row has system, and a message of the system too", "keep one of the two")
-    return [Message("system", _text("system", row["system"])), *messages]
-
-
-def _check_turns(key: str, messages: Sequence[Message]) -> None:
-    first = messages[0].role == "system"
-    for index, message in enumerate(messages[first:], start=first):
-        due = "user" if (index - first) % 2 == 0 else "assistant"
-        if message.role != due:
-            raise UserError(
-                f"{key}[{index}] is the {message.role}'s where the {due}'s is due",
-                "after the system, if there is one, the user begins and turns alternate: join or leave out messages",
-            )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # Messages to text, in which every character has its message.

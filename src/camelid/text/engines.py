@@ -13,11 +13,15 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from camelid.errors import UserError
 from camelid.text.words import Words, has_words
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Part = tuple[str, bool]
 """a piece of a text, and whether special strings in it are specials"""
@@ -38,24 +42,22 @@ class Placed:
 class TokenizersEngine:
     """tokenizer.json, read by Hugging Face's `tokenizers`."""
 
-    def __init__(self, file: Path, named: Iterable[str] = ()):
-        """`named` are specials whatever the file says of them."""
+    def __init__(self, file: Path, serialized: str):
+        """`serialized` is the tokenizer as tokenizer.json holds it, with all added tokens; `file` is for messages."""
         self._file = file
-        self._named = tuple(named)
+        self.serialized = serialized
         self._plain = self._load(specials=False)
         self.token_ids = frozenset(self._plain.get_vocab(with_added_tokens=True).values())
         self.vocab_size = 1 + max(self.token_ids)
         added = self._plain.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self._special = _any_of(added[token].content for token in self.special_ids)
-        self.bos_id = self._leading_special()
-        self.eos_id = None
         decoder = self._plain.decoder
         self.is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
 
     def __reduce__(self):
         # The library's own pickles forget whether specials are parsed.
-        return type(self), (self._file, self._named)
+        return type(self), (self._file, self.serialized)
 
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
         # On one core, words that were seen before are found faster than they are merged again.
@@ -85,7 +87,7 @@ class TokenizersEngine:
     def token_bytes(self, token: int) -> bytes | None:
         text = self._plain.id_to_token(token) or ""
         if self.is_byte_level:
-            alphabet = _byte_alphabet()
+            alphabet = byte_alphabet()
             return bytes(alphabet[char] for char in text) if alphabet.keys() >= set(text) else text.encode()
         byte = re.fullmatch(r"<0x([0-9A-F]{2})>", text)
         return bytes.fromhex(byte[1]) if byte else None
@@ -154,24 +156,7 @@ class TokenizersEngine:
         return engine, names, ids
 
     def _load(self, *, specials: bool, framed: bool = True):
-        import tokenizers
-
-        try:
-            engine = tokenizers.Tokenizer.from_file(str(self._file))
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(
-                f"{self._file} is no tokenizer that tokenizers {tokenizers.__version__} can read: {error}",
-                "name a tokenizer.json, or update tokenizers",
-            ) from error
-        added = engine.get_added_tokens_decoder()
-        known = {text: engine.token_to_id(text) for text in self._named}
-        engine.add_special_tokens(
-            [
-                added.get(i) or tokenizers.AddedToken(text, normalized=False)
-                for text, i in known.items()
-                if i is not None
-            ]
-        )
+        engine = parsed(self._file, self.serialized)
         # Some files were saved with the last caller's truncation or padding still on.
         engine.no_truncation()
         engine.no_padding()
@@ -181,28 +166,34 @@ class TokenizersEngine:
             engine.post_processor = None
         return engine
 
-    def _leading_special(self) -> int | None:
-        """The token that the file's post-processor puts in front of a text."""
-        framed = self._plain.encode("a").ids[:1]
-        return framed[0] if framed != self._plain.encode("a", add_special_tokens=False).ids[:1] else None
+
+def parsed(file: Path, serialized: str) -> "Tokenizer":
+    """The library's tokenizer of a file in the form of tokenizer.json; raises UserError if it cannot be read."""
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(serialized)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(
+            f"{file} is no tokenizer that tokenizers {tokenizers.__version__} can read: {error}",
+            "name a tokenizer.json, or update tokenizers",
+        ) from error
 
 
 class SentencePieceEngine:
-    """tokenizer.model, read by `sentencepiece`; tokens added to it later are all taken for specials."""
+    """tokenizer.model, read by `sentencepiece`, for models that `tokenizers` cannot encode with equal ids."""
 
     is_byte_level = False
 
-    def __init__(self, file: Path, added: dict[str, int]):
-        self._model = _load_sentencepiece(file)
-        self._specials = {self._model.id_to_piece(i): i for i in range(len(self._model)) if self._is_special(i)} | added
+    def __init__(self, model: Any):
+        self._model = model
+        self._specials = {self._model.id_to_piece(i): i for i in range(len(self._model)) if self._is_special(i)}
         self._texts = {token: text for text, token in self._specials.items()}
         self._letter = self._model.encode("a")
         self._special = _any_of(self._specials)
         self.special_ids = frozenset(self._texts)
-        self.token_ids = frozenset(range(len(self._model))) | self.special_ids
-        self.vocab_size = 1 + max(self.token_ids)
-        self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
-        self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        self.token_ids = frozenset(range(len(self._model)))
+        self.vocab_size = len(self._model)
 
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
         return [self._parse(text) for text in texts] if specials else self._model.encode(texts)
@@ -215,9 +206,7 @@ class SentencePieceEngine:
 
     def decode(self, ids: list[int]) -> str:
         text = ""
-        # An id in a gap below an added token has no piece and no text.
-        known = [token for token in ids if token < len(self._model) or token in self._texts]
-        for special, run in itertools.groupby(known, key=self._texts.__contains__):
+        for special, run in itertools.groupby(ids, key=self._texts.__contains__):
             if special:
                 text += "".join(self._texts[token] for token in run)
             else:
@@ -233,8 +222,7 @@ class SentencePieceEngine:
         return None if found == self._model.unk_id() else found
 
     def token_bytes(self, token: int) -> bytes | None:
-        is_byte = token < len(self._model) and self._model.is_byte(token)
-        return bytes.fromhex(self._model.id_to_piece(token)[3:5]) if is_byte else None
+        return bytes.fromhex(self._model.id_to_piece(token)[3:5]) if self._model.is_byte(token) else None
 
     def _is_special(self, token: int) -> bool:
         return self._model.is_control(token) or self._model.is_unknown(token)
@@ -284,20 +272,8 @@ def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
-def _load_sentencepiece(file: Path):
-    import sentencepiece
-
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except RuntimeError as error:
-        raise UserError(
-            f"{file} is no sentencepiece model",
-            "take tokenizer.json instead, if this is Llama 3's file: Meta gave another format the same name",
-        ) from error
-
-
 @functools.cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's spelling of bytes: the printable ones as themselves, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))

@@ -1,17 +1,21 @@
-"""One tokenizer interface over tokenizer.json and a bare tokenizer.model."""
+"""One tokenizer interface over every kind of vocabulary file."""
 
 import functools
 import hashlib
 import json
 import operator
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from camelid.errors import UserError
+from camelid.text.declared import CONFIG, SPECIALS, Declared, read_object
 from camelid.text.engines import Part, Placed, SentencePieceEngine, TokenizersEngine
+from camelid.text.opening import VOCAB, VOCABULARIES, Opened, open_vocabulary, vocabulary_file
+from camelid.text.tiktoken import is_tiktoken
 
 Engine = TokenizersEngine | SentencePieceEngine
 
@@ -19,6 +23,7 @@ Engine = TokenizersEngine | SentencePieceEngine
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
 # Everything a conversion must carry along, so that the copy tokenizes, stops and chats as the original does.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,7 +35,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     CHAT_TEMPLATE,
     "chat_template.json",
-    "generation_config.json",
+    GENERATION,
 )
 
 
@@ -54,6 +59,8 @@ class Tokenizer:
     """The checkpoint's templates, in jinja, by name; the one for chats is `default`."""
     named_specials: dict[str, str]
     """What templates know specials by (bos_token, eos_token, ...), and their strings."""
+    notes: tuple[str, ...] = ()
+    """How the files contradict each other, and how ids differ from those that transformers gives."""
 
     @property
     def eos_id(self) -> int | None:
@@ -146,98 +153,97 @@ class Tokenizer:
 
 
 def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, or of one tokenizer.json or tokenizer.model."""
-    file = _vocabulary_file(Path(folder_or_file))
+    """The tokenizer of a checkpoint folder, or of one file: tokenizer.json, tokenizer.model, or vocab.json.
+
+    Added and special tokens are those that transformers 5 finds in the files of the folder. Raises UserError that names
+    file and field if a file is damaged, contradicts another one, or says something that is not supported.
+    """
+    file = vocabulary_file(Path(folder_or_file))
     folder = file.parent
-    config = _read(folder / "tokenizer_config.json")
-    named = (config, _read(folder / "special_tokens_map.json"))
-    if file.suffix == ".json":
-        engine = TokenizersEngine(file, _texts_of_specials(named))
-    else:
-        engine = SentencePieceEngine(file, _added_tokens(folder / "added_tokens.json"))
-    bos_id = _bos_id(engine, named)
-    listed = [_listed(folder / name) for name in ("generation_config.json", "config.json")]
-    eos_ids = _eos_ids(engine, named, *listed)
-    adds_bos = config.get("add_bos_token")
+    opened = open_vocabulary(file)
+    engine, declared = opened.engine, opened.declared
+    named_bos = declared.named.get("bos_token")
+    bos = opened.bos or (named_bos.content if named_bos is not None else None)
+    bos_id = engine.token_id(bos) if bos else None
+    listed = [_listed(folder / name) for name in (GENERATION, "config.json")]
+    eos_ids = _eos_ids(opened, *listed)
     files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     return Tokenizer(
         engine=engine,
         vocab_size=engine.vocab_size,
         bos_id=bos_id,
         eos_ids=eos_ids,
-        adds_bos=bos_id is not None and (engine.bos_id is not None if adds_bos is None else adds_bos),
+        adds_bos=opened.bos is not None and bos_id is not None,
         files=files if file in files else (file, *files),
         fingerprint=hashlib.sha256(file.read_bytes()).hexdigest(),
-        chat_templates=_chat_templates(folder, config),
-        named_specials=_named_specials(engine, named, bos_id, eos_ids),
+        chat_templates=_chat_templates(folder, dict(declared.config)),
+        named_specials=_named_specials(engine, declared, bos_id, eos_ids),
+        notes=opened.notes,
     )
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint's folder, where it has one."""
-    has = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return load_tokenizer(folder) if has else None
+    found = [name for name in VOCABULARIES if (folder / name).is_file()]
+    # Other parts of a model may have a vocab.json too.
+    has_one = found and (found != [VOCAB] or (folder / "merges.txt").is_file())
+    return load_tokenizer(folder) if has_one else None
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a tokenizer that knows more ids than the model has embeddings."""
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{tokenizer.files[0]} has {tokenizer.vocab_size} ids, the model's vocabulary only {vocab_size}",
-            f"use the model's own tokenizer, or a model of vocab_size = {tokenizer.vocab_size} or more",
-        )
-
-
-def _vocabulary_file(path: Path) -> Path:
-    """The file that holds the vocabulary; tokenizer.json first, because it holds the added tokens too."""
-    candidates = [path] if path.is_file() else [path / "tokenizer.json", path / "tokenizer.model"]
-    for file in candidates:
-        if file.is_file():
-            return file
-    raise UserError(
-        f"no tokenizer: looked for {' and '.join(map(str, candidates))}",
-        "name a folder or file that has one; save vocab.json with merges.txt as tokenizer.json first",
+def vocabulary_notes(tokenizer: Tokenizer, vocab_size: int) -> tuple[str, ...]:
+    """A note if a tokenizer has more ids than the model has embeddings, as one with an added padding token."""
+    if tokenizer.vocab_size <= vocab_size:
+        return ()
+    return (
+        f"{tokenizer.files[0]} has {tokenizer.vocab_size} ids, the model's vocabulary only {vocab_size}: a text that "
+        f"needs one of the ids from {vocab_size} on is refused",
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON object beside the vocabulary; empty where the checkpoint has no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object", "mend or remove the file")
-    return content
+def companions_with(companions: Sequence[Path], tokenizer: Tokenizer) -> list[Path]:
+    """The files beside a model's weights, with those of another tokenizer in the place of its own.
+
+    generation_config.json is the model's, and is the tokenizer's only where the model has none.
+    """
+    kept = [file for file in companions if file.name not in TOKENIZER_FILES or file.name == GENERATION]
+    names = {file.name for file in kept}
+    return [*kept, *(file for file in tokenizer.files if file.name not in names)]
 
 
-def _bos_id(engine: Engine, named: Sequence[dict[str, Any]]) -> int | None:
-    """BOS as the files name it (null: there is none), else as the vocabulary's own file uses it."""
-    for config in named:
-        # Early Llama conversions wrote "", which says nothing; null says that there is no BOS.
-        if config.get("bos_token", "") != "":
-            return _token_id(engine, config, "bos_token")
-    return engine.bos_id
+def portable(companions: Sequence[Path], folder: Path, *, keep_ranks: bool = False) -> list[Path]:
+    """The files beside a model's weights as every reader of Hugging Face's format understands them.
+
+    A tokenizer.model of tiktoken's ranks becomes tokenizer.json and tokenizer_config.json, unless `keep_ranks`; a
+    vocabulary under another name becomes tokenizer.model. Such files are written into `folder`.
+    """
+    by_name = {file.name: file for file in companions}
+    model = next((file for file in companions if file.suffix == ".model"), None)
+    if model is None or "tokenizer.json" in by_name:
+        return list(companions)
+    if keep_ranks or not is_tiktoken(model):
+        if model.name == "tokenizer.model":
+            return list(companions)
+        renamed = Path(shutil.copyfile(model, folder / "tokenizer.model"))
+        return [renamed if file is model else file for file in companions]
+    tokenizer = load_tokenizer(model)
+    assert isinstance(tokenizer.engine, TokenizersEngine)
+    config = read_object(model.parent / CONFIG) | tokenizer.named_specials
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    written = [folder / "tokenizer.json", folder / CONFIG]
+    written[0].write_text(tokenizer.engine.serialized, "utf-8")
+    written[1].write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    return [*(file for file in companions if file is not model and file.name != CONFIG), *written]
 
 
-def _eos_ids(
-    engine: Engine, named: Sequence[dict[str, Any]], generation: Sequence[int], model: Sequence[int]
-) -> tuple[int, ...]:
+def _eos_ids(opened: Opened, generation: Sequence[int], model: Sequence[int]) -> tuple[int, ...]:
     """Every EOS that any file names, generation_config.json's first: chat models end turns by more than one."""
-    by_name = [_token_id(engine, config, "eos_token") for config in named]
-    found = [*generation, *by_name, *model, engine.eos_id]
+    folder, token = opened.declared.folder, opened.declared.named.get("eos_token")
+    # transformers reads one of these files; a model may end its turns by the token of either.
+    spelled = [_text_of(read_object(folder / name).get("eos_token")) for name in (CONFIG, SPECIALS)]
+    spelled += [] if token is None else [token.content]
+    by_name = [opened.engine.token_id(text) for text in spelled if isinstance(text, str) and text]
+    found = [*generation, *by_name, *model, *opened.eos_ids]
     return tuple(dict.fromkeys(token for token in found if token is not None))
-
-
-def _texts_of_specials(named: Sequence[dict[str, Any]]) -> set[str]:
-    """What the files use as specials, which the vocabulary's own file may take for ordinary added tokens."""
-    found = [config.get(key) for config in named for key in ("bos_token", "eos_token")]
-    for config in named:
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            found += config[key] if isinstance(config.get(key), list) else []
-    return {text for text in map(_text_of, found) if isinstance(text, str) and text}
 
 
 def _text_of(token: Any) -> Any:
@@ -245,16 +251,9 @@ def _text_of(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _named_specials(
-    engine: Engine, named: Sequence[dict[str, Any]], bos_id: int | None, eos_ids: tuple[int, ...]
-) -> dict[str, str]:
+def _named_specials(engine: Engine, declared: Declared, bos_id: int | None, eos_ids: tuple[int, ...]) -> dict[str, str]:
     """Every `..._token` that the files name, and BOS and EOS however they are known."""
-    found: dict[str, str] = {}
-    for config in reversed(named):
-        for key, token in config.items():
-            text = _text_of(token)
-            if key.endswith("_token") and isinstance(text, str) and text:
-                found[key] = text
+    found = {key: token.content for key, token in declared.named.items() if token is not None and token.content}
     known = {"bos_token": bos_id, "eos_token": next((token for token in eos_ids if token < engine.vocab_size), None)}
     texts = {key: engine.decode([token]) for key, token in known.items() if token is not None}
     return {key: text for key, text in texts.items() if text} | found
@@ -273,7 +272,7 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         own = config.get("chat_template")
         if not own:
             file = folder / "chat_template.json"
-            own = _read(file).get("chat_template")
+            own = read_object(file).get("chat_template")
     named = {"default": own} if isinstance(own, str) or not own else _by_name(own)
     if named is None or not all(isinstance(text, str) for text in named.values() if text is not None):
         raise UserError(
@@ -291,7 +290,7 @@ def _by_name(templates: Any) -> dict[str, Any] | None:
 
 def _listed(file: Path) -> list[int]:
     """The ids of a file's eos_token_id."""
-    ids = _read(file).get("eos_token_id")
+    ids = read_object(file).get("eos_token_id")
     ids = [token for token in (ids if isinstance(ids, list) else [ids]) if token is not None]
     if not all(type(token) is int for token in ids):
         raise UserError(
@@ -299,27 +298,6 @@ def _listed(file: Path) -> list[int]:
         )
     # Some write -1 for none.
     return [token for token in ids if token >= 0]
-
-
-def _added_tokens(file: Path) -> dict[str, int]:
-    added = _read(file)
-    for text, token in added.items():
-        if not text or type(token) is not int or token < 0:
-            raise UserError(f"{file} gives {text!r} the id {token!r}", "map texts to ids from 0 on, or remove the file")
-    return added
-
-
-def _token_id(engine: Engine, config: dict[str, Any], key: str) -> int | None:
-    text = _text_of(config.get(key))
-    if not text:
-        return None
-    found = engine.token_id(text) if isinstance(text, str) else None
-    if found is None:
-        raise UserError(
-            f"{key} is {text!r} in the tokenizer's configuration, but the vocabulary has no such token",
-            "take tokenizer_config.json and special_tokens_map.json from the same checkpoint as the vocabulary",
-        )
-    return found
 
 
 def _unbroken(text: str) -> str:

@@ -24,6 +24,11 @@ NORMALIZER = {
     ],
 }
 """of Llama 2 and Mistral, and of what was made of them"""
+METASPACES = [
+    {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+    for scheme in ("first", "always")
+]
+"""The pre-tokenizer that transformers' LlamaTokenizer has instead: it puts no space before a text that has one."""
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 PLAIN = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
 MOST = 2**18  # words that are remembered, in about 100 MB
@@ -35,14 +40,15 @@ class Words:
 
     def __init__(self, engine: Any):
         """`engine` must be one that `has_words`, and is changed: it is asked for words that are normalized already."""
-        engine.normalizer = None
+        self._prefixes_all = engine.normalizer is not None
+        engine.normalizer = engine.pre_tokenizer = None
         self._engine = engine
         self._known: dict[str, list[int]] = {}
         self._lock = threading.Lock()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
-        split = [WORD.findall((SPACE + text).replace(" ", SPACE)) if text else [] for text in texts]
+        split = [WORD.findall(self._spaced(text)) if text else [] for text in texts]
         with self._lock:
             if len(self._known) > MOST:
                 self._known.clear()
@@ -55,15 +61,20 @@ class Words:
                     del self._known[word]
         return ids
 
+    def _spaced(self, text: str) -> str:
+        """The text with the tokenizer's letter for a space, and one in front."""
+        spaced = text.replace(" ", SPACE)
+        return SPACE + spaced if self._prefixes_all or not spaced.startswith(SPACE) else spaced
+
 
 def has_words(engine: Any) -> bool:
     """Whether texts may be cut into words, by all that the tokenizer is made of."""
-    if engine.pre_tokenizer is not None:
+    if type(engine.pre_tokenizer).__name__ not in ("NoneType", "Metaspace"):
         return False  # most others; describing one takes a while
     described = json.loads(engine.to_str())
-    model = described["model"]
+    model, spaces = described["model"], (described["normalizer"], described["pre_tokenizer"])
     return (
-        described["normalizer"] == NORMALIZER
+        spaces in [(NORMALIZER, None), *((None, metaspace) for metaspace in METASPACES)]
         and all(token["special"] for token in described["added_tokens"])
         and all(model.get(name) == value for name, value in PLAIN.items())
         and not model.get("ignore_merges")
