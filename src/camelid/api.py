@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from camelid.checkpoint import layout
 from camelid.checkpoint.files import WORKERS
 from camelid.checkpoint.formats import files_of, open_checkpoint, write_checkpoint
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.opened import Checkpoint, Saving, companions_in
 from camelid.checkpoint.tensors import dtype_named
 from camelid.errors import UserError
 from camelid.generate.decode import generate
@@ -162,11 +162,12 @@ def load(
     compute = replace(compute or Compute(), dtype=dtype, param_dtype=dtype)
     mesh = _mesh(mesh)
     check_divides(checkpoint.config.axis_sizes, mesh, compute.replicate)
-    found = find_tokenizer(checkpoint.folder) if tokenizer is None else load_tokenizer(tokenizer)
+    found = find_tokenizer(checkpoint.tokenizer_folder) if tokenizer is None else load_tokenizer(tokenizer)
     if found is not None:
         check_vocabulary(found, checkpoint.config.vocab_size)
     params = load_params(checkpoint, compute, mesh)
-    companions = {file.name: file for file in (*checkpoint.companions, *(found.files if found is not None else ()))}
+    beside = companions_in(checkpoint.folder)
+    companions = {file.name: file for file in (*beside, *(found.files if found is not None else ()))}
     return Model(checkpoint.config, params, found, compute, mesh, tuple(companions.values()), checkpoint.notes)
 
 

@@ -20,7 +20,7 @@ from camelid.checkpoint.folder import json_text
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.native import RunCheckpoints
-from camelid.checkpoint.opened import Checkpoint, Training
+from camelid.checkpoint.opened import Checkpoint, Training, companions_in
 from camelid.checkpoint.tensors import Tensor
 from camelid.data.batch import Batch
 from camelid.data.loader import Loader, prefetched
@@ -88,7 +88,7 @@ class Parts:
     @property
     def companions(self) -> dict[str, Path]:
         """By name: the files that go wherever the model goes."""
-        inherited = [] if self.source is None else self.source.companions
+        inherited = [] if self.source is None else companions_in(self.source.folder)
         return {file.name: file for file in [*inherited, *self.tokenizer.files]}
 
     @property
@@ -118,12 +118,13 @@ class Parts:
 
 def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
     source = None if recipe.init is None else open_checkpoint(recipe.init, config=recipe.model)
-    config, where = (recipe.model, recipe.tokenizer) if source is None else (source.config, source.folder)
+    config = recipe.model if source is None else source.config
     assert config is not None  # a Recipe has init, or model and tokenizer
-    assert where is not None
     if source is not None and recipe.init_optimizer and not has_begun(Path(recipe.run)):
         _check_training(source, recipe)
-    tokenizer = load_tokenizer(recipe.tokenizer or where)
+    where = recipe.tokenizer if recipe.tokenizer or source is None else source.tokenizer_folder
+    assert where is not None
+    tokenizer = load_tokenizer(where)
     check_vocabulary(tokenizer, config.vocab_size)
     check_divides(config.axis_sizes, mesh, recipe.compute.replicate)
     hf.table_of(config)  # what could not be saved is not trained

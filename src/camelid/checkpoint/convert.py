@@ -6,9 +6,10 @@ from pathlib import Path
 
 from camelid.checkpoint.formats import TRAIN_STATE, open_checkpoint, write_checkpoint
 from camelid.checkpoint.layout import from_tensors
-from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving, refuse_within
+from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving, companions_in, refuse_within
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.config import ModelConfig
+from camelid.text.tokenizer import TOKENIZER_FILES
 
 
 def convert(
@@ -24,13 +25,14 @@ def convert(
     shards: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    with_tokenizer: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, ...]:
     """Writes `source` in the format `to`; `dtype` None keeps each tensor's own.
 
     `format` is that of the source, None asks its files; `config` describes a model whose files do not. With `resume`,
-    goes on where an earlier process was killed that was called with the same arguments. Returns what was guessed or
-    left out.
+    goes on where an earlier process was killed that was called with the same arguments. `with_tokenizer` False leaves
+    the tokenizer out. Returns what was guessed or left out.
     """
     checkpoint = open_checkpoint(source, format, config)
     dtypes = checkpoint.dtypes
@@ -42,13 +44,13 @@ def convert(
         checkpoint.config,
         dtypes,
         checkpoint.source,
-        checkpoint.companions,
+        checkpoint.companions if with_tokenizer else _without_tokenizer(checkpoint.folder),
         tensor_parallel,
         pipeline_parallel,
         shards,
         _training(checkpoint),
     )
-    write_checkpoint(
+    told = write_checkpoint(
         Path(destination),
         saving,
         to,
@@ -58,9 +60,14 @@ def convert(
         progress=progress,
     )
     if saving.training is None or to == TRAIN_STATE:
-        return checkpoint.notes
+        return (*checkpoint.notes, *told)
     left_out = f"its step and the moments of its optimizer are left out; --to {TRAIN_STATE} keeps them"
-    return (*checkpoint.notes, left_out)
+    return (*checkpoint.notes, *told, left_out)
+
+
+def _without_tokenizer(folder: Path) -> list[Path]:
+    """The files that go along with the weights, without those of the tokenizer."""
+    return [file for file in companions_in(folder) if file.name not in TOKENIZER_FILES]
 
 
 def _training(checkpoint: Checkpoint) -> SavedTraining | None:

@@ -11,6 +11,7 @@ from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.hub import find
 from camelid.checkpoint.opened import Checkpoint, Saving, copy_companions
+from camelid.checkpoint.single_file import new_file
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
@@ -29,6 +30,8 @@ class Format:
     """whether numbers are rounded to fewer bits than their dtype has"""
     cuts: tuple[str, ...] = ()
     """the fields of Saving by which it is cut into shards"""
+    suffix: str | None = None
+    """how the name of a destination ends that is one file, with everything inside, and not a folder"""
 
 
 TENSOR, PIPELINE, SHARDS = ("tensor_parallel",), ("pipeline_parallel",), ("shards",)
@@ -39,7 +42,7 @@ def _never(path: Path) -> bool:
     return False
 
 
-TRAIN_STATE = "easylm-trainstate"
+TRAIN_STATE, GGUF = "easylm-trainstate", ".gguf"
 FORMATS: Mapping[str, Format] = {
     "hf": Format("Hugging Face: config.json with safetensors or .bin", hf.looks, hf.open_folder, hf.files, cuts=SHARDS),
     "meta": Format("Meta: params.json with consolidated.00.pth", meta.looks, meta.open_folder, meta.files, cuts=TENSOR),
@@ -104,9 +107,18 @@ FORMATS: Mapping[str, Format] = {
         )
         for version, suffix in enumerate(("", "-v1", "-v2"))
     },
-    "gguf": Format("GGUF, llama.cpp's", gguf.looks, gguf.open_gguf, gguf.files),
-    "gguf-q8_0": Format("GGUF of 8 bits", _never, gguf.open_gguf, partial(gguf.files, kind="q8_0"), lossy=True),
-    "gguf-q4_0": Format("GGUF of 4 bits", _never, gguf.open_gguf, partial(gguf.files, kind="q4_0"), lossy=True),
+    "gguf": Format("GGUF, llama.cpp's", gguf.looks, gguf.open_gguf, gguf.files, suffix=GGUF),
+    **{
+        f"gguf-{kind}": Format(
+            f"GGUF of {bits} bits",
+            _never,
+            gguf.open_gguf,
+            partial(gguf.files, kind=kind),
+            lossy=True,
+            suffix=GGUF,
+        )
+        for kind, bits in (("q8_0", 8), ("q4_0", 4))
+    },
     "run": Format("camelid's own run: recipe.toml with checkpoints/", run_folder.looks, run_folder.open_path, None),
     "peft": Format("PEFT: adapter_config.json with adapter_model.safetensors", peft.looks, peft.open_path, None),
 }
@@ -182,14 +194,35 @@ def write_checkpoint(
     source: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int = WORKERS,
-) -> None:
-    """Writes a folder under a temporary name until it is whole.
+) -> tuple[str, ...]:
+    """Writes a folder, or one file where `is_one_file` says so, under a temporary name until it is whole.
 
-    With `resume`, goes on where an earlier process was killed that wrote the same from the same `source`.
+    With `resume`, goes on where an earlier process was killed that wrote the same from the same `source`. Returns notes
+    for users on what the format cannot hold.
     """
-    files = files_of(saving, format)
-    need = sum(file.size for file in files) + sum(file.stat().st_size for file in saving.companions)
-    with new_folder(destination, need, overwrite, JOURNAL if resume else "") as folder:
+    files, companions, new = files_of(saving, format), saving.companions, new_folder
+    notes = tuple(note for file in files for note in file.notes)
+    if is_one_file(destination, format):
+        files, companions, new = [replace(files[0], name=destination.resolve().name)], (), new_file
+    need = sum(file.size for file in files) + sum(file.stat().st_size for file in companions)
+    with new(destination, need, overwrite, JOURNAL if resume else "") as folder:
         # Before the journal is done with, so that a process that is killed here can be resumed too.
-        copy_companions(saving.companions, folder)
+        copy_companions(companions, folder)
         write_files(folder, files, source=f"{format} {source}", progress=progress, workers=workers)
+    return notes
+
+
+def is_one_file(destination: Path, format: str) -> bool:
+    """Whether a destination is a file by the end of its name, and not a folder.
+
+    Raises UserError where its name ends as files of another format do.
+    """
+    for name, other in FORMATS.items():
+        if other.suffix is not None and destination.suffix.lower() == other.suffix:
+            if FORMATS[format].suffix != other.suffix:
+                raise UserError(
+                    f"{destination} is the name of a file of the format {name}, and {format} is asked for",
+                    f"Ask for {name}, or choose another name.",
+                )
+            return True
+    return False

@@ -4,7 +4,7 @@ import fnmatch
 import functools
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
@@ -51,6 +51,8 @@ class Checkpoint:
     """what was guessed, and what was left out"""
     training: Training | None = None
     """of a checkpoint that was made to go on training from"""
+    unpack_tokenizer: Callable[[], Path] | None = None
+    """makes a folder of tokenizer files, where the tokenizer is within the file that holds the weights"""
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
@@ -87,7 +89,15 @@ class Checkpoint:
     @property
     def companions(self) -> list[Path]:
         """The files that go wherever the weights go: tokenizer, generation settings, licence."""
-        return companions_in(self.folder)
+        files = [*companions_in(self.folder)]
+        if self.tokenizer_folder != self.folder:
+            files += companions_in(self.tokenizer_folder)
+        return list({file.name: file for file in files}.values())
+
+    @functools.cached_property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer's files; raises UserError where a tokenizer is there and cannot be read."""
+        return self.folder if self.unpack_tokenizer is None else self.unpack_tokenizer()
 
 
 def companions_in(folder: Path) -> list[Path]:

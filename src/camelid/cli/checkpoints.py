@@ -37,7 +37,8 @@ Format = Literal[
 def convert(
     source: Annotated[Positional[str], arg(metavar="SOURCE", help="a checkpoint's folder, or its name on the Hub")],
     destination: Annotated[
-        Positional[Path | None], arg(metavar="DESTINATION", help="a folder that does not exist yet")
+        Positional[Path | None],
+        arg(metavar="DESTINATION", help="a folder that does not exist yet; a name that ends in .gguf is one file"),
     ] = None,
     to: Format | None = None,
     from_format: Annotated[Format | None, arg(name="from")] = None,
@@ -54,15 +55,17 @@ def convert(
     verify: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    without_tokenizer: bool = False,
 ) -> None:
     """Write a checkpoint anew, a slice at a time, with its tokenizer.
 
     camelid convert meta-llama/Llama-3.2-1B ./llama-bf16 --dtype bfloat16
     camelid convert ./TinyLlama ./tinyllama-meta --to meta --tensor-parallel 2 --verify
+    camelid convert ./TinyLlama tinyllama.gguf --to gguf-q8_0
     camelid convert ./TinyLlama --check
 
     Args:
-        to: format that is written; hf if left out
+        to: format that is written; if left out, gguf for a DESTINATION that ends in .gguf, otherwise hf
         from_format: format of SOURCE, where its files leave a doubt
         config: what SOURCE is, where its files do not say: a preset, or a config.json
         rope_layout: of MindSpore's files; auto takes the one that predicts the reference better
@@ -74,6 +77,7 @@ def convert(
         verify: open the result again, and compare every tensor and the logits of a text
         resume: go on where the same command was killed, and keep what is done if it is interrupted
         overwrite: replace the destination
+        without_tokenizer: leave the tokenizer out, for example one that a GGUF file cannot hold
     """
     from camelid.checkpoint.convert import convert
 
@@ -90,6 +94,7 @@ def convert(
             verify=verify,
             resume=resume,
             overwrite=overwrite,
+            without_tokenizer=without_tokenizer,
         )
     if reference is not None and rope_layout != "auto":
         raise UserError("--reference is for --rope-layout auto", "Leave it out.")
@@ -102,7 +107,7 @@ def convert(
         source, opened_as = _rope_layout(source, from_format, described, rope_layout, reference)
     if destination is None:
         return _check(source, opened_as, described)
-    to = to or "hf"
+    to = to or ("gguf" if destination.suffix.lower() == ".gguf" else "hf")
     with progress_bar("convert") as progress:
         notes = convert(
             source,
@@ -116,6 +121,7 @@ def convert(
             shards=shards,
             resume=resume,
             overwrite=overwrite,
+            with_tokenizer=not without_tokenizer,
             progress=progress,
         )
     tell(notes)
@@ -179,15 +185,17 @@ def _rope_layout(source: str, format: str | None, config, layout: str, reference
 def _check(source: str, format: str | None, config) -> None:
     """Reads everything, and says what is there."""
     from camelid.checkpoint.compare import check_own_sums, survey
-    from camelid.checkpoint.files import check_manifest
+    from camelid.checkpoint.files import MANIFEST, check_manifest
     from camelid.checkpoint.formats import open_checkpoint
+    from camelid.checkpoint.single_file import manifest_of
     from camelid.checkpoint.tensors import file_names
 
     checkpoint = open_checkpoint(source, format, config)
     with progress_bar("read") as progress:
         found = list(survey(checkpoint, progress))
     with progress_bar("checksums") as progress:
-        sums = check_manifest(checkpoint.folder, progress)
+        own = manifest_of(checkpoint.files[0])
+        sums = check_manifest(checkpoint.folder, progress, own.name if own.is_file() else MANIFEST)
     with progress_bar("files' own checksums") as progress:
         having = check_own_sums(checkpoint, progress)
     tell(checkpoint.notes)
@@ -354,7 +362,7 @@ def _verify(source: str, written: Path, format: str | None, config, to: str) -> 
             note(f"warning: {name} was {before}, and is {after} now")
     if not FORMATS[to].lossy and not all(difference.rounded for difference in found):
         raise UserError(f"{written} does not hold what {source} does", "This is a fault of camelid; please report it.")
-    tokens = sample_tokens(find_tokenizer(pair[0].folder), pair[0].config.vocab_size)
+    tokens = sample_tokens(find_tokenizer(pair[0].tokenizer_folder), pair[0].config.vocab_size)
     parity = compare_logits(*pair, tokens)
     note(
         f"logits of {parity.tokens} tokens, up to {parity.scale:.3g}, are at most {parity.largest:.3g} apart; "
@@ -371,7 +379,7 @@ def _untold(written: Path, checkpoint, to: str) -> str:
     from camelid.checkpoint.compare import config_differences
     from camelid.checkpoint.formats import open_checkpoint
 
-    if to in ("hf", "peft", "run"):
+    if to in ("hf", "peft", "run") or written.is_file():
         return ""
     with tempfile.TemporaryDirectory() as folder:
         for file in written.absolute().iterdir():

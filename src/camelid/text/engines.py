@@ -81,6 +81,16 @@ class TokenizersEngine:
     def token_id(self, token: str) -> int | None:
         return self._plain.token_to_id(token)
 
+    def to_json(self) -> str:
+        """All of the tokenizer, as tokenizer.json has it."""
+        return self._plain.to_str()
+
+    def normalized(self, text: str) -> str:
+        """A text as the vocabulary sees it, before it is split."""
+        normalizer, split = self._plain.normalizer, self._plain.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return text if split is None or self.is_byte_level else "".join(part for part, _ in split.pre_tokenize_str(text))
+
     def token_bytes(self, token: int) -> bytes | None:
         text = self._plain.id_to_token(token) or ""
         if self.is_byte_level:
@@ -199,8 +209,14 @@ class SentencePieceEngine:
         self._special = _any_of(self._specials)
         self.special_ids = frozenset(self._texts)
         self.vocab_size = max(len(self._model), 1 + max(self._texts, default=0))
+        self.added = added
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
+
+    @property
+    def model(self):
+        """The SentencePieceProcessor."""
+        return self._model
 
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
         return [self._parse(text) for text in texts] if specials else self._model.encode(texts)
