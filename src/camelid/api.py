@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from camelid.checkpoint import layout
 from camelid.checkpoint.files import WORKERS
 from camelid.checkpoint.formats import files_of, open_checkpoint, write_checkpoint
-from camelid.checkpoint.opened import Checkpoint, Saving, companions_in
+from camelid.checkpoint.opened import Checkpoint, Saving
 from camelid.checkpoint.tensors import dtype_named
 from camelid.errors import UserError
 from camelid.generate.decode import generate
@@ -166,8 +166,8 @@ def load(
     if found is not None:
         check_vocabulary(found, checkpoint.config.vocab_size)
     params = load_params(checkpoint, compute, mesh)
-    beside = companions_in(checkpoint.folder)
-    companions = {file.name: file for file in (*beside, *(found.files if found is not None else ()))}
+    files = (*checkpoint.other_companions, *(found.files if found is not None else ()))
+    companions = {file.name: file for file in files}
     return Model(checkpoint.config, params, found, compute, mesh, tuple(companions.values()), checkpoint.notes)
 
 

@@ -20,7 +20,7 @@ from camelid.checkpoint.folder import json_text
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.native import RunCheckpoints
-from camelid.checkpoint.opened import Checkpoint, Training, companions_in
+from camelid.checkpoint.opened import Checkpoint, Training
 from camelid.checkpoint.tensors import Tensor
 from camelid.data.batch import Batch
 from camelid.data.loader import Loader, prefetched
@@ -88,7 +88,7 @@ class Parts:
     @property
     def companions(self) -> dict[str, Path]:
         """By name: the files that go wherever the model goes."""
-        inherited = [] if self.source is None else companions_in(self.source.folder)
+        inherited = [] if self.source is None else self.source.other_companions
         return {file.name: file for file in [*inherited, *self.tokenizer.files]}
 
     @property

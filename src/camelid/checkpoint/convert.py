@@ -6,10 +6,9 @@ from pathlib import Path
 
 from camelid.checkpoint.formats import TRAIN_STATE, open_checkpoint, write_checkpoint
 from camelid.checkpoint.layout import from_tensors
-from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving, companions_in, refuse_within
+from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving, refuse_within
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.config import ModelConfig
-from camelid.text.tokenizer import TOKENIZER_FILES
 
 
 def convert(
@@ -44,7 +43,7 @@ def convert(
         checkpoint.config,
         dtypes,
         checkpoint.source,
-        checkpoint.companions if with_tokenizer else _without_tokenizer(checkpoint.folder),
+        checkpoint.companions if with_tokenizer else checkpoint.other_companions,
         tensor_parallel,
         pipeline_parallel,
         shards,
@@ -63,11 +62,6 @@ def convert(
         return (*checkpoint.notes, *told)
     left_out = f"its step and the moments of its optimizer are left out; --to {TRAIN_STATE} keeps them"
     return (*checkpoint.notes, *told, left_out)
-
-
-def _without_tokenizer(folder: Path) -> list[Path]:
-    """The files that go along with the weights, without those of the tokenizer."""
-    return [file for file in companions_in(folder) if file.name not in TOKENIZER_FILES]
 
 
 def _training(checkpoint: Checkpoint) -> SavedTraining | None:

@@ -98,7 +98,7 @@ def _float16(raw: np.ndarray) -> np.ndarray:
 
 
 def _bits(raw: np.ndarray, run: int, width: int) -> np.ndarray:
-    """Integers of `width` bits, uint8 (N, bytes * 8 / width): the low bits of `run` bytes, then the next bits of them."""
+    """Integers of `width` bits, uint8 (N, bytes * 8 / width): of each run of bytes the low bits, then the next bits."""
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
     parts = raw.reshape(len(raw), -1, 1, run) >> shifts & np.uint8(2**width - 1)
     return parts.reshape(len(raw), -1)

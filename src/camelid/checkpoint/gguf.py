@@ -66,8 +66,11 @@ def _starts(path: Path) -> bool:
 
 
 def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Opens a file, or the one of a folder; the model is `config`, config.json beside it, or what the file says."""
-    path = _file(path)
+    """Opens a file, or the one of a folder; the model is `config`, config.json beside it, or what the file says.
+
+    The tokenizer of a file is the one inside; that of a folder is tokenizer.json or tokenizer.model, if it has them.
+    """
+    is_folder, path = path.is_dir(), _file(path)
     held, tensors = read_file(path)
     said = fields_of(path, held, tensors)
     stretch = held_stretch(path, held, tensors, said)
@@ -94,7 +97,8 @@ def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     check(table, tensors, r"rope_freqs\.weight", described_by)
     if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, Quantised)}):
         notes.append(f"the weights of {path.name} are quantised ({', '.join(kinds)}); they are read as float32")
-    beside = any((path.parent / name).is_file() for name in VOCABULARIES)
+    # What lies beside a file may be another model's; what lies in a folder with it belongs to it.
+    beside = is_folder and any((path.parent / name).is_file() for name in VOCABULARIES)
     unpack = partial(unpacked, path, held) if has_tokenizer(held) and not beside else None
     return Checkpoint("gguf", path.parent, config, tensors, table, tuple(notes), unpack_tokenizer=unpack)
 

@@ -218,7 +218,7 @@ def gguf_file(
     segments: Sequence[Segment],
     notes: tuple[str, ...] = (),
 ) -> File:
-    """A file of metadata, by key its type and value (of an array: a pair of the items' type and the items), and tensors."""
+    """A file of metadata, by key a type and a value (of an array: the type of its items, and these), and tensors."""
     header = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(entries), len(held))]
     for key, (kind, value) in held.items():
         header += [_packed(TEXT, key), struct.pack("<I", kind), _packed(kind, value)]

@@ -63,7 +63,9 @@ def tokenizer_metadata(
     """
     with _loaded(companions) as tokenizer:
         if tokenizer is None:
-            note = "the GGUF file has no tokenizer inside, because there is none; llama.cpp opens it for token ids alone"
+            note = (
+                "the GGUF file has no tokenizer inside, because there is none; llama.cpp opens it for token ids alone"
+            )
             return dict(NO_VOCABULARY), None, (note,)
         vocabulary = _vocabulary(tokenizer)
         _fit(vocabulary, tokenizer, vocab_size)
@@ -319,7 +321,9 @@ def _adds_eos(tokenizer: Tokenizer) -> bool:
 def _templates(tokenizer: Tokenizer) -> dict[str, tuple[int, Any]]:
     """The chat template, and the others under their names."""
     others = {name: text for name, text in tokenizer.chat_templates.items() if name != "default"}
-    held: dict[str, tuple[int, Any]] = {f"tokenizer.chat_template.{name}": (TEXT, text) for name, text in others.items()}
+    held: dict[str, tuple[int, Any]] = {
+        f"tokenizer.chat_template.{name}": (TEXT, text) for name, text in others.items()
+    }
     if others:
         held["tokenizer.chat_templates"] = ARRAY, (TEXT, list(others))
     if "default" in tokenizer.chat_templates:

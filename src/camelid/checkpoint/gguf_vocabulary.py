@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,12 @@ from camelid.checkpoint.gguf_pre import BY_PRE, pre_tokenizer_json
 from camelid.checkpoint.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from camelid.errors import UserError
 
-BESIDE = "Put the model's tokenizer.json beside the file, or name a tokenizer."
+BESIDE = (
+    "Put the model's tokenizer.json beside the file and open the folder, or name a tokenizer; "
+    "`camelid convert --without-tokenizer` takes the weights alone."
+)
+# Tokens that llama.cpp takes for ends of a text or of a turn by their names (llama-vocab.cpp, special_eog_ids).
+ENDS = frozenset("<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> <|end_of_text|>".split())
 DEFAULTS: Mapping[str, Mapping[str, int]] = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "gpt2": {}}
 # By name in tokenizer_config.json.
 NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -30,7 +35,7 @@ def has_tokenizer(held: Mapping[str, Any]) -> bool:
 
 
 def unpacked(path: Path, held: Mapping[str, Any]) -> Path:
-    """A folder of the cache with tokenizer.json and tokenizer_config.json of what is inside a file.
+    """A folder of the cache with tokenizer.json and the files that belong to it, made of what is inside a file.
 
     Raises UserError for a tokenizer that camelid cannot compute as llama.cpp does.
     """
@@ -58,7 +63,7 @@ def _replace(file: Path, content: bytes) -> None:
 
 
 def tokenizer_files(path: Path, held: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The JSON of tokenizer.json and tokenizer_config.json by name; raises UserError for what camelid does not read."""
+    """The JSON of a tokenizer's files by their names; raises UserError for what camelid does not read."""
     model = held["tokenizer.ggml.model"]
     if model not in DEFAULTS:
         known = " and ".join(DEFAULTS)
@@ -72,7 +77,9 @@ def tokenizer_files(path: Path, held: Mapping[str, Any]) -> dict[str, dict[str, 
     if len(set(texts)) != len(texts):
         raise UserError(f"{path} has several tokens of the same text", BESIDE)
     ids = {name: _special(held, model, name, len(texts)) for name in SPECIAL}
-    for token in ids.values():  # some converters leave the end of a turn an ordinary token
+    named = [ids[name] for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(i for i in [*named, *_ids(texts, ENDS)] if i is not None))
+    for token in [*ids.values(), *ends]:  # some converters leave the end of a turn an ordinary token
         if token is not None and types[token] not in (UNKNOWN, BYTE):
             types[token] = CONTROL
     content = (_sentencepiece if model == "llama" else _byte_level)(path, held, texts, types, ids)
@@ -101,7 +108,15 @@ def tokenizer_files(path: Path, held: Mapping[str, Any]) -> dict[str, dict[str, 
     }
     if templates := _templates(path, held):
         config["chat_template"] = templates
-    return {"tokenizer.json": whole, "tokenizer_config.json": config}
+    return {
+        "tokenizer.json": whole,
+        "tokenizer_config.json": config,
+        "generation_config.json": {"bos_token_id": ids["bos"], "eos_token_id": ends},
+    }
+
+
+def _ids(texts: Sequence[str], wanted: Collection[str]) -> list[int]:
+    return [token for token, text in enumerate(texts) if text in wanted]
 
 
 def _array(path: Path, held: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> list[Any]:

@@ -17,6 +17,7 @@ from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
+from camelid.text.tokenizer import TOKENIZER_FILES
 
 COMPANIONS = """
     tokenizer* special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template*
@@ -89,10 +90,16 @@ class Checkpoint:
     @property
     def companions(self) -> list[Path]:
         """The files that go wherever the weights go: tokenizer, generation settings, licence."""
-        files = [*companions_in(self.folder)]
-        if self.tokenizer_folder != self.folder:
-            files += companions_in(self.tokenizer_folder)
+        if self.unpack_tokenizer is None:
+            return companions_in(self.folder)
+        files = [*self.other_companions, *companions_in(self.tokenizer_folder)]
         return list({file.name: file for file in files}.values())
+
+    @property
+    def other_companions(self) -> list[Path]:
+        """The companions without the tokenizer."""
+        tokenizer = set(TOKENIZER_FILES) - {"generation_config.json"}
+        return [file for file in companions_in(self.folder) if file.name not in tokenizer]
 
     @functools.cached_property
     def tokenizer_folder(self) -> Path:
