@@ -20,7 +20,7 @@ from camelid.checkpoint.gguf_config import (
     stretch_of,
 )
 from camelid.checkpoint.gguf_file import MAGIC, Entry, gguf_file, read_file
-from camelid.checkpoint.gguf_tokenizer import VOCABULARIES, tokenizer_metadata
+from camelid.checkpoint.gguf_tokenizer import tokenizer_metadata
 from camelid.checkpoint.gguf_vocabulary import has_tokenizer, unpacked
 from camelid.checkpoint.layout import Row, Table, check, pieces, plan
 from camelid.checkpoint.opened import Checkpoint, Saving, assumed, refuse_beyond, table_for
@@ -98,7 +98,7 @@ def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, Quantised)}):
         notes.append(f"the weights of {path.name} are quantised ({', '.join(kinds)}); they are read as float32")
     # What lies beside a file may be another model's; what lies in a folder with it belongs to it.
-    beside = is_folder and any((path.parent / name).is_file() for name in VOCABULARIES)
+    beside = is_folder and any((path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     unpack = partial(unpacked, path, held) if has_tokenizer(held) and not beside else None
     return Checkpoint("gguf", path.parent, config, tensors, table, tuple(notes), unpack_tokenizer=unpack)
 

@@ -20,12 +20,11 @@ from camelid.checkpoint.gguf_pre import PRE_TOKENIZERS, patterns_of
 from camelid.checkpoint.protobuf import fields
 from camelid.errors import UserError
 from camelid.text.engines import SentencePieceEngine, TokenizersEngine
-from camelid.text.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from camelid.text.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer
 
 # Types of tokens (llama.h, llama_token_type).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "▁"
-VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 NO_VOCABULARY: Mapping[str, tuple[int, Any]] = {"tokenizer.ggml.model": (TEXT, "no_vocab")}
 WITHOUT = "Use --without-tokenizer, and llama.cpp opens the file for token ids alone, or use the format hf."
 # What llama.cpp does to a text before it looks for tokens is next to nothing; other tokenizers do more.
@@ -75,16 +74,14 @@ def tokenizer_metadata(
 @contextlib.contextmanager
 def _loaded(companions: Sequence[Path]) -> Iterator[Tokenizer | None]:
     """The tokenizer that a folder of these files has."""
-    files = [file for file in companions if file.name in TOKENIZER_FILES]
-    if not any(file.name in VOCABULARIES for file in files):
-        yield None
-    elif len(folders := {file.parent for file in files}) == 1:
-        yield load_tokenizer(folders.pop())
+    files = [file for file in companions if file.name in TOKENIZER_FILES and file.name != "generation_config.json"]
+    if len(folders := {file.parent for file in files}) <= 1:
+        yield find_tokenizer(folders.pop()) if folders else None
     else:
         with tempfile.TemporaryDirectory() as folder:
             for file in files:
                 (Path(folder) / file.name).symlink_to(file.absolute())
-            yield load_tokenizer(folder)
+            yield find_tokenizer(Path(folder))
 
 
 def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
@@ -305,7 +302,8 @@ def _metadata(vocabulary: Vocabulary, tokenizer: Tokenizer, vocab_size: int) -> 
     else:
         held["merges"] = ARRAY, (TEXT, vocabulary.merges)
     named = {name: tokenizer.engine.token_id(text) for name, text in tokenizer.named_specials.items()}
-    for name, token in (("unknown", named.get("unk_token")), ("padding", named.get("pad_token"))):
+    unknown = next((token for token, kind in vocabulary.types.items() if kind == UNKNOWN), named.get("unk_token"))
+    for name, token in (("unknown", unknown), ("padding", named.get("pad_token"))):
         if token is not None and token < vocab_size:
             held[f"{name}_token_id"] = UINT32, token
     flags = {"add_bos_token": tokenizer.adds_bos, "add_eos_token": _adds_eos(tokenizer), **vocabulary.flags}

@@ -31,7 +31,7 @@ SPECIAL = (*NAMED.values(), "eot", "eom")
 
 def has_tokenizer(held: Mapping[str, Any]) -> bool:
     """Whether a file's metadata has a vocabulary."""
-    return held.get("tokenizer.ggml.model", "no_vocab") not in ("no_vocab", "none")
+    return "tokenizer.ggml.tokens" in held and held.get("tokenizer.ggml.model", "none") not in ("no_vocab", "none")
 
 
 def unpacked(path: Path, held: Mapping[str, Any]) -> Path:
