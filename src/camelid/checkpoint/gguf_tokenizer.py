@@ -19,7 +19,7 @@ from camelid.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, TEXT, UINT
 from camelid.checkpoint.gguf_pre import PRE_TOKENIZERS, patterns_of
 from camelid.checkpoint.protobuf import fields
 from camelid.errors import UserError
-from camelid.text.engines import SentencePieceEngine, TokenizersEngine
+from camelid.text.engines import TokenizersEngine
 from camelid.text.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer
 
 # Types of tokens (llama.h, llama_token_type).
@@ -85,10 +85,14 @@ def _loaded(companions: Sequence[Path]) -> Iterator[Tokenizer | None]:
 
 
 def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    engine, file = tokenizer.engine, tokenizer.files[0]
-    if isinstance(engine, SentencePieceEngine):
-        return _of_sentencepiece(engine, file)
-    described = json.loads(engine.to_json())
+    engine, file = tokenizer.engine, _vocabulary_file(tokenizer)
+    described = json.loads(engine.serialized) if isinstance(engine, TokenizersEngine) else None
+    if file.suffix == ".model" and (pieces := _opened(file)) is not None:
+        ids = sorted(engine.special_ids)
+        specials = [{"id": token, "content": engine.decode([token]), "special": True} for token in ids]
+        return _of_sentencepiece(pieces, specials if described is None else described["added_tokens"], file)
+    assert isinstance(engine, TokenizersEngine)
+    assert described is not None
     model = described["model"]
     kind = "byte-level BPE" if engine.is_byte_level else "BPE"
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
@@ -98,6 +102,24 @@ def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     elif model.get("byte_fallback"):
         return _of_byte_fallback(engine, described, file)
     raise UserError(f"{file} is a tokenizer of a kind that llama.cpp does not have for Llamas: {kind}", WITHOUT)
+
+
+def _vocabulary_file(tokenizer: Tokenizer) -> Path:
+    """The file that holds the tokens: tokenizer.json comes before tokenizer.model."""
+    return next(
+        (file for name in ("tokenizer.json", "tokenizer.model") for file in tokenizer.files if file.name == name),
+        tokenizer.files[0],
+    )
+
+
+def _opened(file: Path) -> Any:
+    """A SentencePieceProcessor; None for Llama 3's ranks, a file of the same name."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except RuntimeError:
+        return None
 
 
 # Byte-level BPE -------------------------------------------------------------------------
@@ -185,8 +207,7 @@ def _scores(
     return scores
 
 
-def _of_sentencepiece(engine: SentencePieceEngine, file: Path) -> Vocabulary:
-    model = engine.model
+def _of_sentencepiece(model: Any, added: Sequence[Mapping[str, Any]], file: Path) -> Vocabulary:
     ids = range(len(model))
     texts = {token: model.id_to_piece(token) for token in ids}
     scores = {token: model.get_score(token) for token in ids}
@@ -196,7 +217,7 @@ def _of_sentencepiece(engine: SentencePieceEngine, file: Path) -> Vocabulary:
         # BPE models score tokens by their rank, unigram models by their log-probability.
         raise UserError(f"{file} is a unigram model; llama.cpp reads BPE models for Llamas", WITHOUT)
     vocabulary = Vocabulary("llama", "default", texts, types, scores)
-    _add(vocabulary, [{"id": token, "content": text, "special": True} for text, token in engine.added.items()])
+    _add(vocabulary, [token for token in added if types.get(token["id"], NORMAL) == NORMAL])
     for token, kind in vocabulary.types.items():
         if kind == USER_DEFINED:
             vocabulary.texts[token] = vocabulary.texts[token].replace(SPACE, " ")

@@ -81,8 +81,9 @@ class TokenizersEngine:
     def token_id(self, token: str) -> int | None:
         return self._plain.token_to_id(token)
 
-    def to_json(self) -> str:
-        """All of the tokenizer, as tokenizer.json has it."""
+    @property
+    def serialized(self) -> str:
+        """The tokenizer as tokenizer.json holds it, with all added tokens."""
         return self._plain.to_str()
 
     def normalized(self, text: str) -> str:
@@ -211,14 +212,8 @@ class SentencePieceEngine:
         self._special = _any_of(self._specials)
         self.special_ids = frozenset(self._texts)
         self.vocab_size = max(len(self._model), 1 + max(self._texts, default=0))
-        self.added = added
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
-
-    @property
-    def model(self):
-        """The SentencePieceProcessor."""
-        return self._model
 
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
         return [self._parse(text) for text in texts] if specials else self._model.encode(texts)
