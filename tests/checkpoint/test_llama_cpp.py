@@ -12,7 +12,7 @@ import pytest
 import camelid
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.formats import open_checkpoint
-from camelid.text.chat import load_template, read_chat
+from camelid.text.chat import Message, load_template
 from camelid.text.tokenizer import load_tokenizer
 from vocabularies import NAMES, folder_of, hard_texts, write_gguf
 
@@ -83,14 +83,14 @@ def test_llama_cpp_answers_a_chat_by_the_template_in_the_file(stories: Path, tmp
     settings = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     convert(source, tmp_path / "s.gguf", to="gguf")
-    chat = read_chat({"messages": [{"role": "user", "content": "Once upon a time, Lily and Ben"}]})
-    messages = [{"role": message.role, "content": message.content} for message in chat]
+    text = "Once upon a time, Lily and Ben"
+    messages = [{"role": "user", "content": text}]
     llama = opened(tmp_path / "s.gguf", n_ctx=512)
     assert llama.metadata["tokenizer.chat_template"] == template
     answer = llama.create_chat_completion(messages, max_tokens=40, temperature=0.0)["choices"][0]["message"]["content"]
     model = camelid.load(tmp_path / "s.gguf")
     assert model.tokenizer is not None
-    prompt, _ = load_template(None, model.tokenizer).render(chat, model.tokenizer, add_generation_prompt=True)
+    prompt, _ = load_template(None, model.tokenizer).render([Message("user", text)], model.tokenizer, add_generation_prompt=True)
     [ours] = model.generate([prompt.tolist()], max_new_tokens=40)
     assert answer.strip() == ours.text.strip()
     assert len(answer) > 60
