@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "model": "parallel",
     "data": "text cache locks",
     "generate": "model parallel",
-    "checkpoint": "model parallel locks",
+    "checkpoint": "text model parallel locks cache",
     "train": "model parallel data.batch checkpoint.native",
     "evaluate": "generate text checkpoint model parallel data.batch",
     "serve": "generate text",

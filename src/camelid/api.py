@@ -231,9 +231,10 @@ def load(
     compute = replace(compute or Compute(), dtype=dtype, param_dtype=dtype)
     mesh = _mesh(mesh)
     check_divides(checkpoint.config.axis_sizes, mesh, compute.replicate)
-    found = find_tokenizer(checkpoint.folder) if tokenizer is None else load_tokenizer(tokenizer)
+    found = find_tokenizer(checkpoint.tokenizer_folder) if tokenizer is None else load_tokenizer(tokenizer)
     params = load_params(checkpoint, compute, mesh)
-    model = Model(checkpoint.config, params, None, compute, mesh, tuple(checkpoint.companions), checkpoint.notes)
+    companions = checkpoint.companions if tokenizer is None else checkpoint.other_companions
+    model = Model(checkpoint.config, params, None, compute, mesh, tuple(companions), checkpoint.notes)
     return model if found is None else model.with_tokenizer(found)
 
 

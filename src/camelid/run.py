@@ -88,7 +88,7 @@ class Parts:
     @property
     def companions(self) -> dict[str, Path]:
         """By name: the files that go wherever the model goes."""
-        inherited = [] if self.source is None else self.source.companions
+        inherited = [] if self.source is None else self.source.other_companions
         return {file.name: file for file in [*inherited, *self.tokenizer.files]}
 
     @property
@@ -120,12 +120,13 @@ def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
     source = (
         None if recipe.init is None else open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore)
     )
-    config, where = (recipe.model, recipe.tokenizer) if source is None else (source.config, source.folder)
+    config = recipe.model if source is None else source.config
     assert config is not None  # a Recipe has init, or model and tokenizer
-    assert where is not None
     if source is not None and recipe.init_optimizer and not has_begun(Path(recipe.run)):
         _check_training(source, recipe)
-    tokenizer = load_tokenizer(recipe.tokenizer or where)
+    where = recipe.tokenizer if recipe.tokenizer or source is None else source.tokenizer_folder
+    assert where is not None
+    tokenizer = load_tokenizer(where)
     check_divides(config.axis_sizes, mesh, recipe.compute.replicate)
     hf.table_of(config)  # what could not be saved is not trained
     if recipe.data.sequence_length > config.max_length:

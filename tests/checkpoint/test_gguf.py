@@ -5,7 +5,7 @@ import json
 import math
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from camelid.checkpoint import gguf as ours
 from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
-from camelid.checkpoint.ggml import dequantise, quantise
+from camelid.checkpoint.ggml import KINDS, dequantise, quantise
 from camelid.checkpoint.gguf_config import metadata_of
 from camelid.checkpoint.layout import read_slice
 from camelid.checkpoint.opened import Checkpoint, Saving
@@ -115,8 +115,17 @@ def their_factors(config: camelid.ModelConfig) -> np.ndarray:
     return np.array(factors, np.float32)
 
 
-def write_theirs(path: Path, config: camelid.ModelConfig, kind: str = "F32", sparse: bool = False) -> Path:
-    """A file by llama.cpp's own writer; a sparse one leaves out what has a default."""
+def write_theirs(
+    path: Path,
+    config: camelid.ModelConfig,
+    kind: str = "F32",
+    sparse: bool = False,
+    packed: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """A file by llama.cpp's own writer; a sparse one leaves out what has a default.
+
+    `packed` are the bytes of a kind that the package cannot make; all other tensors are float32 then.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("model")
     writer.add_name("tiny")
@@ -150,13 +159,14 @@ def write_theirs(path: Path, config: camelid.ModelConfig, kind: str = "F32", spa
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
     elif config.rope_scaling is not None:
         writer.add_tensor("rope_freqs.weight", their_factors(config))
-    code = gguf.GGMLQuantizationType[kind]
+    code = gguf.GGMLQuantizationType[kind.upper()]
     for name, array in their_tensors(config).items():
-        if array.ndim == 1 or kind == "F32":
+        if packed is not None and name in packed:
+            writer.add_tensor(name, packed[name], raw_dtype=code)
+        elif array.ndim == 1 or kind == "F32" or packed is not None:
             writer.add_tensor(name, array)
         else:
-            packed = gguf.quantize(array, code)
-            writer.add_tensor(name, packed, raw_dtype=code)
+            writer.add_tensor(name, gguf.quantize(array, code), raw_dtype=code)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -230,7 +240,6 @@ def test_a_file_of_llama_cpps_writer_is_read_without_any_other(config: camelid.M
     found = params_of(checkpoint)
     for path_of_ours, array in named(tiny_params(config)).items():
         np.testing.assert_array_equal(found[path_of_ours], array, err_msg=path_of_ours)
-    assert [note for note in checkpoint.notes if "tokenizer inside theirs.gguf is not read" in note]
     assert any("Llama 3's" in note for note in checkpoint.notes) == isinstance(config.rope_scaling, Llama3Scaling)
 
 
@@ -372,7 +381,7 @@ def test_norms_are_float32_whatever_the_rest_is(hf_folder: Path, tmp_path: Path)
 
 def test_companions_go_along_and_large_tensors_go_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = save_tiny(tiny_config(**QUANTISABLE), tmp_path / "hf")
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "LICENSE").write_text("")
     whole = written(tmp_path / "whole", folder, kind="q8_0")
     monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 10_000)
     pieces = written(tmp_path / "pieces", folder, kind="q8_0")
@@ -381,7 +390,7 @@ def test_companions_go_along_and_large_tensors_go_in_pieces(tmp_path: Path, monk
         "model.gguf",
         "config.json",
         MANIFEST,
-        "tokenizer.json",
+        "LICENSE",
         "generation_config.json",
     }
 
@@ -404,7 +413,9 @@ def test_a_model_that_llama_cpps_llama_is_not_is_refused(refused: camelid.ModelC
 
 def test_more_ends_than_llama_cpp_knows_are_refused():
     with pytest.raises(UserError, match=r"eos_ids = \(1, 2, 3, 4\): it has room for 3"):
-        metadata_of(dataclasses.replace(PLAIN, eos_ids=(1, 2, 3, 4)), 0)
+        metadata_of(dataclasses.replace(PLAIN, eos_ids=(1, 2, 3, 4)), 0, bos_id=None, eos_id=None)
+    with pytest.raises(UserError, match=r"eos_ids = \(5, 1, 2, 3\): it has room for 3"):
+        metadata_of(dataclasses.replace(PLAIN, eos_ids=(1, 2, 3)), 0, bos_id=None, eos_id=5)
 
 
 def test_an_unknown_quantisation_is_refused(tmp_path: Path):
@@ -433,6 +444,43 @@ def test_quantised_bytes_are_those_of_the_gguf_package(kind: str):
     raw = quantise(rows, kind)
     np.testing.assert_array_equal(raw, gguf.quantize(rows, code))
     np.testing.assert_array_equal(dequantise(raw, kind), gguf.dequantize(raw, code))
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS.values()])
+def test_every_quantization_is_read_bit_for_bit_as_the_gguf_package_reads_it(kind: str, tmp_path: Path):
+    code = gguf.GGMLQuantizationType[kind.upper()]
+    block, size = gguf.GGML_QUANT_SIZES[code]
+    draw = np.random.default_rng(1)
+    raw = draw.integers(0, 256, (50, 4 * size), np.uint8)  # any bytes are numbers, some of them infinite or NaN
+    with np.errstate(all="ignore"):
+        expected = gguf.dequantize(raw, code)
+    found = dequantise(raw, kind)
+    assert found.dtype == expected.dtype == np.float32
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+    assert found.shape == (50, 4 * block)
+
+
+@pytest.mark.parametrize("kind", ["q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_a_model_of_a_kind_that_is_only_read_opens_with_its_numbers(kind: str, tmp_path: Path):
+    """Every matrix with rows of whole blocks is made of random bytes, with scales that are small numbers."""
+    code = gguf.GGMLQuantizationType[kind.upper()]
+    block, size = gguf.GGML_QUANT_SIZES[code]
+    config = tiny_config(num_layers=1, embed_dim=block, mlp_dim=block, num_heads=2, num_kv_heads=2, head_dim=8)
+    numbers = np.random.default_rng(2)
+    packed = {}
+    for name, array in their_tensors(config).items():
+        if array.ndim == 2 and array.shape[1] % block == 0:
+            raw = numbers.integers(0, 40, (array.shape[0], array.shape[1] // block * size), np.uint8)
+            packed[name] = raw
+    path = write_theirs(tmp_path / "a.gguf", config, kind, packed=packed)
+    checkpoint = ours.open_gguf(path)
+    assert checkpoint.config == config
+    assert [note for note in checkpoint.notes if kind in note]
+    assert len(packed) > 5
+    for name, raw in packed.items():
+        found = np.empty(checkpoint.tensors[name].shape, np.float32)
+        checkpoint.tensors[name].read_into(found, (slice(None), slice(None)))
+        np.testing.assert_array_equal(found, gguf.dequantize(raw, code), err_msg=name)
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("q8_0", 127), ("q4_0", 8)])
@@ -565,7 +613,8 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "rotary part": (value("llama.rope.dimension_count", "I", 2), "llama.rope.dimension_count = 2"),
     "alignment": (value("general.alignment", "I", 48), "general.alignment = 48"),
     "theta": (value("llama.rope.freq_base", "f", math.nan), "llama.rope.freq_base = nan"),
-    "a quantisation": (tensor_field("blk.0.attn_v.weight", 20, "I", 12), "blk.0.attn_v.weight in .* is Q4_K"),
+    "a quantisation": (tensor_field("blk.0.attn_v.weight", 20, "I", 16), "blk.0.attn_v.weight in .* is IQ2_XXS"),
+    "super-blocks of 8": (tensor_field("blk.0.attn_v.weight", 20, "I", 12), "attn_v.weight has shape"),
     "an unknown type": (tensor_field("blk.0.attn_v.weight", 20, "I", 999), "of type 999"),
     "quantised rows of 8": (tensor_field("blk.0.attn_v.weight", 20, "I", 8), "attn_v.weight has shape"),
     "an absurd shape": (tensor_field("blk.0.attn_v.weight", 4, "Q", HUGE), "damaged"),

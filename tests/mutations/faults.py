@@ -1108,9 +1108,9 @@ FAULTS = (
     ),
     Fault(
         "the two halves of a Q4_0 block change places",
-        "checkpoint/ggml.py",
-        "np.concatenate([packed & 15, packed >> 4], 1)",
-        "np.concatenate([packed >> 4, packed & 15], 1)",
+        "checkpoint/ggml_blocks.py",
+        "np.arange(0, 8, width, dtype=np.uint8)[:, None]",
+        "np.arange(0, 8, width, dtype=np.uint8)[::-1, None]",
         "checkpoint/test_gguf.py::test_every_kind_of_number_is_read_as_the_gguf_package_reads_it",
     ),
     Fault(

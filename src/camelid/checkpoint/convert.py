@@ -25,6 +25,7 @@ def convert(
     shards: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    with_tokenizer: bool = True,
     companions: Callable[[Sequence[Path]], Sequence[Path]] = list,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, ...]:
@@ -32,8 +33,9 @@ def convert(
 
     `format` is that of the source, None asks its files; `config` describes a model whose files do not; the fields in
     `ignore` are as if config.json did not have them. With `resume`, goes on where an earlier process was killed that
-    was called with the same arguments. `companions` gives the files that are written beside the weights (tokenizer,
-    license, ...), from those of the source. Returns what was guessed or left out.
+    was called with the same arguments. `with_tokenizer` False leaves the tokenizer out; `companions` gives the files
+    that are written beside the weights (tokenizer, license, ...), from those of the source. Returns what was guessed or
+    left out.
     """
     checkpoint = open_checkpoint(source, format, config, ignore)
     dtypes = checkpoint.dtypes
@@ -45,13 +47,13 @@ def convert(
         checkpoint.config,
         dtypes,
         checkpoint.source,
-        companions(checkpoint.companions),
+        companions(checkpoint.companions if with_tokenizer else checkpoint.other_companions),
         tensor_parallel,
         pipeline_parallel,
         shards,
         _training(checkpoint),
     )
-    write_checkpoint(
+    told = write_checkpoint(
         Path(destination),
         saving,
         to,
@@ -61,9 +63,9 @@ def convert(
         progress=progress,
     )
     if saving.training is None or to == TRAIN_STATE:
-        return checkpoint.notes
+        return (*checkpoint.notes, *told)
     left_out = f"its step and the moments of its optimizer are left out; --to {TRAIN_STATE} keeps them"
-    return (*checkpoint.notes, left_out)
+    return (*checkpoint.notes, *told, left_out)
 
 
 def _training(checkpoint: Checkpoint) -> SavedTraining | None:

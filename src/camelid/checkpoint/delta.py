@@ -135,8 +135,7 @@ def apply(
         saving = Saving(exact.config, exact.dtypes, exact.source, companions_in(folder) or one.companions)
     if overwrite:
         refuse_within(Path(destination), one)
-    write_checkpoint(Path(destination), saving, to, overwrite=overwrite, progress=progress)
-    return notes
+    return (*notes, *write_checkpoint(Path(destination), saving, to, overwrite=overwrite, progress=progress))
 
 
 def _after(before: int, progress: Progress, done: int, total: int) -> None:

@@ -61,6 +61,8 @@ class File:
     parts: Sequence[bytes | Segment | Later]
     mode: int = 0o666
     """permissions, of which the user's mask takes away"""
+    notes: tuple[str, ...] = ()
+    """what users should know of what is not in it"""
 
     @functools.cached_property
     def size(self) -> int:
@@ -280,27 +282,29 @@ def _manifest(files: Sequence[File], finished: Mapping[str, Sums]) -> dict[str, 
     return {"version": 1, "files": {name: {"tensors": held} for name, held in tensors.items() if held}}
 
 
-def check_manifest(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
-    """How many tensors MANIFEST has, every one of them as it was written; 0 where there is none.
+def check_manifest(
+    folder: Path, progress: Callable[[int, int], None] = lambda done, total: None, name: str = MANIFEST
+) -> int:
+    """How many tensors a manifest has, every one of them as it was written; 0 where there is none.
 
     Raises UserError for the first one that is not.
     """
-    if not (folder / MANIFEST).is_file():
+    if not (folder / name).is_file():
         return 0
     try:
-        held = read_json(folder / MANIFEST)["files"]
-        tensors = [(name, *item) for name, file in held.items() for item in file["tensors"].items()]
+        held = read_json(folder / name)["files"]
+        tensors = [(file, *item) for file, content in held.items() for item in content["tensors"].items()]
         total, done = sum(tensor["bytes"] for *_, tensor in tensors), 0
-        for file, name, tensor in tensors:
+        for file, named, tensor in tensors:
             path = folder / file
             if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-                raise UserError(f"{folder / MANIFEST} names {file}, which is not in the folder", AGAIN)
+                raise UserError(f"{folder / name} names {file}, which is not in the folder", AGAIN)
             with path.open("rb", buffering=0) as opened:
                 sums = _sums_of(opened.fileno(), tensor["offset"], tensor["bytes"])
             if sums.sha256 != tensor["sha256"]:
-                raise UserError(f"{name} in {path} is not what was written: its checksum differs", AGAIN)
+                raise UserError(f"{named} in {path} is not what was written: its checksum differs", AGAIN)
             done += tensor["bytes"]
             progress(done, total)
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} is no manifest of camelid's", "Remove it, or copy it again.") from error
+        raise UserError(f"{folder / name} is no manifest of camelid's", "Remove it, or copy it again.") from error
     return len(tensors)

@@ -25,6 +25,7 @@ from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
 from camelid.checkpoint.hub import find
 from camelid.checkpoint.layout import some
 from camelid.checkpoint.opened import Checkpoint, Saving, copy_companions
+from camelid.checkpoint.single_file import new_file
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
@@ -45,6 +46,8 @@ class Format:
     """the fields of Saving by which it is cut into shards"""
     usual: str = ""
     """patterns of the names of its files, to find what an unknown folder resembles"""
+    suffix: str | None = None
+    """how the name of a destination ends that is one file, with everything inside, and not a folder"""
 
 
 TENSOR, PIPELINE, SHARDS = ("tensor_parallel",), ("pipeline_parallel",), ("shards",)
@@ -55,7 +58,7 @@ def _never(path: Path) -> bool:
     return False
 
 
-TRAIN_STATE = "easylm-trainstate"
+TRAIN_STATE, GGUF = "easylm-trainstate", ".gguf"
 FORMATS: Mapping[str, Format] = {
     "hf": Format(
         "Hugging Face: config.json with safetensors or .bin",
@@ -147,9 +150,18 @@ FORMATS: Mapping[str, Format] = {
         )
         for version, suffix in enumerate(("", "-v1", "-v2"))
     },
-    "gguf": Format("GGUF, llama.cpp's", gguf.looks, gguf.open_gguf, gguf.files, usual="*.gguf *.ggml"),
-    "gguf-q8_0": Format("GGUF of 8 bits", _never, gguf.open_gguf, partial(gguf.files, kind="q8_0"), lossy=True),
-    "gguf-q4_0": Format("GGUF of 4 bits", _never, gguf.open_gguf, partial(gguf.files, kind="q4_0"), lossy=True),
+    "gguf": Format("GGUF, llama.cpp's", gguf.looks, gguf.open_gguf, gguf.files, suffix=GGUF, usual="*.gguf *.ggml"),
+    **{
+        f"gguf-{kind}": Format(
+            f"GGUF of {bits} bits",
+            _never,
+            gguf.open_gguf,
+            partial(gguf.files, kind=kind),
+            lossy=True,
+            suffix=GGUF,
+        )
+        for kind, bits in (("q8_0", 8), ("q4_0", 4))
+    },
     "run": Format(
         "camelid's own run: recipe.toml with checkpoints/",
         run_folder.looks,
@@ -273,14 +285,35 @@ def write_checkpoint(
     source: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int = WORKERS,
-) -> None:
-    """Writes a folder under a temporary name until it is whole.
+) -> tuple[str, ...]:
+    """Writes a folder, or one file where `is_one_file` says so, under a temporary name until it is whole.
 
-    With `resume`, goes on where an earlier process was killed that wrote the same from the same `source`.
+    With `resume`, goes on where an earlier process was killed that wrote the same from the same `source`. Returns notes
+    for users on what the format cannot hold.
     """
-    files = files_of(saving, format)
-    need = sum(file.size for file in files) + sum(file.stat().st_size for file in saving.companions)
-    with new_folder(destination, need, overwrite, JOURNAL if resume else "") as folder:
+    files, companions, new = files_of(saving, format), saving.companions, new_folder
+    notes = tuple(note for file in files for note in file.notes)
+    if is_one_file(destination, format):
+        files, companions, new = [replace(files[0], name=destination.resolve().name)], (), new_file
+    need = sum(file.size for file in files) + sum(file.stat().st_size for file in companions)
+    with new(destination, need, overwrite, JOURNAL if resume else "") as folder:
         # Before the journal is done with, so that a process that is killed here can be resumed too.
-        copy_companions(saving.companions, folder)
+        copy_companions(companions, folder)
         write_files(folder, files, source=f"{format} {source}", progress=progress, workers=workers)
+    return notes
+
+
+def is_one_file(destination: Path, format: str) -> bool:
+    """Whether a destination is a file by the end of its name, and not a folder.
+
+    Raises UserError where its name ends as files of another format do.
+    """
+    for name, other in FORMATS.items():
+        if other.suffix is not None and destination.suffix.lower() == other.suffix:
+            if FORMATS[format].suffix != other.suffix:
+                raise UserError(
+                    f"{destination} is the name of a file of the format {name}, and {format} is asked for",
+                    f"Ask for {name}, or choose another name.",
+                )
+            return True
+    return False

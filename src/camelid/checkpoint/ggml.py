@@ -1,6 +1,6 @@
-"""ggml's types of numbers, as GGUF files hold them: plain ones, and the quantisations Q8_0 and Q4_0.
+"""ggml's types of numbers, as GGUF files hold them: plain ones and quantizations.
 
-A quantised row is a run of blocks of 32 numbers: a float16 scale, then the multiples of it, packed.
+A quantized row is a run of blocks of 32 or 256 numbers that share scales; ggml_blocks.py has their layouts.
 """
 
 import math
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from camelid.checkpoint import ggml_blocks as blocks
 from camelid.checkpoint.tensors import CHUNK, DTYPES, Tensor, cast
 from camelid.errors import UserError
 
-BLOCK = 32  # numbers that share a scale
+BLOCK = 32  # numbers in a block of the quantizations that are written
 # By code (ggml.h, ggml_type).
 GGML_TYPES = """
     F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL
@@ -23,52 +24,35 @@ PLAIN: Mapping[int, np.dtype] = {F32: DTYPES["F32"], F16: DTYPES["F16"], 30: DTY
 CODES = {dtype: code for code, dtype in PLAIN.items()}
 
 
-def _pack_q8_0(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
-    size = np.abs(x * _inverse(scale))
-    whole = np.floor(size)
-    rounded = np.copysign(whole + (size - whole >= 0.5), x)  # halves away from zero, as C's roundf
-    return scale, rounded.astype(np.int8).view(np.uint8)
-
-
-def _unpack_q8_0(packed: np.ndarray) -> np.ndarray:
-    return packed.view(np.int8).astype(np.float32)
-
-
-def _pack_q4_0(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    largest = np.take_along_axis(x, np.abs(x).argmax(1, keepdims=True), 1)
-    scale = largest / np.float32(-8)  # so that the largest, of either sign, is -8 exactly
-    steps = np.minimum((x * _inverse(scale) + np.float32(8.5)).astype(np.uint8), 15)
-    low, high = np.split(steps, 2, 1)
-    return scale, low | high << 4
-
-
-def _unpack_q4_0(packed: np.ndarray) -> np.ndarray:
-    return np.concatenate([packed & 15, packed >> 4], 1).astype(np.float32) - np.float32(8)
-
-
-def _inverse(scale: np.ndarray) -> np.ndarray:
-    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-
-
 @dataclass(frozen=True)
 class Kind:
-    """A quantisation."""
+    """A quantization: how many numbers share a block, how many bytes it takes, and how it is read and written."""
 
     name: str
+    block: int
+    """numbers"""
     bytes: int
     """of a block"""
-    pack: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-    """from float32 blocks to scales and packed bytes"""
     unpack: Callable[[np.ndarray], np.ndarray]
-    """from packed bytes to multiples"""
+    """from blocks as rows of bytes to float32"""
+    pack: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    """from float32 blocks to scales and packed bytes; None: camelid only reads it"""
 
 
 KINDS: Mapping[int, Kind] = {
-    8: Kind("q8_0", 34, _pack_q8_0, _unpack_q8_0),  # 32 int8
-    2: Kind("q4_0", 18, _pack_q4_0, _unpack_q4_0),  # 16 bytes: numbers 0 to 15 low, 16 to 31 high, each plus 8
+    8: Kind("q8_0", BLOCK, 34, blocks.unpack_q8_0, blocks.pack_q8_0),
+    2: Kind("q4_0", BLOCK, 18, blocks.unpack_q4_0, blocks.pack_q4_0),
+    3: Kind("q4_1", BLOCK, 20, blocks.unpack_q4_1),
+    6: Kind("q5_0", BLOCK, 22, blocks.unpack_q5_0),
+    7: Kind("q5_1", BLOCK, 24, blocks.unpack_q5_1),
+    10: Kind("q2_k", blocks.SUPER, 84, blocks.unpack_q2_k),
+    11: Kind("q3_k", blocks.SUPER, 110, blocks.unpack_q3_k),
+    12: Kind("q4_k", blocks.SUPER, 144, blocks.unpack_q4_k),
+    13: Kind("q5_k", blocks.SUPER, 176, blocks.unpack_q5_k),
+    14: Kind("q6_k", blocks.SUPER, 210, blocks.unpack_q6_k),
 }
 BY_NAME = {kind.name: code for code, kind in KINDS.items()}
+WRITABLE = tuple(kind.name for kind in KINDS.values() if kind.pack is not None)
 
 
 def quantise(values: np.ndarray, kind: str) -> np.ndarray:
@@ -79,9 +63,9 @@ def quantise(values: np.ndarray, kind: str) -> np.ndarray:
     m / 2048, and in blocks of tiny numbers 127 or 8 times 2**-25. Raises UserError where float16 cannot hold the scale.
     """
     how = KINDS[BY_NAME[kind]]
-    blocks = np.ascontiguousarray(values, np.float32).reshape(-1, BLOCK)
+    assert how.pack is not None
     with np.errstate(over="ignore", invalid="ignore"):
-        scale, packed = how.pack(blocks)
+        scale, packed = how.pack(np.ascontiguousarray(values, np.float32).reshape(-1, BLOCK))
         scale = scale.astype("<f2")
     if not np.isfinite(scale).all():
         raise UserError(f"a tensor has numbers that {kind} cannot hold", "Save it in float32 or bfloat16.")
@@ -90,13 +74,11 @@ def quantise(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def dequantise(raw: np.ndarray, kind: str) -> np.ndarray:
-    """Float32 of rows of bytes: scale x multiple."""
+    """Float32 of rows of bytes, equal bit for bit to what ggml's reference code computes."""
     how = KINDS[BY_NAME[kind]]
-    blocks = raw.reshape(-1, how.bytes)
-    scale = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
-    with np.errstate(invalid="ignore"):  # a damaged scale may be infinite
-        values = scale * how.unpack(np.ascontiguousarray(blocks[:, 2:]))
-    return values.reshape(*raw.shape[:-1], raw.shape[-1] // how.bytes * BLOCK)
+    with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be infinite
+        values = how.unpack(raw.reshape(-1, how.bytes))
+    return values.reshape(*raw.shape[:-1], raw.shape[-1] // how.bytes * how.block)
 
 
 @dataclass(frozen=True)
@@ -108,7 +90,8 @@ class Quantised(Tensor):
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
         """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype; reads whole rows."""
         *outer, last = self.shape[1:]
-        raw_shape = (*outer, last // BLOCK * KINDS[BY_NAME[self.kind]].bytes)
+        kind = KINDS[BY_NAME[self.kind]]
+        raw_shape = (*outer, last // kind.block * kind.bytes)
         row_bytes = math.prod(raw_shape)
         rows = range(*index[0].indices(self.shape[0]))
         step = max(1, CHUNK // row_bytes)
@@ -123,4 +106,4 @@ class Quantised(Tensor):
 def bytes_of(shape: Sequence[int], code: int) -> int:
     """How many bytes a tensor takes."""
     count = math.prod(shape)
-    return count // BLOCK * KINDS[code].bytes if code in KINDS else count * PLAIN[code].itemsize
+    return count // KINDS[code].block * KINDS[code].bytes if code in KINDS else count * PLAIN[code].itemsize

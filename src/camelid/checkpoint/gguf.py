@@ -1,8 +1,7 @@
-"""GGUF, llama.cpp's format, for its architecture "llama": float32, float16, bfloat16, Q8_0 and Q4_0.
+"""GGUF, llama.cpp's format, for its architecture "llama".
 
-Rotary pairs are neighbours. The tokenizer inside is in llama.cpp's own words, and is neither read nor written: camelid
-takes tokenizer.json or tokenizer.model beside the file, and llama.cpp opens what camelid writes without a vocabulary,
-to work on token ids.
+Numbers are float32, float16, bfloat16, or quantized: Q8_0 and Q4_0 are read and written, other kinds (ggml.py) are only
+read. Rotary pairs are neighbors. The tokenizer is in the file's metadata, with the chat template.
 """
 
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from camelid.checkpoint import hf
 from camelid.checkpoint.files import Chunks, File, Segment, segment
-from camelid.checkpoint.ggml import BLOCK, BY_NAME, CODES, F16, F32, KINDS, Quantised, quantise
+from camelid.checkpoint.ggml import BLOCK, BY_NAME, CODES, F16, F32, KINDS, WRITABLE, Quantised, quantise
 from camelid.checkpoint.gguf_config import (
     ROPE,
     config_of,
@@ -21,11 +20,14 @@ from camelid.checkpoint.gguf_config import (
     stretch_of,
 )
 from camelid.checkpoint.gguf_file import MAGIC, Entry, gguf_file, read_file
+from camelid.checkpoint.gguf_tokenizer import tokenizer_metadata
+from camelid.checkpoint.gguf_vocabulary import has_tokenizer, unpacked
 from camelid.checkpoint.layout import Row, Table, check, pieces, plan
 from camelid.checkpoint.opened import Checkpoint, Saving, assumed, refuse_beyond, table_for
 from camelid.checkpoint.tensors import Planned
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
+from camelid.text.tokenizer import Tokenizer
 
 ROWS = (
     Row("embed", "token_embd.weight", "vocab_in embed_in"),
@@ -64,8 +66,11 @@ def _starts(path: Path) -> bool:
 
 
 def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Opens a file, or the one of a folder; the model is `config`, config.json beside it, or what the file says."""
-    path = _file(path)
+    """Opens a file, or the one of a folder; the model is `config`, config.json beside it, or what the file says.
+
+    The tokenizer of a file is the one inside; that of a folder is tokenizer.json or tokenizer.model, if it has them.
+    """
+    is_folder, path = path.is_dir(), _file(path)
     held, tensors = read_file(path)
     said = fields_of(path, held, tensors)
     stretch = held_stretch(path, held, tensors, said)
@@ -92,10 +97,10 @@ def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     check(table, tensors, r"rope_freqs\.weight", described_by)
     if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, Quantised)}):
         notes.append(f"the weights of {path.name} are quantised ({', '.join(kinds)}); they are read as float32")
-    tokenizers = ("tokenizer.json", "tokenizer.model")
-    if "tokenizer.ggml.tokens" in held and not any((path.parent / name).is_file() for name in tokenizers):
-        notes.append(f"the tokenizer inside {path.name} is not read; put {' or '.join(tokenizers)} beside it")
-    return Checkpoint("gguf", path.parent, config, tensors, table, tuple(notes))
+    # What lies beside a file may be another model's; what lies in a folder with it belongs to it.
+    beside = is_folder and any((path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    unpack = partial(unpacked, path, held) if has_tokenizer(held) and not beside else None
+    return Checkpoint("gguf", path.parent, config, tensors, table, tuple(notes), unpack_tokenizer=unpack)
 
 
 def _table(config: ModelConfig) -> Table:
@@ -129,8 +134,8 @@ def files(saving: Saving, kind: str | None = None) -> list[File]:
     stretch = stretch_of(config.rope_scaling, config.rope_theta, config.head_dim)
     if stretch is None:
         raise UserError(f"{WHAT} cannot hold rope_scaling = {config.rope_scaling!r}", "Use the format hf.")
-    if kind not in (None, *BY_NAME):
-        raise UserError(f"quantisation {kind!r} is unknown", f"Choose one of {', '.join(BY_NAME)}.")
+    if kind not in (None, *WRITABLE):
+        raise UserError(f"quantisation {kind!r} is unknown", f"Choose one of {', '.join(WRITABLE)}.")
     table = _table(config)
     entries = [Entry(p.name, p.shape, _code(p, kind)) for p in plan(table, saving.dtypes)]
     segments = [Segment(entry.planned, entry.bytes, partial(_chunks, saving, table, entry)) for entry in entries]
@@ -138,7 +143,15 @@ def files(saving: Saving, kind: str | None = None) -> list[File]:
         entries.append(Entry(ROPE, stretch.shape, F32))
         segments.append(segment(entries[-1].planned, lambda: [stretch]))
     code = CODES[saving.dtypes["embed"]] if kind is None else BY_NAME[kind]
-    return [gguf_file(FILE, metadata_of(config, code), entries, segments)]
+    described, tokenizer, notes = tokenizer_metadata(saving.companions, config.vocab_size)
+    own = (None, None) if tokenizer is None else (tokenizer.bos_id, _named_eos(tokenizer))
+    return [gguf_file(FILE, metadata_of(config, code, *own) | described, entries, segments, notes)]
+
+
+def _named_eos(tokenizer: Tokenizer) -> int | None:
+    """The token that chat templates know as eos_token."""
+    text = tokenizer.named_specials.get("eos_token")
+    return None if text is None else tokenizer.engine.token_id(text)
 
 
 def _code(tensor: Planned, kind: str | None) -> int:

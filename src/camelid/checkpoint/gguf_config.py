@@ -180,8 +180,8 @@ def config_of(
         raise UserError(f"{path}: {error}", AGAIN) from error
 
 
-def metadata_of(config: ModelConfig, code: int) -> dict[str, tuple[int, Any]]:
-    """By key: type and value; `code`: the type of most matrices."""
+def metadata_of(config: ModelConfig, code: int, bos_id: int | None, eos_id: int | None) -> dict[str, tuple[int, Any]]:
+    """By key: type and value; `code`: the type of most matrices; `bos_id` and `eos_id`: the tokenizer's own."""
     held: dict[str, tuple[int, Any]] = {
         "general.architecture": (TEXT, "llama"),
         "general.type": (TEXT, "model"),
@@ -197,11 +197,11 @@ def metadata_of(config: ModelConfig, code: int) -> dict[str, tuple[int, Any]]:
     if isinstance(config.rope_scaling, LinearScaling):
         held["llama.rope.scaling.type"] = TEXT, "linear"
         held["llama.rope.scaling.factor"] = FLOAT32, config.rope_scaling.factor
-    held["tokenizer.ggml.model"] = TEXT, "no_vocab"  # llama.cpp's word for a file without one
-    if len(config.eos_ids) > len(ENDS):
-        raise UserError(
-            f"GGUF cannot hold eos_ids = {config.eos_ids}: it has room for {len(ENDS)}", "Use the format hf."
-        )
-    ids = {"bos": config.bos_id, "padding": config.pad_id, **dict(zip(ENDS, config.eos_ids, strict=False))}
+    # Templates know the first one by name.
+    eos_ids = tuple(dict.fromkeys(token for token in (eos_id, *config.eos_ids) if token is not None))
+    if len(eos_ids) > len(ENDS):
+        raise UserError(f"GGUF cannot hold eos_ids = {eos_ids}: it has room for {len(ENDS)}", "Use the format hf.")
+    bos_id = config.bos_id if bos_id is None else bos_id
+    ids = {"bos": bos_id, "padding": config.pad_id, **dict(zip(ENDS, eos_ids, strict=False))}
     held |= {f"tokenizer.ggml.{name}_token_id": (UINT32, value) for name, value in ids.items() if value is not None}
     return held

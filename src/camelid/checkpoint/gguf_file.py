@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from camelid.checkpoint.files import File, Segment
-from camelid.checkpoint.ggml import BLOCK, GGML_TYPES, KINDS, PLAIN, Quantised, bytes_of
+from camelid.checkpoint.ggml import GGML_TYPES, KINDS, PLAIN, Quantised, bytes_of
 from camelid.checkpoint.tensors import DTYPES, Planned, Tensor
 from camelid.errors import UserError
 
@@ -28,7 +28,7 @@ AGAIN = "Download or copy the file again."
 
 # By code (gguf.md, gguf_metadata_value_type).
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-UINT32, FLOAT32, TEXT, ARRAY = 4, 6, 8, 9
+UINT32, INT32, FLOAT32, BOOL, TEXT, ARRAY = 4, 5, 6, 7, 8, 9
 
 # Reading --------------------------------------------------------------------------------
 
@@ -67,9 +67,26 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Items:
-    """An array of the metadata, skipped over."""
+    """An array of the metadata, which is read when it is asked for."""
 
     count: int
+    item: int
+    """the type of each"""
+    at: int
+    """the byte in the file at which the first one begins"""
+
+    def read(self, path: Path) -> list[Any]:
+        """The values; raises UserError for text that is not UTF-8."""
+        with path.open("rb") as file:
+            header = Header(path, file)
+            header.skip(self.at)
+            if self.item in NUMBERS:
+                packed = header.take(self.count * struct.calcsize(f"<{NUMBERS[self.item]}"))
+                return list(struct.unpack(f"<{self.count}{NUMBERS[self.item]}", packed))
+            try:
+                return [header.take(header.number("Q")).decode() for _ in range(self.count)]
+            except UnicodeDecodeError as error:
+                raise header.damaged(f"a text of its metadata is not UTF-8 before {header.at:,}") from error
 
 
 class Header:
@@ -110,6 +127,7 @@ class Header:
         if kind != ARRAY:
             raise self.damaged(f"its metadata has a value of type {kind}")
         item, count = self.number("I"), self.number("Q")
+        items = Items(count, item, self.at)
         if item in NUMBERS:
             self.skip(count * struct.calcsize(f"<{NUMBERS[item]}"))
         elif item == TEXT:
@@ -117,7 +135,7 @@ class Header:
                 self.skip(self.number("Q"))
         else:
             raise self.damaged(f"its metadata has an array of type {item}")
-        return Items(count)
+        return items
 
 
 def _check_architecture(path: Path, held: Mapping[str, Any]) -> None:
@@ -148,7 +166,7 @@ def _tensors(header: Header, entries: Mapping[str, tuple], alignment: int) -> di
                 f"tensor {name} in {path} is {kind} with {len(shape)} axes; camelid reads {readable}",
                 "Requantise it as Q8_0 or convert it again as F16, or use the original checkpoint.",
             )
-        if math.prod(shape) == 0 or (code in KINDS and shape[-1] % BLOCK):
+        if math.prod(shape) == 0 or (code in KINDS and shape[-1] % KINDS[code].block):
             raise header.damaged(f"{name} has shape {shape}")
         if offset != next_offset:  # llama.cpp asks for the same
             raise header.damaged(f"{name} lies at {offset:,} and not at {next_offset:,}")
@@ -194,23 +212,33 @@ class Entry:
 
 
 def gguf_file(
-    name: str, held: Mapping[str, tuple[int, Any]], entries: Sequence[Entry], segments: Sequence[Segment]
+    name: str,
+    held: Mapping[str, tuple[int, Any]],
+    entries: Sequence[Entry],
+    segments: Sequence[Segment],
+    notes: tuple[str, ...] = (),
 ) -> File:
-    """A file of metadata, by key its type and value, and tensors."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value.encode())) + value.encode()
-
-    header = MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(entries), len(held))
+    """A file of metadata, by key a type and a value (of an array: the type of its items, and these), and tensors."""
+    header = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(entries), len(held))]
     for key, (kind, value) in held.items():
-        header += text(key) + struct.pack("<I", kind)
-        header += text(value) if kind == TEXT else struct.pack(f"<{NUMBERS[kind]}", value)
+        header += [_packed(TEXT, key), struct.pack("<I", kind), _packed(kind, value)]
     offset = 0
     for entry in entries:
         shape = entry.shape[::-1]
-        header += text(entry.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, entry.code, offset)
+        place = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, entry.code, offset)
+        header += [_packed(TEXT, entry.name), place]
         offset += _padded(entry.bytes)
-    parts: list[bytes | Segment] = [header.ljust(_padded(len(header)), b"\0")]
+    front = b"".join(header)
+    parts: list[bytes | Segment] = [front.ljust(_padded(len(front)), b"\0")]
     for segment in segments:
         parts += [segment, bytes(_padded(segment.size) - segment.size)]
-    return File(name, parts)
+    return File(name, parts, notes=notes)
+
+
+def _packed(kind: int, value: Any) -> bytes:
+    if kind == TEXT:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+    if kind == ARRAY:
+        item, items = value
+        return struct.pack("<IQ", item, len(items)) + b"".join(_packed(item, each) for each in items)
+    return struct.pack(f"<{NUMBERS[kind]}", value)

@@ -4,7 +4,7 @@ import fnmatch
 import functools
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
+from camelid.text.tokenizer import TOKENIZER_FILES
 
 COMPANIONS = """
     tokenizer* special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template*
@@ -53,6 +54,8 @@ class Checkpoint:
     """of a checkpoint that was made to go on training from"""
     assumed_layout: str | None = None
     """the order of numbers in some tensors, where no file tells it; other copies of them cannot show if it is right"""
+    unpack_tokenizer: Callable[[], Path] | None = None
+    """makes a folder of tokenizer files, where the tokenizer is within the file that holds the weights"""
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r}: {self.format}, {len(self.tensors)} tensors)"
@@ -92,7 +95,21 @@ class Checkpoint:
     @property
     def companions(self) -> list[Path]:
         """The files that go wherever the weights go: tokenizer, generation settings, licence."""
-        return companions_in(self.folder)
+        if self.unpack_tokenizer is None:
+            return companions_in(self.folder)
+        files = [*self.other_companions, *companions_in(self.tokenizer_folder)]
+        return list({file.name: file for file in files}.values())
+
+    @property
+    def other_companions(self) -> list[Path]:
+        """The companions without the tokenizer."""
+        tokenizer = set(TOKENIZER_FILES) - {"generation_config.json"}
+        return [file for file in companions_in(self.folder) if file.name not in tokenizer]
+
+    @functools.cached_property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer's files; raises UserError where a tokenizer is there and cannot be read."""
+        return self.folder if self.unpack_tokenizer is None else self.unpack_tokenizer()
 
 
 def companions_in(folder: Path) -> list[Path]:

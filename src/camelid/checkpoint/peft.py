@@ -193,7 +193,7 @@ def on_base(adapter: Adapter, base: Checkpoint, folder: Path) -> Adapted:
         tensors[name] = Computed(folder / NAME, name, 0, rows.shape(name), dtype, source, place, files)
     if adapter.config.tie_embeddings != base.config.tie_embeddings:
         notes += ("the adapter changes the embedding table or the head, so the head is no longer tied to the table",)
-    beside = folder if any(folder.glob("tokenizer*")) else base.folder
+    beside = folder if any(folder.glob("tokenizer*")) else base.tokenizer_folder
     return Adapted("peft", beside, adapter.config, tensors, rows, notes, adapter=adapter, base=base)
 
 

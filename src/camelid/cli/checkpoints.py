@@ -49,7 +49,8 @@ Format = Literal[
 def convert(
     source: Annotated[Positional[str], arg(metavar="SOURCE", help="a checkpoint's folder, or its name on the Hub")],
     destination: Annotated[
-        Positional[Path | None], arg(metavar="DESTINATION", help="a folder that does not exist yet")
+        Positional[Path | None],
+        arg(metavar="DESTINATION", help="a folder that does not exist yet; a name that ends in .gguf is one file"),
     ] = None,
     to: Format | None = None,
     from_format: Annotated[Format | None, arg(name="from")] = None,
@@ -68,15 +69,17 @@ def convert(
     verify: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    without_tokenizer: bool = False,
 ) -> None:
     """Write a checkpoint anew, a slice at a time, with its tokenizer.
 
     camelid convert meta-llama/Llama-3.2-1B ./llama-bf16 --dtype bfloat16
     camelid convert ./TinyLlama ./tinyllama-meta --to meta --tensor-parallel 2 --verify
+    camelid convert ./TinyLlama tinyllama.gguf --to gguf-q8_0
     camelid convert ./TinyLlama --check
 
     Args:
-        to: format that is written; hf if left out
+        to: format that is written; if left out, gguf for a DESTINATION that ends in .gguf, otherwise hf
         from_format: format of SOURCE, where its files leave a doubt
         config: what SOURCE is, where its files do not say: a preset, a config.json, or a folder that has one, whose
             tokenizer is taken where SOURCE has none
@@ -90,6 +93,7 @@ def convert(
         verify: open the result again, and compare every tensor and the logits of a text
         resume: go on where the same command was killed, and keep what is done if it is interrupted
         overwrite: replace the destination
+        without_tokenizer: leave the tokenizer out, for example one that a GGUF file cannot hold
     """
     from camelid.checkpoint.convert import convert
 
@@ -107,6 +111,7 @@ def convert(
             verify=verify,
             resume=resume,
             overwrite=overwrite,
+            without_tokenizer=without_tokenizer,
         )
     if reference is not None and rope_layout != "auto":
         raise UserError("--reference is for --rope-layout auto", "Leave it out.")
@@ -119,7 +124,7 @@ def convert(
         source, opened_as = _rope_layout(source, from_format, described, ignore_config_field, rope_layout, reference)
     if destination is None:
         return _check(source, opened_as, described, ignore_config_field)
-    to = to or "hf"
+    to = to or ("gguf" if destination.suffix.lower() == ".gguf" else "hf")
     with progress_bar("convert") as progress, tempfile.TemporaryDirectory() as made:
         notes = convert(
             source,
@@ -135,6 +140,7 @@ def convert(
             resume=resume,
             overwrite=overwrite,
             companions=lambda files: _companions(files, tokenizer, config, to, Path(made)),
+            with_tokenizer=not without_tokenizer,
             progress=progress,
         )
     tell(notes)
@@ -217,15 +223,17 @@ def _rope_layout(
 def _check(source: str, format: str | None, config, ignore: tuple[str, ...]) -> None:
     """Reads everything, and says what is there."""
     from camelid.checkpoint.compare import check_own_sums, survey
-    from camelid.checkpoint.files import check_manifest
+    from camelid.checkpoint.files import MANIFEST, check_manifest
     from camelid.checkpoint.formats import open_checkpoint
+    from camelid.checkpoint.single_file import manifest_of
     from camelid.checkpoint.tensors import file_names
 
     checkpoint = open_checkpoint(source, format, config, ignore)
     with progress_bar("read") as progress:
         found = list(survey(checkpoint, progress))
     with progress_bar("checksums") as progress:
-        sums = check_manifest(checkpoint.folder, progress)
+        own = manifest_of(checkpoint.files[0])
+        sums = check_manifest(checkpoint.folder, progress, own.name if own.is_file() else MANIFEST)
     with progress_bar("files' own checksums") as progress:
         having = check_own_sums(checkpoint, progress)
     tell(checkpoint.notes)
@@ -407,7 +415,7 @@ def _verify(source: str, written: Path, format: str | None, config, ignore: tupl
             note(f"warning: {name} was {before}, and is {after} now")
     if not FORMATS[to].lossy and not all(difference.rounded for difference in found):
         raise UserError(f"{written} does not hold what {source} does", "This is a fault of camelid; please report it.")
-    tokens = sample_tokens(find_tokenizer(pair[0].folder), pair[0].config.vocab_size)
+    tokens = sample_tokens(find_tokenizer(pair[0].tokenizer_folder), pair[0].config.vocab_size)
     parity = compare_logits(*pair, tokens)
     note(
         f"logits of {parity.tokens} tokens, up to {parity.scale:.3g}, are at most {parity.largest:.3g} apart; "
@@ -429,7 +437,7 @@ def _untold(written: Path, checkpoint, to: str) -> str:
     from camelid.checkpoint.compare import config_differences
     from camelid.checkpoint.formats import open_checkpoint
 
-    if to in ("hf", "peft", "run"):
+    if to in ("hf", "peft", "run") or written.is_file():
         return ""
     with tempfile.TemporaryDirectory() as folder:
         for file in written.absolute().iterdir():

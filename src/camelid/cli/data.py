@@ -256,7 +256,7 @@ def _of_recipe(path: Path, rows: int) -> dict[str, Any]:
         from camelid.checkpoint.formats import open_checkpoint
 
         assert recipe.init is not None  # a Recipe has init, or model and tokenizer
-        where = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore).folder
+        where = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore).tokenizer_folder
     tokenizer = load_tokenizer(where)
     with progress_bar("prepare") as progress:
         loaders = {"train": Loader(recipe.data, tokenizer, "train", progress)}

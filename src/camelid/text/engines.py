@@ -84,6 +84,14 @@ class TokenizersEngine:
     def token_id(self, token: str) -> int | None:
         return self._plain.token_to_id(token)
 
+    def normalized(self, text: str) -> str:
+        """A text as the vocabulary sees it, before it is split."""
+        normalizer, split = self._plain.normalizer, self._plain.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return (
+            text if split is None or self.is_byte_level else "".join(part for part, _ in split.pre_tokenize_str(text))
+        )
+
     def token_bytes(self, token: int) -> bytes | None:
         text = self._plain.id_to_token(token) or ""
         if self.is_byte_level:
