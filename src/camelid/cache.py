@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
+from camelid.inputs import expand_home
+
 
 def cache_folder() -> Path:
     """CAMELID_CACHE, or camelid's folder in the user's cache folder."""
     chosen = os.environ.get("CAMELID_CACHE")
-    return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "camelid").expanduser()
+    return Path(expand_home(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "camelid"))

@@ -12,6 +12,7 @@ from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.hub import find
 from camelid.checkpoint.opened import Checkpoint, Saving, copy_companions
 from camelid.errors import UserError
+from camelid.inputs import expand_home
 from camelid.model.config import ModelConfig
 
 
@@ -126,7 +127,7 @@ def open_checkpoint(path: str | Path, format: str | None = None, config: ModelCo
     """
     prefix, path = split_prefix(path)
     format = prefix or format
-    place = Path(path).expanduser()
+    place = Path(expand_home(path))
     if not place.exists():
         place = find(path, hf.understood)
     format = format or detect(place)

@@ -17,6 +17,7 @@ from camelid.cli.checkpoints import convert, delta_apply, delta_make, diff
 from camelid.cli.data import inspect as data_inspect
 from camelid.cli.data import prepare as data_prepare
 from camelid.cli.models import generate, inspect, perplexity
+from camelid.cli.shared import path_options
 from camelid.cli.training import demo, train
 from camelid.errors import UserError
 
@@ -82,7 +83,7 @@ def _run(words: list[str]) -> None:
     if name == "train":
         rest, overrides = _split_overrides(rest)
         command = functools.partial(train, overrides=tuple(overrides))
-    return tyro.cli(command, prog=f"camelid {name}", description=_paragraphs(COMMANDS[name]), args=rest, config=QUIET)
+    return tyro.cli(command, prog=f"camelid {name}", description=_paragraphs(COMMANDS[name]), args=rest, config=QUIET, registry=path_options())
 
 
 def _overview() -> str:

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from camelid.cli.shared import model_config, note, print_json, progress_bar, read_text, tell
+from camelid.cli.shared import model_config, note, print_json, progress_bar, tell
 from camelid.errors import UserError
+from camelid.inputs import expand_home, read_text
 
 Format = Literal[
     "hf",
@@ -135,7 +136,7 @@ def _lies_in(source: str, destination: Path) -> bool:
     """Whether a checkpoint is a folder that is to be written, or a file in it."""
     from camelid.checkpoint.formats import split_prefix
 
-    place, folder = Path(split_prefix(source)[1]).expanduser().resolve(), destination.resolve()
+    place, folder = Path(expand_home(split_prefix(source)[1])).resolve(), destination.resolve()
     return place.exists() and place.is_relative_to(folder)
 
 

@@ -17,9 +17,9 @@ from camelid.cli.shared import (
     note,
     print_json,
     progress_bar,
-    read_text,
 )
 from camelid.errors import UserError
+from camelid.inputs import expand_home, read_text
 
 Prompts = Annotated[
     Positional[tuple[str, ...]],
@@ -128,8 +128,8 @@ def _texts(file: str, text_key: str) -> list[str]:
     from camelid.data.config import Source
     from camelid.data.sources import holds_rows, read_records
 
-    if not holds_rows(Path(file)):
-        return [read_text(Path(file))]
+    if not holds_rows(path := Path(expand_home(file))):
+        return [read_text(path)]
     return [record.value for record in read_records(Source(files=(file,), text_key=text_key))]
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from camelid.errors import UserError
+from camelid.inputs import expand_home
 from camelid.parallel.compiled import keep_compiled
 
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="of parameters and products")]
@@ -38,7 +40,7 @@ def model_config(text: str | None):
         return None
     from camelid.model.presets import ALIASES, PRESETS, preset
 
-    path = Path(text).expanduser()
+    path = Path(expand_home(text))
     if path.is_dir() and text not in (*PRESETS, *ALIASES):
         path /= "config.json"
     if path.is_file():
@@ -51,14 +53,23 @@ def model_config(text: str | None):
     return preset(text)
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file; raises UserError where it is none."""
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "Give the path of a text file.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}", "Convert the file to UTF-8.") from error
+def path_options() -> ConstructorRegistry:
+    """How every option and argument of type Path is read: `~` is the home folder, also in `--out=~/x`."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: Path(expand_home(words[0])),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
 """Which text becomes which rows; declared without numpy, so that the command line starts fast."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from camelid.errors import UserError
+from camelid.inputs import expand_home
 
 Kind = Literal["text", "fields", "instruct", "chat", "gsm8k", "preference", "tokens"]
 ONLY: dict[str, tuple[Kind, ...]] = {
@@ -22,6 +23,31 @@ ONLY: dict[str, tuple[Kind, ...]] = {
     "add_eos": ("text", "fields", "gsm8k"),
 }
 """the kinds to which a field of Source has a meaning"""
+
+KEYS: tuple[tuple[Kind, frozenset[str], str], ...] = (
+    ("chat", frozenset({"messages"}), 'kind = "chat"'),
+    ("chat", frozenset({"conversations"}), 'kind = "chat"'),
+    ("preference", frozenset({"chosen", "rejected"}), 'kind = "preference"'),
+    ("instruct", frozenset({"instruction", "output"}), 'kind = "instruct"'),
+    ("gsm8k", frozenset({"question", "answer"}), 'kind = "fields" and fields = "[question],answer", or kind = "gsm8k"'),
+    ("fields", frozenset({"prompt", "completion"}), 'kind = "fields" and fields = "[prompt],completion"'),
+    ("fields", frozenset({"prompt", "response"}), 'kind = "fields" and fields = "[prompt],response"'),
+    ("text", frozenset({"text"}), 'kind = "text"'),
+)
+"""the keys by which rows of a kind are recognized, and what a source of such rows sets"""
+
+
+def better_kind(kind: Kind, keys: Iterable[str]) -> str | None:
+    """What to set for a row with these keys, where it cannot be of the given kind and is clearly of another.
+
+    None where the row may be of the kind, or nothing is known of its keys. Rows of `fields` may have any keys, and the
+    caller knows that a row of `text` lacks its key.
+    """
+    has = set(keys)
+    own = [needed for known, needed, _ in KEYS if known == kind]
+    if kind == "fields" or (kind != "text" and any(needed <= has for needed in own)):
+        return None
+    return next((advice for known, needed, advice in KEYS if known != kind and needed <= has), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +87,7 @@ class Source:
     """the share of rows that may be unreadable; they are counted, and left out"""
 
     def __post_init__(self):
+        object.__setattr__(self, "files", tuple(map(expand_home, self.files)))
         if not self.files:
             raise UserError("a source names no file", "Give files = a name, a glob, or a list of them.")
         for field in fields(self):
@@ -137,6 +164,8 @@ class DataConfig:
     """Where sources are prepared to; left out, the user's cache folder."""
 
     def __post_init__(self):
+        if self.cache is not None:
+            object.__setattr__(self, "cache", expand_home(self.cache))
         if not self.train:
             raise UserError("data.train names no file", "name at least one file")
         if self.validation and self.validation_fraction:

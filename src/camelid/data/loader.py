@@ -227,7 +227,7 @@ def open_stores(
 
 def data_cache(config: DataConfig) -> Path:
     """Where what is prepared for recipes is kept: the recipe's choice, or a folder of the cache."""
-    return cache_folder() / "data" if config.cache is None else Path(config.cache).expanduser()
+    return cache_folder() / "data" if config.cache is None else Path(config.cache)
 
 
 def _groups(config: DataConfig, sources: Sequence[Source]) -> list[tuple[Source, ...]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from camelid.data.config import better_kind
 from camelid.data.lines import BLOCK
 from camelid.errors import UserError
 
@@ -48,9 +49,10 @@ def parquet_rows(path: Path, start: int, stop: int, column: str | None) -> Itera
 
 
 def no_column(name: object, column: str, names: list[str]) -> UserError:
+    better = better_kind("text", names)
     return UserError(
         f"{name}: no field {column!r}, only {', '.join(map(repr, names)) or 'none'}",
-        "Set text_key to the field that holds the text.",
+        "Set text_key to the field that holds the text." if better is None else f"Set {better}.",
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from camelid.errors import UserError
+from camelid.inputs import decode, expand_home, refuse_stand_in
 from camelid.text.engines import Part, Placed, SentencePieceEngine, TokenizersEngine
 
 Engine = TokenizersEngine | SentencePieceEngine
@@ -139,7 +140,7 @@ class Tokenizer:
 
 def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, or of one tokenizer.json or tokenizer.model."""
-    file = _vocabulary_file(Path(folder_or_file))
+    file = _vocabulary_file(Path(expand_home(folder_or_file)))
     folder = file.parent
     config = _read(folder / "tokenizer_config.json")
     named = (config, _read(folder / "special_tokens_map.json"))
@@ -198,7 +199,8 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
+        refuse_stand_in(file)
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object", "mend or remove the file")
@@ -257,9 +259,9 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     file = folder / CHAT_TEMPLATE
     if file.is_file():
         try:
-            own: Any = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8: {error}", "mend or remove the file") from error
+            own: Any = decode(file.read_bytes())
+        except UnicodeError as error:
+            raise UserError(f"{file} is not text: {error}", "save it as UTF-8, or remove it") from error
     else:
         file = folder / "tokenizer_config.json"
         own = config.get("chat_template")
