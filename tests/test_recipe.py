@@ -268,7 +268,13 @@ def test_a_tilde_is_the_home_folder_wherever_a_recipe_names_a_path(tmp_path: Pat
             run="~/runs/x",
             init="easylm::~/m",
             tokenizer="~",
-            data={"train": [source], "validation": "~/v.txt", "sequence_length": 8, "batch_size": 2, "cache": "~/cache"},
+            data={
+                "train": [source],
+                "validation": "~/v.txt",
+                "sequence_length": 8,
+                "batch_size": 2,
+                "cache": "~/cache",
+            },
         )
     )
     assert (found.run, found.init, found.tokenizer) == (f"{tmp_path}/runs/x", f"easylm::{tmp_path}/m", str(tmp_path))
@@ -324,7 +330,11 @@ def test_big_endian_utf_16_is_read_by_its_mark(tmp_path: Path):
         (["--data.cache", "inf"], "data.cache", "inf"),
         (["--data.train", "2024"], "data.train", (Source(files=("2024",)),)),
         (["--data.train", "[1, 2]"], "data.train", (Source(files=("[1, 2]",)),)),
-        (["--data.train", '{files = "1"}', "--data.train.text_key", "1"], "data.train", (Source(files=("1",), text_key="1"),)),
+        (
+            ["--data.train", '{files = "1"}', "--data.train.text_key", "1"],
+            "data.train",
+            (Source(files=("1",), text_key="1"),),
+        ),
         (["--compute.replicate", "heads"], "compute.replicate", ("heads",)),
         (["--compute.replicate", '["heads", "mlp"]'], "compute.replicate", ("heads", "mlp")),
         (["--data.train", "one.txt"], "data.train", (Source(files=("one.txt",)),)),

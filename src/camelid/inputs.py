@@ -55,6 +55,8 @@ def read_text(path: Path) -> str:
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEB_PAGE = re.compile(rb"\s*<(!doctype\s+html|html|head|\?xml)\b", re.IGNORECASE)
 
+WEB_PAGES = (".html", ".htm", ".xhtml", ".xml", ".svg")
+
 
 def refuse_stand_in(path: Path) -> None:
     """Raises UserError where a file is a Git LFS pointer, or a web page that was saved in the place of a download.
@@ -62,7 +64,7 @@ def refuse_stand_in(path: Path) -> None:
     Only for files that cannot begin in this way themselves. What cannot be read is left to the file's own reader.
     """
     refuse_pointer(path)
-    if WEB_PAGE.match(_beginning(path)):
+    if path.suffix.lower() not in WEB_PAGES and WEB_PAGE.match(_beginning(path)):
         raise UserError(
             f"{path} is a web page (HTML or XML), not the file that its name says",
             "Download it again; on the Hugging Face Hub, take the link of the file itself (/resolve/, not /blob/).",

@@ -293,7 +293,9 @@ def test_a_git_lfs_pointer_is_called_one(name: str):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt.gz"])
-@pytest.mark.parametrize("page", ["<!DOCTYPE html>\n<html>", "\ufeff\n <HTML lang=en>", "<?xml version='1.0'?><Error/>"])
+@pytest.mark.parametrize(
+    "page", ["<!DOCTYPE html>\n<html>", "\ufeff\n <HTML lang=en>", "<?xml version='1.0'?><Error/>"]
+)
 def test_a_web_page_in_the_place_of_data_is_called_one(name: str, page: str):
     Path(name).write_text(page)
     with pytest.raises(UserError, match=rf"{name} is a web page .*\nDownload it again"):
@@ -714,7 +716,14 @@ def test_globs_are_sorted_and_names_are_taken_literally():
 
 @pytest.mark.parametrize(
     ("folder", "others"),
-    [("d [v2]", ("d v",)), ("[1]", ("1",)), ("a[b]/[c]", ("ab/c",)), ("v*", ("vX",)), ("what?", ("whats",)), ("[!a]", ("b",))],
+    [
+        ("d [v2]", ("d v",)),
+        ("[1]", ("1",)),
+        ("a[b]/[c]", ("ab/c",)),
+        ("v*", ("vX",)),
+        ("what?", ("whats",)),
+        ("[!a]", ("b",)),
+    ],
 )
 @pytest.mark.parametrize("pattern", ["*.txt", "**/*.txt", "[x]*.txt", "x?.txt"])
 def test_a_folder_that_exists_is_that_folder_in_a_glob(folder: str, others: tuple[str, ...], pattern: str):

@@ -12,7 +12,7 @@ from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.hub import find
 from camelid.checkpoint.opened import Checkpoint, Saving, copy_companions
 from camelid.errors import UserError
-from camelid.inputs import expand_home
+from camelid.inputs import expand_home, refuse_stand_in
 from camelid.model.config import ModelConfig
 
 
@@ -154,6 +154,8 @@ def detect(place: Path) -> str:
         return found[0]
     if (place / "config.json").is_file():
         return "hf"  # whose reader can say what is missing
+    for file in place.iterdir() if place.is_dir() else (place,):
+        refuse_stand_in(file)
     kinds = "; ".join(format.what for format in FORMATS.values())
     raise UserError(f"{place} has no config.json, and nothing of other formats", f"camelid opens {kinds}.")
 

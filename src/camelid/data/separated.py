@@ -46,7 +46,9 @@ def _numbered(reader, path: Path) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{path}, line {line}: {error}", "Repair this row: quotes inside a field are doubled.") from error
+            raise UserError(
+                f"{path}, line {line}: {error}", "Repair this row: quotes inside a field are doubled."
+            ) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, from line {line} on: not UTF-8 ({error.reason})", "Save it as UTF-8.") from error
         if cells:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from camelid.errors import UserError
+from camelid.inputs import refuse_stand_in
 from camelid.text.words import Words, has_words
 
 Part = tuple[str, bool]
@@ -158,6 +159,7 @@ class TokenizersEngine:
         try:
             engine = tokenizers.Tokenizer.from_file(str(self._file))
         except Exception as error:  # the library raises nothing narrower
+            refuse_stand_in(self._file)
             raise UserError(
                 f"{self._file} is no tokenizer that tokenizers {tokenizers.__version__} can read: {error}",
                 "name a tokenizer.json, or update tokenizers",
@@ -288,6 +290,7 @@ def _load_sentencepiece(file: Path):
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
     except RuntimeError as error:
+        refuse_stand_in(file)
         raise UserError(
             f"{file} is no sentencepiece model",
             "take tokenizer.json instead, if this is Llama 3's file: Meta gave another format the same name",
