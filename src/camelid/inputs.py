@@ -24,8 +24,8 @@ MARKS = (
 def expand_home(path: str | Path) -> str:
     """A path with a leading `~` or `~user` replaced by the home folder; `format::~/path` keeps its prefix.
 
-    A shell expands `~` only at the beginning of an unquoted word, so neither `--out=~/x` nor a recipe is expanded by it.
-    A name that begins with `~` but names no user is returned as it is.
+    A shell expands `~` only at the beginning of an unquoted word, so it leaves `--out=~/x` and recipes alone. A name
+    that begins with `~` but names no user is returned as it is.
     """
     found = HOME.fullmatch(str(path))
     return str(path) if found is None else (found["format"] or "") + os.path.expanduser(found["path"])

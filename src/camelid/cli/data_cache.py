@@ -31,7 +31,7 @@ def cache(
     A store that a process has open is never removed. What is removed is prepared again where a recipe needs it.
 
     Args:
-        prune: all, or what was not used for so many days (30d), or the least recently used until so much is left (100GB)
+        prune: all, what was not used for so many days (30d), or the least recently used until so much is left (100GB)
         folder: the data.cache of a recipe; left out, $CAMELID_CACHE/data or the user's cache folder
         json: print one JSON object
     """

@@ -18,8 +18,8 @@ def content_hash(path: Path, stopped: Callable[[], bool] = lambda: False) -> str
     """SHA-256 of what a file holds; of some of it, where it is stopped.
 
     It is read again only if its inode, size, or time of change differs from when it was read last. The time of change
-    (ctime) is the kernel's and cannot be set back, as the time of modification can. A change within one step of the file
-    system's clock would leave it as it is, so nothing is remembered of a file that changed shortly before it was read.
+    (ctime) is the kernel's and cannot be set back, as the time of modification can. A change within one step of the
+    file system's clock would leave it as it is, so a file that changed shortly before it was read is not remembered.
     """
     known = cache_folder() / "hashes" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
     stamp = _stamp(path)

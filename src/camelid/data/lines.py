@@ -16,6 +16,7 @@ from typing import Any
 
 from camelid.data.config import Source
 from camelid.errors import UserError
+from camelid.extras import install_hint
 from camelid.inputs import encoding_of
 
 BLOCK = 2**22  # bytes; 100 MB give two processes a dozen each
@@ -50,17 +51,22 @@ def border(path: Path, source: Source) -> re.Pattern[bytes]:
 
 def opened(path: Path) -> io.BufferedIOBase:
     """The bytes of a file, uncompressed; text with a byte-order mark of UTF-16 or UTF-32 becomes UTF-8."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        stream = gzip.open(path)
-    else:
-        stream = io.BufferedReader(_Zstandard(path)) if suffix == ".zst" else path.open("rb")
+    stream = _unpacked(path)
     try:
         encoding = encoding_of(stream.peek(4)[:4])
     except BaseException:
         stream.close()
         raise
     return stream if encoding.startswith("utf-8") else io.BufferedReader(_Recoded(stream, encoding, path))
+
+
+def _unpacked(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.GzipFile(path)
+        case ".zst":
+            return io.BufferedReader(_Zstandard(path))
+    return path.open("rb")
 
 
 def from_the_beginning(path: Path) -> bool:
@@ -318,7 +324,7 @@ class _Zstandard(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            raise UserError(f"{path} needs zstandard: {error}", "pip install 'camelid[data]'") from error
+            raise UserError(f"{path} needs zstandard: {error}", install_hint("data")) from error
         # What `zstd --long=31` packs can be read with this much only; other files take less.
         self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
         self._error = zstandard.ZstdError

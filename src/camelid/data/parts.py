@@ -77,7 +77,7 @@ class Task:
         return {"options": self._options(), "files": [[_about(path) for path in paths] for paths in files]}
 
     def content_key(self) -> str:
-        """What decides what the store will hold: options, and contents and endings of files, not their names and times."""
+        """What decides what the store will hold: options, contents and endings of files, not their names and times."""
         described = self.describe()
         options = described["options"] | {
             "sources": [source | {"files": []} for source in described["options"]["sources"]]

@@ -10,6 +10,7 @@ from typing import Any
 from camelid.data.config import better_kind
 from camelid.data.lines import BLOCK
 from camelid.errors import UserError
+from camelid.extras import install_hint
 
 HUB = "hf:"
 SEPARATOR = re.compile(r":(?![^\[]*\])")  # not the one of a slice: train[:10%]
@@ -150,4 +151,4 @@ def _advice(name: str) -> str:
 
 
 def _missing(name: object, library: str, error: ImportError) -> UserError:
-    return UserError(f"{name} needs {library}: {error}", "pip install 'camelid[data]'")
+    return UserError(f"{name} needs {library}: {error}", install_hint("data"))
