@@ -257,6 +257,24 @@ def test_the_page_on_recipes_lists_every_field():
             assert field.name == "kind" or f"| `{kind.kind}` | `{field.name}` |" in page, (kind, field.name)
 
 
+# Packing of a run that began before its default was another ---------------------------------
+
+
+def test_a_run_goes_on_with_the_packing_that_it_began_with(tmp_path: Path):
+    chats = {**DATA, "train": [{"files": "a.jsonl", "kind": "chat"}]}
+    file, run = tmp_path / "recipe.toml", tmp_path / "run"
+    file.write_text(tomli_w.dumps(table(run=str(run), data=chats)))
+    assert read_recipe(file).data.packing == "best_fit"
+    run.mkdir()
+    (run / "recipe.toml").write_text(tomli_w.dumps(table(run=str(run), data=chats | {"packing": "stream"})))
+    assert read_recipe(file).data.packing == "best_fit", "it has not begun"
+    (run / "checkpoints" / "10").mkdir(parents=True)
+    assert read_recipe(file).data.packing == "stream"
+    assert read_recipe(file, ["--data.packing", "none"]).data.packing == "none"
+    assert read_recipe(file, ["--run", str(tmp_path / "other")]).data.packing == "best_fit"
+    assert 'packing = "stream"' in write_recipe(read_recipe(file)), "a resolved recipe says which it is"
+
+
 # Home folders, and how the file is encoded ----------------------------------------------
 
 

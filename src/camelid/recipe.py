@@ -1,6 +1,7 @@
 """A recipe: which run it is. Strict TOML, with dotted overrides."""
 
 import builtins
+import contextlib
 import dataclasses
 import difflib
 import tomllib
@@ -72,6 +73,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path} is not TOML: {error}", "docs/recipes.md shows one.") from error
     for key, text in _pairs(overrides):
         _lay_over(table, key, _value(text, _type_of(key)))
+    _keep_packing(table)
     return structure(table)
 
 
@@ -153,6 +155,20 @@ def _arms(hint: Any) -> Iterator[Any]:
             yield from _arms(arm)
     else:
         yield hint
+
+
+def _keep_packing(table: dict) -> None:
+    """Takes data.packing from the recipe of a run that goes on, where it is left out.
+
+    The default was `stream` for all kinds of sources when some runs began, and what their rows are may not change.
+    """
+    run, data = table.get("run"), table.get("data")
+    if not isinstance(run, str) or not isinstance(data, dict) or "packing" in data:
+        return
+    folder = Path(expand_home(run))
+    if any(file.name.isdigit() for file in folder.glob("checkpoints/*")):
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            data["packing"] = tomllib.loads((folder / "recipe.toml").read_text("utf-8"))["data"]["packing"]
 
 
 def _lay_over(table: dict, key: str, value: Any) -> None:

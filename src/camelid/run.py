@@ -326,7 +326,7 @@ def _peak() -> float | None:
 
 
 def _introduce(terminal: Terminal, recipe: Recipe, parts: Parts, mesh: Mesh, first: int, resumed: int | None) -> None:
-    for note in () if parts.source is None else parts.source.notes:
+    for note in (*(() if parts.source is None else parts.source.notes), *parts.loader.notes):
         terminal.say(f"note: {note}")
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     tokens = recipe.data.batch_size * recipe.data.sequence_length

@@ -233,12 +233,14 @@ def test_a_store_that_another_process_reads_is_in_use(config: DataConfig, tokeni
     (store,) = open_stores(config, tokenizer)
     folder = store.folder
     del store
-    code = "import sys; from camelid.data.store import Store; s = Store.open(sys.argv[1]); print('open', flush=True); input()"
+    code = (
+        "import sys; from camelid.data.store import Store; s = Store.open(sys.argv[1]); print('x', flush=True); input()"
+    )
     reader = subprocess.Popen([sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with reader:
         assert reader.stdin is not None
         assert reader.stdout is not None
-        assert reader.stdout.readline() == b"open\n"
+        assert reader.stdout.readline() == b"x\n"
         assert list(prune(list_cached(ROOT))) == []
         reader.stdin.write(b"\n")
     assert [entry.folder for entry in prune(list_cached(ROOT))] == [folder.relative_to(Path.cwd())]

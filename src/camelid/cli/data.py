@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from camelid.cli.shared import note, print_json, progress_bar
+from camelid.cli.shared import note, print_json, progress_bar, tell
 from camelid.data.config import Kind, Source
 from camelid.errors import UserError
 
@@ -261,6 +261,7 @@ def _of_recipe(path: Path, rows: int) -> dict[str, Any]:
         loaders = {"train": Loader(recipe.data, tokenizer, "train", progress)}
         if recipe.data.validation or recipe.data.validation_fraction:
             loaders["validation"] = Loader(recipe.data, tokenizer, "validation", progress)
+    tell(loaders["train"].notes)
     with progress_bar("look") as progress:
         whole = report.of_loader(loaders["train"], recipe.train.steps, progress)
     if "validation" in loaders:

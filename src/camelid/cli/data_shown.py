@@ -204,6 +204,9 @@ def _names(whole: Mapping[str, Any]) -> Iterator[str]:
         more = f" and {len(files) - FILES:,} more" if len(files) > FILES else ""
         what = "source" if number.isdigit() else "validation"
         yield f"{what} {number}: {', '.join(map(_escaped, files[:FILES]))}{more}"
+        for part in source["made_of"] if len(source["made_of"]) > 1 else ():
+            template = f", template {_escaped(part['template'])}" if part["template"] else ""
+            yield f"  {', '.join(map(_escaped, part['files']))}: {part['kind']}{template}"
         if source["store"] != source["name"]:
             yield f"  prepared in {_escaped(source['store'])}"
 

@@ -55,7 +55,7 @@ class Source:
     """Where documents come from, and what becomes of them. In a recipe, a plain string is a Source of these files."""
 
     files: tuple[str, ...]
-    """names or globs: .txt, .jsonl (or .gz, .zst of it), .parquet, .mindrecord, the prefix of Megatron's .bin and .idx,
+    """names or globs: .txt, .jsonl, .csv (or .gz, .zst of it), .parquet, .mindrecord, the prefix of Megatron's .bin and .idx,
     a prepared store, a dataset's folder, or hf:NAME of the Hugging Face Hub"""
     kind: Kind = "text"
     """what a row of them is"""
@@ -113,6 +113,13 @@ class Source:
         if self.weight is not None and not 0 <= self.weight < math.inf:
             raise UserError(f"weight = {self.weight}", "Choose 0 or more; weights need not add up to 1.")
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether its documents begin with something to answer, which is no use without the answer."""
+        if self.kind == "fields":
+            return self.fields_from_example is not None or "[" in (self.fields or "")
+        return self.kind in ("instruct", "chat", "gsm8k", "preference")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -142,8 +149,12 @@ class DataConfig:
     """Instead: this share of train's documents, chosen by the seed; of a single document, its end."""
     stages: tuple[Stage, ...] = ()
     """Later weights of the sources."""
-    packing: Literal["stream", "best_fit", "none"] = "stream"
-    """How documents share rows: laid end to end and cut, kept whole and fitted together, or each in rows of its own."""
+    packing: Literal["stream", "best_fit", "none"] | None = None
+    """How documents share rows: laid end to end and cut, kept whole and fitted together, or each in rows of its own.
+
+    Left out, it becomes best_fit where a source of train has prompts, since a row of a stream may begin in the midst of
+    one, and stream otherwise.
+    """
     overlong: Literal["split", "truncate", "drop"] = "split"
     """What becomes of a document longer than a row where documents are kept whole."""
     cross_documents: bool = False
@@ -166,6 +177,9 @@ class DataConfig:
     def __post_init__(self):
         if self.cache is not None:
             object.__setattr__(self, "cache", expand_home(self.cache))
+        if self.packing is None:
+            prompts = any(source.has_prompts for source in self.train) and not self.cross_documents
+            object.__setattr__(self, "packing", "best_fit" if prompts else "stream")
         if not self.train:
             raise UserError("data.train names no file", "name at least one file")
         if self.validation and self.validation_fraction:

@@ -49,7 +49,7 @@ def border(path: Path, source: Source) -> re.Pattern[bytes]:
     return ARTICLE if source.clean == "wikitext" else NEVER
 
 
-def opened(path: Path) -> io.BufferedIOBase:
+def opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
     """The bytes of a file, uncompressed; text with a byte-order mark of UTF-16 or UTF-32 becomes UTF-8."""
     stream = _unpacked(path)
     try:

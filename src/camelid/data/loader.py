@@ -42,6 +42,7 @@ class Loader:
     ):
         self.config = config
         self.vocab_size = tokenizer.vocab_size
+        assert config.packing is not None  # a DataConfig has chosen one
         stores = open_stores(config, tokenizer, split, progress)
         looped = config.cross_documents and not config.shuffle and len(stores) == 1 and split == "train"
         self.packings = tuple(
@@ -60,6 +61,18 @@ class Loader:
             _check_size(packing, split)
         _check_loss(self.packings, split)
         self.mixture = _mixture(config, self.packings, split)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how the rows are made."""
+        # Weights of their own have documents of which something is not learnt: prompts.
+        prompts = any(packing.method == "stream" and packing.store.codes is not None for packing in self.packings)
+        if not (prompts or (self.config.packing == "stream" and any(s.has_prompts for s in self.config.train))):
+            return ()
+        return (
+            "packing = 'stream' cuts documents that have prompts, and rows begin in the midst of them; "
+            "best_fit keeps them whole",
+        )
 
     @property
     def num_rows(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from camelid.data.config import Source
+from camelid.data.examples import make_encoder
 from camelid.data.hashes import content_hash
 from camelid.data.parts import Piece, Progress, Task, fingerprint, make_parts, refuse_unguarded
 from camelid.data.sources import Tally, chunks, list_files, reading
@@ -62,6 +63,7 @@ def prepare(
     """
     refuse_unguarded()
     _check_tokenizer(sources, tokenizer)
+    _check_encoders(sources, tokenizer, sequence_length)
     task = Task(tuple(sources), tokenizer, validation_fraction, seed, sequence_length)
     folder = Path(os.path.realpath(folder))
     described = task.describe()
@@ -94,6 +96,18 @@ def _check_tokenizer(sources: Sequence[Source], tokenizer: Tokenizer) -> None:
         for path in list_files(source.files) if source.kind == "tokens" else ():
             if is_store(path):
                 Store.open(path).check_tokenizer(tokenizer.fingerprint, tokenizer.files[0])
+
+
+def _check_encoders(sources: Sequence[Source], tokenizer: Tokenizer, sequence_length: int | None) -> None:
+    """Refuses sources that cannot be encoded whatever their rows are; all that have the same problem are named."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    for source in sources:
+        try:
+            make_encoder(source, tokenizer, sequence_length=sequence_length)
+        except UserError as error:
+            refused.setdefault((error.problem, error.advice), []).extend(source.files)
+    for (problem, advice), names in refused.items():
+        raise UserError(f"{', '.join(names)}: {problem}", advice)
 
 
 def _existing(folder: Path, described: dict[str, Any], overwrite: bool) -> Store | None:
