@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import camelid
 from camelid.data import hashes, loader, prepare
 from camelid.data.best_fit import open_plan
 from camelid.data.cached import Cached, beyond, in_use, list_cached, prune, unused_since
@@ -236,7 +237,12 @@ def test_a_store_that_another_process_reads_is_in_use(config: DataConfig, tokeni
     code = (
         "import sys; from camelid.data.store import Store; s = Store.open(sys.argv[1]); print('x', flush=True); input()"
     )
-    reader = subprocess.Popen([sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", code, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(camelid.__file__).parents[1])},
+    )
     with reader:
         assert reader.stdin is not None
         assert reader.stdout is not None
