@@ -110,7 +110,7 @@ FAULTS = (
     Fault(
         "a store in use is removed",
         "data/store.py",
-        "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "fcntl.flock(file, fcntl.LOCK_SH)",
         "fcntl.flock(file, fcntl.LOCK_UN)",
         f"{CACHED}test_a_store_that_another_process_reads_is_in_use",
     ),

@@ -55,8 +55,8 @@ class Source:
     """Where documents come from, and what becomes of them. In a recipe, a plain string is a Source of these files."""
 
     files: tuple[str, ...]
-    """names or globs: .txt, .jsonl, .csv (or .gz, .zst of it), .parquet, .mindrecord, the prefix of Megatron's .bin and .idx,
-    a prepared store, a dataset's folder, or hf:NAME of the Hugging Face Hub"""
+    """names or globs: .txt, .jsonl, .csv (or .gz, .zst of it), .parquet, .mindrecord, the prefix of Megatron's .bin and
+    .idx, a prepared store, a dataset's folder, or hf:NAME of the Hugging Face Hub"""
     kind: Kind = "text"
     """what a row of them is"""
     weight: float | None = None
