@@ -488,6 +488,21 @@ def test_sources_without_weights_are_one(table: dict[str, Any]):
     assert told["shown"] == []
 
 
+def test_every_source_that_shares_a_store_is_listed(table: dict[str, Any]):
+    Path("one.jsonl").write_text('{"instruction": "a", "output": "b"}')
+    Path("two.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )
+    del table["data"]["stages"]
+    table["data"]["train"] = [
+        {"files": "one.jsonl", "kind": "instruct", "template": "alpaca"},
+        {"files": "two.jsonl", "kind": "chat", "template": "chatml"},
+    ]
+    result = called("data", "inspect", write_recipe_file(table, Path("recipe.toml")), "--rows", "0")
+    assert "one.jsonl: instruct, template alpaca\n" in result.stdout, result.stderr
+    assert "two.jsonl: chat, template chatml\n" in result.stdout
+
+
 def test_the_mixture_of_wikipedia_is_a_recipe():
     recipe = read_recipe(Path(__file__).parent.parent / "recipes" / "wikipedia_mixture.toml")
     assert [source.weight for source in recipe.data.train] == [90.91, 9.09]

@@ -1,5 +1,6 @@
 """Recipes: strict TOML, overrides, and messages that name the field."""
 
+import codecs
 import dataclasses
 import datetime
 import math
@@ -256,6 +257,68 @@ def test_the_page_on_recipes_lists_every_field():
             assert field.name == "kind" or f"| `{kind.kind}` | `{field.name}` |" in page, (kind, field.name)
 
 
+# Packing of a run that began before its default was another ---------------------------------
+
+
+def test_a_run_goes_on_with_the_packing_that_it_began_with(tmp_path: Path):
+    chats = {**DATA, "train": [{"files": "a.jsonl", "kind": "chat"}]}
+    file, run = tmp_path / "recipe.toml", tmp_path / "run"
+    file.write_text(tomli_w.dumps(table(run=str(run), data=chats)))
+    assert read_recipe(file).data.packing == "best_fit"
+    run.mkdir()
+    (run / "recipe.toml").write_text(tomli_w.dumps(table(run=str(run), data=chats | {"packing": "stream"})))
+    assert read_recipe(file).data.packing == "best_fit", "it has not begun"
+    (run / "checkpoints" / "10").mkdir(parents=True)
+    assert read_recipe(file).data.packing == "stream"
+    assert read_recipe(file, ["--data.packing", "none"]).data.packing == "none"
+    assert read_recipe(file, ["--run", str(tmp_path / "other")]).data.packing == "best_fit"
+    assert 'packing = "stream"' in write_recipe(read_recipe(file)), "a resolved recipe says which it is"
+
+
+# Home folders, and how the file is encoded ----------------------------------------------
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_recipe_names_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = {"files": ["~/a.txt", "~/b [v2]/*.txt", "c~.txt", "~unknown-user/d.txt", "hf:org/name"]}
+    found = structure(
+        table(
+            run="~/runs/x",
+            init="easylm::~/m",
+            tokenizer="~",
+            data={
+                "train": [source],
+                "validation": "~/v.txt",
+                "sequence_length": 8,
+                "batch_size": 2,
+                "cache": "~/cache",
+            },
+        )
+    )
+    assert (found.run, found.init, found.tokenizer) == (f"{tmp_path}/runs/x", f"easylm::{tmp_path}/m", str(tmp_path))
+    assert found.data.cache == f"{tmp_path}/cache"
+    assert found.data.validation[0].files == (f"{tmp_path}/v.txt",)
+    expected = (f"{tmp_path}/a.txt", f"{tmp_path}/b [v2]/*.txt", "c~.txt", "~unknown-user/d.txt", "hf:org/name")
+    assert found.data.train[0].files == expected
+    assert structure(table(init="org/name@v~1")).init == "org/name@v~1"
+    (tmp_path / "recipe.toml").write_text(write_recipe(structure(table())))
+    assert read_recipe(tmp_path / "recipe.toml", ["--run=~/y"]).run == f"{tmp_path}/y"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+def test_a_recipe_may_have_any_unicode_encoding_with_a_byte_order_mark(tmp_path: Path, encoding: str, line_break: str):
+    text = write_recipe(structure(table(run="läufe/ß"))).replace("\n", line_break)
+    (tmp_path / "recipe.toml").write_bytes(text.encode(encoding))
+    assert read_recipe(tmp_path / "recipe.toml") == structure(table(run="läufe/ß"))
+
+
+def test_big_endian_utf_16_is_read_by_its_mark(tmp_path: Path):
+    text = write_recipe(structure(table()))
+    (tmp_path / "recipe.toml").write_bytes(codecs.BOM_UTF16_BE + text.encode("utf-16-be"))
+    assert read_recipe(tmp_path / "recipe.toml") == structure(table())
+
+
 # Overrides ------------------------------------------------------------------------------
 
 
@@ -272,6 +335,26 @@ def test_the_page_on_recipes_lists_every_field():
         (["--run", "runs/a=b"], "run", "runs/a=b"),
         (["--run=a=b"], "run", "a=b"),
         (["--run", "2026-11-21"], "run", "2026-11-21"),
+        (["--run", "2024"], "run", "2024"),
+        (["--run=nan"], "run", "nan"),
+        (["--run", "true"], "run", "true"),
+        (["--run", "1e5"], "run", "1e5"),
+        (["--run", "[1]"], "run", "[1]"),
+        (["--run", "{}"], "run", "{}"),
+        (["--run", "07:32:00"], "run", "07:32:00"),
+        (["--run", '"a"\nb = 1'], "run", '"a"\nb = 1'),
+        (["--init", "7"], "init", "7"),
+        (["--tokenizer", "-0.5"], "tokenizer", "-0.5"),
+        (["--data.cache", "inf"], "data.cache", "inf"),
+        (["--data.train", "2024"], "data.train", (Source(files=("2024",)),)),
+        (["--data.train", "[1, 2]"], "data.train", (Source(files=("[1, 2]",)),)),
+        (
+            ["--data.train", '{files = "1"}', "--data.train.text_key", "1"],
+            "data.train",
+            (Source(files=("1",), text_key="1"),),
+        ),
+        (["--compute.replicate", "heads"], "compute.replicate", ("heads",)),
+        (["--compute.replicate", '["heads", "mlp"]'], "compute.replicate", ("heads", "mlp")),
         (["--data.train", "one.txt"], "data.train", (Source(files=("one.txt",)),)),
         (
             ["--data.train", '["a b.txt", "c.txt"]'],
@@ -305,6 +388,9 @@ def test_an_override_is_laid_over_the_file(file: Path, words: list[str], path: s
         (["--train.steps", "3.7"], r"train\.steps: 3\.7 is not of type int"),
         (["--train.steps", "many"], r"train\.steps: 'many' is not of type int"),
         (["--train", "3"], r"train = 3 is not a table"),
+        (["--data.shuffle", "2024"], r"data\.shuffle: 2024 is not of type bool"),
+        (["--train.trackers", "7"], r"trackers: '7' is none of 'tensorboard', 'wandb'"),
+        (["--model.preset", "7"], r"preset.*'7'|'7'.*preset"),
     ],
 )
 def test_an_override_that_fits_nowhere_is_refused(file: Path, words: list[str], message: str):
@@ -381,7 +467,7 @@ def test_a_date_is_no_text():
     ("content", "message"),
     [
         ("a = 1\nb = = 2", r"recipe\.toml is not TOML: .*line 2"),
-        ("\xff", r"recipe\.toml is not TOML"),
+        ("\xff", r"recipe\.toml is not utf-8 at byte 0\nSave the file as UTF-8\."),
         (None, r"recipe\.toml cannot be read: No such"),
     ],
 )

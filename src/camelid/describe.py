@@ -12,6 +12,7 @@ from rich.table import Table
 
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.errors import UserError
+from camelid.inputs import expand_home
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.flops import (
@@ -34,7 +35,7 @@ def report(model: str, config: ModelConfig | None = None, ignore: Sequence[str] 
 
     `config` describes a model whose files do not; the fields in `ignore` are as if config.json did not have them.
     """
-    if "/" not in model and not Path(model).expanduser().exists():
+    if "/" not in model and not Path(expand_home(model)).exists():
         return {"preset": ALIASES.get(model, model)} | of_config(_preset(model))
     checkpoint = open_checkpoint(model, config=config, ignore=ignore)
     whole = of_config(checkpoint.config)

@@ -1,5 +1,7 @@
 """A recipe: which run it is. Strict TOML, with dotted overrides."""
 
+import builtins
+import contextlib
 import dataclasses
 import difflib
 import tomllib
@@ -14,6 +16,7 @@ import cattrs
 
 from camelid.data.config import DataConfig, Source
 from camelid.errors import UserError
+from camelid.inputs import expand_home, read_text
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
@@ -48,6 +51,9 @@ class Recipe:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
+        for name in ("run", "init", "tokenizer"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, expand_home(path))
         if self.init is None and self.model is None:
             raise UserError(
                 "the recipe has neither init nor model",
@@ -64,13 +70,12 @@ class Recipe:
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a TOML file, with `--a.b value` pairs laid over it; raises UserError for what is not understood."""
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "Give the path of a TOML recipe.") from error
-    except ValueError as error:
+        table = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {error}", "docs/recipes.md shows one.") from error
-    for key, value in _pairs(overrides):
-        _lay_over(table, key, value)
+    for key, text in _pairs(overrides):
+        _lay_over(table, key, _value(text, _type_of(key)))
+    _keep_packing(table)
     return structure(table)
 
 
@@ -91,8 +96,8 @@ def write_recipe(recipe: Recipe) -> str:
     return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
 
 
-def _pairs(words: Sequence[str]) -> list[tuple[str, Any]]:
-    """`--a.b value` or `--a.b=value`, values read as TOML where they are TOML, else as plain strings."""
+def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    """`--a.b value` or `--a.b=value`."""
     pairs, rest = [], list(words)
     while rest:
         word = rest.pop(0)
@@ -103,17 +108,69 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise UserError(f"{word} has no value", "Write overrides as --train.steps 100.")
             value = rest.pop(0)
-        pairs.append((key.replace("-", "_"), _value(value)))
+        pairs.append((key.replace("-", "_"), value))
     return pairs
 
 
-def _value(text: str) -> Any:
+def _value(text: str, hint: Any) -> Any:
+    """The value of an override: TOML of a type that the field takes, and the plain text otherwise.
+
+    A text field so gets `2024`, `true` and `nan` as they are written; quotes around a text are still TOML's.
+    """
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
-    # No field is a date, but the name of a run may look like one.
-    return value if isinstance(value, bool | int | float | str | list | dict) else text
+    value = table["value"] if len(table) == 1 else text  # the text has lines of its own
+    return text if _takes(hint, text) and not _takes(hint, value) else value
+
+
+def _takes(hint: Any, value: Any) -> bool:
+    """Whether a value of this Python type may stand for a field of type `hint`."""
+    match typing.get_origin(hint):
+        case typing.Literal:
+            return isinstance(value, str)
+        case types.UnionType:
+            return any(_takes(arm, value) for arm in typing.get_args(hint))
+        case builtins.tuple:
+            inner = typing.get_args(hint)[0]
+            return all(_takes(inner, item) for item in value) if isinstance(value, list) else _takes(inner, value)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, Mapping) or (hint is Source and isinstance(value, str))
+    return isinstance(value, hint)
+
+
+def _type_of(key: str) -> Any:
+    """The type of the field that a dotted key names; `object`, which takes anything, for keys that no table has."""
+    hint: Any = Recipe
+    for name in key.split("."):
+        arms = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
+        fields = {field: kind for arm in arms for field, kind in get_type_hints(arm).items()}
+        hint = str if name == PRESET and ModelConfig in arms else fields.get(name, object)
+    return hint
+
+
+def _arms(hint: Any) -> Iterator[Any]:
+    """The plain types that a union or a list is made of."""
+    if typing.get_origin(hint) in (types.UnionType, tuple):
+        for arm in typing.get_args(hint):
+            yield from _arms(arm)
+    else:
+        yield hint
+
+
+def _keep_packing(table: dict) -> None:
+    """Takes data.packing from the recipe of a run that goes on, where it is left out.
+
+    The default was `stream` for all kinds of sources when some runs began, and what their rows are may not change.
+    """
+    run, data = table.get("run"), table.get("data")
+    if not isinstance(run, str) or not isinstance(data, dict) or "packing" in data:
+        return
+    folder = Path(expand_home(run))
+    if any(file.name.isdigit() for file in folder.glob("checkpoints/*")):
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            data["packing"] = tomllib.loads((folder / "recipe.toml").read_text("utf-8"))["data"]["packing"]
 
 
 def _lay_over(table: dict, key: str, value: Any) -> None:

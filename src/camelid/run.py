@@ -330,8 +330,8 @@ def _peak() -> float | None:
 
 
 def _introduce(terminal: Terminal, recipe: Recipe, parts: Parts, mesh: Mesh, first: int, resumed: int | None) -> None:
-    notes = () if parts.source is None else parts.source.notes
-    for note in (*notes, *parts.tokenizer.notes, *vocabulary_notes(parts.tokenizer, parts.config.vocab_size)):
+    notes = (*(() if parts.source is None else parts.source.notes), *parts.tokenizer.notes, *parts.loader.notes)
+    for note in (*notes, *vocabulary_notes(parts.tokenizer, parts.config.vocab_size)):
         terminal.say(f"note: {note}")
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     tokens = recipe.data.batch_size * recipe.data.sequence_length

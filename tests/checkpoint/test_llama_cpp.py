@@ -90,7 +90,8 @@ def test_llama_cpp_answers_a_chat_by_the_template_in_the_file(stories: Path, tmp
     answer = llama.create_chat_completion(messages, max_tokens=40, temperature=0.0)["choices"][0]["message"]["content"]
     model = camelid.load(tmp_path / "s.gguf")
     assert model.tokenizer is not None
-    prompt, _ = load_template(None, model.tokenizer).render([Message("user", text)], model.tokenizer, add_generation_prompt=True)
+    template = load_template(None, model.tokenizer)
+    prompt, _ = template.render([Message("user", text)], model.tokenizer, add_generation_prompt=True)
     [ours] = model.generate([prompt.tolist()], max_new_tokens=40)
     assert answer.strip() == ours.text.strip()
     assert len(answer) > 60

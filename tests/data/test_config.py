@@ -61,6 +61,35 @@ def test_weights_of_a_stage_that_are_none_are_named(weights: tuple[float, ...]):
         Stage(first_step=5, weights=weights)
 
 
+@pytest.mark.parametrize(
+    ("source", "prompts"),
+    [
+        ({}, False),
+        ({"kind": "tokens"}, False),
+        ({"kind": "chat"}, True),
+        ({"kind": "chat", "loss": "all"}, True),
+        ({"kind": "instruct"}, True),
+        ({"kind": "preference"}, True),
+        ({"kind": "gsm8k"}, True),
+        ({"kind": "fields", "fields": "[question],answer"}, True),
+        ({"kind": "fields", "fields_from_example": "template"}, True),
+        ({"kind": "fields", "fields": "title,body"}, False),
+    ],
+)
+def test_sources_with_prompts_are_packed_whole_unless_the_recipe_says_otherwise(source: dict, prompts: bool):
+    text, given = Source(files=("b",)), Source(files=("a",), **source)
+    sizes = {"sequence_length": 8, "batch_size": 2}
+    default = "best_fit" if prompts else "stream"
+    assert DataConfig(train=(given,), **sizes).packing == default
+    assert DataConfig(train=(text, given), **sizes).packing == default, "one way for all rows of a mixture"
+    assert DataConfig(train=(text,), validation=(given,), **sizes).packing == "stream"
+    assert DataConfig(train=(given,), cross_documents=True, **sizes).packing == "stream"
+    for packing in ("stream", "best_fit", "none"):
+        assert DataConfig(train=(given,), packing=packing, **sizes).packing == packing
+    if prompts:
+        assert DataConfig(train=(given,), overlong="drop", **sizes).overlong == "drop"
+
+
 def test_declaring_a_configuration_loads_no_numpy():
     code = "import sys, camelid.data.config; sys.exit('numpy' in sys.modules)"
     source = str(Path(camelid.__file__).parents[1])

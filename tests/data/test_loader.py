@@ -468,6 +468,52 @@ def test_best_fit_fills_rows_of_gsm8k(assets: Path):
     assert (batch.weights.sum(axis=1) > 0).all()
 
 
+def write_instructions(name: str, count: int) -> None:
+    rows = [{"instruction": f"Say {'a' * (n % 9)}", "output": f"Well, {'b' * (n % 5)}"} for n in range(count)]
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_rows_of_instructions_begin_with_a_prompt_by_default(tokenizer: Tokenizer):
+    write_instructions("a.jsonl", 40)
+    source = Source(files=("a.jsonl",), kind="instruct", template="chatml")
+    config = DataConfig(train=(source,), sequence_length=256, batch_size=4)
+    begin = tokenizer.encode("<|im_start|>user", bos=False)
+
+    def begun(loader: Loader) -> list[bool]:
+        rows = np.concatenate([batch.tokens for batch in loader.in_order(4)])[: loader.num_rows]
+        return [row[: len(begin)].tolist() == begin for row in rows]
+
+    whole, cut = Loader(config, tokenizer), Loader(replace(config, packing="stream"), tokenizer)
+    assert all(begun(whole))
+    assert whole.notes == ()
+    assert not all(begun(cut))
+    (note,) = cut.notes
+    assert note.startswith("packing = 'stream' cuts documents that have prompts")
+
+
+def test_a_stream_of_a_prepared_store_with_prompts_is_said(config: DataConfig, tokenizer: Tokenizer):
+    write_instructions("b.jsonl", 40)
+    prepare([Source(files=("b.jsonl",), kind="instruct", template="chatml")], tokenizer, Path("store"))
+    config = replace(config, train=(*A, Source(files=("store",), kind="tokens")))
+    assert len(Loader(config, tokenizer).notes) == 1
+    assert Loader(replace(config, packing="best_fit"), tokenizer).notes == ()
+    assert Loader(replace(config, train=A), tokenizer).notes == ()
+
+
+def test_sources_without_a_template_are_all_named_before_anything_is_read(tokenizer: Tokenizer):
+    for name in ("a", "b", "c", "d"):
+        write_instructions(f"{name}.jsonl", 2)
+    Path("d.jsonl").write_text("broken")
+    given = Source(files=("d.jsonl",), kind="instruct", template="alpaca")
+    lacking = (
+        Source(files=("a.jsonl",), kind="instruct"),
+        Source(files=("b.jsonl", "c.jsonl"), kind="chat"),
+    )
+    config = DataConfig(train=(given, *lacking), sequence_length=8, batch_size=2)
+    with pytest.raises(UserError, match=r"^a\.jsonl, b\.jsonl, c\.jsonl: .* has no chat template"):
+        Loader(config, tokenizer)
+
+
 # --- prefetching
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from camelid.data.batch import Batch
 from camelid.data.packing import Method, Packing
+from camelid.errors import UserError
 from data.stores import write_store
 
 FIELDS = ("tokens", "targets", "weights", "positions", "segments")
@@ -235,10 +236,14 @@ def test_a_plan_is_made_once_and_for_its_store_alone(tmp_path: Path):
 
 def test_the_plan_of_a_store_that_cannot_be_written_lies_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = write_store(tmp_path / "s", [[1, 2, 3], [4, 5]])
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != store.folder)
     assert Packing(store, 2, "best_fit", cache=tmp_path / "cache").num_rows == 2
     assert not (store.folder / "plans").exists()
     assert (tmp_path / "cache" / "plans" / store.fingerprint[:32] / "best_fit-2-split" / "plan.json").is_file()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert Packing(store, 2, "best_fit", cache=tmp_path / "cache").num_rows == 2, "what is there is read"
+    with pytest.raises(UserError, match=r"cache .* cannot be written.*\nSet .*CAMELID_CACHE, or data\.cache"):
+        _ = Packing(store, 3, "best_fit", cache=tmp_path / "cache").num_rows
 
 
 def test_a_copy_of_a_packing_maps_the_same_plan(pack):

@@ -147,7 +147,7 @@ def test_weights_of_a_mixture_do_not_change_a_store(tokenizer: Tokenizer):
         (MANIFEST, lambda path: path.write_text('{"format": "camelid store"}'), "store of version None"),
         (
             MANIFEST,
-            lambda path: path.write_text(path.read_text().replace('"mtime_ns"', '"t"')),
+            lambda path: path.write_text(path.read_text().replace('"path"', '"t"')),
             "does not say from what",
         ),
     ],
@@ -210,7 +210,7 @@ def test_an_error_does_not_wait_for_the_hashes_of_all_files(
         ends.append(stopped())
         return ""
 
-    monkeypatch.setattr(preparing, "hash_file", hash_slowly)
+    monkeypatch.setattr(preparing, "content_hash", hash_slowly)
     Path("a.jsonl").write_text("broken")
     with pytest.raises(UserError, match=r"a\.jsonl, line 1: no JSON"):
         prepare(sources, tokenizer, Path("store"))

@@ -1,4 +1,5 @@
 import gzip
+import importlib
 import io
 import json
 import os
@@ -106,12 +107,41 @@ def test_a_byte_order_mark_is_no_text():
     assert read("a.txt", "a.jsonl", "a.json") == ["x", "y", "z"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_utf_16_and_utf_32_with_a_byte_order_mark_are_read(
+    encoding: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+):
+    small_blocks(monkeypatch)
+    texts = ["Zwölf \U0001f600 Boxkämpfer", "über\r\nden Deich"]
+    contents = {
+        "a.txt": "\n\n".join(texts),
+        "a.jsonl": "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts),
+        "a.json": json.dumps([{"text": text} for text in texts], ensure_ascii=False),
+        "a.csv": "text,n\r\n" + "".join(f'"{text}",1\r\n' for text in texts),
+    }
+    for name, content in contents.items():
+        data = content.encode(encoding)
+        name = f"{name}.gz" if packed else name
+        Path(name).write_bytes(gzip.compress(data) if packed else data)
+        split = {"split": "blank_line"} if "txt" in name else {}
+        assert read(name, **split) == texts, name
+    assert places("a.txt.gz" if packed else "a.txt", split="blank_line")[1].endswith("line 3")
+
+
+def test_utf_16_that_breaks_off_is_named():
+    Path("a.txt").write_bytes("one".encode("utf-16") + b"\x00")
+    with pytest.raises(UserError, match=r"a\.txt: not utf-16 .*\nSave it as UTF-8"):
+        read("a.txt")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"one\ntwo\nthr\xffee\n", r"a\.txt, line 3: not UTF-8"),
         (b"one\ntwo\n\0\n", r"a\.txt, line 3: a NUL byte"),
-        ("one".encode("utf-16"), r"a\.txt, line 1: not UTF-8"),
+        ("one".encode("utf-16-le"), r"a\.txt, line 1: a NUL byte"),
+        (b"one\nt\xf6wo\n", r"a\.txt, line 2: not UTF-8"),
     ],
 )
 @pytest.mark.parametrize("split", ["file", "line", "blank_line"])
@@ -131,7 +161,154 @@ def test_blank_lines_before_the_first_document_are_no_part_of_it(monkeypatch: py
         ]
 
 
+# Tables in text -------------------------------------------------------------------------
+
+
+def test_the_first_row_of_a_csv_file_names_the_columns():
+    text = 'n,text,z\r\n1,"two\nlines, ""quoted""",a\r\n\r\n2,,b\r\n3,plain,"c"'
+    Path("a.csv").write_bytes(text.encode("utf-8-sig"))
+    assert records("a.csv") == [
+        Record('two\nlines, "quoted"', "a.csv, line 2"),
+        Record("", "a.csv, line 5"),
+        Record("plain", "a.csv, line 6"),
+    ]
+    Path("a.tsv").write_text(text.replace(",", "\t"))
+    assert read("a.tsv")[0] == 'two\nlines\t "quoted"'
+    assert read("a.csv", kind="fields", fields="n,z")[1] == {"n": "2", "text": "", "z": "b"}
+
+
+def test_csv_files_are_read_as_pandas_reads_them(tmp_path: Path):
+    pandas = pytest.importorskip("pandas", reason="comes with the extra `data`")
+    draw = np.random.default_rng(0)
+    pieces = np.array(["a", '"', "\n", ",", "\t", " ", "é", "\U0001f600", "''", "\r\n", "#", "\\"])
+    rows = [{"k,1": "".join(draw.choice(pieces, 6)), "text": "x" + "".join(draw.choice(pieces, 9))} for _ in range(200)]
+    for name, separator in (("a.csv", ","), ("b.TSV.gz", "\t")):
+        pandas.DataFrame(rows).to_csv(name, index=False, sep=separator)
+        assert read(name, kind="fields", fields="text") == rows
+
+
+def test_a_field_of_a_csv_file_may_be_long():
+    Path("a.csv").write_text("text\n" + "x" * 200_000)
+    assert read("a.csv") == ["x" * 200_000]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text,text\na,b\n", r"a\.csv has 2 columns named 'text'\nRename"),
+        (b"text,n\na,1\nb\n", r"a\.csv, line 3: 1 cells, the header names 2"),
+        (b"text,n\na,1\nb,2,3\n", r"a\.csv, line 3: 3 cells, the header names 2"),
+        (b'text\na\n"b\nc\n', r"a\.csv, line 3: unexpected end of data"),
+        (b'text\n"a"b\n', r"a\.csv, line 2: .*\nRepair this row: quotes"),
+        (b"body;text\na;b\n", r"a\.csv, line 2: no field 'text', only 'body;text'"),
+        (b"text\na\nb\xff\n", r"a\.csv, from line \d on: not UTF-8"),
+        (b"text\n", r"a\.csv is empty"),
+    ],
+)
+def test_a_bad_csv_file_is_named(content: bytes, message: str):
+    Path("a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read("a.csv")
+
+
+def test_the_case_of_an_ending_does_not_matter():
+    Path("A.JSONL").write_text('{"text": "a"}')
+    Path("B.NDJSON").write_text('{"text": "b"}')
+    Path("c.ndjson.GZ").write_bytes(gzip.compress(b'{"text": "c"}'))
+    Path("D.Json").write_text('[{"text": "d"}]')
+    Path("E.TXT").write_text("e")
+    Path("F.Csv").write_text("text\nf")
+    names = ["A.JSONL", "B.NDJSON", "c.ndjson.GZ", "D.Json", "E.TXT", "F.Csv"]
+    assert read(*names) == list("abcdef")
+    assert read(*names[:2], "E.TXT", kind="text") == ["a", "b", "e"]
+
+
 # JSON -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_that_stands_twice_makes_a_row_unreadable(name: str, monkeypatch: pytest.MonkeyPatch):
+    small_blocks(monkeypatch)
+    rows = ['{"text": "a"}', '{"text": "b", "text": "c"}', '{"text": "d", "more": [{"k": 1, "k": 1}]}', '{"text": "e"}']
+    Path(name).write_text("\n".join(rows) if name == "a.jsonl" else f"[{', '.join(rows)}]")
+    with pytest.raises(UserError, match=r"(line|entry) 2.*: the key 'text' stands twice in one object"):
+        read(name)
+    tally = Tally(0.5)
+    source = Source(files=(name,), max_unreadable=0.5)
+    found = [record.value for chunk in chunks(source) for record in read_chunk(source, chunk, tally)]
+    assert found == ["a", "e"]
+    assert (tally.rows, tally.unreadable) == (4, 2)
+    assert "'k' stands twice" in tally.problems[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "advice"),
+    [
+        ({"instruction": "a", "input": "", "output": "b"}, "text", 'Set kind = "instruct".'),
+        ({"messages": []}, "text", 'Set kind = "chat".'),
+        ({"conversations": [], "id": 1}, "text", 'Set kind = "chat".'),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "text", 'Set kind = "preference".'),
+        ({"question": "a", "answer": "b"}, "text", 'Set kind = "fields" and fields = "[question],answer"'),
+        ({"prompt": "a", "completion": "b"}, "text", 'Set kind = "fields" and fields = "[prompt],completion".'),
+        ({"body": "a"}, "text", "Set text_key to the field that holds the text."),
+        ({"text": "a"}, "chat", 'Set kind = "text".'),
+        ({"text": "a"}, "instruct", 'Set kind = "text".'),
+        ({"instruction": "a", "output": "b"}, "chat", 'Set kind = "instruct".'),
+        ({"messages": [], "text": "a"}, "instruct", 'Set kind = "chat".'),
+        ({"messages": []}, "preference", 'Set kind = "chat".'),
+        ({"chosen": "a", "rejected": "b", "messages": []}, "gsm8k", 'Set kind = "chat".'),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_rows_of_another_kind_are_refused_with_their_kind(row: dict[str, Any], kind: str, advice: str, name: str):
+    if name == "a.jsonl":
+        write_lines(name, json.dumps(row))
+    else:
+        arrow = pytest.importorskip("pyarrow", reason="needs the extra `data`")
+        importlib.import_module("pyarrow.parquet").write_table(arrow.Table.from_pylist([row]), name)
+    with pytest.raises(UserError, match=rf"{re.escape(name)}.*\n{re.escape(advice)}"):
+        read(name, kind=kind)
+
+
+def test_rows_that_may_be_of_the_kind_are_left_to_its_reader():
+    write_lines("a.jsonl", '{"messages": [], "text": "a"}')
+    assert read("a.jsonl", kind="chat") == [{"messages": [], "text": "a"}]
+    assert read("a.jsonl") == ["a"]
+    assert read("a.jsonl", kind="fields", fields="text") == [{"messages": [], "text": "a"}]
+
+
+# What is not the file -------------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet", "a.json.gz", "a.jsonl.zst", "a.bin"])
+def test_a_git_lfs_pointer_is_called_one(name: str):
+    Path(name).write_bytes(POINTER)
+    if name == "a.bin":
+        Path("a.idx").write_bytes(b"MMIDIDX\0\0")
+    for look in (read, lambda *files, **options: source_files(Source(files=files, **options))):
+        with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer, not the file itself\n.*git lfs pull"):
+            look(name, **({"kind": "tokens"} if name == "a.bin" else {}))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt.gz"])
+@pytest.mark.parametrize(
+    "page", ["<!DOCTYPE html>\n<html>", "\ufeff\n <HTML lang=en>", "<?xml version='1.0'?><Error/>"]
+)
+def test_a_web_page_in_the_place_of_data_is_called_one(name: str, page: str):
+    Path(name).write_text(page)
+    with pytest.raises(UserError, match=rf"{name} is a web page .*\nDownload it again"):
+        read(name)
+
+
+def test_text_may_be_a_web_page():
+    Path("a.txt").write_text("<!DOCTYPE html><p>x")
+    write_lines("b.jsonl", '{"text": "<html>"}')
+    assert read("a.txt", "b.jsonl") == ["<!DOCTYPE html><p>x", "<html>"]
+
+
+# JSON and tables, damaged or in parts ----------------------------------------------------
 
 
 def test_json_lines_are_a_document_each_and_blank_lines_none():
@@ -259,7 +436,7 @@ def test_parquet_is_read_by_row_groups(monkeypatch: pytest.MonkeyPatch):
         spans = [span for chunk in chunks(Source(files=("a.parquet",))) for span in chunk]
         assert [span.stop for span in spans] == stops, "a file is opened for every span"
         assert records("a.parquet") == whole
-    assert read("a.parquet", kind="chat")[7] == {"n": 7, "text": "row 7"}
+    assert read("a.parquet", kind="fields", fields="text")[7] == {"n": 7, "text": "row 7"}
     with pytest.raises(UserError, match=r"a\.parquet: no field 'body', only 'n', 'text'"):
         read("a.parquet", text_key="body")
     column = pyarrow.Array.from_buffers(
@@ -291,7 +468,7 @@ def test_text_of_any_parquet_type_is_read_by_its_name():
     dates = pyarrow.array([1, 2**30], pyarrow.date32())
     parquet.write_table(pyarrow.table({"text": ["a", "b"], "date": dates}), "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet, row 2: no value that Python has"):
-        read("b.parquet", kind="chat")
+        read("b.parquet", kind="fields", fields="text")
     parquet.write_table(pyarrow.table([texts, texts], names=["text", "text"]), "c.parquet")
     for kind in ("text", "chat"):
         with pytest.raises(UserError, match=r"c\.parquet has 2 columns of the name 'text'"):
@@ -301,7 +478,7 @@ def test_text_of_any_parquet_type_is_read_by_its_name():
 def test_parquet_without_pyarrow_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     Path("a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"a\.parquet needs pyarrow[^\n]*\npip install 'camelid\[data\]'"):
+    with pytest.raises(UserError, match=r"a\.parquet needs pyarrow[^\n]*\nRun: pip install "):
         read("a.parquet")
 
 
@@ -314,9 +491,9 @@ def test_a_data_set_of_hugging_face_is_read_from_its_folder():
     picture = {"text": "x", "picture": {"bytes": b"none", "path": None}}
     features = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
     datasets.Dataset.from_list([picture], features=features).save_to_disk("pictures")
-    assert read("pictures", kind="chat") == [picture]
+    assert read("pictures", kind="fields", fields="text") == [picture]
     assert read("d/train") == [row["text"] for row in rows]
-    assert read("d/test", kind="chat") == rows[:3]
+    assert read("d/test", kind="fields", fields="text") == rows[:3]
     assert places("d/test") == [f"d/test, row {number}" for number in (1, 2, 3)]
     assert [file.suffix for file in source_files(Source(files=("d/train",)))] == [".arrow"]
     with pytest.raises(UserError, match="d has several splits: train, test\nName one, say d/train"):
@@ -537,6 +714,35 @@ def test_globs_are_sorted_and_names_are_taken_literally():
     assert read("[a].txt") == ["[a].txt"]
 
 
+@pytest.mark.parametrize(
+    ("folder", "others"),
+    [
+        ("d [v2]", ("d v",)),
+        ("[1]", ("1",)),
+        ("a[b]/[c]", ("ab/c",)),
+        ("v*", ("vX",)),
+        ("what?", ("whats",)),
+        ("[!a]", ("b",)),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["*.txt", "**/*.txt", "[x]*.txt", "x?.txt"])
+def test_a_folder_that_exists_is_that_folder_in_a_glob(folder: str, others: tuple[str, ...], pattern: str):
+    for name in (folder, *others):
+        Path(name).mkdir(parents=True)
+        Path(name, "x1.txt").write_text(name)
+    for begin in ("", "./", f"{Path.cwd()}/"):
+        assert read(f"{begin}{folder}/{pattern}") == [folder]
+
+
+def test_brackets_stand_for_themselves_where_nothing_matches_otherwise():
+    for name in ("part[1]-a.txt", "part[1]-b.txt", "part2-a.txt"):
+        Path("x", "d [v2]", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("x", "d [v2]", name).write_text(name)
+    assert read("x/d [v2]/part[1]-*.txt") == ["part[1]-a.txt", "part[1]-b.txt"]
+    assert read("x/*/part[1]-a.txt", "*/d [v2]/part2*.txt") == ["part[1]-a.txt", "part2-a.txt"]
+    assert read("x/*/part[2]-*.txt") == ["part2-a.txt"]
+
+
 def test_documents_are_read_one_at_a_time():
     write_lines("a.jsonl", '{"text": "x"}', "broken")
     found = read_records(Source(files=("a.jsonl",)))
@@ -589,9 +795,9 @@ def test_a_folder_that_is_closed_is_named_and_never_skipped(pattern: str, monkey
 
 
 def test_an_unknown_kind_of_file_is_named():
-    Path("a.csv").write_text("x")
-    with pytest.raises(UserError, match=r"a\.csv is of no known kind\n.*\.txt, \.jsonl, \.json .*\.parquet"):
-        list_files(["a.csv"])
+    Path("a.tsx").write_text("x")
+    with pytest.raises(UserError, match=r"a\.tsx is of no known kind\n.*\.txt, \.jsonl, .*\.csv, .*\.parquet"):
+        list_files(["a.tsx"])
 
 
 def test_a_file_named_twice_is_refused():

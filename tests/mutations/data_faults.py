@@ -99,8 +99,8 @@ FAULTS = (
     Fault(
         "a changed source goes unnoticed while it is read",
         "data/prepare.py",
-        "if (after := task.describe()) != described:",
-        "if (after := task.describe()) is None:",
+        "if difference is not None or after != described:",
+        "if after is None:",
         f"{PREPARE}test_a_file_that_is_written_meanwhile_is_refused",
     ),
     Fault(

@@ -1011,7 +1011,7 @@ FAULTS = (
     Fault(
         "a link to a destination is replaced",
         "checkpoint/folder.py",
-        "Path(os.path.realpath(destination))",
+        "Path(os.path.realpath(expand_home(destination)))",
         "destination.absolute()",
         "checkpoint/test_folder.py::test_a_link_is_written_where_it_leads[True]",
     ),

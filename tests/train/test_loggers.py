@@ -1,7 +1,10 @@
 """metrics.jsonl goes on where a run goes on; the picture is a picture."""
 
+import contextlib
 import json
 import struct
+import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -129,11 +132,38 @@ def test_on_a_terminal_the_bar_says_the_time_that_the_steps_take(monkeypatch: py
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "200")
     terminal = Terminal(0, 100)
+    assert terminal._bar is None
     numbers = {"loss": 1.0, "learning_rate": 1e-3, "tokens_per_second": 1e4, "step_s": 2.0, "data_s": 0.1}
     terminal.show(5, numbers | {"eta_s": 190.2})
     assert terminal._bar is not None
     assert terminal._bar.tasks[0].description.endswith("10,000 tokens/s  0:03:10 left")
     terminal.close()
+
+
+def test_an_error_before_the_first_step_is_not_printed_over_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    Terminal(0, 100).say("compiling")  # and here an error ends the program, or another process is the main one
+    time.sleep(0.3)  # a bar is drawn anew ten times a second
+    assert capsys.readouterr().err == "compiling\n"
+
+
+def test_the_bar_has_ended_when_an_error_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    numbers = {"loss": 1.0, "learning_rate": 1e-3, "tokens_per_second": 1e4, "step_s": 2.0, "data_s": 0.1, "eta_s": 1.0}
+    with contextlib.suppress(KeyError), contextlib.closing(Terminal(0, 100)) as terminal:
+        terminal.show(5, numbers)
+        raise KeyError
+    shown = capsys.readouterr().err
+    assert shown.endswith("\n\x1b[?25h"), "the bar's last line has ended, and the cursor is back"
+    print("camelid: an error", file=sys.stderr)
+    time.sleep(0.3)
+    assert capsys.readouterr().err == "camelid: an error\n"
 
 
 def test_tokenizing_is_told_every_so_often(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

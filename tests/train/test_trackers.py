@@ -1,6 +1,9 @@
 """Services that follow a run get every number of every row."""
 
+import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,8 +37,57 @@ def scalars(file) -> list[tuple[str, int, float]]:
 
 def test_a_tracker_that_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"camelid\[wandb\]"):
+    with pytest.raises(UserError, match=r"wandb.*\nRun: pip install .*wandb"):
         make_tracker("wandb", tmp_path, {})
+
+
+class FakeRun:
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict]] = []
+
+    def log(self, row: dict, step: int) -> None:
+        self.rows.append((step, row))
+
+    def finish(self) -> None:
+        self.rows.append((-1, {}))
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What stands in for the service: the options of each init, and the runs."""
+    fake = SimpleNamespace(options=[], runs=[])
+
+    def init(**options) -> FakeRun:
+        fake.options.append(options)
+        fake.runs.append(FakeRun())
+        return fake.runs[-1]
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_runs_of_one_name_have_ids_of_their_own_and_keep_them(tmp_path: Path, wandb: SimpleNamespace):
+    mine, yours = tmp_path / "mine" / "runs" / "alpaca", tmp_path / "yours" / "runs" / "alpaca"
+    for folder in (mine, yours, mine, yours):
+        folder.mkdir(parents=True, exist_ok=True)
+        tracker = make_tracker("wandb", folder, {"train": {"steps": 2}})
+        tracker.write(ROWS[0])
+        tracker.close()
+    ids = [options["id"] for options in wandb.options]
+    assert ids[:2] == ids[2:]
+    assert len(set(ids)) == 2
+    assert all(re.fullmatch("[0-9a-f]{16}", each) for each in ids), "a form that the service takes"
+    assert {options["name"] for options in wandb.options} == {"alpaca"}
+    assert {options["resume"] for options in wandb.options} == {"allow"}
+    assert wandb.runs[0].rows == [(1, {"loss": 3.5}), (-1, {})]
+
+
+def test_a_run_of_an_earlier_version_keeps_the_id_that_it_had(tmp_path: Path, wandb: SimpleNamespace):
+    (tmp_path / "alpaca" / "wandb").mkdir(parents=True)
+    for _ in range(2):
+        make_tracker("wandb", tmp_path / "alpaca", {})
+    assert [options["id"] for options in wandb.options] == ["alpaca"] * 2
 
 
 def test_wandb_logs_offline(tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ from camelid.checkpoint.peft import (
 from camelid.checkpoint.safetensors import open_safetensors, safetensors_file
 from camelid.checkpoint.tensors import Planned, Tensor, dtype_named
 from camelid.errors import UserError
+from camelid.inputs import expand_home
 from camelid.model.config import ModelConfig
 
 KINDS = ("exact", "sum", "lora")
@@ -120,7 +121,7 @@ def apply(
     describes the base, and such a checkpoint, where their files do not; the fields in `ignore` are as if their
     config.json did not have them. Raises UserError where the delta was made from another base, or is damaged.
     """
-    one, folder = open_checkpoint(base, config=config, ignore=ignore), Path(delta).expanduser()
+    one, folder = open_checkpoint(base, config=config, ignore=ignore), Path(expand_home(delta))
     notes = one.notes
     if summed or _kind(folder) == "sum":
         other = open_checkpoint(delta, config=config if summed else None, ignore=ignore)
@@ -163,7 +164,7 @@ def _kind(folder: Path) -> str:
 
 def _name_of(base: str | Path) -> str:
     """How an adapter names its base: a path that holds anywhere on this machine, or a Hub name."""
-    path = Path(str(base).removeprefix("hf::")).expanduser()
+    path = Path(expand_home(str(base).removeprefix("hf::")))
     return str(path.absolute()) if path.exists() else str(base).removeprefix("hf::")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from camelid.errors import UserError
+from camelid.inputs import expand_home, refuse_stand_in
 from camelid.locks import LOCK, locked
 
 
@@ -21,7 +22,7 @@ def new_folder(destination: Path, need_bytes: int, overwrite: bool = False, resu
     A link is written where it leads. Raises UserError where the destination exists and may not be replaced, where
     another process is writing it, or where the disk lacks `need_bytes`.
     """
-    destination = Path(os.path.realpath(destination))
+    destination = Path(os.path.realpath(expand_home(destination)))
     temporary, old = (destination.parent / f".{destination.name}.{word}" for word in ("incomplete", "replaced"))
     _check_free(destination, overwrite)  # before anything is made; and once more when nobody else can make it
     with contextlib.ExitStack() as stack:
@@ -95,8 +96,9 @@ def in_units(count: int) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises UserError with the place of the fault."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_bytes())  # whatever its encoding, and with or without a byte-order mark
     except (ValueError, RecursionError) as error:
+        refuse_stand_in(path)
         raise UserError(f"{path} is not JSON: {error}", "Download or copy the file again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object", "Download or copy the file again.")

@@ -27,6 +27,7 @@ from camelid.checkpoint.layout import some
 from camelid.checkpoint.opened import Checkpoint, Saving, copy_companions
 from camelid.checkpoint.single_file import new_file
 from camelid.errors import UserError
+from camelid.inputs import expand_home, refuse_stand_in
 from camelid.model.config import ModelConfig
 
 
@@ -202,7 +203,7 @@ def open_checkpoint(
     """
     prefix, path = split_prefix(path)
     format = prefix or format
-    place = Path(path).expanduser()
+    place = Path(expand_home(path))
     if not place.exists():
         place = find(path, partial(hf.understood, ignore=ignore))
     format = format or detect(place)
@@ -242,6 +243,8 @@ def detect(place: Path) -> str:
 def _unknown(place: Path) -> UserError:
     """The refusal of a path that looks like no format: what is there, the likeliest formats, and how to name one."""
     children = sorted(place.iterdir()) if place.is_dir() else [place]
+    for file in children:
+        refuse_stand_in(file)
     for near in children if place.is_dir() else [place.parent]:
         if near.is_dir() and any(format.looks(near) for format in FORMATS.values()):
             return UserError(f"{place} is not a checkpoint itself", f"There is one in {near}: give that folder.")

@@ -20,6 +20,7 @@ from camelid.checkpoint.files import File, Segment
 from camelid.checkpoint.ggml import GGML_TYPES, KINDS, PLAIN, Quantised, bytes_of
 from camelid.checkpoint.tensors import DTYPES, Planned, Tensor
 from camelid.errors import UserError
+from camelid.inputs import refuse_stand_in
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT = 32
@@ -35,6 +36,7 @@ UINT32, INT32, FLOAT32, BOOL, TEXT, ARRAY = 4, 5, 6, 7, 8, 9
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata, and the tensors by name, checked against the file's size."""
+    refuse_stand_in(path)
     with path.open("rb") as file:
         header = Header(path, file)
         if header.end < 24 or header.take(4) != MAGIC:

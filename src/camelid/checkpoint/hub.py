@@ -9,6 +9,7 @@ from typing import Any
 
 from camelid.checkpoint.opened import COMPANIONS
 from camelid.errors import UserError
+from camelid.inputs import expand_home
 
 NAME = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(@(?P<revision>\S+))?")
 FORMS = ("model.safetensors", "pytorch_model.bin")
@@ -21,7 +22,7 @@ def find(path: str | Path, look: Callable[[Path], object] = lambda folder: None)
 
     `look` sees a folder before its weights are downloaded, and raises UserError where they would be of no use.
     """
-    folder = Path(path).expanduser()
+    folder = Path(expand_home(path))
     if not folder.exists():
         name = NAME.fullmatch(str(path))
         if name is None:

@@ -33,6 +33,7 @@ from camelid.checkpoint.pickles import run, shown
 from camelid.checkpoint.tensors import CHUNK, CODES, Planned, Tensor
 from camelid.checkpoint.torch_files import Strided
 from camelid.errors import UserError
+from camelid.inputs import refuse_stand_in
 from camelid.model.config import ModelConfig
 
 FILE = "model.pickle"
@@ -274,6 +275,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     """The arrays of a pickle, by their place in its tuples."""
     if not path.is_file():
         raise UserError(f"{path} is not a file", "Give the path of a pickle that llama-2-jax wrote.")
+    refuse_stand_in(path)
     try:
         with path.open("rb") as file:
             program = Program(file)

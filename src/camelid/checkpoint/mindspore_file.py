@@ -26,6 +26,7 @@ from camelid.checkpoint.files import Chunks, File, Segment
 from camelid.checkpoint.safetensors import open_safetensors
 from camelid.checkpoint.tensors import CHUNK, Joined, Planned, Tensor, cast
 from camelid.errors import UserError
+from camelid.inputs import refuse_stand_in
 
 AGAIN = "Download or copy the file again."
 SLICE = 2**29  # bytes of one Value's content; MindSpore's writer starts another after so many
@@ -80,6 +81,7 @@ def open_ckpt(path: Path) -> dict[str, Tensor]:
 
     Its checksum, where it has one, is verified up to CRC_BYTES; see checksum_holds for larger ones.
     """
+    refuse_stand_in(path)
     size = path.stat().st_size
     if size <= CRC_BYTES and checksum_holds(path) is False:
         raise UserError(f"{path} does not have the checksum at its end", AGAIN)

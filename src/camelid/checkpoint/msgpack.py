@@ -23,6 +23,7 @@ import numpy as np
 from camelid.checkpoint.files import Chunks, File, Segment
 from camelid.checkpoint.tensors import CHUNK, Planned, Tensor, cast
 from camelid.errors import UserError
+from camelid.inputs import refuse_stand_in
 
 LIMIT = 2**30  # bytes; flax cuts longer arrays
 MAX_RECORD = 2**32 - 1  # bytes that the head of a bin can count
@@ -155,6 +156,7 @@ class _Cursor:
 
 
 def _read(path: Path, parse: Callable[[_Cursor], dict[str, Leaf]]) -> dict[str, Leaf]:
+    refuse_stand_in(path)
     with path.open("rb") as file:
         cursor = _Cursor(path, file)
         try:

@@ -31,6 +31,7 @@ from camelid.checkpoint.safetensors import open_safetensors, safetensors_file
 from camelid.checkpoint.tensors import CODES, Planned, Tensor
 from camelid.checkpoint.torch_files import open_torch
 from camelid.errors import UserError
+from camelid.inputs import expand_home
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
@@ -233,7 +234,7 @@ def _base_of(folder: Path, ignore: Sequence[str]) -> Path:
     settings = read_settings(read_json(folder / NAME))
     if not settings.base:
         raise UserError(f"{folder / NAME} does not name the adapter's base", "Write it as base_model_name_or_path.")
-    if (near := folder / Path(settings.base).expanduser()).is_dir():
+    if (near := folder / expand_home(settings.base)).is_dir():
         return near
     try:
         name = f"{settings.base}@{settings.revision}" if settings.revision else settings.base

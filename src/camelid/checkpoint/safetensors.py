@@ -15,6 +15,7 @@ import numpy as np
 from camelid.checkpoint.files import File, Segment
 from camelid.checkpoint.tensors import DTYPES, Tensor
 from camelid.errors import UserError
+from camelid.inputs import refuse_stand_in
 
 HELD = {**DTYPES, "U16": np.dtype(np.uint16), "U32": np.dtype(np.uint32)}  # with the bits of exact deltas
 MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
@@ -22,6 +23,7 @@ MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer o
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, checked against its size; raises UserError where the file is cut short or not one."""
+    refuse_stand_in(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)

@@ -29,6 +29,7 @@ from camelid.checkpoint.files import File, Later, Segment
 from camelid.checkpoint.pickles import Record, run, shown
 from camelid.checkpoint.tensors import CHUNK, Planned, Tensor, cast, files_under, unverified_note
 from camelid.errors import UserError
+from camelid.inputs import refuse_stand_in
 
 CRC_BYTES = 2**30  # of a file whose checksums are verified when it is opened; larger ones would take seconds
 MAX_PICKLE = 16 * 2**20  # bytes; a checkpoint of a thousand tensors needs a tenth of a megabyte
@@ -107,6 +108,7 @@ def unpickle(path: Path, inert: re.Pattern[str] | None = None) -> Any:
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file", "Give the path of a file that torch.save wrote.")
+    refuse_stand_in(path)
     try:
         with path.open("rb") as file:
             start = file.read(262)

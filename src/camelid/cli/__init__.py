@@ -16,7 +16,9 @@ import tyro
 from camelid.cli.checkpoints import convert, delta_apply, delta_make, diff
 from camelid.cli.data import inspect as data_inspect
 from camelid.cli.data import prepare as data_prepare
+from camelid.cli.data_cache import cache as data_cache
 from camelid.cli.models import generate, inspect, perplexity
+from camelid.cli.shared import path_options
 from camelid.cli.training import demo, train
 from camelid.errors import UserError
 
@@ -31,6 +33,7 @@ COMMANDS: dict[str, Callable] = {
     "inspect": inspect,
     "data prepare": data_prepare,
     "data inspect": data_inspect,
+    "data cache": data_cache,
     "demo": demo,
 }
 
@@ -82,7 +85,14 @@ def _run(words: list[str]) -> None:
     if name == "train":
         rest, overrides = _split_overrides(rest)
         command = functools.partial(train, overrides=tuple(overrides))
-    return tyro.cli(command, prog=f"camelid {name}", description=_paragraphs(COMMANDS[name]), args=rest, config=QUIET)
+    return tyro.cli(
+        command,
+        prog=f"camelid {name}",
+        description=_paragraphs(COMMANDS[name]),
+        args=rest,
+        config=QUIET,
+        registry=path_options(),
+    )
 
 
 def _overview() -> str:

@@ -16,11 +16,11 @@ from camelid.cli.shared import (
     note,
     print_json,
     progress_bar,
-    read_text,
     tell,
     tokenizer_of_config,
 )
 from camelid.errors import UserError
+from camelid.inputs import expand_home, read_text
 
 Format = Literal[
     "hf",
@@ -174,7 +174,7 @@ def _lies_in(source: str, destination: Path) -> bool:
     """Whether a checkpoint is a folder that is to be written, or a file in it."""
     from camelid.checkpoint.formats import split_prefix
 
-    place, folder = Path(split_prefix(source)[1]).expanduser().resolve(), destination.resolve()
+    place, folder = Path(expand_home(split_prefix(source)[1])).resolve(), destination.resolve()
     return place.exists() and place.is_relative_to(folder)
 
 

@@ -262,6 +262,7 @@ def _of_recipe(path: Path, rows: int) -> dict[str, Any]:
         loaders = {"train": Loader(recipe.data, tokenizer, "train", progress)}
         if recipe.data.validation or recipe.data.validation_fraction:
             loaders["validation"] = Loader(recipe.data, tokenizer, "validation", progress)
+    tell(loaders["train"].notes)
     with progress_bar("look") as progress:
         whole = report.of_loader(loaders["train"], recipe.train.steps, progress)
     if "validation" in loaders:

@@ -14,11 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from camelid.checkpoint.folder import in_units
+
 WIDTH = 120  # of a line, where no terminal tells
 BAR = 50  # characters of the longest bar
 COLOURS = 10  # that matplotlib has
 LABEL = 20  # characters of a source's name in tables
 FILES = 5  # of a source, that are named
+NAME, SOURCES = 16, 60  # characters of the name and of the files of a store in the cache
 
 LEARNT, SPECIAL, RULE = "bold green", "cyan", "dim"
 MARKS = "⟦⟧⟨⟩"
@@ -58,6 +61,23 @@ def show(whole: Mapping[str, Any]) -> None:
     if whole["shown"]:
         console.print()
         console.print(_legend(_has_colour(console), whole["sources"]))
+
+
+def show_cache(whole: Mapping[str, Any]) -> None:
+    """What `data cache` has found, or removed."""
+    console, removed = _console(), "removed" in whole
+    entries = whole["removed" if removed else "entries"]
+    size = sum(entry["bytes"] for entry in entries)
+    console.print(
+        f"{whole['folder']}: {'removed ' if removed else ''}{len(entries):,}, {in_units(size)}", soft_wrap=True
+    )
+    if entries:
+        grid = _grid("name", ">size", "last used", "sources")
+        for entry in entries:
+            state = ", in use" if entry.get("in_use") else ""
+            about = _shortened(", ".join(map(_escaped, entry["sources"])), SOURCES) or entry["kind"]
+            grid.add_row(_escaped(entry["name"][:NAME]), in_units(entry["bytes"]), entry["used"][:10] + state, about)
+        console.print(grid)
 
 
 def draw_lengths(whole: Mapping[str, Any], path: Path) -> None:
@@ -184,6 +204,9 @@ def _names(whole: Mapping[str, Any]) -> Iterator[str]:
         more = f" and {len(files) - FILES:,} more" if len(files) > FILES else ""
         what = "source" if number.isdigit() else "validation"
         yield f"{what} {number}: {', '.join(map(_escaped, files[:FILES]))}{more}"
+        for part in source["made_of"] if len(source["made_of"]) > 1 else ():
+            template = f", template {_escaped(part['template'])}" if part["template"] else ""
+            yield f"  {', '.join(map(_escaped, part['files']))}: {part['kind']}{template}"
         if source["store"] != source["name"]:
             yield f"  prepared in {_escaped(source['store'])}"
 

@@ -20,10 +20,10 @@ from camelid.cli.shared import (
     print_json,
     print_text,
     progress_bar,
-    read_text,
     tell,
 )
 from camelid.errors import UserError
+from camelid.inputs import expand_home, read_text
 
 Prompts = Annotated[
     Positional[tuple[str, ...]],
@@ -139,8 +139,8 @@ def _texts(file: str, text_key: str) -> list[str]:
     from camelid.data.config import Source
     from camelid.data.sources import holds_rows, read_records
 
-    if not holds_rows(Path(file)):
-        return [read_text(Path(file))]
+    if not holds_rows(path := Path(expand_home(file))):
+        return [read_text(path)]
     return [record.value for record in read_records(Source(files=(file,), text_key=text_key))]
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from camelid.errors import UserError
+from camelid.inputs import expand_home
 from camelid.parallel.compiled import keep_compiled
 
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="of parameters and products")]
@@ -51,7 +53,7 @@ def tokenizer_of_config(config: str | None, has_one: bool) -> str | None:
 
     if config is None or has_one:
         return None
-    path = Path(config).expanduser()
+    path = Path(expand_home(config))
     folder = path if path.is_dir() else path.parent
     named = path.is_dir() or path.is_file()
     return str(folder) if named and any((folder / name).is_file() for name in VOCABULARIES) else None
@@ -63,7 +65,7 @@ def model_config(text: str | None, ignore: tuple[str, ...] = ()):
         return None
     from camelid.model.presets import ALIASES, PRESETS, preset
 
-    path = Path(text).expanduser()
+    path = Path(expand_home(text))
     if path.is_dir() and text not in (*PRESETS, *ALIASES):
         path /= "config.json"
     if path.is_file():
@@ -77,14 +79,23 @@ def model_config(text: str | None, ignore: tuple[str, ...] = ()):
     return preset(text)
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file; raises UserError where it is none."""
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "Give the path of a text file.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}", "Convert the file to UTF-8.") from error
+def path_options() -> ConstructorRegistry:
+    """How every option and argument of type Path is read: `~` is the home folder, also in `--out=~/x`."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: Path(expand_home(words[0])),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
 """Which text becomes which rows; declared without numpy, so that the command line starts fast."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from camelid.errors import UserError
+from camelid.inputs import expand_home
 
 Kind = Literal["text", "fields", "instruct", "chat", "gsm8k", "preference", "tokens"]
 ONLY: dict[str, tuple[Kind, ...]] = {
@@ -23,14 +24,39 @@ ONLY: dict[str, tuple[Kind, ...]] = {
 }
 """the kinds to which a field of Source has a meaning"""
 
+KEYS: tuple[tuple[Kind, frozenset[str], str], ...] = (
+    ("chat", frozenset({"messages"}), 'kind = "chat"'),
+    ("chat", frozenset({"conversations"}), 'kind = "chat"'),
+    ("preference", frozenset({"chosen", "rejected"}), 'kind = "preference"'),
+    ("instruct", frozenset({"instruction", "output"}), 'kind = "instruct"'),
+    ("gsm8k", frozenset({"question", "answer"}), 'kind = "fields" and fields = "[question],answer", or kind = "gsm8k"'),
+    ("fields", frozenset({"prompt", "completion"}), 'kind = "fields" and fields = "[prompt],completion"'),
+    ("fields", frozenset({"prompt", "response"}), 'kind = "fields" and fields = "[prompt],response"'),
+    ("text", frozenset({"text"}), 'kind = "text"'),
+)
+"""the keys by which rows of a kind are recognized, and what a source of such rows sets"""
+
+
+def better_kind(kind: Kind, keys: Iterable[str]) -> str | None:
+    """What to set for a row with these keys, where it cannot be of the given kind and is clearly of another.
+
+    None where the row may be of the kind, or nothing is known of its keys. Rows of `fields` may have any keys, and the
+    caller knows that a row of `text` lacks its key.
+    """
+    has = set(keys)
+    own = [needed for known, needed, _ in KEYS if known == kind]
+    if kind == "fields" or (kind != "text" and any(needed <= has for needed in own)):
+        return None
+    return next((advice for known, needed, advice in KEYS if known != kind and needed <= has), None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where documents come from, and what becomes of them. In a recipe, a plain string is a Source of these files."""
 
     files: tuple[str, ...]
-    """names or globs: .txt, .jsonl (or .gz, .zst of it), .parquet, .mindrecord, the prefix of Megatron's .bin and .idx,
-    a prepared store, a dataset's folder, or hf:NAME of the Hugging Face Hub"""
+    """names or globs: .txt, .jsonl, .csv (or .gz, .zst of it), .parquet, .mindrecord, the prefix of Megatron's .bin and
+    .idx, a prepared store, a dataset's folder, or hf:NAME of the Hugging Face Hub"""
     kind: Kind = "text"
     """what a row of them is"""
     weight: float | None = None
@@ -61,6 +87,7 @@ class Source:
     """the share of rows that may be unreadable; they are counted, and left out"""
 
     def __post_init__(self):
+        object.__setattr__(self, "files", tuple(map(expand_home, self.files)))
         if not self.files:
             raise UserError("a source names no file", "Give files = a name, a glob, or a list of them.")
         for field in fields(self):
@@ -85,6 +112,13 @@ class Source:
             raise UserError(f"max_unreadable = {self.max_unreadable}", "Choose a share from 0 to below 1.")
         if self.weight is not None and not 0 <= self.weight < math.inf:
             raise UserError(f"weight = {self.weight}", "Choose 0 or more; weights need not add up to 1.")
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether its documents begin with something to answer, which is no use without the answer."""
+        if self.kind == "fields":
+            return self.fields_from_example is not None or "[" in (self.fields or "")
+        return self.kind in ("instruct", "chat", "gsm8k", "preference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +149,12 @@ class DataConfig:
     """Instead: this share of train's documents, chosen by the seed; of a single document, its end."""
     stages: tuple[Stage, ...] = ()
     """Later weights of the sources."""
-    packing: Literal["stream", "best_fit", "none"] = "stream"
-    """How documents share rows: laid end to end and cut, kept whole and fitted together, or each in rows of its own."""
+    packing: Literal["stream", "best_fit", "none"] | None = None
+    """How documents share rows: laid end to end and cut, kept whole and fitted together, or each in rows of its own.
+
+    Left out, it becomes best_fit where a source of train has prompts, since a row of a stream may begin in the midst of
+    one, and stream otherwise.
+    """
     overlong: Literal["split", "truncate", "drop"] = "split"
     """What becomes of a document longer than a row where documents are kept whole."""
     cross_documents: bool = False
@@ -137,6 +175,11 @@ class DataConfig:
     """Where sources are prepared to; left out, the user's cache folder."""
 
     def __post_init__(self):
+        if self.cache is not None:
+            object.__setattr__(self, "cache", expand_home(self.cache))
+        if self.packing is None:
+            prompts = any(source.has_prompts for source in self.train) and not self.cross_documents
+            object.__setattr__(self, "packing", "best_fit" if prompts else "stream")
         if not self.train:
             raise UserError("data.train names no file", "name at least one file")
         if self.validation and self.validation_fraction:

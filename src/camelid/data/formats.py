@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from camelid.data import lines, tables, wikitext
-from camelid.data.config import Source
+from camelid.data.config import Source, better_kind
 from camelid.data.megatron_data import is_indexed, open_indexed, pair
 from camelid.data.mindrecord import NAME as MINDRECORD
 from camelid.data.mindrecord import index_file, open_mindrecord
+from camelid.data.separated import separated_rows
 from camelid.data.store import Store, is_store
 from camelid.errors import UserError
 
@@ -64,13 +65,13 @@ class Format:
 
 
 def _text_spans(path: Path, source: Source) -> Iterable[Span]:
-    if lines.PACKED.search(path.name):
+    if lines.from_the_beginning(path):
         return _whole_span(path, _read_text(_whole(path), source))
     return _cut_spans(path, lines.border(path, source))
 
 
 def _json_spans(path: Path, source: Source) -> Iterable[Span]:
-    if lines.PACKED.search(path.name) or lines.is_array(path):
+    if lines.is_array(path) or lines.from_the_beginning(path):
         return _whole_span(path, _read_json(_whole(path), source))
     return _cut_spans(path, lines.LINE)
 
@@ -114,7 +115,7 @@ def _read_json(span: Span, source: Source) -> Iterator[Row]:
 
 
 def _blocks(span: Span, source: Source) -> Iterator[tuple[int, bytes]]:
-    if lines.PACKED.search(span.path.name):
+    if lines.from_the_beginning(span.path):
         with lines.opened(span.path) as file:
             yield from lines.blocks(file, lines.border(span.path, source), span.path)
         return
@@ -124,6 +125,16 @@ def _blocks(span: Span, source: Source) -> Iterator[tuple[int, bytes]]:
     if len(data) != span.stop - span.start:
         raise UserError(f"{span.path} became shorter while it was read", "Let what writes it finish first.")
     yield span.first, data
+
+
+def _separated_spans(path: Path, source: Source) -> Iterable[Span]:
+    # A line break may stand in a quoted field, which only a reader of all before it can know.
+    return _whole_span(path, _read_separated(_whole(path), source))
+
+
+def _read_separated(span: Span, source: Source) -> Iterator[Row]:
+    for place, cells in separated_rows(span.path):
+        yield _row(cells, place, source)
 
 
 def _parquet_spans(path: Path, source: Source) -> Iterator[Span]:
@@ -247,11 +258,17 @@ def _row(value: Any, place: str, source: Source) -> Row:
     if not isinstance(value, dict):
         return UserError(f"{place}: {value!r:.40} is no object", "Write one JSON object on each line.")
     if source.kind != "text":
+        if (better := better_kind(source.kind, value)) is not None:
+            return UserError(f"{place}: {_keys(value)}, not those of kind = {source.kind!r}", f"Set {better}.")
         wrong = next(_faults(value), None)
         return UserError(f"{place}: {wrong}", "Repair this row.") if wrong else Record(value, place)
     if source.text_key not in value:
         return tables.no_column(place, source.text_key, list(value))
     return _text(value[source.text_key], place, source)
+
+
+def _keys(value: Mapping[str, Any]) -> str:
+    return f"the row has the keys {', '.join(map(repr, value))}"
 
 
 def _text(text: Any, place: str, source: Source) -> Row:
@@ -298,7 +315,8 @@ def _faults(value: Any, depth: int = 0) -> Iterator[str]:
 FORMATS = (
     Format(lambda path: bool(lines.TEXT.search(path.name)), "text", _text_spans, _read_text),
     Format(lambda path: bool(lines.JSON.search(path.name)), "rows", _json_spans, _read_json),
-    Format(lambda path: path.suffix == ".parquet", "rows", _parquet_spans, _read_parquet),
+    Format(lambda path: bool(lines.SEPARATED.search(path.name)), "rows", _separated_spans, _read_separated),
+    Format(lambda path: path.suffix.lower() == ".parquet", "rows", _parquet_spans, _read_parquet),
     Format(
         lambda path: str(path).startswith(tables.HUB) or tables.is_dataset(path),
         "rows",

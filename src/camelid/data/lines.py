@@ -10,18 +10,22 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from camelid.data.config import Source
 from camelid.errors import UserError
+from camelid.extras import install_hint
+from camelid.inputs import encoding_of
 
 BLOCK = 2**22  # bytes; 100 MB give two processes a dozen each
 MAX_DOCUMENT = 2**26  # bytes; the tokenizer needs about a hundred times as many
-JSON = re.compile(r"\.(jsonl|json)(\.gz|\.zst)?$")
-ARRAY = re.compile(r"\.json(\.gz|\.zst)?$")  # may also be JSON lines: its first character says
-TEXT = re.compile(r"\.txt(\.gz|\.zst)?$")
-PACKED = re.compile(r"\.(gz|zst)$")
+JSON = re.compile(r"\.(jsonl|ndjson|json)(\.gz|\.zst)?$", re.IGNORECASE)
+ARRAY = re.compile(r"\.json(\.gz|\.zst)?$", re.IGNORECASE)  # may also be JSON lines: its first character says
+TEXT = re.compile(r"\.txt(\.gz|\.zst)?$", re.IGNORECASE)
+SEPARATED = re.compile(r"\.(csv|tsv)(\.gz|\.zst)?$", re.IGNORECASE)
+PACKED = re.compile(r"\.(gz|zst)$", re.IGNORECASE)
 
 # What stands between two documents.
 LINE = re.compile(rb"\n")
@@ -32,7 +36,6 @@ NEVER = re.compile(rb"\0(?!)")  # the byte makes the search fast
 NEWLINE = b"\n"
 BLANKS = re.compile(r"[ \t\r\n]*")
 BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)*")
-DECODER = json.JSONDecoder()
 
 
 def border(path: Path, source: Source) -> re.Pattern[bytes]:
@@ -46,13 +49,32 @@ def border(path: Path, source: Source) -> re.Pattern[bytes]:
     return ARTICLE if source.clean == "wikitext" else NEVER
 
 
-def opened(path: Path) -> io.BufferedIOBase:
-    """The bytes of a file, uncompressed."""
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".zst":
-        return io.BufferedReader(_Zstandard(path))
+def opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    """The bytes of a file, uncompressed; text with a byte-order mark of UTF-16 or UTF-32 becomes UTF-8."""
+    stream = _unpacked(path)
+    try:
+        encoding = encoding_of(stream.peek(4)[:4])
+    except BaseException:
+        stream.close()
+        raise
+    return stream if encoding.startswith("utf-8") else io.BufferedReader(_Recoded(stream, encoding, path))
+
+
+def _unpacked(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.GzipFile(path)
+        case ".zst":
+            return io.BufferedReader(_Zstandard(path))
     return path.open("rb")
+
+
+def from_the_beginning(path: Path) -> bool:
+    """Whether a file can only be read from its beginning: it is compressed, or in UTF-16 or UTF-32."""
+    if PACKED.search(path.name):
+        return True
+    with path.open("rb") as file:
+        return not encoding_of(file.read(4)).startswith("utf-8")
 
 
 def blocks(stream: io.BufferedIOBase, between: re.Pattern[bytes], name: object) -> Iterator[tuple[int, bytes]]:
@@ -135,9 +157,40 @@ def text(content: bytes, name: object, line: int) -> tuple[str, str | UserError]
 def row(content: bytes, place: str) -> Any:
     """The JSON of a line, or what is wrong with it."""
     try:
-        return json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
+        return json.loads(content.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_unique)
+    except _Repeated as error:
+        return _twice(place, error)
     except (ValueError, RecursionError) as error:
         return UserError(f"{place}: no JSON in UTF-8: {error}", "Write one JSON object on each line.")
+
+
+class _Repeated(ValueError):
+    """A key that stands twice in one object; readers differ in which of the two they take."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values; raises _Repeated where a key stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Repeated(f"the key {next(key for key in found if keys.count(key) > 1)!r} stands twice in one object")
+    return found
+
+
+def _noted(repeated: list[_Repeated], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values; a key that stands twice is noted and not raised.
+
+    An error would hide where an entry of an array ends, and with it all entries that follow.
+    """
+    try:
+        return _unique(pairs)
+    except _Repeated as error:
+        repeated.append(error)
+        return dict(pairs)
+
+
+def _twice(place: str, error: _Repeated) -> UserError:
+    return UserError(f"{place}: {error}", "Keep one of the two.")
 
 
 def is_array(path: Path) -> bool:
@@ -152,7 +205,10 @@ def is_array(path: Path) -> bool:
 
 
 def entries(stream: io.BufferedIOBase, name: object) -> Iterator[tuple[str, Any]]:
-    """The place and the value of each entry of a JSON array, one at a time; raises UserError where it is no JSON."""
+    """The place and the value of each entry of a JSON array, or what is wrong with it, one at a time.
+
+    Raises UserError where the text is not a JSON array.
+    """
     window = _Window(stream, name)
     window.expect("[")
     number = 0
@@ -173,6 +229,9 @@ class _Window:
     def __init__(self, stream: io.BufferedIOBase, name: object):
         self._stream, self._name = stream, name
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._repeated: list[_Repeated] = []
+        # The hook knows no more than the list: one that knew the window would keep its text in memory.
+        self._json = json.JSONDecoder(object_pairs_hook=partial(_noted, self._repeated))
         self._text, self._place, self._whole = "", 0, False
         self.line = 1
 
@@ -201,12 +260,13 @@ class _Window:
         self.ended()
         place = f"{self._name}, entry {number} (line {self.line})"
         while True:
+            self._repeated.clear()
             try:
-                value, end = DECODER.raw_decode(self._text, self._place)
+                value, end = self._json.raw_decode(self._text, self._place)
                 # A number may go on in what is not read yet.
                 if end < len(self._text) or self._whole:
                     self._move(end)
-                    return place, value
+                    return place, _twice(place, self._repeated[0]) if self._repeated else value
             except (ValueError, RecursionError) as error:
                 if self._whole or isinstance(error, RecursionError):
                     raise UserError(f"{place}: no JSON: {error}", "Repair it, or write JSON lines.") from error
@@ -228,6 +288,35 @@ class _Window:
             raise UserError(f"{self._name}, line {line}: not UTF-8 ({error.reason})", "Save it in UTF-8.") from error
 
 
+class _Recoded(io.RawIOBase):
+    """A stream of text in UTF-16 or UTF-32, as UTF-8."""
+
+    def __init__(self, stream: io.BufferedIOBase, encoding: str, path: Path):
+        self._stream, self._encoding, self._path = stream, encoding, path
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._ready, self._ended = b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._ended:
+            data = self._stream.read(io.DEFAULT_BUFFER_SIZE)
+            self._ended = not data
+            try:
+                self._ready = self._decoder.decode(data, final=self._ended).encode()
+            except UnicodeError as error:
+                raise UserError(f"{self._path}: not {self._encoding} ({error})", "Save it as UTF-8.") from error
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
 class _Zstandard(io.RawIOBase):
     """What a .zst file holds; unlike the library's own reader, it notices that a file is cut short."""
 
@@ -235,7 +324,7 @@ class _Zstandard(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            raise UserError(f"{path} needs zstandard: {error}", "pip install 'camelid[data]'") from error
+            raise UserError(f"{path} needs zstandard: {error}", install_hint("data")) from error
         # What `zstd --long=31` packs can be read with this much only; other files take less.
         self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
         self._error = zstandard.ZstdError

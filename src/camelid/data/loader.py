@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import os
 import pickle
 import signal
 import warnings
@@ -15,12 +16,12 @@ from typing import Literal
 
 import numpy as np
 
-from camelid.cache import cache_folder
+from camelid.cache import cache_folder, make_writable
 from camelid.data.batch import Batch
 from camelid.data.config import DataConfig, Source
 from camelid.data.mixture import Mixture, Share, row_shares
-from camelid.data.packing import Packing
-from camelid.data.parts import Progress, Task, fingerprint
+from camelid.data.packing import OR_DATA_CACHE, Packing
+from camelid.data.parts import Progress, Task
 from camelid.data.prepare import prepare
 from camelid.data.sources import refuse_repeated, source_files
 from camelid.data.store import AGAIN, VALIDATION, Store, is_store
@@ -41,6 +42,7 @@ class Loader:
     ):
         self.config = config
         self.vocab_size = tokenizer.vocab_size
+        assert config.packing is not None  # a DataConfig has chosen one
         stores = open_stores(config, tokenizer, split, progress)
         looped = config.cross_documents and not config.shuffle and len(stores) == 1 and split == "train"
         self.packings = tuple(
@@ -71,6 +73,18 @@ class Loader:
                     f"{store.folder} holds token id {largest}, and the model's vocabulary has {vocab_size}",
                     "Train a model with more embeddings, or leave out the texts and templates that need this token.",
                 )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how the rows are made."""
+        # Weights of their own have documents of which something is not learnt: prompts.
+        prompts = any(packing.method == "stream" and packing.store.codes is not None for packing in self.packings)
+        if not (prompts or (self.config.packing == "stream" and any(s.has_prompts for s in self.config.train))):
+            return ()
+        return (
+            "packing = 'stream' cuts documents that have prompts, and rows begin in the midst of them; "
+            "best_fit keeps them whole",
+        )
 
     @property
     def num_rows(self) -> int:
@@ -239,7 +253,12 @@ def open_stores(
 
 def data_cache(config: DataConfig) -> Path:
     """Where what is prepared for recipes is kept: the recipe's choice, or a folder of the cache."""
-    return cache_folder() / "data" if config.cache is None else Path(config.cache).expanduser()
+    return default_cache() if config.cache is None else Path(config.cache)
+
+
+def default_cache() -> Path:
+    """The folder of the cache for what is prepared for recipes that choose none."""
+    return cache_folder() / "data"
 
 
 def _groups(config: DataConfig, sources: Sequence[Source]) -> list[tuple[Source, ...]]:
@@ -277,12 +296,16 @@ def _prepared(group: tuple[Source, ...], config: DataConfig, tokenizer: Tokenize
     fraction = config.validation_fraction if group[0] in config.train else 0.0
     about = {"validation_fraction": fraction, "seed": config.seed, "sequence_length": config.sequence_length}
     root = data_cache(config)
-    root.mkdir(parents=True, exist_ok=True)
     # Another folder for whatever has changed: what is in the cache is never wrong, and need not be asked about.
-    folder = root / fingerprint(Task(group, tokenizer, **about).describe())[:32]
+    folder = root / Task(group, tokenizer, **about).content_key()[:32]
+    if not is_store(folder):
+        make_writable(root, OR_DATA_CACHE)
     # One process is this one, whose tokenizer may use all cores.
     workers = config.prepare_workers if config.prepare_workers > 1 else 0
-    return prepare(group, tokenizer, folder, **about, workers=workers, progress=progress)
+    store = prepare(group, tokenizer, folder, **about, workers=workers, progress=progress)
+    with contextlib.suppress(OSError):
+        os.utime(folder)  # when it was last used, for `camelid data cache`
+    return store
 
 
 def _mixture(config: DataConfig, packings: Sequence[Packing], split: Split) -> Mixture:

@@ -24,7 +24,7 @@ from jaxtyping import Integer
 
 from camelid.errors import UserError
 
-NAME = re.compile(r"\.mindrecord\d*$")  # a file that was written in parts has a number at its end
+NAME = re.compile(r"\.mindrecord\d*$", re.IGNORECASE)  # a file that was written in parts has a number at its end
 AGAIN = "Copy the file again, or make it anew."
 MAX_HEADER = 2**26
 INTEGERS = {name: np.dtype(name) for name in ("int32", "int64")}

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
+from camelid.cache import make_writable
 from camelid.data.batch import Batch
 from camelid.data.best_fit import Overlong, Plan, open_plan
 from camelid.data.store import Store
@@ -17,6 +18,9 @@ from camelid.data.store import Store
 # B rows of a batch, S tokens of a row
 
 Method = Literal["stream", "best_fit", "none"]
+
+OR_DATA_CACHE = ", or data.cache in the recipe,"
+"""for advice on a cache of data that cannot be written"""
 
 
 class Pieces(NamedTuple):
@@ -60,6 +64,8 @@ class Packing:
         home = self.store.folder / "plans"
         if self.cache is not None and not os.access(self.store.folder, os.W_OK):
             home = self.cache / "plans" / self.store.fingerprint[:32]
+            if not (home / name).exists():
+                make_writable(home, OR_DATA_CACHE)
         return open_plan(
             home / name,
             self.store.offsets,

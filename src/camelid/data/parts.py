@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import traceback
@@ -25,6 +26,7 @@ import numpy as np
 from camelid.data.config import Source
 from camelid.data.examples import Encoder, make_encoder
 from camelid.data.formats import Record
+from camelid.data.hashes import content_hash
 from camelid.data.sources import Chunk, Tally, read_chunk, reading, refuse_repeated, source_files
 from camelid.data.store import VERSION, Store, Writer, hash_file, writing
 from camelid.data.workers import Worker, end_workers, receive, start_worker
@@ -35,6 +37,8 @@ Progress = Callable[[int, int], None]
 """hears of bytes of the sources that are done, and of bytes in all"""
 
 Piece = tuple[Source, Chunk]
+
+ENDING = re.compile(r"(\.[^.]*)?(\.(gz|zst))?$")
 
 # Enough to keep every core busy; the tokenizer needs about a hundred bytes for each character meanwhile.
 CHARACTERS_AT_ONCE = 1_000_000
@@ -74,6 +78,15 @@ class Task:
             refuse_repeated(paths, "Name each file once.")
         return {"options": self._options(), "files": [[_about(path) for path in paths] for paths in files]}
 
+    def content_key(self) -> str:
+        """What decides what the store will hold: options, contents and endings of files, not their names and times."""
+        described = self.describe()
+        options = described["options"] | {
+            "sources": [source | {"files": []} for source in described["options"]["sources"]]
+        }
+        files = [[_content(Path(file["path"])) for file in files] for files in described["files"]]
+        return fingerprint({"options": options, "files": files})
+
     def _options(self) -> dict[str, Any]:
         tokenizer = self.tokenizer
         beside = [file for file in tokenizer.files if file.stem in BESIDE]
@@ -98,6 +111,14 @@ class Task:
 def fingerprint(described: dict[str, Any]) -> str:
     """Of what Task.describe says."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _content(path: Path) -> list[str]:
+    """How a file is read, which its ending says, and what it holds."""
+    ending = ENDING.search(path.name.lower())
+    assert ending is not None  # it may be empty
+    with reading(path):
+        return [ending[0], content_hash(path)]
 
 
 def _about(path: Path) -> dict[str, Any]:

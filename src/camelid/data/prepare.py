@@ -10,12 +10,15 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from camelid.data.config import Source
+from camelid.data.examples import make_encoder
+from camelid.data.hashes import content_hash
 from camelid.data.parts import Piece, Progress, Task, fingerprint, make_parts, refuse_unguarded
 from camelid.data.sources import Tally, chunks, list_files, reading
 from camelid.data.store import (
@@ -26,7 +29,6 @@ from camelid.data.store import (
     WEIGHTS,
     Store,
     Writer,
-    hash_file,
     is_store,
     read_manifest,
     writing,
@@ -61,6 +63,7 @@ def prepare(
     """
     refuse_unguarded()
     _check_tokenizer(sources, tokenizer)
+    _check_encoders(sources, tokenizer, sequence_length)
     task = Task(tuple(sources), tokenizer, validation_fraction, seed, sequence_length)
     folder = Path(os.path.realpath(folder))
     described = task.describe()
@@ -95,6 +98,18 @@ def _check_tokenizer(sources: Sequence[Source], tokenizer: Tokenizer) -> None:
                 Store.open(path).check_tokenizer(tokenizer.fingerprint, tokenizer.files[0])
 
 
+def _check_encoders(sources: Sequence[Source], tokenizer: Tokenizer, sequence_length: int | None) -> None:
+    """Refuses sources that cannot be encoded whatever their rows are; all that have the same problem are named."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    for source in sources:
+        try:
+            make_encoder(source, tokenizer, sequence_length=sequence_length)
+        except UserError as error:
+            refused.setdefault((error.problem, error.advice), []).extend(source.files)
+    for (problem, advice), names in refused.items():
+        raise UserError(f"{', '.join(names)}: {problem}", advice)
+
+
 def _existing(folder: Path, described: dict[str, Any], overwrite: bool) -> Store | None:
     """The store that is there already; None where it has to be made."""
     if not folder.exists():
@@ -108,7 +123,7 @@ def _existing(folder: Path, described: dict[str, Any], overwrite: bool) -> Store
     try:
         store = Store.open(folder)
         if (difference := _difference(store.manifest.get("prepared"), described)) is None:
-            return store
+            return _renamed(store, described)
         raise UserError(
             f"{folder} was prepared before, and {difference}",
             "Allow --overwrite to prepare it anew, or choose another.",
@@ -121,32 +136,46 @@ def _existing(folder: Path, described: dict[str, Any], overwrite: bool) -> Store
     return None
 
 
+def _renamed(store: Store, described: dict[str, Any]) -> Store:
+    """The store with the sources' present names, which may be others than those it was prepared from."""
+    hashes = iter([file["sha256"] for file in itertools.chain.from_iterable(store.manifest["prepared"]["files"])])
+    files = [[file | {"sha256": next(hashes)} for file in files] for files in described["files"]]
+    return replace(store, manifest=store.manifest | {"prepared": described | {"files": files}})
+
+
 def _difference(prepared: Any, described: dict[str, Any]) -> str | None:
+    """What is not as it was; None where the options and the contents of the files are, whatever these are called."""
     try:
-        before = {file["path"]: file for file in itertools.chain.from_iterable(prepared["files"])}
-        stamps = {path: (file["bytes"], file["mtime_ns"], file["sha256"]) for path, file in before.items()}
+        before = [[(file["path"], file["sha256"]) for file in files] for files in prepared["files"]]
         if (difference := _changed_option(prepared["options"], described["options"])) is not None:
             return difference
     except (KeyError, TypeError, AttributeError):
         return "does not say from what"
-    now = {file["path"]: file for file in itertools.chain.from_iterable(described["files"])}
-    for path in sorted(stamps.keys() ^ now.keys()):
-        return f"{path} {'is gone from' if path in stamps else 'came to'} its sources"
-    for path, file in now.items():
-        size, time, sha256 = stamps[path]
-        with reading(Path(path)):
-            if (size, time) != (file["bytes"], file["mtime_ns"]) and hash_file(Path(path)) != sha256:
-                return f"{path} has changed"
-    return None
+    now = [[(file["path"], _hash(file["path"])) for file in files] for files in described["files"]]
+    if [[sha256 for _, sha256 in files] for files in before] == [[sha256 for _, sha256 in files] for files in now]:
+        return None
+    was, is_now = (dict(itertools.chain.from_iterable(groups)) for groups in (before, now))
+    for path in sorted(was.keys() ^ is_now.keys()):
+        return f"{path} {'is gone from' if path in was else 'came to'} its sources"
+    changed = (f"{path} has changed" for path, sha256 in is_now.items() if was[path] != sha256)
+    return next(changed, "the order of its files is another")
+
+
+def _hash(path: str) -> str:
+    with reading(Path(path)):
+        return content_hash(Path(path))
 
 
 def _changed_option(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     for name, value in now.items():
         was: Any = before.get(name)
-        if was != value and name == "sources" and len(was) == len(value):
+        if name == "files":
+            continue  # what they are called does not matter
+        if name == "sources" and len(was) == len(value):
             # Of a source, only what differs is worth reading.
-            return next(filter(None, map(_changed_option, was, value)))
-        if was != value:
+            if (found := next(filter(None, map(_changed_option, was, value)), None)) is not None:
+                return found
+        elif was != value:
             return f"{name} was {was!r}, and is {value!r} now"
     return None
 
@@ -164,8 +193,10 @@ def _make(task: Task, described: dict[str, Any], work: Path, folder: Path, worke
         found = hashes.result()
     files = [[file | {"sha256": found[file["path"]]} for file in files] for files in described["files"]]
     prepared = {"options": described["options"], "files": files}
-    if (after := task.describe()) != described:
-        difference = _difference(prepared, after) or "a file was touched"
+    after = task.describe()
+    difference = _difference(prepared, after)
+    if difference is not None or after != described:
+        difference = difference or "a file was touched"
         raise UserError(f"while the sources were read, {difference}", "Let what writes them finish, and run it again.")
     _lay(task, pieces, parts, work / "store", prepared)
 
@@ -179,7 +210,7 @@ def _hashing(paths: Iterable[str]) -> Iterator[Future[dict[str, str]]]:
         found = {}
         for path in dict.fromkeys(paths):
             with reading(Path(path)):
-                found[path] = hash_file(Path(path), stop.is_set)
+                found[path] = content_hash(Path(path), stop.is_set)
         return found
 
     with ThreadPoolExecutor(1, thread_name_prefix="camelid-hash") as hasher:

@@ -45,6 +45,9 @@ def of_store(store: Store) -> dict[str, Any]:
         "name": str(store.folder),
         "store": str(store.folder),
         "files": [name for source in prepared["options"]["sources"] for name in source["files"]],
+        "made_of": [
+            {key: source[key] for key in ("files", "kind", "template")} for source in prepared["options"]["sources"]
+        ],
         "documents": store.num_documents,
         "tokens": store.num_tokens,
         "with_loss": with_loss,

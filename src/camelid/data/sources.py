@@ -6,6 +6,7 @@ files -> spans -> chunks, which any process may read by itself -> records
 import contextlib
 import glob
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,11 +15,16 @@ from pathlib import Path
 from camelid.data import lines, tables
 from camelid.data.config import Source
 from camelid.data.formats import FORMATS, Format, Record, Span
+from camelid.data.megatron_data import pair
 from camelid.data.mindrecord import NAME as MINDRECORD
 from camelid.data.store import is_store
 from camelid.errors import UserError
+from camelid.inputs import refuse_pointer, refuse_stand_in
 
-ENDINGS = ".txt, .jsonl, .json (each also with .gz or .zst), .parquet, .mindrecord, or Megatron's .bin with .idx"
+ENDINGS = (
+    ".txt, .jsonl, .ndjson, .json, .csv, .tsv (each also with .gz or .zst), .parquet, .mindrecord, "
+    "or Megatron's .bin with .idx"
+)
 SHOWN = 5  # places of unreadable rows that are remembered
 
 
@@ -113,7 +119,7 @@ def read_chunk(source: Source, chunk: Chunk, tally: Tally | None = None) -> Iter
 
 def holds_rows(path: Path) -> bool:
     """Whether texts are found in a file or folder as rows, or unpacked; plain text is what it is, whatever its name."""
-    plain = path.suffix == ".txt"
+    plain = path.suffix.lower() == ".txt"
     return not plain and any(form.looks(path) for form in FORMATS if form.holds != "ids")
 
 
@@ -149,6 +155,10 @@ def refuse_repeated(files: Iterable[Path], advice: str) -> None:
 
 def _format(path: Path, source: Source) -> Format:
     form = next(form for form in FORMATS if form.looks(path))
+    # A text may begin like a web page, or be one.
+    refuse = refuse_pointer if form.holds == "text" and not lines.PACKED.search(path.name) else refuse_stand_in
+    for file in path.iterdir() if path.is_dir() else (path, *pair(path)):
+        refuse(file)
     if form.holds == "ids" and source.kind != "tokens":
         raise UserError(f"{path} holds token ids, not kind = {source.kind!r}", "Set kind = 'tokens'.")
     if form.holds != "ids" and source.kind == "tokens":
@@ -167,12 +177,13 @@ def _matches(pattern: str) -> list[Path]:
         return [Path(pattern)]
     # A file's own name may hold brackets, which a glob would read as a choice of letters.
     exact = os.path.isfile(pattern) or _is_data_folder(Path(pattern))
-    names = [pattern] if exact else sorted(glob.glob(pattern, recursive=True))
+    escaped = _escaped(pattern)
+    names = [pattern] if exact else _globbed(escaped)
     paths = [path for path in map(Path, names) if not path.is_dir() or _is_data_folder(path)]
     if not paths:
         paths = [Path(file) for file in (f"{pattern}.bin", f"{pattern}.idx") if os.path.isfile(file)]
     if not exact:
-        _refuse_closed_folders(pattern)
+        _refuse_closed_folders(escaped)
     for path in paths:
         if path.is_file() or path.is_dir():
             continue
@@ -188,6 +199,25 @@ def _matches(pattern: str) -> list[Path]:
         )
     # Megatron's two files are one data set.
     return list(dict.fromkeys(path.with_suffix("") if path.suffix in (".bin", ".idx") else path for path in paths))
+
+
+def _escaped(pattern: str) -> str:
+    """The pattern with the signs of a glob escaped in the folders that it begins with, as far as these exist."""
+    folder, rest = pattern, ""
+    while folder and not (os.path.isdir(folder) and rest):
+        shorter = os.path.dirname(folder)
+        if shorter == folder:
+            break
+        folder, rest = shorter, pattern[len(shorter) :]
+    return glob.escape(folder) + rest
+
+
+def _globbed(pattern: str) -> list[str]:
+    """What a pattern matches; where that is nothing, what it matches with brackets that stand for themselves."""
+    found = glob.glob(pattern, recursive=True)
+    # A sign in brackets of its own is escaped already.
+    literal = re.sub(r"\[[*?[]\]|\[", lambda match: match[0] if len(match[0]) > 1 else "[[]", pattern)
+    return sorted(found or glob.glob(literal, recursive=True))
 
 
 def _refuse_closed_folders(pattern: str) -> None:

@@ -1,6 +1,7 @@
 """Prepared documents in a folder: arrays that are mapped into memory, never read whole."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -278,6 +279,10 @@ def map_array(path: Path, dtype: np.dtype, count: int, at_random: bool = False) 
     if not count:
         return np.empty(0, dtype)  # an empty file cannot be mapped
     with path.open("rb") as file:
+        # Tells who would prune a cache that this is in use; waits only while another process looks whether it is. The
+        # map keeps a copy of the open file, and so the lock. Not all file systems have locks.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_SH)
         mapped = mmap.mmap(file.fileno(), count * dtype.itemsize, access=mmap.ACCESS_READ)
     if at_random:
         # Otherwise the system reads much more around each row than the row.

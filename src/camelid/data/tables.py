@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from camelid.data.config import better_kind
 from camelid.data.lines import BLOCK
 from camelid.errors import UserError
+from camelid.extras import install_hint
 
 HUB = "hf:"
 SEPARATOR = re.compile(r":(?![^\[]*\])")  # not the one of a slice: train[:10%]
@@ -48,9 +50,10 @@ def parquet_rows(path: Path, start: int, stop: int, column: str | None) -> Itera
 
 
 def no_column(name: object, column: str, names: list[str]) -> UserError:
+    better = better_kind("text", names)
     return UserError(
         f"{name}: no field {column!r}, only {', '.join(map(repr, names)) or 'none'}",
-        "Set text_key to the field that holds the text.",
+        "Set text_key to the field that holds the text." if better is None else f"Set {better}.",
     )
 
 
@@ -148,4 +151,4 @@ def _advice(name: str) -> str:
 
 
 def _missing(name: object, library: str, error: ImportError) -> UserError:
-    return UserError(f"{name} needs {library}: {error}", "pip install 'camelid[data]'")
+    return UserError(f"{name} needs {library}: {error}", install_hint("data"))

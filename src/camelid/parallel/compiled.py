@@ -3,9 +3,11 @@
 import hashlib
 import os
 import platform
+import warnings
 from pathlib import Path
 
-from camelid.cache import cache_folder
+from camelid.cache import cache_folder, make_writable
+from camelid.errors import UserError
 
 LARGEST = 2 * 2**30  # bytes; the programs that were not used for longest make room
 
@@ -16,7 +18,13 @@ def keep_compiled() -> None:
 
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return  # the user has chosen a place by JAX's own variable
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla" / _processor()))
+    folder = cache_folder() / "xla" / _processor()
+    try:
+        make_writable(folder)
+    except UserError as error:
+        warnings.warn(f"compiled programs are not kept: {error.problem}. {error.advice}", stacklevel=2)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", LARGEST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camelid.errors import UserError
+from camelid.inputs import refuse_stand_in
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -58,7 +59,8 @@ def read_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
+        refuse_stand_in(file)
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object", "mend or remove the file")

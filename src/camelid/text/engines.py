@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from camelid.errors import UserError
+from camelid.inputs import refuse_stand_in
 from camelid.text.words import Words, has_words
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ def parsed(file: Path, serialized: str) -> "Tokenizer":
     try:
         return tokenizers.Tokenizer.from_str(serialized)
     except Exception as error:  # the library raises nothing narrower
+        refuse_stand_in(file)
         raise UserError(
             f"{file} is no tokenizer that tokenizers {tokenizers.__version__} can read: {error}",
             "name a tokenizer.json, or update tokenizers",

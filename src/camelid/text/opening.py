@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camelid.errors import UserError
+from camelid.inputs import read_text, refuse_stand_in
 from camelid.text import tiktoken
 from camelid.text.classes import (
     CLASSES,
@@ -72,12 +73,7 @@ def open_vocabulary(file: Path) -> Opened:
 def _from_json(file: Path) -> Opened:
     """tokenizer.json, as it is or with the pipeline of its class. Its post-processor decides on BOS and EOS."""
     folder = file.parent
-    try:
-        serialized = file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not UTF-8: {error}", "mend the file, or take it from the checkpoint again"
-        ) from error
+    serialized = read_text(file)
     given = parsed(file, serialized)
     declared = read_declared(folder, given.get_added_tokens_decoder())
     name = class_name(folder, declared.config, byte_level='"ByteLevel"' in serialized)
@@ -137,9 +133,9 @@ def _from_sentencepiece(file: Path) -> Opened:
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except RuntimeError as error:
+        refuse_stand_in(file)
         raise UserError(
-            f"{file} is neither a sentencepiece model nor a list of tiktoken's ranks",
-            "Download it again: a file of Git LFS that was not fetched holds only a pointer.",
+            f"{file} is neither a sentencepiece model nor a list of tiktoken's ranks", "Download it again."
         ) from error
     pieces = read_pieces(model.serialized_model_proto())
     declared = read_declared(file.parent)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from camelid.errors import UserError
+from camelid.inputs import decode, expand_home
 from camelid.text.declared import CONFIG, SPECIALS, Declared, read_object
 from camelid.text.engines import Part, Placed, SentencePieceEngine, TokenizersEngine
 from camelid.text.opening import VOCAB, VOCABULARIES, Opened, open_vocabulary, vocabulary_file
@@ -158,7 +159,7 @@ def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
     Added and special tokens are those that transformers 5 finds in the files of the folder. Raises UserError that names
     file and field if a file is damaged, contradicts another one, or says something that is not supported.
     """
-    file = vocabulary_file(Path(folder_or_file))
+    file = vocabulary_file(Path(expand_home(folder_or_file)))
     folder = file.parent
     opened = open_vocabulary(file)
     engine, declared = opened.engine, opened.declared
@@ -264,9 +265,9 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     file = folder / CHAT_TEMPLATE
     if file.is_file():
         try:
-            own: Any = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8: {error}", "mend or remove the file") from error
+            own: Any = decode(file.read_bytes())
+        except UnicodeError as error:
+            raise UserError(f"{file} is not text: {error}", "save it as UTF-8, or remove it") from error
     else:
         file = folder / "tokenizer_config.json"
         own = config.get("chat_template")

@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -57,25 +60,19 @@ def tokenizing(every: float = 10.0) -> Callable[[int, int], None]:
 
 
 class Terminal:
-    """A progress bar on a terminal; elsewhere a line about every twentieth of the run."""
+    """A progress bar on a terminal; elsewhere a line about every twentieth of the run.
+
+    The bar appears with the first metrics: only the process that shows these has one, and an error before the first
+    step is not printed over it.
+    """
 
     def __init__(self, first: int, steps: int):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.console = Console(stderr=True, highlight=False)
-        self._steps, self._every = steps, max(1, steps // 20)
-        self._bar = None
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
-            self._bar = Progress(
-                TextColumn("train"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                console=self.console,
-            )
-            self._task = self._bar.add_task("", total=steps, completed=first)
-            self._bar.start()
+        self._first, self._steps, self._every = first, steps, max(1, steps // 20)
+        self._draws = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._bar: Progress | None = None
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The newest metrics: loss, learning_rate, Speed's, and mfu where it is known."""
@@ -85,11 +82,26 @@ class Terminal:
             text += f"  MFU {metrics['mfu']:.1%}"
         if (waited := metrics["data_s"] / metrics["step_s"]) > WORTH_SAYING:
             text += f"  waits for data {waited:.0%}"
-        if self._bar is not None:
+        if self._draws:
+            self._bar = self._bar or self._started_bar()
             left = timedelta(seconds=round(metrics["eta_s"]))
             self._bar.update(self._task, completed=step, description=f"{text}  {left} left")
         elif step % self._every == 0 or step == self._steps:
             self.say(f"step {step}/{self._steps}  {text}  {metrics['eta_s']:.0f} s left")
+
+    def _started_bar(self) -> "Progress":
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        bar = Progress(
+            TextColumn("train"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+        )
+        self._task = bar.add_task("", total=self._steps, completed=self._first)
+        bar.start()
+        return bar
 
     def say(self, text: str) -> None:
         """A line above the bar."""

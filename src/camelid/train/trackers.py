@@ -1,10 +1,14 @@
 """Services that follow a run: each is an extra, imported where a recipe asks for it."""
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from camelid.errors import UserError
+from camelid.extras import install_hint
+
+WANDB_ID = "wandb_id.txt"  # in the folder of a run
 
 
 def make_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> "TensorBoard | WeightsAndBiases":
@@ -12,7 +16,7 @@ def make_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> "TensorB
     try:
         return {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}[name](folder, recipe)
     except ImportError as error:
-        raise UserError(f"train.trackers asks for {name}: {error}", f"pip install 'camelid[{name}]'") from error
+        raise UserError(f"train.trackers asks for {name}: {error}", install_hint(name)) from error
 
 
 class TensorBoard:
@@ -32,13 +36,18 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of that service, resumed under the name of its folder; its own variables (WANDB_MODE, …) are honoured."""
+    """A run of that service, resumed by the id that its folder keeps; WANDB_MODE and its like are honored."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]):
         import wandb
 
         self._run = wandb.init(
-            project="camelid", id=folder.name, name=folder.name, dir=str(folder), config=dict(recipe), resume="allow"
+            project="camelid",
+            id=_run_id(folder),
+            name=folder.name,
+            dir=str(folder),
+            config=dict(recipe),
+            resume="allow",
         )
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -46,6 +55,21 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """The id of a run in Weights & Biases, drawn once and kept in the run's folder.
+
+    Ids are shared by a whole project, so the name of the folder would be the id of everybody with the same recipe.
+    """
+    kept = folder / WANDB_ID
+    if not kept.is_file():
+        # Runs of earlier versions, which have files of the service but no id, were known by the names of their folders.
+        drawn = folder.name if (folder / "wandb").is_dir() else secrets.token_hex(8)
+        temporary = kept.with_name(f".{WANDB_ID}.incomplete")
+        temporary.write_text(drawn + "\n", "utf-8")
+        temporary.rename(kept)
+    return kept.read_text("utf-8").strip()
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,88 @@
+"""Paths and text files that come from the user, and downloads that are not the file they are named after."""
+
+import codecs
+import os
+import re
+from pathlib import Path
+
+from camelid.errors import UserError
+
+HOME = re.compile(r"(?P<format>[\w-]+::)?(?P<path>~.*)", re.DOTALL)
+"""a path below a home folder, perhaps after the prefix of a checkpoint's format"""
+
+MARKS = (
+    # UTF-32's mark of little-endian files begins with that of UTF-16.
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
+"""byte-order marks, and the codec that reads what follows and drops the mark"""
+
+
+def expand_home(path: str | Path) -> str:
+    """A path with a leading `~` or `~user` replaced by the home folder; `format::~/path` keeps its prefix.
+
+    A shell expands `~` only at the beginning of an unquoted word, so it leaves `--out=~/x` and recipes alone. A name
+    that begins with `~` but names no user is returned as it is.
+    """
+    found = HOME.fullmatch(str(path))
+    return str(path) if found is None else (found["format"] or "") + os.path.expanduser(found["path"])
+
+
+def encoding_of(beginning: bytes) -> str:
+    """The encoding that a byte-order mark declares; UTF-8 without one."""
+    return next((encoding for mark, encoding in MARKS if beginning.startswith(mark)), "utf-8")
+
+
+def decode(data: bytes) -> str:
+    """Text in UTF-8, UTF-16 or UTF-32, as its byte-order mark says, with line breaks as `\\n`; raises UnicodeError."""
+    return data.decode(encoding_of(data)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that a person wrote, decoded as `decode` does; raises UserError where it is not text."""
+    try:
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "Give the path of a text file.") from error
+    except UnicodeError as error:
+        at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(f"{path} is not {encoding_of(path.read_bytes())}{at}", "Save the file as UTF-8.") from error
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGE = re.compile(rb"\s*<(!doctype\s+html|html|head|\?xml)\b", re.IGNORECASE)
+
+WEB_PAGES = (".html", ".htm", ".xhtml", ".xml", ".svg")
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Raises UserError where a file is a Git LFS pointer, or a web page that was saved in the place of a download.
+
+    Only for files that cannot begin in this way themselves. What cannot be read is left to the file's own reader.
+    """
+    refuse_pointer(path)
+    if path.suffix.lower() not in WEB_PAGES and WEB_PAGE.match(_beginning(path)):
+        raise UserError(
+            f"{path} is a web page (HTML or XML), not the file that its name says",
+            "Download it again; on the Hugging Face Hub, take the link of the file itself (/resolve/, not /blob/).",
+        )
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError where a file is a Git LFS pointer."""
+    if _beginning(path).startswith(LFS_POINTER):
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself",
+            "Run `git lfs install` and `git lfs pull` in its repository, or download the file again.",
+        )
+
+
+def _beginning(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(256).removeprefix(codecs.BOM_UTF8)
+    except OSError:
+        return b""
