@@ -61,7 +61,7 @@ def run(recipe: Recipe) -> Outcome:
 
     Raises UserError for recipes that do not fit the data, the model, the machine or the folder.
     """
-    folder = Path(recipe.run).absolute()
+    folder = Path(recipe.run).resolve()
     check_folder(folder, recipe)
     mesh = make_mesh(recipe.mesh)
     _check_rows(recipe, mesh)

@@ -162,7 +162,7 @@ def _kind(folder: Path) -> str:
 def _name_of(base: str | Path) -> str:
     """How an adapter names its base: a path that holds anywhere on this machine, or a Hub name."""
     path = Path(str(base).removeprefix("hf::")).expanduser()
-    return str(path.absolute()) if path.exists() else str(base).removeprefix("hf::")
+    return str(path.resolve()) if path.exists() else str(base).removeprefix("hf::")
 
 
 def _write(

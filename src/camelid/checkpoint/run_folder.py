@@ -27,13 +27,13 @@ def table_of(config: ModelConfig) -> Table:
 
 def looks(path: Path) -> bool:
     """Whether a folder is a run's, or one of its steps."""
-    path = path.absolute()
+    path = path.resolve()
     return (path / RECIPE).is_file() or (_is_step(path) and (path.parent.parent / RECIPE).is_file())
 
 
 def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a run at its newest complete step, or one of its steps; `config` takes the place of its config.json."""
-    run = path.absolute()
+    run = path.resolve()
     step = int(run.name) if _is_step(run) else None
     if step is not None:
         run = run.parent.parent
@@ -67,4 +67,4 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
 
 
 def _is_step(path: Path) -> bool:
-    return path.parent.name == STEPS and path.name.isdigit()
+    return path.parent.name == STEPS and native.is_step(path.name)
