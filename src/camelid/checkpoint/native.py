@@ -41,17 +41,24 @@ class RunCheckpoints:
 
     def __init__(self, folder: Path, keep: int):
         self._folder, self._keep = folder.resolve(), keep
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._address = Address(self._folder)
-        # Orbax would remove old checkpoints before the new one is verified: it removes none, `_settle` does.
-        options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, create=True)
-        handler = ocp.StandardCheckpointHandler()  # without it, item_metadata of an earlier process's steps is empty
-        self._manager = ocp.CheckpointManager(self._address.path, options=options, item_handlers=handler)
+        self._opened: ocp.CheckpointManager | None = None
         self._written: tuple[int, Outline] | None = None
 
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's own manager, which makes the folder when it is first needed."""
+        if self._opened is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._address = Address(self._folder)
+            # Orbax would remove old checkpoints before the new one is verified: it removes none, `_settle` does.
+            options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, create=True)
+            handler = ocp.StandardCheckpointHandler()  # without it, item_metadata of earlier processes' steps is empty
+            self._opened = ocp.CheckpointManager(self._address.path, options=options, item_handlers=handler)
+        return self._opened
+
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        """The step of the newest checkpoint, be it complete or still being written."""
+        return newest(self._folder) if self._written is None else self._written[0]
 
     def save(self, step: int, state: Any) -> None:
         """Copies the state and writes it in the background; every process calls this at the same step.
@@ -74,9 +81,9 @@ class RunCheckpoints:
 
     def _settle(self) -> None:
         """Waits for the checkpoint that is being written, verifies it, and removes those that are too old."""
-        self._manager.wait_until_finished()
         if self._written is None:
             return
+        self._manager.wait_until_finished()
         step, outline = self._written
         damage = find_damage(self._folder, step, outline) if is_main() else None
         if any_true(damage is not None):
@@ -89,7 +96,8 @@ class RunCheckpoints:
             )
         self._written = None
         for old in sorted(self._manager.all_steps())[: -self._keep]:
-            self._manager.delete(old)
+            if (self._folder / str(old) / ITEM).is_dir():  # otherwise it is not a checkpoint
+                self._manager.delete(old)
 
     def restore(self, step: int, target: Any) -> Any:
         """The state of a step, on the devices of `target`; raises UserError where shapes or dtypes differ from it."""
@@ -110,7 +118,8 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Ends the writing; call `wait` before where it matters."""
-        self._manager.close()
+        if self._opened is not None:
+            self._opened.close()
 
 
 # Reading without a run --------------------------------------------------------------------
@@ -142,7 +151,9 @@ def is_step(name: str) -> bool:
 
 def newest(folder: Path) -> int | None:
     """The step of the newest complete checkpoint among those of a run."""
-    return max((int(place.name) for place in folder.iterdir() if is_step(place.name)), default=None)
+    if not folder.is_dir():
+        return None
+    return max((int(place.name) for place in folder.iterdir() if is_step(place.name) and place.is_dir()), default=None)
 
 
 def open_step(folder: Path, step: int) -> dict[str, Tensor]:
@@ -183,7 +194,7 @@ def find_damage(folder: Path, step: int, outline: Outline) -> str | None:
         if (found := (store.shape, store.dtype.numpy_dtype.name)) != (shape, dtype):
             return f"{name} is {found[1]} {found[0]}, not {dtype} {shape}"
         chunk_shape = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
-        count = math.prod(-(-n // length) for n, length in zip(shape, chunk_shape, strict=True))
+        count = math.prod(-(-n // (length or 1)) for n, length in zip(shape, chunk_shape, strict=True))
         if chunks[name] != count:
             return f"{name} has {chunks[name]} of its {count} chunks"
     return None
