@@ -133,6 +133,7 @@ def replace_files(new: Path, folder: Path) -> None:
     # What is left of them has the same contents, and stays the user's.
     add = [name for name in names if name in own or not os.path.lexists(folder / name)]
     add_to_manifest(new, add)
+    add = sorted({*add, MANIFEST})
     for name in add:
         _sync(new / name)
     record = {"remove": sorted(name for name in own if name != RECORD and _inside(folder, name)), "add": add}
