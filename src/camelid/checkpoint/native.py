@@ -70,13 +70,14 @@ class RunCheckpoints:
             return
         with _full_disk_told(self._folder):
             self._settle()  # also, what is still being written is not yet missing from the free space
+            manager = self._manager
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             if (free := shutil.disk_usage(self._folder).free) < need:
                 raise UserError(
                     f"{self._folder} has {in_units(free)} free, and a checkpoint of {in_units(need)} is due",
                     MORE_SPACE,
                 )
-            self._manager.save(step, args=ocp.args.StandardSave(state, jax.tree.map_with_path(_cut, state)))
+            manager.save(step, args=ocp.args.StandardSave(state, jax.tree.map_with_path(_cut, state)))
             self._written = step, _describe(state)
 
     def _settle(self) -> None:
