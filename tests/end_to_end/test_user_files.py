@@ -6,11 +6,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import camelid
 from camelid.checkpoint.native import RunCheckpoints
+from camelid.run import _compile
 from foreign import NAMES, add_foreign
 from names import KINDS
 from runs import assert_refused, called, contents, tensor_bytes, tiny_run, write_recipe_file, write_text
@@ -226,6 +228,14 @@ def test_runs_of_every_kind_of_name_are_killed_and_resumed_to_the_same_bits(
         if step == 4:
             raise Killed
 
+    compiled: list[object] = []
+
+    def compile_once(*arguments: Any) -> object:
+        """All runs have the same program, and compiling it would take most of the time."""
+        compiled.extend([] if compiled else [_compile(*arguments)])
+        return compiled[0]
+
+    monkeypatch.setattr("camelid.run._compile", compile_once)
     table = tiny_run(tmp_path, train={"steps": 5, "checkpoint_every": 2})
     undisturbed = write_recipe_file(table | {"run": str(tmp_path / "undisturbed")}, tmp_path / "undisturbed.toml")
     assert called("train", undisturbed).returncode == 0
