@@ -31,6 +31,8 @@ def has_begun(folder: Path) -> bool:
 def check_folder(folder: Path, recipe: Recipe) -> None:
     """Refuses a folder of something else, and a run that has begun with another recipe."""
     kept = folder / "recipe.toml"
+    if not _is_utf8(str(folder)):
+        raise UserError(f"{str(folder)!a} is not UTF-8, as the names in recipe.toml are", "Choose another --run.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file", "Choose another folder with --run.")
     if not kept.is_file():
@@ -42,6 +44,14 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             f"{folder} holds a run with another recipe: {changed}",
             "Choose another --run, or start with the recipe that the folder keeps.",
         )
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 Data = Mapping[str, Sequence[Mapping[str, Any]]]

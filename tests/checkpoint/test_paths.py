@@ -92,6 +92,13 @@ def test_200_names_are_saved_restored_opened_and_converted(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_a_run_of_every_kind_of_name_is_restored(tmp_path: Path, name: str):
+    """Each alone: what one of them needs does not help another."""
+    state = state_of(0)
+    assert bits(restored(run_of(tmp_path / name, state))) == bits(state)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_data_of_every_kind_of_name_is_prepared(tmp_path: Path, name: str):
     """The text, the tokenizer and the store."""
     folder = tmp_path / name

@@ -241,7 +241,8 @@ def test_a_kill_at_every_moment_leaves_the_old_or_the_new_checkpoint_and_all_for
     write(tmp_path / "new", "new", "config.json", "model.safetensors", "LICENSE")
     write(tmp_path / "new", "old", "same")
     words = [sys.executable, "-c", KILLED_AT, str(tmp_path)]
-    done = subprocess.run(words, env=user_env, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+    env = user_env | {"PYTHONPATH": str(Path(camelid.__file__).parents[1])}  # the same code as in this process
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
     last = int(done.stdout)
     assert last > 20, "operations on the file system"
     new = {name: content for name, content in contents(tmp_path / str(last) / "out").items() if name not in foreign}
@@ -316,3 +317,12 @@ def test_a_name_of_the_greatest_length_is_written_and_overwritten(model: Path, t
     convert(model, out)
     convert(model, out, overwrite=True)
     assert [os.fspath(path.name) for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_a_folder_named_in_bytes_that_are_not_utf8_is_written_and_overwritten(model: Path, tmp_path: Path):
+    out = Path(os.fsdecode(bytes(tmp_path) + b"/bad\xff"))
+    convert(model, out)
+    foreign = add_foreign(out)
+    convert(model, out, overwrite=True)
+    assert_kept(out, foreign)
+    assert open_checkpoint(out).config == open_checkpoint(model).config

@@ -78,6 +78,8 @@ def test_every_command_that_writes_leaves_the_files_of_others_as_they_are(tmp_pa
         if name == "train more steps":
             (run / "checkpoints" / "notes.txt").write_text("mine")
             (run / "README.md").write_text("my own")
+            with (run / "tokenizer_config.json").open("a") as file:
+                file.write("\n\n")
         if name == "save":
             loaded.append(camelid.load(model))
         before = {name: about for name, about in snapshot(tmp_path).items() if is_foreign(name)}
@@ -89,7 +91,7 @@ def test_every_command_that_writes_leaves_the_files_of_others_as_they_are(tmp_pa
 
 
 def is_foreign(name: str) -> bool:
-    return name == "run/README.md" or not {*NAMES, "data"}.isdisjoint(name.split("/"))
+    return name in ("run/README.md", "run/tokenizer_config.json") or not {*NAMES, "data"}.isdisjoint(name.split("/"))
 
 
 def data(folder: Path) -> list[object]:
@@ -253,3 +255,10 @@ def test_runs_of_every_kind_of_name_are_killed_and_resumed_to_the_same_bits(
         assert "resuming after step 2" in done.stderr or "resuming after step 4" in done.stderr, (name, done.stderr)
         assert tensor_bytes(run / "model") == tensor_bytes(tmp_path / "undisturbed" / "model"), name
         assert called("inspect", run).returncode == 0
+
+
+def test_a_name_that_is_not_utf8_is_refused_for_a_run(tmp_path: Path):
+    recipe = write_recipe_file(tiny_run(tmp_path), tmp_path / "recipe.toml")
+    run = os.fsdecode(bytes(tmp_path) + b"/bad\xff")
+    assert_refused(called("train", recipe, "--run", run), r"bad\udcff' is not UTF-8")
+    assert not os.path.exists(run)

@@ -34,7 +34,7 @@ FAULTS = (
         NATIVE,
         "(?<!\\.__lock)",
         "",
-        NAMES,
+        f"{PATHS}test_a_run_of_every_kind_of_name_is_restored",
     ),
     Fault(
         "the descriptor in a checkpoint's path is closed while it is read",
@@ -45,10 +45,10 @@ FAULTS = (
     ),
     Fault(
         "a path with .. in it is passed to TensorStore",
-        "checkpoint/run_folder.py",
-        "    run = path.resolve()\n",
-        "    run = path.absolute()\n",
-        f"{PATHS}test_a_path_with_dots_in_it_is_opened",
+        NATIVE,
+        "    place = folder.resolve() / str(step)\n",
+        "    place = folder.absolute() / str(step)\n",
+        DOTS,
     ),
     Fault(
         "the hidden folder of a long name has a longer one",

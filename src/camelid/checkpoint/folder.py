@@ -88,9 +88,11 @@ def complete_replacement(folder: Path) -> None:
         return
     folder = Path(os.path.realpath(folder))
     temporary = unfinished(folder)
+    if not temporary.is_dir():
+        return complete(temporary, folder)
     try:
         with locked(temporary, wait=False):
-            if (folder / RECORD).is_file():
+            if (folder / RECORD).is_file():  # no other process has done it meanwhile
                 complete(temporary, folder)
             shutil.rmtree(temporary)
     except BlockingIOError as error:

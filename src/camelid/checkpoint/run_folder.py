@@ -28,13 +28,13 @@ def table_of(config: ModelConfig) -> Table:
 
 def looks(path: Path) -> bool:
     """Whether a folder is a run's, or one of its steps."""
-    path = path.resolve()
+    path = path.absolute()
     return (path / RECIPE).is_file() or (_is_step(path) and (path.parent.parent / RECIPE).is_file())
 
 
 def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a run at its newest complete step, or one of its steps; `config` takes the place of its config.json."""
-    run = path.resolve()
+    run = path.absolute()
     step = int(run.name) if _is_step(run) else None
     if step is not None:
         run = run.parent.parent
