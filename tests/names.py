@@ -26,7 +26,7 @@ CHARACTERS = "".join(map(chr, range(32, 127))).replace("/", "") + "\n\tüß東�
 def random_names(count: int) -> list[str]:
     """So many different legal names, the same in every run, many of them with a leading dash, dot or blank."""
     draw = random.Random(0)
-    names: dict[str, None] = {kind: None for kind in KINDS}
+    names: dict[str, None] = dict.fromkeys(KINDS)
     while len(names) < count:
         start = draw.choice(["", "", "", "-", ".", " ", "~", "--"])
         name = start + "".join(draw.choices(CHARACTERS, k=draw.randint(1, 24)))
