@@ -169,8 +169,9 @@ class Model:
     ) -> None:
         """Writes a folder in a format of checkpoint/formats.py; `dtype` None keeps that of the parameters.
 
-        Raises UserError where the destination exists, the disk is full, or the format cannot hold the model; nothing
-        half-written stays there.
+        `overwrite` replaces the files of a checkpoint that is there, and leaves all other files of the folder alone.
+        Raises UserError if the destination exists and is not to be overwritten, or is not a checkpoint, if files of
+        others are in the way, if the disk is full, or if the format cannot hold the model; nothing is changed then.
         """
         leaves = named(self.params)
         dtypes = {path: np.dtype(leaf.dtype) if dtype is None else dtype_named(dtype) for path, leaf in leaves.items()}

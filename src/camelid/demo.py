@@ -18,6 +18,7 @@ from camelid.api import load
 from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.data.config import DataConfig, Source
+from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.recipe import Recipe
 from camelid.run import Outcome, run
@@ -47,6 +48,8 @@ MODEL = ModelConfig(
 def main(folder: Path, model: str | None, steps: int, ignore: tuple[str, ...] = ()) -> None:
     """Corpus, tokenizer, training, measurement, text, saving, opening again; all under `folder`."""
     began = time.perf_counter()
+    if model:
+        open_checkpoint(model)  # what cannot be opened is refused before anything is written
     train, held_out = write_corpus(folder)
     _say(f"corpus     {train.parent}: the manual of Python {sys.version_info.major}.{sys.version_info.minor}")
     data = {"train": (Source(files=(str(train),)),), "validation": (Source(files=(str(held_out),)),)}
@@ -95,7 +98,10 @@ def write_corpus(folder: Path) -> tuple[Path, Path]:
     corpus.mkdir(parents=True, exist_ok=True)
     files = corpus / "train.jsonl", corpus / "held_out.jsonl"
     for file, part in zip(files, (whole[cut:], whole[:cut]), strict=True):
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in part), "utf-8")
+        content = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        if file.exists() and file.read_text("utf-8") != content:
+            raise UserError(f"{file} holds something else than the manual of this Python", "Choose another --folder.")
+        file.write_text(content, "utf-8")
     return files
 
 
@@ -141,7 +147,7 @@ def finetuning(folder: Path, checkpoint: str, ignore: tuple[str, ...], data: dic
     """The user's checkpoint, gently."""
     length = min(256, open_checkpoint(checkpoint, ignore=ignore).config.context_length)
     return Recipe(
-        run=str(folder / Path(checkpoint).name),
+        run=str(folder / Path(checkpoint).resolve().name),
         init=checkpoint,
         init_ignore=ignore,
         data=DataConfig(**data, sequence_length=length, batch_size=8),

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from camelid.api import Model, load_params
 from camelid.checkpoint import hf, layout
-from camelid.checkpoint.folder import json_text
+from camelid.checkpoint.folder import check_free, json_text
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.native import RunCheckpoints
@@ -33,7 +33,7 @@ from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, pl
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, check_divides, partition
 from camelid.recipe import Recipe
-from camelid.resume import Data, check_folder, claimed, has_begun
+from camelid.resume import Data, check_folder, claimed, has_begun, record
 from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
@@ -42,7 +42,7 @@ from camelid.train.loop import Callback, train
 from camelid.train.optimizer import learning_rate, make_optimizer
 from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import Trainer
-from camelid.train.trackers import make_tracker
+from camelid.train.trackers import check_installed, make_tracker
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,15 @@ def run(recipe: Recipe) -> Outcome:
 
     Raises UserError for recipes that do not fit the data, the model, the machine or the folder.
     """
-    folder = Path(recipe.run).absolute()
+    folder = Path(recipe.run).resolve()
     check_folder(folder, recipe)
     mesh = make_mesh(recipe.mesh)
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         parts = _prepare(recipe, mesh)
+        check_free(folder / "model", True, {"config.json": None, **parts.companions})
         with (
-            claimed(folder, recipe, parts.files, parts.data),
+            claimed(folder, recipe, parts.data),
             contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
         ):
             return _run(recipe, parts, folder, checkpoints, mesh)
@@ -139,6 +140,8 @@ def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
             "kind = 'preference' is not trained on: that needs a loss that compares the two answers",
             "`camelid data prepare` and `inspect` take it; to imitate the good answers, give them as kind = 'chat'.",
         )
+    for name in recipe.train.trackers:
+        check_installed(name)
     progress = tokenizing() if is_main() else None
     loader = Loader(recipe.data, tokenizer, progress=progress)
     validation = Loader(recipe.data, tokenizer, "validation", progress) if _validates(recipe) else None
@@ -170,6 +173,7 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
     if first > steps:
         raise UserError(f"the run has made {first} steps already, the recipe asks for {steps}", "Ask for more steps.")
 
+    record(folder, recipe, parts.files, parts.data)
     terminal, sinks = Terminal(first, steps), []
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers)
@@ -180,7 +184,7 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
     batches = _batches(recipe, loader, mesh, first, speed)
     tokens = recipe.data.batch_size * recipe.data.sequence_length
 
-    def record(row: dict) -> None:
+    def write(row: dict) -> None:
         for sink in sinks:
             sink.write(row)
 
@@ -188,7 +192,7 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
         if made % recipe.train.log_every and made != steps:
             return
         row = {"step": made} | numbers | speed.read(made, tokens)
-        record(row)
+        write(row)
         if is_main():
             terminal.show(made, row)
 
@@ -196,7 +200,7 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
         assert validation is not None
         with speed.aside():
             loss = _validation_loss(trainer, state.params, validation, recipe, mesh)
-        record({"step": made, "validation_loss": loss})
+        write({"step": made, "validation_loss": loss})
         if is_main():
             terminal.say(f"step {made}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}")
 

@@ -1002,13 +1002,6 @@ FAULTS = (
         "checkpoint/test_files.py::test_layers_of_different_dtypes_lose_nothing",
     ),
     Fault(
-        "a source below its destination is swept away",
-        "checkpoint/opened.py",
-        "and place in file.resolve().parents",
-        "and place == file.resolve()",
-        "checkpoint/test_files.py::test_a_source_below_its_destination_is_not_swept_away",
-    ),
-    Fault(
         "a link to a destination is replaced",
         "checkpoint/folder.py",
         "Path(os.path.realpath(expand_home(destination)))",
@@ -1018,8 +1011,8 @@ FAULTS = (
     Fault(
         "two processes write one destination",
         "checkpoint/folder.py",
-        "locked(temporary, wait=False)",
-        "contextlib.nullcontext(temporary.mkdir(exist_ok=True) or (temporary / LOCK).touch())",
+        "stack.enter_context(locked(temporary, wait=False))",
+        "stack.enter_context(contextlib.nullcontext(temporary.mkdir(exist_ok=True) or (temporary / LOCK).touch()))",
         "checkpoint/test_folder.py::test_one_process_at_a_time_writes_a_destination",
     ),
     Fault(

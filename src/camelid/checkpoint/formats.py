@@ -20,7 +20,7 @@ from camelid.checkpoint import (
     run_folder,
 )
 from camelid.checkpoint.files import JOURNAL, WORKERS, File, json_file, write_files
-from camelid.checkpoint.folder import new_folder
+from camelid.checkpoint.folder import complete_replacement, new_folder
 from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
 from camelid.checkpoint.hub import find
 from camelid.checkpoint.layout import some
@@ -206,6 +206,7 @@ def open_checkpoint(
     place = Path(expand_home(path))
     if not place.exists():
         place = find(path, partial(hf.understood, ignore=ignore))
+    complete_replacement(place if place.is_dir() else place.parent)
     format = format or detect(place)
     if format not in OPEN:
         raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(OPEN)}.")
@@ -289,17 +290,26 @@ def write_checkpoint(
     progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int = WORKERS,
 ) -> tuple[str, ...]:
-    """Writes a folder, or one file where `is_one_file` says so, under a temporary name until it is whole.
+    """Writes a folder, or one file where `is_one_file` says so, under a temporary name until it is complete.
+
+    With `overwrite`, the files of a checkpoint that is there are replaced then, and other files are left alone.
 
     With `resume`, goes on where an earlier process was killed that wrote the same from the same `source`. Returns notes
     for users on what the format cannot hold.
     """
-    files, companions, new = files_of(saving, format), saving.companions, new_folder
+    files, companions = files_of(saving, format), saving.companions
     notes = tuple(note for file in files for note in file.notes)
-    if is_one_file(destination, format):
-        files, companions, new = [replace(files[0], name=destination.resolve().name)], (), new_file
+    if one_file := is_one_file(destination, format):
+        files, companions = [replace(files[0], name=destination.resolve().name)], ()
     need = sum(file.size for file in files) + sum(file.stat().st_size for file in companions)
-    with new(destination, need, overwrite, JOURNAL if resume else "") as folder:
+    journal = JOURNAL if resume else ""
+    names = {file.name: None for file in files} | {file.name: file for file in companions}
+    new = (
+        new_file(destination, need, overwrite, journal)
+        if one_file
+        else (new_folder(destination, need, overwrite, journal, names))
+    )
+    with new as folder:
         # Before the journal is done with, so that a process that is killed here can be resumed too.
         copy_companions(companions, folder)
         write_files(folder, files, source=f"{format} {source}", progress=progress, workers=workers)

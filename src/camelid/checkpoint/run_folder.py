@@ -9,6 +9,7 @@ Parameters have our own names and axes there, all layers of one in one array; Ad
 from pathlib import Path
 
 from camelid.checkpoint import hf, native
+from camelid.checkpoint.folder import complete_replacement
 from camelid.checkpoint.layout import Row, Table, check, table
 from camelid.checkpoint.opened import Checkpoint, Training
 from camelid.errors import UserError
@@ -40,9 +41,10 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     if not (run / RECIPE).is_file():
         raise UserError(f"{path} is not the folder of a run", "Give the folder that holds recipe.toml.")
     steps = run / STEPS
-    if step is None and steps.is_dir():
+    if step is None:
         step = native.newest(steps)
     if step is None:
+        complete_replacement(run / MODEL)
         if not hf.looks(run / MODEL):
             raise UserError(
                 f"{run} has no complete checkpoint yet", "Its recipe says after how many steps one is made."
@@ -67,4 +69,4 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
 
 
 def _is_step(path: Path) -> bool:
-    return path.parent.name == STEPS and path.name.isdigit()
+    return path.parent.name == STEPS and native.is_step(path.name)

@@ -92,7 +92,7 @@ def convert(
         check: read all of SOURCE, report, and write nothing
         verify: open the result again, and compare every tensor and the logits of a text
         resume: go on where the same command was killed, and keep what is done if it is interrupted
-        overwrite: replace the destination
+        overwrite: replace the checkpoint in the destination; all other files there are left alone
         without_tokenizer: leave the tokenizer out, for example one that a GGUF file cannot hold
     """
     from camelid.checkpoint.convert import convert
@@ -332,7 +332,7 @@ def delta_make(
         kind: exact: bit by bit; sum: numbers, rounded, as published deltas are; lora: the nearest PEFT adapter
         rank: of the adapter
         config: what both models are, where their files do not say: a preset, or a config.json
-        overwrite: replace the destination
+        overwrite: replace the checkpoint in the destination; all other files there are left alone
     """
     from camelid.checkpoint.delta import make
 
@@ -374,7 +374,7 @@ def delta_apply(
         to: format that is written
         summed: DELTA is an ordinary checkpoint whose values are differences
         config: what BASE is, where its files do not say: a preset, or a config.json
-        overwrite: replace the destination
+        overwrite: replace the checkpoint in the destination; all other files there are left alone
     """
     from camelid.checkpoint.delta import apply
 
