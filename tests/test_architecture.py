@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "describe": "checkpoint model parallel",
     "recipe": "*",
     "resume": "recipe parallel locks",
+    "parts": "*",
     "run": "*",
     "demo": "*",
     "cli": "*",

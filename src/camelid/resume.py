@@ -1,7 +1,9 @@
 """The folder of a run: one process trains in it at a time, and only by the recipe that began it."""
 
 import contextlib
+import dataclasses
 import json
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,17 +17,35 @@ from camelid.recipe import Recipe, structure, write_recipe
 FREE = {
     f"train.{name}"
     for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
-} | {"data.workers", "data.prepare_workers", "data.cache"}
-"""what may change when a run goes on; steps may only grow, and the mesh may be any"""
+} | {"data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
+"""The fields that may change when a run goes on, beside the mesh. Steps that were made already cannot be taken back."""
 
 
 DATA = "data.json"
-"""the file that says of what the batches were made"""
+"""The file that describes what the batches were made of."""
 
 
 def has_begun(folder: Path) -> bool:
     """Whether a run has checkpoints to go on from."""
     return any(file.name.isdigit() for file in folder.glob("checkpoints/*"))
+
+
+def kept_recipe(folder: Path) -> Recipe | None:
+    """The recipe of a run that has checkpoints; None for a run that has none yet."""
+    kept = folder / "recipe.toml"
+    return structure(tomllib.loads(kept.read_text("utf-8"))) if kept.is_file() and has_begun(folder) else None
+
+
+def with_schedule(recipe: Recipe, kept: Recipe | None) -> Recipe:
+    """The recipe with the `decay_steps` that the run began with, unless it says its own; None where it is train.steps.
+
+    So a run that is asked for more steps keeps its learning rates.
+    """
+    steps = recipe.optimizer.decay_steps
+    if steps is None and kept is not None:
+        steps = kept.optimizer.decay_steps or kept.train.steps
+    optimizer = dataclasses.replace(recipe.optimizer, decay_steps=None if steps == recipe.train.steps else steps)
+    return dataclasses.replace(recipe, optimizer=optimizer)
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
@@ -37,7 +57,8 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise UserError(f"{folder} holds something else than a run", "Choose another folder with --run.")
         return
-    if has_begun(folder) and (changed := _changed(kept.read_text("utf-8"), write_recipe(recipe))):
+    before = kept_recipe(folder)
+    if before is not None and (changed := _changed(write_recipe(before), write_recipe(recipe))):
         raise UserError(
             f"{folder} holds a run with another recipe: {changed}",
             "Choose another --run, or start with the recipe that the folder keeps.",
@@ -45,14 +66,14 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 
 Data = Mapping[str, Sequence[Mapping[str, Any]]]
-"""by split: of each store that it is read from, the `fingerprint`, and the hashes of its `sources`"""
+"""by split: of each store that it is read from, its `folder`, `fingerprint`, and the hashes of its `sources`"""
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data) -> Iterator[None]:
-    """The run's folder, locked, with this recipe and these files in it.
+def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
+    """The run's folder, locked; nothing else in it is changed.
 
-    Raises UserError where another process has it, or the run has begun with other data.
+    Raises UserError where another process has it, or the run has begun with another recipe or other data.
     """
     if not is_main():
         wait_for_all("run folder")
@@ -64,14 +85,35 @@ def claimed(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data
         except BlockingIOError as error:
             raise UserError(f"another process trains in {folder}", "Wait for it, or choose another --run.") from error
         check_folder(folder, recipe)
-        if has_begun(folder) and (folder / DATA).is_file():
-            _check_data(folder, json.loads((folder / DATA).read_text("utf-8")), data)
+        if has_begun(folder) and (kept := kept_data(folder)) is not None:
+            _check_data(folder, kept, data)
+        wait_for_all("run folder")
+        yield
+
+
+def keep(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data) -> None:
+    """Writes the recipe, these files, and what the run is trained on into its folder."""
+    if is_main():
         # The recipe first: it is what tells this folder from one of something else.
         about = {"recipe.toml": write_recipe(recipe).encode(), DATA: (json.dumps(data, indent=1) + "\n").encode()}
         for name, content in {**about, **files}.items():
             _write(folder / name, content)
-        wait_for_all("run folder")
-        yield
+
+
+def kept_data(folder: Path) -> Data | None:
+    """What a run is trained on; None for a run of an older camelid, which did not write it."""
+    return json.loads((folder / DATA).read_text("utf-8")) if (folder / DATA).is_file() else None
+
+
+def new_aside(folder: Path) -> Path:
+    """A new folder, set_aside_1 or the next one, in that of a run; it holds a copy of metrics.jsonl."""
+    number = 1
+    while (aside := folder / f"set_aside_{number}").exists():
+        number += 1
+    aside.mkdir()
+    if (folder / "metrics.jsonl").exists():
+        shutil.copyfile(folder / "metrics.jsonl", aside / "metrics.jsonl")
+    return aside
 
 
 def _check_data(folder: Path, before: Data, now: Data) -> None:
@@ -95,8 +137,6 @@ def _write(path: Path, content: bytes) -> None:
 
 def _changed(kept: str, new: str) -> str | None:
     """The first field in which two recipes differ, other than those that may change."""
-    # Read and written again, the kept one has the fields that came to recipes after it.
-    kept = write_recipe(structure(tomllib.loads(kept)))
     old_fields, new_fields = (_flat(tomllib.loads(text)) for text in (kept, new))
     for field in sorted(old_fields.keys() | new_fields.keys()):
         before, now = old_fields.get(field), new_fields.get(field)

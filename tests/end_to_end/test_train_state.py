@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import camelid
+import camelid.parts
 import camelid.run
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.formats import open_checkpoint
@@ -190,7 +191,7 @@ def test_a_recipe_goes_on_from_the_step_of_a_train_state_on_any_mesh(
 
     # The seventh step is that of the seventh batch, with these moments.
     whole = recipe(table)
-    parts = camelid.run._prepare(whole, one_device())
+    parts = camelid.parts.prepare(whole, one_device())
     assert parts.source is not None
     state = from_checkpoint(parts.source, parts.source.training, parts.trainer, one_device())
     _, seventh = trained(parts.trainer, state, iter([vars(parts.loader.batch(6))]), 1)

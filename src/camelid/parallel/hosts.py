@@ -50,6 +50,13 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def any_true(value: bool) -> bool:
+    """Whether the value is true in any process; every process calls this."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
 def batch_ways(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are cut."""
     return math.prod(mesh.shape[axis] for axis in COMPUTE["batch"])
