@@ -115,6 +115,15 @@ def tensor_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return tensors
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is in every file in and below a folder, by name; of a link, where it leads."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_symlink() or file.is_file()]
+    return {
+        str(file.relative_to(folder)): os.fsencode(file.readlink()) if file.is_symlink() else file.read_bytes()
+        for file in files
+    }
+
+
 # Commands --------------------------------------------------------------------------------
 
 

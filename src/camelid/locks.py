@@ -1,13 +1,35 @@
-"""Folders that one process holds at a time."""
+"""Folders that one process holds at a time, and where they are while they are made."""
 
 import contextlib
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 LOCK = ".lock"
+LONGEST_NAME = 255  # bytes, on all usual file systems
+
+
+def unfinished(folder: Path) -> Path:
+    """The hidden folder beside another one in which its contents are made."""
+    name = f".{folder.name}.incomplete"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(folder.name)).hexdigest()}.incomplete"
+    return folder.with_name(name)
+
+
+@contextlib.contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """Removes this folder and those above it at the end, if they did not exist at the beginning and are empty."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for place in missing:
+                place.rmdir()
 
 
 @contextlib.contextmanager

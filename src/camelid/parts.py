@@ -27,6 +27,7 @@ from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, check_vocabulary, l
 from camelid.train.loggers import tokenizing
 from camelid.train.optimizer import learning_rate, make_optimizer
 from camelid.train.step import Trainer
+from camelid.train.trackers import check_installed
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def prepare(recipe: Recipe, mesh: Mesh) -> Parts:
             "kind = 'preference' is not trained on: that needs a loss that compares the two answers",
             "`camelid data prepare` and `inspect` take it; to imitate the good answers, give them as kind = 'chat'.",
         )
+    for name in recipe.train.trackers:
+        check_installed(name)
     progress = tokenizing() if is_main() else None
     stores, gone = _kept_stores(recipe, tokenizer) if begun else ({}, None)
     notes = () if source is None else source.notes

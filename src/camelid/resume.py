@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from camelid.errors import UserError
-from camelid.locks import locked
+from camelid.locks import LOCK, locked, no_empty_folders
 from camelid.parallel.hosts import is_main, wait_for_all
 from camelid.recipe import Recipe, structure, write_recipe
 
@@ -27,7 +27,7 @@ DATA = "data.json"
 
 def has_begun(folder: Path) -> bool:
     """Whether a run has checkpoints to go on from."""
-    return any(file.name.isdigit() for file in folder.glob("checkpoints/*"))
+    return any(file.name.isascii() and file.name.isdigit() and file.is_dir() for file in folder.glob("checkpoints/*"))
 
 
 def kept_recipe(folder: Path) -> Recipe | None:
@@ -71,7 +71,7 @@ Data = Mapping[str, Sequence[Mapping[str, Any]]]
 
 @contextlib.contextmanager
 def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
-    """The run's folder, locked; nothing else in it is changed.
+    """The run's folder, locked. Nothing else is written until `record` is called, and nothing is left if it never is.
 
     Raises UserError where another process has it, or the run has begun with another recipe or other data.
     """
@@ -80,24 +80,17 @@ def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
+        stack.enter_context(no_empty_folders(folder))
         try:
             stack.enter_context(locked(folder, wait=False))
         except BlockingIOError as error:
             raise UserError(f"another process trains in {folder}", "Wait for it, or choose another --run.") from error
+        stack.callback(_remove_lock_alone, folder)
         check_folder(folder, recipe)
         if has_begun(folder) and (kept := kept_data(folder)) is not None:
             _check_data(folder, kept, data)
         wait_for_all("run folder")
         yield
-
-
-def keep(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data) -> None:
-    """Writes the recipe, these files, and what the run is trained on into its folder."""
-    if is_main():
-        # The recipe first: it is what tells this folder from one of something else.
-        about = {"recipe.toml": write_recipe(recipe).encode(), DATA: (json.dumps(data, indent=1) + "\n").encode()}
-        for name, content in {**about, **files}.items():
-            _write(folder / name, content)
 
 
 def kept_data(folder: Path) -> Data | None:
@@ -114,6 +107,27 @@ def new_aside(folder: Path) -> Path:
     if (folder / "metrics.jsonl").exists():
         shutil.copyfile(folder / "metrics.jsonl", aside / "metrics.jsonl")
     return aside
+
+
+def record(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data) -> None:
+    """Writes what a run is into its folder, once nothing can refuse it any more.
+
+    Files of a run that has begun are not written again: they are the same, or were changed by the user.
+    """
+    if not is_main():
+        return
+    kept = {name for name in files if has_begun(folder) and (folder / name).exists()}
+    # The recipe first: it distinguishes the folder of a run from others.
+    about = {"recipe.toml": write_recipe(recipe).encode(), DATA: (json.dumps(data, indent=1) + "\n").encode()}
+    for name, content in {**about, **files}.items():
+        if name not in kept:
+            _write(folder / name, content)
+
+
+def _remove_lock_alone(folder: Path) -> None:
+    """Removes the lock from a folder that has nothing else in it."""
+    if [file.name for file in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
 
 
 def _check_data(folder: Path, before: Data, now: Data) -> None:

@@ -17,9 +17,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from camelid.api import Model, load_params
 from camelid.checkpoint import layout
+from camelid.checkpoint.folder import check_free
 from camelid.checkpoint.integrity import described, survey
-from camelid.checkpoint.native import RunCheckpoints, steps_in
+from camelid.checkpoint.native import RunCheckpoints
 from camelid.checkpoint.opened import Checkpoint, Training
+from camelid.checkpoint.stored import steps_in
 from camelid.checkpoint.tensors import Tensor
 from camelid.data.batch import Batch
 from camelid.data.loader import Loader, prefetched
@@ -27,12 +29,12 @@ from camelid.errors import UserError
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import count_parameters, peak_flops, training_flops
 from camelid.model.params import build, initialize, named
-from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, place, to_host
+from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, place, to_host, wait_for_all
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.parts import Parts, prepare
 from camelid.recipe import Recipe
-from camelid.resume import check_folder, claimed, has_begun, keep, kept_recipe, new_aside, with_schedule
+from camelid.resume import check_folder, claimed, kept_recipe, new_aside, record, with_schedule
 from camelid.text.tokenizer import CHAT_TEMPLATE
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.loop import Callback, train
@@ -62,7 +64,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     Raises UserError for recipes that do not fit the data, the model, the machine or the folder, for a checkpoint that
     is damaged, and where a loss or a gradient becomes infinite or NaN. Nothing is written before training can begin.
     """
-    folder = Path(recipe.run).absolute()
+    folder = Path(recipe.run).resolve()
     kept = kept_recipe(folder)
     recipe = with_schedule(recipe, kept)
     check_folder(folder, recipe)
@@ -70,17 +72,17 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         parts = prepare(recipe, mesh)
-        with claimed(folder, recipe, parts.data):
+        check_free(folder / "model", True, {"config.json": None, **parts.companions})
+        with (
+            claimed(folder, recipe, parts.data),
+            contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
+        ):
             resumed = _step_to_resume(folder, recipe, from_step)
-            if resumed is None:
-                keep(folder, recipe, parts.files, parts.data)
-            with contextlib.closing(_checkpoints(folder, recipe)) as checkpoints:
-                start = Start(_state(recipe, parts, checkpoints, resumed, mesh), resumed, kept)
-                if resumed is not None:
-                    aside = None if from_step is None else _set_later_aside(folder, checkpoints, from_step)
-                    start = replace(start, aside=aside)
-                    keep(folder, recipe, parts.files, parts.data)
-                return _run(recipe, parts, folder, checkpoints, mesh, start)
+            start = Start(_state(recipe, parts, checkpoints, resumed, mesh), resumed, kept)
+            if from_step is not None:
+                start = replace(start, aside=_set_later_aside(folder, from_step))
+            record(folder, recipe, parts.files, parts.data)
+            return _run(recipe, parts, folder, checkpoints, mesh, start)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Start:
 
 def _step_to_resume(folder: Path, recipe: Recipe, from_step: int | None) -> int | None:
     """The step of the checkpoint that training goes on from; None for a run that begins."""
-    steps = sorted(steps_in(folder / "checkpoints")) if has_begun(folder) else []
+    steps = steps_in(folder / "checkpoints")
     if from_step is not None and from_step not in steps:
         have = f"It has checkpoints of steps {', '.join(map(str, steps))}." if steps else "It has no checkpoints yet."
         raise UserError(f"{folder} has no checkpoint of step {from_step}", have)
@@ -112,15 +114,15 @@ def _step_to_resume(folder: Path, recipe: Recipe, from_step: int | None) -> int 
     return first
 
 
-def _set_later_aside(folder: Path, checkpoints: RunCheckpoints, step: int) -> Path | None:
+def _set_later_aside(folder: Path, step: int) -> Path | None:
     """Moves the checkpoints of later steps to a new folder, and returns that; every process calls this."""
     steps = folder / "checkpoints"
-    later = sorted((other for other in steps_in(steps) if other > step), reverse=True) if is_main() else []
+    later = [other for other in steps_in(steps) if other > step] if is_main() else []
     aside = new_aside(folder) if later else None
-    for other in later:
+    for other in reversed(later):
         assert aside is not None
         (steps / str(other)).rename(aside / str(other))
-    checkpoints.reload()
+    wait_for_all("later checkpoints are set aside")
     return aside
 
 
@@ -139,7 +141,7 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
     batches = _batches(recipe, loader, mesh, first, speed)
     tokens = recipe.data.batch_size * recipe.data.sequence_length
 
-    def record(row: dict) -> None:
+    def write(row: dict) -> None:
         for sink in sinks:
             sink.write(row)
 
@@ -149,7 +151,7 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
         if finite and made % recipe.train.log_every and made != steps:
             return
         row = {"step": made} | numbers | speed.read(made, tokens)
-        record(row)
+        write(row)
         if is_main():
             terminal.show(made, row)
         if not finite:
@@ -159,7 +161,7 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
         assert validation is not None
         with speed.aside():
             loss = _validation_loss(trainer, state.params, validation, recipe, mesh)
-        record({"step": made, "validation_loss": loss})
+        write({"step": made, "validation_loss": loss})
         if not math.isfinite(loss):
             raise UserError(f"after step {made} the validation loss is {loss}", checkpoints.way_on())
         if is_main():

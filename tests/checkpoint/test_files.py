@@ -24,6 +24,7 @@ from camelid.checkpoint.files import JOURNAL, MANIFEST, File, Later, Segment, se
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.tensors import Planned
 from camelid.errors import UserError
+from runs import contents
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
 
 CONFIG = tiny_config(head_dim=8, vocab_size=96)
@@ -285,14 +286,14 @@ def test_more_files_than_a_process_may_open_are_written(model: Path, tmp_path: P
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 10
 
 
-def test_a_source_below_its_destination_is_not_swept_away(model: Path, tmp_path: Path):
+def test_a_source_below_its_destination_stays(model: Path, tmp_path: Path):
     """Meta's files in the folder of Hugging Face's: llama/original."""
     convert(model, tmp_path / "llama")
     convert(model, tmp_path / "llama" / "original", to="meta")
-    with pytest.raises(UserError, match="which would be replaced"):
-        convert(tmp_path / "llama" / "original", tmp_path / "llama", overwrite=True)
-    assert (tmp_path / "llama" / "original" / "consolidated.00.pth").is_file()
+    original = contents(tmp_path / "llama" / "original")
+    convert(tmp_path / "llama" / "original", tmp_path / "llama", overwrite=True)
     convert(tmp_path / "llama", tmp_path / "llama", dtype="float16", overwrite=True)  # itself may be
+    assert contents(tmp_path / "llama" / "original") == original
     assert {dtype.name for dtype in open_checkpoint(tmp_path / "llama").dtypes.values()} == {"float16"}
 
 

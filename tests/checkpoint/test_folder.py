@@ -53,7 +53,8 @@ def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def entries(folder: Path) -> set[str]:
-    return {file.name for file in folder.iterdir()}
+    """The names in a folder, other than that of the manifest, which every checkpoint has."""
+    return {file.name for file in folder.iterdir()} - {MANIFEST}
 
 
 # What goes wrong while it is written -----------------------------------------------------
@@ -139,7 +140,7 @@ def test_an_existing_destination_is_refused_and_stays(model: Path, tmp_path: Pat
         assert (out if kind == "file" else out / "notes.txt").read_text() == "mine"
 
 
-def test_overwriting_replaces_the_whole_folder_but_only_when_the_new_one_is_whole(model: Path, tmp_path: Path):
+def test_overwriting_replaces_a_checkpoint_but_only_when_the_new_one_is_complete(model: Path, tmp_path: Path):
     out = tmp_path / "out"
     with new_folder(out, 0) as folder:
         (folder / "config.json").write_text("{}")
@@ -161,9 +162,10 @@ def test_a_file_is_never_overwritten_by_a_folder(tmp_path: Path):
 
 
 def test_what_killed_processes_left_is_swept_away(tmp_path: Path):
-    for name in ("out", ".out.incomplete", ".out.replaced"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+    with new_folder(tmp_path / "out", 0) as folder:
+        (folder / "old").write_text("old")
+    (tmp_path / ".out.incomplete").mkdir()
+    (tmp_path / ".out.incomplete" / "config.json").write_text("{}")
     with new_folder(tmp_path / "out", 0, overwrite=True) as folder:
         assert entries(folder) == {LOCK}
         (folder / "new").write_text("new")
@@ -193,15 +195,6 @@ def test_a_link_is_written_where_it_leads(tmp_path: Path, there: bool):
     assert entries(tmp_path) == {"link", "real"}
 
 
-def test_what_a_process_put_aside_before_it_was_killed_comes_back(tmp_path: Path):
-    (tmp_path / ".out.replaced").mkdir()
-    (tmp_path / ".out.replaced" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "out", 0):
-        pass
-    assert entries(tmp_path) == {"out"}
-    assert entries(tmp_path / "out") == {"config.json"}
-
-
 def test_folders_above_the_destination_are_made(model: Path, tmp_path: Path):
     assert called("convert", model, tmp_path / "a" / "b" / "out").returncode == 0
     assert json.loads((tmp_path / "a" / "b" / "out" / "config.json").read_text())["model_type"] == "llama"
@@ -209,11 +202,3 @@ def test_folders_above_the_destination_are_made(model: Path, tmp_path: Path):
 
 def test_a_place_that_cannot_be_written_is_one_line(model: Path):
     assert_refused(called("convert", model, "/proc/nowhere/out"), "/proc/nowhere")
-
-
-def test_overwriting_spares_a_folder_that_is_no_checkpoint(tmp_path):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="something else"), new_folder(tmp_path / "home", 0, overwrite=True):
-        pass
-    assert (tmp_path / "home" / "letter.txt").read_text() == "dear"

@@ -14,7 +14,7 @@ import pytest
 import tensorstore as ts
 from jax.sharding import Mesh
 
-from camelid.checkpoint import hf, native, run_folder
+from camelid.checkpoint import hf, run_folder, stored
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.formats import detect, open_checkpoint, write_checkpoint
@@ -114,11 +114,11 @@ def assert_holds(checkpoint: Checkpoint, state: TrainState, step: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "eight"])
-@pytest.mark.parametrize("chunk", [native.CHUNK, 3000])
+@pytest.mark.parametrize("chunk", [stored.CHUNK, 3000])
 def test_what_a_run_saved_is_read_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, mesh: MeshConfig | None, chunk: int
 ):
-    monkeypatch.setattr(native, "CHUNK", chunk)
+    monkeypatch.setattr(stored, "CHUNK", chunk)
     devices = one_device() if mesh is None else make_mesh(mesh)
     # What a URL would read otherwise than a path.
     folder = run_of(tmp_path / "a run #2%20?", 3, dtype=dtype, mesh=devices)
@@ -127,7 +127,7 @@ def test_what_a_run_saved_is_read_to_the_bit(
     assert_holds(checkpoint, state_of(3, devices, dtype=dtype), 3)
     assert [file.name for file in checkpoint.companions] == ["tokenizer_config.json"]
     for tensor in checkpoint.tensors.values():
-        assert isinstance(tensor, native.Stored)
+        assert isinstance(tensor, stored.Stored)
         cut = tensor.store.chunk_layout.read_chunk.shape
         assert np.prod(cut) * tensor.dtype.itemsize <= chunk, "more than a slice needs is in memory"
         assert cut[0] == 1 or not tensor.name.startswith("params.layers."), "a layer is read with its neighbours"

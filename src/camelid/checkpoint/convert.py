@@ -6,7 +6,7 @@ from pathlib import Path
 
 from camelid.checkpoint.formats import TRAIN_STATE, open_checkpoint, write_checkpoint
 from camelid.checkpoint.layout import from_tensors
-from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving, refuse_within
+from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.config import ModelConfig
 
@@ -36,8 +36,6 @@ def convert(
     dtypes = checkpoint.dtypes
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, dtype_named(dtype))
-    if overwrite:
-        refuse_within(Path(destination), checkpoint)
     saving = Saving(
         checkpoint.config,
         dtypes,

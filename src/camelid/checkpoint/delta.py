@@ -24,7 +24,7 @@ from camelid.checkpoint.folder import new_folder, read_json, write_json
 from camelid.checkpoint.formats import files_of, open_checkpoint, write_checkpoint
 from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.layout import Index, Source, cuts
-from camelid.checkpoint.opened import Checkpoint, Saving, companions_in, copy_companions, refuse_within
+from camelid.checkpoint.opened import Checkpoint, Saving, companions_in, copy_companions
 from camelid.checkpoint.peft import (
     Adapter,
     Computed,
@@ -84,8 +84,6 @@ def make(
             f"kind = {kind} with rank = {rank}", "The kind lora takes a rank of 1 or more, others take none."
         )
     one, other = (open_checkpoint(path, config=config) for path in (base, tuned))
-    if overwrite:
-        refuse_within(Path(destination), one, other)
     if kind == "exact":
         return _make_exact(one, other, Path(destination), overwrite, progress)
     _check_same(one, other)
@@ -130,8 +128,6 @@ def apply(
         exact = _open_exact(folder, one)
         progress = partial(_after, exact.check(progress), progress)
         saving = Saving(exact.config, exact.dtypes, exact.source, companions_in(folder) or one.companions)
-    if overwrite:
-        refuse_within(Path(destination), one)
     write_checkpoint(Path(destination), saving, to, overwrite=overwrite, progress=progress)
     return notes
 
@@ -162,7 +158,7 @@ def _kind(folder: Path) -> str:
 def _name_of(base: str | Path) -> str:
     """How an adapter names its base: a path that holds anywhere on this machine, or a Hub name."""
     path = Path(str(base).removeprefix("hf::")).expanduser()
-    return str(path.absolute()) if path.exists() else str(base).removeprefix("hf::")
+    return str(path.resolve()) if path.exists() else str(base).removeprefix("hf::")
 
 
 def _write(
@@ -174,7 +170,8 @@ def _write(
     then: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes a folder with the files that go with `tuned`; `then` adds what is known when they are written."""
-    with new_folder(destination, sum(file.size for file in files), overwrite) as folder:
+    names = {file.name: None for file in files} | {file.name: file for file in tuned.companions}
+    with new_folder(destination, sum(file.size for file in files), overwrite, expected=names) as folder:
         write_files(folder, files, progress=progress)
         copy_companions(tuned.companions, folder)
         then(folder)

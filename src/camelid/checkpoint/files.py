@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from camelid.checkpoint.folder import json_text, read_json, write_json
+from camelid.checkpoint.replacing import MANIFEST
 from camelid.checkpoint.tensors import CHUNK, Planned
 from camelid.errors import UserError
 
 WORKERS = 4  # tensors at once: while one waits for the disk, another is transposed
 JOURNAL = ".journal"
-MANIFEST = "camelid_manifest.json"
 AGAIN = "Copy the files again, or convert once more."
 
 Chunks = Iterable[np.ndarray | bytes]

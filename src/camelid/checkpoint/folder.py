@@ -1,58 +1,73 @@
-"""A folder that appears whole or not at all, and the JSON in it."""
+"""A folder that is written completely or not at all, and the JSON in it."""
 
 import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from camelid.checkpoint.replacing import RECORD, add_to_manifest, complete, files_in, refuse_foreign, replace_files
 from camelid.errors import UserError
-from camelid.locks import LOCK, locked
+from camelid.locks import LOCK, locked, no_empty_folders, unfinished
 
 
 @contextlib.contextmanager
-def new_folder(destination: Path, need_bytes: int, overwrite: bool = False, resume: str = "") -> Iterator[Path]:
+def new_folder(
+    destination: Path,
+    need_bytes: int,
+    overwrite: bool = False,
+    resume: str = "",
+    expected: Mapping[str, Path | None] | None = None,
+) -> Iterator[Path]:
     """A temporary folder beside `destination` that takes its name when the block ends, and is removed when it fails.
 
-    With `resume`, the name of a file, it stays when it fails; so does what an earlier process left that holds the file.
-    A link is written where it leads. Raises UserError where the destination exists and may not be replaced, where
-    another process is writing it, or where the disk lacks `need_bytes`.
+    With `overwrite`, its files replace those of a checkpoint in `destination`, and all other files there are left
+    alone; `expected` has the names of files that will be written, and their contents where these exist, so that what
+    is in the way is found early. With `resume`, the name of a file, the temporary folder stays when the block fails,
+    and is used again if the file is in it. If the destination is a symbolic link, the folder that it points to is
+    written. Raises UserError if the destination exists and may not be replaced, if another process is writing it, or
+    if the disk lacks `need_bytes`.
     """
     destination = Path(os.path.realpath(destination))
-    temporary, old = (destination.parent / f".{destination.name}.{word}" for word in ("incomplete", "replaced"))
-    _check_free(destination, overwrite)  # before anything is made; and once more when nobody else can make it
+    temporary = unfinished(destination)
+    check_free(destination, overwrite, expected or {})  # before anything is made
     with contextlib.ExitStack() as stack:
+        stack.enter_context(no_empty_folders(temporary.parent))
         try:
             stack.enter_context(locked(temporary, wait=False))
         except BlockingIOError as error:
             raise UserError(f"another process writes {destination}", "Wait for it, or choose another place.") from error
         try:
-            if old.exists() and not destination.exists():
-                old.rename(destination)  # its process was killed just before the new one took its place
-            _check_free(destination, overwrite)
+            _complete(temporary, destination)
+            check_free(destination, overwrite, expected or {})  # now that no other process can make it
             if not (resume and (temporary / resume).is_file()):
                 _clear(temporary)  # left by a process that was killed
             _check_room(temporary, need_bytes)
             yield temporary
+            replaced = destination.exists()
+            if replaced:
+                check_free(destination, overwrite, {})  # another program may have made it meanwhile
+                replace_files(temporary, destination)
+            else:
+                add_to_manifest(temporary, files_in(temporary))
         except BaseException as error:
-            if not (resume and (temporary / resume).is_file()):
+            if not (resume and (temporary / resume).is_file()) and not (destination / RECORD).is_file():
                 shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"the disk of {destination} is full", "Free some space and run it again.") from error
             raise
-        (temporary / LOCK).unlink()
-        if destination.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            destination.rename(old)
-        temporary.rename(destination)
-        shutil.rmtree(old, ignore_errors=True)
+        if replaced:
+            shutil.rmtree(temporary)
+        else:
+            (temporary / LOCK).unlink()
+            temporary.rename(destination)
 
 
-def _check_free(destination: Path, overwrite: bool) -> None:
-    """Raises UserError where a destination is there and may not be replaced."""
+def check_free(destination: Path, overwrite: bool, expected: Mapping[str, Path | None]) -> None:
+    """Raises UserError if a destination exists and may not be replaced by files of the `expected` names."""
     if not destination.exists():
         return
     if not overwrite:
@@ -61,8 +76,32 @@ def _check_free(destination: Path, overwrite: bool) -> None:
         raise UserError(f"{destination} is a file", "Choose a folder as destination.")
     if (destination / "recipe.toml").is_file():
         raise UserError(f"{destination} is the folder of a run", "Choose another destination.")
-    if any(destination.iterdir()) and not (destination / "config.json").is_file():
-        raise UserError(f"{destination} holds something else than a checkpoint", "Choose another destination.")
+    refuse_foreign(destination, expected)
+
+
+def complete_replacement(folder: Path) -> None:
+    """Completes what a process that was killed left of replacing the files of a folder, if there is anything.
+
+    Raises UserError where another process is doing it, or the new files are gone.
+    """
+    if not (folder / RECORD).is_file():
+        return
+    folder = Path(os.path.realpath(folder))
+    temporary = unfinished(folder)
+    try:
+        with locked(temporary, wait=False):
+            if (folder / RECORD).is_file():
+                complete(temporary, folder)
+            shutil.rmtree(temporary)
+    except BlockingIOError as error:
+        raise UserError(f"another process is replacing the files of {folder}", "Wait for it.") from error
+
+
+def _complete(temporary: Path, destination: Path) -> None:
+    """The same, where what cannot be completed is about to be replaced anyway."""
+    if (destination / RECORD).is_file():
+        with contextlib.suppress(UserError):
+            complete(temporary, destination)
 
 
 def _clear(folder: Path) -> None:

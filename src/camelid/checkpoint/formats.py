@@ -7,7 +7,7 @@ from pathlib import Path
 
 from camelid.checkpoint import easylm, gguf, hf, llama2_jax, llama2c, megatron, meta, mindspore, peft, run_folder
 from camelid.checkpoint.files import JOURNAL, WORKERS, File, json_file, write_files
-from camelid.checkpoint.folder import new_folder
+from camelid.checkpoint.folder import complete_replacement, new_folder
 from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.hub import find
 from camelid.checkpoint.opened import Checkpoint, Saving, copy_companions
@@ -129,6 +129,7 @@ def open_checkpoint(path: str | Path, format: str | None = None, config: ModelCo
     place = Path(path).expanduser()
     if not place.exists():
         place = find(path, hf.understood)
+    complete_replacement(place if place.is_dir() else place.parent)
     format = format or detect(place)
     if format not in OPEN:
         raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(OPEN)}.")
@@ -183,13 +184,16 @@ def write_checkpoint(
     progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int = WORKERS,
 ) -> None:
-    """Writes a folder under a temporary name until it is whole.
+    """Writes a folder under a temporary name until it is complete.
+
+    With `overwrite`, the files of a checkpoint that is there are replaced then, and other files are left alone.
 
     With `resume`, goes on where an earlier process was killed that wrote the same from the same `source`.
     """
     files = files_of(saving, format)
     need = sum(file.size for file in files) + sum(file.stat().st_size for file in saving.companions)
-    with new_folder(destination, need, overwrite, JOURNAL if resume else "") as folder:
+    names = {file.name: None for file in files} | {file.name: file for file in saving.companions}
+    with new_folder(destination, need, overwrite, JOURNAL if resume else "", names) as folder:
         # Before the journal is done with, so that a process that is killed here can be resumed too.
         copy_companions(saving.companions, folder)
         write_files(folder, files, source=f"{format} {source}", progress=progress, workers=workers)

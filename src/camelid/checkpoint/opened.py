@@ -162,15 +162,6 @@ def assumed(what: str, config: ModelConfig, *names: str) -> str:
     return f"{what} does not say everything of a model, and these are assumed: {values}"
 
 
-def refuse_within(destination: Path, *sources: Checkpoint) -> None:
-    """Raises UserError where a source lies in a folder below the destination, which would be replaced as a whole."""
-    place = destination.resolve()
-    for source in sources:
-        for file in source.files:
-            if source.folder.resolve() != place and place in file.resolve().parents:
-                raise UserError(f"{file} lies in {destination}, which would be replaced", "Choose another destination.")
-
-
 def refuse_wide_heads(what: str, config: ModelConfig) -> None:
     """Raises UserError where heads are not as wide as the embedding together, for systems that know no other width."""
     if config.head_dim * config.num_heads != config.embed_dim:

@@ -8,7 +8,8 @@ Parameters have our own names and axes there, all layers of one in one array; Ad
 
 from pathlib import Path
 
-from camelid.checkpoint import hf, native
+from camelid.checkpoint import hf, stored
+from camelid.checkpoint.folder import complete_replacement
 from camelid.checkpoint.layout import Row, Table, check, table
 from camelid.checkpoint.opened import Checkpoint, Training
 from camelid.errors import UserError
@@ -27,22 +28,23 @@ def table_of(config: ModelConfig) -> Table:
 
 def looks(path: Path) -> bool:
     """Whether a folder is a run's, or one of its steps."""
-    path = path.absolute()
+    path = path.resolve()
     return (path / RECIPE).is_file() or (_is_step(path) and (path.parent.parent / RECIPE).is_file())
 
 
 def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a run at its newest complete step, or one of its steps; `config` takes the place of its config.json."""
-    run = path.absolute()
+    run = path.resolve()
     step = int(run.name) if _is_step(run) else None
     if step is not None:
         run = run.parent.parent
     if not (run / RECIPE).is_file():
         raise UserError(f"{path} is not the folder of a run", "Give the folder that holds recipe.toml.")
     steps = run / STEPS
-    if step is None and steps.is_dir():
-        step = native.newest(steps)
     if step is None:
+        step = stored.newest(steps)
+    if step is None:
+        complete_replacement(run / MODEL)
         if not hf.looks(run / MODEL):
             raise UserError(
                 f"{run} has no complete checkpoint yet", "Its recipe says after how many steps one is made."
@@ -55,7 +57,7 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
         )
     described_by = "config.json" if config is None else hf.GIVEN
     config = config or hf.understood(run)
-    arrays = native.open_step(steps, step)
+    arrays = stored.open_step(steps, step)
     rows = table_of(config)
     params, mu, nu = (
         {name.removeprefix(below): array for name, array in arrays.items() if name.startswith(below)}
@@ -67,4 +69,4 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
 
 
 def _is_step(path: Path) -> bool:
-    return path.parent.name == STEPS and path.name.isdigit()
+    return path.parent.name == STEPS and stored.is_step(path.name)

@@ -6,6 +6,7 @@
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,12 +33,14 @@ from camelid.data.store import (
     writing,
 )
 from camelid.errors import UserError
-from camelid.locks import locked
+from camelid.locks import locked, no_empty_folders, unfinished
 from camelid.text.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 2**22  # that are laid end to end at once
-CONTENTS = {MANIFEST, TOKENS, OFFSETS, WEIGHTS, VALIDATION, "plans"}
-"""what goes with a store that is replaced"""
+ARRAYS = f"({MANIFEST}|{TOKENS}|{OFFSETS}|{WEIGHTS})"
+PLAN = r"\.?[^/]+/(\.?manifest\.json(\.incomplete)?|rows\.bin|starts\.bin|lengths\.bin|places\.bin|\.lock)"
+CONTENTS = re.compile(rf"({VALIDATION}/)?({ARRAYS}|plans/{PLAN})")
+"""the files that are replaced with a store"""
 
 
 def prepare(
@@ -64,14 +67,14 @@ def prepare(
     task = Task(tuple(sources), tokenizer, validation_fraction, seed, sequence_length)
     folder = Path(os.path.realpath(folder))
     described = task.describe()
-    work = folder.parent / f".{folder.name}.incomplete"
+    work = unfinished(folder)
     parts = work / f"parts-{fingerprint(described)[:16]}"
     with writing(folder):
         found = _existing(folder, described, overwrite)
     # Parts are left where a process was killed after its store was done.
     if found is not None and not parts.exists():
         return found
-    with writing(folder), locked(work):
+    with no_empty_folders(folder.parent), writing(folder), locked(work):
         try:
             if (found := _existing(folder, described, overwrite)) is None:
                 _make(task, described, work, parts, workers, progress or (lambda done, total: None))
@@ -116,8 +119,12 @@ def _existing(folder: Path, described: dict[str, Any], overwrite: bool) -> Store
     except UserError:
         if not overwrite:
             raise
-    for name in sorted({path.name for path in folder.iterdir()} - CONTENTS):
-        raise UserError(f"{folder} holds {name} beside its store", "Move it away, or choose another folder.")
+    inside = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    if foreign := sorted(name for name in inside if not CONTENTS.fullmatch(name)):
+        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(
+            f"{folder} holds {foreign[0]}{others} beside its store", "Move it away, or choose another folder."
+        )
     return None
 
 

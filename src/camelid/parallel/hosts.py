@@ -51,10 +51,10 @@ def wait_for_all(name: str) -> None:
 
 
 def any_true(value: bool) -> bool:
-    """Whether the value is true in any process; every process calls this."""
+    """Whether the value is true in any of the processes; every process calls this."""
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.process_allgather(np.array(value)).any())
+    return bool(multihost_utils.process_allgather(np.asarray(value)).any())
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -1,18 +1,26 @@
 """Services that follow a run: each is an extra, imported where a recipe asks for it."""
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from camelid.errors import UserError
 
+MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
-def make_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> "TensorBoard | WeightsAndBiases":
-    """The tracker of that name; raises UserError where its extra is not installed."""
+
+def check_installed(name: str) -> None:
+    """Raises UserError where the extra of a tracker is not installed."""
     try:
-        return {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}[name](folder, recipe)
+        importlib.import_module(MODULES[name])
     except ImportError as error:
         raise UserError(f"train.trackers asks for {name}: {error}", f"pip install 'camelid[{name}]'") from error
+
+
+def make_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> "TensorBoard | WeightsAndBiases":
+    """The tracker of that name."""
+    return {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}[name](folder, recipe)
 
 
 class TensorBoard:

@@ -1,0 +1,212 @@
+"""Replaces the files of a checkpoint by those of another one, and leaves every other file of the folder alone.
+
+    .NAME.incomplete/             the new files, all of them written
+    NAME/.camelid_replacing.json  which files are removed, and which new ones are then moved in
+
+While the second one exists, the folder holds neither checkpoint, and config.json is not in it. If the process is killed
+at that point, the next one that opens the folder or writes to it completes the replacement.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from camelid.errors import UserError
+from camelid.locks import LOCK
+
+MANIFEST = "camelid_manifest.json"
+OTHERS = "others"
+"""in the manifest: of files without tensors, the SHA-256 of their contents"""
+RECORD = ".camelid_replacing.json"
+CONFIG = "config.json"
+SHOWN = 3  # names in a message
+
+# The names that camelid writes, for folders of versions whose manifest did not list all files, and of other systems.
+WEIGHTS = """
+    model.safetensors model.safetensors.index.json model-*-of-*.safetensors
+    pytorch_model.bin pytorch_model.bin.index.json pytorch_model-*-of-*.bin
+    consolidated.*.pth params.json streaming_params flax_params streaming_train_state
+    model.ckpt rank_*/model.ckpt rank_*/model.safetensors strategy/ckpt_strategy_rank_*.ckpt
+    latest_checkpointed_iteration.txt iter_*/mp_rank_*/model_optim_rng.pt
+    model.pickle model.bin model.gguf
+    delta.json delta.safetensors adapter_config.json adapter_model.safetensors
+""".split()
+BESIDE_WEIGHTS = """
+    config.json generation_config.json preprocessor_config.json tokenizer.json tokenizer.model tokenizer_config.json
+    special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json
+""".split()
+
+
+# What may be replaced --------------------------------------------------------------------
+
+
+def refuse_foreign(folder: Path, new: Mapping[str, Path | None]) -> None:
+    """Raises UserError if the `new` files cannot replace a checkpoint in a folder without harm to files of others.
+
+    `new` has the contents of each file by its name, or None if they do not exist yet. A file that is not camelid's and
+    has the same name is in the way, unless its contents are the same. So is one with weights: of two checkpoints in
+    one folder, it would be left to each reader which one it takes.
+    """
+    own = owned_files(folder)
+    if own is None:
+        raise UserError(
+            f"{folder} is not a checkpoint that can be replaced; it holds {_listed(os.listdir(folder))}",
+            "Choose another destination, or move these files away.",
+        )
+    foreign = [name for name, content in new.items() if name not in own and _in_the_way(folder / name, content)]
+    foreign += [name for name in _named(folder, WEIGHTS) if name not in own and name not in new]
+    if foreign:
+        raise UserError(
+            f"{folder} holds files that camelid did not write, or that were changed since: {_listed(foreign)}",
+            "Move them away, or choose another destination.",
+        )
+
+
+def owned_files(folder: Path) -> set[str] | None:
+    """The files of a folder that belong to the checkpoint in it, by their names; None if it holds something else.
+
+    The manifest lists them; of files without tensors, those that were changed since are left out. Without a manifest,
+    a folder is a checkpoint if it has weights and a config.json that describes a model.
+    """
+    if (folder / RECORD).is_file():  # what a replacement that could not be completed was about
+        record = _read(folder / RECORD)
+        return {*_strings(record.get("remove")), *_strings(record.get("add")), RECORD}
+    manifest = _read(folder / MANIFEST)
+    weights = _named(folder, WEIGHTS)
+    if not isinstance(tensors := manifest.get("files"), dict):
+        if "model_type" not in _read(folder / CONFIG) or not weights:
+            return None if any(name != LOCK for name in os.listdir(folder)) else set()
+        return {*weights, *_named(folder, BESIDE_WEIGHTS)}
+    if not isinstance(others := manifest.get(OTHERS), dict):
+        return {*tensors, *weights, *_named(folder, BESIDE_WEIGHTS), MANIFEST}
+    unchanged = {name for name, sha256 in others.items() if _digest(folder / name) == sha256}
+    return {*tensors, *unchanged, MANIFEST}
+
+
+def _in_the_way(path: Path, content: Path | None) -> bool:
+    if not os.path.lexists(path):
+        return any(os.path.lexists(above) and not above.is_dir() for above in path.parents)
+    return content is None or _digest(content) != _digest(path)
+
+
+def _named(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """The files of a folder whose names match one of the patterns."""
+    return [str(file.relative_to(folder)) for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()]
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    first = sorted(names)
+    shown = ", ".join(first[:SHOWN])
+    return shown if len(first) <= SHOWN else f"{shown} and {len(first) - SHOWN} more"
+
+
+# Replacing them --------------------------------------------------------------------------
+
+
+def add_to_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Lists the files without tensors in the manifest of a folder."""
+    manifest = _read(folder / MANIFEST)
+    tensors = manifest.setdefault("files", {})
+    others = {name: _digest(folder / name) for name in sorted(names) if name not in tensors and name != MANIFEST}
+    text = json.dumps({"version": 1} | manifest | {OTHERS: others}, indent=2, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n", "utf-8")
+
+
+def files_in(folder: Path) -> list[str]:
+    """The names of all files in and below a folder, but for its lock."""
+    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
+    return sorted(name for name in names if name != LOCK)
+
+
+def replace_files(new: Path, folder: Path) -> None:
+    """Replaces the checkpoint in a folder by the files in the folder `new`, which are moved.
+
+    Raises UserError, with nothing changed, where files of others are in the way. Whoever calls this holds the lock.
+    """
+    names = files_in(new)
+    refuse_foreign(folder, {name: new / name for name in names})
+    own = owned_files(folder) or set()
+    # What is left of them has the same contents, and stays the user's.
+    add = [name for name in names if name in own or not os.path.lexists(folder / name)]
+    add_to_manifest(new, add)
+    add = sorted({*add, MANIFEST})
+    for name in add:
+        _sync(new / name)
+    record = {"remove": sorted(name for name in own if name != RECORD and _inside(folder, name)), "add": add}
+    (new / RECORD).write_text(json.dumps(record), "utf-8")
+    _sync(new / RECORD)
+    (new / RECORD).rename(folder / RECORD)
+    _sync(folder)
+    complete(new, folder)
+
+
+def complete(new: Path, folder: Path) -> None:
+    """Does what the record in a folder says, from wherever a process before was killed.
+
+    Raises UserError where the new files are gone.
+    """
+    record = _read(folder / RECORD)
+    add = sorted(_strings(record.get("add")), key=lambda name: (name == CONFIG, name))
+    waiting = [name for name in add if os.path.lexists(new / name)]
+    if not add or any(name not in waiting and not os.path.lexists(folder / name) for name in add):
+        raise UserError(
+            f"a checkpoint in {folder} was being replaced when the process was killed, and the new files, which were "
+            f"in {new}, are gone",
+            "Write it again with the option to overwrite.",
+        )
+    if len(waiting) == len(add):  # otherwise all old files were removed before
+        for name in sorted(_strings(record.get("remove")), key=lambda name: (name != CONFIG, name)):
+            (folder / name).unlink(missing_ok=True)
+            _remove_empty((folder / name).parent, folder)
+    for name in waiting:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (new / name).rename(folder / name)
+    _sync(folder)
+    (folder / RECORD).unlink()
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a file is there, and really in the folder: a manifest is only a file, and may name anything."""
+    pure = PurePosixPath(name)
+    plain = not pure.is_absolute() and ".." not in pure.parts
+    return plain and os.path.lexists(folder / name) and (folder / name).parent.resolve().is_relative_to(folder)
+
+
+def _remove_empty(below: Path, folder: Path) -> None:
+    """Removes a folder that has become empty, and those above it, up to `folder`."""
+    while below != folder and below.is_dir() and not any(below.iterdir()):
+        below.rmdir()
+        below = below.parent
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str | None:
+    """The SHA-256 of a file's contents; None if it is no file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; an empty one if there is none in it."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    return (each for each in value if isinstance(each, str)) if isinstance(value, list) else iter(())
