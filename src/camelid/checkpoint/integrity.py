@@ -10,6 +10,7 @@ import numpy as np
 from camelid.checkpoint.tensors import INFINITY
 
 UNSIGNED = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+SIGNED = {2: np.dtype(np.int16), 4: np.dtype(np.int32)}
 """by bytes: the integers that have a number's bits"""
 
 
@@ -41,13 +42,18 @@ def checksum(values: np.ndarray) -> int:
 
 
 def count_not_finite(values: np.ndarray) -> int:
-    """How many of contiguous numbers are infinite or NaN; fast where none is."""
-    if not np.issubdtype(values.dtype, np.integer) and values.size:
-        bits = values.reshape(-1).view(UNSIGNED[values.dtype.itemsize])
-        # Compared as integers without their sign, which takes a fraction of the time of isfinite.
-        if np.left_shift(bits, 1).max() >= 2 * INFINITY.get(values.dtype, 0x7F800000):
-            return int(np.count_nonzero(~np.isfinite(values)))
-    return 0
+    """How many of some numbers are infinite or NaN."""
+    if np.issubdtype(values.dtype, np.integer):
+        return 0
+    size = values.dtype.itemsize
+    infinity, sign = INFINITY.get(values.dtype, 0x7F800000), 1 << (8 * size - 1)
+    # The bits of infinities and NaN are the largest integers of either sign; isfinite takes several times as long.
+    if (
+        values.view(SIGNED[size]).max(initial=0) < infinity
+        and values.view(UNSIGNED[size]).max(initial=0) < infinity | sign
+    ):
+        return 0
+    return int(np.count_nonzero(~np.isfinite(values)))
 
 
 def described(counts: Mapping[str, int], most: int = 3) -> str:

@@ -75,6 +75,7 @@ class RunCheckpoints:
             )
         with _full_disk_told(self._folder):
             self._settle()  # also, what is still being written is not yet missing from the free space
+            manager = self._manager
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             if (free := shutil.disk_usage(self._folder).free) < need:
                 raise UserError(
@@ -82,7 +83,7 @@ class RunCheckpoints:
                     MORE_SPACE,
                 )
             args = ocp.args.StandardSave(state, jax.tree.map_with_path(how_cut, state))
-            self._manager.save(step, args=args, custom_metadata={CHECKSUMS: checksums})
+            manager.save(step, args=args, custom_metadata={CHECKSUMS: checksums})
             self._written = step, outline(state)
 
     def _settle(self) -> None:
