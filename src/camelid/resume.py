@@ -17,8 +17,8 @@ from camelid.recipe import Recipe, structure, write_recipe
 FREE = {
     f"train.{name}"
     for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
-} | {"data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
-"""The fields that may change when a run goes on, beside the mesh. Steps that were made already cannot be taken back."""
+} | {"run", "data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
+"""The fields that may change when a run goes on, beside the mesh. A folder may have been moved since."""
 
 
 DATA = "data.json"

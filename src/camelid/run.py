@@ -76,13 +76,14 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
         with (
             claimed(folder, recipe, parts.data),
             contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
+            contextlib.ExitStack() as ending,
         ):
             resumed = _step_to_resume(folder, recipe, from_step)
             start = Start(_state(recipe, parts, checkpoints, resumed, mesh), resumed, kept)
             if from_step is not None:
                 start = replace(start, aside=_set_later_aside(folder, from_step))
             record(folder, recipe, parts.files, parts.data)
-            return _run(recipe, parts, folder, checkpoints, mesh, start)
+            return _run(recipe, parts, folder, checkpoints, mesh, start, ending)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,15 @@ def _set_later_aside(folder: Path, step: int) -> Path | None:
     return aside
 
 
-def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints, mesh: Mesh, start: Start) -> Outcome:
+def _run(
+    recipe: Recipe,
+    parts: Parts,
+    folder: Path,
+    checkpoints: RunCheckpoints,
+    mesh: Mesh,
+    start: Start,
+    ending: contextlib.ExitStack,
+) -> Outcome:
     config, loader, validation, trainer = parts.config, parts.loader, parts.validation, parts.trainer
     state, steps = start.state, recipe.train.steps
     first = int(state.step)
@@ -135,6 +144,8 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers)
         sinks = [MetricsFile(folder / "metrics.jsonl", start.resumed or 0), *trackers]
+        for sink in sinks:
+            ending.callback(sink.close)
         _introduce(terminal, recipe, parts, mesh, first, start)
     step = _compile(trainer, state, recipe, mesh, terminal) if first < steps else trainer.step
     speed = Speed(first, steps, training_flops(config, recipe.data.sequence_length), _peak())
@@ -178,9 +189,7 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
         callbacks.insert(0, Callback(recipe.train.evaluate_every or steps, validate, at_end=True))
         if start.resumed is None:
             validate(first, state)
-    with StopSignal() as stop, contextlib.closing(terminal), contextlib.ExitStack() as ending:
-        for sink in sinks:
-            ending.callback(sink.close)
+    with StopSignal() as stop, contextlib.closing(terminal):
         made, state = train(step, state, batches, report, callbacks, stop)
     checkpoints.wait()
     companions = parts.companions | ({} if parts.chat_template is None else {CHAT_TEMPLATE: folder / CHAT_TEMPLATE})

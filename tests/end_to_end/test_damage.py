@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import camelid.run
+from camelid.checkpoint.stored import open_arrays
 from camelid.parallel.mesh import one_device
 from camelid.train.loggers import read_metrics
 from runs import assert_refused, called, losses, recipe, tensor_bytes, tiny_run, write_recipe_file
@@ -59,9 +61,10 @@ def largest(step: Path) -> Path:
 
 
 def flip(step: Path) -> None:
-    content = bytearray(largest(step).read_bytes())
-    content[len(content) // 2] ^= 1
-    largest(step).write_bytes(content)
+    """The last bit of a parameter, in files that TensorStore finds to be whole."""
+    store = open_arrays(step)["params.layers.mlp.up_proj"].store
+    value = np.atleast_1d(store[1, 2, 3].read().result())
+    store[1, 2, 3].write((value.view(np.uint32) ^ 1).view(np.float32)[0]).result()
 
 
 def truncate(step: Path) -> None:

@@ -32,6 +32,12 @@ def diverging(folder: Path, **fields: Any) -> dict[str, Any]:
     return tiny_run(folder, **{"train": {"steps": 6, "checkpoint_every": 1}, "optimizer": optimizer} | fields)
 
 
+def overflowing(folder: Path) -> dict[str, Any]:
+    """The first update makes numbers that float32 cannot hold."""
+    optimizer = {"learning_rate": 3e38, "weight_decay": 100, "final_fraction": 1.0, "warmup_steps": 0}
+    return tiny_run(folder, train={"steps": 1}, optimizer=optimizer)
+
+
 def train(folder: Path, table: dict[str, Any]):
     return called("train", write_recipe_file(table, folder / "recipe.toml"))
 
@@ -81,12 +87,10 @@ def test_another_run_may_go_on_from_the_last_good_checkpoint(tmp_path: Path):
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path):
     """The loss and the gradients of the last step are finite, what the update makes is not."""
-    table = diverging(tmp_path, optimizer__learning_rate=1e39, train={"steps": 1})
-    ended = train(tmp_path, table)
+    ended = train(tmp_path, overflowing(tmp_path))
     assert_refused(ended, "the state after step 1 has infinite or NaN values in params.embed (")
     assert "There is no checkpoint yet." in ended.stderr
     assert not (tmp_path / "run" / "model").exists()
-    assert strict_rows(tmp_path / "run" / "metrics.jsonl")[0]["learning_rate"] is None
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -103,12 +107,10 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monke
 def test_a_checkpoint_of_an_older_camelid_that_is_not_finite_is_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    table = diverging(tmp_path, train={"steps": 1}, optimizer__learning_rate=1e39)
-    good = tiny_run(tmp_path, train={"steps": 1})
+    table = overflowing(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(native, "survey", lambda state: ({}, {}))  # as before there was a check
         camelid.run.run(recipe(table))
-    assert good["run"] == table["run"]
     again = train(tmp_path, lay_over(table, {"train__steps": 2}))
     assert_refused(again, "the checkpoint of step 1 in ", "is damaged: infinite or NaN values in params.embed (")
 
@@ -132,7 +134,7 @@ def test_metrics_are_json_whatever_the_numbers(tmp_path: Path, value: float):
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A model of a run, with an infinity in one tensor and two NaN in another."""
-    camelid.run.run(recipe(tiny_run(tmp_path, train={"steps": 1})))
+    camelid.run.run(recipe(tiny_run(tmp_path, train={"steps": 1}, model__head_dim=8)))  # as wide as Meta's format asks
     file = tmp_path / "run" / "model" / "model.safetensors"
     tensors = {name: array.copy() for name, array in load_file(file).items()}
     tensors["model.embed_tokens.weight"][3, 4] = -math.inf
