@@ -48,7 +48,7 @@ def _lock(folder: Path, wait: bool) -> IO:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOCK
         with contextlib.suppress(FileNotFoundError):
-            file = path.open("w")
+            file = path.open("a")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

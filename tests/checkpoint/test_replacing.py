@@ -18,6 +18,7 @@ from camelid.checkpoint.folder import complete_replacement, new_folder
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.replacing import MANIFEST, OTHERS, RECORD, owned_files
 from camelid.errors import UserError
+from foreign import add_foreign, assert_kept
 from runs import TIMEOUT_S, assert_refused, called, contents
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
 
@@ -30,30 +31,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_hf(transformers_twin(config, tiny_params(config)), folder)
     (folder / "LICENSE").write_text("free")
     return folder
-
-
-def add_foreign(folder: Path) -> dict[str, bytes]:
-    """Puts all kinds of files of the user's into a folder; returns what must be there afterwards."""
-    before = set(contents(folder))
-    for name in (
-        "notes.txt",
-        ".hidden",
-        "data/x.csv",
-        "data/deep/model.safetensors",
-        "other.safetensors",
-        "a [1]*?.md",
-    ):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"my {name}")
-    (folder / "link").symlink_to("data")
-    (folder / "empty").mkdir()
-    return {name: content for name, content in contents(folder).items() if name not in before}
-
-
-def assert_kept(folder: Path, foreign: dict[str, bytes]) -> None:
-    found = contents(folder)
-    assert {name: found.get(name) for name in foreign} == foreign
-    assert (folder / "empty").is_dir()
 
 
 # What stays, and what goes ---------------------------------------------------------------

@@ -30,6 +30,7 @@ from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from camelid.train.optimizer import OptimizerConfig, make_optimizer
 from camelid.train.state import TrainState, abstract_state
 from families import FAMILIES
+from runs import contents
 from tiny import tiny_config
 
 CONFIG = tiny_config(vocab_size=96, qkv_bias=True)  # eight devices divide it
@@ -73,10 +74,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(sound: Path, tmp_path: Path) -> Path:
     return shutil.copytree(sound, tmp_path / "run")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def held_by(checkpoint: Checkpoint) -> dict[str, dict[str, np.ndarray]]:

@@ -13,7 +13,7 @@ import camelid.run
 from camelid.checkpoint.stored import open_arrays
 from camelid.parallel.mesh import one_device
 from camelid.train.loggers import read_metrics
-from runs import assert_refused, called, losses, recipe, tensor_bytes, tiny_run, write_recipe_file
+from runs import assert_refused, called, contents, losses, recipe, tensor_bytes, tiny_run, write_recipe_file
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +50,6 @@ def run(original: Path) -> Iterator[Path]:
     shutil.copytree(original / "run", folder / "run")
     yield folder / "run"
     shutil.rmtree(folder)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def largest(step: Path) -> Path:

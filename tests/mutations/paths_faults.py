@@ -1,0 +1,189 @@
+"""Faults in paths, in what counts as a checkpoint, and in overwriting, and the test that must notice each."""
+
+from mutations.fault import Fault
+
+PATHS = "checkpoint/test_paths.py::"
+NAMES = f"{PATHS}test_200_names_are_saved_restored_opened_and_converted"
+MATCHING = f"{PATHS}test_runs_whose_names_match_each_other_are_not_mixed"
+DOTS = f"{PATHS}test_a_path_with_dots_in_it_is_opened"
+INCOMPLETE = f"{PATHS}test_a_checkpoint_that_was_not_written_completely_ends_training_and_removes_none"
+REPLACING = "checkpoint/test_replacing.py::"
+KILLED = f"{REPLACING}test_a_kill_at_every_moment_leaves_the_old_or_the_new_checkpoint_and_all_foreign_files"
+SECOND = f"{REPLACING}test_of_two_checkpoints_in_one_folder_the_second_and_foreign_files_are_left"
+USER = "end_to_end/test_user_files.py::"
+NATIVE, STORED, REPLACES = "checkpoint/native.py", "checkpoint/stored.py", "checkpoint/replacing.py"
+
+FAULTS = (
+    # Paths
+    Fault(
+        "Orbax gets every path as it is",
+        STORED,
+        "if PLAIN.fullmatch(self.path):",
+        "if self.path:",
+        NAMES,
+    ),
+    Fault(
+        "a run v* merges the files of a run vX",
+        STORED,
+        "(/[A-Za-z0-9_.+=,@-]+",
+        "(/[A-Za-z0-9_.+=,@*-]+",
+        MATCHING,
+    ),
+    Fault(
+        "TensorStore's own suffix in a name is passed to it",
+        STORED,
+        "(?<!\\.__lock)",
+        "",
+        NAMES,
+    ),
+    Fault(
+        "the descriptor in a checkpoint's path is closed while it is read",
+        STORED,
+        "weakref.finalize(self, os.close, descriptor)",
+        "os.close(descriptor)",
+        NAMES,
+    ),
+    Fault(
+        "a path with .. in it is passed to TensorStore",
+        "checkpoint/run_folder.py",
+        "    run = path.resolve()\n",
+        "    run = path.absolute()\n",
+        f"{PATHS}test_a_path_with_dots_in_it_is_opened",
+    ),
+    Fault(
+        "the hidden folder of a long name has a longer one",
+        "locks.py",
+        "if len(os.fsencode(name)) > LONGEST_NAME:",
+        "if not name:",
+        f"{REPLACING}test_a_name_of_the_greatest_length_is_written_and_overwritten",
+    ),
+    # What counts as saved
+    Fault(
+        "a written checkpoint is not opened again",
+        NATIVE,
+        "damage = find_damage(self._folder, step, expected) if is_main() else None",
+        "damage = None",
+        f"{INCOMPLETE}[found at the end-no arrays]",
+    ),
+    Fault(
+        "chunks of a written checkpoint are not counted",
+        STORED,
+        "if chunks[name] != count:",
+        "if chunks[name] > count:",
+        f"{INCOMPLETE}[found at the end-a layer]",
+    ),
+    Fault(
+        "shapes of a written checkpoint are not compared",
+        STORED,
+        "if (found := (store.shape, store.dtype.numpy_dtype.name)) != (shape, dtype):",
+        "if (found := (store.shape, store.dtype.numpy_dtype.name))[1] != dtype:",
+        f"{INCOMPLETE}[found at the end-a shape]",
+    ),
+    Fault(
+        "older checkpoints are removed before the new one is verified",
+        NATIVE,
+        "options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, create=True)",
+        "options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, create=True, max_to_keep=self._keep)",
+        f"{INCOMPLETE}[found at the end-no arrays]",
+    ),
+    Fault(
+        "a user's folder among the checkpoints is removed with old ones",
+        NATIVE,
+        "if (self._folder / str(old) / ITEM).is_dir():",
+        "if (self._folder / str(old)).is_dir():",
+        f"{PATHS}test_files_and_folders_of_others_among_the_checkpoints_stay",
+    ),
+    # Overwriting
+    Fault(
+        "stale shards stay",
+        REPLACES,
+        "            (folder / name).unlink(missing_ok=True)\n",
+        "            (folder / CONFIG).unlink(missing_ok=True)\n",
+        f"{SECOND}[hf]",
+    ),
+    Fault(
+        "new files are moved in before the old ones are gone",
+        REPLACES,
+        "    (new / RECORD).rename(folder / RECORD)\n",
+        '    (new / "config.json").rename(folder / "config.json")\n    (new / RECORD).rename(folder / RECORD)\n',
+        KILLED,
+    ),
+    Fault(
+        "config.json is the first file that is moved in",
+        REPLACES,
+        'add = sorted(_strings(record.get("add")), key=lambda name: (name == CONFIG, name))',
+        'add = sorted(_strings(record.get("add")), key=lambda name: (name != CONFIG, name))',
+        KILLED,
+    ),
+    Fault(
+        "a replacement that goes on removes new files as old ones",
+        REPLACES,
+        "    if len(waiting) == len(add):  # otherwise",
+        "    if waiting:  # otherwise",
+        KILLED,
+    ),
+    Fault(
+        "a checkpoint half replaced is opened",
+        "checkpoint/formats.py",
+        "    complete_replacement(place if place.is_dir() else place.parent)\n",
+        "",
+        f"{REPLACING}test_whoever_opens_a_checkpoint_completes_its_replacement",
+    ),
+    Fault(
+        "any folder with a config.json is a checkpoint",
+        REPLACES,
+        'if "model_type" not in _read(folder / CONFIG) or not weights:',
+        'if "model_type" not in _read(folder / CONFIG):',
+        f"{REPLACING}test_a_folder_that_is_not_a_checkpoint_is_refused_with_a_list",
+    ),
+    Fault(
+        "a file that the user changed is overwritten",
+        REPLACES,
+        "unchanged = {name for name, sha256 in others.items() if _digest(folder / name) == sha256}",
+        "unchanged = set(others)",
+        f"{REPLACING}test_a_file_that_the_user_changed_is_not_overwritten",
+    ),
+    Fault(
+        "a user's file with the contents of a new one becomes camelid's",
+        REPLACES,
+        "if name in own or not os.path.lexists(folder / name)]",
+        "if name]",
+        f"{REPLACING}test_a_checkpoint_of_another_system_is_replaced_with_its_shards",
+    ),
+    Fault(
+        "a manifest may name files outside its folder",
+        REPLACES,
+        "if name != RECORD and _inside(folder, name))",
+        "if name != RECORD and os.path.lexists(folder / name))",
+        f"{REPLACING}test_a_manifest_that_names_files_outside_its_folder_removes_none",
+    ),
+    Fault(
+        "the user's files below a store are not looked for",
+        "data/prepare.py",
+        'for path in folder.rglob("*") if path.is_symlink()',
+        'for path in folder.glob("*") if path.is_symlink()',
+        f"{USER}test_files_beside_a_store_are_named_and_the_store_stays",
+    ),
+    # A refused command writes nothing
+    Fault(
+        "the recipe is written before the run is accepted",
+        "run.py",
+        "    latest = checkpoints.latest()\n",
+        "    record(folder, recipe, parts.files, parts.data)\n    latest = checkpoints.latest()\n",
+        f"{USER}test_a_refused_start_leaves_a_run_as_it_was",
+    ),
+    Fault(
+        "the folder that was made for a lock stays",
+        "locks.py",
+        "                place.rmdir()\n",
+        "                place.exists()\n",
+        f"{USER}test_a_first_start_that_is_refused_when_its_folder_is_locked_leaves_nothing",
+    ),
+    Fault(
+        "files of a run that the user changed are written again",
+        "resume.py",
+        "        if name not in kept:\n",
+        "        if name:\n",
+        f"{USER}test_every_command_that_writes_leaves_the_files_of_others_as_they_are",
+    ),
+)
