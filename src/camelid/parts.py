@@ -1,8 +1,10 @@
 """What a run is made of: model, tokenizer and text, from the recipe or from the folder of a run that goes on."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -11,8 +13,10 @@ from camelid.checkpoint.folder import json_text
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.opened import Checkpoint, companions_in
+from camelid.data.config import Source
 from camelid.data.loader import Loader, Split
-from camelid.data.store import Store
+from camelid.data.sources import source_files
+from camelid.data.store import Store, is_store
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -20,7 +24,7 @@ from camelid.model.params import map_specs
 from camelid.parallel.hosts import is_main
 from camelid.parallel.rules import check_divides
 from camelid.recipe import Recipe
-from camelid.resume import Data, has_begun, kept_data
+from camelid.resume import FILES, Data, has_begun, kept_data
 from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, check_vocabulary, load_tokenizer
@@ -67,15 +71,17 @@ class Parts:
 
     @property
     def data(self) -> Data:
-        """Of what the batches are made."""
+        """What the batches are made of, and the files of text that were there."""
         loaders = {"train": self.loader} | ({} if self.validation is None else {"validation": self.validation})
-        return {
+        stores = {
             split: [
                 {"folder": str(store.folder), "fingerprint": store.fingerprint, "sources": store.sources}
                 for store in (packing.store for packing in loader.packings)
             ]
             for split, loader in loaders.items()
         }
+        config = self.loader.config
+        return stores | {FILES: _text_files((*config.train, *config.validation))}
 
 
 def prepare(recipe: Recipe, mesh: Mesh) -> Parts:
@@ -97,7 +103,7 @@ def prepare(recipe: Recipe, mesh: Mesh) -> Parts:
             f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.max_length}",
             "Use shorter rows.",
         )
-    if any(text.kind == "preference" for text in (*recipe.data.train, *recipe.data.validation)):
+    if any(text.kind == "preference" for text in _texts(recipe)):
         raise UserError(
             "kind = 'preference' is not trained on: that needs a loss that compares the two answers",
             "`camelid data prepare` and `inspect` take it; to imitate the good answers, give them as kind = 'chat'.",
@@ -147,26 +153,43 @@ def _tokenizer(recipe: Recipe, begun: bool, source: Checkpoint | None) -> Tokeni
 
 
 def _kept_stores(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Mapping[str, Sequence[Store]], str | None]:
-    """The stores that a run was trained on so far, and a file that is gone of which they were prepared.
+    """The stores that a run was trained on so far, and a file of its text that is gone.
 
-    None where all files are there, or the stores are gone too.
+    They are taken where the text is as it was, as far as it is still there, so that nothing is tokenized again. Returns
+    no stores where a file changed or came, or the stores are gone too: then the text decides.
     """
     kept = kept_data(Path(recipe.run)) or {}
-    texts = [text for text in (*recipe.data.train, *recipe.data.validation) if text.kind != "tokens"]
-    about = [store for stores in kept.values() for store in stores]
-    gone = [path for store in about for path in store["sources"] if not Path(path).exists()]
-    if not texts or not gone or not all("folder" in store for store in about):
+    if FILES not in kept:
+        return {}, None  # an older camelid began the run
+    before, now = ({file["path"]: file for file in files} for files in (kept[FILES], _text_files(_texts(recipe))))
+    if any(before.get(path) != file for path, file in now.items()):
         return {}, None
+    splits = [split for split in kept if split != FILES]
     try:
-        found = {split: [Store.open(store["folder"]) for store in stores] for split, stores in kept.items()}
+        found = {split: [Store.open(store["folder"]) for store in kept[split]] for split in splits}
     except UserError:
-        return {}, None  # and the file that is gone is named
-    for split, stores in found.items():
-        for store, was in zip(stores, kept[split], strict=True):
-            store.check_tokenizer(tokenizer.fingerprint, tokenizer.files[0])
-            if store.fingerprint != was["fingerprint"]:
-                return {}, None
-    return found, gone[0]
+        return {}, None
+    for store, was in ((store, was) for split in splits for store, was in zip(found[split], kept[split], strict=True)):
+        store.check_tokenizer(tokenizer.fingerprint, tokenizer.files[0])
+        if store.fingerprint != was["fingerprint"]:
+            return {}, None
+    return found, next((path for path in before if path not in now), None)
+
+
+def _texts(recipe: Recipe) -> tuple[Source, ...]:
+    return (*recipe.data.train, *recipe.data.validation)
+
+
+def _text_files(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """The files of text that are there, stores left out: path, size, and time of the last change."""
+    found = []
+    for one in (replace(source, files=(name,)) for source in sources for name in source.files):
+        with contextlib.suppress(UserError):  # what is not there
+            for path in source_files(one):
+                if path.is_file() and not is_store(path.parent):
+                    stat = path.stat()
+                    found.append({"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns})
+    return found
 
 
 def _validates(recipe: Recipe) -> bool:

@@ -23,6 +23,8 @@ FREE = {
 
 DATA = "data.json"
 """The file that describes what the batches were made of."""
+FILES = "files"
+"""Its entry, beside those of the splits, of the files of text."""
 
 
 def has_begun(folder: Path) -> bool:
@@ -66,7 +68,9 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 
 Data = Mapping[str, Sequence[Mapping[str, Any]]]
-"""by split: of each store that it is read from, its `folder`, `fingerprint`, and the hashes of its `sources`"""
+"""By split: of each store that it is read from, its `folder`, `fingerprint`, and the hashes of its `sources`.
+
+Under FILES: the path, size and time of each file of text."""
 
 
 @contextlib.contextmanager
@@ -133,6 +137,8 @@ def _remove_lock_alone(folder: Path) -> None:
 def _check_data(folder: Path, before: Data, now: Data) -> None:
     """Raises UserError where what is trained on is not what it was: the batches of all steps would be others."""
     for split, stores in before.items():
+        if split == FILES:
+            continue  # only the tokens count
         for was, store in zip(stores, now.get(split, []), strict=False):
             if was["fingerprint"] != store["fingerprint"]:
                 names = sorted({path for path, _ in was["sources"].items() ^ store["sources"].items()})

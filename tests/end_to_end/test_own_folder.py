@@ -103,8 +103,11 @@ def test_the_tokenizer_may_be_gone(tmp_path: Path, name: str):
     assert (after.fingerprint, after.eos_ids, after.bos_id) == (before.fingerprint, before.eos_ids, before.bos_id)
 
 
+@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("template", ["zephyr", "own", None])
-def test_the_template_that_is_learnt_is_found_in_the_folder(tmp_path: Path, template: str | None):
+def test_the_template_that_is_learnt_is_found_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None, cached: bool
+):
     table = tiny_run(tmp_path)
     folder = Path(table["tokenizer"])
     text = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -119,7 +122,11 @@ def test_the_template_that_is_learnt_is_found_in_the_folder(tmp_path: Path, temp
     run = tmp_path / "run"
     learnt = {file.name: file.read_bytes() for file in (run / "model").glob("*template*")}
     shutil.rmtree(folder)
-    (tmp_path / "chats.jsonl").unlink()
+    if cached:  # nothing is tokenized again, though the run's folder has other files beside its tokenizer
+        monkeypatch.setattr("camelid.data.loader.prepare", None)
+    else:
+        table = lay_over(table, {"data__cache": str(tmp_path / "cache")})
+        shutil.rmtree(json.loads((run / "data.json").read_text())["train"][0]["folder"])
     done = train(tmp_path, table, 4)
     assert done.returncode == 0, done.stderr
     assert {file.name: file.read_bytes() for file in (run / "model").glob("*template*")} == learnt
@@ -144,10 +151,19 @@ def test_text_may_be_gone_where_what_was_prepared_from_it_is_there(tmp_path: Pat
     assert f"{text} is gone; the run goes on with the tokens that were prepared from it" in done.stderr
     assert tensor_bytes(tmp_path / "run" / "model") == tensor_bytes(whole / "model")
     # Without the store there is nothing to go on with, and the text is named.
-    for stores in json.loads((tmp_path / "run" / "data.json").read_text()).values():
-        for store in stores:
-            shutil.rmtree(store["folder"], ignore_errors=True)
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    for store in (*data["train"], *data.get("validation", [])):
+        shutil.rmtree(store["folder"], ignore_errors=True)
     assert_refused(train(tmp_path, table, 5), f"{text} matches no file")
+
+
+def test_text_that_came_is_refused_by_name(tmp_path: Path):
+    table = tiny_run(tmp_path)
+    shutil.copy(table["data"]["train"][0], tmp_path / "a.jsonl")
+    table["data"]["train"] = [str(tmp_path / "*.jsonl")]
+    assert train(tmp_path, table, 2).returncode == 0
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert_refused(train(tmp_path, table, 4), f"{tmp_path / 'b.jsonl'} changed since {tmp_path / 'run'} began")
 
 
 def test_a_store_that_is_another_now_is_not_taken(tmp_path: Path):
@@ -155,12 +171,12 @@ def test_a_store_that_is_another_now_is_not_taken(tmp_path: Path):
     assert train(tmp_path, table, 2).returncode == 0
     text = Path(table["data"]["train"][0])
     text.unlink()
-    (stores,) = json.loads((tmp_path / "run" / "data.json").read_text()).values()
-    manifest = Path(stores[0]["folder"]) / "manifest.json"
+    (store,) = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
+    manifest = Path(store["folder"]) / "manifest.json"
     about = json.loads(manifest.read_text())
     about["files"]["tokens.bin"]["sha256"] = "0" * 64
     manifest.write_text(json.dumps(about))
-    assert Store.open(manifest.parent).fingerprint != stores[0]["fingerprint"]
+    assert Store.open(manifest.parent).fingerprint != store["fingerprint"]
     assert_refused(train(tmp_path, table, 4), f"{text} matches no file")
 
 

@@ -168,8 +168,9 @@ FAULTS = (
     Fault(
         "the recipe is written before the run is accepted",
         "run.py",
-        "    latest = checkpoints.latest()\n",
-        "    record(folder, recipe, parts.files, parts.data)\n    latest = checkpoints.latest()\n",
+        "            resumed = _step_to_resume(folder, recipe, from_step)\n",
+        "            record(folder, recipe, parts.files, parts.data)\n"
+        "            resumed = _step_to_resume(folder, recipe, from_step)\n",
         f"{USER}test_a_refused_start_leaves_a_run_as_it_was",
     ),
     Fault(
