@@ -79,11 +79,13 @@ def write_recipe_file(table: dict[str, Any], path: Path) -> Path:
 
 
 def write_text(path: Path, documents: int = 40) -> Path:
-    """Documents of different lengths, the same in every run."""
+    """Documents of different lengths, the same in every run; a file that holds them already stays as it is."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 7))) for _ in range(50)]
     texts = [" ".join(draw.choices(words, k=draw.randint(2, 30))) for _ in range(documents)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if not path.exists() or path.read_text() != content:
+        path.write_text(content)
     return path
 
 

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "describe": "checkpoint model parallel inputs",
     "recipe": "*",
     "resume": "recipe parallel locks",
+    "parts": "*",
     "run": "*",
     "demo": "*",
     "cli": "*",

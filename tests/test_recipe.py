@@ -106,8 +106,8 @@ def test_a_recipe_written_and_read_back_is_the_same(tmp_path: Path, recipe: dict
     assert read_recipe(tmp_path / "again.toml") == first
     # Every field is there to be seen, but those that are absent.
     written = tomllib.loads(write_recipe(first))
-    for field in dataclasses.fields(first.optimizer):
-        assert field.name in written["optimizer"]
+    present = {name for name, value in vars(first.optimizer).items() if value is not None}
+    assert written["optimizer"].keys() == present
 
 
 def test_a_single_value_stands_for_a_list_of_one():

@@ -20,7 +20,7 @@ from camelid.checkpoint import layout
 from camelid.checkpoint.files import WORKERS
 from camelid.checkpoint.formats import files_of, open_checkpoint, write_checkpoint
 from camelid.checkpoint.opened import Checkpoint, Saving
-from camelid.checkpoint.tensors import dtype_named
+from camelid.checkpoint.tensors import dtype_named, rounded
 from camelid.errors import UserError, in_python
 from camelid.generate.decode import generate
 from camelid.generate.sample import sampling, whole_number
@@ -181,7 +181,7 @@ class Model:
             return _host_layer(leaves[path], layer, self.mesh)
 
         def source(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
-            return whole(path, layer)[index].astype(dtype, copy=False)
+            return rounded(path, whole(path, layer)[index], dtype)
 
         saving = Saving(self.config, dtypes, source, self.companions)
         # Fetching a layer is a collective: every process takes part in each, one after another in the same order.

@@ -65,6 +65,18 @@ class Recipe:
             )
         if self.init is None and self.tokenizer is None:
             raise UserError("the recipe has a model and no tokenizer", "Give tokenizer = a folder with tokenizer.json.")
+        if self.compute.param_dtype != "float32":
+            raise UserError(
+                f"compute.param_dtype = {self.compute.param_dtype!r} loses updates in training: most are smaller than "
+                "the rounding of a 16-bit parameter",
+                "Leave it out, so that parameters are float32. compute.dtype = 'bfloat16' makes products of 16 bits.",
+            )
+        if self.compute.dtype == "float16":
+            raise UserError(
+                "compute.dtype = 'float16' needs loss scaling in training, which camelid does not have: small "
+                "gradients become zero",
+                "Use 'bfloat16', which has the range of float32.",
+            )
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,7 +1,9 @@
 """The folder of a run: one process trains in it at a time, and only by the recipe that began it."""
 
 import contextlib
+import dataclasses
 import json
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,17 +17,37 @@ from camelid.recipe import Recipe, structure, write_recipe
 FREE = {
     f"train.{name}"
     for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
-} | {"data.workers", "data.prepare_workers", "data.cache"}
-"""what may change when a run goes on; steps may only grow, and the mesh may be any"""
+} | {"run", "data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
+"""The fields that may change when a run goes on, beside the mesh. A folder may have been moved since."""
 
 
 DATA = "data.json"
-"""the file that says of what the batches were made"""
+"""The file that describes what the batches were made of."""
+FILES = "files"
+"""Its entry, beside those of the splits, of the files of text."""
 
 
 def has_begun(folder: Path) -> bool:
     """Whether a run has checkpoints to go on from."""
     return any(file.name.isascii() and file.name.isdigit() and file.is_dir() for file in folder.glob("checkpoints/*"))
+
+
+def kept_recipe(folder: Path) -> Recipe | None:
+    """The recipe of a run that has checkpoints; None for a run that has none yet."""
+    kept = folder / "recipe.toml"
+    return structure(tomllib.loads(kept.read_text("utf-8"))) if kept.is_file() and has_begun(folder) else None
+
+
+def with_schedule(recipe: Recipe, kept: Recipe | None) -> Recipe:
+    """The recipe with the `decay_steps` that the run began with, unless it says its own; None where it is train.steps.
+
+    So a run that is asked for more steps keeps its learning rates.
+    """
+    steps = recipe.optimizer.decay_steps
+    if steps is None and kept is not None:
+        steps = kept.optimizer.decay_steps or kept.train.steps
+    optimizer = dataclasses.replace(recipe.optimizer, decay_steps=None if steps == recipe.train.steps else steps)
+    return dataclasses.replace(recipe, optimizer=optimizer)
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
@@ -39,7 +61,8 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise UserError(f"{folder} holds something else than a run", "Choose another folder with --run.")
         return
-    if has_begun(folder) and (changed := _changed(kept.read_text("utf-8"), write_recipe(recipe))):
+    before = kept_recipe(folder)
+    if before is not None and (changed := _changed(write_recipe(before), write_recipe(recipe))):
         raise UserError(
             f"{folder} holds a run with another recipe: {changed}",
             "Choose another --run, or start with the recipe that the folder keeps.",
@@ -55,14 +78,16 @@ def _is_utf8(text: str) -> bool:
 
 
 Data = Mapping[str, Sequence[Mapping[str, Any]]]
-"""by split: of each store that it is read from, the `fingerprint`, and the hashes of its `sources`"""
+"""By split: of each store that it is read from, its `folder`, `fingerprint`, and the hashes of its `sources`.
+
+Under FILES: the path, size and time of each file of text."""
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
     """The run's folder, locked. Nothing else is written until `record` is called, and nothing is left if it never is.
 
-    Raises UserError where another process has it, or the run has begun with other data.
+    Raises UserError where another process has it, or the run has begun with another recipe or other data.
     """
     if not is_main():
         wait_for_all("run folder")
@@ -76,10 +101,26 @@ def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
             raise UserError(f"another process trains in {folder}", "Wait for it, or choose another --run.") from error
         stack.callback(_remove_lock_alone, folder)
         check_folder(folder, recipe)
-        if has_begun(folder) and (folder / DATA).is_file():
-            _check_data(folder, json.loads((folder / DATA).read_text("utf-8")), data)
+        if has_begun(folder) and (kept := kept_data(folder)) is not None:
+            _check_data(folder, kept, data)
         wait_for_all("run folder")
         yield
+
+
+def kept_data(folder: Path) -> Data | None:
+    """What a run is trained on; None for a run of an older camelid, which did not write it."""
+    return json.loads((folder / DATA).read_text("utf-8")) if (folder / DATA).is_file() else None
+
+
+def new_aside(folder: Path) -> Path:
+    """A new folder, set_aside_1 or the next one, in that of a run; it holds a copy of metrics.jsonl."""
+    number = 1
+    while (aside := folder / f"set_aside_{number}").exists():
+        number += 1
+    aside.mkdir()
+    if (folder / "metrics.jsonl").exists():
+        shutil.copyfile(folder / "metrics.jsonl", aside / "metrics.jsonl")
+    return aside
 
 
 def record(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data) -> None:
@@ -106,6 +147,8 @@ def _remove_lock_alone(folder: Path) -> None:
 def _check_data(folder: Path, before: Data, now: Data) -> None:
     """Raises UserError where what is trained on is not what it was: the batches of all steps would be others."""
     for split, stores in before.items():
+        if split == FILES:
+            continue  # only the tokens count
         for was, store in zip(stores, now.get(split, []), strict=False):
             if was["fingerprint"] != store["fingerprint"]:
                 names = sorted({path for path, _ in was["sources"].items() ^ store["sources"].items()})
@@ -124,8 +167,6 @@ def _write(path: Path, content: bytes) -> None:
 
 def _changed(kept: str, new: str) -> str | None:
     """The first field in which two recipes differ, other than those that may change."""
-    # Read and written again, the kept one has the fields that came to recipes after it.
-    kept = write_recipe(structure(tomllib.loads(kept)))
     old_fields, new_fields = (_flat(tomllib.loads(text)) for text in (kept, new))
     for field in sorted(old_fields.keys() | new_fields.keys()):
         before, now = old_fields.get(field), new_fields.get(field)

@@ -1,9 +1,10 @@
 """Wires a run together: recipe -> model, data, optimizer, loop -> a folder."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,34 +16,32 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from camelid.api import Model, load_params
-from camelid.checkpoint import hf, layout
-from camelid.checkpoint.folder import check_free, json_text
-from camelid.checkpoint.formats import open_checkpoint
-from camelid.checkpoint.hf_config import config_to_hf
+from camelid.checkpoint import layout
+from camelid.checkpoint.folder import check_free
+from camelid.checkpoint.integrity import described, survey
 from camelid.checkpoint.native import RunCheckpoints
 from camelid.checkpoint.opened import Checkpoint, Training
+from camelid.checkpoint.stored import steps_in
 from camelid.checkpoint.tensors import Tensor
 from camelid.data.batch import Batch
 from camelid.data.loader import Loader, prefetched
 from camelid.errors import UserError
-from camelid.model.config import ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import count_parameters, peak_flops, training_flops
-from camelid.model.params import build, initialize, map_specs, named
-from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, place, to_host
+from camelid.model.params import build, initialize, named
+from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, place, to_host, wait_for_all
 from camelid.parallel.mesh import make_mesh
-from camelid.parallel.rules import COMPUTE, check_divides, partition
+from camelid.parallel.rules import COMPUTE, partition
+from camelid.parts import Parts, prepare
 from camelid.recipe import Recipe
-from camelid.resume import Data, check_folder, claimed, has_begun, record
-from camelid.text.chat import load_template
-from camelid.text.templates import NAMED
-from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
-from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics, tokenizing
+from camelid.resume import check_folder, claimed, kept_recipe, new_aside, record, with_schedule
+from camelid.text.tokenizer import CHAT_TEMPLATE
+from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.loop import Callback, train
-from camelid.train.optimizer import learning_rate, make_optimizer
+from camelid.train.optimizer import learning_rate
 from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import Trainer
-from camelid.train.trackers import check_installed, make_tracker
+from camelid.train.trackers import make_tracker
 
 
 @dataclass(frozen=True)
@@ -56,129 +55,98 @@ class Outcome:
     model: Model
 
 
-def run(recipe: Recipe) -> Outcome:
+def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     """Trains as the recipe says, from the newest checkpoint of its folder where there is one.
 
-    Raises UserError for recipes that do not fit the data, the model, the machine or the folder.
+    `from_step` goes on from an older checkpoint instead. Checkpoints of later steps are moved to a new folder in that
+    of the run, set_aside_1 or the next one, together with a copy of metrics.jsonl.
+
+    Raises UserError for recipes that do not fit the data, the model, the machine or the folder, for a checkpoint that
+    is damaged, and where a loss or a gradient becomes infinite or NaN. Nothing is written before training can begin.
     """
     folder = Path(recipe.run).resolve()
+    kept = kept_recipe(folder)
+    recipe = with_schedule(recipe, kept)
     check_folder(folder, recipe)
     mesh = make_mesh(recipe.mesh)
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
-        parts = _prepare(recipe, mesh)
+        parts = prepare(recipe, mesh)
         check_free(folder / "model", True, {"config.json": None, **parts.companions})
         with (
             claimed(folder, recipe, parts.data),
             contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
+            contextlib.ExitStack() as ending,
         ):
-            return _run(recipe, parts, folder, checkpoints, mesh)
+            resumed = _step_to_resume(folder, recipe, from_step)
+            start = Start(_state(recipe, parts, checkpoints, resumed, mesh), resumed, kept)
+            if from_step is not None:
+                start = replace(start, aside=_set_later_aside(folder, from_step))
+            record(folder, recipe, parts.files, parts.data)
+            return _run(recipe, parts, folder, checkpoints, mesh, start, ending)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a run is made of, read and checked before anything is written."""
+class Start:
+    """Where training begins, or goes on."""
 
-    source: Checkpoint | None
-    config: ModelConfig
-    tokenizer: Tokenizer
-    loader: Loader
-    validation: Loader | None
-    trainer: Trainer
-
-    @property
-    def companions(self) -> dict[str, Path]:
-        """By name: the files that go wherever the model goes."""
-        inherited = [] if self.source is None else self.source.other_companions
-        return {file.name: file for file in [*inherited, *self.tokenizer.files]}
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """By name: all of a checkpoint but its numbers."""
-        config = json_text(config_to_hf(self.config, self.trainer.compute.param_dtype)).encode()
-        template = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template.encode()}
-        inherited = {name: file.read_bytes() for name, file in self.companions.items()}
-        return {**inherited, **template, "config.json": config}
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template that the model learns to answer in, where it is not what its tokenizer comes with."""
-        names = set().union(*(packing.store.templates for packing in self.loader.packings))
-        name = names.pop() if len(names) == 1 else None
-        return load_template(name, self.tokenizer).text if name in (*NAMED, *self.tokenizer.chat_templates) else None
-
-    @property
-    def data(self) -> Data:
-        """Of what the batches are made."""
-        loaders = {"train": self.loader} | ({} if self.validation is None else {"validation": self.validation})
-        return {
-            split: [{"fingerprint": p.store.fingerprint, "sources": p.store.sources} for p in loader.packings]
-            for split, loader in loaders.items()
-        }
+    state: TrainState
+    resumed: int | None
+    """the step of the run's own checkpoint that it goes on from"""
+    kept: Recipe | None
+    """the recipe of the run so far"""
+    aside: Path | None = None
+    """where checkpoints of later steps are now"""
 
 
-def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
-    source = (
-        None if recipe.init is None else open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore)
-    )
-    config = recipe.model if source is None else source.config
-    assert config is not None  # a Recipe has init, or model and tokenizer
-    if source is not None and recipe.init_optimizer and not has_begun(Path(recipe.run)):
-        _check_training(source, recipe)
-    where = recipe.tokenizer if recipe.tokenizer or source is None else source.tokenizer_folder
-    assert where is not None
-    tokenizer = load_tokenizer(where)
-    check_divides(config.axis_sizes, mesh, recipe.compute.replicate)
-    hf.table_of(config)  # what could not be saved is not trained
-    if recipe.data.sequence_length > config.max_length:
+def _step_to_resume(folder: Path, recipe: Recipe, from_step: int | None) -> int | None:
+    """The step of the checkpoint that training goes on from; None for a run that begins."""
+    steps = steps_in(folder / "checkpoints")
+    if from_step is not None and from_step not in steps:
+        have = f"It has checkpoints of steps {', '.join(map(str, steps))}." if steps else "It has no checkpoints yet."
+        raise UserError(f"{folder} has no checkpoint of step {from_step}", have)
+    if not steps:
+        return None
+    first = steps[-1] if from_step is None else from_step
+    if first > recipe.train.steps:
         raise UserError(
-            f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.max_length}",
-            "Use shorter rows.",
+            f"the run has made {first} steps already, the recipe asks for {recipe.train.steps}", "Ask for more steps."
         )
-    if any(text.kind == "preference" for text in (*recipe.data.train, *recipe.data.validation)):
-        raise UserError(
-            "kind = 'preference' is not trained on: that needs a loss that compares the two answers",
-            "`camelid data prepare` and `inspect` take it; to imitate the good answers, give them as kind = 'chat'.",
-        )
-    for name in recipe.train.trackers:
-        check_installed(name)
-    progress = tokenizing() if is_main() else None
-    loader = Loader(recipe.data, tokenizer, progress=progress)
-    validation = Loader(recipe.data, tokenizer, "validation", progress) if _validates(recipe) else None
-    for each in (loader, *([] if validation is None else [validation])):
-        each.check_ids(config.vocab_size)
-    return Parts(source, config, tokenizer, loader, validation, _trainer(recipe, config))
+    return first
 
 
-def _check_training(source: Checkpoint, recipe: Recipe) -> None:
-    """Raises UserError where there is nothing to go on from, or no step to make."""
-    if source.training is None:
-        raise UserError(
-            f"init = {recipe.init!r} holds no step and no moments of AdamW",
-            "Train states of EasyLM and runs' checkpoints do; without init_optimizer, training begins at step 0.",
-        )
-    if (made := source.training.step) >= recipe.train.steps:
-        raise UserError(
-            f"init has made {made} steps already, the recipe asks for {recipe.train.steps}",
-            "train.steps counts them too: ask for more.",
-        )
+def _set_later_aside(folder: Path, step: int) -> Path | None:
+    """Moves the checkpoints of later steps to a new folder, and returns that; every process calls this."""
+    steps = folder / "checkpoints"
+    later = [other for other in steps_in(steps) if other > step] if is_main() else []
+    aside = new_aside(folder) if later else None
+    for other in reversed(later):
+        assert aside is not None
+        (steps / str(other)).rename(aside / str(other))
+    wait_for_all("later checkpoints are set aside")
+    return aside
 
 
-def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints, mesh: Mesh) -> Outcome:
+def _run(
+    recipe: Recipe,
+    parts: Parts,
+    folder: Path,
+    checkpoints: RunCheckpoints,
+    mesh: Mesh,
+    start: Start,
+    ending: contextlib.ExitStack,
+) -> Outcome:
     config, loader, validation, trainer = parts.config, parts.loader, parts.validation, parts.trainer
-    steps = recipe.train.steps
-    latest = checkpoints.latest()
-    state = _state(recipe, parts, checkpoints, mesh)
+    state, steps = start.state, recipe.train.steps
     first = int(state.step)
-    if first > steps:
-        raise UserError(f"the run has made {first} steps already, the recipe asks for {steps}", "Ask for more steps.")
 
-    record(folder, recipe, parts.files, parts.data)
     terminal, sinks = Terminal(first, steps), []
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers)
-        sinks = [MetricsFile(folder / "metrics.jsonl", 0 if latest is None else first), *trackers]
-        _introduce(terminal, recipe, parts, mesh, first, latest)
+        sinks = [MetricsFile(folder / "metrics.jsonl", start.resumed or 0), *trackers]
+        for sink in sinks:
+            ending.callback(sink.close)
+        _introduce(terminal, recipe, parts, mesh, first, start)
     step = _compile(trainer, state, recipe, mesh, terminal) if first < steps else trainer.step
     speed = Speed(first, steps, training_flops(config, recipe.data.sequence_length), _peak())
     batches = _batches(recipe, loader, mesh, first, speed)
@@ -189,20 +157,27 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
             sink.write(row)
 
     def report(made: int, numbers: dict) -> None:
-        if made % recipe.train.log_every and made != steps:
+        loss, norm = numbers["loss"], numbers["gradient_norm"]
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite and made % recipe.train.log_every and made != steps:
             return
         row = {"step": made} | numbers | speed.read(made, tokens)
         write(row)
         if is_main():
             terminal.show(made, row)
+        if not finite:
+            raise UserError(f"step {made} has loss {loss} and gradient norm {norm}", checkpoints.way_on())
 
     def validate(made: int, state: TrainState) -> None:
         assert validation is not None
         with speed.aside():
             loss = _validation_loss(trainer, state.params, validation, recipe, mesh)
         write({"step": made, "validation_loss": loss})
+        if not math.isfinite(loss):
+            raise UserError(f"after step {made} the validation loss is {loss}", checkpoints.way_on())
         if is_main():
-            terminal.say(f"step {made}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}")
+            with np.errstate(over="ignore"):
+                terminal.say(f"step {made}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}")
 
     def save(made: int, state: TrainState) -> None:
         with speed.aside():
@@ -212,11 +187,9 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
     if validation is not None:
         # Before the checkpoint: what a run resumes from is in metrics.jsonl already.
         callbacks.insert(0, Callback(recipe.train.evaluate_every or steps, validate, at_end=True))
-        if latest is None:
+        if start.resumed is None:
             validate(first, state)
-    with StopSignal() as stop, contextlib.closing(terminal), contextlib.ExitStack() as ending:
-        for sink in sinks:
-            ending.callback(sink.close)
+    with StopSignal() as stop, contextlib.closing(terminal):
         made, state = train(step, state, batches, report, callbacks, stop)
     checkpoints.wait()
     companions = parts.companions | ({} if parts.chat_template is None else {CHAT_TEMPLATE: folder / CHAT_TEMPLATE})
@@ -242,33 +215,21 @@ def _checkpoints(folder: Path, recipe: Recipe) -> RunCheckpoints:
     return RunCheckpoints(folder / "checkpoints", recipe.train.keep_checkpoints)
 
 
-def _validates(recipe: Recipe) -> bool:
-    return bool(recipe.data.validation or recipe.data.validation_fraction)
-
-
-def _trainer(recipe: Recipe, config: ModelConfig) -> Trainer:
-    specs = declare_decoder(config)
-    steps = recipe.train.steps
-    return Trainer(
-        config,
-        recipe.compute,
-        make_optimizer(recipe.optimizer, steps, map_specs(lambda spec: spec.is_matrix, specs)),
-        learning_rate(recipe.optimizer, steps),
-        recipe.optimizer.clip_norm,
-        recipe.train.accumulate,
-    )
-
-
-def _state(recipe: Recipe, parts: Parts, checkpoints: RunCheckpoints, mesh: Mesh) -> TrainState:
-    """The newest checkpoint's state, or a first one; made where it lives, never whole on one device."""
+def _state(recipe: Recipe, parts: Parts, checkpoints: RunCheckpoints, resumed: int | None, mesh: Mesh) -> TrainState:
+    """The state of a checkpoint, or a first one; made where it lives, never whole on one device."""
     config, trainer = parts.config, parts.trainer
     specs = declare_decoder(config)
     target = abstract_state(specs, trainer.optimizer, recipe.compute, mesh)
-    if (latest := checkpoints.latest()) is not None:
-        return checkpoints.restore(latest, target)
+    if resumed is not None:
+        return checkpoints.restore(resumed, target)
     if parts.source is not None:
-        training = parts.source.training if recipe.init_optimizer else None
-        return from_checkpoint(parts.source, training, trainer, mesh)
+        state = from_checkpoint(parts.source, parts.source.training if recipe.init_optimizer else None, trainer, mesh)
+        if not_finite := survey(state)[1]:
+            raise UserError(
+                f"init = {recipe.init!r} has infinite or NaN values in {described(not_finite)}",
+                "Every loss would be NaN: take another checkpoint.",
+            )
+        return state
 
     def fresh(key: jax.Array) -> TrainState:
         params = initialize(specs, config, key, jnp.dtype(recipe.compute.param_dtype))
@@ -333,9 +294,8 @@ def _peak() -> float | None:
     return None if device is None else device * jax.device_count()
 
 
-def _introduce(terminal: Terminal, recipe: Recipe, parts: Parts, mesh: Mesh, first: int, resumed: int | None) -> None:
-    notes = (*(() if parts.source is None else parts.source.notes), *parts.tokenizer.notes, *parts.loader.notes)
-    for note in (*notes, *vocabulary_notes(parts.tokenizer, parts.config.vocab_size)):
+def _introduce(terminal: Terminal, recipe: Recipe, parts: Parts, mesh: Mesh, first: int, start: Start) -> None:
+    for note in parts.notes:
         terminal.say(f"note: {note}")
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     tokens = recipe.data.batch_size * recipe.data.sequence_length
@@ -343,15 +303,40 @@ def _introduce(terminal: Terminal, recipe: Recipe, parts: Parts, mesh: Mesh, fir
         f"{count_parameters(parts.config):,} parameters on {sizes} ({jax.devices()[0].device_kind}); "
         f"{parts.loader.num_tokens:,} tokens of text, {tokens:,} a step"
     )
-    if resumed is not None:
+    if start.resumed is not None:
         terminal.say(f"resuming after step {first}")
     elif first:
-        terminal.say(f"going on after step {first} of init")
+        rate = np.asarray(parts.trainer.schedule(first))
+        terminal.say(f"going on after step {first} of init, with a learning rate of {rate:.3g}")
     elif parts.source is not None and (training := parts.source.training) is not None:
         terminal.say(
             f"note: the {training.step} steps of init and its moments of AdamW are left out; "
             "init_optimizer = true takes them"
         )
+    if start.aside is not None:
+        terminal.say(f"note: checkpoints of later steps and a copy of metrics.jsonl were moved to {start.aside}")
+    if start.kept is not None and (change := _schedule_change(recipe, start.kept, first)) is not None:
+        terminal.say(f"note: {change}")
+
+
+def _schedule_change(recipe: Recipe, kept: Recipe, made: int) -> str | None:
+    """What becomes of the learning rate of a run that goes on, where its length or its schedule is another now."""
+    before, now = (each.optimizer.decay_steps or each.train.steps for each in (kept, recipe))
+    was, rate = (
+        np.asarray(learning_rate(replace(recipe.optimizer, decay_steps=steps), steps)(made)) for steps in (before, now)
+    )
+    if now != before:
+        return (
+            f"optimizer.decay_steps changes from {before} to {now}: the learning rate of step {made + 1} is "
+            f"{rate:.3g} instead of {was:.3g}"
+        )
+    if recipe.train.steps in (kept.train.steps, now):
+        return None
+    final = recipe.optimizer.learning_rate * recipe.optimizer.final_fraction
+    return (
+        f"train.steps changes from {kept.train.steps} to {recipe.train.steps}; the learning rate still decays to "
+        f"{final:.3g} at step {now} and stays there (optimizer.decay_steps = {recipe.train.steps} stretches the decay)"
+    )
 
 
 def _validation_loss(trainer: Trainer, params: Decoder, loader: Loader, recipe: Recipe, mesh: Mesh) -> float:

@@ -17,8 +17,8 @@ from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import write_files
 from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.mindspore_file import ckpt_file, open_ckpt
-from camelid.checkpoint.native import Stored
 from camelid.checkpoint.safetensors import open_safetensors
+from camelid.checkpoint.stored import Stored
 from camelid.checkpoint.tensors import Bands, Planned, Tensor, dtype_named, file_names
 from camelid.checkpoint.torch_files import Strided, open_torch
 from camelid.errors import UserError

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import camelid
+import camelid.parts
 import camelid.run
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.formats import open_checkpoint
@@ -189,8 +190,8 @@ def test_a_recipe_goes_on_from_the_step_of_a_train_state_on_any_mesh(
     assert steps == ["10", "12"]
 
     # The seventh step is that of the seventh batch, with these moments.
-    whole = recipe(table)
-    parts = camelid.run._prepare(whole, one_device())
+    whole = recipe(table | {"run": str(tmp_path / "another")})  # one that has not begun
+    parts = camelid.parts.prepare(whole, one_device())
     assert parts.source is not None
     state = from_checkpoint(parts.source, parts.source.training, parts.trainer, one_device())
     _, seventh = trained(parts.trainer, state, iter([vars(parts.loader.batch(6))]), 1)

@@ -1298,7 +1298,7 @@ FAULTS = (
     ),
     Fault(
         "a state of another dtype is cast silently",
-        "checkpoint/native.py",
+        "checkpoint/stored.py",
         "(tuple(leaf.shape), str(leaf.dtype))",
         "(tuple(leaf.shape),)",
         "checkpoint/test_native.py::test_a_state_of_another_dtype_shape_or_leaf_is_refused",

@@ -11,34 +11,34 @@ REPLACING = "checkpoint/test_replacing.py::"
 KILLED = f"{REPLACING}test_a_kill_at_every_moment_leaves_the_old_or_the_new_checkpoint_and_all_foreign_files"
 SECOND = f"{REPLACING}test_of_two_checkpoints_in_one_folder_the_second_and_foreign_files_are_left"
 USER = "end_to_end/test_user_files.py::"
-NATIVE, REPLACES = "checkpoint/native.py", "checkpoint/replacing.py"
+NATIVE, STORED, REPLACES = "checkpoint/native.py", "checkpoint/stored.py", "checkpoint/replacing.py"
 
 FAULTS = (
     # Paths
     Fault(
         "Orbax gets every path as it is",
-        NATIVE,
+        STORED,
         "if PLAIN.fullmatch(self.path):",
         "if self.path:",
         NAMES,
     ),
     Fault(
         "a run v* merges the files of a run vX",
-        NATIVE,
+        STORED,
         "(/[A-Za-z0-9_.+=,@-]+",
         "(/[A-Za-z0-9_.+=,@*-]+",
         MATCHING,
     ),
     Fault(
         "TensorStore's own suffix in a name is passed to it",
-        NATIVE,
+        STORED,
         "(?<!\\.__lock)",
         "",
         f"{PATHS}test_a_run_of_every_kind_of_name_is_restored",
     ),
     Fault(
         "the descriptor in a checkpoint's path is closed while it is read",
-        NATIVE,
+        STORED,
         "weakref.finalize(self, os.close, descriptor)",
         "os.close(descriptor)",
         NAMES,
@@ -61,20 +61,20 @@ FAULTS = (
     Fault(
         "a written checkpoint is not opened again",
         NATIVE,
-        "damage = find_damage(self._folder, step, outline) if is_main() else None",
+        "damage = find_damage(self._folder, step, expected) if is_main() else None",
         "damage = None",
         f"{INCOMPLETE}[found at the end-no arrays]",
     ),
     Fault(
         "chunks of a written checkpoint are not counted",
-        NATIVE,
+        STORED,
         "if chunks[name] != count:",
         "if chunks[name] > count:",
         f"{INCOMPLETE}[found at the end-a layer]",
     ),
     Fault(
         "shapes of a written checkpoint are not compared",
-        NATIVE,
+        STORED,
         "if (found := (store.shape, store.dtype.numpy_dtype.name)) != (shape, dtype):",
         "if (found := (store.shape, store.dtype.numpy_dtype.name))[1] != dtype:",
         f"{INCOMPLETE}[found at the end-a shape]",
@@ -168,8 +168,9 @@ FAULTS = (
     Fault(
         "the recipe is written before the run is accepted",
         "run.py",
-        "    latest = checkpoints.latest()\n",
-        "    record(folder, recipe, parts.files, parts.data)\n    latest = checkpoints.latest()\n",
+        "            resumed = _step_to_resume(folder, recipe, from_step)\n",
+        "            record(folder, recipe, parts.files, parts.data)\n"
+        "            resumed = _step_to_resume(folder, recipe, from_step)\n",
         f"{USER}test_a_refused_start_leaves_a_run_as_it_was",
     ),
     Fault(

@@ -1,11 +1,15 @@
 """From one checkpoint to another, a slice at a time: memory is what is in flight, not the model."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from camelid.checkpoint.formats import TRAIN_STATE, open_checkpoint, write_checkpoint
-from camelid.checkpoint.layout import from_tensors
+from camelid.checkpoint.integrity import count_not_finite, described
+from camelid.checkpoint.layout import Index, Source, from_tensors
 from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.config import ModelConfig
@@ -35,16 +39,17 @@ def convert(
     `ignore` are as if config.json did not have them. With `resume`, goes on where an earlier process was killed that
     was called with the same arguments. `with_tokenizer` False leaves the tokenizer out; `companions` gives the files
     that are written beside the weights (tokenizer, license, ...), from those of the source. Returns what was guessed or
-    left out.
+    left out, and where infinite or NaN values are, which are written as they are.
     """
     checkpoint = open_checkpoint(source, format, config, ignore)
     dtypes = checkpoint.dtypes
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, dtype_named(dtype))
+    not_finite: dict[tuple, int] = {}
     saving = Saving(
         checkpoint.config,
         dtypes,
-        checkpoint.source,
+        _counting(checkpoint.source, not_finite),
         companions(checkpoint.companions if with_tokenizer else checkpoint.other_companions),
         tensor_parallel,
         pipeline_parallel,
@@ -60,10 +65,27 @@ def convert(
         source=_fingerprint(checkpoint),
         progress=progress,
     )
-    if saving.training is None or to == TRAIN_STATE:
-        return (*checkpoint.notes, *told)
-    left_out = f"its step and the moments of its optimizer are left out; --to {TRAIN_STATE} keeps them"
-    return (*checkpoint.notes, *told, left_out)
+    notes = [*checkpoint.notes, *told]
+    if saving.training is not None and to != TRAIN_STATE:
+        notes.append(f"its step and the moments of its optimizer are left out; --to {TRAIN_STATE} keeps them")
+    if not_finite:
+        counts = Counter[str]()
+        for (path, *_), count in not_finite.items():
+            counts[path] += count
+        notes.append(f"infinite or NaN values are written as they are: {described(counts)}")
+    return tuple(notes)
+
+
+def _counting(source: Source, found: dict[tuple, int]) -> Source:
+    """The same values; `found` gets how many of each slice are infinite or NaN."""
+
+    def counted(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
+        values = source(path, layer, index, dtype)
+        if count := count_not_finite(values):
+            found[path, layer, repr(index)] = count  # a slice that several shards hold is one slice
+        return values
+
+    return counted
 
 
 def _training(checkpoint: Checkpoint) -> SavedTraining | None:

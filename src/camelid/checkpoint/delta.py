@@ -37,7 +37,7 @@ from camelid.checkpoint.peft import (
     plain_table,
 )
 from camelid.checkpoint.safetensors import open_safetensors, safetensors_file
-from camelid.checkpoint.tensors import Planned, Tensor, dtype_named
+from camelid.checkpoint.tensors import Planned, Tensor, dtype_named, rounded
 from camelid.errors import UserError
 from camelid.inputs import expand_home
 from camelid.model.config import ModelConfig
@@ -248,7 +248,7 @@ class Exact:
     def source(self, path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
         """The values of the tuned checkpoint, bit by bit, and cast to the dtype that is asked for."""
         name = path if layer is None else f"{path}.{layer}"
-        return self._values(name, (path, layer), index, self.base.source)[-1].astype(dtype, copy=False)
+        return rounded(name, self._values(name, (path, layer), index, self.base.source)[-1], dtype)
 
     def _values(self, name: str, place: Place, index: Index, source: Source) -> list[np.ndarray]:
         """A slice of the base, where the delta needs it, and one of the tuned checkpoint."""
@@ -328,7 +328,7 @@ def _combined(base: Checkpoint, other: Checkpoint, combine: np.ufunc) -> Source:
     sources = other.source, base.source
 
     def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
-        return combine(*(source(path, layer, index, FLOAT32) for source in sources)).astype(dtype, copy=False)
+        return rounded(path, combine(*(source(path, layer, index, FLOAT32) for source in sources)), dtype)
 
     return source
 

@@ -28,7 +28,7 @@ from camelid.checkpoint.layout import Index, Part, Row, Source, Table, from_tens
 from camelid.checkpoint.opened import Checkpoint
 from camelid.checkpoint.peft_config import NAME, Settings, read_settings, written
 from camelid.checkpoint.safetensors import open_safetensors, safetensors_file
-from camelid.checkpoint.tensors import CODES, Planned, Tensor
+from camelid.checkpoint.tensors import CODES, Planned, Tensor, rounded
 from camelid.checkpoint.torch_files import open_torch
 from camelid.errors import UserError
 from camelid.inputs import expand_home
@@ -119,7 +119,7 @@ def held(array: np.ndarray) -> Tensor:
         0,
         array.shape,
         array.dtype,
-        lambda path, layer, index, dtype: array[index].astype(dtype),
+        lambda path, layer, index, dtype: rounded("the adapter", array[index], dtype),
         ("", None),
     )
 
@@ -156,7 +156,7 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Source:
         added = _product(pair, _flat(index[:cut], shape[:cut]), _flat(index[cut:], shape[cut:]))
         added = added.reshape(-1, *shape[1:cut], index[cut].stop - index[cut].start, *shape[cut + 1 :])
         added = added[:, *index[1:cut], :, *index[cut + 1 :]]
-        return (values + np.float32(adapter.scale(pair)) * added).astype(dtype, copy=False)
+        return rounded(path, values + np.float32(adapter.scale(pair)) * added, dtype)
 
     return source
 

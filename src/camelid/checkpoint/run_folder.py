@@ -8,7 +8,7 @@ Parameters have our own names and axes there, all layers of one in one array; Ad
 
 from pathlib import Path
 
-from camelid.checkpoint import hf, native
+from camelid.checkpoint import hf, stored
 from camelid.checkpoint.folder import complete_replacement
 from camelid.checkpoint.layout import Row, Table, check, table
 from camelid.checkpoint.opened import Checkpoint, Training
@@ -42,7 +42,7 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
         raise UserError(f"{path} is not the folder of a run", "Give the folder that holds recipe.toml.")
     steps = run / STEPS
     if step is None:
-        step = native.newest(steps)
+        step = stored.newest(steps)
     if step is None:
         complete_replacement(run / MODEL)
         if not hf.looks(run / MODEL):
@@ -57,7 +57,7 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
         )
     described_by = "config.json" if config is None else hf.GIVEN
     config = config or hf.understood(run)
-    arrays = native.open_step(steps, step)
+    arrays = stored.open_step(steps, step)
     rows = table_of(config)
     params, mu, nu = (
         {name.removeprefix(below): array for name, array in arrays.items() if name.startswith(below)}
@@ -69,4 +69,4 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
 
 
 def _is_step(path: Path) -> bool:
-    return path.parent.name == STEPS and native.is_step(path.name)
+    return path.parent.name == STEPS and stored.is_step(path.name)

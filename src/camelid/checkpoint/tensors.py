@@ -73,6 +73,19 @@ class Tensor:
 
 def cast(tensor: Tensor, values: np.ndarray, out: np.ndarray) -> None:
     """out[...] = values, which are a tensor's; raises UserError where one is too large for the dtype of `out`."""
+    _assign(f"{tensor.name} in {tensor.file}", values, out)
+
+
+def rounded(what: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The values in a dtype; raises UserError, which says `what` they are, where one is too large for it."""
+    if values.dtype == dtype:
+        return values
+    out = np.empty(values.shape, dtype)
+    _assign(what, values, out)
+    return out
+
+
+def _assign(what: str, values: np.ndarray, out: np.ndarray) -> None:
     with np.errstate(over="ignore"):
         out[...] = values
     # By bits without their sign, because isinf takes as long as the cast, and from bfloat16 numpy sees no overflow.
@@ -84,7 +97,7 @@ def cast(tensor: Tensor, values: np.ndarray, out: np.ndarray) -> None:
         ends = {dtype.name: float(ml_dtypes.finfo(dtype).max) for dtype in CODES}
         end = ends[out.dtype.name]
         raise UserError(
-            f"{tensor.name} in {tensor.file} holds {float(values[beyond][0]):.3g}, and {out.dtype} ends at {end:.5g}",
+            f"{what} holds {float(values[beyond][0]):.3g}, and {out.dtype} ends at {end:.5g}",
             f"Choose {' or '.join(name for name, other in ends.items() if other > end)}.",
         )
 

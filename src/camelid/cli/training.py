@@ -12,6 +12,7 @@ from camelid.parallel.compiled import keep_compiled
 def train(
     recipe: Annotated[Positional[Path], arg(metavar="RECIPE.toml", help="docs/recipes.md lists its fields")],
     print_recipe: bool = False,
+    from_step: int | None = None,
     coordinator: str | None = None,
     processes: int | None = None,
     process_id: int | None = None,
@@ -28,6 +29,7 @@ def train(
 
     Args:
         print_recipe: print the recipe with every field resolved, and end
+        from_step: go on from this older checkpoint; those of later steps are moved aside, not deleted
         coordinator: host:port of process 0, where several processes train together
         processes: how many they are
         process_id: which of them this is, from 0
@@ -44,7 +46,7 @@ def train(
     hosts.start(hosts.Processes(coordinator=coordinator, count=processes, id=process_id, detect=detect))
     from camelid.run import run
 
-    outcome = run(resolved)
+    outcome = run(resolved, from_step)
     if not hosts.is_main():
         return None
     if not outcome.finished:

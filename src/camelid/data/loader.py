@@ -35,15 +35,20 @@ LOOKED_AT = 2**20  # tokens of rows, at once, where a first one that counts is l
 
 
 class Loader:
-    """The rows of one split: of stores that are there, or are prepared when it is made."""
+    """The rows of one split: of the given stores, or those of the configuration, which are prepared when needed."""
 
     def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, split: Split = "train", progress: Progress | None = None
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        split: Split = "train",
+        progress: Progress | None = None,
+        stores: Sequence[Store] | None = None,
     ):
         self.config = config
         self.vocab_size = tokenizer.vocab_size
         assert config.packing is not None  # a DataConfig has chosen one
-        stores = open_stores(config, tokenizer, split, progress)
+        stores = open_stores(config, tokenizer, split, progress) if stores is None else stores
         looped = config.cross_documents and not config.shuffle and len(stores) == 1 and split == "train"
         self.packings = tuple(
             Packing(

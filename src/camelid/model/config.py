@@ -208,9 +208,10 @@ class Compute:
     """How a run computes a model; it changes speed, memory and rounding, never what the model is."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of products and activations; norms, rotary angles, softmax, logits and loss are float32 always"""
+    """of products and activations; norms, rotary angles, softmax, logits and loss are float32 always; not float16 in
+    training, which would need loss scaling"""
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of stored parameters"""
+    """of stored parameters; float32 in training, since most updates are smaller than the rounding of 16 bits"""
     remat: Literal["none", "elementwise", "layer"] = "elementwise"
     """what the backward pass computes again: nothing, all but products and attention (the fastest), or whole layers"""
     attention: Literal["auto", "dense", "blockwise", "cudnn", "splash"] = "auto"

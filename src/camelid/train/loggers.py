@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,21 +19,31 @@ WORTH_SAYING = 0.1  # of a step's time
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line; lines after the step that training resumes from are dropped (0: all)."""
+    """metrics.jsonl: one JSON object a line; lines after the step that training resumes from are dropped (0: all).
+
+    An infinite or NaN number is written as null, since JSON has none; pandas and Polars read that as a missing number.
+    """
 
     def __init__(self, path: Path, resume_from: int):
         earlier = read_metrics(path) if resume_from and path.exists() else []
         kept = [row for row in earlier if row["step"] <= resume_from]
         temporary = path.with_suffix(".incomplete")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        temporary.write_text("".join(map(_line, kept)), "utf-8")
         temporary.rename(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(_line(row))
 
     def close(self) -> None:
         self._file.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

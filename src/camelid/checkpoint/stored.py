@@ -1,0 +1,289 @@
+"""The checkpoints of a run read back: arrays that Orbax wrote, slice by slice, verified, and what is damaged in them.
+
+They are read through TensorStore, because Orbax does not notice a flipped bit, and does not name what is damaged.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from camelid.checkpoint.integrity import checksum, count_not_finite, described, path_name
+from camelid.checkpoint.layout import aligned, cuts
+from camelid.checkpoint.tensors import Index, Tensor, cast
+from camelid.errors import UserError
+from camelid.parallel.hosts import is_main
+
+ITEM = "default"  # the folder, in that of a step, in which Orbax keeps the state
+METADATA, CHECKSUMS = "_CHECKPOINT_METADATA", "checksums"  # Orbax's file about a step, and our entry in it
+PLAIN = re.compile(r"(/[A-Za-z0-9_.+=,@-]+(?<!\.__lock))+")
+"""paths that need no replacement by `Address`"""
+DESCRIPTORS = Path("/proc/self/fd")
+ZARR = "/.zarray"  # after the name of each array, what describes it
+CHUNK = 32 * 2**20  # bytes of an array that lie together on disk, and are read together
+CHANGED = "is not what was saved: its checksum differs"
+
+Outline = Mapping[str, tuple[tuple[int, ...], str]]
+"""shape and dtype of each array by path"""
+
+
+class Damage(ValueError):
+    """What is wrong with a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stored(Tensor):
+    """An array of a checkpoint, in its folder."""
+
+    store: ts.TensorStore
+    address: "Address | None" = None
+    """keeps the path of the store valid"""
+    checksum: int | None = None
+    """of what was saved, as `integrity.checksum` computes it; None for checkpoints of an older camelid"""
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def read_into(self, out: np.ndarray, index: Index) -> None:
+        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype.
+
+        The first call verifies the checksum of the whole array. Raises UserError if it is damaged.
+        """
+        held = out if out.dtype == self.dtype else np.empty(out.shape, self.dtype)
+        try:
+            with self.lock:
+                _ = self.not_finite
+            self._read(held, index)
+        except Damage as error:
+            raise damaged(self.file, str(error)) from error
+        if held is not out:
+            cast(self, held, out)
+
+    @functools.cached_property
+    def not_finite(self) -> int:
+        """How many values are infinite or NaN. Reads the whole array, and raises Damage if its checksum differs."""
+        total = count = 0
+        for index in cuts(self.shape) if self.shape else [()]:
+            values = np.empty([s.stop - s.start for s in index], self.dtype)
+            self._read(values, index)
+            total, count = (total + checksum(values)) % 2**32, count + count_not_finite(values)
+        if self.checksum not in (None, total):
+            raise Damage(f"{self.name} {CHANGED}")
+        return count
+
+    def on_devices(self, target: jax.ShapeDtypeStruct) -> jax.Array:
+        """The array where `target` lives. Each device's part is read for it, not verified. Raises Damage."""
+        held: dict[tuple, np.ndarray] = {}
+
+        def read(index: Index | None) -> np.ndarray:
+            assert index is not None
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True))
+            if bounds not in held:
+                held[bounds] = aligned([stop - start for start, stop in bounds], self.dtype)
+                self._read(held[bounds], tuple(slice(*pair) for pair in bounds))
+            return held[bounds]
+
+        return jax.make_array_from_callback(self.shape, target.sharding, read)
+
+    def _read(self, out: np.ndarray, index: Index) -> None:
+        """Fills `out`, of the same dtype; raises Damage."""
+        try:
+            ts.array(out).write(self.store[index].translate_to[(0,) * len(index)]).result()
+        except (OSError, ValueError) as error:
+            raise Damage(f"{self.name} cannot be read: {first_line(error)}") from error
+
+
+# Steps ------------------------------------------------------------------------------------
+
+
+def is_step(name: str) -> bool:
+    """Whether a name in the folder of checkpoints is that of a complete one."""
+    return name.isascii() and name.isdigit()
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of a run's complete checkpoints, in order; those that were damaged later are among them."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(place.name) for place in folder.iterdir() if is_step(place.name) and place.is_dir())
+
+
+def newest(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint among those of a run."""
+    return max(steps_in(folder), default=None)
+
+
+def open_step(folder: Path, step: int) -> Mapping[str, Tensor]:
+    """The arrays of a step by path, say `params.layers.attn.q_proj`; raises UserError where they are not whole."""
+    place = folder.resolve() / str(step)
+    try:
+        return open_arrays(place)
+    except Damage as error:
+        raise damaged(place, str(error)) from error
+
+
+def open_arrays(place: Path) -> dict[str, Stored]:
+    """The arrays of a step by path; raises Damage if some are missing."""
+    checksums = _saved_checksums(place)
+    try:
+        address = Address(place / ITEM)
+        stores = _stores(address, _keys(address), 0)
+        # Slices of a layer may cross all of its chunks, which are kept until the next: each is read once.
+        layers = [x.dtype.numpy_dtype.itemsize * math.prod(x.shape[1:]) for name, x in stores.items() if _stacked(name)]
+        stores = _stores(address, _keys(address), 2 * max([CHUNK, *layers]))
+    except (OSError, ValueError) as error:
+        raise Damage(first_line(error)) from error
+    if missing := checksums.keys() - stores.keys():
+        raise Damage(f"{min(missing)} is missing")
+    return {
+        name: Stored(place, name, 0, x.shape, np.dtype(x.dtype.numpy_dtype), x, address, checksums.get(name))
+        for name, x in stores.items()
+    }
+
+
+def _saved_checksums(place: Path) -> dict[str, int]:
+    """The checksums of the arrays of a step by path; empty for checkpoints of an older camelid. Raises Damage."""
+    try:
+        return json.loads((place / METADATA).read_bytes())["custom_metadata"].get(CHECKSUMS, {})
+    except OSError as error:
+        raise Damage(f"{METADATA} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damage(f"{METADATA} is not what Orbax wrote: {first_line(error)}") from error
+
+
+# Damage -----------------------------------------------------------------------------------
+
+
+def damaged(place: Path, problem: str, resuming: bool = False) -> UserError:
+    """The error for a step that is damaged, with the other steps of the run that are whole.
+
+    The main process reads all of these, which may take minutes.
+    """
+    others = [step for step in steps_in(place.parent) if step != int(place.name)] if is_main() else []
+    whole = [step for step in reversed(others) if verify_step(place.parent / str(step)) is None]
+    if not whole:
+        advice = "No other step of this run is whole: copy the folder again, or begin another run."
+    elif resuming:
+        advice = (
+            f"{_listed(whole)} whole. To go on from step {whole[0]}, add --from-step {whole[0]} (in Python, "
+            "from_step); later steps are moved aside, not deleted."
+        )
+    else:
+        advice = f"{_listed(whole)} whole. To open step {whole[0]}, give {place.parent / str(whole[0])}."
+    return UserError(f"the checkpoint of step {place.name} in {place.parent} is damaged: {problem}", advice)
+
+
+def _listed(steps: list[int]) -> str:
+    return f"Step {steps[0]} is" if len(steps) == 1 else f"Steps {', '.join(map(str, steps))} are"
+
+
+def verify_step(place: Path) -> str | None:
+    """What is wrong with the checkpoint of a step, of which everything is read; None if it is whole and finite."""
+    try:
+        counts = {name: array.not_finite for name, array in open_arrays(place).items()}
+    except Damage as error:
+        return str(error)
+    odd = {name: count for name, count in counts.items() if count}
+    return f"infinite or NaN values in {described(odd)}" if odd else None
+
+
+def find_damage(folder: Path, step: int, outline: Outline) -> str | None:
+    """What is wrong with the checkpoint of a step: an array or a part of one is missing, or not as in `outline`.
+
+    Returns None if everything is there. No values are read, so this takes well under a second for a model of any size.
+    """
+    try:
+        address = Address(folder.resolve() / str(step) / ITEM)
+        keys = _keys(address)
+        stores = _stores(address, keys, 0)
+    except (OSError, ValueError) as error:
+        return first_line(error)
+    chunks = Counter(key.rpartition("/")[0] for key in keys if not key.endswith(ZARR))
+    for name, (shape, dtype) in outline.items():
+        if (store := stores.get(name)) is None:
+            return f"{name} is missing"
+        if (found := (store.shape, store.dtype.numpy_dtype.name)) != (shape, dtype):
+            return f"{name} is {found[1]} {found[0]}, not {dtype} {shape}"
+        chunk_shape = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
+        count = math.prod(-(-n // (length or 1)) for n, length in zip(shape, chunk_shape, strict=True))
+        if chunks[name] != count:
+            return f"{name} has {chunks[name]} of its {count} chunks"
+    return None
+
+
+# How Orbax writes -------------------------------------------------------------------------
+
+
+class Address:
+    """An absolute path of a folder that Orbax and TensorStore can take, whatever the folder's name.
+
+    They pass paths to glob and through JSON, and give names such as `[...]`, `..`, `gs:` and `x.__lock` a meaning of
+    their own. A path with anything but plain characters is therefore replaced by that of an open descriptor of the
+    folder, which is valid in this process for as long as the object exists, and which no other process can disturb.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = str(folder)
+        if PLAIN.fullmatch(self.path):
+            return
+        if not DESCRIPTORS.is_dir():
+            raise UserError(
+                f"{folder} has characters in its path that Orbax cannot handle on this system",
+                "Use names of letters, digits, and the characters _ . + = , @ -",
+            )
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        weakref.finalize(self, os.close, descriptor)
+        self.path = str(DESCRIPTORS / str(descriptor))
+
+
+def _keys(address: Address) -> list[str]:
+    """The keys of all arrays and of their chunks in a folder that Orbax wrote."""
+    return [key.decode() for key in ts.KvStore.open(_files(address)).result().list().result()]
+
+
+def _files(address: Address) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{address.path}/"}}
+
+
+def _stores(address: Address, keys: list[str], cache_bytes: int) -> dict[str, ts.TensorStore]:
+    """Every array that Orbax wrote into a folder, by its name there."""
+    names = [key.removesuffix(ZARR) for key in keys if key.endswith(ZARR)]
+    if not names:
+        raise ValueError("it holds no arrays")
+    # A piece that was lost is an error, and not zeros.
+    spec = {"driver": "zarr", "open": True, "fill_missing_data_reads": False}
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    files = _files(address)
+    opening = {name: ts.open(spec | {"kvstore": files | {"path": f"{name}/"}}, context=context) for name in names}
+    return {name: future.result() for name, future in opening.items()}
+
+
+def how_cut(path: Any, leaf: Any) -> ocp.SaveArgs:
+    """How an array is cut on disk: each layer apart, as checkpoints are read."""
+    stacked = _stacked(path_name(path))
+    return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if stacked else ())
+
+
+def _stacked(name: str) -> bool:
+    return "layers" in name.split(".")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def outline(tree: Any) -> Outline:
+    """Shape and dtype of each leaf by path, however the tree's nodes are made."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {path_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
