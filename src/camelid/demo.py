@@ -44,8 +44,11 @@ MODEL = ModelConfig(
 )
 
 
-def main(folder: Path, model: str | None, steps: int) -> None:
-    """Corpus, tokenizer, training, measurement, text, saving, opening again; all under `folder`."""
+def main(folder: Path, model: str | None, steps: int) -> bool:
+    """Corpus, tokenizer, training, measurement, text, saving, opening again; all under `folder`.
+
+    Returns False if a signal stopped the training.
+    """
     began = time.perf_counter()
     train, held_out = write_corpus(folder)
     _say(f"corpus     {train.parent}: the manual of Python {sys.version_info.major}.{sys.version_info.minor}")
@@ -53,10 +56,11 @@ def main(folder: Path, model: str | None, steps: int) -> None:
     recipe = finetuning(folder, model, data, steps) if model else from_scratch(folder, train, data, steps)
     outcome = run(recipe)
     if not outcome.finished:
-        return _say("stopped; the same command goes on from here")
+        _say(f"stopped after step {outcome.steps} of {steps}; the same command goes on from there")
+        return False
     losses = [row for row in read_metrics(outcome.folder / "metrics.jsonl") if "validation_loss" in row]
     _summarize(outcome, losses[0]["validation_loss"], losses[-1]["validation_loss"], began)
-    return None
+    return True
 
 
 def _summarize(outcome: Outcome, before: float, after: float, began: float) -> None:

@@ -29,7 +29,7 @@ from camelid.model.config import ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import count_parameters, peak_flops, training_flops
 from camelid.model.params import build, initialize, map_specs, named
-from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, place, to_host
+from camelid.parallel.hosts import StopSignal, batch_ways, is_main, main_first, own_rows, place, to_host
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, check_divides, partition
 from camelid.recipe import Recipe
@@ -138,8 +138,9 @@ def _prepare(recipe: Recipe, mesh: Mesh) -> Parts:
             "`camelid data prepare` and `inspect` take it; to imitate the good answers, give them as kind = 'chat'.",
         )
     progress = tokenizing() if is_main() else None
-    loader = Loader(recipe.data, tokenizer, progress=progress)
-    validation = Loader(recipe.data, tokenizer, "validation", progress) if _validates(recipe) else None
+    with main_first("data"):
+        loader = Loader(recipe.data, tokenizer, progress=progress)
+        validation = Loader(recipe.data, tokenizer, "validation", progress) if _validates(recipe) else None
     return Parts(source, config, tokenizer, loader, validation, _trainer(recipe, config))
 
 
@@ -206,18 +207,19 @@ def _run(recipe: Recipe, parts: Parts, folder: Path, checkpoints: RunCheckpoints
         callbacks.insert(0, Callback(recipe.train.evaluate_every or steps, validate, at_end=True))
         if latest is None:
             validate(first, state)
-    with StopSignal() as stop, contextlib.closing(terminal), contextlib.ExitStack() as ending:
+    with StopSignal(first, steps) as stop, contextlib.closing(terminal), contextlib.ExitStack() as ending:
         for sink in sinks:
             ending.callback(sink.close)
         made, state = train(step, state, batches, report, callbacks, stop)
-    checkpoints.wait()
+        checkpoints.wait()
+    finished = made == steps and not stop.asked
     companions = parts.companions | ({} if parts.chat_template is None else {CHAT_TEMPLATE: folder / CHAT_TEMPLATE})
     model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, tuple(companions.values()))
-    if made == steps:
+    if finished:
         model.save(folder / "model", overwrite=True)
     if is_main():
         draw_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
-    return Outcome(folder, made, made == steps, model)
+    return Outcome(folder, made, finished, model)
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

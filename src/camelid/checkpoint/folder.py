@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from camelid.errors import UserError
+from camelid.interrupts import cleaned_up
 from camelid.locks import LOCK, locked
 
 
@@ -24,7 +25,7 @@ def new_folder(destination: Path, need_bytes: int, overwrite: bool = False, resu
     destination = Path(os.path.realpath(destination))
     temporary, old = (destination.parent / f".{destination.name}.{word}" for word in ("incomplete", "replaced"))
     _check_free(destination, overwrite)  # before anything is made; and once more when nobody else can make it
-    with contextlib.ExitStack() as stack:
+    with cleaned_up(), contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(temporary, wait=False))
         except BlockingIOError as error:

@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from camelid.cli.shared import model_config, note, print_json, progress_bar, read_text, tell
 from camelid.errors import UserError
+from camelid.interrupts import cleaned_up
 
 Format = Literal[
     "hf",
@@ -373,7 +374,7 @@ def _untold(written: Path, checkpoint, to: str) -> str:
 
     if to in ("hf", "peft", "run"):
         return ""
-    with tempfile.TemporaryDirectory() as folder:
+    with cleaned_up(), tempfile.TemporaryDirectory() as folder:
         for file in written.absolute().iterdir():
             if file.name != "config.json":
                 (Path(folder) / file.name).symlink_to(file)

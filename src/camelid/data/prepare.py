@@ -32,6 +32,7 @@ from camelid.data.store import (
     writing,
 )
 from camelid.errors import UserError
+from camelid.interrupts import cleaned_up
 from camelid.locks import locked
 from camelid.text.tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ def prepare(
     # Parts are left where a process was killed after its store was done.
     if found is not None and not parts.exists():
         return found
-    with writing(folder), locked(work):
+    with cleaned_up(), writing(folder), locked(work):
         try:
             if (found := _existing(folder, described, overwrite)) is None:
                 _make(task, described, work, parts, workers, progress or (lambda done, total: None))
