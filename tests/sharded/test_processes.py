@@ -85,7 +85,7 @@ def together(table: dict[str, Any]) -> list[dict]:
     return read_metrics(folder / "metrics.jsonl")
 
 
-def test_a_signal_to_one_of_two_processes_ends_both_and_one_and_then_two_go_on_to_the_losses_of_one(
+def test_ctrl_c_in_one_of_two_processes_ends_both_and_one_and_then_two_go_on_to_the_losses_of_one(
     table: dict[str, Any], together: list[dict], devices_env: dict[str, str]
 ):
     run = Path(table["run"])
@@ -93,7 +93,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_one_and_then_two_go_on_t
 
     with two_processes(file, devices_env, "first") as processes:
         wait_until(lambda: lines(run / "metrics.jsonl") >= 6, processes[0])
-        os.kill(processes[1].pid, signal.SIGTERM)
+        os.kill(processes[1].pid, signal.SIGINT)
         ended(processes, file, "first", STOPPED)
     stopped = losses(run)[-1]["step"]
     assert 5 <= stopped < STEPS, "the run was over before the signal"

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,10 @@ from camelid.parallel.rules import COMPUTE, partition
 
 HEARTBEAT_TIMEOUT_S = 60
 """JAX ends all processes when one was killed, or its machine lost, so long ago"""
-ANSWER_S = 1.0
-"""for which a process that failed waits until the others know"""
+ANSWER_MS = 1000
+"""for which a process that failed waits until the others have heard"""
+LAST_S = 0.5
+"""by which process 0, where the coordinator runs, ends after the others: JAX aborts those that lose it"""
 FOREVER_MS = 10**9  # twelve days
 FAILURE = "camelid/failure"
 
@@ -83,6 +86,11 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
+def _process_id() -> int:
+    """This process's number, also before devices are asked for."""
+    return distributed.global_state.process_id
+
+
 @contextlib.contextmanager
 def ended_together(explained: Callable[[Exception], UserError | None]) -> Iterator[None]:
     """Where the block fails in one process, the others, which would wait for it, end with its message.
@@ -94,11 +102,12 @@ def ended_together(explained: Callable[[Exception], UserError | None]) -> Iterat
         return
 
     def fail(error: UserError, status: int) -> None:
-        failure = {"process": jax.process_index(), "status": status, "error": [error.problem, error.advice]}
+        failure = {"process": _process_id(), "status": status, "error": [error.problem, error.advice]}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed already
             client.key_value_set(FAILURE, json.dumps(failure))
-            # The coordinator lives in process 0: it must not end before the others have heard.
-            client.wait_at_barrier(f"{FAILURE}/heard", round(ANSWER_S * 1000))
+            client.wait_at_barrier(f"{FAILURE}/heard", ANSWER_MS)
+        if _process_id() == 0:
+            time.sleep(LAST_S)
 
     threading.Thread(target=_end_with_others, args=(client,), daemon=True).start()
     interrupted = UserError("interrupted", "The same command goes on from where it was.")
@@ -119,12 +128,12 @@ def _end_with_others(client: Any) -> None:
         failure = json.loads(client.blocking_key_value_get(FAILURE, FOREVER_MS))
     except jax.errors.JaxRuntimeError:
         return  # the run is over
-    if failure["process"] == jax.process_index():
+    if failure["process"] == _process_id():
         return
     problem, advice = failure["error"]
     print(f"camelid: process {failure['process']}: {problem}\n         {advice}", file=sys.stderr, flush=True)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        client.wait_at_barrier(f"{FAILURE}/heard", round(ANSWER_S * 1000))
+        client.wait_at_barrier(f"{FAILURE}/heard", ANSWER_MS)
     os._exit(failure["status"])
 
 
