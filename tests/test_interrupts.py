@@ -19,6 +19,7 @@ from camelid.interrupts import INTERRUPTED, STOPPED
 from runs import TIMEOUT_S, losses, tiny_run, wait_until, words, write_recipe_file
 
 LINE = "camelid: interrupted"
+ENDS_S = 60  # in which a process ends that was interrupted, or has little to do, on a machine that is busy
 
 
 class Started:
@@ -60,7 +61,7 @@ class Started:
             os.killpg(self.process.pid, signal.SIGINT)
 
     def wait(self) -> int:
-        return self.process.wait(TIMEOUT_S)
+        return self.process.wait(ENDS_S)
 
 
 @contextmanager
@@ -272,6 +273,8 @@ COMMANDS = {
     "demo": ("--folder {out}", 3),
 }
 """by command: its options, and how many moments are tried here"""
+COMPLETE = ("manifest.json", "config.json", "delta.json", "corpus")
+"""what is written last, or renamed with the rest, by the commands that write a folder; the demo's grows file by file"""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -281,9 +284,12 @@ def test_ctrl_c_ends_a_command_at_every_moment(
     options, count = COMMANDS[name]
     text = assets / "data" / "tinystories" / "tinystories_sample.txt"
 
-    def interrupted_after(seconds: float, folder: Path) -> Started:
+    def command(folder: Path) -> list[str]:
         filled = options.format(model=stories, text=text, out=folder / "made", recipe=recipe)
-        with started(words(*name.split(), *filled.split()), folder, user_env) as run:
+        return words(*name.split(), *filled.split())
+
+    def interrupted_after(seconds: float, folder: Path) -> Started:
+        with started(command(folder), folder, user_env) as run:
             run.until_watched()
             time.sleep(seconds)
             run.interrupt()
@@ -299,6 +305,14 @@ def test_ctrl_c_ends_a_command_at_every_moment(
     assert ended, "every run was over before its signal"
     for run in ended:
         assert_interrupted(run)
+    for folder in tmp_path.iterdir():
+        made = folder / "made"
+        assert not made.exists() or any((made / file).exists() for file in COMPLETE), "half a folder is left"
+    if name in ("data prepare", "convert"):
+        again = next(folder for folder in sorted(tmp_path.iterdir()) if not (folder / "made").exists())
+        with started(command(again), again, user_env) as run:
+            assert run.process.wait(TIMEOUT_S) == 0, run.err
+        assert {path.name for path in again.iterdir()} == {"made", "out", "err"}
 
 
 # Training -----------------------------------------------------------------------------------

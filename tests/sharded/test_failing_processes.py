@@ -80,6 +80,39 @@ def test_an_error_of_one_process_ends_both(
     assert f"camelid: process {failing}: {said}" in logs(recipe)[1 - failing]
 
 
+RECORDED = f"""
+import sys, time
+import camelid.run
+
+Loader = camelid.run.Loader
+
+def recorded(*arguments, **options):
+    print("begins", time.time())
+    time.sleep(1)  # in which the others would begin
+    loader = Loader(*arguments, **options)
+    print("ends", time.time(), flush=True)
+    if sys.argv[-1] == "1":
+        raise KeyError("enough")
+    return loader
+
+camelid.run.Loader = recorded
+{COMMAND}
+"""
+
+
+def test_the_main_process_prepares_the_data_first(recipe: Path, user_env: dict[str, str]):
+    with two_processes(recipe, user_env, RECORDED, RECORDED) as processes:
+        for process in processes:
+            process.wait(TIMEOUT_S)
+
+    def times(log: str, word: str) -> list[float]:
+        return [float(line.split()[1]) for line in log.splitlines() if line.startswith(word)]
+
+    main, other = logs(recipe)
+    assert len(times(main, "ends")) == 2, "training and validation text"
+    assert max(times(main, "ends")) < min(times(other, "begins"))
+
+
 def test_a_process_that_is_killed_ends_the_other(recipe: Path, user_env: dict[str, str]):
     with two_processes(recipe, user_env, COMMAND, COMMAND) as processes:
         wait_until(lambda: lines(recipe.with_name("run") / "metrics.jsonl") > 5, processes[0])

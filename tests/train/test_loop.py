@@ -166,3 +166,18 @@ def test_a_second_signal_ends_at_once():
         assert stop.at(1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_sigterm_lets_the_save_go_on():
+    with StopSignal() as stop:
+        for _ in range(2):  # launchers forward what the whole group has received already
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.at(1)
+
+
+def test_the_step_after_which_it_stops_is_said(capsys: pytest.CaptureFixture[str]):
+    for made, said in ((None, 8), (8, 9), (10, 10)):
+        with StopSignal(first=7, last=10) as stop:
+            assert made is None or not stop.at(made)
+            signal.raise_signal(signal.SIGINT)
+        assert capsys.readouterr().err.startswith(f"stopping after saving step {said};")
