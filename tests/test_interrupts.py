@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,13 +24,11 @@ ENDS_S = 60  # in which a process ends that was interrupted, or has little to do
 class Started:
     """A process in a group of its own, as a terminal starts it, with its output in files."""
 
-    def __init__(self, command: list[str], folder: Path, env: Mapping[str, str], **options: Any):
+    def __init__(self, command: list[str], folder: Path, env: Mapping[str, str]):
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = subprocess.Popen(
-                command, env=env, stdout=out, stderr=err, stdin=-3, start_new_session=True, **options
-            )
+            self.process = subprocess.Popen(command, env=env, stdout=out, stderr=err, stdin=-3, start_new_session=True)
 
     @property
     def out(self) -> str:
@@ -65,8 +62,8 @@ class Started:
 
 
 @contextmanager
-def started(command: list[str], folder: Path, env: Mapping[str, str], **options: Any) -> Iterator[Started]:
-    run = Started(command, folder, env, **options)
+def started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterator[Started]:
+    run = Started(command, folder, env)
     try:
         yield run
     finally:
@@ -157,6 +154,22 @@ def test_a_command_ends_that(body: tuple[str, str], tmp_path: Path, user_env: di
     assert_interrupted(interrupted(body[1], tmp_path, user_env))
 
 
+def test_a_command_ends_whose_error_stream_nobody_reads(tmp_path: Path, user_env: dict[str, str]):
+    body = """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, bytes(4096))
+        except BlockingIOError:
+            os.set_blocking(writer, True)
+        os.dup2(writer, 2)
+        print(flush=True)
+        threading.Event().wait()
+        """
+    assert interrupted(body, tmp_path, user_env).wait() == INTERRUPTED
+
+
 def test_temporary_files_are_removed_first(tmp_path: Path, user_env: dict[str, str]):
     body = f"""
         import tempfile
@@ -207,11 +220,10 @@ def test_a_command_ends_with_its_status_and_all_of_its_output(
 
 
 def test_a_signal_that_the_parent_ignores_stays_ignored(tmp_path: Path, user_env: dict[str, str]):
-    def ignore() -> None:  # as a shell does for a script's jobs in the background, and nohup
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
+    # As a shell does for a script's jobs in the background.
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
     body = "print(flush=True); time.sleep(1); print('done')"
-    with started(program(body), tmp_path, user_env, preexec_fn=ignore) as run:
+    with started([*ignoring, *program(body)], tmp_path, user_env) as run:
         run.until(lambda: "\n" in run.out)
         run.interrupt()
         assert (run.wait(), run.out) == (0, "\ndone\n")

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -20,7 +19,8 @@ INTERRUPTED = 130
 """exit status of a command that Ctrl-C ended: 128 + SIGINT, as shells report it"""
 STOPPED = 75
 """exit status of training that saved a checkpoint and stopped at a signal: EX_TEMPFAIL of sysexits.h, run it again"""
-CLEANUP_S = 1.5
+END_S = 1.5
+"""in which an interrupted command removes its temporary files"""
 
 Hear = Callable[[int], None]
 
@@ -93,8 +93,12 @@ def _dispatch(reader: int) -> None:
 
 
 def end() -> NoReturn:
-    """Ends the process of a command as Ctrl-C does; a block of `cleaned_up` has CLEANUP_S for its files."""
+    """Ends the process of a command as Ctrl-C does, after END_S at the latest."""
     global _said
+    # Nobody may read what is written, and a block of `cleaned_up` may take too long.
+    latest = threading.Timer(END_S, os._exit, (INTERRUPTED,))
+    latest.daemon = True
+    latest.start()
     with _saying:
         if not _said:
             _said = True
@@ -102,11 +106,11 @@ def end() -> NoReturn:
             before, after = ("\r\x1b[K", "\x1b[?25h") if os.isatty(2) else ("", "")
             with contextlib.suppress(OSError):
                 os.write(2, f"{before}camelid: interrupted{_advice}{after}\n".encode())
-    if _before_end is not None:
-        with contextlib.suppress(Exception):
-            _before_end()
+            if _before_end is not None:
+                with contextlib.suppress(Exception):
+                    _before_end()
     if _cleaning and threading.current_thread() is not threading.main_thread():
-        time.sleep(CLEANUP_S)
+        latest.join()
     os._exit(INTERRUPTED)
 
 
@@ -118,7 +122,7 @@ def advise(advice: str) -> None:
 
 @contextlib.contextmanager
 def before_end(do: Callable[[], None]) -> Iterator[None]:
-    """An interrupt that ends the command in this block calls `do` first, which takes a second at most."""
+    """An interrupt that ends the command in this block calls `do` first."""
     global _before_end
     _before_end = do
     try:
@@ -131,7 +135,7 @@ def before_end(do: Callable[[], None]) -> Iterator[None]:
 def cleaned_up() -> Iterator[None]:
     """An interrupt in this block is raised as KeyboardInterrupt, so that the block can remove its temporary files.
 
-    In a command it has CLEANUP_S for that.
+    In a command it has END_S for that.
     """
     global _cleaning
     before, _cleaning = _cleaning, True
@@ -146,7 +150,7 @@ def heard(hear: Hear, *numbers: signal.Signals) -> Iterator[None]:
     """In this block `hear(number)` is called at these signals; where it raises KeyboardInterrupt, the program ends.
 
     A command calls it in a thread of its own, at once; another program in its main thread, between two bytecodes.
-    Signals keep their handlers where the block runs in another thread than the main one.
+    Ignored signals stay ignored, and all keep their handlers if the block does not run in the main thread.
     """
     global _hear
     if threading.current_thread() is not threading.main_thread():
@@ -157,9 +161,11 @@ def heard(hear: Hear, *numbers: signal.Signals) -> Iterator[None]:
     try:
         _hear = hear
         for number in numbers:
-            handlers[number] = signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                handlers[number] = signal.signal(number, handler)
         yield
     finally:
         for number, before in handlers.items():
-            signal.signal(number, before)
+            if before is not None:  # one that was not installed from Python cannot be put back
+                signal.signal(number, before)
         _hear = heard_before

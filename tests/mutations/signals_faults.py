@@ -38,8 +38,8 @@ FAULTS = (
     Fault(
         "the cleanup may take as long as it likes",
         "interrupts.py",
-        "time.sleep(CLEANUP_S)",
-        "threading.Event().wait()",
+        "    latest.start()",
+        "    threading.Thread(target=latest.join)",
         f"{THAT}[cleans up for too long]",
     ),
     Fault(

@@ -1,6 +1,7 @@
 """The loop: who is called when, with what."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -176,8 +177,11 @@ def test_a_second_sigterm_lets_the_save_go_on():
 
 
 def test_the_step_after_which_it_stops_is_said(capsys: pytest.CaptureFixture[str]):
+    threads = set(threading.enumerate())
     for made, said in ((None, 8), (8, 9), (10, 10)):
         with StopSignal(first=7, last=10) as stop:
             assert made is None or not stop.at(made)
             signal.raise_signal(signal.SIGINT)
+        for thread in set(threading.enumerate()) - threads:
+            thread.join()  # the one that says it
         assert capsys.readouterr().err.startswith(f"stopping after saving step {said};")

@@ -29,6 +29,6 @@ def explained(error: Exception, command: str) -> UserError | None:
         advice = LESS_MEMORY.get(command, "Close other programs, or use a machine with more memory.")
         return UserError(f"memory ran out{text and ': '}{text}", advice)
     # This is Gloo's text. With other collectives JAX ends the process itself, when heartbeats are missing.
-    if isinstance(error, RuntimeError) and "onnection" in text and "peer" in text:
+    if isinstance(error, RuntimeError) and "connection" in text.lower() and "peer" in text:
         return UserError("another process of this run has ended", "See its output; then run the same command again.")
     return None

@@ -27,7 +27,7 @@ HEARTBEAT_TIMEOUT_S = 60
 """JAX ends all processes when one was killed, or its machine lost, so long ago"""
 ANSWER_MS = 1000
 """for which a process that failed waits until the others have heard"""
-LAST_S = 0.5
+LAST_S = 0.3
 """by which process 0, where the coordinator runs, ends after the others: JAX aborts those that lose it"""
 FOREVER_MS = 10**9  # twelve days
 FAILURE = "camelid/failure"
@@ -213,7 +213,9 @@ class StopSignal:
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
         where = "a step that all processes agree on" if self._several else f"step {self._stop_step}"
-        print(f"stopping after saving {where}; press Ctrl-C again to stop without saving", file=sys.stderr)
+        text = f"stopping after saving {where}; press Ctrl-C again to stop without saving"
+        # In a thread, because standard error may be blocked, or in use by what the signal has interrupted.
+        threading.Thread(target=print, args=(text,), kwargs={"file": sys.stderr}, daemon=True).start()
 
     @property
     def _stop_step(self) -> int:
