@@ -214,7 +214,7 @@ def test_what_hears_the_signal_decides_when_the_command_ends(tmp_path: Path, use
 def test_a_command_ends_with_its_status_and_all_of_its_output(
     body: str, status: int, err: str, tmp_path: Path, user_env: dict[str, str]
 ):
-    with started(program(body), tmp_path, user_env) as run:
+    with started(program(body), tmp_path, user_env | {"PYTHONUNBUFFERED": ""}) as run:
         assert (run.wait(), run.out) == (status, "out\n")
     assert run.err.strip().endswith(err)
 

@@ -17,8 +17,9 @@ FAULTS = (
     Fault(
         "an interrupted command shuts the interpreter down, while XLA compiles",
         "interrupts.py",
-        "    if _cleaning and _hear is _interrupt:\n        raise KeyboardInterrupt",
-        "    sys.exit(INTERRUPTED)",
+        "        _watch()\n    try:\n        main()\n        status = 0\n",
+        "        pass\n    try:\n        try:\n            main()\n        except KeyboardInterrupt:\n"
+        "            sys.exit(INTERRUPTED)\n",
         f"{INTERRUPTS}test_ctrl_c_while_xla_compiles",
     ),
     Fault(
