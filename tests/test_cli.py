@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -116,12 +115,6 @@ def test_a_warning_is_one_line_also_from_a_thread(user_env: dict[str, str]):
     words = [sys.executable, "-c", WARNS, "inspect"]
     done = subprocess.run(words, env=user_env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert (done.returncode, done.stderr) == (0, "warning: a process ended; another goes on\n")
-
-
-def test_ctrl_c_ends_quietly(stories: Path):
-    with mock.patch("camelid.describe.open_checkpoint", side_effect=KeyboardInterrupt):
-        done = called("inspect", stories)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"], ["--help"]], ids=" ".join)

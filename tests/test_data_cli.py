@@ -5,7 +5,6 @@ import inspect
 import json
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -197,18 +196,6 @@ def test_the_speed_is_of_what_this_process_did(tokenizer: Path, monkeypatch: pyt
     Path("a.txt").write_text("text" * 100)
     told = prepared("a.txt", "--tokenizer", tokenizer, "--out", "store")
     assert told["tokens_per_second"] * told["seconds"] == pytest.approx(told["tokens"] / 4)
-
-
-def test_ctrl_c_says_that_the_same_command_goes_on(tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
-    from camelid.data import parts
-
-    Path("a.jsonl").write_text('{"text": "some text"}\n')
-    with monkeypatch.context() as patched:
-        patched.setattr(parts.Writer, "finish", mock.Mock(side_effect=KeyboardInterrupt))
-        done = called("data", "prepare", "a.jsonl", "--tokenizer", tokenizer, "--out", "store")
-    assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "stopped; the same command goes on from there\n"
-    assert prepared("a.jsonl", "--tokenizer", tokenizer, "--out", "store")["documents"] == 1
 
 
 def test_help_has_examples():

@@ -45,8 +45,11 @@ MODEL = ModelConfig(
 )
 
 
-def main(folder: Path, model: str | None, steps: int, ignore: tuple[str, ...] = ()) -> None:
-    """Corpus, tokenizer, training, measurement, text, saving, opening again; all under `folder`."""
+def main(folder: Path, model: str | None, steps: int, ignore: tuple[str, ...] = ()) -> bool:
+    """Corpus, tokenizer, training, measurement, text, saving, opening again; all under `folder`.
+
+    Returns False if a signal stopped the training.
+    """
     began = time.perf_counter()
     if model:
         open_checkpoint(model)  # what cannot be opened is refused before anything is written
@@ -56,10 +59,11 @@ def main(folder: Path, model: str | None, steps: int, ignore: tuple[str, ...] = 
     recipe = finetuning(folder, model, ignore, data, steps) if model else from_scratch(folder, train, data, steps)
     outcome = run(recipe)
     if not outcome.finished:
-        return _say("stopped; the same command goes on from here")
+        _say(f"stopped after step {outcome.steps} of {steps}; the same command goes on from there")
+        return False
     losses = [row for row in read_metrics(outcome.folder / "metrics.jsonl") if "validation_loss" in row]
     _summarize(outcome, losses[0]["validation_loss"], losses[-1]["validation_loss"], began)
-    return None
+    return True
 
 
 def _summarize(outcome: Outcome, before: float, after: float, began: float) -> None:

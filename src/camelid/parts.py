@@ -21,7 +21,7 @@ from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import map_specs
-from camelid.parallel.hosts import is_main
+from camelid.parallel.hosts import is_main, main_first
 from camelid.parallel.rules import check_divides
 from camelid.recipe import Recipe
 from camelid.resume import FILES, Data, has_begun, kept_data
@@ -120,8 +120,8 @@ def prepare(recipe: Recipe, mesh: Mesh) -> Parts:
         made.check_ids(config.vocab_size)
         return made
 
-    validation = loader("validation") if _validates(recipe) else None
-    train = loader("train")
+    with main_first("data"):
+        train, validation = loader("train"), loader("validation") if _validates(recipe) else None
     notes = (*notes, *tokenizer.notes, *vocabulary_notes(tokenizer, config.vocab_size), *train.notes)
     return Parts(source, inherited, config, tokenizer, train, validation, _trainer(recipe, config), notes)
 

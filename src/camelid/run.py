@@ -189,16 +189,17 @@ def _run(
         callbacks.insert(0, Callback(recipe.train.evaluate_every or steps, validate, at_end=True))
         if start.resumed is None:
             validate(first, state)
-    with StopSignal() as stop, contextlib.closing(terminal):
+    with StopSignal(first, steps) as stop, contextlib.closing(terminal):
         made, state = train(step, state, batches, report, callbacks, stop)
-    checkpoints.wait()
+        checkpoints.wait()
+    finished = made == steps and not stop.asked
     companions = parts.companions | ({} if parts.chat_template is None else {CHAT_TEMPLATE: folder / CHAT_TEMPLATE})
     model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, tuple(companions.values()))
-    if made == steps:
+    if finished:
         model.save(folder / "model", overwrite=True)
     if is_main():
         draw_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
-    return Outcome(folder, made, made == steps, model)
+    return Outcome(folder, made, finished, model)
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

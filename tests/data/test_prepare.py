@@ -295,7 +295,8 @@ def test_progress_counts_the_bytes_of_the_sources(tokenizer: Tokenizer, sources)
 
 
 COMMAND = """
-import sys, time
+import signal, sys, threading, time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from camelid.data import lines, parts
 from camelid.data.config import Source
@@ -303,7 +304,12 @@ from camelid.data.prepare import prepare
 from camelid.text.tokenizer import load_tokenizer
 
 if "stuck" in sys.argv:
-    parts._batches = lambda records: time.sleep(30)
+    parts._batches = lambda records: time.sleep(600)
+if "missed" in sys.argv:
+    # The kernel gives the signal to the other thread: it does not interrupt what the main one waits in.
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 if __name__ == "__main__":
     lines.BLOCK = 1000
     def progress(done, total):
@@ -413,6 +419,18 @@ def test_workers_end_with_their_parent_in_the_midst_of_a_part(tokenizer: Tokeniz
     until(lambda: all(map(gone, workers)), seconds=8)
     process.communicate()
     assert not Path("store").exists()
+
+
+def test_an_interrupt_that_does_not_wake_the_main_thread_ends_it_too(tokenizer: Tokenizer):
+    write_documents("a.jsonl", 300)
+    process = start(tokenizer, 2, "stuck", "missed")
+    until(lambda: len(list(Path().glob(".store.incomplete/parts-*/.0*"))) == 2)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "KeyboardInterrupt" in err
 
 
 def test_a_worker_that_was_killed_is_named(tokenizer: Tokenizer):

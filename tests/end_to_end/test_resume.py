@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from camelid.interrupts import STOPPED
 from camelid.train.loggers import read_metrics
 from runs import TIMEOUT_S, command, losses, started, tensor_bytes, tiny_run, wait_until, write_recipe_file
 
@@ -104,7 +105,7 @@ def test_a_run_asked_to_stop_saves_ends_well_and_goes_on_to_the_same_bits_and_ro
 ):
     recipe = write_run(tmp_path / "stopped")
     code, reached = interrupt(recipe, user_env, 14, signal.SIGTERM)
-    assert code == 0
+    assert code == STOPPED
     assert (
         f"stopped after step {reached} of {STEPS}; the same command goes on" in recipe.with_name("14.log").read_text()
     )

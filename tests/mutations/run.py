@@ -53,7 +53,8 @@ def run_tests(tests: Iterable[str], fault: Fault | None = None) -> tuple[int, st
             (copy / "camelid" / fault.file).write_text(planted(fault), "utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "sees_the_copy"]
         command += ["-o", f"pythonpath={copy} {TESTS}", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
-        environment = os.environ | {"PYTHONPATH": folder}
+        # The copy is for commands that the tests start.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([folder, str(copy)])}
         done = subprocess.run(
             [*command, *(str(TESTS / test) for test in tests)],
             cwd=ROOT,

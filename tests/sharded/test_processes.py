@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import camelid.run
+from camelid.interrupts import STOPPED
 from camelid.train.loggers import read_metrics
 from runs import (
     TIMEOUT_S,
@@ -70,10 +71,10 @@ def two_processes(file: Path, env: dict[str, str], name: str) -> Iterator[list[P
         ]
 
 
-def ended(processes: list[Popen], file: Path, name: str) -> None:
+def ended(processes: list[Popen], file: Path, name: str, status: int = 0) -> None:
     for number, process in enumerate(processes):
         code = process.wait(TIMEOUT_S)
-        assert code == 0, file.with_name(f"{name}.{number}.log").read_text()
+        assert code == status, file.with_name(f"{name}.{number}.log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def together(table: dict[str, Any]) -> list[dict]:
     return read_metrics(folder / "metrics.jsonl")
 
 
-def test_a_signal_to_one_of_two_processes_ends_both_and_one_and_then_two_go_on_to_the_losses_of_one(
+def test_ctrl_c_in_one_of_two_processes_ends_both_and_one_and_then_two_go_on_to_the_losses_of_one(
     table: dict[str, Any], together: list[dict], devices_env: dict[str, str]
 ):
     run = Path(table["run"])
@@ -92,8 +93,8 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_one_and_then_two_go_on_t
 
     with two_processes(file, devices_env, "first") as processes:
         wait_until(lambda: lines(run / "metrics.jsonl") >= 6, processes[0])
-        os.kill(processes[1].pid, signal.SIGTERM)
-        ended(processes, file, "first")
+        os.kill(processes[1].pid, signal.SIGINT)
+        ended(processes, file, "first", STOPPED)
     stopped = losses(run)[-1]["step"]
     assert 5 <= stopped < STEPS, "the run was over before the signal"
     # Both wrote their part of it, or it would not be whole.
@@ -104,7 +105,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_one_and_then_two_go_on_t
     with started("train", file, env=alone, log=file.with_name("alone.0.log")) as process:
         wait_until(lambda: lines(run / "metrics.jsonl") >= stopped + 6, process)
         process.terminate()
-        ended([process], file, "alone")
+        ended([process], file, "alone", STOPPED)
     assert f"resuming after step {stopped}" in file.with_name("alone.0.log").read_text()
     assert stopped < (again := losses(run)[-1]["step"]) < STEPS, "the run was over before the signal"
 

@@ -1,6 +1,7 @@
 """The loop: who is called when, with what."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,3 +167,26 @@ def test_a_second_signal_ends_at_once():
         assert stop.at(1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_sigterm_lets_the_save_go_on():
+    ended = False
+    with StopSignal() as stop:
+        try:
+            for _ in range(2):  # launchers forward what the whole group has received already
+                signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:  # which would end pytest
+            ended = True
+        assert stop.at(1)
+    assert not ended
+
+
+def test_the_step_after_which_it_stops_is_said(capsys: pytest.CaptureFixture[str]):
+    threads = set(threading.enumerate())
+    for made, said in ((None, 8), (8, 9), (10, 10)):
+        with StopSignal(first=7, last=10) as stop:
+            assert made is None or not stop.at(made)
+            signal.raise_signal(signal.SIGINT)
+        for thread in set(threading.enumerate()) - threads:
+            thread.join()  # the one that says it
+        assert capsys.readouterr().err.startswith(f"stopping after saving step {said};")

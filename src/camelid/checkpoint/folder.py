@@ -12,6 +12,7 @@ from typing import Any
 from camelid.checkpoint.replacing import RECORD, add_to_manifest, complete, files_in, refuse_foreign, replace_files
 from camelid.errors import UserError
 from camelid.inputs import expand_home, refuse_stand_in
+from camelid.interrupts import cleaned_up
 from camelid.locks import LOCK, locked, no_empty_folders, unfinished
 
 
@@ -35,7 +36,7 @@ def new_folder(
     destination = Path(os.path.realpath(expand_home(destination)))
     temporary = unfinished(destination)
     check_free(destination, overwrite, expected or {})  # before anything is made
-    with contextlib.ExitStack() as stack:
+    with cleaned_up(), contextlib.ExitStack() as stack:
         stack.enter_context(no_empty_folders(temporary.parent))
         try:
             stack.enter_context(locked(temporary, wait=False))

@@ -1,7 +1,6 @@
 """The command line. Each command is a function; JAX is imported where a command needs it."""
 
 import difflib
-import errno
 import functools
 import inspect as inspect_module
 import os
@@ -13,10 +12,12 @@ from typing import NoReturn
 
 import tyro
 
+from camelid import interrupts
 from camelid.cli.checkpoints import convert, delta_apply, delta_make, diff
 from camelid.cli.data import inspect as data_inspect
 from camelid.cli.data import prepare as data_prepare
 from camelid.cli.data_cache import cache as data_cache
+from camelid.cli.failures import explained
 from camelid.cli.models import generate, inspect, perplexity
 from camelid.cli.shared import path_options
 from camelid.cli.training import demo, train
@@ -37,28 +38,27 @@ COMMANDS: dict[str, Callable] = {
     "demo": demo,
 }
 
+RESUMABLE = ("train", "demo", "data prepare")
+"""commands that, when they are interrupted, need not begin again"""
 
 QUIET = (tyro.conf.FlagCreatePairsOff,)  # --json, and no --no-json
 
 
 def main() -> None:
-    """Runs a command; user errors are one line and one line of advice, with exit status 2."""
+    """Runs a command; errors of the user or the system are one line and one line of advice, with exit status 2."""
     warnings.formatwarning = _one_line
+    words = sys.argv[1:]
     try:
-        _run(sys.argv[1:])
-    except UserError as error:
-        _fail(error.problem, error.advice)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _run(words)
+        sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody to tell, and nothing to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if (told := explained(error, _name(words) or "")) is None:
             raise
-        about = f"{error.filename}: " if error.filename else ""
-        _fail(f"{about}{error.strerror}", "Check the path, its permissions, and the disk.")
+        _fail(told.problem, told.advice)
 
 
 def _one_line(message: Warning | str, *about: object) -> str:
@@ -78,9 +78,11 @@ def _run(words: list[str]) -> None:
         from camelid import __version__
 
         return print(f"camelid {__version__}")
-    name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    name = _name(words)
     if name is None:
         return _unknown(words)
+    if name in RESUMABLE:
+        interrupts.advise("the same command goes on from where it was")
     command, rest = COMMANDS[name], words[len(name.split()) :]
     if name == "train":
         rest, overrides = _split_overrides(rest)
@@ -93,6 +95,11 @@ def _run(words: list[str]) -> None:
         config=QUIET,
         registry=path_options(),
     )
+
+
+def _name(words: list[str]) -> str | None:
+    """The command among the words of a command line."""
+    return next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
 
 
 def _overview() -> str:

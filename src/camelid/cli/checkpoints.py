@@ -21,6 +21,7 @@ from camelid.cli.shared import (
 )
 from camelid.errors import UserError
 from camelid.inputs import expand_home, read_text
+from camelid.interrupts import cleaned_up
 
 Format = Literal[
     "hf",
@@ -439,7 +440,7 @@ def _untold(written: Path, checkpoint, to: str) -> str:
 
     if to in ("hf", "peft", "run") or written.is_file():
         return ""
-    with tempfile.TemporaryDirectory() as folder:
+    with cleaned_up(), tempfile.TemporaryDirectory() as folder:
         for file in written.absolute().iterdir():
             if file.name != "config.json":
                 (Path(folder) / file.name).symlink_to(file)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from camelid.cli.shared import note, print_json, progress_bar, tell
+from camelid.cli.shared import print_json, progress_bar, tell
 from camelid.data.config import Kind, Source
 from camelid.errors import UserError
 
@@ -109,21 +109,17 @@ def prepare(
                 done_before.append(done / max(1, total))
             progress(done, total)
 
-        try:
-            store = prepare(
-                [source],
-                loaded,
-                out,
-                validation_fraction=validation_fraction,
-                seed=seed,
-                sequence_length=sequence_length if source.compat == "mindformers" else None,
-                workers=workers if workers > 1 else 0,
-                progress=told,
-                overwrite=overwrite,
-            )
-        except KeyboardInterrupt:
-            note("stopped; the same command goes on from there")
-            raise
+        store = prepare(
+            [source],
+            loaded,
+            out,
+            validation_fraction=validation_fraction,
+            seed=seed,
+            sequence_length=sequence_length if source.compat == "mindformers" else None,
+            workers=workers if workers > 1 else 0,
+            progress=told,
+            overwrite=overwrite,
+        )
     seconds = time.perf_counter() - began
     whole = report.of_store(store)
     # Where nothing was done, the store was there; what a killed process had done took no time of this one.

@@ -1,11 +1,14 @@
 """Commands that train."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, Suppress, arg
 
+from camelid.cli.failures import explained
 from camelid.cli.shared import Ignore, note
+from camelid.interrupts import STOPPED
 from camelid.parallel.compiled import keep_compiled
 
 
@@ -25,7 +28,8 @@ def train(
     camelid train recipes/finetune.toml --train.steps 500 --optimizer.learning-rate 1e-4 --run runs/second
     camelid train recipes/finetune.toml --print-recipe
 
-    Any field of the recipe may follow as --table.field VALUE.
+    Any field of the recipe may follow as --table.field VALUE. At Ctrl-C or SIGTERM training finishes its step, saves a
+    checkpoint and exits with status 75; a second Ctrl-C ends it at once.
 
     Args:
         print_recipe: print the recipe with every field resolved, and end
@@ -39,21 +43,24 @@ def train(
 
     resolved = read_recipe(recipe, overrides)
     if print_recipe:
-        return print(write_recipe(resolved), end="")
+        print(write_recipe(resolved), end="")
+        return
     keep_compiled()
     from camelid.parallel import hosts
 
     hosts.start(hosts.Processes(coordinator=coordinator, count=processes, id=process_id, detect=detect))
-    from camelid.run import run
+    with hosts.ended_together(lambda error: explained(error, "train")):
+        from camelid.run import run
 
-    outcome = run(resolved, from_step)
-    if not hosts.is_main():
-        return None
+        outcome = run(resolved, from_step)
+    if hosts.is_main():
+        note(
+            f"model {outcome.folder / 'model'}   losses {outcome.folder / 'loss.png'}"
+            if outcome.finished
+            else f"stopped after step {outcome.steps} of {resolved.train.steps}; the same command goes on from there"
+        )
     if not outcome.finished:
-        note(f"stopped after step {outcome.steps} of {resolved.train.steps}; the same command goes on from there")
-        return None
-    note(f"model {outcome.folder / 'model'}   losses {outcome.folder / 'loss.png'}")
-    return None
+        sys.exit(STOPPED)
 
 
 def demo(
@@ -75,4 +82,5 @@ def demo(
     keep_compiled()
     from camelid.demo import main
 
-    main(folder, model, steps, ignore_config_field)
+    if not main(folder, model, steps, ignore_config_field):
+        sys.exit(STOPPED)

@@ -45,6 +45,7 @@ CHARACTERS_AT_ONCE = 1_000_000
 RECORDS_AT_ONCE = 4096
 BESIDE = ("chat_template", "tokenizer_config", "special_tokens_map", "added_tokens", "merges")
 """Names of the files that decide ids together with the vocabulary."""
+INTERRUPT_S = 0.5  # after which a signal that the wait for an answer has missed is noticed
 
 
 @dataclass(frozen=True)
@@ -261,11 +262,20 @@ def _by_workers(task: Task, missing: dict[int, Piece], folder: Path, workers: in
             processes[worker[0]] = worker
             _give(worker[0], waiting)
         for _ in missing:
-            ready: Any = wait(list(processes))[0]
+            ready = _next_answer(processes)
             yield _receive(processes[ready])
             _give(ready, waiting)
     finally:
         end_workers(processes.values())
+
+
+def _next_answer(connections: Iterable[Any]) -> Any:
+    """A connection on which a process has answered, or ended."""
+    # A signal that arrives just before the system call that waits, or in another thread, does not interrupt it: the
+    # KeyboardInterrupt would be raised only when a process answers.
+    while not (ready := wait(list(connections), timeout=INTERRUPT_S)):
+        pass
+    return ready[0]
 
 
 def _give(connection: Any, waiting: Iterator[tuple[int, Piece]]) -> None:

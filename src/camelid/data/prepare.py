@@ -35,6 +35,7 @@ from camelid.data.store import (
     writing,
 )
 from camelid.errors import UserError
+from camelid.interrupts import cleaned_up
 from camelid.locks import locked, no_empty_folders, unfinished
 from camelid.text.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ def prepare(
     # Parts are left where a process was killed after its store was done.
     if found is not None and not parts.exists():
         return found
-    with no_empty_folders(folder.parent), writing(folder), locked(work):
+    with cleaned_up(), no_empty_folders(folder.parent), writing(folder), locked(work):
         try:
             if (found := _existing(folder, described, overwrite)) is None:
                 _make(task, described, work, parts, workers, progress or (lambda done, total: None))

@@ -1,18 +1,36 @@
 """The processes that share a mesh: start them, tell them apart, move arrays between them and the mesh."""
 
+import atexit
+import contextlib
+import json
 import math
+import os
 import signal
+import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from camelid.errors import UserError
+from camelid.interrupts import INTERRUPTED, before_end, heard
 from camelid.parallel.rules import COMPUTE, partition
+
+HEARTBEAT_TIMEOUT_S = 60
+"""JAX ends all processes when one was killed, or its machine lost, so long ago"""
+ANSWER_MS = 1000
+"""for which a process that failed waits until the others have heard"""
+LAST_S = 0.3
+"""by which process 0, where the coordinator runs, ends after the others: JAX aborts those that lose it"""
+FOREVER_MS = 10**9  # twelve days
+FAILURE = "camelid/failure"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +54,9 @@ def start(processes: Processes) -> None:
         raise UserError(
             "coordinator, processes and process-id belong together", "Give all three, or --detect inside a cluster job."
         )
-    jax.distributed.initialize(processes.coordinator, processes.count, processes.id)
+    jax.distributed.initialize(
+        processes.coordinator, processes.count, processes.id, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S
+    )
 
 
 def is_main() -> bool:
@@ -55,6 +75,73 @@ def any_true(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.asarray(value)).any())
+
+
+@contextlib.contextmanager
+def main_first(name: str) -> Iterator[None]:
+    """The block runs in the main process, and then in the others."""
+    # A barrier of the coordinator: collectives of devices time out where the main process takes hours.
+    if (client := _client()) is not None and not is_main():
+        client.wait_at_barrier(f"camelid/{name}", FOREVER_MS)
+    yield
+    if client is not None and is_main():
+        client.wait_at_barrier(f"camelid/{name}", FOREVER_MS)
+
+
+def _client() -> Any:
+    """JAX's connection to the coordinator, None where this process is alone."""
+    return distributed.global_state.client
+
+
+def _process_id() -> int:
+    """This process's number, also before devices are asked for."""
+    return distributed.global_state.process_id
+
+
+@contextlib.contextmanager
+def ended_together(explained: Callable[[Exception], UserError | None]) -> Iterator[None]:
+    """Where the block fails in one process, the others, which would wait for it, end with its message.
+
+    For a command: it ends the process.
+    """
+    if (client := _client()) is None:
+        yield
+        return
+
+    def fail(error: UserError, status: int) -> None:
+        failure = {"process": _process_id(), "status": status, "error": [error.problem, error.advice]}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed already
+            client.key_value_set(FAILURE, json.dumps(failure))
+            client.wait_at_barrier(f"{FAILURE}/heard", ANSWER_MS)
+        if _process_id() == 0:
+            time.sleep(LAST_S)
+
+    threading.Thread(target=_end_with_others, args=(client,), daemon=True).start()
+    interrupted = UserError("interrupted", "The same command goes on from where it was.")
+    with before_end(lambda: fail(interrupted, INTERRUPTED)):
+        try:
+            yield
+        except Exception as error:
+            told = explained(error)
+            status = 1 if told is None else 2
+            fail(told or UserError(f"{type(error).__name__}: {error}", "See the traceback there."), status)
+            atexit.register(os._exit, status)  # before JAX's own exit, which waits for the others
+            raise
+
+
+def _end_with_others(client: Any) -> None:
+    """Ends this process when another one has failed."""
+    try:
+        failure = json.loads(client.blocking_key_value_get(FAILURE, FOREVER_MS))
+    except jax.errors.JaxRuntimeError:
+        return  # the run is over
+    if failure["process"] == _process_id():
+        return
+    problem, advice = failure["error"]
+    print(f"camelid: process {failure['process']}: {problem}\n         {advice}", file=sys.stderr, flush=True)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.wait_at_barrier(f"{FAILURE}/heard", ANSWER_MS)
+    os._exit(failure["status"])
 
 
 def batch_ways(mesh: Mesh) -> int:
@@ -105,30 +192,53 @@ def to_host(tree):
 
 
 class StopSignal:
-    """Tells all processes, at the same step, that one of them was asked to end (SIGTERM, or Ctrl-C)."""
+    """Asks all processes to stop after the same step when one of them receives SIGTERM or Ctrl-C.
 
-    def __init__(self):
+    A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self, first: int = 0, last: int | None = None):
+        """`first` steps have been made, and training ends at step `last`."""
         self._asked = threading.Event()
-        self._before = {}
+        self._step, self._last = first, last
+        self._agreed = False
+        self._several = jax.process_count() > 1
 
     def __enter__(self) -> "StopSignal":
-        # With several processes JAX's own runtime takes over SIGTERM, so that all of them can agree on a step.
-        names = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGTERM, signal.SIGINT]
-        for name in names:
-            self._before[name] = signal.signal(name, self._ask)
+        # With several processes JAX's own runtime handles SIGTERM, so that all of them can agree on a step.
+        numbers = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
+        self._heard = heard(self._ask, *numbers)
+        self._heard.__enter__()
         return self
 
-    def _ask(self, number: int, frame) -> None:
+    def _ask(self, number: int) -> None:
         if self._asked.is_set():
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # launchers may forward a SIGTERM that the process has received already
         self._asked.set()
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        where = "a step that all processes agree on" if self._several else f"step {self._stop_step}"
+        text = f"stopping after saving {where}; press Ctrl-C again to stop without saving"
+        # In a thread, because standard error may be blocked, or in use by what the signal has interrupted.
+        threading.Thread(target=print, args=(text,), kwargs={"file": sys.stderr}, daemon=True).start()
+
+    @property
+    def _stop_step(self) -> int:
+        return self._step + 1 if self._last is None else min(self._step + 1, self._last)
 
     def __exit__(self, *error) -> None:
-        for name, handler in self._before.items():
-            signal.signal(name, handler)
+        self._heard.__exit__(*error)
+
+    @property
+    def asked(self) -> bool:
+        """True if a signal has come; with several processes, if all of them have agreed on a step. The same in all."""
+        return self._agreed if self._several else self._asked.is_set()
 
     def at(self, step: int) -> bool:
-        """True where every process is to end after this step; every process asks at every step."""
-        if jax.process_count() == 1:
-            return self._asked.is_set()
-        return multihost_utils.reached_preemption_sync_point(step)
+        """True if every process is to stop after this step; every process calls this at every step."""
+        self._step = step
+        if self._several:
+            self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(step)
+        return self.asked

@@ -1,6 +1,8 @@
 """The mesh: which devices work together, and along which axes arrays are cut over them."""
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -53,16 +55,28 @@ def make_mesh(config: MeshConfig) -> "jax.sharding.Mesh":
     """A mesh over every device of every process."""
     import jax
 
-    prepare_backend()
-    return _mesh(config.sizes(jax.device_count()), jax.devices())
+    devices = _found(jax.devices)
+    return _mesh(config.sizes(len(devices)), devices)
 
 
 def one_device() -> "jax.sharding.Mesh":
     """A mesh of this process's first device."""
     import jax
 
-    prepare_backend()
-    return _mesh(MeshConfig().sizes(1), jax.local_devices()[:1])
+    return _mesh(MeshConfig().sizes(1), _found(jax.local_devices)[:1])
+
+
+def _found(devices: Callable[[], list]) -> list:
+    """The devices; raises UserError if JAX cannot use the platform that was asked for, say for want of a driver."""
+    try:
+        prepare_backend()
+        return devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that one of the platforms can be used
+        reason = " ".join(str(error).split())[:300] or "it is not installed, or there is no such device"
+        raise UserError(
+            f"JAX cannot use JAX_PLATFORMS = {os.environ.get('JAX_PLATFORMS', '')!r}: {reason}",
+            "Check the driver and the installation (say jax[cuda13]), or set JAX_PLATFORMS=cpu.",
+        ) from error
 
 
 def _mesh(sizes: dict[str, int], devices: list) -> "jax.sharding.Mesh":
