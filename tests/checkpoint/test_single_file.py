@@ -58,10 +58,10 @@ def test_a_model_is_saved_as_one_file_too(stories: Path, tmp_path: Path):
 def test_files_of_others_stay_and_an_existing_one_is_replaced_only_when_asked(stories: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text("mine")
     (tmp_path / "b.gguf").write_text("mine")
-    (tmp_path / "a.gguf").write_text("old")
+    (tmp_path / "a.gguf").write_text("GGUF, an old one")
     with pytest.raises(UserError, match=r"a\.gguf exists already"):
         convert(stories, tmp_path / "a.gguf", to="gguf")
-    assert (tmp_path / "a.gguf").read_text() == "old"
+    assert (tmp_path / "a.gguf").read_text() == "GGUF, an old one"
     convert(stories, tmp_path / "a.gguf", to="gguf", overwrite=True)
     assert open_checkpoint(tmp_path / "a.gguf").format == "gguf"
     assert names(tmp_path) == WRITTEN | {"config.json", "b.gguf"}
@@ -69,7 +69,7 @@ def test_files_of_others_stay_and_an_existing_one_is_replaced_only_when_asked(st
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(stories: Path, tmp_path: Path):
-    (tmp_path / "a.gguf").write_text("old")
+    (tmp_path / "a.gguf").write_text("GGUF, an old one")
     saving = saving_of(stories)
 
     def source(path: str, layer: int | None, *rest):
@@ -80,7 +80,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(stories: Path, tmp_path:
     with pytest.raises(OSError, match="taken out"):
         write_checkpoint(tmp_path / "a.gguf", replace(saving, source=source), "gguf", overwrite=True)
     assert names(tmp_path) == {"a.gguf"}
-    assert (tmp_path / "a.gguf").read_text() == "old"
+    assert (tmp_path / "a.gguf").read_text() == "GGUF, an old one"
 
 
 def test_what_was_finished_before_an_interruption_is_kept_by_resume(stories: Path, tmp_path: Path):
@@ -109,7 +109,7 @@ def test_what_was_finished_before_an_interruption_is_kept_by_resume(stories: Pat
 
 def test_a_link_is_written_where_it_leads(stories: Path, tmp_path: Path):
     (tmp_path / "links").mkdir()
-    (tmp_path / "real.gguf").write_text("old")
+    (tmp_path / "real.gguf").write_text("GGUF, an old one")
     (tmp_path / "links" / "a.gguf").symlink_to(tmp_path / "real.gguf")
     convert(stories, tmp_path / "links" / "a.gguf", to="gguf", overwrite=True)
     assert names(tmp_path / "links") == {"a.gguf"}
@@ -145,3 +145,18 @@ def test_the_command_writes_a_file_and_checks_its_sums(stories: Path, tmp_path: 
     checked = command("convert", "a.gguf", "--check", cwd=tmp_path, env=user_env)
     assert checked.returncode != 0
     assert "is not what was written: its checksum differs" in checked.stderr
+
+
+def test_a_file_of_another_kind_is_never_replaced(stories: Path, tmp_path: Path):
+    destination = tmp_path / "notes.gguf"
+    destination.write_text("mine")
+    with pytest.raises(UserError, match="is not a GGUF file"):
+        convert(stories, destination, to="gguf", overwrite=True)
+    assert destination.read_text() == "mine"
+    destination.unlink()
+    other = tmp_path / "notes.gguf.manifest.json"
+    other.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="is not camelid's"):
+        convert(stories, destination, to="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]
+    assert other.read_text() == '{"mine": 1}'

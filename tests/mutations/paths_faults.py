@@ -45,7 +45,7 @@ FAULTS = (
     ),
     Fault(
         "a path with .. in it is passed to TensorStore",
-        NATIVE,
+        "checkpoint/stored.py",
         "    place = folder.resolve() / str(step)\n",
         "    place = folder.absolute() / str(step)\n",
         DOTS,

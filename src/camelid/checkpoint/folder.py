@@ -5,7 +5,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,33 @@ def new_folder(
     if the disk lacks `need_bytes`.
     """
     destination = Path(os.path.realpath(expand_home(destination)))
+    check = partial(check_free, destination, overwrite, expected or {})
+
+    def ready() -> None:
+        _complete(unfinished(destination), destination)
+        check()
+
+    check()  # before anything is made
+    with temporary_folder(destination, need_bytes, resume, ready) as temporary:
+        yield temporary
+        if destination.exists():
+            check_free(destination, overwrite, {})  # another program may have made it meanwhile
+            replace_files(temporary, destination)
+            shutil.rmtree(temporary)
+        else:
+            add_to_manifest(temporary, files_in(temporary))
+            (temporary / LOCK).unlink()
+            temporary.rename(destination)
+
+
+@contextlib.contextmanager
+def temporary_folder(destination: Path, need_bytes: int, resume: str, ready: Callable[[], None]) -> Iterator[Path]:
+    """A locked folder beside `destination` in which its contents are made; the block moves them to their place.
+
+    `ready` is called first, once no other process can write the destination. If the block fails, the folder is removed,
+    unless it holds the file `resume`, or a replacement of the destination's files that has begun.
+    """
     temporary = unfinished(destination)
-    check_free(destination, overwrite, expected or {})  # before anything is made
     with cleaned_up(), contextlib.ExitStack() as stack:
         stack.enter_context(no_empty_folders(temporary.parent))
         try:
@@ -43,29 +69,17 @@ def new_folder(
         except BlockingIOError as error:
             raise UserError(f"another process writes {destination}", "Wait for it, or choose another place.") from error
         try:
-            _complete(temporary, destination)
-            check_free(destination, overwrite, expected or {})  # now that no other process can make it
+            ready()
             if not (resume and (temporary / resume).is_file()):
                 _clear(temporary)  # left by a process that was killed
             _check_room(temporary, need_bytes)
             yield temporary
-            replaced = destination.exists()
-            if replaced:
-                check_free(destination, overwrite, {})  # another program may have made it meanwhile
-                replace_files(temporary, destination)
-            else:
-                add_to_manifest(temporary, files_in(temporary))
         except BaseException as error:
             if not (resume and (temporary / resume).is_file()) and not (destination / RECORD).is_file():
                 shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"the disk of {destination} is full", "Free some space and run it again.") from error
             raise
-        if replaced:
-            shutil.rmtree(temporary)
-        else:
-            (temporary / LOCK).unlink()
-            temporary.rename(destination)
 
 
 def check_free(destination: Path, overwrite: bool, expected: Mapping[str, Path | None]) -> None:

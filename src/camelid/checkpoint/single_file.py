@@ -1,16 +1,18 @@
-"""A checkpoint that is one file, which appears whole or not at all."""
+"""A checkpoint that is one file, which appears completely or not at all."""
 
 import contextlib
-import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from camelid.checkpoint.files import MANIFEST
-from camelid.checkpoint.folder import _check_room, _clear
+from camelid.checkpoint.folder import temporary_folder
+from camelid.checkpoint.gguf_file import MAGIC
 from camelid.errors import UserError
-from camelid.locks import locked
+from camelid.inputs import expand_home
 
 
 def manifest_of(file: Path) -> Path:
@@ -23,29 +25,14 @@ def new_file(destination: Path, need_bytes: int, overwrite: bool = False, resume
     """A temporary folder in which a file of the destination's name is written, with its MANIFEST.
 
     When the block ends, both are moved to their places; when it fails, the folder is removed, unless it has the file
-    `resume`. A link is written where it leads. Raises UserError where the destination exists and may not be replaced,
-    where another process is writing it, or where the disk lacks `need_bytes`.
+    `resume`. If the destination is a symbolic link, the file that it points to is written. Raises UserError if the
+    destination exists and may not be replaced, if another process is writing it, or if the disk lacks `need_bytes`.
     """
-    destination = Path(os.path.realpath(destination))
-    temporary = destination.with_name(f".{destination.name}.incomplete")
-    _check_free(destination, overwrite)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(temporary, wait=False))
-        except BlockingIOError as error:
-            raise UserError(f"another process writes {destination}", "Wait for it, or choose another place.") from error
-        try:
-            _check_free(destination, overwrite)  # once more, as nobody else can make it now
-            if not (resume and (temporary / resume).is_file()):
-                _clear(temporary)  # left by a process that was killed
-            _check_room(temporary, need_bytes)
-            yield temporary
-        except BaseException as error:
-            if not (resume and (temporary / resume).is_file()):
-                shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"the disk of {destination} is full", "Free some space and run it again.") from error
-            raise
+    destination = Path(os.path.realpath(expand_home(destination)))
+    check = partial(_check_free, destination, overwrite)
+    check()  # before anything is made
+    with temporary_folder(destination, need_bytes, resume, check) as temporary:
+        yield temporary
         manifest_of(destination).unlink(missing_ok=True)  # of the file that is replaced
         os.replace(temporary / destination.name, destination)
         os.replace(temporary / MANIFEST, manifest_of(destination))
@@ -53,8 +40,25 @@ def new_file(destination: Path, need_bytes: int, overwrite: bool = False, resume
 
 
 def _check_free(destination: Path, overwrite: bool) -> None:
-    """Raises UserError where a destination is there and may not be replaced."""
+    """Raises UserError if a destination exists and may not be replaced."""
     if destination.is_dir():
         raise UserError(f"{destination} is a folder", "Choose the name of a file, or remove the folder.")
     if destination.exists() and not overwrite:
         raise UserError(f"{destination} exists already", "Choose another destination, or allow --overwrite.")
+    if destination.exists() and not _begins(destination, MAGIC):
+        raise UserError(f"{destination} is not a GGUF file, and would be lost", "Choose another destination.")
+    if manifest_of(destination).exists() and not _is_manifest(manifest_of(destination)):
+        raise UserError(f"{manifest_of(destination)} is not camelid's, and would be lost", "Move it away.")
+
+
+def _begins(file: Path, magic: bytes) -> bool:
+    with file.open("rb") as held:
+        return held.read(len(magic)) == magic
+
+
+def _is_manifest(file: Path) -> bool:
+    try:
+        held = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(held, dict) and isinstance(held.get("files"), dict)
