@@ -229,6 +229,20 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(tmp_path: Path, user_env
         assert (run.wait(), run.out) == (0, "\ndone\n")
 
 
+def test_signals_that_libraries_handle_do_not_end_a_command(tmp_path: Path, user_env: dict[str, str]):
+    body = """
+        import subprocess
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.signal(signal.SIGUSR1, lambda number, frame: None)
+        subprocess.run(["true"])
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.5)
+        print("done")
+        """
+    with started(program(body), tmp_path, user_env) as run:
+        assert (run.wait(), run.out) == (0, "done\n")
+
+
 def test_importing_camelid_leaves_signals_alone(tmp_path: Path, user_env: dict[str, str]):
     text = """
         import signal, threading

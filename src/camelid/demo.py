@@ -52,7 +52,7 @@ def main(folder: Path, model: str | None, steps: int, ignore: tuple[str, ...] = 
     """
     began = time.perf_counter()
     if model:
-        open_checkpoint(model)  # what cannot be opened is refused before anything is written
+        open_checkpoint(model, ignore=ignore)  # what cannot be opened is refused before anything is written
     train, held_out = write_corpus(folder)
     _say(f"corpus     {train.parent}: the manual of Python {sys.version_info.major}.{sys.version_info.minor}")
     data = {"train": (Source(files=(str(train),)),), "validation": (Source(files=(str(held_out),)),)}

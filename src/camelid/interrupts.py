@@ -86,6 +86,8 @@ def _in_main_thread(number: int, frame: object) -> None:
 def _dispatch(reader: int) -> None:
     while True:
         for number in os.read(reader, 64):
+            if signal.getsignal(number) is not _in_main_thread:
+                continue  # Python writes the numbers of all signals that have a handler, those of libraries too
             try:
                 _hear(number)
             except KeyboardInterrupt:

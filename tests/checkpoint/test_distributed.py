@@ -4,6 +4,7 @@ import contextlib
 import json
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -146,12 +147,44 @@ def test_hugging_face_names_are_read_below_any_prefix(tmp_path: Path, prefix: st
         np.testing.assert_array_equal(tensor.read(index, np.dtype(np.float32)), expected)
 
 
+def test_names_that_wrappers_left_are_read_with_a_note(tmp_path: Path, torchtitan: dict[str, torch.Tensor]):
+    shutil.copy(SOURCE / "config.json", tmp_path)
+
+    def wrapped(name: str) -> str:
+        return re.sub(r"(layers\.\d+)\.", r"\1._checkpoint_wrapped_module.", f"model._orig_mod.{name}")
+
+    for folder, state in (("hf", hugging_face()), ("titan", torchtitan)):
+        checkpoint = open_checkpoint(save({wrapped(name): x for name, x in state.items()}, tmp_path / folder))
+        assert_equal(checkpoint, SOURCE)
+        assert any("_checkpoint_wrapped_module" in note for note in checkpoint.notes)
+
+
+def test_a_head_alone_is_the_table_of_a_tied_model(tmp_path: Path):
+    shutil.copy(TIED / "config.json", tmp_path)
+    state = hugging_face(TIED)
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    assert_equal(open_checkpoint(save(state, tmp_path / "x")), TIED)
+
+
+def test_checksums_of_many_files_are_not_read_at_every_open(of_ranks: Path, monkeypatch: pytest.MonkeyPatch):
+    files = [*(of_ranks / "4").glob("*.distcp")]
+    config = open_checkpoint(SOURCE).config
+    read = []
+    monkeypatch.setattr(torch_files, "_crc", lambda file, start, count: read.append(count))
+    for limit in (sum(file.stat().st_size for file in files) - 1, max(file.stat().st_size for file in files)):
+        monkeypatch.setattr(torch_files, "CRC_BYTES", limit)
+        monkeypatch.setattr(dcp, "CRC_BYTES", limit)
+        notes = open_checkpoint(of_ranks / "4", config=config).notes
+        assert not read
+        assert any("convert --check" in note for note in notes)
+
+
 def test_a_tied_model_may_hold_its_head_if_it_is_the_table(tmp_path: Path):
     state = hugging_face(TIED)
     shutil.copy(TIED / "config.json", tmp_path)
     head = state["model.embed_tokens.weight"].clone()
     assert_equal(open_checkpoint(save({**state, "lm_head.weight": head}, tmp_path / "same")), TIED)
-    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from it"):
         open_checkpoint(save({**state, "lm_head.weight": head + 1}, tmp_path / "other"))
 
 
@@ -227,6 +260,13 @@ def without_table(held: torch_metadata.Metadata) -> None:
     del held.state_dict_metadata["tok_embeddings.weight"]
 
 
+def nested(held: torch_metadata.Metadata) -> None:
+    key = next(key for key in held.storage_data if key.fqn == "norm.weight")
+    info = held.storage_data.pop(key)
+    object.__setattr__(key, "offset", ((0,),))  # it is frozen
+    held.storage_data[key] = info
+
+
 DAMAGES = {
     "the place of a chunk is missing": (dropped, r"lacks the chunk of output\.weight"),
     "a chunk is missing": (chunk_dropped, r"lacks some of the numbers of output\.weight"),
@@ -237,7 +277,8 @@ DAMAGES = {
     "a chunk of another shape": (other_shape, r"says \(8,\)"),
     "a dtype of another kind": (other_dtype, r"norm\.weight .* has a dtype"),
     "a stray tensor": (renamed, r"lacks the chunk of stray\.weight"),
-    "no table of embeddings": (without_table, r"has no table of embeddings .*it holds "),
+    "no table of embeddings": (without_table, r"lacks tok_embeddings\.weight"),
+    "offsets within offsets": (nested, r"describes norm\.weight in an unknown way"),
 }
 
 

@@ -124,6 +124,7 @@ NAMED: list[tuple[str, Json, list[str]]] = [
     ("llama", {"rope_scaling": YARN | {"extrapolation_factor": 1.0}}, ["rope_scaling.extrapolation_factor"]),
     ("llama", {"rope_scaling": {"rope_type": "default", "factor": 4.0}}, ["rope_scaling"]),
     ("llama", {"is_encoder_decoder": True}, ["is_encoder_decoder"]),
+    ("llama", {"is_causal": False}, ["is_causal"]),
     ("mistral", {"layer_types": FULL}, ["layer_types"]),
     ("mistral", {"attention_bias": True}, ["attention_bias"]),
     ("qwen2", {"use_logn_attn": True}, ["use_logn_attn"]),
@@ -228,10 +229,8 @@ def test_what_might_change_the_result_is_refused_with_its_name_and_opens_without
     given = refusal.value.advice.partition("ignore=")[2].partition("]")[0].strip("[").replace("'", "").split(", ")
     model = camelid.load(folder, ignore=given)
     assert f"config.json is read as if it had no {', '.join(given)}, as asked" in model.notes
-    if not edit.keys() & {
-        "layer_types",
-        "is_encoder_decoder",
-    }:  # with which transformers does not compute, or otherwise
+    # With these transformers does not compute, or computes something else.
+    if not edit.keys() & {"layer_types", "is_encoder_decoder", "is_causal"}:
         assert_equal(model.logits(TOKENS), in_transformers(folder))
 
 

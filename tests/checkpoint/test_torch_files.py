@@ -442,7 +442,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "two checkpoints": (lambda path: zip_of(path, "a/data.pkl", "b/data.pkl"), "zip archive without"),
     "tar": (tar, "is a tar file"),
     "empty": (lambda path: content(path, b""), "damaged, or is not a PyTorch checkpoint"),
-    "text": (lambda path: content(path, b"version https://git-lfs.github.com/spec/v1\n"), "is not a PyTorch"),
+    "text": (lambda path: content(path, b"version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
     "a pickle": (lambda path: content(path, pickle.dumps({"a": 1}, 2)), "is not a PyTorch checkpoint"),
     "two pickles": (lambda path: content(path, pickle.dumps({"a": 1}, 2) * 2), "the magic number is another"),
     "safetensors": (lambda path: content(path, struct.pack("<Q", 2) + b"{}"), "is not a PyTorch checkpoint"),

@@ -168,4 +168,11 @@ FAULTS = (
         "checkpoint/test_formats.py::"
         "test_a_folder_of_no_format_is_refused_with_what_is_in_it_and_the_likeliest_formats",
     ),
+    Fault(
+        "bidirectional attention is taken for a harmless field",
+        "checkpoint/families.py",
+        '"is_causal": (True, None),',
+        '"is_causal": (True, False, None),',
+        "checkpoint/test_edited_configs.py::test_what_might_change_the_result_is_refused_with_its_name_and_opens_without_it",
+    ),
 )

@@ -127,4 +127,11 @@ FAULTS = (
         "except RuntimeError as error:",
         "test_failures.py::test_a_missing_driver_is_explained",
     ),
+    Fault(
+        "signals of libraries count as Ctrl-C",
+        "interrupts.py",
+        "if signal.getsignal(number) is not _in_main_thread:",
+        "if number == 0:",
+        "test_interrupts.py::test_signals_that_libraries_handle_do_not_end_a_command",
+    ),
 )

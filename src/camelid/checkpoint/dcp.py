@@ -17,7 +17,7 @@ import numpy as np
 
 from camelid.checkpoint.pickles import Key, Record, run, shown
 from camelid.checkpoint.tensors import Index, Tensor
-from camelid.checkpoint.torch_files import DTYPES, open_torch_within
+from camelid.checkpoint.torch_files import CRC_BYTES, DISTRIBUTED, DTYPES, open_torch_within
 from camelid.errors import UserError
 
 METADATA = ".metadata"
@@ -94,6 +94,8 @@ class Distributed:
         metadata = _read_metadata(folder / METADATA)
         self.items: Mapping[str, Item] = _items(folder, metadata)
         self._places = _places(folder, metadata)
+        files = {place.file for place in self._places.values() if place.file.is_file()}
+        self._verify = sum(file.stat().st_size for file in files) <= CRC_BYTES
 
     def tensor(self, name: str) -> Tensor:
         """One of `items`; raises UserError where its chunks are missing, overlap, or differ from their description."""
@@ -106,7 +108,7 @@ class Distributed:
             place = self._places.get((name, offsets))
             if place is None:
                 raise UserError(f"{self.folder} lacks the chunk of {shown(name)} at {offsets}", AGAIN)
-            chunk = open_torch_within(place.file, place.start, place.count)
+            chunk = open_torch_within(place.file, place.start, place.count, self._verify)
             if (chunk.shape, chunk.dtype) != (shape, item.dtype):
                 raise UserError(
                     f"{place.file} holds {chunk.shape} {chunk.dtype} for the chunk of {shown(name)} at {offsets}, and "
@@ -153,9 +155,13 @@ def _read_metadata(path: Path) -> Mapping[str, Any]:
 
 
 def _size(sizes: Any = ()) -> tuple[int, ...]:
-    if not isinstance(sizes, tuple) or len(sizes) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
+    if not _is_size(sizes):
         raise ValueError("a shape of something else than sizes")
     return sizes
+
+
+def _is_size(sizes: Any) -> bool:
+    return isinstance(sizes, tuple) and len(sizes) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
 
 
 def _items(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Item]:
@@ -163,7 +169,9 @@ def _items(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Item]:
     found: dict[str, Item] = {}
     for name, held in _table(folder, metadata, "state_dict_metadata").items():
         match held:
-            case Record(state={"properties": Record(state=properties), "size": tuple(shape), "chunks": list(chunks)}):
+            case Record(
+                state={"properties": Record(state=properties), "size": tuple(shape), "chunks": list(chunks)}
+            ) if _is_size(shape):
                 dtype = properties[0] if isinstance(properties, tuple) and properties else None
                 if isinstance(properties, dict):
                     dtype = properties.get("dtype")
@@ -178,7 +186,7 @@ def _items(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Item]:
 def _chunk(folder: Path, name: str, shape: tuple[int, ...], held: Any) -> Chunk:
     match held:
         case Record(state={"offsets": tuple(offsets), "sizes": tuple(sizes)}):
-            if len(offsets) == len(sizes) == len(shape):
+            if len(offsets) == len(sizes) == len(shape) and _is_size(offsets) and _is_size(sizes):
                 return offsets, sizes
     raise _strange(folder, name)
 
@@ -189,10 +197,12 @@ def _places(folder: Path, metadata: Mapping[str, Any]) -> dict[tuple[str, tuple[
     for key, held in _table(folder, metadata, "storage_data").items():
         match key, held:
             case Key(state={"fqn": str(name), "offset": tuple(offsets)}), Record(state=dict(state)):
+                if not _is_size(offsets):  # to hash a tuple within tuples would end Python
+                    raise _strange(folder, name)
                 file, start, count = (state.get(word) for word in ("relative_path", "offset", "length"))
                 if state.get("transform_descriptors"):
                     raise UserError(f"{folder} is compressed or transformed", "Save it without transforms.")
-                if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.distcp", file):
+                if not isinstance(file, str) or not re.fullmatch(rf"[\w.-]+{re.escape(DISTRIBUTED)}", file):
                     raise _strange(folder, name)
                 if not all(type(n) is int and 0 <= n < 2**63 for n in (start, count)):
                     raise _strange(folder, name)

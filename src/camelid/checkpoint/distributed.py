@@ -15,7 +15,6 @@ from typing import Any
 
 from camelid.checkpoint import hf, layout, meta
 from camelid.checkpoint.dcp import Distributed, looks
-from camelid.checkpoint.families import BUFFERS, TIED_HEAD
 from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.layout import Row, Table
 from camelid.checkpoint.megatron_args import WHAT, check_plain, told, vocab_step
@@ -26,11 +25,14 @@ from camelid.checkpoint.opened import Checkpoint, table_for
 from camelid.checkpoint.pickles import Record, shown
 from camelid.checkpoint.tensors import Tensor
 from camelid.checkpoint.torch_files import unpickle, unverified
+from camelid.checkpoint.wrapped import unwrapped
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
 COMMON, BACKEND = "common.pt", "metadata.json"
-HF_TABLE = "model.embed_tokens.weight"
+KINDS = {"megatron": ".self_attention.linear_qkv.", "torchtitan": ".attention.wq.", "hf": ".self_attn."}
+"""by whose names they are: what those of attention layers have in them"""
+HEADS = {"megatron": MCORE["lm_head"], "dcp": meta.HEAD}
 # What training writes beside the model. Megatron keeps the empty states of Transformer Engine's modules, too.
 OTHERS = re.compile(
     r"(optimizer|optim|chained_\d+|lr_scheduler|dataloader|train_state|rng_state|opt_param_scheduler"
@@ -55,38 +57,29 @@ def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     of Megatron-LM. Raises UserError for files that are damaged or incomplete, and for tensors of other models.
     """
     held = Distributed(path)
-    names = [name for name in held.items if not OTHERS.fullmatch(name)]
-    prefix, table_name = _naming(path, names)
-    tensors = {name.removeprefix(prefix): held.tensor(name) for name in names}
-    if table_name == MCORE["embed"]:
+    tensors = {name: held.tensor(name) for name in held.items if not OTHERS.fullmatch(name)}
+    kind = next((kind for kind, part in KINDS.items() if any(part in name for name in tensors)), None)
+    if kind == "megatron":
         return _open_megatron(path, tensors, config)
+    if kind is None:
+        some = ", ".join(shown(name) for name in [*tensors][:3]) or "no tensors"
+        raise UserError(
+            f"{path} has no attention layers ({' or '.join(KINDS.values())} in their names); it holds {some}",
+            "camelid opens distributed checkpoints of Megatron-LM and torchtitan, and those with Hugging Face's names.",
+        )
     home = next((place for place in (path, path.parent) if (place / "config.json").is_file()), None)
+    if config is None and home is None:
+        raise UserError(
+            f"{path} does not say what its model is", "Give --config PRESET_OR_JSON, or put config.json beside it."
+        )
+    if kind == "hf":
+        return hf.open_tensors("dcp", home or path, tensors, config)
     source = "config.json" if config is None else hf.GIVEN
     if config is None:
-        if home is None:
-            raise UserError(
-                f"{path} does not say what its model is", "Give --config PRESET_OR_JSON, or put config.json beside it."
-            )
+        assert home is not None
         config = hf.understood(home)
-    if table_name == HF_TABLE:
-        table, known = hf.table_of(config), BUFFERS
-    else:
-        table, known = table_for("torchtitan", meta.ROWS, config, meta.SIZES), "freqs_cis"
-    return _checkpoint("dcp", home or path, config, tensors, table, known, source, ())
-
-
-def _naming(path: Path, names: list[str]) -> tuple[str, str]:
-    """The prefix of all names, and the name of the embedding table, which tells the systems apart."""
-    tables = (HF_TABLE, meta.TABLE, MCORE["embed"])
-    for name in names:
-        for table in tables:
-            if name == table or name.endswith(f".{table}"):
-                return name.removesuffix(table), table
-    some = ", ".join(shown(name) for name in names[:3]) or "no tensors"
-    raise UserError(
-        f"{path} has no table of embeddings ({' or '.join(tables)}); it holds {some}",
-        "camelid opens the distributed checkpoints of Megatron-LM and torchtitan, and those with Hugging Face's names.",
-    )
+    table = table_for("torchtitan", meta.ROWS, config, meta.SIZES)
+    return _checkpoint("dcp", home or path, config, tensors, table, "freqs_cis", source, ())
 
 
 def _checkpoint(
@@ -99,28 +92,22 @@ def _checkpoint(
     source: str,
     notes: tuple[str, ...],
 ) -> Checkpoint:
-    part = table.parts.get("lm_head")
-    head = next((name for name in (TIED_HEAD, meta.HEAD, MCORE["lm_head"]) if name in tensors), None)
-    if part is None and head is not None:  # a tied model that holds its table twice
-        embed = table.parts["embed"].row.name
-        if embed in tensors and not hf.same_values(tensors[embed], tensors[head]):
-            raise UserError(
-                f"{source} ties the head to the embeddings, and {head} differs from {embed}",
-                "Set tie_word_embeddings to false in config.json if the head is to be used.",
-            )
-        known += "|" + re.escape(head)
+    tensors, from_names = unwrapped(tensors, table.parts["final_norm.scale"].row.name)
+    if config.tie_embeddings:
+        tensors = hf.tied(tensors, table.parts["embed"].row.name, HEADS[format], source)
     layout.check(table, tensors, known, source)
     used = {name: tensors[name] for name in table.tensors}
-    return Checkpoint(format, root, config, used, table, (*notes, *unverified(used.values())))
+    return Checkpoint(format, root, config, used, table, (*notes, *from_names, *unverified(used.values())))
 
 
 # Megatron-LM ----------------------------------------------------------------------------
 
 
-def _open_megatron(folder: Path, tensors: dict[str, Tensor], config: ModelConfig | None) -> Checkpoint:
+def _open_megatron(folder: Path, held: Mapping[str, Tensor], config: ModelConfig | None) -> Checkpoint:
     backend = read_json(folder / BACKEND).get("sharded_backend") if (folder / BACKEND).is_file() else "torch_dist"
     if backend != "torch_dist":
         raise UserError(f"{folder} is of the format {told(backend)}", "Save it with --ckpt-format torch_dist.")
+    tensors, from_names = unwrapped(held, MCORE["final_norm"])
     file = folder / COMMON
     args = _args(file)
     if args:
@@ -139,7 +126,7 @@ def _open_megatron(folder: Path, tensors: dict[str, Tensor], config: ModelConfig
         if shape and config.vocab_size <= shape[0] < config.vocab_size + step:
             # Without the rows that fill up the vocabulary to a multiple of `step`.
             tensors[name] = replace(tensors[name], shape=(config.vocab_size, *shape[1:]))
-    return _checkpoint("megatron", root, config, tensors, table, MEGATRON_BUFFERS, source, notes)
+    return _checkpoint("megatron", root, config, tensors, table, MEGATRON_BUFFERS, source, (*notes, *from_names))
 
 
 def _args(file: Path) -> Mapping[str, Any]:

@@ -136,6 +136,7 @@ FIXED: Mapping[str, tuple] = {
     "add_cross_attention": (False, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
+    "is_causal": (True, None),  # false makes attention bidirectional, as in models of sentence embeddings
 }
 
 

@@ -58,13 +58,25 @@ def open_folder(folder: Path, config: ModelConfig | None = None, ignore: Sequenc
 
     The fields in `ignore` are as if config.json did not have them.
     """
-    said, notes, described_by = {}, (), GIVEN
+    if config is None and not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json", "Copy it there, or describe the model with --config.")
+    held, notes = hf_files.open_files(folder)
+    return open_tensors("hf", folder, held, config, ignore, notes)
+
+
+def open_tensors(
+    format: str,
+    folder: Path,
+    held: Mapping[str, Tensor],
+    config: ModelConfig | None = None,
+    ignore: Sequence[str] = (),
+    notes: tuple[str, ...] = (),
+) -> Checkpoint:
+    """The checkpoint that tensors with Hugging Face's names make with the config.json in `folder`, or with `config`."""
+    said, described_by = {}, GIVEN
     if config is None:
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} has no config.json", "Copy it there, or describe the model with --config.")
-        (said, notes), described_by = read_config(folder, ignore), "config.json"
-        config, notes = config_from_hf(said), (*notes, *remarks(said))
-    held, from_files = hf_files.open_files(folder)
+        (said, ignored), described_by = read_config(folder, ignore), "config.json"
+        config, notes = config_from_hf(said), (*ignored, *remarks(said), *notes)
     rows = table_of(config)
     tensors, from_names = unwrapped(held, rows.parts["final_norm.scale"].row.name, rows.tensors)
     if described_by != GIVEN and "tie_word_embeddings" not in said:
@@ -74,8 +86,8 @@ def open_folder(folder: Path, config: ModelConfig | None = None, ignore: Sequenc
     if config.tie_embeddings:
         tensors = tied(tensors, rows.parts["embed"].row.name, TIED_HEAD, described_by)
     check(rows, tensors, BUFFERS, described_by)
-    notes += (*from_files, *from_names, *unverified(tensors.values()))
-    return Checkpoint("hf", folder, config, tensors, rows, notes)
+    notes += (*from_names, *unverified(tensors.values()))
+    return Checkpoint(format, folder, config, tensors, rows, notes)
 
 
 def _tied_or_not(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, tuple[str, ...]]:

@@ -32,6 +32,7 @@ from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 
 CRC_BYTES = 2**30  # of a file whose checksums are verified when it is opened; larger ones would take seconds
+DISTRIBUTED = ".distcp"  # the files of dcp.py, each of many archives
 MAX_PICKLE = 16 * 2**20  # bytes; a checkpoint of a thousand tensors needs a tenth of a megabyte
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 AGAIN = "Download or copy the file again."
@@ -113,7 +114,8 @@ def unpickle(path: Path, inert: re.Pattern[str] | None = None) -> Any:
         with path.open("rb") as file:
             start = file.read(262)
             if start.startswith(b"PK\x03\x04"):
-                return _unpickle_zip(path, Section(file, 0, os.fstat(file.fileno()).st_size), inert)
+                size = os.fstat(file.fileno()).st_size
+                return _unpickle_zip(path, Section(file, 0, size), inert, verify=size <= CRC_BYTES)
             if start.endswith(b"ustar"):
                 raise UserError(f"{path} is a tar file, as the first versions of torch wrote", "Save it again.")
             return _unpickle_legacy(path, file, inert)
@@ -124,11 +126,14 @@ def unpickle(path: Path, inert: re.Pattern[str] | None = None) -> Any:
         raise UserError(f"{path} is damaged, or is not a PyTorch checkpoint ({reason})", AGAIN) from error
 
 
-def open_torch_within(path: Path, start: int, count: int) -> Tensor:
-    """The tensor that torch.save wrote into `count` bytes of a file that holds several such archives."""
+def open_torch_within(path: Path, start: int, count: int, verify: bool) -> Tensor:
+    """The tensor that torch.save wrote into `count` bytes of a file that holds several such archives.
+
+    `verify` reads it all and compares its checksums.
+    """
     try:
         with path.open("rb") as file:
-            held = _unpickle_zip(path, Section(file, start, count), None)
+            held = _unpickle_zip(path, Section(file, start, count), None, verify)
     except UserError:
         raise
     except Exception as error:  # a damaged file fails anywhere in zipfile, in pickletools and below
@@ -165,9 +170,8 @@ class Section(io.RawIOBase):
         return held
 
 
-def _unpickle_zip(path: Path, file: Section, inert: re.Pattern[str] | None) -> Any:
+def _unpickle_zip(path: Path, file: Section, inert: re.Pattern[str] | None, verify: bool) -> Any:
     size = file.count
-    verify = path.stat().st_size <= CRC_BYTES
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
     roots = [name.removesuffix("data.pkl") for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
@@ -234,7 +238,11 @@ def _crc(file: Section, start: int, count: int) -> int:
 
 def unverified(tensors: Iterable[Tensor]) -> tuple[str, ...]:
     """The note on zip files that are too large for their checksums to be verified when they are opened."""
-    large = [file for file in files_under(tensors) if file.stat().st_size > CRC_BYTES and zipfile.is_zipfile(file)]
+    sizes = {file: file.stat().st_size for file in files_under(tensors)}
+    # A distributed checkpoint has a file for each rank: together they would take seconds, too.
+    together = sum(size for file, size in sizes.items() if file.suffix == DISTRIBUTED)
+    large = [file for file, size in sizes.items() if (together if file.suffix == DISTRIBUTED else size) > CRC_BYTES]
+    large = [file for file in large if zipfile.is_zipfile(file)]
     return unverified_note(large, Path(os.path.commonpath([file.parent for file in large])) if large else Path())
 
 

@@ -39,7 +39,7 @@ def unwrapped(
     }
     if len({*names.values()}) < len(names) or all(name == other for name, other in names.items()):
         return dict(tensors), ()
-    found = {match[0] for name in tensors if (match := MODULES.search(name))}
+    found = {f"{module}." for name in tensors for module in MODULES.findall(name)}
     removed = " and ".join(repr(part) for part in [*sorted(found), before] if part)
     told = [f"without {removed}, left by a wrapper"] if removed else []
     told += [f"with {after!r} in front, which a model saved without its head lacks"] if after else []
