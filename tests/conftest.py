@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -41,6 +42,9 @@ os.environ["XLA_FLAGS"] = f"{USER_ENVIRONMENT['XLA_FLAGS']} {EIGHT} {RIGHT_SUMS}
 # Eight simulated devices on few cores wait for each other for ever once many dispatches are queued, unless XLA is told
 # to keep a thread for each.
 os.environ["NPROC"] = "16"
+
+# A shell starts jobs in the background with SIGINT ignored, and children inherit that; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

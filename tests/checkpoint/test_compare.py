@@ -402,11 +402,13 @@ def test_concatenated_projections_have_one_layout(stories: Path, tmp_path: Path)
     assert all(each.equal for each in compare(open_checkpoint(stories), open_checkpoint(tmp_path / "out")))
 
 
-def test_a_file_that_does_not_say_its_model_or_tokenizer_is_told_them(assets: Path, stories: Path):
+def test_a_file_that_does_not_say_its_model_or_tokenizer_is_told_them(assets: Path, stories: Path, tmp_path: Path):
     file = assets / "golden" / "easylm" / "streaming_params_fp32"
     described = ["--config", stories / "config.json"]
     words = ["Once upon a time", *described, "--tokenizer", stories, "--max-new-tokens", 8]
     done = called("generate", file, *words)
     assert done.stdout == called("generate", stories, "Once upon a time", "--max-new-tokens", 8).stdout
-    assert_refused(called("generate", file, "Once", *described), "the checkpoint has no tokenizer")
+    assert called("generate", file, *words[:3], "--max-new-tokens", 8).stdout == done.stdout, "the folder's tokenizer"
+    alone = shutil.copy(stories / "config.json", tmp_path / "config.json")
+    assert_refused(called("generate", file, "Once", "--config", alone), "the checkpoint has no tokenizer")
     assert "260,032" in called("inspect", file, *described).stdout

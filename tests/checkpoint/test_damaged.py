@@ -176,4 +176,4 @@ def test_a_prompt_that_needs_an_id_beyond_the_model_is_refused(folder: Path):
     done = called("generate", folder, "a")
     assert "note: " in done.stderr
     assert "has 258 ids, the model's vocabulary only 97" in done.stderr
-    assert_refused(done, "prompt 0 has token 256, and the vocabulary has 97")
+    assert_refused(done, "prompt 0 has token 97, and the vocabulary has 97")

@@ -159,6 +159,10 @@ def edited(folder: Path, change: Callable[[dict], Any], into: Path) -> Path:
     described = json.loads((into / "tokenizer.json").read_text("utf-8"))
     change(described)
     (into / "tokenizer.json").write_text(json.dumps(described), "utf-8")
+    config = json.loads((into / "tokenizer_config.json").read_text("utf-8"))
+    # Of this class, and not of one that builds the tokenizer anew.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (into / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
     return into
 
 
@@ -174,7 +178,7 @@ UNKNOWN: dict[str, tuple[Callable[[dict], Any], str]] = {
     "no merging of whole words": (lambda d: d["model"].update(ignore_merges=True), "with ignore_merges"),
     "a token twice": (
         lambda d: d["added_tokens"].append({**d["added_tokens"][0], "id": 50_300, "content": "[PAD50299]"}),
-        r"the token '\[PAD50299\]' twice, as 50295 and 50299",
+        r"the token '\[PAD50299\]' twice, as 50300 and 50299",
     ),
 }
 

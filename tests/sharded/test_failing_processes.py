@@ -82,9 +82,9 @@ def test_an_error_of_one_process_ends_both(
 
 RECORDED = f"""
 import sys, time
-import camelid.run
+import camelid.parts
 
-Loader = camelid.run.Loader
+Loader = camelid.parts.Loader
 
 def recorded(*arguments, **options):
     print("begins", time.time())
@@ -95,7 +95,7 @@ def recorded(*arguments, **options):
         raise KeyError("enough")
     return loader
 
-camelid.run.Loader = recorded
+camelid.parts.Loader = recorded
 {COMMAND}
 """
 
@@ -125,13 +125,13 @@ def test_a_process_that_is_killed_ends_the_other(recipe: Path, user_env: dict[st
 def test_ctrl_c_before_the_first_step_ends_both(recipe: Path, user_env: dict[str, str]):
     sleeping = f"""
 import time
-import camelid.run
+import camelid.parts
 
 def wait(*arguments, **options):
     print("waiting", flush=True)
     time.sleep(600)
 
-camelid.run.Loader = wait
+camelid.parts.Loader = wait
 {COMMAND}
 """
     with two_processes(recipe, user_env, sleeping, COMMAND) as processes:
