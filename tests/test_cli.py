@@ -12,7 +12,10 @@ import pytest
 import torch
 import transformers
 
+import camelid
+from camelid import cli
 from camelid.cli.shared import print_json
+from camelid.errors import UserError
 from camelid.recipe import read_recipe
 from runs import TIMEOUT_S, assert_refused, called, command, tiny_run, words, write_recipe_file
 
@@ -284,7 +287,6 @@ def test_the_numbers_of_processes_belong_together(recipe: Path, tmp_path: Path):
         (["trian", "r.toml"], "there is no command 'trian'", "Did you mean 'camelid train'?"),
         (["evaluate", "perplexty"], "there is no command 'evaluate perplexty'", "Did you mean 'camelid evaluate perpl"),
         (["--verbose"], "there is no command '--verbose'", "Commands: generate, evaluate perplexity, train"),
-        (["evaluate"], "there is no command 'evaluate'", "evaluate perplexity"),
     ],
 )
 def test_an_unknown_command_is_refused_with_the_nearest(arguments: list[str], problem: str, advice: str):
@@ -376,3 +378,21 @@ def test_python_m_camelid_and_camelid_are_the_same(user_env: dict[str, str]):
     script = subprocess.run(["camelid"], env=user_env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert script.returncode == 0
     assert script.stdout == called().stdout
+
+
+@pytest.mark.parametrize("words", [["data"], ["data", "--help"], ["evaluate", "-h"], ["delta", "help"]])
+def test_a_group_of_commands_lists_them(words: list[str], capsys: pytest.CaptureFixture[str]):
+    cli._run(words)
+    names = [name for name in cli.COMMANDS if name.startswith(f"{words[0]} ")]
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    assert "generate" not in shown
+
+
+def test_an_empty_path_and_the_root_are_refused(stories: Path):
+    for words, about in (((stories, ""), "a path is empty"), ((stories, "/", "--overwrite"), "the root of the file")):
+        done = called("convert", *words)
+        assert done.returncode == 2
+        assert about in done.stderr
+    with pytest.raises(UserError, match="a path is empty"):
+        camelid.load("")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,29 @@ def test_a_checkpoint_of_another_system_is_replaced_with_its_shards(model: Path,
     owned = owned_files(tmp_path / "out")
     assert owned is not None
     assert "LICENSE" not in owned, "it was the user's before, and would be removed by the next overwriting"
+
+
+@pytest.mark.parametrize(
+    "name",
+    """
+    consolidated.00.pth pytorch_model.bin model-00001-of-00002.safetensors adapter_model.safetensors streaming_params
+    model.bin pytorch_model.bin.index.json rank_0/model.ckpt
+    """.split(),
+)
+@pytest.mark.parametrize("older", [False, True], ids=["of another system", "of an older version"])
+def test_of_two_checkpoints_in_one_folder_the_second_is_in_the_way(model: Path, tmp_path: Path, name: str, older: bool):
+    convert(model, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    (tmp_path / "out" / MANIFEST).unlink()
+    if older:
+        del manifest[OTHERS]
+        (tmp_path / "out" / MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / name).write_text("mine")
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=f"holds files that camelid did not write.*{re.escape(name)}"):
+        convert(model, tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before
 
 
 def test_every_way_to_overwrite_keeps_foreign_files(model: Path, tmp_path: Path, stories: Path):

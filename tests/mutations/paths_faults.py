@@ -187,4 +187,11 @@ FAULTS = (
         "        if name:\n",
         f"{USER}test_every_command_that_writes_leaves_the_files_of_others_as_they_are",
     ),
+    Fault(
+        "all weights in a folder count as one checkpoint",
+        "checkpoint/replacing.py",
+        "return {*found[0], *_named(folder, BESIDE_WEIGHTS)}",
+        "return {*sum(found, []), *_named(folder, BESIDE_WEIGHTS)}",
+        "checkpoint/test_replacing.py::test_of_two_checkpoints_in_one_folder_the_second_is_in_the_way",
+    ),
 )

@@ -86,6 +86,8 @@ def check_free(destination: Path, overwrite: bool, expected: Mapping[str, Path |
     """Raises UserError if a destination exists and may not be replaced by files of the `expected` names."""
     if not destination.exists():
         return
+    if not destination.name:
+        raise UserError(f"{destination} is the root of the file system", "Choose a folder as destination.")
     if not overwrite:
         raise UserError(f"{destination} exists already", "Choose another destination, or allow --overwrite.")
     if not destination.is_dir():

@@ -247,7 +247,7 @@ def _unknown(place: Path) -> UserError:
     for file in children:
         refuse_stand_in(file)
     for near in children if place.is_dir() else [place.parent]:
-        if near.is_dir() and any(format.looks(near) for format in FORMATS.values()):
+        if near.is_dir() and any(format.looks(near) for format in FORMATS.values() if format.suffix != place.suffix):
             return UserError(f"{place} is not a checkpoint itself", f"There is one in {near}: give that folder.")
 
     def resemblance(name: str) -> int:

@@ -47,10 +47,13 @@ def understood(folder: Path, ignore: Sequence[str] = ()) -> ModelConfig:
 
 
 def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A folder's config.json without the fields in `ignore`, and a note where it has some of them."""
+    """A folder's config.json without the fields in `ignore`, and notes on those that it has and on those it lacks."""
     whole = read_json(folder / "config.json")
     left = [name for name in ignore if without(whole, [name]) != whole]
-    return without(whole, left), (f"config.json is read as if it had no {', '.join(left)}, as asked",) if left else ()
+    lacks = [name for name in ignore if name not in left]
+    notes = (f"config.json is read as if it had no {', '.join(left)}, as asked",) if left else ()
+    notes += (f"config.json has no {', '.join(lacks)}, which was to be ignored",) if lacks else ()
+    return without(whole, left), notes
 
 
 def open_folder(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Checkpoint:

@@ -25,15 +25,28 @@ CONFIG = "config.json"
 SHOWN = 3  # names in a message
 
 # The names that camelid writes, for folders of versions whose manifest did not list all files, and of other systems.
-WEIGHTS = """
-    model.safetensors model.safetensors.index.json model-*-of-*.safetensors
-    pytorch_model.bin pytorch_model.bin.index.json pytorch_model-*-of-*.bin
-    consolidated.*.pth params.json streaming_params flax_params streaming_train_state
-    model.ckpt rank_*/model.ckpt rank_*/model.safetensors strategy/ckpt_strategy_rank_*.ckpt
+# Each line is one checkpoint; of several in one folder, the first is the one that Hugging Face's libraries read.
+WEIGHTS = [
+    line.split()
+    for line in """
+    model.safetensors
+    model.safetensors.index.json model-*-of-*.safetensors
+    pytorch_model.bin
+    pytorch_model.bin.index.json pytorch_model-*-of-*.bin
+    consolidated.*.pth params.json
+    streaming_params
+    flax_params
+    streaming_train_state
+    model.ckpt
+    rank_*/model.ckpt rank_*/model.safetensors strategy/ckpt_strategy_rank_*.ckpt
     latest_checkpointed_iteration.txt iter_*/mp_rank_*/model_optim_rng.pt
-    model.pickle model.bin model.gguf
-    delta.json delta.safetensors adapter_config.json adapter_model.safetensors
-""".split()
+    model.pickle
+    model.bin
+    model.gguf
+    delta.json delta.safetensors
+    adapter_config.json adapter_model.safetensors
+    """.strip().splitlines()
+]
 BESIDE_WEIGHTS = """
     config.json generation_config.json preprocessor_config.json tokenizer.json tokenizer.model tokenizer_config.json
     special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json
@@ -57,7 +70,7 @@ def refuse_foreign(folder: Path, new: Mapping[str, Path | None]) -> None:
             "Choose another destination, or move these files away.",
         )
     foreign = [name for name, content in new.items() if name not in own and _in_the_way(folder / name, content)]
-    foreign += [name for name in _named(folder, WEIGHTS) if name not in own and name not in new]
+    foreign += [name for patterns in WEIGHTS for name in _named(folder, patterns) if name not in {*own, *new}]
     if foreign:
         raise UserError(
             f"{folder} holds files that camelid did not write, or that were changed since: {_listed(foreign)}",
@@ -69,18 +82,20 @@ def owned_files(folder: Path) -> set[str] | None:
     """The files of a folder that belong to the checkpoint in it, by their names; None if it holds something else.
 
     The manifest lists them; of files without tensors, those that were changed since are left out. Without a manifest,
-    a folder is a checkpoint if it has weights and a config.json that describes a model.
+    a folder is a checkpoint if it has weights and a config.json that describes a model. Of several checkpoints in one
+    folder, only the first of WEIGHTS is taken for the one that may be replaced.
     """
     if (folder / RECORD).is_file():  # what a replacement that could not be completed was about
         record = _read(folder / RECORD)
         return {*_strings(record.get("remove")), *_strings(record.get("add")), RECORD}
     manifest = _read(folder / MANIFEST)
-    weights = _named(folder, WEIGHTS)
+    found = [names for patterns in WEIGHTS if (names := _named(folder, patterns))]
     if not isinstance(tensors := manifest.get("files"), dict):
-        if "model_type" not in _read(folder / CONFIG) or not weights:
+        if "model_type" not in _read(folder / CONFIG) or not found:
             return None if any(name != LOCK for name in os.listdir(folder)) else set()
-        return {*weights, *_named(folder, BESIDE_WEIGHTS)}
+        return {*found[0], *_named(folder, BESIDE_WEIGHTS)}
     if not isinstance(others := manifest.get(OTHERS), dict):
+        weights = {name for names in found if not tensors.keys().isdisjoint(names) for name in names}
         return {*tensors, *weights, *_named(folder, BESIDE_WEIGHTS), MANIFEST}
     unchanged = {name for name, sha256 in others.items() if _digest(folder / name) == sha256}
     return {*tensors, *unchanged, MANIFEST}

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import tyro
@@ -80,6 +80,8 @@ def _run(words: list[str]) -> None:
         return print(f"camelid {__version__}")
     name = _name(words)
     if name is None:
+        if words[1:] in ([], ["-h"], ["--help"], ["help"]) and (group := _group(words[0])):
+            return print(_overview(group))
         return _unknown(words)
     if name in RESUMABLE:
         interrupts.advise("the same command goes on from where it was")
@@ -102,8 +104,13 @@ def _name(words: list[str]) -> str | None:
     return next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
 
 
-def _overview() -> str:
-    lines = [f"  {name:20} {command_help(function).splitlines()[0]}" for name, function in COMMANDS.items()]
+def _group(word: str) -> dict[str, Callable]:
+    """The commands that begin with a word of their own, such as `data`."""
+    return {name: function for name, function in COMMANDS.items() if name.startswith(f"{word} ")}
+
+
+def _overview(commands: Mapping[str, Callable] = COMMANDS) -> str:
+    lines = [f"  {name:20} {command_help(function).splitlines()[0]}" for name, function in commands.items()]
     return "\n".join(
         [
             "camelid: the Llama family end to end in JAX",
@@ -128,7 +135,7 @@ def command_help(function: Callable) -> str:
 
 
 def _unknown(words: list[str]) -> None:
-    asked = " ".join(words[:2] if words[0] in ("evaluate", "delta", "data") else words[:1])
+    asked = " ".join(words[:2] if _group(words[0]) else words[:1])
     near = difflib.get_close_matches(asked, COMMANDS, 1)
     advice = f"Did you mean 'camelid {near[0]}'?" if near else f"Commands: {', '.join(COMMANDS)}."
     raise UserError(f"there is no command {asked!r}", advice)
