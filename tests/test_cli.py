@@ -153,7 +153,7 @@ def test_perplexity_of_nothing_and_of_no_text_is_refused(stories: Path, tmp_path
     (tmp_path / "bytes.txt").write_bytes(b"ab\xff")
     score = ("evaluate", "perplexity", stories)
     assert_refused(called(*score, tmp_path / "empty.txt"), "the text has no token")
-    assert_refused(called(*score, tmp_path / "bytes.txt"), "bytes.txt is not UTF-8 at byte 2")
+    assert_refused(called(*score, tmp_path / "bytes.txt"), "bytes.txt is not utf-8 at byte 2")
     assert_refused(called(*score, tmp_path / "none.txt"), "none.txt cannot be read")
 
 
@@ -390,8 +390,11 @@ def test_a_group_of_commands_lists_them(words: list[str], capsys: pytest.Capture
 
 
 def test_an_empty_path_and_the_root_are_refused(stories: Path):
-    for words, about in (((stories, ""), "a path is empty"), ((stories, "/", "--overwrite"), "the root of the file")):
-        done = called("convert", *words)
+    for arguments, about in (
+        ((stories, ""), "a path is empty"),
+        ((stories, "/", "--overwrite"), "the root of the file"),
+    ):
+        done = called("convert", *arguments)
         assert done.returncode == 2
         assert about in done.stderr
     with pytest.raises(UserError, match="a path is empty"):

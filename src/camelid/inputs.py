@@ -25,13 +25,20 @@ def expand_home(path: str | Path) -> str:
     """A path with a leading `~` or `~user` replaced by the home folder; `format::~/path` keeps its prefix.
 
     A shell expands `~` only at the beginning of an unquoted word, so it leaves `--out=~/x` and recipes alone. A name
-    that begins with `~` but names no user is returned as it is. Raises UserError for an empty path: a variable was not
-    set, and the current folder is not what was meant.
+    that begins with `~` but names no user is returned as it is.
+    """
+    found = HOME.fullmatch(str(path))
+    return str(path) if found is None else (found["format"] or "") + os.path.expanduser(found["path"])
+
+
+def named_path(path: str | Path) -> Path:
+    """The path that a user named, with `expand_home`.
+
+    Raises UserError if it is empty: then a variable was not set, and the current folder is not what was meant.
     """
     if not str(path):
         raise UserError("a path is empty", "Give one; . is the current folder.")
-    found = HOME.fullmatch(str(path))
-    return str(path) if found is None else (found["format"] or "") + os.path.expanduser(found["path"])
+    return Path(expand_home(path))
 
 
 def encoding_of(beginning: bytes) -> str:

@@ -16,7 +16,7 @@ import cattrs
 
 from camelid.data.config import DataConfig, Source
 from camelid.errors import UserError
-from camelid.inputs import expand_home, read_text
+from camelid.inputs import expand_home, named_path, read_text
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
@@ -53,6 +53,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("run", "init", "tokenizer"):
             if (path := getattr(self, name)) is not None:
+                named_path(path)  # which refuses an empty one
                 object.__setattr__(self, name, expand_home(path))
         if self.init is None and self.model is None:
             raise UserError(

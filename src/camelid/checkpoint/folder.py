@@ -12,7 +12,7 @@ from typing import Any
 
 from camelid.checkpoint.replacing import RECORD, add_to_manifest, complete, files_in, refuse_foreign, replace_files
 from camelid.errors import UserError
-from camelid.inputs import expand_home, refuse_stand_in
+from camelid.inputs import named_path, refuse_stand_in
 from camelid.interrupts import cleaned_up
 from camelid.locks import LOCK, locked, no_empty_folders, unfinished
 
@@ -34,7 +34,7 @@ def new_folder(
     written. Raises UserError if the destination exists and may not be replaced, if another process is writing it, or
     if the disk lacks `need_bytes`.
     """
-    destination = Path(os.path.realpath(expand_home(destination)))
+    destination = Path(os.path.realpath(named_path(destination)))
     check = partial(check_free, destination, overwrite, expected or {})
 
     def ready() -> None:

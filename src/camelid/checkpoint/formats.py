@@ -27,7 +27,7 @@ from camelid.checkpoint.layout import some
 from camelid.checkpoint.opened import Checkpoint, Saving, copy_companions
 from camelid.checkpoint.single_file import new_file
 from camelid.errors import UserError
-from camelid.inputs import expand_home, refuse_stand_in
+from camelid.inputs import named_path, refuse_stand_in
 from camelid.model.config import ModelConfig
 
 
@@ -203,7 +203,7 @@ def open_checkpoint(
     """
     prefix, path = split_prefix(path)
     format = prefix or format
-    place = Path(expand_home(path))
+    place = named_path(path)
     if not place.exists():
         place = find(path, partial(hf.understood, ignore=ignore))
     complete_replacement(place if place.is_dir() else place.parent)

@@ -12,7 +12,7 @@ from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import temporary_folder
 from camelid.checkpoint.gguf_file import MAGIC
 from camelid.errors import UserError
-from camelid.inputs import expand_home
+from camelid.inputs import named_path
 
 
 def manifest_of(file: Path) -> Path:
@@ -28,7 +28,7 @@ def new_file(destination: Path, need_bytes: int, overwrite: bool = False, resume
     `resume`. If the destination is a symbolic link, the file that it points to is written. Raises UserError if the
     destination exists and may not be replaced, if another process is writing it, or if the disk lacks `need_bytes`.
     """
-    destination = Path(os.path.realpath(expand_home(destination)))
+    destination = Path(os.path.realpath(named_path(destination)))
     check = partial(_check_free, destination, overwrite)
     check()  # before anything is made
     with temporary_folder(destination, need_bytes, resume, check) as temporary:

@@ -11,7 +11,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from camelid.errors import UserError
-from camelid.inputs import expand_home
+from camelid.inputs import expand_home, named_path
 from camelid.parallel.compiled import keep_compiled
 
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="of parameters and products")]
@@ -90,7 +90,7 @@ def path_options() -> ConstructorRegistry:
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar="PATH",
-            instance_from_str=lambda words: Path(expand_home(words[0])),
+            instance_from_str=lambda words: named_path(words[0]),
             is_instance=lambda value: isinstance(value, Path),
             str_from_instance=lambda value: [str(value)],
         )
