@@ -68,6 +68,11 @@ def quantise(values: np.ndarray, kind: str) -> np.ndarray:
         scale, packed = how.pack(np.ascontiguousarray(values, np.float32).reshape(-1, BLOCK))
         scale = scale.astype("<f2")
     if not np.isfinite(scale).all():
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"a tensor has infinite or NaN values, which {kind} cannot hold",
+                "The checkpoint is damaged, or its training diverged: `camelid convert MODEL --check` names the tensor.",
+            )
         raise UserError(f"a tensor has numbers that {kind} cannot hold", "Save it in float32 or bfloat16.")
     raw = np.concatenate([scale.view(np.uint8), packed], 1)
     return raw.reshape(*values.shape[:-1], values.shape[-1] // BLOCK * how.bytes)

@@ -421,6 +421,8 @@ def _verify(source: str, written: Path, format: str | None, config, ignore: tupl
     note(
         f"logits of {parity.tokens} tokens, up to {parity.scale:.3g}, are at most {parity.largest:.3g} apart; "
         f"{parity.agreement:.0%} agree on the next token"
+        if math.isfinite(parity.largest)
+        else "warning: the logits are infinite or NaN, so they could not be compared"
     )
     if (layout := pair[0].assumed_layout) is not None:
         note(
