@@ -10,7 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from camelid.checkpoint.replacing import RECORD, add_to_manifest, complete, files_in, refuse_foreign, replace_files
+from camelid.checkpoint.replacing import (
+    RECORD,
+    add_to_manifest,
+    complete,
+    files_in,
+    read_record,
+    refuse_foreign,
+    replace_files,
+)
 from camelid.errors import UserError
 from camelid.inputs import expand_home, refuse_stand_in
 from camelid.interrupts import cleaned_up
@@ -61,7 +69,7 @@ def temporary_folder(destination: Path, need_bytes: int, resume: str, ready: Cal
     `ready` is called first, once no other process can write the destination. If the block fails, the folder is removed,
     unless it holds the file `resume`, or a replacement of the destination's files that has begun.
     """
-    temporary = unfinished(destination)
+    temporary = _unfinished(destination)
     with cleaned_up(), contextlib.ExitStack() as stack:
         stack.enter_context(no_empty_folders(temporary.parent))
         try:
@@ -98,12 +106,13 @@ def check_free(destination: Path, overwrite: bool, expected: Mapping[str, Path |
 def complete_replacement(folder: Path) -> None:
     """Completes what a process that was killed left of replacing the files of a folder, if there is anything.
 
-    Raises UserError where another process is doing it, or the new files are gone.
+    Raises UserError where another process is doing it, the new files are gone, or the record may not be followed.
     """
     if not (folder / RECORD).is_file():
         return
     folder = Path(os.path.realpath(folder))
-    temporary = unfinished(folder)
+    read_record(folder)  # refused before anything is made
+    temporary = _unfinished(folder)
     if not temporary.is_dir():
         return complete(temporary, folder)
     try:
@@ -113,6 +122,13 @@ def complete_replacement(folder: Path) -> None:
             shutil.rmtree(temporary)
     except BlockingIOError as error:
         raise UserError(f"another process is replacing the files of {folder}", "Wait for it.") from error
+
+
+def _unfinished(destination: Path) -> Path:
+    """The folder in which new files are made; raises UserError for a link, which would lead to files of others."""
+    if (temporary := unfinished(destination)).is_symlink():
+        raise UserError(f"{temporary} is a link, and camelid makes a folder of this name", "Remove it.")
+    return temporary
 
 
 def _complete(temporary: Path, destination: Path) -> None:
