@@ -192,6 +192,22 @@ FAULTS = (
         "if not (temporary := unfinished(destination)):",
         f"{REPLACING}test_a_link_in_the_place_of_the_temporary_folder_is_refused",
     ),
+    Fault(
+        "the lock is removed before the folder has its name",
+        "checkpoint/folder.py",
+        "            temporary.rename(destination)\n",
+        "            (temporary / LOCK).unlink()\n"
+        "            temporary.rename(destination)\n"
+        "            (destination / LOCK).touch()\n",
+        "checkpoint/test_folder.py::test_a_process_that_starts_while_another_one_ends_takes_nothing_from_it",
+    ),
+    Fault(
+        "a temporary folder is removed with its lock",
+        "checkpoint/folder.py",
+        "    _clear(folder)\n    (folder / LOCK).unlink()\n",
+        "    (folder / LOCK).unlink()\n    _clear(folder)\n",
+        "checkpoint/test_folder.py::test_a_folder_is_removed_before_its_lock",
+    ),
     # A refused command writes nothing
     Fault(
         "the recipe is written before the run is accepted",

@@ -55,11 +55,12 @@ def new_folder(
         if destination.exists():
             check_free(destination, overwrite, {})  # another program may have made it meanwhile
             replace_files(temporary, destination)
-            shutil.rmtree(temporary)
+            remove_locked(temporary)
         else:
             add_to_manifest(temporary, files_in(temporary))
-            (temporary / LOCK).unlink()
             temporary.rename(destination)
+            # Not before: a process that finds no lock makes one, and removes the new files as those of a killed one.
+            (destination / LOCK).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -84,7 +85,8 @@ def temporary_folder(destination: Path, need_bytes: int, resume: str, ready: Cal
             yield temporary
         except BaseException as error:
             if not (resume and (temporary / resume).is_file()) and not (destination / RECORD).is_file():
-                shutil.rmtree(temporary, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_locked(temporary)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"the disk of {destination} is full", "Free some space and run it again.") from error
             raise
@@ -119,7 +121,7 @@ def complete_replacement(folder: Path) -> None:
         with locked(temporary, wait=False):
             if (folder / RECORD).is_file():  # no other process has done it meanwhile
                 complete(temporary, folder)
-            shutil.rmtree(temporary)
+            remove_locked(temporary)
     except BlockingIOError as error:
         raise UserError(f"another process is replacing the files of {folder}", "Wait for it.") from error
 
@@ -136,6 +138,14 @@ def _complete(temporary: Path, destination: Path) -> None:
     if (destination / RECORD).is_file():
         with contextlib.suppress(UserError):
             complete(temporary, destination)
+
+
+def remove_locked(folder: Path) -> None:
+    """Removes a folder whose lock this process holds, the lock last: from then on, others may make the folder anew."""
+    _clear(folder)
+    (folder / LOCK).unlink()
+    with contextlib.suppress(OSError):  # somebody else's lock is in it already
+        folder.rmdir()
 
 
 def _clear(folder: Path) -> None:
