@@ -208,6 +208,20 @@ FAULTS = (
         "    (folder / LOCK).unlink()\n    _clear(folder)\n",
         "checkpoint/test_folder.py::test_a_folder_is_removed_before_its_lock",
     ),
+    Fault(
+        "a checkpoint is converted over its source",
+        "checkpoint/convert.py",
+        "        refuse_sources(destination, checkpoint.places)\n",
+        "        pass\n",
+        "checkpoint/test_delta.py::test_a_source_is_found_behind_links",
+    ),
+    Fault(
+        "a delta replaces its base",
+        "checkpoint/delta.py",
+        "        refuse_sources(destination, (*one.places, *other.places))\n",
+        "        refuse_sources(destination, other.places)\n",
+        "checkpoint/test_delta.py::test_a_destination_is_never_one_of_the_sources",
+    ),
     # A refused command writes nothing
     Fault(
         "the recipe is written before the run is accepted",

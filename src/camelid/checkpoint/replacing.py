@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from camelid.errors import UserError
+from camelid.inputs import expand_home
 from camelid.locks import LOCK, unfinished
 
 MANIFEST = "camelid_manifest.json"
@@ -79,6 +80,21 @@ def refuse_foreign(folder: Path, new: Mapping[str, Path | None]) -> None:
             f"{folder} holds files that camelid did not write, or that were changed since: {_listed(foreign)}",
             "Move them away, or choose another destination.",
         )
+
+
+def refuse_sources(destination: str | Path, sources: Iterable[Path]) -> None:
+    """Raises UserError if a destination is, or holds, one of the files and folders that are read.
+
+    What is written may be rounded, may leave something out, or may need its source, and the source would be gone.
+    """
+    place = Path(os.path.realpath(expand_home(destination)))
+    for source in sources:
+        for path in (Path(os.path.realpath(source)), Path(os.path.realpath(source.parent), source.name)):
+            if place == path or place in path.parents:
+                raise UserError(
+                    f"{destination} cannot be replaced by what is made of it: {source} is read",
+                    "Choose another destination.",
+                )
 
 
 def owned_files(folder: Path) -> set[str] | None:
