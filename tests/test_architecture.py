@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "train": "model parallel data.batch checkpoint.native extras",
     "evaluate": "generate text checkpoint model parallel data.batch",
     "serve": "generate text",
-    "api": "text generate checkpoint model parallel inputs",
+    "api": "text generate checkpoint model parallel inputs interrupts",
     "describe": "checkpoint model parallel inputs",
     "recipe": "*",
     "resume": "recipe parallel locks",

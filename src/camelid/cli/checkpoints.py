@@ -123,7 +123,7 @@ def convert(
     if destination is None:
         return _check(source, opened_as, described, ignore_config_field)
     to = to or ("gguf" if destination.suffix.lower() == ".gguf" else "hf")
-    with progress_bar("convert") as progress, tempfile.TemporaryDirectory() as made:
+    with progress_bar("convert") as progress, cleaned_up(), tempfile.TemporaryDirectory() as made:
         notes = convert(
             source,
             destination,
