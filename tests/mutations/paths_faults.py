@@ -209,6 +209,13 @@ FAULTS = (
         "checkpoint/test_folder.py::test_a_folder_is_removed_before_its_lock",
     ),
     Fault(
+        "two processes that write one small file use one temporary name",
+        "atomic.py",
+        'f".{secrets.token_hex(8)}.incomplete"',
+        '".file.incomplete"',
+        "test_atomic.py::test_many_writers_of_one_file_leave_one_of_theirs",
+    ),
+    Fault(
         "a checkpoint is converted over its source",
         "checkpoint/convert.py",
         "        refuse_sources(destination, checkpoint.places)\n",
