@@ -181,6 +181,37 @@ def test_temporary_files_are_removed_first(tmp_path: Path, user_env: dict[str, s
     assert not list(tmp_path.glob("temporary*"))
 
 
+@pytest.mark.parametrize(
+    "writes",
+    [
+        "from camelid.cli import main; sys.argv[1:] = ['convert', SOURCE, OUT]; main()",
+        "import camelid; camelid.load(SOURCE).save(OUT)",
+    ],
+    ids=["convert", "save"],
+)
+def test_a_checkpoint_that_is_not_begun_leaves_no_temporary_files(
+    writes: str, stories: Path, tmp_path: Path, user_env: dict[str, str]
+):
+    """Those of the tokenizer lie where the system has its temporary files."""
+    (tmp_path / "temporary").mkdir()
+    body = f"""
+        from camelid.checkpoint import formats
+
+        def plan(*saving):
+            assert os.listdir(os.environ["TMPDIR"])
+            print(flush=True)
+            time.sleep(600)
+
+        formats.files_of = plan
+        SOURCE, OUT = {str(stories)!r}, {str(tmp_path / "out")!r}
+        {writes}
+        """
+    run = interrupted(body, tmp_path / "logs", {**user_env, "TMPDIR": str(tmp_path / "temporary")})
+    assert_interrupted(run)
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"temporary", "logs"}
+
+
 def test_what_hears_the_signal_decides_when_the_command_ends(tmp_path: Path, user_env: dict[str, str]):
     body = """
         def hear(number):

@@ -24,6 +24,7 @@ from camelid.checkpoint.tensors import dtype_named, rounded
 from camelid.errors import UserError, in_python
 from camelid.generate.decode import generate
 from camelid.generate.sample import sampling, whole_number
+from camelid.interrupts import cleaned_up
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.finite import not_finite
@@ -187,7 +188,7 @@ class Model:
         # Fetching a layer is a collective: every process takes part in each, one after another in the same order.
         if is_main():
             workers = WORKERS if jax.process_count() == 1 else 1
-            with tempfile.TemporaryDirectory() as made:
+            with cleaned_up(), tempfile.TemporaryDirectory() as made:
                 # Meta's own code reads no other tokenizer than ranks.
                 companions = portable(self.companions, Path(made), keep_ranks=format == "meta")
                 saving = replace(saving, companions=companions)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from camelid.atomic import write_atomically
 from camelid.errors import UserError
 from camelid.locks import LOCK, locked, no_empty_folders
 from camelid.parallel.hosts import is_main, wait_for_all
@@ -135,7 +136,7 @@ def record(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data)
     about = {"recipe.toml": write_recipe(recipe).encode(), DATA: (json.dumps(data, indent=1) + "\n").encode()}
     for name, content in {**about, **files}.items():
         if name not in kept:
-            _write(folder / name, content)
+            write_atomically(folder / name, content)
 
 
 def _remove_lock_alone(folder: Path) -> None:
@@ -156,13 +157,6 @@ def _check_data(folder: Path, before: Data, now: Data) -> None:
                     f"{names[0] if names else f'the tokens of the {split} text'} changed since {folder} began",
                     f"Bring back what was there, or begin another run: init = {str(folder)!r}, init_optimizer = true.",
                 )
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A file that is there whole, or as it was before."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_bytes(content)
-    temporary.rename(path)
 
 
 def _changed(kept: str, new: str) -> str | None:

@@ -330,13 +330,14 @@ def test_options_of_writing_are_refused_beside_check(model: Path, option: str):
 
 
 @pytest.mark.parametrize("place", ["", "hf::", "a file"])
-def test_verify_refuses_a_source_that_is_replaced(tmp_path: Path, place: str):
+def test_a_source_is_not_replaced_by_what_is_made_of_it(tmp_path: Path, place: str):
     own = tmp_path / "own"
     convert(saved(tmp_path / "model", head_dim=8), own, to="mindspore" if place == "a file" else "hf")
     before = {file: file.read_bytes() for file in own.iterdir()}
     source = own / "model.ckpt" if place == "a file" else f"{place}{own}"
-    done = called("convert", source, tmp_path / "x" / ".." / "own", "--overwrite", "--verify")
-    assert_refused(done, "--verify cannot compare", "which it replaces")
+    for options in (["--verify"], ["--dtype", "bfloat16"], ["--to", "gguf-q4_0"]):
+        done = called("convert", source, tmp_path / "x" / ".." / "own", "--overwrite", *options)
+        assert_refused(done, "own cannot be replaced by what is made of it")
     assert {file: file.read_bytes() for file in own.iterdir()} == before
 
 

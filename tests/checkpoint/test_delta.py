@@ -205,6 +205,67 @@ def test_nothing_half_written_stays_and_nothing_is_replaced_unasked(base: Path, 
         delta.make(base, tuned, tmp_path / "delta", overwrite=True)
 
 
+def all_bytes(*folders: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for folder in folders for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("exact", None), ("sum", None), ("lora", 2)])
+def test_a_destination_is_never_one_of_the_sources(base: Path, tmp_path: Path, kind: str, rank: int | None):
+    """Without the base a delta says nothing; without the tuned model or the delta, rounded values are all there is."""
+    tuned = merged(base, tmp_path / "tuned", 2, [HEAD])
+    made = tmp_path / "delta"
+    delta.make(base, tuned, made, kind=kind, rank=rank)
+    (tmp_path / "link").symlink_to(base)
+    before = all_bytes(base, tuned, made)
+    for destination in (base, tuned, tmp_path / "link", tmp_path / "x" / ".." / "tuned"):
+        with pytest.raises(UserError, match="cannot be replaced by what is made of it"):
+            delta.make(base, tuned, destination, kind=kind, rank=rank, overwrite=True)
+        assert all_bytes(base, tuned, made) == before
+    for destination in (base, made, tmp_path / "link", tmp_path / "x" / ".." / "delta"):
+        with pytest.raises(UserError, match="cannot be replaced by what is made of it"):
+            delta.apply(base, made, destination, overwrite=True)
+        assert all_bytes(base, tuned, made) == before
+    if kind == "lora":
+        for destination in (base, made):  # an adapter is read together with its base
+            with pytest.raises(UserError, match="cannot be replaced by what is made of it"):
+                convert(made, destination, overwrite=True)
+            assert all_bytes(base, tuned, made) == before
+
+
+def test_a_published_delta_is_not_replaced_by_what_it_makes(base: Path, tuned: Path, tmp_path: Path):
+    convert(tuned, tmp_path / "theirs", to="easylm")
+    for prefix in ("", "easylm::"):
+        with pytest.raises(UserError, match="cannot be replaced by what is made of it"):
+            delta.apply(base, f"{prefix}{tmp_path / 'theirs'}", tmp_path / "theirs", summed=True, overwrite=True)
+    assert open_checkpoint(tmp_path / "theirs").format == "easylm"
+
+
+@pytest.mark.parametrize("linked", ["a file", "the folder", "into the destination"])
+def test_a_source_is_found_behind_links(base: Path, tmp_path: Path, linked: str):
+    """As in the cache of the Hub, whose files are links; and of two folders, the one that really holds the file."""
+    other = tmp_path / "other"
+    if linked == "the folder":
+        other.symlink_to(base)
+    else:
+        other.mkdir()
+        for file in base.iterdir():
+            (other / file.name).symlink_to(file)
+    before = all_bytes(base)
+    source, destination = (other, base) if linked == "into the destination" else (other, other)
+    with pytest.raises(UserError, match="cannot be replaced by what is made of it"):
+        convert(source, destination, dtype="bfloat16", overwrite=True)
+    assert all_bytes(base) == before
+
+
+def test_a_model_in_memory_replaces_the_files_that_it_came_from(base: Path, tmp_path: Path):
+    """Nothing is read from them any more."""
+    model, tokens = camelid.load(base), tiny_tokens(CONFIG, 2, 9)
+    logits = np.asarray(model.logits(tokens))
+    model.save(base, overwrite=True, format="hf")
+    np.testing.assert_array_equal(np.asarray(model.logits(tokens)), logits)
+    np.testing.assert_array_equal(np.asarray(camelid.load(base).logits(tokens)), logits)
+
+
 # Sum ------------------------------------------------------------------------------------
 
 

@@ -183,6 +183,83 @@ def test_one_process_at_a_time_writes_a_destination(model: Path, tmp_path: Path)
     assert entries(tmp_path) == {"out"}
 
 
+def test_a_process_that_starts_while_another_one_ends_takes_nothing_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another writer starts before and after each of the last operations on the file system, and is refused."""
+    rename, unlink = Path.rename, Path.unlink
+    moments: list[str] = []
+
+    def other(moment: str) -> None:
+        moments.append(moment)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", rename)
+            patch.setattr(Path, "unlink", unlink)
+            with pytest.raises(UserError, match=r"another process writes|exists already"), new_folder(out, 0):
+                pass
+
+    def renaming(self: Path, target: Path) -> Path:
+        other("before it is renamed")
+        renamed = rename(self, target)
+        other("after it is renamed")
+        return renamed
+
+    def unlinking(self: Path, missing_ok: bool = False) -> None:
+        unlink(self, missing_ok)
+        other(f"without {self.name}")
+
+    out = tmp_path / "out"
+    with new_folder(out, 0) as folder:
+        (folder / "mine").write_text("mine")
+        monkeypatch.setattr(Path, "rename", renaming)
+        monkeypatch.setattr(Path, "unlink", unlinking)
+    monkeypatch.undo()
+    assert moments == ["before it is renamed", "after it is renamed", f"without {LOCK}"]
+    assert (out / "mine").read_text() == "mine"
+    assert entries(out) == {"mine"}
+    assert entries(tmp_path) == {"out"}
+
+
+def test_a_lock_that_was_left_in_a_destination_is_ignored(model: Path, tmp_path: Path):
+    """The process was killed between the last two operations on the file system."""
+    out = tmp_path / "out"
+    assert called("convert", model, out).returncode == 0
+    (out / LOCK).touch()
+    assert open_checkpoint(out).dtypes == open_checkpoint(model).dtypes
+    assert called("convert", out, tmp_path / "copy").returncode == 0
+    assert LOCK not in entries(tmp_path / "copy")
+    assert called("convert", model, out, "--shards", 2, "--overwrite").returncode == 0
+    assert "model.safetensors" not in entries(out)
+    for path in out.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+    assert called("convert", model, out, "--overwrite").returncode == 0  # as into an empty folder
+    assert entries(out) - {LOCK} == entries(tmp_path / "copy")
+    assert entries(tmp_path) == {"out", "copy"}
+
+
+def test_a_folder_is_removed_before_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The files of a process that makes the folder anew meanwhile are left."""
+    unlink = Path.unlink
+
+    def watched(self: Path, missing_ok: bool = False) -> None:
+        unlink(self, missing_ok)
+        if self.name == LOCK:
+            assert entries(self.parent) == set()
+            (self.parent / "of another process").write_text("new")
+
+    def fail() -> None:
+        with new_folder(tmp_path / "out", 0) as folder:
+            (folder / "deep").mkdir()
+            (folder / "deep" / "mine").write_text("mine")
+            raise RuntimeError("stop")
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert entries(tmp_path / ".out.incomplete") == {"of another process"}
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_link_is_written_where_it_leads(tmp_path: Path, there: bool):
     (tmp_path / "link").symlink_to("real")

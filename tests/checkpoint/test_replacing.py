@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,6 +201,122 @@ def test_a_manifest_that_names_files_outside_its_folder_removes_none(model: Path
     (tmp_path / "out" / MANIFEST).write_text(json.dumps(manifest))
     convert(model, tmp_path / "out", overwrite=True)
     assert (tmp_path / "outside").read_text() == "mine"
+
+
+def record(folder: Path, add: list[str], remove: list[str], *, inode: int | None = None) -> None:
+    """Puts a record into a folder, by default one that was written there, beside new files in `.NAME.incomplete`."""
+    new = folder.with_name(f".{folder.name}.incomplete")
+    new.mkdir(exist_ok=True)
+    (new / "a").write_text("new")
+    path = folder / RECORD
+    path.touch()
+    inode = path.stat().st_ino if inode is None else inode
+    path.write_text(json.dumps({"inode": inode, "add": add, "remove": remove}))
+
+
+def everything(folder: Path) -> dict[str, bytes | str | None]:
+    """All files, links and folders below a folder."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in folder.rglob("*")
+    }
+
+
+def assert_nobody_follows_the_record(model: Path, folder: Path, problem: str) -> None:
+    """Whoever opens a folder or writes to it is refused, and nothing is changed."""
+    root = folder.parent
+    before = everything(root)
+    for name, use in {
+        "open": lambda: camelid.load(folder),
+        "complete": lambda: complete_replacement(folder),
+        "convert": lambda: convert(folder, root / "other"),
+        "overwrite": lambda: convert(model, folder, overwrite=True),
+    }.items():
+        with pytest.raises(UserError, match=problem) as seen:
+            use()
+        assert RECORD in str(seen.value), name
+        assert everything(root) == before, name
+
+
+OUTSIDE = [
+    "../precious/a.txt",
+    "/precious/a.txt",
+    "sub/../../precious/a.txt",
+    "link/a.txt",
+    "..",
+    ".",
+    "",
+    "a\0b",
+    "a/\udfff\ud800/b",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("which", ["add", "remove"])
+def test_a_record_that_names_files_outside_its_folder_is_refused(model: Path, tmp_path: Path, which: str, name: str):
+    """Even one that was written in its place, and for a file that is alone in its folder, which would go too."""
+    convert(model, tmp_path / "out")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a.txt").write_text("mine")
+    (tmp_path / "out" / "sub").mkdir()
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "precious")
+    name = f"{tmp_path}{name}" if name.startswith("/") else name
+    record(tmp_path / "out", **{"add": ["a"], "remove": [], which: ["a", name]})
+    assert_nobody_follows_the_record(model, tmp_path / "out", "which is not in the folder")
+
+
+def test_a_record_that_moves_files_from_where_a_link_leads_is_refused(model: Path, tmp_path: Path):
+    convert(model, tmp_path / "out")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a.txt").write_text("mine")
+    record(tmp_path / "out", ["link/a.txt"], [])
+    (tmp_path / ".out.incomplete" / "link").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"names 'link/a.txt', which is not in .*\.out\.incomplete"):
+        open_checkpoint(tmp_path / "out")
+    assert (tmp_path / "precious" / "a.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("inode", [0, -1, "1", [], 12345678901])
+def test_a_record_that_came_with_a_folder_is_not_followed(model: Path, tmp_path: Path, inode: Any):
+    """Names inside the folder are no proof: the user's own files may have come into it since."""
+    convert(model, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    record(tmp_path / "out", ["a"], ["notes.txt", "config.json"], inode=inode)
+    assert_nobody_follows_the_record(model, tmp_path / "out", "was not written in this folder")
+
+
+def test_a_folder_that_was_copied_between_is_refused_and_can_be_mended_by_hand(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    interrupted(model, tmp_path / "here" / "out", monkeypatch)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    out = tmp_path / "there" / "out"
+    assert_nobody_follows_the_record(model, out, r"move the new files, which are in .*, to their places yourself")
+    shutil.copytree(out.with_name(".out.incomplete"), out, dirs_exist_ok=True)
+    (out / RECORD).unlink()
+    assert all(each.equal for each in compare(open_checkpoint(out), open_checkpoint(tmp_path / "here" / "out")))
+
+
+def test_a_link_in_the_place_of_the_temporary_folder_is_refused(model: Path, tmp_path: Path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a").write_text("mine")
+    (tmp_path / ".out.incomplete").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"\.out\.incomplete is a link"):
+        convert(model, tmp_path / "out")
+    (tmp_path / ".out.incomplete").unlink()
+    convert(model, tmp_path / "out")
+    record(tmp_path / "out", ["a"], ["config.json"])
+    shutil.rmtree(tmp_path / ".out.incomplete")
+    (tmp_path / ".out.incomplete").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"\.out\.incomplete is a link"):
+        open_checkpoint(tmp_path / "out")
+    assert contents(tmp_path / "precious") == {"a": b"mine"}
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_a_refused_command_leaves_no_folders(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

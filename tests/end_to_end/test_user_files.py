@@ -60,7 +60,10 @@ def test_every_command_that_writes_leaves_the_files_of_others_as_they_are(tmp_pa
         "train even more steps": (model, lambda: called("train", recipe, "--train.steps", 4)),
         "convert": (base, lambda: called("convert", run / "checkpoints" / "3", base, again)),
         "convert again": (base, lambda: called("convert", run / "checkpoints" / "3", base, "--shards", 2, again)),
-        "convert in place": (base, lambda: called("convert", base, base, "--dtype", "bfloat16", again)),
+        "convert to 16 bits": (
+            base,
+            lambda: called("convert", run / "checkpoints" / "3", base, "--dtype", "bfloat16", again),
+        ),
         "make a delta": (out, lambda: called(*delta)),
         "make a delta again": (out, lambda: called(*delta, "--kind", "sum")),
         "make an adapter": (out, lambda: called(*delta, "--kind", "lora", "--rank", 2)),

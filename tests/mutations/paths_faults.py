@@ -111,8 +111,8 @@ FAULTS = (
     Fault(
         "config.json is the first file that is moved in",
         REPLACES,
-        'add = sorted(_strings(record.get("add")), key=lambda name: (name == CONFIG, name))',
-        'add = sorted(_strings(record.get("add")), key=lambda name: (name != CONFIG, name))',
+        "add = sorted(record.add, key=lambda name: (name == CONFIG, name))",
+        "add = sorted(record.add, key=lambda name: (name != CONFIG, name))",
         KILLED,
     ),
     Fault(
@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         "a manifest may name files outside its folder",
         REPLACES,
-        "if name != RECORD and _inside(folder, name))",
-        "if name != RECORD and os.path.lexists(folder / name))",
+        "if name != RECORD and _is_inside(folder, name))",
+        "if name != RECORD)",
         f"{REPLACING}test_a_manifest_that_names_files_outside_its_folder_removes_none",
     ),
     Fault(
@@ -163,6 +163,71 @@ FAULTS = (
         'for path in folder.rglob("*") if path.is_symlink()',
         'for path in folder.glob("*") if path.is_symlink()',
         f"{USER}test_files_beside_a_store_are_named_and_the_store_stays",
+    ),
+    Fault(
+        "a downloaded record is followed",
+        REPLACES,
+        'if path.is_symlink() or about.get("inode") != path.stat().st_ino:',
+        "if path.is_symlink():",
+        f"{REPLACING}test_a_record_that_came_with_a_folder_is_not_followed",
+    ),
+    Fault(
+        "a record removes and adds files outside its folder",
+        REPLACES,
+        "        if not _is_inside(folder, name):\n",
+        "        if name is None:\n",
+        f"{REPLACING}test_a_record_that_names_files_outside_its_folder_is_refused",
+    ),
+    Fault(
+        "a record moves files of others from where a link leads",
+        REPLACES,
+        "        if not _is_inside(new, name):\n",
+        "        if name is None:\n",
+        f"{REPLACING}test_a_record_that_moves_files_from_where_a_link_leads_is_refused",
+    ),
+    Fault(
+        "new files are made where a link leads",
+        "checkpoint/folder.py",
+        "if (temporary := unfinished(destination)).is_symlink():",
+        "if not (temporary := unfinished(destination)):",
+        f"{REPLACING}test_a_link_in_the_place_of_the_temporary_folder_is_refused",
+    ),
+    Fault(
+        "the lock is removed before the folder has its name",
+        "checkpoint/folder.py",
+        "            temporary.rename(destination)\n",
+        "            (temporary / LOCK).unlink()\n"
+        "            temporary.rename(destination)\n"
+        "            (destination / LOCK).touch()\n",
+        "checkpoint/test_folder.py::test_a_process_that_starts_while_another_one_ends_takes_nothing_from_it",
+    ),
+    Fault(
+        "a temporary folder is removed with its lock",
+        "checkpoint/folder.py",
+        "    _clear(folder)\n    (folder / LOCK).unlink()\n",
+        "    (folder / LOCK).unlink()\n    _clear(folder)\n",
+        "checkpoint/test_folder.py::test_a_folder_is_removed_before_its_lock",
+    ),
+    Fault(
+        "two processes that write one small file use one temporary name",
+        "atomic.py",
+        'f".{secrets.token_hex(8)}.incomplete"',
+        '".file.incomplete"',
+        "test_atomic.py::test_many_writers_of_one_file_leave_one_of_theirs",
+    ),
+    Fault(
+        "a checkpoint is converted over its source",
+        "checkpoint/convert.py",
+        "        refuse_sources(destination, checkpoint.places)\n",
+        "        pass\n",
+        "checkpoint/test_delta.py::test_a_source_is_found_behind_links",
+    ),
+    Fault(
+        "a delta replaces its base",
+        "checkpoint/delta.py",
+        "        refuse_sources(destination, (*one.places, *other.places))\n",
+        "        refuse_sources(destination, other.places)\n",
+        "checkpoint/test_delta.py::test_a_destination_is_never_one_of_the_sources",
     ),
     # A refused command writes nothing
     Fault(

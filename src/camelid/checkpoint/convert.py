@@ -11,6 +11,7 @@ from camelid.checkpoint.formats import TRAIN_STATE, open_checkpoint, write_check
 from camelid.checkpoint.integrity import count_not_finite, described
 from camelid.checkpoint.layout import Index, Source, from_tensors
 from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving
+from camelid.checkpoint.replacing import refuse_sources
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.config import ModelConfig
 
@@ -39,9 +40,12 @@ def convert(
     `ignore` are as if config.json did not have them. With `resume`, goes on where an earlier process was killed that
     was called with the same arguments. `with_tokenizer` False leaves the tokenizer out; `companions` gives the files
     that are written beside the weights (tokenizer, license, ...), from those of the source. Returns what was guessed or
-    left out, and where infinite or NaN values are, which are written as they are.
+    left out, and where infinite or NaN values are, which are written as they are. Raises UserError where `destination`
+    would replace `source`.
     """
     checkpoint = open_checkpoint(source, format, config, ignore)
+    if overwrite:
+        refuse_sources(destination, checkpoint.places)
     dtypes = checkpoint.dtypes
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, dtype_named(dtype))

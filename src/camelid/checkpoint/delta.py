@@ -36,6 +36,7 @@ from camelid.checkpoint.peft import (
     open_adapter,
     plain_table,
 )
+from camelid.checkpoint.replacing import refuse_sources
 from camelid.checkpoint.safetensors import open_safetensors, safetensors_file
 from camelid.checkpoint.tensors import Planned, Tensor, dtype_named, rounded
 from camelid.errors import UserError
@@ -78,7 +79,7 @@ def make(
 
     `rank` is for the kind lora, which holds the adapter and one matrix in memory; `config` describes both models where
     their files do not, and the fields in `ignore` are as if their config.json did not have them. Raises UserError where
-    a kind cannot say the difference.
+    a kind cannot say the difference, and where `destination` would replace one of the two.
     """
     if kind not in KINDS:
         raise UserError(f"a delta of kind {kind!r} is unknown", f"Choose one of {', '.join(KINDS)}.")
@@ -87,6 +88,8 @@ def make(
             f"kind = {kind} with rank = {rank}", "The kind lora takes a rank of 1 or more, others take none."
         )
     one, other = (open_checkpoint(path, config=config, ignore=ignore) for path in (base, tuned))
+    if overwrite:
+        refuse_sources(destination, (*one.places, *other.places))
     if kind == "exact":
         return _make_exact(one, other, Path(destination), overwrite, progress)
     _check_same(one, other)
@@ -117,12 +120,17 @@ def apply(
 
     A delta is what `make` wrote, or an adapter; with `summed`, any checkpoint whose values are differences. `config`
     describes the base, and such a checkpoint, where their files do not; the fields in `ignore` are as if their
-    config.json did not have them. Raises UserError where the delta was made from another base, or is damaged.
+    config.json did not have them. Raises UserError where the delta was made from another base, or is damaged, and where
+    `destination` would replace the base or the delta.
     """
     one, folder = open_checkpoint(base, config=config, ignore=ignore), Path(expand_home(delta))
+    if overwrite:
+        refuse_sources(destination, (*one.places, folder))
     notes = one.notes
     if summed or _kind(folder) == "sum":
         other = open_checkpoint(delta, config=config if summed else None, ignore=ignore)
+        if overwrite:
+            refuse_sources(destination, other.places)  # `delta` may have a prefix, or be a name on the Hub
         _check_same(one, other)
         saving = Saving(other.config, other.dtypes, _combined(one, other, np.add), other.companions or one.companions)
     elif _kind(folder) == "lora":

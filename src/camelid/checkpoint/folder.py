@@ -10,7 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from camelid.checkpoint.replacing import RECORD, add_to_manifest, complete, files_in, refuse_foreign, replace_files
+from camelid.checkpoint.replacing import (
+    RECORD,
+    add_to_manifest,
+    complete,
+    files_in,
+    read_record,
+    refuse_foreign,
+    replace_files,
+)
 from camelid.errors import UserError
 from camelid.inputs import named_path, refuse_stand_in
 from camelid.interrupts import cleaned_up
@@ -47,11 +55,12 @@ def new_folder(
         if destination.exists():
             check_free(destination, overwrite, {})  # another program may have made it meanwhile
             replace_files(temporary, destination)
-            shutil.rmtree(temporary)
+            remove_locked(temporary)
         else:
             add_to_manifest(temporary, files_in(temporary))
-            (temporary / LOCK).unlink()
             temporary.rename(destination)
+            # Not before: a process that finds no lock makes one, and removes the new files as those of a killed one.
+            (destination / LOCK).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -61,7 +70,7 @@ def temporary_folder(destination: Path, need_bytes: int, resume: str, ready: Cal
     `ready` is called first, once no other process can write the destination. If the block fails, the folder is removed,
     unless it holds the file `resume`, or a replacement of the destination's files that has begun.
     """
-    temporary = unfinished(destination)
+    temporary = _unfinished(destination)
     with cleaned_up(), contextlib.ExitStack() as stack:
         stack.enter_context(no_empty_folders(temporary.parent))
         try:
@@ -76,7 +85,8 @@ def temporary_folder(destination: Path, need_bytes: int, resume: str, ready: Cal
             yield temporary
         except BaseException as error:
             if not (resume and (temporary / resume).is_file()) and not (destination / RECORD).is_file():
-                shutil.rmtree(temporary, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_locked(temporary)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"the disk of {destination} is full", "Free some space and run it again.") from error
             raise
@@ -100,21 +110,29 @@ def check_free(destination: Path, overwrite: bool, expected: Mapping[str, Path |
 def complete_replacement(folder: Path) -> None:
     """Completes what a process that was killed left of replacing the files of a folder, if there is anything.
 
-    Raises UserError where another process is doing it, or the new files are gone.
+    Raises UserError where another process is doing it, the new files are gone, or the record may not be followed.
     """
     if not (folder / RECORD).is_file():
         return
     folder = Path(os.path.realpath(folder))
-    temporary = unfinished(folder)
+    read_record(folder)  # refused before anything is made
+    temporary = _unfinished(folder)
     if not temporary.is_dir():
         return complete(temporary, folder)
     try:
         with locked(temporary, wait=False):
             if (folder / RECORD).is_file():  # no other process has done it meanwhile
                 complete(temporary, folder)
-            shutil.rmtree(temporary)
+            remove_locked(temporary)
     except BlockingIOError as error:
         raise UserError(f"another process is replacing the files of {folder}", "Wait for it.") from error
+
+
+def _unfinished(destination: Path) -> Path:
+    """The folder in which new files are made; raises UserError for a link, which would lead to files of others."""
+    if (temporary := unfinished(destination)).is_symlink():
+        raise UserError(f"{temporary} is a link, and camelid makes a folder of this name", "Remove it.")
+    return temporary
 
 
 def _complete(temporary: Path, destination: Path) -> None:
@@ -122,6 +140,14 @@ def _complete(temporary: Path, destination: Path) -> None:
     if (destination / RECORD).is_file():
         with contextlib.suppress(UserError):
             complete(temporary, destination)
+
+
+def remove_locked(folder: Path) -> None:
+    """Removes a folder whose lock this process holds, the lock last: from then on, others may make the folder anew."""
+    _clear(folder)
+    (folder / LOCK).unlink()
+    with contextlib.suppress(OSError):  # somebody else's lock is in it already
+        folder.rmdir()
 
 
 def _clear(folder: Path) -> None:

@@ -19,6 +19,7 @@ from camelid.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, TEXT, UINT
 from camelid.checkpoint.gguf_pre import PRE_TOKENIZERS, patterns_of
 from camelid.checkpoint.protobuf import fields
 from camelid.errors import UserError
+from camelid.interrupts import cleaned_up
 from camelid.text.engines import TokenizersEngine
 from camelid.text.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer
 
@@ -78,7 +79,7 @@ def _loaded(companions: Sequence[Path]) -> Iterator[Tokenizer | None]:
     if len(folders := {file.parent for file in files}) <= 1:
         yield find_tokenizer(folders.pop()) if folders else None
     else:
-        with tempfile.TemporaryDirectory() as folder:
+        with cleaned_up(), tempfile.TemporaryDirectory() as folder:
             for file in files:
                 (Path(folder) / file.name).symlink_to(file.absolute())
             yield find_tokenizer(Path(folder))

@@ -5,12 +5,11 @@ What they are made of is in gguf_tokenizer.py, which writes it.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from camelid.atomic import write_atomically
 from camelid.cache import cache_folder
 from camelid.checkpoint.gguf_file import Items, shown
 from camelid.checkpoint.gguf_pre import BY_PRE, pre_tokenizer_json
@@ -46,20 +45,13 @@ def unpacked(path: Path, held: Mapping[str, Any]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             if not (folder / name).is_file() or (folder / name).read_bytes() != content:
-                _replace(folder / name, content)
+                write_atomically(folder / name, content)
     except OSError as error:
         raise UserError(
             f"the tokenizer inside {path} cannot be unpacked: {error}",
             "Set CAMELID_CACHE to a folder that can be written.",
         ) from error
     return folder
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Other processes may do the same at the same time."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-        temporary.write(content)
-    os.replace(temporary.name, file)
 
 
 def tokenizer_files(path: Path, held: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -88,6 +88,11 @@ class Checkpoint:
         return files_under(self.tensors.values())
 
     @property
+    def places(self) -> list[Path]:
+        """What a destination must not replace: its folder, and the files that hold its tensors."""
+        return [self.folder, *self.files]
+
+    @property
     def source(self) -> Source:
         """The values, read as they are asked for."""
         return from_tensors(self.table, self.tensors)

@@ -5,17 +5,23 @@
 
 While the second one exists, the folder holds neither checkpoint, and config.json is not in it. If the process is killed
 at that point, the next one that opens the folder or writes to it completes the replacement.
+
+A folder may come from anywhere, and a record in it could name any file. So a record is followed only if it was written
+in its place, which its inode number shows (a copy, a download or an extracted archive has another one), and only if
+every file that it names is inside the folder.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from camelid.errors import UserError
-from camelid.locks import LOCK
+from camelid.inputs import expand_home
+from camelid.locks import LOCK, unfinished
 
 MANIFEST = "camelid_manifest.json"
 OTHERS = "others"
@@ -23,6 +29,17 @@ OTHERS = "others"
 RECORD = ".camelid_replacing.json"
 CONFIG = "config.json"
 SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class Record:
+    """What RECORD holds: the names of files."""
+
+    add: list[str]
+    """those that are moved in"""
+    remove: list[str]
+    """those that are removed before"""
+
 
 # The names that camelid writes, for folders of versions whose manifest did not list all files, and of other systems.
 # Each line is one checkpoint; of several in one folder, the first is the one that Hugging Face's libraries read.
@@ -78,6 +95,21 @@ def refuse_foreign(folder: Path, new: Mapping[str, Path | None]) -> None:
         )
 
 
+def refuse_sources(destination: str | Path, sources: Iterable[Path]) -> None:
+    """Raises UserError if a destination is, or holds, one of the files and folders that are read.
+
+    What is written may be rounded, may leave something out, or may need its source, and the source would be gone.
+    """
+    place = Path(os.path.realpath(expand_home(destination)))
+    for source in sources:
+        for path in (Path(os.path.realpath(source)), Path(os.path.realpath(source.parent), source.name)):
+            if place == path or place in path.parents:
+                raise UserError(
+                    f"{destination} cannot be replaced by what is made of it: {source} is read",
+                    "Choose another destination.",
+                )
+
+
 def owned_files(folder: Path) -> set[str] | None:
     """The files of a folder that belong to the checkpoint in it, by their names; None if it holds something else.
 
@@ -86,8 +118,8 @@ def owned_files(folder: Path) -> set[str] | None:
     folder, only the first of WEIGHTS is taken for the one that may be replaced.
     """
     if (folder / RECORD).is_file():  # what a replacement that could not be completed was about
-        record = _read(folder / RECORD)
-        return {*_strings(record.get("remove")), *_strings(record.get("add")), RECORD}
+        record = read_record(folder)
+        return {*record.remove, *record.add, RECORD}
     manifest = _read(folder / MANIFEST)
     found = [names for patterns in WEIGHTS if (names := _named(folder, patterns))]
     if not isinstance(tensors := manifest.get("files"), dict):
@@ -151,21 +183,28 @@ def replace_files(new: Path, folder: Path) -> None:
     add = sorted({*add, MANIFEST})
     for name in add:
         _sync(new / name)
-    record = {"remove": sorted(name for name in own if name != RECORD and _inside(folder, name)), "add": add}
-    (new / RECORD).write_text(json.dumps(record), "utf-8")
-    _sync(new / RECORD)
+    inside = (name for name in own if name != RECORD and _is_inside(folder, name))
+    record = Record(add, sorted(name for name in inside if os.path.lexists(folder / name)))
+    _write_record(new / RECORD, record)
     (new / RECORD).rename(folder / RECORD)
     _sync(folder)
-    complete(new, folder)
+    _follow(record, new, folder)
 
 
 def complete(new: Path, folder: Path) -> None:
     """Does what the record in a folder says, from wherever a process before was killed.
 
-    Raises UserError where the new files are gone.
+    Raises UserError where the new files are gone, and, with nothing changed, where the record may not be followed.
     """
-    record = _read(folder / RECORD)
-    add = sorted(_strings(record.get("add")), key=lambda name: (name == CONFIG, name))
+    record = read_record(folder)
+    for name in record.add:
+        if not _is_inside(new, name):
+            raise _untrusted(folder, f"names {name!r}, which is not in {new}")
+    _follow(record, new, folder)
+
+
+def _follow(record: Record, new: Path, folder: Path) -> None:
+    add = sorted(record.add, key=lambda name: (name == CONFIG, name))
     waiting = [name for name in add if os.path.lexists(new / name)]
     if not add or any(name not in waiting and not os.path.lexists(folder / name) for name in add):
         raise UserError(
@@ -174,7 +213,7 @@ def complete(new: Path, folder: Path) -> None:
             "Write it again with the option to overwrite.",
         )
     if len(waiting) == len(add):  # otherwise all old files were removed before
-        for name in sorted(_strings(record.get("remove")), key=lambda name: (name != CONFIG, name)):
+        for name in sorted(record.remove, key=lambda name: (name != CONFIG, name)):
             (folder / name).unlink(missing_ok=True)
             _remove_empty((folder / name).parent, folder)
     for name in waiting:
@@ -184,18 +223,53 @@ def complete(new: Path, folder: Path) -> None:
     (folder / RECORD).unlink()
 
 
-def _inside(folder: Path, name: str) -> bool:
-    """Whether a file is there, and really in the folder: a manifest is only a file, and may name anything."""
-    pure = PurePosixPath(name)
-    plain = not pure.is_absolute() and ".." not in pure.parts
-    return plain and os.path.lexists(folder / name) and (folder / name).parent.resolve().is_relative_to(folder)
-
-
 def _remove_empty(below: Path, folder: Path) -> None:
     """Removes a folder that has become empty, and those above it, up to `folder`."""
-    while below != folder and below.is_dir() and not any(below.iterdir()):
+    while folder in below.parents and below.is_dir() and not any(below.iterdir()):
         below.rmdir()
         below = below.parent
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a name, which a file of unknown origin may hold, is that of a place below a folder, links resolved."""
+    pure = PurePosixPath(name)
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in name:
+        return False
+    try:
+        return Path(os.path.realpath((folder / name).parent)).is_relative_to(os.path.realpath(folder))
+    except UnicodeEncodeError:  # JSON can hold characters that no file name has
+        return False
+
+
+# The record ------------------------------------------------------------------------------
+
+
+def _write_record(path: Path, record: Record) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        about = {"inode": os.fstat(file.fileno()).st_ino, "add": record.add, "remove": record.remove}
+        json.dump(about, file)
+    _sync(path)
+
+
+def read_record(folder: Path) -> Record:
+    """The record in a folder; raises UserError if it was not written there, or names files outside the folder."""
+    path = folder / RECORD
+    about = _read(path)
+    if path.is_symlink() or about.get("inode") != path.stat().st_ino:
+        raise _untrusted(folder, "was not written in this folder: it was copied, or came with a download")
+    record = Record(list(_strings(about.get("add"))), list(_strings(about.get("remove"))))
+    for name in (*record.add, *record.remove):
+        if not _is_inside(folder, name):
+            raise _untrusted(folder, f"names {name!r}, which is not in the folder")
+    return record
+
+
+def _untrusted(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"{folder / RECORD}, by which the files of a checkpoint are replaced, {why}",
+        "Nothing was changed. Copy or download the checkpoint again; or move the new files, which are in "
+        f"{unfinished(folder)}, to their places yourself, and remove {RECORD}.",
+    )
 
 
 def _sync(path: Path) -> None:

@@ -3,13 +3,12 @@
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from camelid.checkpoint.files import MANIFEST
-from camelid.checkpoint.folder import temporary_folder
+from camelid.checkpoint.folder import remove_locked, temporary_folder
 from camelid.checkpoint.gguf_file import MAGIC
 from camelid.errors import UserError
 from camelid.inputs import named_path
@@ -36,7 +35,7 @@ def new_file(destination: Path, need_bytes: int, overwrite: bool = False, resume
         manifest_of(destination).unlink(missing_ok=True)  # of the file that is replaced
         os.replace(temporary / destination.name, destination)
         os.replace(temporary / MANIFEST, manifest_of(destination))
-        shutil.rmtree(temporary)
+        remove_locked(temporary)
 
 
 def _check_free(destination: Path, overwrite: bool) -> None:

@@ -20,7 +20,7 @@ from camelid.cli.shared import (
     tokenizer_of_config,
 )
 from camelid.errors import UserError
-from camelid.inputs import expand_home, read_text
+from camelid.inputs import read_text
 from camelid.interrupts import cleaned_up
 
 Format = Literal[
@@ -116,9 +116,6 @@ def convert(
         )
     if reference is not None and rope_layout != "auto":
         raise UserError("--reference is for --rope-layout auto", "Leave it out.")
-    if verify and destination is not None and _lies_in(source, destination):
-        advice = "Write to another folder, or leave --verify out."
-        raise UserError(f"--verify cannot compare {destination} with {source}, which it replaces", advice)
     described = model_config(config, ignore_config_field)
     opened_as: str | None = from_format
     if rope_layout is not None:
@@ -126,7 +123,7 @@ def convert(
     if destination is None:
         return _check(source, opened_as, described, ignore_config_field)
     to = to or ("gguf" if destination.suffix.lower() == ".gguf" else "hf")
-    with progress_bar("convert") as progress, tempfile.TemporaryDirectory() as made:
+    with progress_bar("convert") as progress, cleaned_up(), tempfile.TemporaryDirectory() as made:
         notes = convert(
             source,
             destination,
@@ -169,14 +166,6 @@ def _refuse_beside_check(**given: object) -> None:
     """Raises UserError for options of writing."""
     if named := [f"--{name.replace('_', '-')}" for name, value in given.items() if value]:
         raise UserError(f"--check writes nothing, and takes no {' or '.join(named)}", "Leave out one or the other.")
-
-
-def _lies_in(source: str, destination: Path) -> bool:
-    """Whether a checkpoint is a folder that is to be written, or a file in it."""
-    from camelid.checkpoint.formats import split_prefix
-
-    place, folder = Path(expand_home(split_prefix(source)[1])).resolve(), destination.resolve()
-    return place.exists() and place.is_relative_to(folder)
 
 
 def _rope_layout(

@@ -3,6 +3,7 @@
 Beside the command and not beside the facts: data/ is numpy alone, and describe.py needs the checkpoints' code.
 """
 
+import io
 import itertools
 import os
 import sys
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from camelid.atomic import write_atomically
 from camelid.checkpoint.folder import in_units
 
 WIDTH = 120  # of a line, where no terminal tells
@@ -106,9 +108,9 @@ def draw_lengths(whole: Mapping[str, Any], path: Path) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".{path.name}.incomplete")
-    figure.savefig(temporary, format="png")
-    temporary.rename(path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_atomically(path, png.getvalue())
 
 
 # Parts ----------------------------------------------------------------------------------

@@ -41,7 +41,9 @@ from camelid.text.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 2**22  # that are laid end to end at once
 ARRAYS = f"({MANIFEST}|{TOKENS}|{OFFSETS}|{WEIGHTS})"
-PLAN = r"\.?[^/]+/(\.?manifest\.json(\.incomplete)?|rows\.bin|starts\.bin|lengths\.bin|places\.bin|\.lock)"
+PLAN = (
+    r"\.?[^/]+/(\.?manifest\.json(\.incomplete)?|(rows|starts|lengths|places)\.bin|\.[0-9a-f]{16}\.incomplete|\.lock)"
+)
 CONTENTS = re.compile(rf"({VALIDATION}/)?({ARRAYS}|plans/{PLAN})")
 """the files that are replaced with a store"""
 

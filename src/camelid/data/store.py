@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, Integer, UInt8
 
+from camelid.atomic import write_atomically
 from camelid.errors import UserError
 
 FORMAT, VERSION = "camelid store", 1
@@ -301,9 +302,7 @@ def hash_file(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """A file of JSON that is there whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    temporary.rename(path)
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from camelid.atomic import write_atomically
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -27,9 +29,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_from: int):
         earlier = read_metrics(path) if resume_from and path.exists() else []
         kept = [row for row in earlier if row["step"] <= resume_from]
-        temporary = path.with_suffix(".incomplete")
-        temporary.write_text("".join(map(_line, kept)), "utf-8")
-        temporary.rename(path)
+        write_atomically(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from camelid.atomic import write_atomically
 from camelid.errors import UserError
 from camelid.extras import install_hint
 
@@ -74,9 +75,7 @@ def _run_id(folder: Path) -> str:
     if not kept.is_file():
         # Runs of earlier versions, which have files of the service but no id, were known by the names of their folders.
         drawn = folder.name if (folder / "wandb").is_dir() else secrets.token_hex(8)
-        temporary = kept.with_name(f".{WANDB_ID}.incomplete")
-        temporary.write_text(drawn + "\n", "utf-8")
-        temporary.rename(kept)
+        write_atomically(kept, drawn + "\n")
     return kept.read_text("utf-8").strip()
 
 
