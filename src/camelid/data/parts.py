@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from camelid.data.config import Source
+from camelid.data.config import ONLY, Source
 from camelid.data.examples import Encoder, make_encoder
 from camelid.data.formats import Record
 from camelid.data.hashes import content_hash
@@ -43,8 +43,8 @@ ENDING = re.compile(r"(\.[^.]*)?(\.(gz|zst))?$")
 # Enough to keep every core busy; the tokenizer needs about a hundred bytes for each character meanwhile.
 CHARACTERS_AT_ONCE = 1_000_000
 RECORDS_AT_ONCE = 4096
-BESIDE = ("chat_template", "tokenizer_config", "special_tokens_map", "added_tokens", "merges")
-"""Names of the files that decide ids together with the vocabulary."""
+BESIDE = ("chat_template", "tokenizer_config")
+"""Names of the files that may hold templates; what decides ids is in the tokenizer's fingerprint."""
 INTERRUPT_S = 0.5  # after which a signal that the wait for an answer has missed is noticed
 
 
@@ -65,7 +65,7 @@ class Task:
     def vocabulary(self) -> Path:
         """The file of the tokenizer from which it can be loaded again."""
         for file in self.tokenizer.files:
-            if file.is_file() and hash_file(file) == self.tokenizer.fingerprint:
+            if file.is_file() and hash_file(file) == self.tokenizer.vocabulary_hash:
                 return file
         raise UserError(f"{self.tokenizer.files[0]} has changed since it was loaded", "Run it again.")
 
@@ -106,6 +106,9 @@ class Task:
             "seed": self.seed if self.validation_fraction else None,
             "sequence_length": self.sequence_length if mindformers else None,
         }
+        if any(source.kind in ONLY["template"] for source in self.sources):
+            # Version 1, which had neither option, ignored the training flags of messages and fields beside them.
+            options |= {"version_of_messages": 2, "named_specials": tokenizer.named_specials}
         return json.loads(json.dumps(options))
 
 
