@@ -4,6 +4,7 @@ from mutations.fault import Fault
 
 INPUTS = "test_inputs.py::"
 RECIPE = "test_recipe.py::"
+CACHED = "data/test_cached.py::"
 SOURCES = "data/test_sources.py::"
 CACHED = "data/test_cached.py::"
 LOADER = "data/test_loader.py::"
@@ -155,5 +156,19 @@ FAULTS = (
         "{source or ' '.join(_libraries(installed.requires or [], extra))}",
         "{source or f'{NAME}[{extra}]'}",
         "test_extras.py::test_without_a_record_the_libraries_are_named",
+    ),
+    Fault(
+        "a colleague's store is hidden where it cannot be removed",
+        "data/cached.py",
+        "    if not all(os.access(folder, os.R_OK",
+        "    if not any(os.access(folder, os.R_OK",
+        f"{CACHED}test_a_store_of_a_colleague_is_kept_whole_and_the_others_are_removed",
+    ),
+    Fault(
+        "a store that may only be read is never in use",
+        "data/cached.py",
+        'return file.open("rb")',
+        "return file.with_name('manifest.json').open()",
+        f"{CACHED}test_a_store_that_may_only_be_read_is_in_use_where_it_is_open",
     ),
 )
