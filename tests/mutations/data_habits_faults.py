@@ -4,7 +4,6 @@ from mutations.fault import Fault
 
 INPUTS = "test_inputs.py::"
 RECIPE = "test_recipe.py::"
-CACHED = "data/test_cached.py::"
 SOURCES = "data/test_sources.py::"
 CACHED = "data/test_cached.py::"
 LOADER = "data/test_loader.py::"
@@ -160,15 +159,15 @@ FAULTS = (
     Fault(
         "a colleague's store is hidden where it cannot be removed",
         "data/cached.py",
-        "    if not all(os.access(folder, os.R_OK",
-        "    if not any(os.access(folder, os.R_OK",
+        "    if not all(\n",
+        "    if not any(\n",
         f"{CACHED}test_a_store_of_a_colleague_is_kept_whole_and_the_others_are_removed",
     ),
     Fault(
-        "a store that may only be read is never in use",
+        "a store that may only be read counts as in use for ever",
         "data/cached.py",
         'return file.open("rb")',
-        "return file.with_name('manifest.json').open()",
+        "raise",
         f"{CACHED}test_a_store_that_may_only_be_read_is_in_use_where_it_is_open",
     ),
 )
