@@ -170,4 +170,11 @@ FAULTS = (
         "raise",
         f"{CACHED}test_a_store_that_may_only_be_read_is_in_use_where_it_is_open",
     ),
+    Fault(
+        "the stores that a run keeps are pruned as unused",
+        "parts.py",
+        "        mark_used(store, recipe.data)\n",
+        "",
+        "end_to_end/test_own_folder.py::test_text_may_be_gone_where_what_was_prepared_from_it_is_there",
+    ),
 )

@@ -308,9 +308,16 @@ def _prepared(group: tuple[Source, ...], config: DataConfig, tokenizer: Tokenize
     # One process is this one, whose tokenizer may use all cores.
     workers = config.prepare_workers if config.prepare_workers > 1 else 0
     store = prepare(group, tokenizer, folder, **about, workers=workers, progress=progress)
-    with contextlib.suppress(OSError):
-        os.utime(folder)  # when it was last used, for `camelid data cache`
+    mark_used(store, config)
     return store
+
+
+def mark_used(store: Store, config: DataConfig) -> None:
+    """Sets the time at which a store of the cache was last used, which `camelid data cache --prune` goes by, to now."""
+    folder = store.folder.parent if store.folder.name == VALIDATION else store.folder
+    if folder.parent.resolve() == data_cache(config).resolve():
+        with contextlib.suppress(OSError):
+            os.utime(folder)
 
 
 def _mixture(config: DataConfig, packings: Sequence[Packing], split: Split) -> Mixture:
