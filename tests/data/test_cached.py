@@ -140,7 +140,7 @@ def test_a_named_store_notices_an_edit_that_keeps_size_and_time(config: DataConf
 def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hashes, "SETTLED_S", -1e9)
     read: list[Path] = []
-    monkeypatch.setattr(hashes, "hash_file", lambda path, stopped: read.append(path) or hash_file(path))
+    monkeypatch.setattr(hashes, "hash_file", lambda path, *how: read.append(path) or hash_file(path))
     file = tmp_path / "a [1]\n*.txt"
     file.write_text("x")
     assert content_hash(file) == content_hash(file) == hash_file(file)
@@ -153,6 +153,44 @@ def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for known in (tmp_path / "cache" / "hashes").iterdir():
         known.write_text("{damaged")
     assert content_hash(file) == hash_file(file)
+
+
+def test_reading_is_heard_of_and_text_that_was_read_before_is_not_read_again(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """As in the processes that wait for the first one, which share its cache."""
+    monkeypatch.setattr(hashes, "SETTLED_S", -1e9)
+    config = replace(config, train=(Source(files=("a.jsonl", *(f"{n}.txt" for n in range(40)))),))
+    for n in range(40):
+        Path(f"{n}.txt").write_text(f"text {n}" * 1000)
+    size = sum(os.stat(name).st_size for name in config.train[0].files)
+    for read_again in (True, False):
+        heard: list[tuple[Any, ...]] = []
+        (store,) = open_stores(config, tokenizer, progress=lambda *now, heard=heard: heard.append(now))
+        reading = [now for now in heard if now[2:] == ("reading",)]
+        assert [done for done, _, _ in reading] == sorted(done for done, _, _ in reading)
+        assert reading[-1] == (size, size, "reading")
+        assert reading == heard[: len(reading)], "tokenizing comes after it"
+        assert (len(heard) > len(reading)) == read_again
+        assert list(store.sources.values()) == [hash_file(Path(name)) for name in config.train[0].files]
+        monkeypatch.setattr(hashes, "hash_file", None)
+
+
+def test_a_file_that_cannot_be_read_ends_the_reading_of_the_others(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    def slow(path: Path, stopped: Callable[[], bool], read: Callable[[int], None]) -> str:
+        if path.name == "b.txt":
+            raise OSError("broken")
+        deadline = time.monotonic() + 30
+        while not stopped():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return ""
+
+    monkeypatch.setattr(hashes, "hash_file", slow)
+    with pytest.raises(UserError, match=r"b\.txt cannot be read: broken"):
+        open_stores(config, tokenizer)
 
 
 def test_a_file_that_changed_just_now_is_read_again(tmp_path: Path):
