@@ -19,10 +19,10 @@ def content_hash(
 ) -> str:
     """SHA-256 of what a file holds; of some of it, where it is stopped.
 
-    `read` is called with the size of the file, in parts, as it is read. It is read again only if its inode, size, or
-    time of change differs from when it was read last. The time of change (ctime) is the kernel's and cannot be set
-    back, as the time of modification can. A change within one step of the file system's clock would leave it as it is,
-    so a file that changed shortly before it was read is not remembered.
+    It is read again only if its inode, size, or time of change differs from when it was read last. The time of change
+    (ctime) is the kernel's and cannot be set back, as the time of modification can. A change within one step of the
+    file system's clock would leave it as it is, so a file that changed shortly before it was read is not remembered.
+    `read` is called with the number of bytes of each block that is read, or of the whole file if its hash is known.
     """
     known = cache_folder() / "hashes" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
     stamp = _stamp(path)
