@@ -14,7 +14,7 @@ from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.hf_config import config_to_hf
 from camelid.checkpoint.opened import Checkpoint, companions_in
 from camelid.data.config import Source
-from camelid.data.loader import Loader, Split
+from camelid.data.loader import Loader, Split, mark_used
 from camelid.data.sources import source_files
 from camelid.data.store import Store, is_store
 from camelid.errors import UserError
@@ -176,6 +176,7 @@ def _kept_stores(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Mapping[str, Seq
         store.check_tokenizer(tokenizer.fingerprint, tokenizer.files[0])
         if store.fingerprint != was["fingerprint"]:
             return {}, None
+        mark_used(store, recipe.data)
     return found, next((path for path in before if path not in now), None)
 
 

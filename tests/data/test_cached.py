@@ -1,14 +1,16 @@
 """Prepared stores are found by what their sources hold, and those that nobody needs can be removed."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,7 +140,7 @@ def test_a_named_store_notices_an_edit_that_keeps_size_and_time(config: DataConf
 def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hashes, "SETTLED_S", -1e9)
     read: list[Path] = []
-    monkeypatch.setattr(hashes, "hash_file", lambda path, stopped: read.append(path) or hash_file(path))
+    monkeypatch.setattr(hashes, "hash_file", lambda path, *how: read.append(path) or hash_file(path))
     file = tmp_path / "a [1]\n*.txt"
     file.write_text("x")
     assert content_hash(file) == content_hash(file) == hash_file(file)
@@ -151,6 +153,44 @@ def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for known in (tmp_path / "cache" / "hashes").iterdir():
         known.write_text("{damaged")
     assert content_hash(file) == hash_file(file)
+
+
+def test_reading_is_heard_of_and_text_that_was_read_before_is_not_read_again(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """As in the processes that wait for the first one, which share its cache."""
+    monkeypatch.setattr(hashes, "SETTLED_S", -1e9)
+    config = replace(config, train=(Source(files=("a.jsonl", *(f"{n}.txt" for n in range(40)))),))
+    for n in range(40):
+        Path(f"{n}.txt").write_text(f"text {n}" * 1000)
+    size = sum(os.stat(name).st_size for name in config.train[0].files)
+    for read_again in (True, False):
+        heard: list[tuple[Any, ...]] = []
+        (store,) = open_stores(config, tokenizer, progress=lambda *now, heard=heard: heard.append(now))
+        reading = [now for now in heard if now[2:] == ("reading",)]
+        assert [done for done, _, _ in reading] == sorted(done for done, _, _ in reading)
+        assert reading[-1] == (size, size, "reading")
+        assert reading == heard[: len(reading)], "tokenizing comes after it"
+        assert (len(heard) > len(reading)) == read_again
+        assert list(store.sources.values()) == [hash_file(Path(name)) for name in config.train[0].files]
+        monkeypatch.setattr(hashes, "hash_file", None)
+
+
+def test_a_file_that_cannot_be_read_ends_the_reading_of_the_others(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    def slow(path: Path, stopped: Callable[[], bool], read: Callable[[int], None]) -> str:
+        if path.name == "b.txt":
+            raise OSError("broken")
+        deadline = time.monotonic() + 30
+        while not stopped():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return ""
+
+    monkeypatch.setattr(hashes, "hash_file", slow)
+    with pytest.raises(UserError, match=r"b\.txt cannot be read: broken"):
+        open_stores(config, tokenizer)
 
 
 def test_a_file_that_changed_just_now_is_read_again(tmp_path: Path):
@@ -252,6 +292,86 @@ def test_a_store_that_another_process_reads_is_in_use(config: DataConfig, tokeni
     assert [entry.folder for entry in prune(list_cached(ROOT))] == [folder.relative_to(Path.cwd())]
 
 
+def _refusing(monkeypatch: pytest.MonkeyPatch, *modes: str) -> None:
+    """Permissions do not stop root: opening an array in one of the modes fails as for a colleague's file."""
+    opened = Path.open
+
+    def refuse(path: Path, mode: str = "r", *how: Any, **options: Any) -> Any:
+        if path.suffix == ".bin" and mode in modes:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, mode, *how, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+
+def test_a_store_that_may_only_be_read_is_in_use_where_it_is_open(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    (store,) = open_stores(config, tokenizer)
+    _refusing(monkeypatch, "r+b")
+    (entry,) = list_cached(ROOT)
+    assert in_use(entry)
+    del store
+    assert not in_use(entry)
+
+
+def test_a_store_that_may_not_be_opened_counts_as_in_use(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    open_stores(config, tokenizer)
+    _refusing(monkeypatch, "r+b", "rb")
+    (entry,) = list_cached(ROOT)
+    kept: list[Cached] = []
+    assert in_use(entry)
+    assert list(prune([entry], kept.append)) == []
+    assert kept == [entry]
+
+
+@pytest.mark.parametrize("whose", ["the cache", "a folder in the store", "a sticky folder"])
+def test_a_store_of_a_colleague_is_kept_whole_and_the_others_are_removed(
+    whose: str, config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    other = open_stores(replace(config, validation_fraction=0.4), tokenizer)[0].folder.name
+    mine = open_stores(config, tokenizer)[0].folder.name
+    closed = {"the cache": "data", "a folder in the store": "validation"}.get(whose)
+    access, rename = os.access, Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == other:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        return rename(path, target)
+
+    if closed is None:
+        monkeypatch.setattr(Path, "rename", refuse)
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != closed and access(path, mode))
+    before = {path: path.read_bytes() for path in (ROOT / other).rglob("*") if path.is_file()}
+    kept: list[Cached] = []
+    removed = [entry.folder.name for entry in prune(list_cached(ROOT), kept.append)]
+    assert removed == ([] if whose == "the cache" else [mine])
+    assert other in {entry.folder.name for entry in kept}
+    assert {path: path.read_bytes() for path in (ROOT / other).rglob("*") if path.is_file()} == before
+
+
+def test_files_that_vanish_while_the_cache_is_listed_are_not_counted(
+    config: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    folder = open_stores(config, tokenizer)[0].folder
+    expected = sum(file.stat().st_size for file in folder.iterdir() if file.name != "tokens.bin")
+    (ROOT / ".gone.pruned").mkdir()
+    walk = os.walk
+
+    def as_others_remove(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        for found in walk(root):
+            if root.name == ".gone.pruned":
+                root.rmdir()
+            (folder / "tokens.bin").unlink(missing_ok=True)
+            yield found
+
+    monkeypatch.setattr(os, "walk", as_others_remove)
+    assert [(entry.folder.name, entry.bytes) for entry in list_cached(ROOT)] == [(folder.name, expected)]
+
+
 def test_what_a_killed_process_left_is_removed_and_what_another_makes_is_not(config: DataConfig, tokenizer: Tokenizer):
     for name in (".a.incomplete", ".b.incomplete", ".c.pruned"):
         (ROOT / name / "parts-1").mkdir(parents=True)
@@ -290,7 +410,9 @@ def test_the_command_lists_and_prunes(config: DataConfig, tokenizer: Tokenizer):
     assert name[:16] in listed.stdout
     assert "b.txt" in listed.stdout
     assert "in use" in listed.stdout
-    assert called("data", "cache", "--prune", "all").stdout.splitlines()[0].endswith("removed 0, 0 bytes")
+    lines = called("data", "cache", "--prune", "all").stdout.splitlines()
+    assert lines[0].endswith("removed 0, 0 bytes")
+    assert lines[1] == f"kept, in use or not yours to remove: {name[:16]}"
     del store
     os.utime(ROOT / name, (time.time() - 5 * 86400,) * 2)
     assert json.loads(called("data", "cache", "--prune", "6d", "--json").stdout)["removed"] == []

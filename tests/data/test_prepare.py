@@ -603,6 +603,46 @@ def test_a_store_of_another_tokenizer_is_no_source(files: tuple[str, ...], token
     assert prepare([Source(files=("own",), kind="tokens")], tokenizer, Path("new")).num_tokens == 6
 
 
+CHATML = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "added_tokens_decoder": {
+        "258": {"content": "<|im_start|>", "special": True},
+        "259": {"content": "<|im_end|>", "special": True},
+    },
+}
+
+
+def test_a_store_of_the_same_vocabulary_without_the_declared_tokens_is_refused():
+    """As camelid made it when only tokenizer.json decided ids, and its fingerprint was the hash of that file."""
+    Path("a.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )
+    chats = [Source(files=("a.jsonl",), kind="chat", template="chatml")]
+    new = load_tokenizer(save_byte_tokenizer(Path("new"), config=CHATML))
+    plain = load_tokenizer(save_byte_tokenizer(Path("plain")))
+    assert plain.fingerprint == plain.vocabulary_hash == new.vocabulary_hash
+    old = dataclasses.replace(new, engine=plain.engine, fingerprint=new.vocabulary_hash)
+    letters = prepare(chats, old, Path("store"))
+    with pytest.raises(UserError, match=r"store was prepared before, and tokenizer was '"):
+        prepare(chats, new, Path("store"))
+    with pytest.raises(UserError, match=r"^store was prepared with another tokenizer"):
+        prepare([Source(files=("store",), kind="tokens")], new, Path("again"))
+    assert prepare(chats, new, Path("fresh")).num_tokens < letters.num_tokens
+
+
+def test_a_store_of_chats_whose_training_flags_were_ignored_is_refused(tokenizer: Tokenizer):
+    rows = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    Path("a.jsonl").write_text(rows)
+    chats = [Source(files=("a.jsonl",), kind="chat", template="vicuna_v1.1")]
+    prepare(chats, tokenizer, Path("store"))
+    manifest = json.loads(Path("store", MANIFEST).read_text())
+    assert manifest["prepared"]["options"].pop("version_of_messages") == 2
+    Path("store", MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="version_of_messages was None, and is 2 now"):
+        prepare(chats, tokenizer, Path("store"))
+
+
 def test_the_manifest_says_where_everything_came_from(tokenizer: Tokenizer, sources):
     manifest = json.loads((prepare(sources, tokenizer, Path("store")).folder / MANIFEST).read_text())
     (first, _), (second,) = manifest["prepared"]["files"]

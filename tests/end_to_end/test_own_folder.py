@@ -1,6 +1,7 @@
 """A run that has begun needs its own folder, and the text or what was prepared from it; nothing else."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,11 @@ def test_the_template_that_is_learnt_is_found_in_the_folder(
     assert bool(learnt) == (template is not None)
 
 
+def _stores(run: Path) -> dict[str, list[dict[str, Any]]]:
+    data = json.loads((run / "data.json").read_text())
+    return {split: data[split] for split in ("train", "validation") if split in data}
+
+
 @pytest.mark.parametrize("validated", ["", "held out", "a file"])
 def test_text_may_be_gone_where_what_was_prepared_from_it_is_there(tmp_path: Path, validated: str):
     table = tiny_run(tmp_path)
@@ -146,14 +152,18 @@ def test_text_may_be_gone_where_what_was_prepared_from_it_is_there(tmp_path: Pat
     whole = camelid.run.run(structure(table | {"run": str(tmp_path / "whole" / "run")})).folder
     assert train(tmp_path, table, 2).returncode == 0
     text.unlink()
+    prepared = {Path(store["folder"]) for stores in _stores(tmp_path / "run").values() for store in stores}
+    prepared = {folder.parent if folder.name == "validation" else folder for folder in prepared}
+    for folder in prepared:
+        os.utime(folder, (100, 100))
     done = train(tmp_path, table, 4)
     assert done.returncode == 0, done.stderr
+    assert all(folder.stat().st_mtime > 100 for folder in prepared), "`data cache --prune` goes by it"
     assert f"{text} is gone; the run goes on with the tokens that were prepared from it" in done.stderr
     assert tensor_bytes(tmp_path / "run" / "model") == tensor_bytes(whole / "model")
     # Without the store there is nothing to go on with, and the text is named.
-    data = json.loads((tmp_path / "run" / "data.json").read_text())
-    for store in (*data["train"], *data.get("validation", [])):
-        shutil.rmtree(store["folder"], ignore_errors=True)
+    for folder in prepared:
+        shutil.rmtree(folder)
     assert_refused(train(tmp_path, table, 5), f"{text} matches no file")
 
 

@@ -96,15 +96,15 @@ FAULTS = (
     Fault(
         "a store is known by the names of its sources",
         "data/parts.py",
-        "return [ending[0], content_hash(path)]",
-        "return [str(path), content_hash(path)]",
+        '[[_ending(file["path"]), hashes[file["path"]]] for',
+        '[[file["path"], hashes[file["path"]]] for',
         f"{CACHED}test_copies_of_other_names_are_the_same_store_and_are_named",
     ),
     Fault(
         "the ending of a file does not matter",
         "data/parts.py",
-        "return [ending[0], content_hash(path)]",
-        "return [content_hash(path)]",
+        '[[_ending(file["path"]), hashes[file["path"]]] for',
+        '[[hashes[file["path"]]] for',
         f"{CACHED}test_what_is_read_otherwise_is_another_store",
     ),
     Fault(
@@ -155,5 +155,33 @@ FAULTS = (
         "{source or ' '.join(_libraries(installed.requires or [], extra))}",
         "{source or f'{NAME}[{extra}]'}",
         "test_extras.py::test_without_a_record_the_libraries_are_named",
+    ),
+    Fault(
+        "a colleague's store is hidden where it cannot be removed",
+        "data/cached.py",
+        "    if not all(\n",
+        "    if not any(\n",
+        f"{CACHED}test_a_store_of_a_colleague_is_kept_whole_and_the_others_are_removed",
+    ),
+    Fault(
+        "a store that may only be read counts as in use for ever",
+        "data/cached.py",
+        'return file.open("rb")',
+        "raise",
+        f"{CACHED}test_a_store_that_may_only_be_read_is_in_use_where_it_is_open",
+    ),
+    Fault(
+        "the stores that a run keeps are pruned as unused",
+        "parts.py",
+        "        mark_used(store, recipe.data)\n",
+        "",
+        "end_to_end/test_own_folder.py::test_text_may_be_gone_where_what_was_prepared_from_it_is_there",
+    ),
+    Fault(
+        "one file that cannot be read waits for the hashes of all others",
+        "data/parts.py",
+        "            stop.set()  # the others are not read to their ends\n",
+        "",
+        f"{CACHED}test_a_file_that_cannot_be_read_ends_the_reading_of_the_others",
     ),
 )

@@ -52,9 +52,8 @@ FAULTS = (
     Fault(
         "add_bos_token overrules the post-processor",
         "text/opening.py",
-        "    return Opened(TokenizersEngine(file, serialized), declared, bos, notes=notes)",
-        '    bos = bos if declared.config.get("add_bos_token") is not False else None\n'
-        "    return Opened(TokenizersEngine(file, serialized), declared, bos, notes=notes)",
+        "declared, bos, by_file_alone=by_file_alone",
+        'declared, bos if declared.config.get("add_bos_token") is not False else None, by_file_alone=by_file_alone',
         f"{FOLDER}[add_bos_token false]",
     ),
     Fault(
@@ -140,5 +139,26 @@ FAULTS = (
         "kept = [file for file in companions if file.name not in TOKENIZER_FILES or file.name == GENERATION]",
         "kept = list(companions)",
         "end_to_end/test_tokenizers.py::test_convert_takes_another_tokenizer_in_the_place_of_the_sources",
+    ),
+    Fault(
+        "declared tokens do not change the fingerprint",
+        "text/tokenizer.py",
+        "if opened.by_file_alone or isinstance(opened.engine, SentencePieceEngine):",
+        "if True:",
+        "data/test_prepare.py::test_a_store_of_the_same_vocabulary_without_the_declared_tokens_is_refused",
+    ),
+    Fault(
+        "tokens that are declared beside tokenizer.model do not change the fingerprint",
+        "text/opening.py",
+        "by_file_alone=build is None and set(map(repr, added)) == set(map(repr, own_tokens)),",
+        "by_file_alone=build is None,",
+        f"{TOKENIZER}test_whatever_changes_ids_changes_the_fingerprint",
+    ),
+    Fault(
+        "a store of chats whose training flags were ignored is taken as prepared",
+        "data/parts.py",
+        'options |= {"version_of_messages": 2, "named',
+        'options |= {"named',
+        "data/test_prepare.py::test_a_store_of_chats_whose_training_flags_were_ignored_is_refused",
     ),
 )

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import pickle
 import random
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+import camelid
 from camelid.errors import UserError
 from camelid.text.stream import TextStream
 from camelid.text.tokenizer import Tokenizer, load_tokenizer, vocabulary_notes
@@ -290,6 +292,57 @@ def test_files_and_fingerprint_are_those_of_the_folder(assets: Path, tmp_path: P
     assert tokenizer.fingerprint == hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     assert tokenizer.has_chat_template
     assert not load_tokenizer(assets / STORIES).has_chat_template
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|im_start|>"]}),
+        ("tokenizer_config.json", {"pad_token": "<pad>"}),
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<tool>"]}),
+        ("config.json", {"model_type": "gemma"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("vocabulary", [f"{STORIES}/tokenizer.json", f"{LLAMA2}/tokenizer.model"])
+def test_whatever_changes_ids_changes_the_fingerprint(
+    vocabulary: str, name: str, content: dict, assets: Path, tmp_path: Path
+):
+    file = tmp_path / ("tokenizer.json" if vocabulary.endswith(".json") else "tokenizer.model")
+    shutil.copy(assets / vocabulary, file)
+    plain = load_tokenizer(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    changed = load_tokenizer(tmp_path)
+    assert plain.fingerprint == plain.vocabulary_hash == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert changed.vocabulary_hash == plain.vocabulary_hash
+    assert changed.fingerprint != plain.fingerprint
+    assert load_tokenizer(shutil.copytree(tmp_path, tmp_path / "copy")).fingerprint == changed.fingerprint
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_what_leaves_ids_as_they_are_leaves_the_fingerprint(name: str, assets: Path, tmp_path: Path):
+    vocabulary = {"tokenizer.json": "hf/tokenizer.json", "tokenizer.model": "tok512.model"}[name]
+    shutil.copy(assets / "models/stories260K" / vocabulary, tmp_path / name)
+    plain = load_tokenizer(tmp_path)
+    named = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "chat_template": "x"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+    assert load_tokenizer(tmp_path).fingerprint == plain.fingerprint
+
+
+def test_the_fingerprint_is_the_same_in_every_process(assets: Path, tmp_path: Path):
+    folder = shutil.copytree(assets / STORIES, tmp_path / "copy")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "pad_token": "<pad>"}')
+    code = "import sys; from camelid.text.tokenizer import load_tokenizer as l; print(l(sys.argv[1]).fingerprint)"
+    found = subprocess.run(
+        [sys.executable, "-c", code, folder],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(camelid.__file__).parents[1])},
+    )
+    assert found.stdout.strip() == load_tokenizer(folder).fingerprint
 
 
 def test_a_vocabulary_under_another_name_is_carried_along(assets: Path):

@@ -28,7 +28,8 @@ def cache(
     camelid data cache --prune 30d
     camelid data cache --prune 100GB
 
-    A store that a process has open is never removed. What is removed is prepared again where a recipe needs it.
+    A store that a process has open is never removed, nor is one that you may not remove: they are listed as kept. What
+    is removed is prepared again where a recipe needs it.
 
     Args:
         prune: all, what was not used for so many days (30d), or the least recently used until so much is left (100GB)
@@ -40,12 +41,13 @@ def cache(
 
     root = default_cache() if folder is None else folder
     entries = cached.list_cached(root)
-    if prune is None:
-        shown = [_describe(entry) | {"in_use": cached.in_use(entry)} for entry in entries]
-    else:
-        shown = [_describe(entry) for entry in cached.prune(_chosen(prune, entries))]
     whole = {"folder": str(root), "bytes": sum(entry.bytes for entry in entries)}
-    whole |= {"entries": shown} if prune is None else {"removed": shown}
+    if prune is None:
+        whole["entries"] = [_describe(entry) | {"in_use": cached.in_use(entry)} for entry in entries]
+    else:
+        kept: list[Cached] = []
+        whole["removed"] = [_describe(entry) for entry in cached.prune(_chosen(prune, entries), kept.append)]
+        whole["kept"] = [_describe(entry) for entry in kept]
     return print_json(whole) if json else _show(whole)
 
 

@@ -80,6 +80,9 @@ def show_cache(whole: Mapping[str, Any]) -> None:
             about = _shortened(", ".join(map(_escaped, entry["sources"])), SOURCES) or entry["kind"]
             grid.add_row(_escaped(entry["name"][:NAME]), in_units(entry["bytes"]), entry["used"][:10] + state, about)
         console.print(grid)
+    if whole.get("kept"):
+        names = ", ".join(_escaped(entry["name"][:NAME]) for entry in whole["kept"])
+        console.print(f"kept, in use or not yours to remove: {names}", soft_wrap=True)
 
 
 def draw_lengths(whole: Mapping[str, Any], path: Path) -> None:

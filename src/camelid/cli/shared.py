@@ -99,15 +99,18 @@ def path_options() -> ConstructorRegistry:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error where that is a terminal; `progress(done, total)` moves it."""
+def progress_bar(what: str) -> Iterator[Callable[..., None]]:
+    """A bar on standard error where that is a terminal; `progress(done, total)` moves it.
+
+    A third argument replaces the word in front of the bar.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, stage=what: bar.update(task, description=stage, completed=done, total=total)
 
 
 def print_json(value: object) -> None:

@@ -3,10 +3,12 @@
 import contextlib
 import fcntl
 import itertools
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from camelid.data.store import is_store, read_manifest
 from camelid.errors import UserError
@@ -38,23 +40,22 @@ def list_cached(root: Path) -> list[Cached]:
 
 
 def in_use(entry: Cached) -> bool:
-    """Whether a process has it open."""
+    """Whether a process has it open, or may have: that cannot be determined for files that may not be opened."""
     with contextlib.ExitStack() as stack:
         return not _claimed(entry, stack)
 
 
-def prune(entries: Iterable[Cached]) -> Iterator[Cached]:
-    """Removes entries, and gives each one that was; those in use stay."""
+def prune(entries: Iterable[Cached], keep: Callable[[Cached], None] = lambda entry: None) -> Iterator[Cached]:
+    """Removes entries and yields each one that was removed.
+
+    `keep` is called with the others: those in use, and those that this user is not permitted to remove.
+    """
     for entry in entries:
         with contextlib.ExitStack() as stack:
-            if not _claimed(entry, stack):
-                continue
-            # Renamed first: whoever looks for it now finds nothing, and prepares it again.
-            doomed = entry.folder.with_name(f".{entry.folder.name}.pruned")
-            if entry.kind != "unfinished":
-                entry.folder.rename(doomed)
-            shutil.rmtree(doomed if doomed.exists() else entry.folder)
-            yield entry
+            if _claimed(entry, stack) and _remove(entry):
+                yield entry
+            else:
+                keep(entry)
 
 
 def unused_since(entries: Iterable[Cached], time: float) -> list[Cached]:
@@ -69,6 +70,24 @@ def beyond(entries: Iterable[Cached], bytes: int) -> list[Cached]:
     return [entry for entry, size in zip(ordered, sizes, strict=True) if size > bytes]
 
 
+def _remove(entry: Cached) -> bool:
+    """Whether an entry could be removed; one of which this user may not remove everything is left as it is."""
+    inside = [os.path.join(folder, name) for folder, names, _ in os.walk(entry.folder) for name in names]
+    if not all(
+        os.access(folder, os.R_OK | os.W_OK | os.X_OK) for folder in (entry.folder.parent, entry.folder, *inside)
+    ):
+        return False
+    # Renamed first: whoever looks for it now finds nothing, and prepares it again.
+    doomed = entry.folder.with_name(f".{entry.folder.name}.pruned")
+    try:
+        if entry.kind != "unfinished":
+            entry.folder.rename(doomed)
+    except OSError:  # the folder of the cache has the sticky bit, or another process was faster
+        return False
+    shutil.rmtree(doomed if doomed.exists() else entry.folder)
+    return True
+
+
 def _folders(root: Path) -> list[Path]:
     return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
 
@@ -79,30 +98,48 @@ def _describe(folder: Path) -> Cached | None:
         kind = "unfinished"
     elif is_store(folder):
         kind = "store"
-        with contextlib.suppress(UserError, LookupError, TypeError):
+        with contextlib.suppress(UserError, OSError, LookupError, TypeError):
             groups = read_manifest(folder)["prepared"]["files"]
             sources = tuple(file["path"] for group in groups for file in group)
     elif folder.parent.name == "plans":
         kind = "plans"
     else:
         return None
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Cached(folder, kind, size, sources, folder.stat().st_mtime)
+    try:
+        return Cached(folder, kind, _size(folder), sources, folder.stat().st_mtime)
+    except FileNotFoundError:  # another process has removed it
+        return None
+
+
+def _size(folder: Path) -> int:
+    """The bytes of the files in a folder; those that vanish meanwhile are not counted."""
+    size = 0
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(os.path.join(inner, name)).st_size
+    return size
 
 
 def _claimed(entry: Cached, stack: contextlib.ExitStack) -> bool:
     """Whether nobody else has it; then it is this process's until the stack ends.
 
     Who prepares a store holds its folder's lock, who reads one locks what it maps (see store.map_array). A file system
-    without locks does not say who has it, so everything there counts as in use.
+    without locks does not say who has it, so everything there counts as in use; so do files of another user that this
+    one may not open.
     """
     try:
         if (entry.folder / LOCK).exists():
             stack.enter_context(locked(entry.folder, wait=False))
         for file in entry.folder.rglob("*.bin"):
-            fcntl.flock(stack.enter_context(file.open("r+b")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except PermissionError:
-        raise
+            fcntl.flock(stack.enter_context(_opened(file)), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
+
+
+def _opened(file: Path) -> IO[bytes]:
+    try:
+        return file.open("r+b")  # NFS locks a file for one process only if it is open for writing
+    except PermissionError:
+        return file.open("rb")

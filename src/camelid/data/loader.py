@@ -21,7 +21,7 @@ from camelid.data.batch import Batch
 from camelid.data.config import DataConfig, Source
 from camelid.data.mixture import Mixture, Share, row_shares
 from camelid.data.packing import OR_DATA_CACHE, Packing
-from camelid.data.parts import Progress, Task
+from camelid.data.parts import Stages, Task
 from camelid.data.prepare import prepare
 from camelid.data.sources import refuse_repeated, source_files
 from camelid.data.store import AGAIN, VALIDATION, Store, is_store
@@ -42,7 +42,7 @@ class Loader:
         config: DataConfig,
         tokenizer: Tokenizer,
         split: Split = "train",
-        progress: Progress | None = None,
+        progress: Stages | None = None,
         stores: Sequence[Store] | None = None,
     ):
         self.config = config
@@ -235,7 +235,7 @@ def _unpacked(packed: bytes) -> Callable[[int], Batch]:
 
 
 def open_stores(
-    config: DataConfig, tokenizer: Tokenizer, split: Split = "train", progress: Progress | None = None
+    config: DataConfig, tokenizer: Tokenizer, split: Split = "train", progress: Stages | None = None
 ) -> list[Store]:
     """The stores that a split is read from, prepared first where they are not there.
 
@@ -297,20 +297,27 @@ def _ready(source: Source, config: DataConfig, tokenizer: Tokenizer) -> Store:
     return store
 
 
-def _prepared(group: tuple[Source, ...], config: DataConfig, tokenizer: Tokenizer, progress: Progress | None) -> Store:
+def _prepared(group: tuple[Source, ...], config: DataConfig, tokenizer: Tokenizer, progress: Stages | None) -> Store:
     fraction = config.validation_fraction if group[0] in config.train else 0.0
     about = {"validation_fraction": fraction, "seed": config.seed, "sequence_length": config.sequence_length}
     root = data_cache(config)
     # Another folder for whatever has changed: what is in the cache is never wrong, and need not be asked about.
-    folder = root / Task(group, tokenizer, **about).content_key()[:32]
+    folder = root / Task(group, tokenizer, **about).content_key(progress)[:32]
     if not is_store(folder):
         make_writable(root, OR_DATA_CACHE)
     # One process is this one, whose tokenizer may use all cores.
     workers = config.prepare_workers if config.prepare_workers > 1 else 0
     store = prepare(group, tokenizer, folder, **about, workers=workers, progress=progress)
-    with contextlib.suppress(OSError):
-        os.utime(folder)  # when it was last used, for `camelid data cache`
+    mark_used(store, config)
     return store
+
+
+def mark_used(store: Store, config: DataConfig) -> None:
+    """Sets the time at which a store of the cache was last used, which `camelid data cache --prune` goes by, to now."""
+    folder = store.folder.parent if store.folder.name == VALIDATION else store.folder
+    if folder.parent.resolve() == data_cache(config).resolve():
+        with contextlib.suppress(OSError):
+            os.utime(folder)
 
 
 def _mixture(config: DataConfig, packings: Sequence[Packing], split: Split) -> Mixture:

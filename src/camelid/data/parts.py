@@ -16,14 +16,15 @@ import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from camelid.data.config import Source
+from camelid.data.config import ONLY, Source
 from camelid.data.examples import Encoder, make_encoder
 from camelid.data.formats import Record
 from camelid.data.hashes import content_hash
@@ -36,6 +37,13 @@ from camelid.text.tokenizer import Tokenizer, load_tokenizer
 Progress = Callable[[int, int], None]
 """hears of bytes of the sources that are done, and of bytes in all"""
 
+
+class Stages(Protocol):
+    """Progress of stages that follow each other: is called with the bytes done, those in all, and the stage's name."""
+
+    def __call__(self, done: int, total: int, stage: str = "tokenizing", /) -> None: ...
+
+
 Piece = tuple[Source, Chunk]
 
 ENDING = re.compile(r"(\.[^.]*)?(\.(gz|zst))?$")
@@ -43,8 +51,9 @@ ENDING = re.compile(r"(\.[^.]*)?(\.(gz|zst))?$")
 # Enough to keep every core busy; the tokenizer needs about a hundred bytes for each character meanwhile.
 CHARACTERS_AT_ONCE = 1_000_000
 RECORDS_AT_ONCE = 4096
-BESIDE = ("chat_template", "tokenizer_config", "special_tokens_map", "added_tokens", "merges")
-"""Names of the files that decide ids together with the vocabulary."""
+BESIDE = ("chat_template", "tokenizer_config")
+"""Names of the files that may hold templates; what decides ids is in the tokenizer's fingerprint."""
+HASHING_THREADS = 8  # also a network file system with a long latency is read at its full speed
 INTERRUPT_S = 0.5  # after which a signal that the wait for an answer has missed is noticed
 
 
@@ -65,7 +74,7 @@ class Task:
     def vocabulary(self) -> Path:
         """The file of the tokenizer from which it can be loaded again."""
         for file in self.tokenizer.files:
-            if file.is_file() and hash_file(file) == self.tokenizer.fingerprint:
+            if file.is_file() and hash_file(file) == self.tokenizer.vocabulary_hash:
                 return file
         raise UserError(f"{self.tokenizer.files[0]} has changed since it was loaded", "Run it again.")
 
@@ -79,13 +88,14 @@ class Task:
             refuse_repeated(paths, "Name each file once.")
         return {"options": self._options(), "files": [[_about(path) for path in paths] for paths in files]}
 
-    def content_key(self) -> str:
+    def content_key(self, progress: Stages | None = None) -> str:
         """What decides what the store will hold: options, contents and endings of files, not their names and times."""
         described = self.describe()
+        hashes = content_hashes((file["path"] for files in described["files"] for file in files), progress)
         options = described["options"] | {
             "sources": [source | {"files": []} for source in described["options"]["sources"]]
         }
-        files = [[_content(Path(file["path"])) for file in files] for files in described["files"]]
+        files = [[[_ending(file["path"]), hashes[file["path"]]] for file in files] for files in described["files"]]
         return fingerprint({"options": options, "files": files})
 
     def _options(self) -> dict[str, Any]:
@@ -106,6 +116,9 @@ class Task:
             "seed": self.seed if self.validation_fraction else None,
             "sequence_length": self.sequence_length if mindformers else None,
         }
+        if any(source.kind in ONLY["template"] for source in self.sources):
+            # Version 1, which had neither option, ignored the training flags of messages and fields beside them.
+            options |= {"version_of_messages": 2, "named_specials": tokenizer.named_specials}
         return json.loads(json.dumps(options))
 
 
@@ -114,12 +127,42 @@ def fingerprint(described: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _content(path: Path) -> list[str]:
-    """How a file is read, which its ending says, and what it holds."""
-    ending = ENDING.search(path.name.lower())
+def content_hashes(paths: Iterable[str], progress: Stages | None = None) -> dict[str, str]:
+    """SHA-256 of what each of the files holds, read by several threads; raises UserError if one cannot be read."""
+    paths = list(dict.fromkeys(paths))
+    total, done = 0, 0
+    lock, stop = threading.Lock(), threading.Event()
+
+    def read(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            if progress is not None:
+                progress(done, total, "reading")
+
+    def hashed(path: str) -> str:
+        try:
+            with reading(Path(path)):
+                return content_hash(Path(path), stop.is_set, read)
+        except BaseException:
+            stop.set()  # the others are not read to their ends
+            raise
+
+    for path in paths:
+        with reading(Path(path)):
+            total += Path(path).stat().st_size
+    with ThreadPoolExecutor(HASHING_THREADS, thread_name_prefix="camelid-hash") as pool:
+        try:
+            return dict(zip(paths, pool.map(hashed, paths), strict=True))
+        finally:
+            stop.set()  # where this is interrupted
+
+
+def _ending(path: str) -> str:
+    """The part of a file's name that decides how it is read."""
+    ending = ENDING.search(Path(path).name.lower())
     assert ending is not None  # it may be empty
-    with reading(path):
-        return [ending[0], content_hash(path)]
+    return ending[0]
 
 
 def _about(path: Path) -> dict[str, Any]:

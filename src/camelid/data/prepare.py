@@ -20,7 +20,7 @@ import numpy as np
 from camelid.data.config import Source
 from camelid.data.examples import make_encoder
 from camelid.data.hashes import content_hash
-from camelid.data.parts import Piece, Progress, Task, fingerprint, make_parts, refuse_unguarded
+from camelid.data.parts import Piece, Progress, Task, content_hashes, fingerprint, make_parts, refuse_unguarded
 from camelid.data.sources import Tally, chunks, list_files, reading
 from camelid.data.store import (
     MANIFEST,
@@ -161,7 +161,8 @@ def _difference(prepared: Any, described: dict[str, Any]) -> str | None:
             return difference
     except (KeyError, TypeError, AttributeError):
         return "does not say from what"
-    now = [[(file["path"], _hash(file["path"])) for file in files] for files in described["files"]]
+    hashes = content_hashes(file["path"] for files in described["files"] for file in files)
+    now = [[(file["path"], hashes[file["path"]]) for file in files] for files in described["files"]]
     if [[sha256 for _, sha256 in files] for files in before] == [[sha256 for _, sha256 in files] for files in now]:
         return None
     was, is_now = (dict(itertools.chain.from_iterable(groups)) for groups in (before, now))
@@ -169,11 +170,6 @@ def _difference(prepared: Any, described: dict[str, Any]) -> str | None:
         return f"{path} {'is gone from' if path in was else 'came to'} its sources"
     changed = (f"{path} has changed" for path, sha256 in is_now.items() if was[path] != sha256)
     return next(changed, "the order of its files is another")
-
-
-def _hash(path: str) -> str:
-    with reading(Path(path)):
-        return content_hash(Path(path))
 
 
 def _changed_option(before: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -291,12 +291,15 @@ def map_array(path: Path, dtype: np.dtype, count: int, at_random: bool = False) 
     return np.frombuffer(mapped, dtype)
 
 
-def hash_file(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
-    """SHA-256 of a file; of some of it, where it is stopped."""
+def hash_file(
+    path: Path, stopped: Callable[[], bool] = lambda: False, read: Callable[[int], None] = lambda size: None
+) -> str:
+    """SHA-256 of a file; of some of it, where it is stopped. `read` is called with the size of each block."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while not stopped() and (data := file.read(2**20)):
             sha.update(data)
+            read(len(data))
     return sha.hexdigest()
 
 

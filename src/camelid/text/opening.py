@@ -42,6 +42,8 @@ class Opened:
     """The token that is put in front of a text if the caller does not say otherwise."""
     eos_ids: tuple[int, ...] = ()
     """Ids that end a text by the vocabulary's own file."""
+    by_file_alone: bool = False
+    """Whether the vocabulary's file alone gives the same ids: no file beside it adds tokens or changes the pipeline."""
     notes: tuple[str, ...] = ()
 
 
@@ -87,11 +89,13 @@ def _from_json(file: Path) -> Opened:
             tokenizer.post_processor = given.post_processor
         declared = _with_defaults(declared, CLASSES[name].named)
         notes = _changed(file, name, held, json.loads(tokenizer.to_str()))
-    if _add(tokenizer, declared) or name != GENERIC:
+    added = _add(tokenizer, declared)
+    by_file_alone = not added if tokenizer is given else tokenizer.to_str() == given.to_str()
+    if not by_file_alone:
         serialized = tokenizer.to_str()
     bos, eos = _frame(file, tokenizer)
     notes += _switches(declared, bos, eos)
-    return Opened(TokenizersEngine(file, serialized), declared, bos, notes=notes)
+    return Opened(TokenizersEngine(file, serialized), declared, bos, by_file_alone=by_file_alone, notes=notes)
 
 
 def _from_vocab_and_merges(file: Path) -> Opened:
@@ -151,17 +155,24 @@ def _from_sentencepiece(file: Path) -> Opened:
         for key, token in (("bos", model.bos_id()), ("eos", model.eos_id()), ("unk", model.unk_id()))
         if token >= 0
     }
+    special_pieces = _special_pieces(pieces)
     declared = _with_defaults(declared, own if kind is None else {**kind.named, **own})
     if declared.extra is None:
-        declared = dataclasses.replace(declared, extra=_special_pieces(pieces))
+        declared = dataclasses.replace(declared, extra=special_pieces)
     if not is_bpe(pieces):
         return _by_sentencepiece(file, model, declared)
-    if kind is None or pieces.remove_extra_whitespaces or not pieces.add_dummy_prefix:
-        tokenizer = like_sentencepiece(pieces)
-    else:
-        tokenizer = kind.build(vocabulary_of(pieces), declared.config)
+    # The classes of transformers do not read how a model treats spaces.
+    build = None if kind is None or pieces.remove_extra_whitespaces or not pieces.add_dummy_prefix else kind.build
+    tokenizer = like_sentencepiece(pieces) if build is None else build(vocabulary_of(pieces), declared.config)
     opened = _with_switches(file, tokenizer, declared, adds_bos="bos_token" in own)
-    return dataclasses.replace(opened, notes=(*opened.notes, *_unlike_transformers(declared, kind is None, pieces)))
+    # Without the files beside it, these would be the added tokens; all of them are pieces, which have ids already.
+    own_tokens = _with_defaults(Declared(file.parent, extra=special_pieces), own).new_tokens(())
+    added = tokenizer.get_added_tokens_decoder().values()
+    return dataclasses.replace(
+        opened,
+        by_file_alone=build is None and set(map(repr, added)) == set(map(repr, own_tokens)),
+        notes=(*opened.notes, *_unlike_transformers(declared, kind is None, pieces)),
+    )
 
 
 def _by_sentencepiece(file: Path, model: Any, declared: Declared) -> Opened:

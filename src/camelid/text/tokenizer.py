@@ -54,8 +54,11 @@ class Tokenizer:
     """Whether the checkpoint itself puts BOS in front of a text."""
     files: tuple[Path, ...]
     """The tokenizer's files beside each other, for a conversion to carry along."""
-    fingerprint: str
+    vocabulary_hash: str
     """SHA-256 of the file that holds the vocabulary."""
+    fingerprint: str
+    """Equal for tokenizers of equal ids: `vocabulary_hash` where that file alone decides them, else a SHA-256 of the
+    vocabulary, the pipeline and all added tokens."""
     chat_templates: dict[str, str]
     """The checkpoint's templates, in jinja, by name; the one for chats is `default`."""
     named_specials: dict[str, str]
@@ -169,6 +172,7 @@ def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
     listed = [_listed(folder / name) for name in (GENERATION, "config.json")]
     eos_ids = _eos_ids(opened, *listed)
     files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    vocabulary_hash = hashlib.sha256(file.read_bytes()).hexdigest()
     return Tokenizer(
         engine=engine,
         vocab_size=engine.vocab_size,
@@ -176,7 +180,8 @@ def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
         eos_ids=eos_ids,
         adds_bos=opened.bos is not None and bos_id is not None,
         files=files if file in files else (file, *files),
-        fingerprint=hashlib.sha256(file.read_bytes()).hexdigest(),
+        vocabulary_hash=vocabulary_hash,
+        fingerprint=_fingerprint(opened, vocabulary_hash),
         chat_templates=_chat_templates(folder, dict(declared.config)),
         named_specials=_named_specials(engine, declared, bos_id, eos_ids),
         notes=opened.notes,
@@ -234,6 +239,13 @@ def portable(companions: Sequence[Path], folder: Path, *, keep_ranks: bool = Fal
     written[0].write_text(tokenizer.engine.serialized, "utf-8")
     written[1].write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
     return [*(file for file in companions if file is not model and file.name != CONFIG), *written]
+
+
+def _fingerprint(opened: Opened, vocabulary_hash: str) -> str:
+    # Nothing changes how sentencepiece itself encodes.
+    if opened.by_file_alone or isinstance(opened.engine, SentencePieceEngine):
+        return vocabulary_hash
+    return hashlib.sha256(opened.engine.serialized.encode()).hexdigest()
 
 
 def _eos_ids(opened: Opened, generation: Sequence[int], model: Sequence[int]) -> tuple[int, ...]:

@@ -57,15 +57,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def tokenizing(every: float = 10.0) -> Callable[[int, int], None]:
-    """Hears of bytes done and bytes in all; says so on standard error every so many seconds."""
+def tokenizing(every: float = 10.0) -> Callable[..., None]:
+    """Prints the stage, the share of the bytes that is done, and the bytes in all to standard error every so often.
+
+    `every` is in seconds. The result is called with bytes done, bytes in all and, optionally, the stage's name.
+    """
     said = time.monotonic()
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, stage: str = "tokenizing", /) -> None:
         nonlocal said
         if (now := time.monotonic()) - said >= every:
             said = now
-            print(f"tokenizing the text: {done / max(1, total):.0%} of {total / 1e6:,.0f} MB", file=sys.stderr)
+            print(f"{stage} the text: {done / max(1, total):.0%} of {total / 1e6:,.0f} MB", file=sys.stderr)
 
     return progress
 
