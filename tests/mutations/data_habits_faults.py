@@ -19,7 +19,7 @@ FAULTS = (
     Fault(
         "an option's home folder is a folder named ~",
         "cli/shared.py",
-        "instance_from_str=lambda words: Path(expand_home(words[0]))",
+        "instance_from_str=lambda words: named_path(words[0])",
         "instance_from_str=lambda words: Path(words[0])",
         f"{INPUTS}test_python_and_the_command_line_take_paths_below_home",
     ),

@@ -30,8 +30,8 @@ FAULTS = (
     Fault(
         "distributed: a chunk may lie in a file outside of the folder",
         "checkpoint/dcp.py",
-        r'r"[\w.-]+\.distcp"',
-        r'r".*\.distcp"',
+        r'rf"[\w.-]+{re.escape(DISTRIBUTED)}"',
+        r'rf".*{re.escape(DISTRIBUTED)}"',
         f"{DAMAGE}[a file outside of the folder]",
     ),
     Fault(

@@ -1004,7 +1004,7 @@ FAULTS = (
     Fault(
         "a link to a destination is replaced",
         "checkpoint/folder.py",
-        "Path(os.path.realpath(expand_home(destination)))",
+        "Path(os.path.realpath(named_path(destination)))",
         "destination.absolute()",
         "checkpoint/test_folder.py::test_a_link_is_written_where_it_leads[True]",
     ),

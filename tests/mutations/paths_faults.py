@@ -132,7 +132,7 @@ FAULTS = (
     Fault(
         "any folder with a config.json is a checkpoint",
         REPLACES,
-        'if "model_type" not in _read(folder / CONFIG) or not weights:',
+        'if "model_type" not in _read(folder / CONFIG) or not found:',
         'if "model_type" not in _read(folder / CONFIG):',
         f"{REPLACING}test_a_folder_that_is_not_a_checkpoint_is_refused_with_a_list",
     ),

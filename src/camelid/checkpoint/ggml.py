@@ -71,7 +71,7 @@ def quantise(values: np.ndarray, kind: str) -> np.ndarray:
         if not np.isfinite(values).all():
             raise UserError(
                 f"a tensor has infinite or NaN values, which {kind} cannot hold",
-                "The checkpoint is damaged, or its training diverged: `camelid convert MODEL --check` names the tensor.",
+                "Use another checkpoint; `camelid convert MODEL --check` names the tensor.",
             )
         raise UserError(f"a tensor has numbers that {kind} cannot hold", "Save it in float32 or bfloat16.")
     raw = np.concatenate([scale.view(np.uint8), packed], 1)
