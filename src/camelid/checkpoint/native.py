@@ -24,10 +24,13 @@ from camelid.checkpoint.stored import (
     newest,
     open_arrays,
     outline,
+    steps_in,
+    whole_steps_beside,
 )
 from camelid.errors import UserError
-from camelid.parallel.hosts import any_true, is_main
+from camelid.parallel.hosts import any_true, decided, is_main
 
+REMOVED = ".orbax-checkpoint-tmp"  # after the name of a checkpoint that is being removed; Orbax removes what is left
 MORE_SPACE = "Free some space; the same command goes on from the checkpoint before."
 
 
@@ -65,7 +68,7 @@ class RunCheckpoints:
         Raises UserError if the disk is full, if a value of the state is infinite or NaN, or if the checkpoint before
         was not written completely; the checkpoints before that one are kept.
         """
-        if step == self.latest():
+        if step == decided(self.latest):
             return
         checksums, not_finite = survey(state)
         if not_finite:
@@ -77,7 +80,7 @@ class RunCheckpoints:
             self._settle()  # also, what is still being written is not yet missing from the free space
             manager = self._manager
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            if (free := shutil.disk_usage(self._folder).free) < need:
+            if (free := decided(lambda: shutil.disk_usage(self._folder).free)) < need:
                 raise UserError(
                     f"{self._folder} has {in_units(free)} free, and a checkpoint of {in_units(need)} is due",
                     MORE_SPACE,
@@ -91,20 +94,30 @@ class RunCheckpoints:
         if self._written is None:
             return
         self._manager.wait_until_finished()
-        step, expected = self._written
-        damage = find_damage(self._folder, step, expected) if is_main() else None
-        if any_true(damage is not None):
-            others = [str(other) for other in self._manager.all_steps() if other != step]
-            kept = f"it goes on from step {others[-1]}" if others else "it begins anew"
-            raise UserError(
-                f"the checkpoint of step {step} in {self._folder} was not written completely"
-                + (f": {damage}" if damage else ""),
-                f"Check the disk, remove {self._folder / str(step)}, and start the same command again: {kept}.",
-            )
+        written = self._written
+        decided(lambda: self._verify(*written))
         self._written = None
-        for old in sorted(self._manager.all_steps())[: -self._keep]:
-            if (self._folder / str(old) / ITEM).is_dir():  # otherwise it is not a checkpoint
-                self._manager.delete(old)
+        if is_main():
+            self._remove_old()
+
+    def _verify(self, step: int, expected: Outline) -> None:
+        """Raises UserError if the checkpoint of a step does not hold the arrays of `expected`."""
+        if (damage := find_damage(self._folder, step, expected)) is None:
+            return
+        others = [str(other) for other in steps_in(self._folder) if other != step]
+        kept = f"it goes on from step {others[-1]}" if others else "it begins anew"
+        raise UserError(
+            f"the checkpoint of step {step} in {self._folder} was not written completely: {damage}",
+            f"Check the disk, remove {self._folder / str(step)}, and start the same command again: {kept}.",
+        )
+
+    def _remove_old(self) -> None:
+        """Removes all checkpoints but the newest; the main process alone calls this."""
+        for old in steps_in(self._folder)[: -self._keep]:
+            place = self._folder / str(old)
+            if (place / ITEM).is_dir():  # otherwise it is not a checkpoint
+                # A checkpoint never lacks a part while it has its name; what a killed process left is removed later.
+                shutil.rmtree(place.rename(place.with_name(f"{old}{REMOVED}")))
 
     def way_on(self) -> str:
         """What to do after training ended with infinite or NaN values, for messages."""
@@ -132,12 +145,12 @@ class RunCheckpoints:
         except Damage as error:
             problem = str(error)
         if any_true(problem is not None):
-            raise damaged(place, problem or "another process cannot read its part", resuming=True)
+            raise _not_resumed(place, problem or "another process cannot read its part")
         checksums, not_finite = survey(state)
         if odd := [name for name, array in arrays.items() if array.checksum not in (None, checksums[name])]:
-            raise damaged(place, f"{odd[0]} {CHANGED}", resuming=True)
+            raise _not_resumed(place, f"{odd[0]} {CHANGED}")
         if not_finite:
-            raise damaged(place, f"infinite or NaN values in {described(not_finite)}", resuming=True)
+            raise _not_resumed(place, f"infinite or NaN values in {described(not_finite)}")
         return state
 
     def wait(self) -> None:
@@ -160,6 +173,11 @@ def _full_disk_told(folder: Path) -> Iterator[None]:
         if "No space left" not in str(error):
             raise
         raise UserError(f"the disk of {folder} is full", MORE_SPACE) from error
+
+
+def _not_resumed(place: Path, problem: str) -> UserError:
+    """The error for a step that is damaged. The main process reads the others meanwhile; every process calls this."""
+    return damaged(place, problem, decided(lambda: whole_steps_beside(place)), resuming=True)
 
 
 def _check_same(step: int, theirs: Outline, ours: Outline) -> None:

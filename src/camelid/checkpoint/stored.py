@@ -25,7 +25,6 @@ from camelid.checkpoint.integrity import checksum, count_not_finite, described, 
 from camelid.checkpoint.layout import aligned, cuts
 from camelid.checkpoint.tensors import Index, Tensor, cast
 from camelid.errors import UserError
-from camelid.parallel.hosts import is_main
 
 ITEM = "default"  # the folder, in that of a step, in which Orbax keeps the state
 METADATA, CHECKSUMS = "_CHECKPOINT_METADATA", "checksums"  # Orbax's file about a step, and our entry in it
@@ -66,7 +65,7 @@ class Stored(Tensor):
                 _ = self.not_finite
             self._read(held, index)
         except Damage as error:
-            raise damaged(self.file, str(error)) from error
+            raise damaged(self.file, str(error), whole_steps_beside(self.file)) from error
         if held is not out:
             cast(self, held, out)
 
@@ -130,7 +129,7 @@ def open_step(folder: Path, step: int) -> Mapping[str, Tensor]:
     try:
         return open_arrays(place)
     except Damage as error:
-        raise damaged(place, str(error)) from error
+        raise damaged(place, str(error), whole_steps_beside(place)) from error
 
 
 def open_arrays(place: Path) -> dict[str, Stored]:
@@ -165,13 +164,14 @@ def _saved_checksums(place: Path) -> dict[str, int]:
 # Damage -----------------------------------------------------------------------------------
 
 
-def damaged(place: Path, problem: str, resuming: bool = False) -> UserError:
-    """The error for a step that is damaged, with the other steps of the run that are whole.
+def whole_steps_beside(place: Path) -> list[int]:
+    """The other steps of a run that are whole, the newest first. Reads all of them, which may take minutes."""
+    others = [step for step in reversed(steps_in(place.parent)) if step != int(place.name)]
+    return [step for step in others if verify_step(place.parent / str(step)) is None]
 
-    The main process reads all of these, which may take minutes.
-    """
-    others = [step for step in steps_in(place.parent) if step != int(place.name)] if is_main() else []
-    whole = [step for step in reversed(others) if verify_step(place.parent / str(step)) is None]
+
+def damaged(place: Path, problem: str, whole: list[int], resuming: bool = False) -> UserError:
+    """The error for a step that is damaged, where the steps `whole` of the same run are not."""
     if not whole:
         advice = "No other step of this run is whole: copy the folder again, or begin another run."
     elif resuming:
