@@ -72,7 +72,7 @@ def test_an_init_on_the_hub_is_not_asked_for(tmp_path: Path, base: Path, monkeyp
     table = finetuning(tmp_path / "run", base) | {"init": "somebody/something"}
     with monkeypatch.context() as patch:
         opened = camelid.parts.open_checkpoint
-        patch.setattr(camelid.parts, "open_checkpoint", lambda path, config: opened(base, config=config))
+        patch.setattr(camelid.parts, "open_checkpoint", lambda path, **options: opened(base, **options))
         assert train(tmp_path, table, 2).returncode == 0
     done = train(tmp_path, table, 4)
     assert done.returncode == 0, done.stderr
