@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "api": "text generate checkpoint model parallel inputs",
     "describe": "checkpoint model parallel inputs",
     "recipe": "*",
-    "resume": "recipe parallel locks",
+    "resume": "recipe parallel locks checkpoint.stored",
     "parts": "*",
     "run": "*",
     "demo": "*",

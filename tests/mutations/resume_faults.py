@@ -186,7 +186,7 @@ FAULTS = (
     # The schedule
     Fault(
         "more steps stretch the schedule",
-        "resume.py",
+        "recipe.py",
         "    if steps is None and kept is not None:",
         "    if False:",
         f"{SCHEDULE}test_more_steps_keep_the_schedule_and_say_so_once",
