@@ -16,12 +16,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from camelid.api import Model, load_params
-from camelid.checkpoint import layout
+from camelid.checkpoint import stored
 from camelid.checkpoint.folder import check_free
 from camelid.checkpoint.integrity import described, survey
 from camelid.checkpoint.native import RunCheckpoints
 from camelid.checkpoint.opened import Checkpoint, Training
-from camelid.checkpoint.stored import steps_in
 from camelid.checkpoint.tensors import Tensor
 from camelid.data.batch import Batch
 from camelid.data.loader import Loader, prefetched
@@ -104,7 +103,7 @@ def _step_to_resume(folder: Path, recipe: Recipe, begun: bool, from_step: int | 
 
     Raises UserError where it has checkpoints now and had none before, or the other way round: `begun` says.
     """
-    steps = steps_in(folder / STEPS)
+    steps = stored.steps_in(folder / STEPS)
     if bool(steps) != begun:
         changed = "are gone" if begun else "were made"
         raise UserError(
@@ -127,7 +126,7 @@ def _step_to_resume(folder: Path, recipe: Recipe, begun: bool, from_step: int | 
 def _set_later_aside(folder: Path, step: int) -> Path | None:
     """Moves the checkpoints of later steps to a new folder, and returns that; every process calls this."""
     steps = folder / STEPS
-    later = [other for other in steps_in(steps) if other > step] if is_main() else []
+    later = [other for other in stored.steps_in(steps) if other > step] if is_main() else []
     aside = new_aside(folder) if later else None
     for other in reversed(later):
         assert aside is not None
@@ -264,7 +263,7 @@ def from_checkpoint(source: Checkpoint, training: Training | None, trainer: Trai
     step, mu, nu = training.step, training.mu, training.nu
 
     def moments(tensors: Mapping[str, Tensor], like: Any) -> Any:
-        arrays = layout.load(source.table, tensors, named(like))
+        arrays = stored.load(source.table, tensors, named(like))
         return build(specs, [arrays[path] for path in named(specs)])
 
     def taken(part: Any) -> Any:

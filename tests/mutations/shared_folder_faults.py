@@ -14,18 +14,19 @@ FAULTS = (
         OLD,
     ),
     Fault(
-        "each process decides whether a run has begun",
-        "resume.py",
-        "text = decided(lambda: _kept_text(folder))",
-        "text = _kept_text(folder)",
-        OLD,
-    ),
-    Fault(
         "processes other than the main one say that no step is whole",
         "checkpoint/native.py",
         "decided(lambda: whole_steps_beside(place))",
         "whole_steps_beside(place) if is_main() else []",
         f"{SHARED}test_both_processes_name_the_steps_that_are_whole",
+    ),
+    Fault(
+        "the arrays of a run are read twice",
+        "checkpoint/stored.py",
+        "if not arrays or any(",
+        "if True or any(",
+        "checkpoint/test_run_folder.py::"
+        "test_each_device_reads_its_part_once_and_what_changed_on_the_disk_is_seen[one device]",
     ),
     Fault(
         "a run whose checkpoints vanish begins anew",

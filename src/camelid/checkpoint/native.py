@@ -12,7 +12,6 @@ import orbax.checkpoint as ocp
 from camelid.checkpoint.folder import in_units
 from camelid.checkpoint.integrity import described, path_name, survey
 from camelid.checkpoint.stored import (
-    CHANGED,
     CHECKSUMS,
     ITEM,
     Address,
@@ -22,13 +21,15 @@ from camelid.checkpoint.stored import (
     find_damage,
     how_cut,
     newest,
+    on_devices,
     open_arrays,
     outline,
     steps_in,
+    together,
     whole_steps_beside,
 )
 from camelid.errors import UserError
-from camelid.parallel.hosts import any_true, decided, is_main
+from camelid.parallel.hosts import decided, is_main
 
 REMOVED = ".orbax-checkpoint-tmp"  # after the name of a checkpoint that is being removed; Orbax removes what is left
 MORE_SPACE = "Free some space; the same command goes on from the checkpoint before."
@@ -136,22 +137,19 @@ class RunCheckpoints:
         Raises UserError if the step is damaged, or of other shapes or dtypes.
         """
         place = self._folder / str(step)
-        arrays, state, problem = {}, None, None
+        targets = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(target)}
         try:
-            arrays = open_arrays(place)
+            arrays = together(lambda: open_arrays(place))
             theirs = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
             _check_same(step, theirs, outline(target))
-            state = jax.tree.map_with_path(lambda path, leaf: arrays[path_name(path)].on_devices(leaf), target)
+            restored, not_finite = on_devices(arrays, targets)
+            if not_finite:
+                raise Damage(f"infinite or NaN values in {described(not_finite)}")
         except Damage as error:
-            problem = str(error)
-        if any_true(problem is not None):
-            raise _not_resumed(place, problem or "another process cannot read its part")
-        checksums, not_finite = survey(state)
-        if odd := [name for name, array in arrays.items() if array.checksum not in (None, checksums[name])]:
-            raise _not_resumed(place, f"{odd[0]} {CHANGED}")
-        if not_finite:
-            raise _not_resumed(place, f"infinite or NaN values in {described(not_finite)}")
-        return state
+            # Every process is here, and the main one reads the other steps for all.
+            whole = decided(lambda: whole_steps_beside(place))
+            raise damaged(place, str(error), whole, resuming=True) from error
+        return jax.tree.map_with_path(lambda path, _: restored[path_name(path)], target)
 
     def wait(self) -> None:
         """Returns when everything is on disk and verified; raises UserError as `save` does."""
@@ -173,11 +171,6 @@ def _full_disk_told(folder: Path) -> Iterator[None]:
         if "No space left" not in str(error):
             raise
         raise UserError(f"the disk of {folder} is full", MORE_SPACE) from error
-
-
-def _not_resumed(place: Path, problem: str) -> UserError:
-    """The error for a step that is damaged. The main process reads the others meanwhile; every process calls this."""
-    return damaged(place, problem, decided(lambda: whole_steps_beside(place)), resuming=True)
 
 
 def _check_same(step: int, theirs: Outline, ours: Outline) -> None:
