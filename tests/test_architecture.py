@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "api": "text generate checkpoint model parallel inputs interrupts",
     "describe": "checkpoint model parallel inputs",
     "recipe": "*",
-    "resume": "recipe parallel locks atomic",
+    "resume": "recipe parallel locks checkpoint.stored atomic",
     "parts": "*",
     "run": "*",
     "demo": "*",

@@ -16,7 +16,7 @@ import camelid
 from camelid import cli
 from camelid.cli.shared import print_json
 from camelid.errors import UserError
-from camelid.recipe import read_recipe
+from camelid.recipe import completed, read_recipe, write_recipe
 from runs import TIMEOUT_S, assert_refused, called, command, tiny_run, words, write_recipe_file
 
 ESCAPE = "\x1b"
@@ -249,7 +249,8 @@ def test_the_printed_recipe_is_the_recipe(recipe: Path, tmp_path: Path):
     printed = called("train", recipe, "--print-recipe", *overrides)
     assert (printed.returncode, printed.stderr) == (0, "")
     (tmp_path / "again.toml").write_text(printed.stdout)
-    assert read_recipe(tmp_path / "again.toml") == read_recipe(recipe, overrides)
+    assert printed.stdout == write_recipe(completed(read_recipe(recipe, overrides), None))
+    assert read_recipe(tmp_path / "again.toml") == completed(read_recipe(recipe, overrides), None)
     assert read_recipe(tmp_path / "again.toml").train.steps == 9
     assert not (tmp_path / "run").exists()
 

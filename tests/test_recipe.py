@@ -23,7 +23,9 @@ from camelid.model.config import (
     YarnScaling,
 )
 from camelid.model.presets import PRESETS, preset
-from camelid.recipe import Recipe, read_recipe, structure, write_recipe
+from camelid.recipe import Recipe, completed, read_recipe, structure, write_recipe
+from camelid.resume import check_folder, kept_recipe
+from runs import called
 
 MODEL = {
     "vocab_size": 512,
@@ -261,18 +263,25 @@ def test_the_page_on_recipes_lists_every_field():
 
 
 def test_a_run_goes_on_with_the_packing_that_it_began_with(tmp_path: Path):
+    def packing(*overrides: str) -> str | None:
+        recipe = read_recipe(file, overrides)
+        return completed(recipe, kept_recipe(Path(recipe.run))).data.packing_method
+
     chats = {**DATA, "train": [{"files": "a.jsonl", "kind": "chat"}]}
     file, run = tmp_path / "recipe.toml", tmp_path / "run"
     file.write_text(tomli_w.dumps(table(run=str(run), data=chats)))
-    assert read_recipe(file).data.packing == "best_fit"
+    assert packing() == "best_fit"
     run.mkdir()
     (run / "recipe.toml").write_text(tomli_w.dumps(table(run=str(run), data=chats | {"packing": "stream"})))
-    assert read_recipe(file).data.packing == "best_fit", "it has not begun"
+    assert packing() == "best_fit", "it has not begun"
     (run / "checkpoints" / "10").mkdir(parents=True)
-    assert read_recipe(file).data.packing == "stream"
-    assert read_recipe(file, ["--data.packing", "none"]).data.packing == "none"
-    assert read_recipe(file, ["--run", str(tmp_path / "other")]).data.packing == "best_fit"
-    assert 'packing = "stream"' in write_recipe(read_recipe(file)), "a resolved recipe says which it is"
+    assert packing() == "stream"
+    assert packing("--data.packing", "none") == "none"
+    assert packing("--run", str(tmp_path / "other")) == "best_fit"
+    assert 'packing = "stream"' in called("train", file, "--print-recipe").stdout, "a resolved recipe says which it is"
+    check_folder(run, completed(read_recipe(file), kept_recipe(run)))
+    with pytest.raises(UserError, match=r"data\.packing = 'stream' there, 'none' here"):
+        check_folder(run, read_recipe(file, ["--data.packing", "none"]))
 
 
 # Home folders, and how the file is encoded ----------------------------------------------

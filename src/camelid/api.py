@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from camelid.checkpoint import layout
+from camelid.checkpoint import layout, stored
 from camelid.checkpoint.files import WORKERS
 from camelid.checkpoint.formats import files_of, open_checkpoint, write_checkpoint
 from camelid.checkpoint.opened import Checkpoint, Saving
@@ -244,7 +244,7 @@ def load_params(checkpoint: Checkpoint, compute: Compute, mesh: Mesh) -> Decoder
     """The parameters of an opened checkpoint, in Compute.param_dtype, each device's part read for that device."""
     specs = declare_decoder(checkpoint.config)
     targets = named(abstract(specs, jnp.dtype(compute.param_dtype), mesh, compute.replicate))
-    arrays = layout.load(checkpoint.table, checkpoint.tensors, targets)
+    arrays = stored.load(checkpoint.table, checkpoint.tensors, targets)
     return build(specs, [arrays[path] for path in named(specs)])
 
 

@@ -24,7 +24,7 @@ from camelid.model.params import map_specs
 from camelid.parallel.hosts import is_main, main_first
 from camelid.parallel.rules import check_divides
 from camelid.recipe import Recipe
-from camelid.resume import FILES, Data, has_begun, kept_data
+from camelid.resume import FILES, Data, kept_data
 from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
@@ -84,13 +84,12 @@ class Parts:
         return stores | {FILES: _text_files((*config.train, *config.validation))}
 
 
-def prepare(recipe: Recipe, mesh: Mesh) -> Parts:
+def prepare(recipe: Recipe, mesh: Mesh, begun: bool = False) -> Parts:
     """Opens and checks everything that a recipe names, and writes nothing but prepared text in the cache.
 
-    A run that has begun needs nothing but its own folder, and the text or the stores that were prepared from it.
+    A run that has `begun` needs nothing but its own folder, and the text or the stores that were prepared from it.
     Raises UserError for what is missing, damaged or does not fit together.
     """
-    begun = has_begun(Path(recipe.run))
     source, config, inherited = _model(recipe, begun)
     if source is not None and recipe.init_optimizer and not begun:
         _check_training(source, recipe)

@@ -1,7 +1,6 @@
 """A recipe: which run it is. Strict TOML, with dotted overrides."""
 
 import builtins
-import contextlib
 import dataclasses
 import difflib
 import tomllib
@@ -88,7 +87,6 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path} is not TOML: {error}", "docs/recipes.md shows one.") from error
     for key, text in _pairs(overrides):
         _lay_over(table, key, _value(text, _type_of(key)))
-    _keep_packing(table)
     return structure(table)
 
 
@@ -107,6 +105,25 @@ def write_recipe(recipe: Recipe) -> str:
     import tomli_w
 
     return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
+
+
+def completed(recipe: Recipe, kept: Recipe | None) -> Recipe:
+    """The recipe of a run that goes on by the recipe `kept`, or begins where that is None, with what it leaves out.
+
+    These are taken from `kept`, because their defaults may be others now:
+
+    - `optimizer.decay_steps`, so that a run which is asked for more steps keeps its learning rates. It stays None where
+      it is `train.steps`.
+    - `data.packing`, whose default was `stream` for all kinds of sources when some runs began.
+    """
+    steps, data = recipe.optimizer.decay_steps, recipe.data
+    if steps is None and kept is not None:
+        steps = kept.optimizer.decay_steps or kept.train.steps
+    optimizer = dataclasses.replace(recipe.optimizer, decay_steps=None if steps == recipe.train.steps else steps)
+    if data.packing is None:
+        method = (data if kept is None else kept.data).packing_method
+        data = dataclasses.replace(data, packing=method)
+    return dataclasses.replace(recipe, optimizer=optimizer, data=data)
 
 
 def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -170,20 +187,6 @@ def _arms(hint: Any) -> Iterator[Any]:
             yield from _arms(arm)
     else:
         yield hint
-
-
-def _keep_packing(table: dict) -> None:
-    """Takes data.packing from the recipe of a run that goes on, where it is left out.
-
-    The default was `stream` for all kinds of sources when some runs began, and what their rows are may not change.
-    """
-    run, data = table.get("run"), table.get("data")
-    if not isinstance(run, str) or not isinstance(data, dict) or "packing" in data:
-        return
-    folder = Path(expand_home(run))
-    if any(file.name.isdigit() for file in folder.glob("checkpoints/*")):
-        with contextlib.suppress(OSError, ValueError, LookupError):
-            data["packing"] = tomllib.loads((folder / "recipe.toml").read_text("utf-8"))["data"]["packing"]
 
 
 def _lay_over(table: dict, key: str, value: Any) -> None:

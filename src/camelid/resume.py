@@ -1,7 +1,6 @@
 """The folder of a run: one process trains in it at a time, and only by the recipe that began it."""
 
 import contextlib
-import dataclasses
 import json
 import shutil
 import tomllib
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from camelid.atomic import write_atomically
+from camelid.checkpoint.stored import steps_in
 from camelid.errors import UserError
 from camelid.locks import LOCK, locked, no_empty_folders
-from camelid.parallel.hosts import is_main, wait_for_all
-from camelid.recipe import Recipe, structure, write_recipe
+from camelid.parallel.hosts import decided, is_main, wait_for_all
+from camelid.recipe import Recipe, completed, structure, write_recipe
 
 FREE = {
     f"train.{name}"
@@ -22,6 +22,8 @@ FREE = {
 """The fields that may change when a run goes on, beside the mesh. A folder may have been moved since."""
 
 
+STEPS = "checkpoints"
+"""The folder of the checkpoints."""
 DATA = "data.json"
 """The file that describes what the batches were made of."""
 FILES = "files"
@@ -30,29 +32,22 @@ FILES = "files"
 
 def has_begun(folder: Path) -> bool:
     """Whether a run has checkpoints to go on from."""
-    return any(file.name.isascii() and file.name.isdigit() and file.is_dir() for file in folder.glob("checkpoints/*"))
+    return bool(steps_in(folder / STEPS))
 
 
 def kept_recipe(folder: Path) -> Recipe | None:
-    """The recipe of a run that has checkpoints; None for a run that has none yet."""
+    """The recipe of a run that has checkpoints; None for a run that has none yet. Every process calls this."""
+    text = decided(lambda: _kept_text(folder))
+    return None if text is None else structure(tomllib.loads(text))
+
+
+def _kept_text(folder: Path) -> str | None:
     kept = folder / "recipe.toml"
-    return structure(tomllib.loads(kept.read_text("utf-8"))) if kept.is_file() and has_begun(folder) else None
-
-
-def with_schedule(recipe: Recipe, kept: Recipe | None) -> Recipe:
-    """The recipe with the `decay_steps` that the run began with, unless it says its own; None where it is train.steps.
-
-    So a run that is asked for more steps keeps its learning rates.
-    """
-    steps = recipe.optimizer.decay_steps
-    if steps is None and kept is not None:
-        steps = kept.optimizer.decay_steps or kept.train.steps
-    optimizer = dataclasses.replace(recipe.optimizer, decay_steps=None if steps == recipe.train.steps else steps)
-    return dataclasses.replace(recipe, optimizer=optimizer)
+    return kept.read_text("utf-8") if kept.is_file() and has_begun(folder) else None
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Refuses a folder of something else, and a run that has begun with another recipe."""
+    """Refuses a folder of something else, and a run that has begun with another recipe, which must be `completed`."""
     kept = folder / "recipe.toml"
     if not _is_utf8(str(folder)):
         raise UserError(f"{str(folder)!a} is not UTF-8, as the names in recipe.toml are", "Choose another --run.")
@@ -62,8 +57,10 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise UserError(f"{folder} holds something else than a run", "Choose another folder with --run.")
         return
-    before = kept_recipe(folder)
-    if before is not None and (changed := _changed(write_recipe(before), write_recipe(recipe))):
+    if (text := _kept_text(folder)) is None:
+        return
+    before = structure(tomllib.loads(text))
+    if changed := _changed(write_recipe(completed(before, None)), write_recipe(recipe)):
         raise UserError(
             f"{folder} holds a run with another recipe: {changed}",
             "Choose another --run, or start with the recipe that the folder keeps.",

@@ -16,12 +16,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from camelid.api import Model, load_params
-from camelid.checkpoint import layout
+from camelid.checkpoint import stored
 from camelid.checkpoint.folder import check_free
 from camelid.checkpoint.integrity import described, survey
 from camelid.checkpoint.native import RunCheckpoints
 from camelid.checkpoint.opened import Checkpoint, Training
-from camelid.checkpoint.stored import steps_in
 from camelid.checkpoint.tensors import Tensor
 from camelid.data.batch import Batch
 from camelid.data.loader import Loader, prefetched
@@ -29,12 +28,12 @@ from camelid.errors import UserError
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import count_parameters, peak_flops, training_flops
 from camelid.model.params import build, initialize, named
-from camelid.parallel.hosts import StopSignal, batch_ways, is_main, own_rows, place, to_host, wait_for_all
+from camelid.parallel.hosts import StopSignal, batch_ways, decided, is_main, own_rows, place, to_host, wait_for_all
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.parts import Parts, prepare
-from camelid.recipe import Recipe
-from camelid.resume import check_folder, claimed, kept_recipe, new_aside, record, with_schedule
+from camelid.recipe import Recipe, completed
+from camelid.resume import STEPS, check_folder, claimed, kept_recipe, new_aside, record
 from camelid.text.tokenizer import CHAT_TEMPLATE
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.loop import Callback, train
@@ -66,19 +65,19 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     """
     folder = Path(recipe.run).resolve()
     kept = kept_recipe(folder)
-    recipe = with_schedule(recipe, kept)
-    check_folder(folder, recipe)
+    recipe = completed(recipe, kept)
+    decided(lambda: check_folder(folder, recipe))
     mesh = make_mesh(recipe.mesh)
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
-        parts = prepare(recipe, mesh)
+        parts = prepare(recipe, mesh, begun=kept is not None)
         check_free(folder / "model", True, {"config.json": None, **parts.companions})
         with (
             claimed(folder, recipe, parts.data),
             contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
             contextlib.ExitStack() as ending,
         ):
-            resumed = _step_to_resume(folder, recipe, from_step)
+            resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))
             start = Start(_state(recipe, parts, checkpoints, resumed, mesh), resumed, kept)
             if from_step is not None:
                 start = replace(start, aside=_set_later_aside(folder, from_step))
@@ -99,9 +98,18 @@ class Start:
     """where checkpoints of later steps are now"""
 
 
-def _step_to_resume(folder: Path, recipe: Recipe, from_step: int | None) -> int | None:
-    """The step of the checkpoint that training goes on from; None for a run that begins."""
-    steps = steps_in(folder / "checkpoints")
+def _step_to_resume(folder: Path, recipe: Recipe, begun: bool, from_step: int | None) -> int | None:
+    """The step of the checkpoint that training goes on from; None for a run that begins.
+
+    Raises UserError where it has checkpoints now and had none before, or the other way round: `begun` says.
+    """
+    steps = stored.steps_in(folder / STEPS)
+    if bool(steps) != begun:
+        changed = "are gone" if begun else "were made"
+        raise UserError(
+            f"the checkpoints in {folder / STEPS} {changed} while this process started",
+            "Start the same command again when nothing else changes them.",
+        )
     if from_step is not None and from_step not in steps:
         have = f"It has checkpoints of steps {', '.join(map(str, steps))}." if steps else "It has no checkpoints yet."
         raise UserError(f"{folder} has no checkpoint of step {from_step}", have)
@@ -117,8 +125,8 @@ def _step_to_resume(folder: Path, recipe: Recipe, from_step: int | None) -> int 
 
 def _set_later_aside(folder: Path, step: int) -> Path | None:
     """Moves the checkpoints of later steps to a new folder, and returns that; every process calls this."""
-    steps = folder / "checkpoints"
-    later = [other for other in steps_in(steps) if other > step] if is_main() else []
+    steps = folder / STEPS
+    later = [other for other in stored.steps_in(steps) if other > step] if is_main() else []
     aside = new_aside(folder) if later else None
     for other in reversed(later):
         assert aside is not None
@@ -213,7 +221,7 @@ def _check_rows(recipe: Recipe, mesh: Mesh) -> None:
 
 
 def _checkpoints(folder: Path, recipe: Recipe) -> RunCheckpoints:
-    return RunCheckpoints(folder / "checkpoints", recipe.train.keep_checkpoints)
+    return RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints)
 
 
 def _state(recipe: Recipe, parts: Parts, checkpoints: RunCheckpoints, resumed: int | None, mesh: Mesh) -> TrainState:
@@ -255,7 +263,7 @@ def from_checkpoint(source: Checkpoint, training: Training | None, trainer: Trai
     step, mu, nu = training.step, training.mu, training.nu
 
     def moments(tensors: Mapping[str, Tensor], like: Any) -> Any:
-        arrays = layout.load(source.table, tensors, named(like))
+        arrays = stored.load(source.table, tensors, named(like))
         return build(specs, [arrays[path] for path in named(specs)])
 
     def taken(part: Any) -> Any:

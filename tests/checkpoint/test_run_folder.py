@@ -14,6 +14,7 @@ import pytest
 import tensorstore as ts
 from jax.sharding import Mesh
 
+from camelid.api import load_params
 from camelid.checkpoint import hf, run_folder, stored
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.folder import write_json
@@ -149,6 +150,28 @@ def test_any_slice_in_any_dtype_is_that_slice(sound: Path):
             out = np.empty(array[index].shape, dtype)
             tensor.read_into(out, index)
             np.testing.assert_array_equal(out, array[index].astype(dtype))
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "eight"])
+def test_each_device_reads_its_part_once_and_what_changed_on_the_disk_is_seen(
+    run: Path, monkeypatch: pytest.MonkeyPatch, mesh: MeshConfig | None
+):
+    read, bytes_read = stored.Stored._read, []
+
+    def counted(tensor: stored.Stored, out: np.ndarray, index: tuple[slice, ...]) -> None:
+        bytes_read.append(out.nbytes)
+        read(tensor, out, index)
+
+    monkeypatch.setattr(stored.Stored, "_read", counted)
+    params = load_params(open_checkpoint(run), Compute(), make_mesh(mesh) if mesh else one_device())
+    assert sum(bytes_read) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    for path, leaf in named(state_of(10, one_device()).params).items():
+        assert np.asarray(named(params)[path]).tobytes() == np.asarray(leaf).tobytes(), path
+    store = stored.open_arrays(run / "checkpoints" / "10")["params.layers.mlp.up_proj"].store
+    store[1, 2, 3].write(store[1, 2, 3].read().result() + 1).result()
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(UserError, match=r"layers\.mlp\.up_proj is not what was saved.*\nStep 2 is whole"):
+            load_params(open_checkpoint(run), Compute(param_dtype=dtype), make_mesh(mesh) if mesh else one_device())
 
 
 def test_the_newest_step_is_opened_or_the_one_that_is_asked_for(

@@ -80,12 +80,12 @@ def test_sources_with_prompts_are_packed_whole_unless_the_recipe_says_otherwise(
     text, given = Source(files=("b",)), Source(files=("a",), **source)
     sizes = {"sequence_length": 8, "batch_size": 2}
     default = "best_fit" if prompts else "stream"
-    assert DataConfig(train=(given,), **sizes).packing == default
-    assert DataConfig(train=(text, given), **sizes).packing == default, "one way for all rows of a mixture"
-    assert DataConfig(train=(text,), validation=(given,), **sizes).packing == "stream"
-    assert DataConfig(train=(given,), cross_documents=True, **sizes).packing == "stream"
+    assert DataConfig(train=(given,), **sizes).packing_method == default
+    assert DataConfig(train=(text, given), **sizes).packing_method == default, "one way for all rows of a mixture"
+    assert DataConfig(train=(text,), validation=(given,), **sizes).packing_method == "stream"
+    assert DataConfig(train=(given,), cross_documents=True, **sizes).packing_method == "stream"
     for packing in ("stream", "best_fit", "none"):
-        assert DataConfig(train=(given,), packing=packing, **sizes).packing == packing
+        assert DataConfig(train=(given,), packing=packing, **sizes).packing_method == packing
     if prompts:
         assert DataConfig(train=(given,), overlong="drop", **sizes).overlong == "drop"
 

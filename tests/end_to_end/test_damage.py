@@ -168,6 +168,19 @@ def test_a_step_that_is_not_there_is_refused(run: Path, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_whose_checkpoints_vanish_while_it_starts_does_not_begin_anew(run: Path, monkeypatch: pytest.MonkeyPatch):
+    prepare = camelid.run.prepare
+
+    def prepare_and_lose(*arguments: Any, **options: Any):
+        parts = prepare(*arguments, **options)
+        shutil.rmtree(run / "checkpoints")
+        return parts
+
+    monkeypatch.setattr(camelid.run, "prepare", prepare_and_lose)
+    assert_refused(train(run.parent, 8), f"the checkpoints in {run / 'checkpoints'} are gone")
+    assert not (run / "checkpoints").exists()
+
+
 def test_from_python_an_older_step_is_an_argument(run: Path, original: Path):
     flip(run / "checkpoints" / "6")
     whole = recipe(table(original, 6) | {"run": str(run)})

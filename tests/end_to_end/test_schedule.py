@@ -9,8 +9,7 @@ import pytest
 
 import camelid.run
 from camelid.parallel.mesh import one_device
-from camelid.recipe import Recipe, read_recipe
-from camelid.resume import with_schedule
+from camelid.recipe import Recipe, completed, read_recipe
 from camelid.train.optimizer import learning_rate
 from runs import called, column, lay_over, losses, recipe, tiny_run, write_recipe_file
 
@@ -66,17 +65,17 @@ def test_a_schedule_that_is_asked_for_is_announced_with_both_learning_rates(tmp_
 def test_a_run_of_1000_steps_that_gets_1000_more_does_not_jump(tmp_path: Path):
     """Without decay_steps the learning rate of step 1001 was 5.5 times that of step 1000."""
     table = tiny_run(tmp_path, train={"steps": 1000}, optimizer={"learning_rate": PEAK})
-    first = with_schedule(recipe(table), None)
-    longer = with_schedule(recipe(lay_over(table, {"train__steps": 2000})), first)
+    first = completed(recipe(table), None)
+    longer = completed(recipe(lay_over(table, {"train__steps": 2000})), first)
     assert longer.optimizer.decay_steps == 1000
     schedule = learning_rate(longer.optimizer, longer.train.steps)
     found = [float(schedule(made)) for made in (499, 999, 1000, 1999)]
     np.testing.assert_allclose(found, [cosine(500, 1000), FINAL, FINAL, FINAL], rtol=1e-5)
     jumping = learning_rate(first.optimizer, 2000)
     assert float(jumping(1000)) == pytest.approx(5.5 * FINAL, rel=0.01)
-    again = with_schedule(recipe(table | {"train": {"steps": 3000}}), longer)
+    again = completed(recipe(table | {"train": {"steps": 3000}}), longer)
     assert again.optimizer.decay_steps == 1000
-    shorter = with_schedule(recipe(table | {"train": {"steps": 500}}), first)
+    shorter = completed(recipe(table | {"train": {"steps": 500}}), first)
     assert shorter.optimizer.decay_steps == 1000
     own = recipe(lay_over(table, {"train__steps": 3000, "optimizer__decay_steps": 3000}))
-    assert with_schedule(own, longer).optimizer.decay_steps is None  # as long as the run
+    assert completed(own, longer).optimizer.decay_steps is None  # as long as the run

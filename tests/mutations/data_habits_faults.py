@@ -40,8 +40,8 @@ FAULTS = (
     Fault(
         "a run of the old packing goes on with the new one",
         "recipe.py",
-        "    _keep_packing(table)\n    return structure(table)\n",
-        "    return structure(table)\n",
+        "(data if kept is None else kept.data).packing_method",
+        "data.packing_method",
         f"{RECIPE}test_a_run_goes_on_with_the_packing_that_it_began_with",
     ),
     Fault(

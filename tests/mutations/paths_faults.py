@@ -61,8 +61,8 @@ FAULTS = (
     Fault(
         "a written checkpoint is not opened again",
         NATIVE,
-        "damage = find_damage(self._folder, step, expected) if is_main() else None",
-        "damage = None",
+        "if (damage := find_damage(self._folder, step, expected)) is None:",
+        "if (damage := None) is None:",
         f"{INCOMPLETE}[found at the end-no arrays]",
     ),
     Fault(
@@ -89,8 +89,8 @@ FAULTS = (
     Fault(
         "a user's folder among the checkpoints is removed with old ones",
         NATIVE,
-        "if (self._folder / str(old) / ITEM).is_dir():",
-        "if (self._folder / str(old)).is_dir():",
+        "if (place / ITEM).is_dir():",
+        "if place.is_dir():",
         f"{PATHS}test_files_and_folders_of_others_among_the_checkpoints_stay",
     ),
     # Overwriting
@@ -233,9 +233,9 @@ FAULTS = (
     Fault(
         "the recipe is written before the run is accepted",
         "run.py",
-        "            resumed = _step_to_resume(folder, recipe, from_step)\n",
+        "            resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))\n",
         "            record(folder, recipe, parts.files, parts.data)\n"
-        "            resumed = _step_to_resume(folder, recipe, from_step)\n",
+        "            resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))\n",
         f"{USER}test_a_refused_start_leaves_a_run_as_it_was",
     ),
     Fault(

@@ -14,7 +14,7 @@ FAULTS = (
     # Damage
     Fault(
         "a resumed run takes numbers that changed on the disk",
-        "checkpoint/native.py",
+        "checkpoint/stored.py",
         "if array.checksum not in (None, checksums[name])",
         "if array.checksum is False",
         f"{NAMED}[a bit is flipped]",
@@ -129,8 +129,8 @@ FAULTS = (
     Fault(
         "a state that is not finite is resumed",
         "checkpoint/native.py",
-        "        if not_finite:\n            raise damaged(",
-        "        if False:\n            raise damaged(",
+        "            if not_finite:\n                raise Damage(",
+        "            if False:\n                raise Damage(",
         f"{FINITE}test_a_checkpoint_of_an_older_camelid_that_is_not_finite_is_not_resumed",
     ),
     Fault(
@@ -186,7 +186,7 @@ FAULTS = (
     # The schedule
     Fault(
         "more steps stretch the schedule",
-        "resume.py",
+        "recipe.py",
         "    if steps is None and kept is not None:",
         "    if False:",
         f"{SCHEDULE}test_more_steps_keep_the_schedule_and_say_so_once",

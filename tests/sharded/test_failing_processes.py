@@ -16,13 +16,14 @@ from runs import TIMEOUT_S, lines, tiny_run, wait_until, write_recipe_file
 
 COMMAND = "from camelid.__main__ import main; main()"
 PATCHED = f"""
-import camelid.run
+import camelid.parts, camelid.run
 from camelid.errors import UserError
 
 def fail(*arguments, **options):
     raise {{error}}
 
-camelid.run.{{name}} = fail
+assert hasattr({{module}}, {{name!r}})
+{{module}}.{{name}} = fail
 {COMMAND}
 """
 
@@ -59,20 +60,20 @@ USER_ERROR = "UserError('no such thing here', 'Copy it.')"
 
 
 @pytest.mark.parametrize(
-    ("failing", "name", "error", "status", "said"),
+    ("failing", "module", "name", "error", "status", "said"),
     [
-        (1, "load_tokenizer", USER_ERROR, 2, "no such thing here\n         Copy it."),
-        (0, "Loader", USER_ERROR, 2, "no such thing here\n         Copy it."),
-        (1, "prefetched", USER_ERROR, 2, "no such thing here\n         Copy it."),
-        (1, "_validation_loss", "ArithmeticError('odd')", 1, "ArithmeticError: odd"),
+        (1, "camelid.parts", "load_tokenizer", USER_ERROR, 2, "no such thing here\n         Copy it."),
+        (0, "camelid.parts", "Loader", USER_ERROR, 2, "no such thing here\n         Copy it."),
+        (1, "camelid.run", "prefetched", USER_ERROR, 2, "no such thing here\n         Copy it."),
+        (1, "camelid.run", "_validation_loss", "ArithmeticError('odd')", 1, "ArithmeticError: odd"),
     ],
     ids=["before the data", "while the main process prepares the data", "in the loader", "in validation"],
 )
 def test_an_error_of_one_process_ends_both(
-    failing: int, name: str, error: str, status: int, said: str, recipe: Path, user_env: dict[str, str]
+    failing: int, module: str, name: str, error: str, status: int, said: str, recipe: Path, user_env: dict[str, str]
 ):
     programs = [COMMAND, COMMAND]
-    programs[failing] = PATCHED.format(name=name, error=error)
+    programs[failing] = PATCHED.format(module=module, name=name, error=error)
     with two_processes(recipe, user_env, *programs) as processes:
         statuses = [process.wait(TIMEOUT_S) for process in processes]
     assert statuses == [status, status], logs(recipe)

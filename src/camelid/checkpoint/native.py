@@ -12,7 +12,6 @@ import orbax.checkpoint as ocp
 from camelid.checkpoint.folder import in_units
 from camelid.checkpoint.integrity import described, path_name, survey
 from camelid.checkpoint.stored import (
-    CHANGED,
     CHECKSUMS,
     ITEM,
     Address,
@@ -22,12 +21,17 @@ from camelid.checkpoint.stored import (
     find_damage,
     how_cut,
     newest,
+    on_devices,
     open_arrays,
     outline,
+    steps_in,
+    together,
+    whole_steps_beside,
 )
 from camelid.errors import UserError
-from camelid.parallel.hosts import any_true, is_main
+from camelid.parallel.hosts import decided, is_main
 
+REMOVED = ".orbax-checkpoint-tmp"  # after the name of a checkpoint that is being removed; Orbax removes what is left
 MORE_SPACE = "Free some space; the same command goes on from the checkpoint before."
 
 
@@ -65,7 +69,7 @@ class RunCheckpoints:
         Raises UserError if the disk is full, if a value of the state is infinite or NaN, or if the checkpoint before
         was not written completely; the checkpoints before that one are kept.
         """
-        if step == self.latest():
+        if step == decided(self.latest):
             return
         checksums, not_finite = survey(state)
         if not_finite:
@@ -77,7 +81,7 @@ class RunCheckpoints:
             self._settle()  # also, what is still being written is not yet missing from the free space
             manager = self._manager
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            if (free := shutil.disk_usage(self._folder).free) < need:
+            if (free := decided(lambda: shutil.disk_usage(self._folder).free)) < need:
                 raise UserError(
                     f"{self._folder} has {in_units(free)} free, and a checkpoint of {in_units(need)} is due",
                     MORE_SPACE,
@@ -91,20 +95,30 @@ class RunCheckpoints:
         if self._written is None:
             return
         self._manager.wait_until_finished()
-        step, expected = self._written
-        damage = find_damage(self._folder, step, expected) if is_main() else None
-        if any_true(damage is not None):
-            others = [str(other) for other in self._manager.all_steps() if other != step]
-            kept = f"it goes on from step {others[-1]}" if others else "it begins anew"
-            raise UserError(
-                f"the checkpoint of step {step} in {self._folder} was not written completely"
-                + (f": {damage}" if damage else ""),
-                f"Check the disk, remove {self._folder / str(step)}, and start the same command again: {kept}.",
-            )
+        written = self._written
+        decided(lambda: self._verify(*written))
         self._written = None
-        for old in sorted(self._manager.all_steps())[: -self._keep]:
-            if (self._folder / str(old) / ITEM).is_dir():  # otherwise it is not a checkpoint
-                self._manager.delete(old)
+        if is_main():
+            self._remove_old()
+
+    def _verify(self, step: int, expected: Outline) -> None:
+        """Raises UserError if the checkpoint of a step does not hold the arrays of `expected`."""
+        if (damage := find_damage(self._folder, step, expected)) is None:
+            return
+        others = [str(other) for other in steps_in(self._folder) if other != step]
+        kept = f"it goes on from step {others[-1]}" if others else "it begins anew"
+        raise UserError(
+            f"the checkpoint of step {step} in {self._folder} was not written completely: {damage}",
+            f"Check the disk, remove {self._folder / str(step)}, and start the same command again: {kept}.",
+        )
+
+    def _remove_old(self) -> None:
+        """Removes all checkpoints but the newest; the main process alone calls this."""
+        for old in steps_in(self._folder)[: -self._keep]:
+            place = self._folder / str(old)
+            if (place / ITEM).is_dir():  # otherwise it is not a checkpoint
+                # A checkpoint never lacks a part while it has its name; what a killed process left is removed later.
+                shutil.rmtree(place.rename(place.with_name(f"{old}{REMOVED}")))
 
     def way_on(self) -> str:
         """What to do after training ended with infinite or NaN values, for messages."""
@@ -123,22 +137,19 @@ class RunCheckpoints:
         Raises UserError if the step is damaged, or of other shapes or dtypes.
         """
         place = self._folder / str(step)
-        arrays, state, problem = {}, None, None
+        targets = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(target)}
         try:
-            arrays = open_arrays(place)
+            arrays = together(lambda: open_arrays(place))
             theirs = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
             _check_same(step, theirs, outline(target))
-            state = jax.tree.map_with_path(lambda path, leaf: arrays[path_name(path)].on_devices(leaf), target)
+            restored, not_finite = on_devices(arrays, targets)
+            if not_finite:
+                raise Damage(f"infinite or NaN values in {described(not_finite)}")
         except Damage as error:
-            problem = str(error)
-        if any_true(problem is not None):
-            raise damaged(place, problem or "another process cannot read its part", resuming=True)
-        checksums, not_finite = survey(state)
-        if odd := [name for name, array in arrays.items() if array.checksum not in (None, checksums[name])]:
-            raise damaged(place, f"{odd[0]} {CHANGED}", resuming=True)
-        if not_finite:
-            raise damaged(place, f"infinite or NaN values in {described(not_finite)}", resuming=True)
-        return state
+            # Every process is here, and the main one reads the other steps for all.
+            whole = decided(lambda: whole_steps_beside(place))
+            raise damaged(place, str(error), whole, resuming=True) from error
+        return jax.tree.map_with_path(lambda path, _: restored[path_name(path)], target)
 
     def wait(self) -> None:
         """Returns when everything is on disk and verified; raises UserError as `save` does."""

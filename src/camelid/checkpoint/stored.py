@@ -11,21 +11,22 @@ import re
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from camelid.checkpoint.integrity import checksum, count_not_finite, described, path_name
-from camelid.checkpoint.layout import aligned, cuts
+from camelid.checkpoint import layout
+from camelid.checkpoint.integrity import checksum, count_not_finite, described, path_name, survey
+from camelid.checkpoint.layout import Table, aligned, cuts
 from camelid.checkpoint.tensors import Index, Tensor, cast
 from camelid.errors import UserError
-from camelid.parallel.hosts import is_main
+from camelid.parallel.hosts import any_true
 
 ITEM = "default"  # the folder, in that of a step, in which Orbax keeps the state
 METADATA, CHECKSUMS = "_CHECKPOINT_METADATA", "checksums"  # Orbax's file about a step, and our entry in it
@@ -38,6 +39,7 @@ CHANGED = "is not what was saved: its checksum differs"
 
 Outline = Mapping[str, tuple[tuple[int, ...], str]]
 """shape and dtype of each array by path"""
+_T = TypeVar("_T")
 
 
 class Damage(ValueError):
@@ -66,7 +68,7 @@ class Stored(Tensor):
                 _ = self.not_finite
             self._read(held, index)
         except Damage as error:
-            raise damaged(self.file, str(error)) from error
+            raise damaged(self.file, str(error), whole_steps_beside(self.file)) from error
         if held is not out:
             cast(self, held, out)
 
@@ -104,6 +106,56 @@ class Stored(Tensor):
             raise Damage(f"{self.name} cannot be read: {first_line(error)}") from error
 
 
+def load(
+    table: Table, tensors: Mapping[str, Tensor], targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Parameters by path, as `layout.load` returns them. What a run saved is verified, and still read only once.
+
+    Raises UserError if it is damaged.
+    """
+    arrays = {path: tensor for path, tensor in tensors.items() if isinstance(tensor, Stored)}
+    if not arrays or any(array.dtype != targets[path].dtype for path, array in arrays.items()):
+        return layout.load(table, tensors, targets)  # where it is cast, `Stored.read_into` verifies it
+    try:
+        return on_devices(arrays, targets)[0]
+    except Damage as error:
+        place = next(iter(arrays.values())).file
+        raise damaged(place, str(error), whole_steps_beside(place)) from error
+
+
+def on_devices(
+    arrays: Mapping[str, Stored], targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, jax.Array], dict[str, int]]:
+    """The arrays on the devices of `targets`, and how many infinite or NaN values those hold that have any.
+
+    Each device's part is read once, for it, and the devices compute the checksums. Every process that has a part calls
+    this. Raises Damage, in all of these processes if in one.
+    """
+
+    def read() -> dict[str, jax.Array]:
+        return {name: array.on_devices(targets[name]) for name, array in arrays.items()}
+
+    alone = all(target.sharding.is_fully_addressable for target in targets.values())
+    loaded = read() if alone else together(read)
+    checksums, not_finite = survey(loaded)
+    if odd := [name for name, array in arrays.items() if array.checksum not in (None, checksums[name])]:
+        raise Damage(f"{odd[0]} {CHANGED}")
+    return loaded, not_finite
+
+
+def together(read: Callable[[], _T]) -> _T:
+    """What `read` returns; raises Damage in every process where it does so in one. Every process calls this."""
+    result: list[_T] = []
+    problem = "another process cannot read its part"
+    try:
+        result.append(read())
+    except Damage as error:
+        problem = str(error)
+    if any_true(not result):
+        raise Damage(problem)
+    return result[0]
+
+
 # Steps ------------------------------------------------------------------------------------
 
 
@@ -130,7 +182,7 @@ def open_step(folder: Path, step: int) -> Mapping[str, Tensor]:
     try:
         return open_arrays(place)
     except Damage as error:
-        raise damaged(place, str(error)) from error
+        raise damaged(place, str(error), whole_steps_beside(place)) from error
 
 
 def open_arrays(place: Path) -> dict[str, Stored]:
@@ -165,13 +217,14 @@ def _saved_checksums(place: Path) -> dict[str, int]:
 # Damage -----------------------------------------------------------------------------------
 
 
-def damaged(place: Path, problem: str, resuming: bool = False) -> UserError:
-    """The error for a step that is damaged, with the other steps of the run that are whole.
+def whole_steps_beside(place: Path) -> list[int]:
+    """The other steps of a run that are whole, the newest first. Reads all of them, which may take minutes."""
+    others = [step for step in reversed(steps_in(place.parent)) if step != int(place.name)]
+    return [step for step in others if verify_step(place.parent / str(step)) is None]
 
-    The main process reads all of these, which may take minutes.
-    """
-    others = [step for step in steps_in(place.parent) if step != int(place.name)] if is_main() else []
-    whole = [step for step in reversed(others) if verify_step(place.parent / str(step)) is None]
+
+def damaged(place: Path, problem: str, whole: list[int], resuming: bool = False) -> UserError:
+    """The error for a step that is damaged, where the steps `whole` of the same run are not."""
     if not whole:
         advice = "No other step of this run is whole: copy the folder again, or begin another run."
     elif resuming:

@@ -243,10 +243,12 @@ def _tokenizer_of(manifest: dict[str, Any], folder: Path, given: str | None) -> 
 def _of_recipe(path: Path, rows: int) -> dict[str, Any]:
     from camelid.data import report
     from camelid.data.loader import Loader
-    from camelid.recipe import read_recipe
+    from camelid.recipe import completed, read_recipe
+    from camelid.resume import kept_recipe
     from camelid.text.tokenizer import load_tokenizer
 
     recipe = read_recipe(path)
+    recipe = completed(recipe, kept_recipe(Path(recipe.run)))
     where = recipe.tokenizer
     if where is None:
         from camelid.checkpoint.formats import open_checkpoint

@@ -39,11 +39,16 @@ def train(
         process_id: which of them this is, from 0
         detect: join the processes that SLURM, MPI or a TPU pod tells of
     """
-    from camelid.recipe import read_recipe, write_recipe
+    from camelid.recipe import completed, read_recipe, write_recipe
 
     resolved = read_recipe(recipe, overrides)
     if print_recipe:
-        print(write_recipe(resolved), end="")
+        kept = None
+        if (folder := Path(resolved.run)).is_dir():
+            from camelid.resume import kept_recipe  # imports JAX, for which a new run need not wait
+
+            kept = kept_recipe(folder)
+        print(write_recipe(completed(resolved, kept)), end="")
         return
     keep_compiled()
     from camelid.parallel import hosts

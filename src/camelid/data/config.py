@@ -152,8 +152,7 @@ class DataConfig:
     packing: Literal["stream", "best_fit", "none"] | None = None
     """How documents share rows: laid end to end and cut, kept whole and fitted together, or each in rows of its own.
 
-    Left out, it becomes best_fit where a source of train has prompts, since a row of a stream may begin in the midst of
-    one, and stream otherwise.
+    Left out, it is that of the run's folder where the run goes on, and otherwise `packing_method`.
     """
     overlong: Literal["split", "truncate", "drop"] = "split"
     """What becomes of a document longer than a row where documents are kept whole."""
@@ -177,9 +176,6 @@ class DataConfig:
     def __post_init__(self):
         if self.cache is not None:
             object.__setattr__(self, "cache", expand_home(self.cache))
-        if self.packing is None:
-            prompts = any(source.has_prompts for source in self.train) and not self.cross_documents
-            object.__setattr__(self, "packing", "best_fit" if prompts else "stream")
         if not self.train:
             raise UserError("data.train names no file", "name at least one file")
         if self.validation and self.validation_fraction:
@@ -196,9 +192,9 @@ class DataConfig:
             raise UserError(f"workers = {self.workers}", "choose 0 or more")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed = {self.seed}", "choose a seed from 0 to 4294967295")
-        if self.cross_documents and self.packing != "stream":
+        if self.cross_documents and self.packing_method != "stream":
             raise UserError(f"cross_documents has no meaning for packing = {self.packing!r}", "use packing = 'stream'")
-        if self.overlong != "split" and self.packing == "stream":
+        if self.overlong != "split" and self.packing_method == "stream":
             raise UserError(f"overlong = {self.overlong!r} has no meaning for packing = 'stream'", "leave it out")
         given = [source.weight for source in self.train if source.weight is not None]
         if given and len(given) < len(self.train):
@@ -214,6 +210,18 @@ class DataConfig:
                     f"the stage from step {stage.first_step} has {weights} weights for {sources} sources",
                     "give one for each source of data.train",
                 )
+
+    @property
+    def packing_method(self) -> Literal["stream", "best_fit", "none"]:
+        """The packing, with its default.
+
+        The default is best_fit where a source of train has prompts, since a row of a stream may begin in the midst of
+        one, and stream otherwise.
+        """
+        if self.packing is not None:
+            return self.packing
+        prompts = any(source.has_prompts for source in self.train) and not self.cross_documents
+        return "best_fit" if prompts else "stream"
 
 
 def _check_weights(weights: Sequence[float]) -> None:

@@ -47,14 +47,13 @@ class Loader:
     ):
         self.config = config
         self.vocab_size = tokenizer.vocab_size
-        assert config.packing is not None  # a DataConfig has chosen one
         stores = open_stores(config, tokenizer, split, progress) if stores is None else stores
         looped = config.cross_documents and not config.shuffle and len(stores) == 1 and split == "train"
         self.packings = tuple(
             Packing(
                 store,
                 config.sequence_length,
-                config.packing,
+                config.packing_method,
                 config.overlong,
                 config.cross_documents,
                 looped,
@@ -84,7 +83,7 @@ class Loader:
         """What the user should know of how the rows are made."""
         # Weights of their own have documents of which something is not learnt: prompts.
         prompts = any(packing.method == "stream" and packing.store.codes is not None for packing in self.packings)
-        if not (prompts or (self.config.packing == "stream" and any(s.has_prompts for s in self.config.train))):
+        if not (prompts or (self.config.packing_method == "stream" and any(s.has_prompts for s in self.config.train))):
             return ()
         return (
             "packing = 'stream' cuts documents that have prompts, and rows begin in the midst of them; "

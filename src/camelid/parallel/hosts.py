@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -31,6 +32,10 @@ LAST_S = 0.3
 """by which process 0, where the coordinator runs, ends after the others: JAX aborts those that lose it"""
 FOREVER_MS = 10**9  # twelve days
 FAILURE = "camelid/failure"
+
+_T = TypeVar("_T")
+_decisions = itertools.count()
+"""numbers the calls of `decided`, which are the same in all processes"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,29 @@ def any_true(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.asarray(value)).any())
+
+
+def decided(decide: Callable[[], _T]) -> _T:
+    """What `decide` returns in the main process, in every process; every process calls this, in the same order.
+
+    For all that later collectives depend on: of a shared folder, say, processes may see different states. Values must
+    be JSON. A UserError of the main process is raised in every process.
+    """
+    if (client := _client()) is None:
+        return decide()
+    key = f"camelid/decided/{next(_decisions)}"
+    if _process_id() != 0:  # is_main would start JAX's devices, which is too early where a run begins
+        answer = json.loads(client.blocking_key_value_get(key, FOREVER_MS))
+        if "error" in answer:
+            raise UserError(*answer["error"])
+        return answer["value"]
+    try:
+        value = decide()
+    except UserError as error:
+        client.key_value_set(key, json.dumps({"error": [error.problem, error.advice]}))
+        raise
+    client.key_value_set(key, json.dumps({"value": value}))
+    return value
 
 
 @contextlib.contextmanager
@@ -141,6 +169,8 @@ def _end_with_others(client: Any) -> None:
     print(f"camelid: process {failure['process']}: {problem}\n         {advice}", file=sys.stderr, flush=True)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.wait_at_barrier(f"{FAILURE}/heard", ANSWER_MS)
+    if _process_id() == 0:
+        time.sleep(LAST_S)
     os._exit(failure["status"])
 
 

@@ -1,0 +1,38 @@
+"""Faults in what the processes of a run decide together, and in checkpoints that change while a run begins."""
+
+from mutations.fault import Fault
+
+SHARED = "sharded/test_shared_folder.py::"
+OLD = f"{SHARED}test_a_process_that_sees_an_old_state_of_the_folder_goes_on_with_the_main_process"
+
+FAULTS = (
+    Fault(
+        "each process chooses the step to go on from",
+        "run.py",
+        "resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))",
+        "resumed = _step_to_resume(folder, recipe, kept is not None, from_step)",
+        OLD,
+    ),
+    Fault(
+        "processes other than the main one say that no step is whole",
+        "checkpoint/native.py",
+        "decided(lambda: whole_steps_beside(place))",
+        "whole_steps_beside(place) if is_main() else []",
+        f"{SHARED}test_both_processes_name_the_steps_that_are_whole",
+    ),
+    Fault(
+        "the arrays of a run are read twice",
+        "checkpoint/stored.py",
+        "if not arrays or any(",
+        "if True or any(",
+        "checkpoint/test_run_folder.py::"
+        "test_each_device_reads_its_part_once_and_what_changed_on_the_disk_is_seen[one device]",
+    ),
+    Fault(
+        "a run whose checkpoints vanish begins anew",
+        "run.py",
+        "    if bool(steps) != begun:\n",
+        "    if False:\n",
+        "end_to_end/test_damage.py::test_a_run_whose_checkpoints_vanish_while_it_starts_does_not_begin_anew",
+    ),
+)
