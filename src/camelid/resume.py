@@ -24,6 +24,8 @@ FREE = {
 
 STEPS = "checkpoints"
 """The folder of the checkpoints."""
+MODEL = "model"
+"""the folder of the finished model"""
 DATA = "data.json"
 """The file that describes what the batches were made of."""
 FILES = "files"
@@ -58,6 +60,12 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             raise UserError(f"{folder} holds something else than a run", "Choose another folder with --run.")
         return
     if (text := _kept_text(folder)) is None:
+        if (folder / MODEL).exists():
+            raise UserError(
+                f"{folder} holds the model of a run whose checkpoints are gone: training would begin again at step 0, "
+                "and replace it",
+                "Choose another --run, or move the model away if it is not needed.",
+            )
         return
     before = structure(tomllib.loads(text))
     if changed := _changed(write_recipe(completed(before, None)), write_recipe(recipe)):

@@ -33,7 +33,7 @@ from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.parts import Parts, prepare
 from camelid.recipe import Recipe, completed
-from camelid.resume import STEPS, check_folder, claimed, kept_recipe, new_aside, record
+from camelid.resume import MODEL, STEPS, check_folder, claimed, kept_recipe, new_aside, record
 from camelid.text.tokenizer import CHAT_TEMPLATE
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.loop import Callback, train
@@ -71,7 +71,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         parts = prepare(recipe, mesh, begun=kept is not None)
-        check_free(folder / "model", True, {"config.json": None, **parts.companions})
+        check_free(folder / MODEL, True, {"config.json": None, **parts.companions})
         with (
             claimed(folder, recipe, parts.data),
             contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
@@ -204,7 +204,7 @@ def _run(
     companions = parts.companions | ({} if parts.chat_template is None else {CHAT_TEMPLATE: folder / CHAT_TEMPLATE})
     model = Model(config, state.params, parts.tokenizer, recipe.compute, mesh, tuple(companions.values()))
     if finished:
-        model.save(folder / "model", overwrite=True)
+        model.save(folder / MODEL, overwrite=True)
     if is_main():
         draw_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
     return Outcome(folder, made, finished, model)

@@ -83,7 +83,8 @@ def test_before_the_first_checkpoint_init_is_needed(tmp_path: Path, base: Path):
     moved = shutil.copytree(base, tmp_path / "moved")
     table = finetuning(tmp_path / "run", moved)
     assert train(tmp_path, table, 2).returncode == 0
-    shutil.rmtree(tmp_path / "run" / "run" / "checkpoints")
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(tmp_path / "run" / "run" / name)
     shutil.rmtree(moved)
     assert_refused(train(tmp_path, table, 2), f"{moved} does not exist")
 

@@ -102,7 +102,11 @@ def test_starting_a_finished_run_again_changes_nothing(finished: Path):
     before = contents(finished / "run")
     again = train(finished)
     assert (again.returncode, "resuming after step 4" in again.stderr) == (0, True)
-    assert contents(finished / "run") == before
+    after = contents(finished / "run")
+    # The text was copied with the run, and data.json says where it is.
+    stores = [json.loads(each.pop("data.json"))["train"] for each in (before, after)]
+    assert stores[0] == stores[1]
+    assert after == before
 
 
 def test_a_run_may_be_asked_for_more_steps_and_other_notes(folder: Path, finished: Path):
@@ -132,6 +136,10 @@ def test_another_recipe_is_refused_with_the_field_and_both_values(finished: Path
 def test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it(tmp_path: Path):
     assert train(tmp_path, train__steps=1).returncode == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = contents(tmp_path / "run")
+    assert_refused(train(tmp_path, train__steps=1), "holds the model of a run whose checkpoints are gone")
+    assert contents(tmp_path / "run") == before
+    shutil.rmtree(tmp_path / "run" / "model")
     mended = train(tmp_path, train__steps=1, data__seed=1)
     assert mended.returncode == 0, mended.stderr
     assert [row["step"] for row in losses(tmp_path / "run")] == [1]

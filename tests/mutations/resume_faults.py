@@ -205,4 +205,11 @@ FAULTS = (
         "    if False:\n",
         f"{SCHEDULE}test_a_schedule_that_is_asked_for_is_announced_with_both_learning_rates",
     ),
+    Fault(
+        "a run without checkpoints replaces its finished model",
+        "resume.py",
+        "if (folder / MODEL).exists():",
+        "if (folder / MODEL).is_file():",
+        "end_to_end/test_run_folder.py::test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it",
+    ),
 )
