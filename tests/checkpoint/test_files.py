@@ -292,9 +292,10 @@ def test_a_source_below_its_destination_stays(model: Path, tmp_path: Path):
     convert(model, tmp_path / "llama" / "original", to="meta")
     original = contents(tmp_path / "llama" / "original")
     convert(tmp_path / "llama" / "original", tmp_path / "llama", overwrite=True)
-    convert(tmp_path / "llama", tmp_path / "llama", dtype="float16", overwrite=True)  # itself may be
     assert contents(tmp_path / "llama" / "original") == original
-    assert {dtype.name for dtype in open_checkpoint(tmp_path / "llama").dtypes.values()} == {"float16"}
+    with pytest.raises(UserError, match="cannot be replaced by what is made of it"):
+        convert(tmp_path / "llama", tmp_path / "llama", dtype="float16", overwrite=True)
+    assert {dtype.name for dtype in open_checkpoint(tmp_path / "llama").dtypes.values()} == {"float32"}
 
 
 def test_layers_of_different_dtypes_lose_nothing(model: Path, tmp_path: Path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint import mindspore_file, torch_files
+from camelid.checkpoint import mindspore_file, stored, torch_files
 from camelid.checkpoint.layout import Index, cuts
 from camelid.checkpoint.opened import Checkpoint
 from camelid.errors import UserError
@@ -114,8 +114,11 @@ def check_own_sums(
     checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Path]:
     """The files of a checkpoint that hold checksums of themselves; raises UserError for one that is not as they say."""
-    files = [file for file in checkpoint.files if file.is_file()]  # the step of a run is a folder
-    total, done, having = sum(file.stat().st_size for file in files), 0, []
+    for step in (file for file in checkpoint.files if file.is_dir()):  # of a run
+        stored.check_step(step)
+    files = [file for file in checkpoint.files if file.is_file()]
+    total, done = sum(file.stat().st_size for file in files), 0
+    having = [file for file in checkpoint.files if file.is_dir()]
     for file in files:
         held = torch_files.checksums_hold(file)
         held = mindspore_file.checksum_holds(file) if held is None else held

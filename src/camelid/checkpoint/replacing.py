@@ -96,14 +96,16 @@ def refuse_foreign(folder: Path, new: Mapping[str, Path | None]) -> None:
 
 
 def refuse_sources(destination: str | Path, sources: Iterable[Path]) -> None:
-    """Raises UserError if a destination is, or holds, one of the files and folders that are read.
+    """Raises UserError if a destination is one of the files and folders that are read, or if it would replace one.
 
-    What is written may be rounded, may leave something out, or may need its source, and the source would be gone.
+    What is written may be rounded, may leave something out, or may need its source, and the source would be gone. A
+    source in a folder of its own below the destination, such as `original/`, is left alone.
     """
     place = Path(os.path.realpath(expand_home(destination)))
+    own = (owned_files(place) or set()) if place.is_dir() else set()
     for source in sources:
         for path in (Path(os.path.realpath(source)), Path(os.path.realpath(source.parent), source.name)):
-            if place == path or place in path.parents:
+            if place == path or (place in path.parents and str(path.relative_to(place)) in own):
                 raise UserError(
                     f"{destination} cannot be replaced by what is made of it: {source} is read",
                     "Choose another destination.",

@@ -251,6 +251,12 @@ def verify_step(place: Path) -> str | None:
     return f"infinite or NaN values in {described(odd)}" if odd else None
 
 
+def check_step(place: Path) -> None:
+    """Reads everything in the checkpoint of a step, optimizer state included; raises UserError if it is damaged."""
+    if (problem := verify_step(place)) is not None:
+        raise damaged(place, problem, whole_steps_beside(place))
+
+
 def find_damage(folder: Path, step: int, outline: Outline) -> str | None:
     """What is wrong with the checkpoint of a step: an array or a part of one is missing, or not as in `outline`.
 
