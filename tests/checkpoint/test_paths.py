@@ -86,7 +86,8 @@ def test_200_names_are_saved_restored_opened_and_converted(tmp_path: Path):
         for number, name in enumerate(names[start : start + 10], start):
             to = WRITTEN[number % len(WRITTEN)]
             convert(run, run / name, to=to)
-            convert(run / name, run / name, format=to, overwrite=True)
+            assert all(difference.equal for difference in compare(plain, open_checkpoint(run / name, to))), name
+            convert(run, run / name, overwrite=True)
             assert all(difference.equal for difference in compare(plain, open_checkpoint(run / name, "hf"))), name
             assert {path.name for path in run.iterdir() if path.name.startswith(f".{name}")} <= {name}
         shutil.rmtree(tmp_path / names[start])
