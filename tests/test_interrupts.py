@@ -407,4 +407,4 @@ def test_a_second_ctrl_c_ends_a_save_at_once(recipe: Path, tmp_path: Path, user_
         run.until(lambda: any(map(stopping, run.err.splitlines())))
         run.interrupt()
         assert_interrupted(run)
-    assert not list((folder / "checkpoints").iterdir())
+    assert not list(folder.glob("checkpoints/*"))

@@ -169,6 +169,7 @@ def test_a_step_that_is_not_there_is_refused(run: Path, tmp_path: Path):
 
 
 def test_a_run_whose_checkpoints_vanish_while_it_starts_does_not_begin_anew(run: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.rmtree(run / "model")  # which has a refusal of its own
     prepare = camelid.run.prepare
 
     def prepare_and_lose(*arguments: Any, **options: Any):
