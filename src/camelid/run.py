@@ -81,7 +81,6 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
             start = Start(_state(recipe, parts, checkpoints, resumed, mesh), resumed, kept)
             if from_step is not None:
                 start = replace(start, aside=_set_later_aside(folder, from_step))
-            record(folder, recipe, parts.files, parts.data)
             return _run(recipe, parts, folder, checkpoints, mesh, start, ending)
 
 
@@ -150,12 +149,15 @@ def _run(
 
     terminal, sinks = Terminal(first, steps), []
     if is_main():
+        _introduce(terminal, recipe, parts, mesh, first, start)
+    step = _compile(trainer, state, recipe, mesh, terminal) if first < steps else trainer.step
+    # Whatever can be refused was refused: kernels do so when they are compiled.
+    record(folder, recipe, parts.files, parts.data)
+    if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers)
         sinks = [MetricsFile(folder / "metrics.jsonl", start.resumed or 0), *trackers]
         for sink in sinks:
             ending.callback(sink.close)
-        _introduce(terminal, recipe, parts, mesh, first, start)
-    step = _compile(trainer, state, recipe, mesh, terminal) if first < steps else trainer.step
     speed = Speed(first, steps, training_flops(config, recipe.data.sequence_length), _peak())
     batches = _batches(recipe, loader, mesh, first, speed)
     tokens = recipe.data.batch_size * recipe.data.sequence_length

@@ -167,6 +167,7 @@ def test_data_that_changed_is_refused_and_the_run_stays_as_it_was(tmp_path: Path
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data.sequence_length", 4096], "exceeds the context"),
         (["--mesh.tensor", 5], ""),
+        (["--compute.attention", "cudnn"], ""),  # found when the step is compiled
     ],
 )
 def test_a_refused_first_start_leaves_nothing(
