@@ -720,6 +720,7 @@ def test_processes_leave_signals_to_their_parent_and_end_with_it(large: DataConf
         for n in range(12):
             os.killpg(process.pid, signal.SIGTERM if n % 2 else signal.SIGINT)
             answers.append(ask())
+        after = workers_of(process.pid)
     deadline = time.monotonic() + 20
     while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -729,6 +730,7 @@ def test_processes_leave_signals_to_their_parent_and_end_with_it(large: DataConf
     assert answers == ["batch\n"] * 13, err
     assert "KeyboardInterrupt" not in err
     assert len(workers) == 2
+    assert sorted(after) == sorted(workers), "one that a signal ended would be replaced"
     assert not left, "they should end with their parent"
 
 
