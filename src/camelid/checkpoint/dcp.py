@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -160,7 +160,7 @@ def _size(sizes: Any = ()) -> tuple[int, ...]:
     return sizes
 
 
-def _is_size(sizes: Any) -> bool:
+def _is_size(sizes: Any) -> TypeGuard[tuple[int, ...]]:
     return isinstance(sizes, tuple) and len(sizes) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
 
 
@@ -199,14 +199,14 @@ def _places(folder: Path, metadata: Mapping[str, Any]) -> dict[tuple[str, tuple[
             case Key(state={"fqn": str(name), "offset": tuple(offsets)}), Record(state=dict(state)):
                 if not _is_size(offsets):  # to hash a tuple within tuples would end Python
                     raise _strange(folder, name)
-                file, start, count = (state.get(word) for word in ("relative_path", "offset", "length"))
+                file, span = state.get("relative_path"), (state.get("offset"), state.get("length"))
                 if state.get("transform_descriptors"):
                     raise UserError(f"{folder} is compressed or transformed", "Save it without transforms.")
                 if not isinstance(file, str) or not re.fullmatch(rf"[\w.-]+{re.escape(DISTRIBUTED)}", file):
                     raise _strange(folder, name)
-                if not all(type(n) is int and 0 <= n < 2**63 for n in (start, count)):
+                if not _is_size(span):
                     raise _strange(folder, name)
-                found[name, offsets] = Place(folder / file, start, count)  # type: ignore[arg-type]
+                found[name, offsets] = Place(folder / file, *span)
     return found
 
 

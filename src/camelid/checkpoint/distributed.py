@@ -67,7 +67,7 @@ def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
             f"{path} has no attention layers ({' or '.join(KINDS.values())} in their names); it holds {some}",
             "camelid opens distributed checkpoints of Megatron-LM and torchtitan, and those with Hugging Face's names.",
         )
-    home = next((place for place in (path, path.parent) if (place / "config.json").is_file()), None)
+    home = hf.described_in(path)
     if config is None and home is None:
         raise UserError(
             f"{path} does not say what its model is", "Give --config PRESET_OR_JSON, or put config.json beside it."

@@ -41,6 +41,11 @@ def looks(path: Path) -> bool:
     return (path / "config.json").is_file() and hf_files.looks(path)
 
 
+def described_in(folder: Path) -> Path | None:
+    """The folder that has a config.json: this one, or the one around it."""
+    return next((place for place in (folder, folder.parent) if (place / "config.json").is_file()), None)
+
+
 def understood(folder: Path, ignore: Sequence[str] = ()) -> ModelConfig:
     """The model that a folder's config.json describes; the fields in `ignore` are as if they were absent."""
     return config_from_hf(read_config(folder, ignore)[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from camelid.checkpoint.dcp import METADATA
-from camelid.checkpoint.hf import GIVEN, understood
+from camelid.checkpoint.hf import GIVEN, described_in, understood
 from camelid.checkpoint.megatron_args import WHAT, check_agree, config_from_args, told
 from camelid.checkpoint.pickles import Record, shown
 from camelid.checkpoint.tensors import Tensor
@@ -82,7 +82,7 @@ def described(
     `config` wins, then a config.json in the folder of the iteration or in the one around it, then the settings `args`
     that `file` holds, which must agree with either in every size.
     """
-    home = next((place for place in (folder, folder.parent) if (place / "config.json").is_file()), None)
+    home = described_in(folder)
     root = home or (folder.parent if (folder.parent / TRACKER).is_file() else folder)
     if config is None and home is None:
         if not args:
