@@ -222,7 +222,7 @@ def test_check_reads_the_checkpoints_of_a_run(tmp_path: Path):
     checkpoints.close()
     done = called("convert", tmp_path / "run", "--check")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1] == "checksums: the folder has none"
+    assert done.stdout.splitlines()[1] == "checksums: those within checkpoints/3 are right"
 
 
 def test_check_names_files_from_their_folder_and_counts_the_rest(tmp_path: Path):
