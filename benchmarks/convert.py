@@ -107,8 +107,8 @@ def build(preset: str, folder: str) -> dict[str, Any]:
     """A random checkpoint in bfloat16: one block of numbers over and over, which no part of a conversion can notice."""
     import numpy as np
 
-    from camelid.checkpoint.formats import write_checkpoint
-    from camelid.checkpoint.opened import Saving
+    from camelid.checkpoint.checkpoint import Saving
+    from camelid.checkpoint.registry import write_checkpoint
     from camelid.checkpoint.tensors import dtype_named
     from camelid.model.decoder import declare_decoder
     from camelid.model.params import named

@@ -121,7 +121,7 @@ def encode(folder: str, tokenizer: str) -> dict[str, Any]:
 def prepare(folder: str, tokenizer: str) -> dict[str, Any]:
     """A store, from a file."""
     from camelid.data.config import Source
-    from camelid.data.prepare import prepare
+    from camelid.data.preparation.prepare import prepare
     from camelid.text.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
@@ -138,7 +138,7 @@ def build(folder: str) -> None:
     """A store of made-up documents, a third of whose tokens do not count."""
     import numpy as np
 
-    from camelid.data.store import Writer
+    from camelid.data.preparation.store import Writer
 
     chance = np.random.default_rng(0)
     lengths = np.exp(chance.normal(5.5, 1, STORE // 400)).astype(np.int64) + 2
@@ -155,7 +155,7 @@ def rows(folder: str, packing: Any) -> float:
     import numpy as np
 
     from camelid.data.config import DataConfig, Source
-    from camelid.data.loader import Loader, prefetched
+    from camelid.data.rows.loader import Loader, prefetched
 
     source = Source(files=(str(Path(folder, "store")),), kind="tokens")
     config = DataConfig(

@@ -59,8 +59,8 @@ def write_random(folder: Path, config: "ModelConfig") -> None:
     """A random checkpoint in bfloat16."""
     import numpy as np
 
-    from camelid.checkpoint.formats import write_checkpoint
-    from camelid.checkpoint.opened import Saving
+    from camelid.checkpoint.checkpoint import Saving
+    from camelid.checkpoint.registry import write_checkpoint
     from camelid.checkpoint.tensors import dtype_named
     from camelid.model.decoder import declare_decoder
     from camelid.model.params import named

@@ -35,12 +35,12 @@ from rich.table import Table
 
 import camelid
 from camelid.checkpoint.folder import write_json
-from camelid.checkpoint.hf_config import config_to_hf
+from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.flops import count_parameters, training_flops
 from camelid.model.params import map_specs
-from camelid.parallel.compiled import keep_compiled
+from camelid.parallel.compilation_cache import keep_compiled
 from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from camelid.train.state import start_state
 from camelid.train.step import Trainer

@@ -20,7 +20,7 @@ import tomli_w
 from safetensors.numpy import load_file
 
 from camelid.cli import main
-from camelid.recipe import Recipe, structure
+from camelid.runs.recipe import Recipe, structure
 from camelid.train.loggers import read_metrics
 from text.tiny import VOCAB_SIZE, save_byte_tokenizer
 from tiny import tiny_config

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
 import camelid
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.evaluate.perplexity import perplexity
 from runs import assert_refused, called
 from text.tiny import BOS, VOCAB_SIZE, save_byte_tokenizer

@@ -6,31 +6,28 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "camelid"
 
-# Low to high: what each part may import. `data.batch` is that module alone; * is every part above it in this table.
+# Low to high: what each part may import. `data.rows.batch` is that module alone; * is all parts above it.
 # `errors` is for everybody, and so is `camelid.__version__`; the other public names are for users of the package.
 MAY_IMPORT = {
     "errors": "",
     "atomic": "",
     "inputs": "",
     "extras": "",
-    "cache": "inputs",
+    "paths": "inputs",
     "locks": "",
     "interrupts": "",
-    "parallel": "cache interrupts",
+    "parallel": "paths interrupts",
     "text": "inputs",
     "model": "parallel",
-    "data": "text cache locks inputs extras interrupts atomic",
+    "data": "text paths locks inputs extras interrupts atomic",
     "generate": "model parallel",
-    "checkpoint": "text model parallel locks cache inputs interrupts atomic",
-    "train": "model parallel data.batch checkpoint.native extras atomic",
-    "evaluate": "generate text checkpoint model parallel data.batch",
+    "checkpoint": "text model parallel locks paths inputs interrupts atomic",
+    "train": "model parallel data.rows.batch checkpoint.state.orbax_state extras atomic",
+    "evaluate": "generate text checkpoint model parallel data.rows.batch",
     "serve": "generate text",
     "api": "text generate checkpoint model parallel inputs interrupts",
     "describe": "checkpoint model parallel inputs",
-    "recipe": "*",
-    "resume": "recipe parallel locks checkpoint.stored atomic",
-    "parts": "*",
-    "run": "*",
+    "runs": "*",
     "demo": "*",
     "cli": "*",
     "__main__": "*",
@@ -38,7 +35,7 @@ MAY_IMPORT = {
 }
 NEVER_NAMES_JAX = ("text", "data")
 # `camelid --help` must answer at once, so neither these nor what they import may import anything slow at the top.
-FAST = ("camelid", "camelid.cli", "camelid.recipe")
+FAST = ("camelid", "camelid.cli", "camelid.runs.recipe")
 SLOW = {"grain", "jax", "jaxlib", "numpy", "optax", "orbax", "torch", "transformers"}
 
 

@@ -16,7 +16,7 @@ import camelid
 from camelid import cli
 from camelid.cli.shared import print_json
 from camelid.errors import UserError
-from camelid.recipe import completed, read_recipe, write_recipe
+from camelid.runs.recipe import completed, read_recipe, write_recipe
 from runs import TIMEOUT_S, assert_refused, called, command, tiny_run, words, write_recipe_file
 
 ESCAPE = "\x1b"

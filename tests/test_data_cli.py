@@ -12,8 +12,8 @@ from PIL import Image
 
 from camelid.cli import data as commands
 from camelid.data.config import Source
-from camelid.data.store import Store
-from camelid.recipe import read_recipe
+from camelid.data.preparation.store import Store
+from camelid.runs.recipe import read_recipe
 from runs import assert_refused, called, write_recipe_file
 from text.tiny import save_byte_tokenizer
 
@@ -173,7 +173,7 @@ def test_documents_are_held_out(tokenizer: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("asked", "used"), [(1, 0), (3, 3)])
 def test_one_worker_is_this_process(asked: int, used: int, tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
-    from camelid.data import prepare as module
+    from camelid.data.preparation import prepare as module
 
     seen = []
     prepare = module.prepare
@@ -184,7 +184,7 @@ def test_one_worker_is_this_process(asked: int, used: int, tokenizer: Path, monk
 
 
 def test_the_speed_is_of_what_this_process_did(tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
-    from camelid.data import prepare as module
+    from camelid.data.preparation import prepare as module
 
     prepare = module.prepare
 

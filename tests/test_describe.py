@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from camelid import describe
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.model.config import LongRopeScaling, ModelConfig
 from camelid.model.flops import cache_bytes, forward_flops, training_flops
 from camelid.model.presets import ALIASES, PRESETS, preset

@@ -40,7 +40,7 @@ def test_exhausted_memory_is_explained(make, stories: Path):
 
 
 def test_exhausted_memory_in_training_is_explained(tmp_path: Path):
-    with mock.patch("camelid.run.run", side_effect=xla_error()):
+    with mock.patch("camelid.runs.run.run", side_effect=xla_error()):
         result = called("train", write_recipe_file(tiny_run(tmp_path), tmp_path / "recipe.toml"))
     assert_refused(result, "memory ran out: RESOURCE_EXHAUSTED")
     assert "train.accumulate" in result.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from camelid.checkpoint.folder import new_folder, read_json
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.cli.shared import model_config
 from camelid.errors import UserError
 from camelid.inputs import decode, expand_home, read_text

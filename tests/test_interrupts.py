@@ -277,7 +277,7 @@ def test_signals_that_libraries_handle_do_not_end_a_command(tmp_path: Path, user
 def test_importing_camelid_leaves_signals_alone(tmp_path: Path, user_env: dict[str, str]):
     text = """
         import signal, threading
-        import camelid.__main__, camelid.cli, camelid.run
+        import camelid.__main__, camelid.cli, camelid.runs.run
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert signal.set_wakeup_fd(-1) == -1
@@ -395,7 +395,7 @@ def test_the_first_ctrl_c_saves_and_says_so(recipe: Path, tmp_path: Path, user_e
 def test_a_second_ctrl_c_ends_a_save_at_once(recipe: Path, tmp_path: Path, user_env: dict[str, str]):
     folder = tmp_path / "run"
     body = f"""
-        from camelid.checkpoint.native import RunCheckpoints
+        from camelid.checkpoint.state.orbax_state import RunCheckpoints
         from camelid.cli import main
         RunCheckpoints.save = lambda *about: time.sleep(600)
         sys.argv = ["camelid", "train", {str(recipe)!r}, "--run", {str(folder)!r}]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from camelid.recipe import Recipe, read_recipe
+from camelid.runs.recipe import Recipe, read_recipe
 from runs import called
 from test_docs import ROOT, parse
 

@@ -23,8 +23,8 @@ from camelid.model.config import (
     YarnScaling,
 )
 from camelid.model.presets import PRESETS, preset
-from camelid.recipe import Recipe, completed, read_recipe, structure, write_recipe
-from camelid.resume import check_folder, kept_recipe
+from camelid.runs.recipe import Recipe, completed, read_recipe, structure, write_recipe
+from camelid.runs.resume import check_folder, kept_recipe
 from runs import called
 
 MODEL = {

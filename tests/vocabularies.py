@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint.formats import write_checkpoint
-from camelid.checkpoint.opened import Saving, companions_in
+from camelid.checkpoint.checkpoint import Saving, companions_in
+from camelid.checkpoint.registry import write_checkpoint
 from camelid.model.params import named
 from tiny import tiny_config, tiny_params
 

@@ -1,4 +1,4 @@
-"""Writes a format's files into a folder, as checkpoint/formats.py does, for tests of one format."""
+"""Writes a format's files into a folder, as checkpoint/registry.py does, for tests of one format."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from camelid.checkpoint.checkpoint import Saving
 from camelid.checkpoint.files import File, Segment, json_file, segment, write_files
-from camelid.checkpoint.hf_config import config_to_hf
-from camelid.checkpoint.opened import Saving
+from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.checkpoint.tensors import Planned
 
 

@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from camelid.checkpoint import layout, stored
+from camelid.checkpoint import layout
+from camelid.checkpoint.checkpoint import Checkpoint, Saving
 from camelid.checkpoint.files import WORKERS
-from camelid.checkpoint.formats import files_of, open_checkpoint, write_checkpoint
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.registry import files_of, open_checkpoint, write_checkpoint
+from camelid.checkpoint.state import stored
 from camelid.checkpoint.tensors import dtype_named, rounded
 from camelid.errors import UserError, in_python
 from camelid.generate.decode import generate
@@ -168,7 +169,7 @@ class Model:
         overwrite: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Writes a folder in a format of checkpoint/formats.py; `dtype` None keeps that of the parameters.
+        """Writes a folder in a format of checkpoint/registry.py; `dtype` None keeps that of the parameters.
 
         `overwrite` replaces the files of a checkpoint that is there, and leaves all other files of the folder alone.
         Raises UserError if the destination exists and is not to be overwritten, or is not a checkpoint, if files of

@@ -16,12 +16,12 @@ import numpy as np
 
 from camelid.api import load
 from camelid.checkpoint.folder import write_json
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.data.config import DataConfig, Source
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
-from camelid.recipe import Recipe
-from camelid.run import Outcome, run
+from camelid.runs.recipe import Recipe
+from camelid.runs.run import Outcome, run
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import read_metrics
 from camelid.train.optimizer import OptimizerConfig

@@ -14,12 +14,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import camelid
-from camelid.checkpoint import mindspore_file, torch_files
 from camelid.checkpoint.compare import check_own_sums, compare, survey
+from camelid.checkpoint.containers import mindspore_file, torch_files
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import MANIFEST
-from camelid.checkpoint.formats import open_checkpoint
-from camelid.checkpoint.native import RunCheckpoints
+from camelid.checkpoint.registry import open_checkpoint
+from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.cli.shared import model_config
 from camelid.errors import UserError
 from camelid.evaluate.parity import logits, loss

@@ -14,9 +14,9 @@ import pytest
 import torch
 import transformers
 
-from camelid.checkpoint.config_leftovers import HARMLESS
-from camelid.checkpoint.families import FAMILIES, SCALINGS
-from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
+from camelid.checkpoint.formats.hf_config import config_from_hf, config_to_hf
+from camelid.checkpoint.formats.hf_families import FAMILIES, SCALINGS
+from camelid.checkpoint.formats.hf_ignored_fields import HARMLESS
 from camelid.errors import UserError
 from camelid.model.config import (
     DynamicScaling,

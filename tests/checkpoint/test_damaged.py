@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import camelid
-from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.layout import pieces
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from runs import assert_refused, called, tensor_bytes
 from text.tiny import save_byte_tokenizer

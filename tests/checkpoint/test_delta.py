@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
 import camelid
-from camelid.checkpoint import delta, hf
+from camelid.checkpoint.adapters import delta
+from camelid.checkpoint.adapters.peft import open_adapter
 from camelid.checkpoint.compare import compare, config_differences
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.formats import open_checkpoint
-from camelid.checkpoint.peft import open_adapter
+from camelid.checkpoint.formats import hf
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from families import FAMILIES

@@ -21,10 +21,12 @@ import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import metadata as torch_metadata
 
-from camelid.checkpoint import dcp, distributed, hf, torch_files
+from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.compare import compare
-from camelid.checkpoint.formats import detect, open_checkpoint
-from camelid.checkpoint.opened import Checkpoint
+from camelid.checkpoint.containers import dcp, torch_files
+from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats import megatron_distributed as distributed
+from camelid.checkpoint.registry import detect, open_checkpoint
 from camelid.errors import UserError
 
 DATA = Path(__file__).parent / "torch_dist"

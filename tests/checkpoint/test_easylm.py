@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from camelid.api import Model, load_params
-from camelid.checkpoint import easylm, hf, layout, msgpack
+from camelid.checkpoint import layout
+from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.containers import msgpack
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import segment, write_files
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.formats import easylm, hf
 from camelid.checkpoint.tensors import Planned, Tensor
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig

@@ -15,8 +15,8 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 import camelid
-from camelid.checkpoint.config_leftovers import HARMLESS
-from camelid.checkpoint.hf_config import config_to_hf
+from camelid.checkpoint.formats.hf_config import config_to_hf
+from camelid.checkpoint.formats.hf_ignored_fields import HARMLESS
 from camelid.errors import UserError
 
 Json = dict[str, Any]

@@ -21,7 +21,7 @@ from camelid.checkpoint import files as files_module
 from camelid.checkpoint.compare import compare
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import JOURNAL, MANIFEST, File, Later, Segment, segment, write_files
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import Planned
 from camelid.errors import UserError
 from runs import contents

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from camelid.checkpoint.checkpoint import Saving
 from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import new_folder
-from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
-from camelid.checkpoint.opened import Saving
+from camelid.checkpoint.registry import open_checkpoint, write_checkpoint
 from camelid.errors import UserError
 from camelid.locks import LOCK
 from runs import TIMEOUT_S, assert_refused, called, command, tensor_bytes

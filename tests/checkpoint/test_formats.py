@@ -17,8 +17,8 @@ import torch
 import camelid
 from camelid.checkpoint.compare import compare, config_differences
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.formats import FORMATS, OPEN, TRAIN_STATE, detect, open_checkpoint
-from camelid.checkpoint.hf_config import config_from_hf, config_to_hf
+from camelid.checkpoint.formats.hf_config import config_from_hf, config_to_hf
+from camelid.checkpoint.registry import FORMATS, OPEN, TRAIN_STATE, detect, open_checkpoint
 from camelid.cli import checkpoints
 from camelid.errors import UserError
 from camelid.model.config import DynamicScaling, LinearScaling, ModelConfig, YarnScaling

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 
+from camelid.checkpoint.checkpoint import Checkpoint
+from camelid.checkpoint.containers.mindspore_file import TRAILER
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.formats import open_checkpoint
-from camelid.checkpoint.mindspore_file import TRAILER
-from camelid.checkpoint.opened import Checkpoint
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
 

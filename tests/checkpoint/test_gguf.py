@@ -19,14 +19,14 @@ import transformers
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint import gguf as ours
+from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.containers.ggml import KINDS, dequantise, quantise
 from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import new_folder
-from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
-from camelid.checkpoint.ggml import KINDS, dequantise, quantise
-from camelid.checkpoint.gguf_config import metadata_of
+from camelid.checkpoint.formats import gguf as ours
+from camelid.checkpoint.formats.gguf_config import metadata_of
 from camelid.checkpoint.layout import read_slice
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.registry import open_checkpoint, write_checkpoint
 from camelid.checkpoint.tensors import dtype_named
 from camelid.errors import UserError
 from camelid.model.config import Compute, LinearScaling, Llama3Scaling, YarnScaling
@@ -273,7 +273,7 @@ def test_every_kind_of_number_is_read_as_the_gguf_package_reads_it(kind: str, tm
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_a_slice_of_a_quantised_tensor_is_that_slice(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("camelid.checkpoint.ggml.CHUNK", 200)  # a few rows at a time
+    monkeypatch.setattr("camelid.checkpoint.containers.ggml.CHUNK", 200)  # a few rows at a time
     checkpoint = ours.open_gguf(write_theirs(tmp_path / "a.gguf", tiny_config(**QUANTISABLE), kind.upper()))
     part = checkpoint.table.parts["layers.attn.q_proj"]
     whole, cut = np.empty((6, 32, 96), np.float32), np.empty((3, 32, 10), np.float16)

@@ -17,11 +17,11 @@ import transformers
 from gguf.vocab import SentencePieceVocab
 
 import camelid
+from camelid.checkpoint.checkpoint import companions_in
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.formats import open_checkpoint
-from camelid.checkpoint.gguf_tokenizer import tokenizer_metadata
-from camelid.checkpoint.gguf_vocabulary import tokenizer_files
-from camelid.checkpoint.opened import companions_in
+from camelid.checkpoint.formats.gguf_tokenizer import tokenizer_metadata
+from camelid.checkpoint.formats.gguf_vocabulary import tokenizer_files
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.text.tokenizer import load_tokenizer
 from text.tiny import save_byte_tokenizer

@@ -12,10 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import camelid
-from camelid.checkpoint import hf
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import MANIFEST
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.formats import hf
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.params import named
 from runs import contents, tensor_bytes

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import camelid
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.params import named
 from runs import called, tensor_bytes

@@ -12,8 +12,8 @@ import tomli_w
 from safetensors.numpy import load_file, save_file
 
 import camelid
-from camelid.checkpoint.config_leftovers import without
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.formats.hf_ignored_fields import without
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from runs import assert_refused, called, stories_run
 

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from camelid.checkpoint import layout
+from camelid.checkpoint.containers.safetensors import open_safetensors
 from camelid.checkpoint.layout import Row, from_tensors, pieces, plan, table
-from camelid.checkpoint.safetensors import open_safetensors
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named

@@ -19,9 +19,9 @@ import pytest
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint import hf, llama2_jax
-from camelid.checkpoint.formats import open_checkpoint
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.formats import hf, llama2_jax
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import Tensor, dtype_named
 from camelid.errors import UserError
 from camelid.model.config import Compute

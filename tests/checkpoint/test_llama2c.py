@@ -14,10 +14,10 @@ import torch
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint import hf, llama2c
+from camelid.checkpoint.checkpoint import Checkpoint, Saving
 from camelid.checkpoint.files import segment
-from camelid.checkpoint.formats import open_checkpoint
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.formats import hf, llama2c
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.config import Compute
 from camelid.model.decoder import Decoder

@@ -11,7 +11,7 @@ import pytest
 
 import camelid
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.text.chat import Message, load_template
 from camelid.text.tokenizer import load_tokenizer
 from vocabularies import NAMES, folder_of, hard_texts, write_gguf

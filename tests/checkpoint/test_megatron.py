@@ -18,15 +18,15 @@ import torch
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint import hf, megatron
+from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.containers.pickles import Record
+from camelid.checkpoint.containers.torch_files import unpickle
 from camelid.checkpoint.files import File
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.formats import hf, megatron
+from camelid.checkpoint.formats.megatron_files import FILE, INERT, TRACKER
 from camelid.checkpoint.layout import read_slice
-from camelid.checkpoint.megatron_files import FILE, INERT, TRACKER
-from camelid.checkpoint.opened import Checkpoint, Saving
-from camelid.checkpoint.pickles import Record
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import dtype_named
-from camelid.checkpoint.torch_files import unpickle
 from camelid.errors import UserError
 from camelid.model.config import Compute, Llama3Scaling, ModelConfig
 from camelid.model.params import named

@@ -15,10 +15,16 @@ import torch
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint import hf, meta
+from camelid.checkpoint.checkpoint import Checkpoint, Saving
 from camelid.checkpoint.files import File
-from camelid.checkpoint.meta_params import LLAMA3_1, LLAMA3_2, config_from_params, params_from_config, read_params
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.formats import hf, meta
+from camelid.checkpoint.formats.meta_params import (
+    LLAMA3_1,
+    LLAMA3_2,
+    config_from_params,
+    params_from_config,
+    read_params,
+)
 from camelid.checkpoint.tensors import Tensor, dtype_named
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig

@@ -17,13 +17,14 @@ import safetensors.numpy
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint import hf, mindspore, mindspore_file
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.containers import mindspore_file
+from camelid.checkpoint.containers.mindspore_file import CRC_BYTES, checksum_holds, open_ckpt
+from camelid.checkpoint.formats import hf, mindspore
+from camelid.checkpoint.formats.mindspore import open_path
+from camelid.checkpoint.formats.mindspore_ranks import Split, merged, open_ranks, open_strategy, strategy_bytes
 from camelid.checkpoint.layout import Table
-from camelid.checkpoint.mindspore import open_path
-from camelid.checkpoint.mindspore_file import CRC_BYTES, checksum_holds, open_ckpt
-from camelid.checkpoint.mindspore_ranks import Split, merged, open_ranks, open_strategy, strategy_bytes
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import Planned, Tensor, dtype_named
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig

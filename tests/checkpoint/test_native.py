@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from camelid.checkpoint.native import RunCheckpoints
+from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import declare_decoder

@@ -12,13 +12,13 @@ import tensorstore as ts
 from camelid.checkpoint.compare import compare
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.folder import write_json
-from camelid.checkpoint.formats import FORMATS, open_checkpoint
-from camelid.checkpoint.hf_config import config_to_hf
-from camelid.checkpoint.native import RunCheckpoints
-from camelid.checkpoint.stored import DESCRIPTORS, ITEM, Address, find_damage
+from camelid.checkpoint.formats.hf_config import config_to_hf
+from camelid.checkpoint.registry import FORMATS, open_checkpoint
+from camelid.checkpoint.state.orbax_state import RunCheckpoints
+from camelid.checkpoint.state.stored import DESCRIPTORS, ITEM, Address, find_damage
 from camelid.data.config import Source
-from camelid.data.prepare import prepare
-from camelid.data.store import Store
+from camelid.data.preparation.prepare import prepare
+from camelid.data.preparation.store import Store
 from camelid.errors import UserError
 from camelid.model.config import Compute
 from camelid.model.decoder import declare_decoder
@@ -169,7 +169,7 @@ def test_an_open_checkpoint_keeps_its_descriptor_no_longer_than_it_needs_it(tmp_
 def test_a_system_without_descriptor_paths_refuses_a_path_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("camelid.checkpoint.stored.DESCRIPTORS", tmp_path / "nowhere")
+    monkeypatch.setattr("camelid.checkpoint.state.stored.DESCRIPTORS", tmp_path / "nowhere")
     assert Address(tmp_path / "plain-1.0_a+b").path == str(tmp_path / "plain-1.0_a+b")
     with pytest.raises(UserError, match=r"\[1\] has characters in its path"):
         Address(tmp_path / "[1]")

@@ -16,11 +16,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import camelid
-from camelid.checkpoint import hf
+from camelid.checkpoint.adapters.peft import Adapter, Pair, adapter_files, held, on_base, open_adapter
+from camelid.checkpoint.adapters.peft_config import read_settings
 from camelid.checkpoint.files import write_files
-from camelid.checkpoint.formats import open_checkpoint
-from camelid.checkpoint.peft import Adapter, Pair, adapter_files, held, on_base, open_adapter
-from camelid.checkpoint.peft_config import read_settings
+from camelid.checkpoint.formats import hf
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -174,7 +174,7 @@ def test_sums_in_bfloat16_are_rounded_once(tmp_path: Path):
 
 
 def test_a_slice_has_the_bits_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("camelid.checkpoint.peft.TILE", (16, 32))
+    monkeypatch.setattr("camelid.checkpoint.adapters.peft.TILE", (16, 32))
     base = save_base(LLAMA, tmp_path / "base")
     with_adapter(base, target_modules=EVERY, r=8).save_pretrained(tmp_path / "adapter")
     opened = open_checkpoint(tmp_path / "adapter")

@@ -17,7 +17,7 @@ from camelid.checkpoint.compare import compare
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import check_manifest
 from camelid.checkpoint.folder import complete_replacement, new_folder
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.replacing import MANIFEST, OTHERS, RECORD, owned_files
 from camelid.errors import UserError
 from foreign import add_foreign, assert_kept

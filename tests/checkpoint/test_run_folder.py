@@ -15,14 +15,15 @@ import tensorstore as ts
 from jax.sharding import Mesh
 
 from camelid.api import load_params
-from camelid.checkpoint import hf, run_folder, stored
+from camelid.checkpoint.checkpoint import Checkpoint, Saving
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.folder import write_json
-from camelid.checkpoint.formats import detect, open_checkpoint, write_checkpoint
-from camelid.checkpoint.hf_config import config_to_hf
+from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.checkpoint.layout import from_tensors
-from camelid.checkpoint.native import RunCheckpoints
-from camelid.checkpoint.opened import Checkpoint, Saving
+from camelid.checkpoint.registry import detect, open_checkpoint, write_checkpoint
+from camelid.checkpoint.state import run_folder, stored
+from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import declare_decoder

@@ -12,7 +12,7 @@ import torch
 import camelid
 from camelid.checkpoint.compare import config_differences
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.formats import open_checkpoint
+from camelid.checkpoint.registry import open_checkpoint
 from runs import tensor_bytes
 
 

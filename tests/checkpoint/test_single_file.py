@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import camelid
+from camelid.checkpoint.checkpoint import Saving
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.formats import open_checkpoint, write_checkpoint
-from camelid.checkpoint.opened import Saving
+from camelid.checkpoint.registry import open_checkpoint, write_checkpoint
 from camelid.errors import UserError
 from camelid.locks import locked
 from runs import command

@@ -12,15 +12,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import camelid
-from camelid.checkpoint import mindspore_file
+from camelid.checkpoint.containers import mindspore_file
+from camelid.checkpoint.containers.mindspore_file import ckpt_file, open_ckpt
+from camelid.checkpoint.containers.safetensors import open_safetensors
+from camelid.checkpoint.containers.torch_files import Strided, open_torch
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import write_files
-from camelid.checkpoint.formats import open_checkpoint
-from camelid.checkpoint.mindspore_file import ckpt_file, open_ckpt
-from camelid.checkpoint.safetensors import open_safetensors
-from camelid.checkpoint.stored import Stored
+from camelid.checkpoint.registry import open_checkpoint
+from camelid.checkpoint.state.stored import Stored
 from camelid.checkpoint.tensors import Bands, Planned, Tensor, dtype_named, file_names
-from camelid.checkpoint.torch_files import Strided, open_torch
 from camelid.errors import UserError
 from runs import assert_refused, called
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin

@@ -20,10 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from camelid.checkpoint import torch_files
-from camelid.checkpoint.files import write_files
-from camelid.checkpoint.tensors import Planned, Tensor
-from camelid.checkpoint.torch_files import (
+from camelid.checkpoint.containers import torch_files
+from camelid.checkpoint.containers.torch_files import (
     MAGIC,
     PROTOCOL,
     Strided,
@@ -33,6 +31,8 @@ from camelid.checkpoint.torch_files import (
     unpickle,
     unverified,
 )
+from camelid.checkpoint.files import write_files
+from camelid.checkpoint.tensors import Planned, Tensor
 from camelid.errors import UserError
 from writing import in_pieces
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.data.store import Store, Writer
+from camelid.data.preparation.store import Store, Writer
 
 VOCAB = 70_000
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from camelid.data import best_fit
-from camelid.data.best_fit import fill, open_plan
+from camelid.data.rows import best_fit
+from camelid.data.rows.best_fit import fill, open_plan
 from camelid.errors import UserError
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 import camelid
-from camelid.data import hashes, loader, prepare
-from camelid.data.best_fit import open_plan
-from camelid.data.cached import Cached, beyond, in_use, list_cached, prune, unused_since
 from camelid.data.config import DataConfig, Source
-from camelid.data.hashes import content_hash
-from camelid.data.loader import data_cache, open_stores
-from camelid.data.store import Store, hash_file
+from camelid.data.preparation import hashes, prepare
+from camelid.data.preparation.cached import Cached, beyond, in_use, list_cached, prune, unused_since
+from camelid.data.preparation.hashes import content_hash
+from camelid.data.preparation.store import Store, hash_file
+from camelid.data.rows import loader
+from camelid.data.rows.best_fit import open_plan
+from camelid.data.rows.loader import data_cache, open_stores
 from camelid.errors import UserError
 from camelid.locks import locked
 from camelid.text.tokenizer import Tokenizer
@@ -275,7 +276,8 @@ def test_a_store_that_another_process_reads_is_in_use(config: DataConfig, tokeni
     folder = store.folder
     del store
     code = (
-        "import sys; from camelid.data.store import Store; s = Store.open(sys.argv[1]); print('x', flush=True); input()"
+        "import sys; from camelid.data.preparation.store import Store; "
+        "s = Store.open(sys.argv[1]); print('x', flush=True); input()"
     )
     reader = subprocess.Popen(
         [sys.executable, "-c", code, folder],

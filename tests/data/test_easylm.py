@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from camelid.data.loader import Loader
-from camelid.recipe import structure
+from camelid.data.rows.loader import Loader
+from camelid.runs.recipe import structure
 from camelid.text.tokenizer import load_tokenizer
 
 

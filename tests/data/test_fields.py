@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from camelid.data.config import Source
-from camelid.data.examples import Example, make_encoder
-from camelid.data.sources import Record
+from camelid.data.preparation.examples import Example, make_encoder
+from camelid.data.readers.sources import Record
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from text.tiny import BOS, EOS, VOCAB_SIZE, save_byte_tokenizer

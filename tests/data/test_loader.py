@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 import camelid
-from camelid.data.batch import Batch
 from camelid.data.config import DataConfig, Source, Stage
-from camelid.data.loader import Loader, data_cache, open_stores, prefetched
-from camelid.data.prepare import prepare
-from camelid.data.store import VALIDATION
+from camelid.data.preparation.prepare import prepare
+from camelid.data.preparation.store import VALIDATION
+from camelid.data.rows.batch import Batch
+from camelid.data.rows.loader import Loader, data_cache, open_stores, prefetched
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from text.tiny import BOS, EOS, save_byte_tokenizer
@@ -669,7 +669,7 @@ def test_a_failure_in_a_process_reaches_the_reader_at_its_step(config: DataConfi
 COMMAND = """
 import signal, sys
 from camelid.data.config import DataConfig, Source
-from camelid.data.loader import Loader, prefetched
+from camelid.data.rows.loader import Loader, prefetched
 from camelid.text.tokenizer import load_tokenizer
 
 if __name__ == "__main__":

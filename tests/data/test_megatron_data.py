@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from camelid.data.config import Source
-from camelid.data.megatron_data import index_dtype, open_indexed, write_indexed
-from camelid.data.sources import source_files
+from camelid.data.readers.megatron_data import index_dtype, open_indexed, write_indexed
+from camelid.data.readers.sources import source_files
 from camelid.errors import UserError
 
 DOCUMENTS = [[1, 2, 3], [], [65499, 0], [7]]

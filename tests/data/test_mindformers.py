@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from camelid.data import mindformers
 from camelid.data.config import Source
-from camelid.data.examples import make_encoder
-from camelid.data.mindformers import count_lost, qa_samples, qa_text, wiki_records
-from camelid.data.sources import Record
+from camelid.data.preparation import mindformers
+from camelid.data.preparation.examples import make_encoder
+from camelid.data.preparation.mindformers import count_lost, qa_samples, qa_text, wiki_records
+from camelid.data.readers.sources import Record
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from text.tiny import BOS, EOS

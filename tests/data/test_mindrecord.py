@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from camelid.data import lines
 from camelid.data.config import Source
-from camelid.data.mindrecord import decode_integers, open_mindrecord
-from camelid.data.sources import chunks, read_records, source_files
+from camelid.data.readers import lines
+from camelid.data.readers.mindrecord import decode_integers, open_mindrecord
+from camelid.data.readers.sources import chunks, read_records, source_files
 from camelid.errors import UserError
 
 HEADER_SIZE, PAGE_SIZE = 4096, 512

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from camelid.data import mixture
-from camelid.data.mixture import Mixture, Share, row_shares
+from camelid.data.rows import mixture
+from camelid.data.rows.mixture import Mixture, Share, row_shares
 
 SHARES = (Share(0, (1.0, 3.0, 1.0)),)
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from camelid.data.batch import Batch
-from camelid.data.packing import Method, Packing
+from camelid.data.rows.batch import Batch
+from camelid.data.rows.packing import Method, Packing
 from camelid.errors import UserError
 from data.stores import write_store
 

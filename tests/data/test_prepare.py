@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 
 import camelid
-from camelid.data import lines, parts
-from camelid.data import prepare as preparing
 from camelid.data.config import Source
-from camelid.data.formats import Record
-from camelid.data.prepare import prepare
-from camelid.data.store import MANIFEST, VALIDATION, Store
+from camelid.data.preparation import parts
+from camelid.data.preparation import prepare as preparing
+from camelid.data.preparation.prepare import prepare
+from camelid.data.preparation.store import MANIFEST, VALIDATION, Store
+from camelid.data.readers import lines
+from camelid.data.readers.formats import Record
 from camelid.errors import UserError
 from camelid.locks import locked
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
@@ -300,7 +301,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from camelid.data import lines, parts
 from camelid.data.config import Source
-from camelid.data.prepare import prepare
+from camelid.data.preparation.prepare import prepare
 from camelid.text.tokenizer import load_tokenizer
 
 if "stuck" in sys.argv:

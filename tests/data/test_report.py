@@ -10,10 +10,10 @@ import pytest
 
 from camelid.data import report
 from camelid.data.config import DataConfig, Source, Stage
-from camelid.data.loader import Loader
-from camelid.data.packing import Packing
-from camelid.data.prepare import prepare
-from camelid.data.store import VALIDATION, Store
+from camelid.data.preparation.prepare import prepare
+from camelid.data.preparation.store import VALIDATION, Store
+from camelid.data.rows.loader import Loader
+from camelid.data.rows.packing import Packing
 from camelid.text.tokenizer import Tokenizer
 from data.stores import write_store
 from text.tiny import BOS, EOS

@@ -14,12 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from camelid.data import lines
 from camelid.data.config import Source
-from camelid.data.formats import Record
-from camelid.data.megatron_data import write_indexed
-from camelid.data.sources import Tally, chunks, list_files, read_chunk, read_records, refuse_repeated, source_files
-from camelid.data.store import Writer
+from camelid.data.preparation.store import Writer
+from camelid.data.readers import lines
+from camelid.data.readers.formats import Record
+from camelid.data.readers.megatron_data import write_indexed
+from camelid.data.readers.sources import (
+    Tally,
+    chunks,
+    list_files,
+    read_chunk,
+    read_records,
+    refuse_repeated,
+    source_files,
+)
 from camelid.errors import UserError
 
 
@@ -813,7 +821,7 @@ def test_reading_text_loads_no_library_of_tables():
     code = """
 import sys
 from camelid.data.config import Source
-from camelid.data.sources import read_records
+from camelid.data.readers.sources import read_records
 assert [record.value for record in read_records(Source(files=("a.txt",)))] == ["x"]
 assert not {"pyarrow", "datasets", "zstandard", "pandas"} & sys.modules.keys()
 """

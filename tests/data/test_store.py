@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from camelid.data.packing import Packing
-from camelid.data.store import MANIFEST, OFFSETS, TOKENS, WEIGHTS, Store, is_store
+from camelid.data.preparation.store import MANIFEST, OFFSETS, TOKENS, WEIGHTS, Store, is_store
+from camelid.data.rows.packing import Packing
 from camelid.errors import UserError
 from camelid.locks import locked
 from data.stores import documents_of, write_store

@@ -1,6 +1,6 @@
 import pytest
 
-from camelid.data.wikitext import clean
+from camelid.data.readers.wikitext import clean
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import camelid.run
-from camelid.checkpoint.stored import open_arrays
+import camelid.runs.run
+from camelid.checkpoint.state.stored import open_arrays
 from camelid.parallel.mesh import one_device
 from camelid.train.loggers import read_metrics
 from runs import assert_refused, called, contents, losses, recipe, tensor_bytes, tiny_run, write_recipe_file
@@ -18,7 +18,7 @@ from runs import assert_refused, called, contents, losses, recipe, tensor_bytes,
 
 @pytest.fixture(autouse=True)
 def _on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+    monkeypatch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
 
 
 def table(folder: Path, steps: int, **fields: Any) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("damage") / "original"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(camelid.run, "make_mesh", lambda config: one_device())
-        camelid.run.run(recipe(table(folder, 6)))
+        patch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
+        camelid.runs.run.run(recipe(table(folder, 6)))
     return folder
 
 
@@ -115,7 +115,7 @@ def test_a_step_that_is_damaged_too_is_not_listed(run: Path):
 
 
 def test_from_an_older_step_the_run_becomes_the_one_that_never_was_disturbed(run: Path, original: Path, tmp_path: Path):
-    whole = camelid.run.run(recipe(table(original, 8) | {"run": str(tmp_path / "whole")})).folder
+    whole = camelid.runs.run.run(recipe(table(original, 8) | {"run": str(tmp_path / "whole")})).folder
     flip(run / "checkpoints" / "6")
     damaged, metrics = contents(run / "checkpoints" / "6"), (run / "metrics.jsonl").read_bytes()
     done = train(run.parent, 8, "--from-step", 4)
@@ -170,14 +170,14 @@ def test_a_step_that_is_not_there_is_refused(run: Path, tmp_path: Path):
 
 def test_a_run_whose_checkpoints_vanish_while_it_starts_does_not_begin_anew(run: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.rmtree(run / "model")  # which has a refusal of its own
-    prepare = camelid.run.prepare
+    prepare = camelid.runs.run.prepare
 
     def prepare_and_lose(*arguments: Any, **options: Any):
         parts = prepare(*arguments, **options)
         shutil.rmtree(run / "checkpoints")
         return parts
 
-    monkeypatch.setattr(camelid.run, "prepare", prepare_and_lose)
+    monkeypatch.setattr(camelid.runs.run, "prepare", prepare_and_lose)
     assert_refused(train(run.parent, 8), f"the checkpoints in {run / 'checkpoints'} are gone")
     assert not (run / "checkpoints").exists()
 
@@ -186,8 +186,8 @@ def test_from_python_an_older_step_is_an_argument(run: Path, original: Path):
     flip(run / "checkpoints" / "6")
     whole = recipe(table(original, 6) | {"run": str(run)})
     with pytest.raises(camelid.UserError, match=r"step 6 .* is damaged: .*its checksum differs"):
-        camelid.run.run(whole)
-    assert camelid.run.run(whole, from_step=4).steps == 6
+        camelid.runs.run.run(whole)
+    assert camelid.runs.run.run(whole, from_step=4).steps == 6
 
 
 def test_checkpoints_of_an_older_camelid_have_no_checksums_and_are_resumed(run: Path):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import camelid.run
-from camelid.checkpoint import native
+import camelid.runs.run
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.integrity import checksum, count_not_finite, survey
-from camelid.checkpoint.stored import verify_step
+from camelid.checkpoint.state import orbax_state as native
+from camelid.checkpoint.state.stored import verify_step
 from camelid.errors import UserError
 from camelid.parallel.mesh import one_device
 from camelid.train.loggers import MetricsFile
@@ -23,7 +23,7 @@ from runs import assert_refused, called, lay_over, recipe, tensor_bytes, tiny_ru
 
 @pytest.fixture(autouse=True)
 def _on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+    monkeypatch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
 
 
 def diverging(folder: Path, **fields: Any) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path):
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     validated = iter([3.0, 2.0, math.nan])
-    monkeypatch.setattr(camelid.run, "_validation_loss", lambda *given: next(validated))
+    monkeypatch.setattr(camelid.runs.run, "_validation_loss", lambda *given: next(validated))
     train_fields = {"steps": 6, "checkpoint_every": 2, "evaluate_every": 2}
     ended = train(tmp_path, tiny_run(tmp_path, train=train_fields, data__validation_fraction=0.1))
     assert_refused(ended, "after step 4 the validation loss is nan")
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_an_older_camelid_that_is_not_finite_is_not_resumed(
     table = overflowing(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(native, "survey", lambda state: ({}, {}))  # as before there was a check
-        camelid.run.run(recipe(table))
+        camelid.runs.run.run(recipe(table))
     again = train(tmp_path, lay_over(table, {"train__steps": 2}))
     assert_refused(again, "the checkpoint of step 1 in ", "is damaged: infinite or NaN values in params.embed (")
 
@@ -134,7 +134,9 @@ def test_metrics_are_json_whatever_the_numbers(tmp_path: Path, value: float):
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A model of a run, with an infinity in one tensor and two NaN in another."""
-    camelid.run.run(recipe(tiny_run(tmp_path, train={"steps": 1}, model__head_dim=8)))  # as wide as Meta's format asks
+    camelid.runs.run.run(
+        recipe(tiny_run(tmp_path, train={"steps": 1}, model__head_dim=8))
+    )  # as wide as Meta's format asks
     file = tmp_path / "run" / "model" / "model.safetensors"
     tensors = {name: array.copy() for name, array in load_file(file).items()}
     tensors["model.embed_tokens.weight"][3, 4] = -math.inf
@@ -163,12 +165,12 @@ def test_a_conversion_keeps_them_and_says_where_they_are(tmp_path: Path, model: 
 
 
 def test_a_conversion_of_finite_weights_has_no_such_note(tmp_path: Path):
-    camelid.run.run(recipe(tiny_run(tmp_path, train={"steps": 1})))
+    camelid.runs.run.run(recipe(tiny_run(tmp_path, train={"steps": 1})))
     assert convert(tmp_path / "run" / "model", tmp_path / "out") == ()
 
 
 def test_a_model_is_not_saved_in_a_dtype_that_cannot_hold_it(tmp_path: Path):
-    camelid.run.run(recipe(tiny_run(tmp_path, train={"steps": 1})))
+    camelid.runs.run.run(recipe(tiny_run(tmp_path, train={"steps": 1})))
     file = tmp_path / "run" / "model" / "model.safetensors"
     tensors = {name: array.copy() for name, array in load_file(file).items()}
     tensors["model.norm.weight"][3] = 1e6

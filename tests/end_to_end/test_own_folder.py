@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-import camelid.parts
-import camelid.run
-from camelid.data.store import Store
+import camelid.runs.components
+import camelid.runs.run
+from camelid.data.preparation.store import Store
 from camelid.parallel.mesh import one_device
-from camelid.recipe import structure
+from camelid.runs.recipe import structure
 from camelid.text.tokenizer import load_tokenizer
 from runs import assert_refused, called, lay_over, losses, recipe, tensor_bytes, tiny_run, write_recipe_file
 
 
 @pytest.fixture(autouse=True)
 def _on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+    monkeypatch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
 
 
 def train(folder: Path, table: dict[str, Any], steps: int):
@@ -38,15 +38,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer, and a file that goes along with it."""
     folder = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(camelid.run, "make_mesh", lambda config: one_device())
-        camelid.run.run(recipe(tiny_run(folder, train={"steps": 1})))
+        patch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
+        camelid.runs.run.run(recipe(tiny_run(folder, train={"steps": 1})))
     (folder / "run" / "model" / "LICENSE").write_text("free")
     return folder / "run" / "model"
 
 
 def test_init_may_be_gone(tmp_path: Path, base: Path):
     kept = finetuning(tmp_path / "kept", base)
-    whole = camelid.run.run(structure(lay_over(kept, {"train__steps": 4}))).folder
+    whole = camelid.runs.run.run(structure(lay_over(kept, {"train__steps": 4}))).folder
     moved = shutil.copytree(base, tmp_path / "moved")
     table = finetuning(tmp_path / "cut", moved)
     assert train(tmp_path, table, 2).returncode == 0
@@ -72,8 +72,8 @@ def test_an_init_that_is_another_model_now_is_not_looked_at(tmp_path: Path, base
 def test_an_init_on_the_hub_is_not_asked_for(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch):
     table = finetuning(tmp_path / "run", base) | {"init": "somebody/something"}
     with monkeypatch.context() as patch:
-        opened = camelid.parts.open_checkpoint
-        patch.setattr(camelid.parts, "open_checkpoint", lambda path, **options: opened(base, **options))
+        opened = camelid.runs.components.open_checkpoint
+        patch.setattr(camelid.runs.components, "open_checkpoint", lambda path, **options: opened(base, **options))
         assert train(tmp_path, table, 2).returncode == 0
     done = train(tmp_path, table, 4)
     assert done.returncode == 0, done.stderr
@@ -125,7 +125,7 @@ def test_the_template_that_is_learnt_is_found_in_the_folder(
     learnt = {file.name: file.read_bytes() for file in (run / "model").glob("*template*")}
     shutil.rmtree(folder)
     if cached:  # nothing is tokenized again, though the run's folder has other files beside its tokenizer
-        monkeypatch.setattr("camelid.data.loader.prepare", None)
+        monkeypatch.setattr("camelid.data.rows.loader.prepare", None)
     else:
         table = lay_over(table, {"data__cache": str(tmp_path / "cache")})
         shutil.rmtree(json.loads((run / "data.json").read_text())["train"][0]["folder"])
@@ -150,7 +150,7 @@ def test_text_may_be_gone_where_what_was_prepared_from_it_is_there(tmp_path: Pat
         table["data"]["validation"] = [str(shutil.copy(text, tmp_path / "validation.jsonl"))]
     (tmp_path / "whole").mkdir()
     lay_over(table, {"optimizer__decay_steps": 4, "train__steps": 4})
-    whole = camelid.run.run(structure(table | {"run": str(tmp_path / "whole" / "run")})).folder
+    whole = camelid.runs.run.run(structure(table | {"run": str(tmp_path / "whole" / "run")})).folder
     assert train(tmp_path, table, 2).returncode == 0
     text.unlink()
     prepared = {Path(store["folder"]) for stores in _stores(tmp_path / "run").values() for store in stores}

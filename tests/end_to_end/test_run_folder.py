@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 import camelid
-import camelid.run
+import camelid.runs.run
 from camelid.parallel.mesh import one_device
 from camelid.text.templates import NAMED
 from camelid.train.loggers import read_metrics
@@ -21,7 +21,7 @@ from runs import assert_refused, called, lay_over, losses, tiny_run, write_recip
 
 @pytest.fixture(autouse=True)
 def _on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+    monkeypatch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run of four steps."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+        patch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
         assert train(folder).returncode == 0
     return folder
 
@@ -73,7 +73,7 @@ def test_a_finished_run_leaves_a_recipe_metrics_a_picture_and_a_model_that_opens
     model = camelid.load(run / "model")
     assert model.generate("ab", max_new_tokens=3)[0].prompt == "ab"
     # What the folder keeps is the recipe, and starts the same run.
-    assert camelid.recipe.read_recipe(run / "recipe.toml").train.steps == 4
+    assert camelid.runs.recipe.read_recipe(run / "recipe.toml").train.steps == 4
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -237,7 +237,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_keeps_the_checkpoi
     assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
     assert not (tmp_path / "run" / "model").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+    monkeypatch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
     again = train(tmp_path)
     assert again.returncode == 0, again.stderr
     assert "resuming after step 2" in again.stderr
@@ -248,7 +248,7 @@ def test_a_run_that_dies_between_validation_and_checkpoint_leaves_no_gap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Whatever is checkpointed is in metrics.jsonl already, so a resumed run has nothing to make up for."""
-    validate, calls = camelid.run._validation_loss, 0
+    validate, calls = camelid.runs.run._validation_loss, 0
 
     def dying(*given: Any) -> float:
         nonlocal calls
@@ -259,7 +259,7 @@ def test_a_run_that_dies_between_validation_and_checkpoint_leaves_no_gap(
 
     fields = {"train__evaluate_every": 2, "data__validation_fraction": 0.1, "train__steps": 6}
     with monkeypatch.context() as patch:
-        patch.setattr(camelid.run, "_validation_loss", dying)
+        patch.setattr(camelid.runs.run, "_validation_loss", dying)
         with pytest.raises(RuntimeError, match="power failure"):
             train(tmp_path, **fields)
     assert train(tmp_path, **fields).returncode == 0

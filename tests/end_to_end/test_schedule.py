@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import camelid.run
+import camelid.runs.run
 from camelid.parallel.mesh import one_device
-from camelid.recipe import Recipe, completed, read_recipe
+from camelid.runs.recipe import Recipe, completed, read_recipe
 from camelid.train.optimizer import learning_rate
 from runs import called, column, lay_over, losses, recipe, tiny_run, write_recipe_file
 
@@ -18,7 +18,7 @@ PEAK, FINAL = 1e-3, 1e-4
 
 @pytest.fixture(autouse=True)
 def _on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+    monkeypatch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
 
 
 def train(folder: Path, steps: int, **fields: Any) -> str:

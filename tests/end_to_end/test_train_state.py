@@ -14,17 +14,17 @@ import optax
 import pytest
 
 import camelid
-import camelid.parts
-import camelid.run
+import camelid.runs.components
+import camelid.runs.run
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.formats import open_checkpoint
 from camelid.checkpoint.layout import from_tensors
-from camelid.checkpoint.native import RunCheckpoints
+from camelid.checkpoint.registry import open_checkpoint
+from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.model.config import Compute
 from camelid.model.params import named
 from camelid.parallel.hosts import StopSignal, to_host
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
-from camelid.run import from_checkpoint
+from camelid.runs.run import from_checkpoint
 from camelid.text.tokenizer import load_tokenizer
 from camelid.train.loggers import read_metrics
 from camelid.train.state import TrainState
@@ -158,7 +158,7 @@ def going_on(folder: Path, assets: Path, theirs: Path, **fields: Any) -> dict[st
 
 
 def on_one_device(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+    patch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
 
 
 def stopping_after(step: int) -> type[StopSignal]:
@@ -173,7 +173,7 @@ def test_a_recipe_goes_on_from_the_step_of_a_train_state_on_any_mesh(
     assets: Path, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "eight").mkdir()
-    outcome = camelid.run.run(recipe(going_on(tmp_path / "eight", assets, theirs, mesh={"data": 2, "tensor": 2})))
+    outcome = camelid.runs.run.run(recipe(going_on(tmp_path / "eight", assets, theirs, mesh={"data": 2, "tensor": 2})))
     assert outcome.model.mesh.size == 8
     on_one_device(monkeypatch)
     table = going_on(tmp_path, assets, theirs, train__checkpoint_every=5)
@@ -191,7 +191,7 @@ def test_a_recipe_goes_on_from_the_step_of_a_train_state_on_any_mesh(
 
     # The seventh step is that of the seventh batch, with these moments.
     whole = recipe(table | {"run": str(tmp_path / "another")})  # one that has not begun
-    parts = camelid.parts.prepare(whole, one_device())
+    parts = camelid.runs.components.prepare(whole, one_device())
     assert parts.source is not None
     state = from_checkpoint(parts.source, parts.source.training, parts.trainer, one_device())
     _, seventh = trained(parts.trainer, state, iter([vars(parts.loader.batch(6))]), 1)
@@ -207,16 +207,16 @@ def test_a_run_that_began_so_goes_on_from_its_own_checkpoints(
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole = recipe(going_on(tmp_path / "whole", assets, theirs, **fields))
-    camelid.run.run(whole)
+    camelid.runs.run.run(whole)
     cut = recipe(going_on(tmp_path / "cut", assets, theirs, **fields))
     for step in (7, 9):
         with monkeypatch.context() as patch:
-            patch.setattr(camelid.run, "StopSignal", stopping_after(step))
-            outcome = camelid.run.run(cut)
+            patch.setattr(camelid.runs.run, "StopSignal", stopping_after(step))
+            outcome = camelid.runs.run.run(cut)
         assert (outcome.steps, outcome.finished) == (step, False)
         if step == 7:
             shutil.rmtree(outcome.folder / "checkpoints")  # as if killed before the first one: it begins again
-    camelid.run.run(cut)
+    camelid.runs.run.run(cut)
     runs = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
     assert same_rows(*runs, "loss", "gradient_norm", "learning_rate")
     assert tensor_bytes(runs[0] / "model") == tensor_bytes(runs[1] / "model")
@@ -299,7 +299,7 @@ def small(folder: Path, **fields: Any) -> dict[str, Any]:
 def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of six steps, all its checkpoints kept."""
     on_one_device(monkeypatch)
-    camelid.run.run(recipe(small(tmp_path / "whole", train__keep_checkpoints=9)))
+    camelid.runs.run.run(recipe(small(tmp_path / "whole", train__keep_checkpoints=9)))
     return tmp_path / "whole" / "run"
 
 
@@ -321,9 +321,9 @@ def killed(folder: Path, last: int) -> tuple[Path, dict[int, TrainState]]:
     whole = recipe(small(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunCheckpoints, "save", keep)
-        patch.setattr(camelid.run, "StopSignal", Failing)
+        patch.setattr(camelid.runs.run, "StopSignal", Failing)
         with pytest.raises(RuntimeError, match="power failure"):
-            camelid.run.run(whole)
+            camelid.runs.run.run(whole)
     steps = folder / "run" / "checkpoints"
     shutil.copytree(steps / str(max(held)), steps / f"{last}.orbax-checkpoint-tmp-7")  # half-written
     return folder / "run", held
@@ -348,7 +348,7 @@ def test_a_run_killed_in_the_middle_opens_as_a_model_and_still_goes_on(tmp_path:
     assert {file.name for file in (tmp_path / "hf").iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
-    camelid.run.run(recipe(small(tmp_path / "killed")))
+    camelid.runs.run.run(recipe(small(tmp_path / "killed")))
     assert same_rows(run, whole, "loss", "gradient_norm", "learning_rate")
     assert tensor_bytes(run / "model") == tensor_bytes(whole / "model")
 
@@ -357,7 +357,7 @@ def test_a_run_killed_in_the_middle_opens_as_a_model_and_still_goes_on(tmp_path:
 def test_another_run_that_goes_on_from_its_step_is_the_run_itself(tmp_path: Path, whole: Path, step: str, begins: int):
     table = small(tmp_path / "other", init=str(whole / step), init_optimizer=True)
     del table["model"], table["tokenizer"]
-    outcome = camelid.run.run(recipe(table))
+    outcome = camelid.runs.run.run(recipe(table))
     rows, reference = losses(outcome.folder), losses(whole)[begins - 1 :]
     for name in ("step", "loss", "gradient_norm", "learning_rate", "weight"):
         assert column(rows, name).tolist() == column(reference, name).tolist(), name
@@ -368,12 +368,12 @@ def test_a_run_goes_on_from_what_was_written_for_easylm(tmp_path: Path, monkeypa
     """Through a train state of EasyLM, whose config.json is taken away and said by the recipe."""
     on_one_device(monkeypatch)
     first = small(tmp_path / "first", train__keep_checkpoints=9, model__head_dim=8)
-    whole = camelid.run.run(recipe(first)).folder
+    whole = camelid.runs.run.run(recipe(first)).folder
     assert convert(whole / "checkpoints" / "4", tmp_path / "state", to="easylm-trainstate") == ()
     (tmp_path / "state" / "config.json").unlink()
     state = f"trainstate::{tmp_path / 'state' / 'streaming_train_state'}"
     second = small(tmp_path / "second", model__head_dim=8, init=state, init_optimizer=True)
-    outcome = camelid.run.run(recipe(second))
+    outcome = camelid.runs.run.run(recipe(second))
     rows, reference = losses(outcome.folder), losses(whole)[4:]
     for name in ("step", "loss", "gradient_norm", "learning_rate", "weight"):
         assert column(rows, name).tolist() == column(reference, name).tolist(), name
@@ -383,10 +383,10 @@ def test_a_run_goes_on_from_what_was_written_for_easylm(tmp_path: Path, monkeypa
 def test_a_run_may_be_started_again_when_its_init_has_gone_on_further(tmp_path: Path, whole: Path):
     table = small(tmp_path / "other", init=str(whole), init_optimizer=True, train={"steps": 7})
     del table["model"], table["tokenizer"]
-    outcome = camelid.run.run(recipe(table))
+    outcome = camelid.runs.run.run(recipe(table))
     assert [row["step"] for row in losses(outcome.folder)] == [7]
-    camelid.run.run(recipe(small(whole.parent, train__steps=9)))
-    again = camelid.run.run(recipe(table))
+    camelid.runs.run.run(recipe(small(whole.parent, train__steps=9)))
+    again = camelid.runs.run.run(recipe(table))
     assert (again.steps, again.finished) == (7, True)
 
 
@@ -400,5 +400,5 @@ def test_a_run_of_an_older_camelid_may_go_on_and_opens_then(
     (whole / "recipe.toml").write_text(kept.replace("init_optimizer = false\n", ""))
     assert (whole / "recipe.toml").read_text() != kept
     assert_refused(called("inspect", whole), "has no config.json, so an older camelid began it")
-    camelid.run.run(recipe(small(whole.parent, train__keep_checkpoints=9)))
+    camelid.runs.run.run(recipe(small(whole.parent, train__keep_checkpoints=9)))
     assert camelid.load(whole).generate("ab", max_new_tokens=2)

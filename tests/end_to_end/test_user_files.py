@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import camelid
-from camelid.checkpoint.native import RunCheckpoints
-from camelid.run import _compile
+from camelid.checkpoint.state.orbax_state import RunCheckpoints
+from camelid.runs.run import _compile
 from foreign import NAMES, add_foreign
 from names import KINDS
 from runs import assert_refused, called, contents, tensor_bytes, tiny_run, write_recipe_file, write_text
@@ -188,7 +188,7 @@ def test_a_first_start_that_is_refused_when_its_folder_is_locked_leaves_nothing(
     def refuse(*arguments: object) -> None:
         raise camelid.UserError("the weights cannot be read", "Copy them again.")
 
-    monkeypatch.setattr("camelid.run._state", refuse)
+    monkeypatch.setattr("camelid.runs.run._state", refuse)
     recipe = write_recipe_file(tiny_run(tmp_path, run=str(tmp_path / "runs" / "x")), tmp_path / "recipe.toml")
     before = snapshot(tmp_path)
     assert_refused(called("train", recipe), "the weights cannot be read")
@@ -241,7 +241,7 @@ def test_runs_of_every_kind_of_name_are_killed_and_resumed_to_the_same_bits(
         compiled.extend([] if compiled else [_compile(*arguments)])
         return compiled[0]
 
-    monkeypatch.setattr("camelid.run._compile", compile_once)
+    monkeypatch.setattr("camelid.runs.run._compile", compile_once)
     table = tiny_run(tmp_path, train={"steps": 5, "checkpoint_every": 2})
     undisturbed = write_recipe_file(table | {"run": str(tmp_path / "undisturbed")}, tmp_path / "undisturbed.toml")
     assert called("train", undisturbed).returncode == 0

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from camelid.model.cache import empty_cache
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder
+from camelid.model.kv_cache import empty_cache
 from camelid.model.params import named
 from families import FAMILIES
 from tiny import tiny_config, tiny_params, tiny_tokens

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from camelid.model.cache import empty_cache
 from camelid.model.config import ModelConfig
 from camelid.model.flops import (
     cache_bytes,
@@ -14,6 +13,7 @@ from camelid.model.flops import (
     peak_flops,
     training_flops,
 )
+from camelid.model.kv_cache import empty_cache
 from camelid.model.presets import PRESETS, preset
 from tiny import tiny_config, tiny_params
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from camelid.checkpoint import hf
+from camelid.checkpoint.formats import hf
 from camelid.errors import UserError
 from camelid.model.flops import count_parameters
 from camelid.model.presets import ALIASES, PRESETS, preset

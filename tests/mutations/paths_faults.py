@@ -11,7 +11,7 @@ REPLACING = "checkpoint/test_replacing.py::"
 KILLED = f"{REPLACING}test_a_kill_at_every_moment_leaves_the_old_or_the_new_checkpoint_and_all_foreign_files"
 SECOND = f"{REPLACING}test_of_two_checkpoints_in_one_folder_the_second_and_foreign_files_are_left"
 USER = "end_to_end/test_user_files.py::"
-NATIVE, STORED, REPLACES = "checkpoint/native.py", "checkpoint/stored.py", "checkpoint/replacing.py"
+NATIVE, STORED, REPLACES = "checkpoint/state/orbax_state.py", "checkpoint/state/stored.py", "checkpoint/replacing.py"
 
 FAULTS = (
     # Paths
@@ -45,7 +45,7 @@ FAULTS = (
     ),
     Fault(
         "a path with .. in it is passed to TensorStore",
-        "checkpoint/stored.py",
+        "checkpoint/state/stored.py",
         "    place = folder.resolve() / str(step)\n",
         "    place = folder.absolute() / str(step)\n",
         DOTS,
@@ -124,7 +124,7 @@ FAULTS = (
     ),
     Fault(
         "a checkpoint half replaced is opened",
-        "checkpoint/formats.py",
+        "checkpoint/registry.py",
         "    complete_replacement(place if place.is_dir() else place.parent)\n",
         "",
         f"{REPLACING}test_whoever_opens_a_checkpoint_completes_its_replacement",
@@ -159,7 +159,7 @@ FAULTS = (
     ),
     Fault(
         "the user's files below a store are not looked for",
-        "data/prepare.py",
+        "data/preparation/prepare.py",
         'for path in folder.rglob("*") if path.is_symlink()',
         'for path in folder.glob("*") if path.is_symlink()',
         f"{USER}test_files_beside_a_store_are_named_and_the_store_stays",
@@ -224,7 +224,7 @@ FAULTS = (
     ),
     Fault(
         "a delta replaces its base",
-        "checkpoint/delta.py",
+        "checkpoint/adapters/delta.py",
         "        refuse_sources(destination, (*one.places, *other.places))\n",
         "        refuse_sources(destination, other.places)\n",
         "checkpoint/test_delta.py::test_a_destination_is_never_one_of_the_sources",
@@ -232,7 +232,7 @@ FAULTS = (
     # A refused command writes nothing
     Fault(
         "the recipe is written before the run is accepted",
-        "run.py",
+        "runs/run.py",
         "            resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))\n",
         "            record(folder, recipe, parts.files, parts.data)\n"
         "            resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))\n",
@@ -247,7 +247,7 @@ FAULTS = (
     ),
     Fault(
         "files of a run that the user changed are written again",
-        "resume.py",
+        "runs/resume.py",
         "        if name not in kept:\n",
         "        if name:\n",
         f"{USER}test_every_command_that_writes_leaves_the_files_of_others_as_they_are",

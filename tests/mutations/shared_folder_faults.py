@@ -8,21 +8,21 @@ OLD = f"{SHARED}test_a_process_that_sees_an_old_state_of_the_folder_goes_on_with
 FAULTS = (
     Fault(
         "each process chooses the step to go on from",
-        "run.py",
+        "runs/run.py",
         "resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))",
         "resumed = _step_to_resume(folder, recipe, kept is not None, from_step)",
         OLD,
     ),
     Fault(
         "processes other than the main one say that no step is whole",
-        "checkpoint/native.py",
+        "checkpoint/state/orbax_state.py",
         "decided(lambda: whole_steps_beside(place))",
         "whole_steps_beside(place) if is_main() else []",
         f"{SHARED}test_both_processes_name_the_steps_that_are_whole",
     ),
     Fault(
         "the arrays of a run are read twice",
-        "checkpoint/stored.py",
+        "checkpoint/state/stored.py",
         "if not arrays or any(",
         "if True or any(",
         "checkpoint/test_run_folder.py::"
@@ -30,7 +30,7 @@ FAULTS = (
     ),
     Fault(
         "a run whose checkpoints vanish begins anew",
-        "run.py",
+        "runs/run.py",
         "    if bool(steps) != begun:\n",
         "    if False:\n",
         "end_to_end/test_damage.py::test_a_run_whose_checkpoints_vanish_while_it_starts_does_not_begin_anew",

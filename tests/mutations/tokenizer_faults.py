@@ -128,7 +128,7 @@ FAULTS = (
     ),
     Fault(
         "a store's ids beyond the model are trained on",
-        "data/loader.py",
+        "data/rows/loader.py",
         "if (largest := max((int(block.max()) for block in blocks), default=0)) >= vocab_size:",
         "if (largest := max((int(block.max()) for block in blocks), default=0)) < 0:",
         "end_to_end/test_tokenizers.py::test_a_tokenizer_may_have_more_ids_than_the_model_until_one_is_needed",
@@ -156,7 +156,7 @@ FAULTS = (
     ),
     Fault(
         "a store of chats whose training flags were ignored is taken as prepared",
-        "data/parts.py",
+        "data/preparation/parts.py",
         'options |= {"version_of_messages": 2, "named',
         'options |= {"named',
         "data/test_prepare.py::test_a_store_of_chats_whose_training_flags_were_ignored_is_refused",

@@ -14,7 +14,7 @@ import pytest
 import camelid
 from camelid.errors import UserError
 from camelid.generate.decode import unstacked
-from camelid.model.cache import empty_cache
+from camelid.model.kv_cache import empty_cache
 from camelid.parallel import backend
 from camelid.parallel.backend import FLAG, fuses_reductions, prepare_backend
 from runs import TIMEOUT_S, tiny_run, write_recipe_file
@@ -112,7 +112,7 @@ def test_other_backends_are_not_asked(monkeypatch: pytest.MonkeyPatch):
 # Each runs in a process of its own, a copy of one in which JAX has not started.
 ENTRIES = """
 import contextlib, io, json, os, sys, warnings
-import camelid.api, camelid.cli, camelid.evaluate.parity, camelid.run, orbax.checkpoint
+import camelid.api, camelid.cli, camelid.evaluate.parity, camelid.runs.run, orbax.checkpoint
 from camelid.parallel.backend import fuses_reductions
 
 stories, recipe, folder = sys.argv[1:]

@@ -16,7 +16,7 @@ from runs import TIMEOUT_S, lines, tiny_run, wait_until, write_recipe_file
 
 COMMAND = "from camelid.__main__ import main; main()"
 PATCHED = f"""
-import camelid.parts, camelid.run
+import camelid.runs.components, camelid.runs.run
 from camelid.errors import UserError
 
 def fail(*arguments, **options):
@@ -62,10 +62,10 @@ USER_ERROR = "UserError('no such thing here', 'Copy it.')"
 @pytest.mark.parametrize(
     ("failing", "module", "name", "error", "status", "said"),
     [
-        (1, "camelid.parts", "load_tokenizer", USER_ERROR, 2, "no such thing here\n         Copy it."),
-        (0, "camelid.parts", "Loader", USER_ERROR, 2, "no such thing here\n         Copy it."),
-        (1, "camelid.run", "prefetched", USER_ERROR, 2, "no such thing here\n         Copy it."),
-        (1, "camelid.run", "_validation_loss", "ArithmeticError('odd')", 1, "ArithmeticError: odd"),
+        (1, "camelid.runs.components", "load_tokenizer", USER_ERROR, 2, "no such thing here\n         Copy it."),
+        (0, "camelid.runs.components", "Loader", USER_ERROR, 2, "no such thing here\n         Copy it."),
+        (1, "camelid.runs.run", "prefetched", USER_ERROR, 2, "no such thing here\n         Copy it."),
+        (1, "camelid.runs.run", "_validation_loss", "ArithmeticError('odd')", 1, "ArithmeticError: odd"),
     ],
     ids=["before the data", "while the main process prepares the data", "in the loader", "in validation"],
 )
@@ -83,9 +83,9 @@ def test_an_error_of_one_process_ends_both(
 
 RECORDED = f"""
 import sys, time
-import camelid.parts
+import camelid.runs.components
 
-Loader = camelid.parts.Loader
+Loader = camelid.runs.components.Loader
 
 def recorded(*arguments, **options):
     print("begins", time.time())
@@ -96,7 +96,7 @@ def recorded(*arguments, **options):
         raise KeyError("enough")
     return loader
 
-camelid.parts.Loader = recorded
+camelid.runs.components.Loader = recorded
 {COMMAND}
 """
 
@@ -126,13 +126,13 @@ def test_a_process_that_is_killed_ends_the_other(recipe: Path, user_env: dict[st
 def test_ctrl_c_before_the_first_step_ends_both(recipe: Path, user_env: dict[str, str]):
     sleeping = f"""
 import time
-import camelid.parts
+import camelid.runs.components
 
 def wait(*arguments, **options):
     print("waiting", flush=True)
     time.sleep(600)
 
-camelid.parts.Loader = wait
+camelid.runs.components.Loader = wait
 {COMMAND}
 """
     with two_processes(recipe, user_env, sleeping, COMMAND) as processes:

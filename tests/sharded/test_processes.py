@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import camelid.run
+import camelid.runs.run
 from camelid.interrupts import STOPPED
 from camelid.train.loggers import read_metrics
 from runs import (
@@ -81,7 +81,7 @@ def ended(processes: list[Popen], file: Path, name: str, status: int = 0) -> Non
 def together(table: dict[str, Any]) -> list[dict]:
     """The same run in this process, on eight devices."""
     folder = Path(table["run"]).with_name("together")
-    camelid.run.run(recipe(table | {"run": str(folder)}))
+    camelid.runs.run.run(recipe(table | {"run": str(folder)}))
     return read_metrics(folder / "metrics.jsonl")
 
 

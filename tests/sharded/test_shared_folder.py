@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import camelid.run
-from camelid.checkpoint.stored import open_arrays
+import camelid.runs.run
+from camelid.checkpoint.state.stored import open_arrays
 from camelid.parallel.mesh import one_device
 from camelid.train.loggers import read_metrics
 from runs import TIMEOUT_S, losses, recipe, tiny_run, write_recipe_file
@@ -44,8 +44,8 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     table = tiny_run(folder, train={"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 9}, data__cache=str(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(camelid.run, "make_mesh", lambda config: one_device())
-        camelid.run.run(recipe(table))
+        patch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
+        camelid.runs.run.run(recipe(table))
     return write_recipe_file(table, folder / "recipe.toml")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-import camelid.run
+import camelid.runs.run
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import initialize, map_specs
 from camelid.parallel.hosts import StopSignal
@@ -25,7 +25,7 @@ MESHES = {
 
 
 def on_one_device(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(camelid.run, "make_mesh", lambda config: one_device())
+    patch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def alone(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         on_one_device(patch)
-        camelid.run.run(recipe(stories_run(folder, assets)))
+        camelid.runs.run.run(recipe(stories_run(folder, assets)))
     return losses(folder / "run")
 
 
@@ -51,7 +51,7 @@ def test_twenty_losses_and_gradient_norms_are_those_of_one_device(
 ):
     assert len(alone) == 20
     assert column(alone, "loss")[:5].mean() > column(alone, "loss")[-5:].mean() + 0.2, "nothing is learned"
-    outcome = camelid.run.run(recipe(stories_run(tmp_path, assets, mesh=mesh)))
+    outcome = camelid.runs.run.run(recipe(stories_run(tmp_path, assets, mesh=mesh)))
     assert dict(outcome.model.mesh.shape) == {"data": 1, "tensor": 1} | mesh
     assert len(jax.tree.leaves(outcome.model.params)[0].sharding.device_set) == 8
     # Measured: 3e-6. Sums over devices are taken in another order.
@@ -60,7 +60,7 @@ def test_twenty_losses_and_gradient_norms_are_those_of_one_device(
 
 def test_microbatches_on_a_mesh_change_nothing(assets: Path, alone: list[dict], tmp_path: Path):
     table = stories_run(tmp_path, assets, mesh=MESHES["all"], train__accumulate=2)
-    camelid.run.run(recipe(table))
+    camelid.runs.run.run(recipe(table))
     assert_same_training(losses(tmp_path / "run"), alone, rtol=1e-4)
 
 
@@ -71,11 +71,11 @@ class StopAfterEight(StopSignal):
 
 def test_a_run_stopped_on_one_mesh_goes_on_on_another(assets: Path, alone: list[dict], tmp_path: Path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(camelid.run, "StopSignal", StopAfterEight)
-        first = camelid.run.run(recipe(stories_run(tmp_path, assets, mesh=MESHES["fsdp"])))
+        patch.setattr(camelid.runs.run, "StopSignal", StopAfterEight)
+        first = camelid.runs.run.run(recipe(stories_run(tmp_path, assets, mesh=MESHES["fsdp"])))
     assert (first.steps, first.finished) == (8, False)
     assert not (tmp_path / "run" / "model").exists()
-    second = camelid.run.run(recipe(stories_run(tmp_path, assets, mesh=MESHES["all"])))
+    second = camelid.runs.run.run(recipe(stories_run(tmp_path, assets, mesh=MESHES["all"])))
     assert (second.steps, second.finished) == (20, True)
     assert_same_training(losses(tmp_path / "run"), alone, rtol=1e-4)
 

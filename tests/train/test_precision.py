@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from camelid.errors import UserError
-from camelid.recipe import structure
+from camelid.runs.recipe import structure
 
 TABLE = {
     "run": "runs/a",

@@ -10,7 +10,7 @@ import optax
 import pytest
 import torch
 
-from camelid.data.batch import Batch
+from camelid.data.rows.batch import Batch
 from camelid.model.config import Compute
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import map_specs, named

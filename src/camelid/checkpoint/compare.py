@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint import mindspore_file, stored, torch_files
+from camelid.checkpoint.checkpoint import Checkpoint
+from camelid.checkpoint.containers import mindspore_file, torch_files
 from camelid.checkpoint.layout import Index, cuts
-from camelid.checkpoint.opened import Checkpoint
+from camelid.checkpoint.state import stored
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.params import Spec

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint.formats import TRAIN_STATE, open_checkpoint, write_checkpoint
+from camelid.checkpoint.checkpoint import Checkpoint, SavedTraining, Saving
 from camelid.checkpoint.integrity import count_not_finite, described
 from camelid.checkpoint.layout import Index, Source, from_tensors
-from camelid.checkpoint.opened import Checkpoint, SavedTraining, Saving
+from camelid.checkpoint.registry import TRAIN_STATE, open_checkpoint, write_checkpoint
 from camelid.checkpoint.replacing import refuse_sources
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.config import ModelConfig

@@ -7,7 +7,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from camelid.checkpoint.opened import COMPANIONS
+from camelid.checkpoint.checkpoint import COMPANIONS
 from camelid.errors import UserError
 from camelid.inputs import expand_home
 

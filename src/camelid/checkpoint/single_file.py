@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from camelid.checkpoint.containers.gguf_file import MAGIC
 from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import remove_locked, temporary_folder
-from camelid.checkpoint.gguf_file import MAGIC
 from camelid.errors import UserError
 from camelid.inputs import named_path
 

@@ -172,8 +172,8 @@ def _rope_layout(
     source: str, format: str | None, config, ignore: tuple[str, ...], layout: str, reference: Path | None
 ) -> tuple[str, str]:
     """A MindSpore file's path, and its format with this layout; "auto" asks a text in which the model was trained."""
-    from camelid.checkpoint.formats import open_checkpoint, split_prefix
-    from camelid.checkpoint.mindspore import FORMAT_OF, QKV
+    from camelid.checkpoint.formats.mindspore import FORMAT_OF, QKV
+    from camelid.checkpoint.registry import open_checkpoint, split_prefix
 
     prefix, path = split_prefix(source)
     format = prefix or format
@@ -214,7 +214,7 @@ def _check(source: str, format: str | None, config, ignore: tuple[str, ...]) -> 
     """Reads everything, and says what is there."""
     from camelid.checkpoint.compare import check_own_sums, survey
     from camelid.checkpoint.files import MANIFEST, check_manifest
-    from camelid.checkpoint.formats import open_checkpoint
+    from camelid.checkpoint.registry import open_checkpoint
     from camelid.checkpoint.single_file import manifest_of
     from camelid.checkpoint.tensors import file_names
 
@@ -260,7 +260,7 @@ def diff(
         json: print one JSON object
     """
     from camelid.checkpoint.compare import compare, config_differences, shape_differences
-    from camelid.checkpoint.formats import open_checkpoint
+    from camelid.checkpoint.registry import open_checkpoint
 
     described = model_config(config, ignore_config_field)
     one, other = (open_checkpoint(path, config=described, ignore=ignore_config_field) for path in (a, b))
@@ -324,7 +324,7 @@ def delta_make(
         config: what both models are, where their files do not say: a preset, or a config.json
         overwrite: replace the checkpoint in the destination; all other files there are left alone
     """
-    from camelid.checkpoint.delta import make
+    from camelid.checkpoint.adapters.delta import make
 
     described = model_config(config, ignore_config_field)
     with progress_bar("delta make") as progress:
@@ -366,7 +366,7 @@ def delta_apply(
         config: what BASE is, where its files do not say: a preset, or a config.json
         overwrite: replace the checkpoint in the destination; all other files there are left alone
     """
-    from camelid.checkpoint.delta import apply
+    from camelid.checkpoint.adapters.delta import apply
 
     described = model_config(config, ignore_config_field)
     with progress_bar("delta apply") as progress:
@@ -388,7 +388,7 @@ def delta_apply(
 def _verify(source: str, written: Path, format: str | None, config, ignore: tuple[str, ...], to: str) -> None:
     """Says how far what was written is from its source, and what it does not say without its config.json."""
     from camelid.checkpoint.compare import compare, config_differences
-    from camelid.checkpoint.formats import FORMATS, open_checkpoint
+    from camelid.checkpoint.registry import FORMATS, open_checkpoint
     from camelid.evaluate.parity import compare_logits, sample_tokens
     from camelid.text.tokenizer import find_tokenizer
 
@@ -427,7 +427,7 @@ def _untold(written: Path, checkpoint, to: str) -> str:
     import tempfile
 
     from camelid.checkpoint.compare import config_differences
-    from camelid.checkpoint.formats import open_checkpoint
+    from camelid.checkpoint.registry import open_checkpoint
 
     if to in ("hf", "peft", "run") or written.is_file():
         return ""

@@ -94,9 +94,9 @@ def prepare(
     )
     _check(source, sequence_length, validation_fraction, seed, workers)
 
-    from camelid.cli.data_shown import show_prepared
+    from camelid.cli.data_view import show_prepared
     from camelid.data import report
-    from camelid.data.prepare import prepare
+    from camelid.data.preparation.prepare import prepare
     from camelid.text.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
@@ -161,7 +161,7 @@ def inspect(
     if not data.is_dir() and tokenizer is not None:
         raise UserError("--tokenizer is for stores", "The recipe names its own.")
 
-    from camelid.cli.data_shown import draw_lengths, show
+    from camelid.cli.data_view import draw_lengths, show
 
     whole = _of_store(data, rows, tokenizer) if data.is_dir() else _of_recipe(data, rows)
     if histogram is not None:
@@ -194,8 +194,8 @@ def _counts_lost(source: Source) -> bool:
 
 def _lost(source: Source, tokenizer: "Tokenizer", sequence_length: int | None) -> dict[str, int] | None:
     """How many conversations MindFormers' masking gives up without a word; None where it makes none of such rows."""
-    from camelid.data.mindformers import count_lost, qa_text
-    from camelid.data.sources import Tally, chunks, read_chunk
+    from camelid.data.preparation.mindformers import count_lost, qa_text
+    from camelid.data.readers.sources import Tally, chunks, read_chunk
 
     if source.kind != "chat" or not _counts_lost(source) or tokenizer.bos_id is None or not tokenizer.eos_ids:
         return None
@@ -217,7 +217,7 @@ def _lost(source: Source, tokenizer: "Tokenizer", sequence_length: int | None) -
 
 def _of_store(folder: Path, rows: int, tokenizer: str | None) -> dict[str, Any]:
     from camelid.data import report
-    from camelid.data.store import Store
+    from camelid.data.preparation.store import Store
 
     store = Store.open(folder)
     shown = []
@@ -242,16 +242,16 @@ def _tokenizer_of(manifest: dict[str, Any], folder: Path, given: str | None) -> 
 
 def _of_recipe(path: Path, rows: int) -> dict[str, Any]:
     from camelid.data import report
-    from camelid.data.loader import Loader
-    from camelid.recipe import completed, read_recipe
-    from camelid.resume import kept_recipe
+    from camelid.data.rows.loader import Loader
+    from camelid.runs.recipe import completed, read_recipe
+    from camelid.runs.resume import kept_recipe
     from camelid.text.tokenizer import load_tokenizer
 
     recipe = read_recipe(path)
     recipe = completed(recipe, kept_recipe(Path(recipe.run)))
     where = recipe.tokenizer
     if where is None:
-        from camelid.checkpoint.formats import open_checkpoint
+        from camelid.checkpoint.registry import open_checkpoint
 
         assert recipe.init is not None  # a Recipe has init, or model and tokenizer
         where = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore).tokenizer_folder

@@ -11,7 +11,7 @@ from camelid.cli.shared import print_json
 from camelid.errors import UserError
 
 if TYPE_CHECKING:
-    from camelid.data.cached import Cached
+    from camelid.data.preparation.cached import Cached
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 DAY_S = 86400
@@ -36,8 +36,8 @@ def cache(
         folder: the data.cache of a recipe; left out, $CAMELID_CACHE/data or the user's cache folder
         json: print one JSON object
     """
-    from camelid.data import cached
-    from camelid.data.loader import default_cache
+    from camelid.data.preparation import cached
+    from camelid.data.rows.loader import default_cache
 
     root = default_cache() if folder is None else folder
     entries = cached.list_cached(root)
@@ -52,7 +52,7 @@ def cache(
 
 
 def _chosen(prune: str, entries: "list[Cached]") -> "list[Cached]":
-    from camelid.data.cached import beyond, unused_since
+    from camelid.data.preparation.cached import beyond, unused_since
 
     if prune == "all":
         return entries
@@ -74,6 +74,6 @@ def _describe(entry: "Cached") -> dict:
 
 
 def _show(whole: dict) -> None:
-    from camelid.cli.data_shown import show_cache
+    from camelid.cli.data_view import show_cache
 
     show_cache(whole)

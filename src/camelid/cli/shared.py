@@ -12,7 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from camelid.errors import UserError
 from camelid.inputs import expand_home, named_path
-from camelid.parallel.compiled import keep_compiled
+from camelid.parallel.compilation_cache import keep_compiled
 
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="of parameters and products")]
 Checkpoint = Annotated[
@@ -69,9 +69,9 @@ def model_config(text: str | None, ignore: tuple[str, ...] = ()):
     if path.is_dir() and text not in (*PRESETS, *ALIASES):
         path /= "config.json"
     if path.is_file():
-        from camelid.checkpoint.config_leftovers import without
         from camelid.checkpoint.folder import read_json
-        from camelid.checkpoint.hf_config import config_from_hf
+        from camelid.checkpoint.formats.hf_config import config_from_hf
+        from camelid.checkpoint.formats.hf_ignored_fields import without
 
         return config_from_hf(without(read_json(path), ignore))
     if path.suffix == ".json" or len(path.parts) > 1:

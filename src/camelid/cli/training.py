@@ -9,7 +9,7 @@ from tyro.conf import Positional, Suppress, arg
 from camelid.cli.failures import explained
 from camelid.cli.shared import Ignore, note
 from camelid.interrupts import STOPPED
-from camelid.parallel.compiled import keep_compiled
+from camelid.parallel.compilation_cache import keep_compiled
 
 
 def train(
@@ -39,13 +39,13 @@ def train(
         process_id: which of them this is, from 0
         detect: join the processes that SLURM, MPI or a TPU pod tells of
     """
-    from camelid.recipe import completed, read_recipe, write_recipe
+    from camelid.runs.recipe import completed, read_recipe, write_recipe
 
     resolved = read_recipe(recipe, overrides)
     if print_recipe:
         kept = None
         if (folder := Path(resolved.run)).is_dir():
-            from camelid.resume import kept_recipe  # imports JAX, for which a new run need not wait
+            from camelid.runs.resume import kept_recipe  # imports JAX, for which a new run need not wait
 
             kept = kept_recipe(folder)
         print(write_recipe(completed(resolved, kept)), end="")
@@ -55,7 +55,7 @@ def train(
 
     hosts.start(hosts.Processes(coordinator=coordinator, count=processes, id=process_id, detect=detect))
     with hosts.ended_together(lambda error: explained(error, "train")):
-        from camelid.run import run
+        from camelid.runs.run import run
 
         outcome = run(resolved, from_step)
     if hosts.is_main():

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Integer
 
-from camelid.data.loader import Loader
-from camelid.data.packing import Packing
-from camelid.data.store import VALIDATION, Store, is_store
+from camelid.data.preparation.store import VALIDATION, Store, is_store
+from camelid.data.rows.loader import Loader
+from camelid.data.rows.packing import Packing
 from camelid.text.tokenizer import Tokenizer
 
 # S tokens of a row

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from camelid.checkpoint.opened import Checkpoint
+from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.errors import UserError
 from camelid.model.config import Compute
 from camelid.model.decoder import Decoder, Layer, declare_decoder

@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from camelid.errors import UserError
 from camelid.generate.sample import Sampling, all_finite, choose
-from camelid.model.cache import empty_cache
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder, unstacked
+from camelid.model.kv_cache import empty_cache
 from camelid.model.tokens import token_row
 from camelid.parallel.hosts import batch_ways, own_rows, place, to_host
 

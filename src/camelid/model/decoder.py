@@ -13,8 +13,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from camelid.model.attention import attend
-from camelid.model.cache import KVCache
 from camelid.model.config import Compute, ModelConfig
+from camelid.model.kv_cache import KVCache
 from camelid.model.loss import cross_entropy, project
 from camelid.model.params import child, declare, module, param
 from camelid.model.rope import rotate, rotations

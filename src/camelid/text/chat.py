@@ -23,7 +23,7 @@ import numpy as np
 
 from camelid.errors import UserError
 from camelid.text import sandbox
-from camelid.text.engines import Part, Placed
+from camelid.text.backends import Part, Placed
 from camelid.text.messages import Message
 from camelid.text.messages import read_chat as read_chat  # users import it from here
 from camelid.text.templates import NAMED

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from camelid.errors import UserError
 from camelid.inputs import read_text, refuse_stand_in
 from camelid.text import tiktoken
+from camelid.text.backends import SentencePieceEngine, TokenizersEngine, parsed
 from camelid.text.classes import (
     CLASSES,
     GENERIC,
@@ -21,7 +22,6 @@ from camelid.text.classes import (
     vocabulary_of,
 )
 from camelid.text.declared import ADDED, CONFIG, SPECIALS, STANDARD, Declared, read_declared, read_object
-from camelid.text.engines import SentencePieceEngine, TokenizersEngine, parsed
 from camelid.text.pieces import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Pieces, read_pieces
 
 if TYPE_CHECKING:

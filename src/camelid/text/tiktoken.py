@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from camelid.errors import UserError
+from camelid.text.backends import byte_alphabet
 from camelid.text.classes import Vocabulary, split_bytes
 from camelid.text.declared import Declared, read_object
-from camelid.text.engines import byte_alphabet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

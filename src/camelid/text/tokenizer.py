@@ -13,8 +13,8 @@ from typing import Any, SupportsIndex
 
 from camelid.errors import UserError
 from camelid.inputs import decode, expand_home
+from camelid.text.backends import Part, Placed, SentencePieceEngine, TokenizersEngine
 from camelid.text.declared import CONFIG, SPECIALS, Declared, read_object
-from camelid.text.engines import Part, Placed, SentencePieceEngine, TokenizersEngine
 from camelid.text.opening import VOCAB, VOCABULARIES, Opened, open_vocabulary, vocabulary_file
 from camelid.text.tiktoken import is_tiktoken
 

@@ -1,0 +1,1 @@
+"""Checkpoints that change another one: PEFT adapters and deltas."""

@@ -1,0 +1,424 @@
+"""The difference of two checkpoints of any formats, and a checkpoint from its base and a difference.
+
+    exact   delta.json, delta.safetensors: bits of the tuned - bits of the base, as unsigned numbers that wrap around
+    sum     delta.json with an ordinary checkpoint: tuned - base, as EasyLM's and other published deltas have it
+    lora    a PEFT adapter: the largest singular values of each matrix's difference
+
+An exact delta knows its base by checksums, and has its own names: each layer of each parameter under our path.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from camelid.checkpoint.adapters.peft import (
+    Adapter,
+    Computed,
+    Pair,
+    Place,
+    adapter_files,
+    looks,
+    on_base,
+    open_adapter,
+    plain_table,
+)
+from camelid.checkpoint.checkpoint import Checkpoint, Saving, companions_in, copy_companions
+from camelid.checkpoint.compare import config_differences
+from camelid.checkpoint.containers.safetensors import open_safetensors, safetensors_file
+from camelid.checkpoint.files import File, Segment, json_file, segment, write_files
+from camelid.checkpoint.folder import new_folder, read_json, write_json
+from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.hf_config import config_to_hf
+from camelid.checkpoint.layout import Index, Source, cuts
+from camelid.checkpoint.registry import files_of, open_checkpoint, write_checkpoint
+from camelid.checkpoint.replacing import refuse_sources
+from camelid.checkpoint.tensors import Planned, Tensor, dtype_named, rounded
+from camelid.errors import UserError
+from camelid.inputs import expand_home
+from camelid.model.config import ModelConfig
+
+KINDS = ("exact", "sum", "lora")
+NAME, TENSORS = "delta.json", "delta.safetensors"
+VERSION = 1
+AGAIN = "Download or copy the delta again, or make it anew."
+FLOAT32 = np.dtype(np.float32)
+UNSAID = {"bos_id", "eos_ids", "pad_id", "init_std"}
+"""what an adapter does not say of a model, and the base's config.json may say otherwise"""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `make` has to say."""
+
+    left: float | None = None
+    """of an adapter: the norm of what it leaves of the difference, over the norm of the difference"""
+    notes: tuple[str, ...] = ()
+
+
+def make(
+    base: str | Path,
+    tuned: str | Path,
+    destination: str | Path,
+    *,
+    kind: str = "exact",
+    rank: int | None = None,
+    config: ModelConfig | None = None,
+    ignore: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Made:
+    """Writes a folder with what makes `tuned` of `base`, a slice at a time, and the files that go with `tuned`.
+
+    `rank` is for the kind lora, which holds the adapter and one matrix in memory; `config` describes both models where
+    their files do not, and the fields in `ignore` are as if their config.json did not have them. Raises UserError where
+    a kind cannot say the difference, and where `destination` would replace one of the two.
+    """
+    if kind not in KINDS:
+        raise UserError(f"a delta of kind {kind!r} is unknown", f"Choose one of {', '.join(KINDS)}.")
+    if (rank is None) == (kind == "lora") or (rank is not None and rank < 1):
+        raise UserError(
+            f"kind = {kind} with rank = {rank}", "The kind lora takes a rank of 1 or more, others take none."
+        )
+    one, other = (open_checkpoint(path, config=config, ignore=ignore) for path in (base, tuned))
+    if overwrite:
+        refuse_sources(destination, (*one.places, *other.places))
+    if kind == "exact":
+        return _make_exact(one, other, Path(destination), overwrite, progress)
+    _check_same(one, other)
+    if kind == "sum":
+        return _make_sum(one, other, Path(destination), overwrite, progress)
+    assert rank is not None
+    adapter, made = _lora(one, other, rank, progress)
+    adapter = replace(adapter, base=_name_of(base) if one.format == "hf" else None)
+    # So that the folder says what it is for, and may be replaced as a checkpoint may.
+    about = json_file("config.json", config_to_hf(adapter.config, other.dtypes["embed"].name))
+    _write(Path(destination), [*adapter_files(adapter), about], other, overwrite, lambda done, total: None)
+    return made
+
+
+def apply(
+    base: str | Path,
+    delta: str | Path,
+    destination: str | Path,
+    *,
+    to: str = "hf",
+    summed: bool = False,
+    config: ModelConfig | None = None,
+    ignore: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> tuple[str, ...]:
+    """Writes the checkpoint that a base and a delta make, in the format `to`; returns what was guessed or left out.
+
+    A delta is what `make` wrote, or an adapter; with `summed`, any checkpoint whose values are differences. `config`
+    describes the base, and such a checkpoint, where their files do not; the fields in `ignore` are as if their
+    config.json did not have them. Raises UserError where the delta was made from another base, or is damaged, and where
+    `destination` would replace the base or the delta.
+    """
+    one, folder = open_checkpoint(base, config=config, ignore=ignore), Path(expand_home(delta))
+    if overwrite:
+        refuse_sources(destination, (*one.places, folder))
+    notes = one.notes
+    if summed or _kind(folder) == "sum":
+        other = open_checkpoint(delta, config=config if summed else None, ignore=ignore)
+        if overwrite:
+            refuse_sources(destination, other.places)  # `delta` may have a prefix, or be a name on the Hub
+        _check_same(one, other)
+        saving = Saving(other.config, other.dtypes, _combined(one, other, np.add), other.companions or one.companions)
+    elif _kind(folder) == "lora":
+        other = on_base(open_adapter(folder, one.config), one, folder)
+        saving, notes = Saving(other.config, other.dtypes, other.source, other.companions), other.notes
+    else:
+        exact = _open_exact(folder, one)
+        progress = partial(_after, exact.check(progress), progress)
+        saving = Saving(exact.config, exact.dtypes, exact.source, companions_in(folder) or one.companions)
+    return (*notes, *write_checkpoint(Path(destination), saving, to, overwrite=overwrite, progress=progress))
+
+
+def _after(before: int, progress: Progress, done: int, total: int) -> None:
+    """Tells of more that is done, after what was."""
+    progress(before + done, before + total)
+
+
+def _kind(folder: Path) -> str:
+    """exact, sum or lora, of a folder."""
+    if looks(folder):
+        return "lora"
+    if not (folder / NAME).is_file():
+        raise UserError(
+            f"{folder} is no delta: it has neither {NAME} nor adapter_config.json",
+            "If it is a checkpoint whose values are differences, say so with --sum.",
+        )
+    said = read_json(folder / NAME)
+    if said.get("version") != VERSION or said.get("kind") not in ("exact", "sum"):
+        raise UserError(
+            f"{folder / NAME} has version {said.get('version')!r} and kind {said.get('kind')!r}",
+            f"This camelid knows version {VERSION} of exact and sum.",
+        )
+    return said["kind"]
+
+
+def _name_of(base: str | Path) -> str:
+    """How an adapter names its base: a path that holds anywhere on this machine, or a Hub name."""
+    path = Path(expand_home(str(base).removeprefix("hf::")))
+    return str(path.resolve()) if path.exists() else str(base).removeprefix("hf::")
+
+
+def _write(
+    destination: Path,
+    files: list[File],
+    tuned: Checkpoint,
+    overwrite: bool,
+    progress: Progress,
+    then: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes a folder with the files that go with `tuned`; `then` adds what is known when they are written."""
+    names = {file.name: None for file in files} | {file.name: file for file in tuned.companions}
+    with new_folder(destination, sum(file.size for file in files), overwrite, expected=names) as folder:
+        write_files(folder, files, progress=progress)
+        copy_companions(tuned.companions, folder)
+        then(folder)
+
+
+def _bits(dtype: np.dtype) -> np.dtype:
+    """Unsigned numbers as wide as those of a dtype."""
+    return np.dtype(f"u{dtype.itemsize}")
+
+
+# Exact ----------------------------------------------------------------------------------
+
+
+def _make_exact(base: Checkpoint, tuned: Checkpoint, destination: Path, overwrite: bool, progress: Progress) -> Made:
+    rows, before, sources = plain_table(tuned.config), plain_table(base.config), (base.source, tuned.source)
+    entries: dict[str, dict[str, Any]] = {}
+    segments = []
+    for name, [(part, layer)] in rows.tensors.items():
+        shared = name in before.tensors and before.shape(name) == rows.shape(name)
+        dtype = tuned.dtypes[part.row.path]
+        dtypes = [base.dtypes[part.row.path].name if shared else None, dtype.name]
+        entries[name] = entry = {"dtypes": dtypes, "base": None, "tuned": None}
+        place, planned = (part.row.path, layer), Planned(name, rows.shape(name), _bits(dtype))
+        segments.append(_difference(planned, place, dtype, sources if shared else sources[1:], entry))
+    config = json_file("config.json", config_to_hf(tuned.config, tuned.dtypes["embed"].name))
+    about = {"kind": "exact", "version": VERSION, "tensors": entries}  # whose checksums come with the writing
+    files = [safetensors_file(TENSORS, segments), config]
+    _write(destination, files, tuned, overwrite, progress, lambda folder: write_json(folder / NAME, about))
+    whole = [name for name, entry in entries.items() if entry["base"] is None]
+    return Made(notes=(f"held whole, as the base has no such tensor: {', '.join(whole)}",) if whole else ())
+
+
+def _difference(
+    tensor: Planned, place: Place, dtype: np.dtype, sources: tuple[Source, ...], entry: dict[str, Any]
+) -> Segment:
+    """The bits of the last source less those of the first; leaves checksums of both in `entry`."""
+
+    def chunks() -> Iterator[np.ndarray]:
+        sums = [hashlib.sha256() for _ in sources]
+        for index in cuts(tensor.shape):
+            values = [np.ascontiguousarray(source(*place, index, dtype)).view(tensor.dtype) for source in sources]
+            for digest, value in zip(sums, values, strict=True):
+                digest.update(value.reshape(-1).data)
+            yield values[-1] - values[0] if len(values) == 2 else values[0]
+        entry["tuned"] = sums[-1].hexdigest()
+        entry["base"] = sums[0].hexdigest() if len(sums) == 2 else None
+
+    return segment(tensor, chunks)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """An exact delta on a base."""
+
+    folder: Path
+    base: Checkpoint
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    """the differences, by the names of plain_table"""
+    entries: Mapping[str, Mapping[str, Any]]
+    """by the same names: dtypes of base and tuned, and checksums of their values; those of no base are None"""
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        parts = plain_table(self.config).parts
+        return {path: self._dtype(part.name(part.layers()[0])) for path, part in parts.items()}
+
+    def _dtype(self, name: str) -> np.dtype:
+        return dtype_named(self.entries[name]["dtypes"][1])
+
+    def source(self, path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
+        """The values of the tuned checkpoint, bit by bit, and cast to the dtype that is asked for."""
+        name = path if layer is None else f"{path}.{layer}"
+        return rounded(name, self._values(name, (path, layer), index, self.base.source)[-1], dtype)
+
+    def _values(self, name: str, place: Place, index: Index, source: Source) -> list[np.ndarray]:
+        """A slice of the base, where the delta needs it, and one of the tuned checkpoint."""
+        dtype, bits = self._dtype(name), self.tensors[name].dtype
+        stored = self.tensors[name].read(index, bits)
+        if self.entries[name]["base"] is None:
+            return [stored.view(dtype)]
+        before = np.ascontiguousarray(source(*place, index, dtype))
+        return [before, (stored + before.view(bits)).view(dtype)]
+
+    def check(self, progress: Progress) -> int:
+        """Reads everything, and returns how many bytes; raises UserError for another base or a damaged delta."""
+        source, done = self.base.source, 0
+        total = 2 * sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
+        for name, [(part, layer)] in plain_table(self.config).tensors.items():
+            sums = {"base": hashlib.sha256(), "tuned": hashlib.sha256()}
+            for index in cuts(self.tensors[name].shape):
+                values = self._values(name, (part.row.path, layer), index, source)
+                for digest, value in zip(list(sums.values())[-len(values) :], values, strict=True):
+                    digest.update(value.view(self.tensors[name].dtype).reshape(-1).data)
+                done += values[-1].nbytes
+                progress(done, total)
+            for which, digest in sums.items():
+                if self.entries[name][which] not in (None, digest.hexdigest()):
+                    if which == "base":
+                        raise UserError(
+                            f"{name} of {self.base.folder} is not what {self.folder} was made from",
+                            "Give the base of the delta.",
+                        )
+                    raise UserError(f"{name} in {self.folder / TENSORS} is damaged", AGAIN)
+        return done
+
+
+def _open_exact(folder: Path, base: Checkpoint) -> Exact:
+    for name in (TENSORS, "config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}", AGAIN)
+    config, entries = hf.understood(folder), read_json(folder / NAME).get("tensors")
+    rows, before = plain_table(config), plain_table(base.config)
+    tensors = open_safetensors(folder / TENSORS)
+    if not isinstance(entries, dict) or not rows.tensors.keys() == entries.keys() == tensors.keys():
+        raise UserError(f"{NAME}, {TENSORS} and config.json in {folder} are not of one model", AGAIN)
+    for name in rows.tensors:
+        match entries[name]:
+            case {"dtypes": [None | str(), str(dtype)], "base": None | str() as base_sum, "tuned": str()}:
+                bits = _bits(dtype_named(dtype))
+            case _:
+                raise UserError(f"{folder / NAME} says nothing of {name} that camelid understands", AGAIN)
+        if (tensors[name].shape, tensors[name].dtype) != (rows.shape(name), bits):
+            raise UserError(f"{name} in {folder / TENSORS} is {tensors[name].shape} {tensors[name].dtype}", AGAIN)
+        if base_sum is not None and (name not in before.tensors or before.shape(name) != rows.shape(name)):
+            raise UserError(
+                f"{base.folder} has no {name} of shape {rows.shape(name)}, and {folder} was made from one",
+                "Give the base of the delta.",
+            )
+    return Exact(folder, base, config, tensors, entries)
+
+
+# Sum ------------------------------------------------------------------------------------
+
+
+def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raises UserError where the two have not the same parameters, or not of one shape."""
+    ours, theirs = base.table.parts, tuned.table.parts
+    advice = "A delta of kind exact can say it."
+    if odd := sorted(ours.keys() ^ theirs.keys()):
+        raise UserError(f"only one of {base.folder} and {tuned.folder} has {odd[0]}", advice)
+    for path, part in ours.items():
+        if part.spec.shape != theirs[path].spec.shape:
+            raise UserError(
+                f"{path} is {part.spec.shape} in {base.folder} and {theirs[path].spec.shape} in {tuned.folder}", advice
+            )
+
+
+def _combined(base: Checkpoint, other: Checkpoint, combine: np.ufunc) -> Source:
+    """combine(other, base) in float32, rounded once."""
+    sources = other.source, base.source
+
+    def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
+        return rounded(path, combine(*(source(path, layer, index, FLOAT32) for source in sources)), dtype)
+
+    return source
+
+
+def _make_sum(base: Checkpoint, tuned: Checkpoint, destination: Path, overwrite: bool, progress: Progress) -> Made:
+    saving = Saving(tuned.config, tuned.dtypes, _combined(base, tuned, np.subtract))
+    files = [*files_of(saving, "hf"), json_file(NAME, {"kind": "sum", "version": VERSION})]
+    _write(destination, files, tuned, overwrite, progress)
+    return Made(notes=("a sum gives back the tuned model up to rounding; exact gives back its bits",))
+
+
+# An adapter -----------------------------------------------------------------------------
+
+
+def _lora(base: Checkpoint, tuned: Checkpoint, rank: int, progress: Progress) -> tuple[Adapter, Made]:
+    """The adapter that is nearest to the difference, matrix by matrix; norms, and a tied table, are held whole."""
+    if odd := sorted(config_differences(base.config, tuned.config).keys() - UNSAID):
+        raise UserError(f"the two differ in {', '.join(odd)}, which no adapter can say", "Use the kind exact.")
+    pairs: dict[Place, Pair] = {}
+    saved: dict[Place, Tensor] = {}
+    alone, change_of, lost = _alone(tuned.config), _combined(base, tuned, np.subtract), []
+    tensors = plain_table(tuned.config).tensors
+    total = left = 0.0
+    for done, (name, [(part, layer)]) in enumerate(tensors.items(), start=1):
+        place, spec = (part.row.path, layer), part.spec
+        shape = spec.shape[len(spec.stacked) :]
+        change = change_of(*place, tuple(slice(0, n) for n in shape), FLOAT32)
+        size = _square(change)
+        if not math.isfinite(size):
+            raise UserError(f"{name} holds numbers that are not finite", "Use the kind exact.")
+        total += size
+        if size > 0 and place == ("embed", None) and tuned.config.tie_embeddings:
+            # PEFT would add a pair of the table to the head too, where it merges it.
+            saved[place] = saved["lm_head", None] = _of(tuned, place, shape)
+        elif size > 0 and spec.is_matrix:
+            pairs[place] = pair = _nearest(change.reshape(math.prod(shape[: len(spec.outputs)]), -1), rank)
+            left += _square(change - (pair.b @ pair.a).reshape(shape))
+        elif size > 0 and place in alone:
+            saved |= {other: _of(tuned, other, shape) for other in alone[place]}
+        elif size > 0:
+            left += size
+            lost.append(name)
+        progress(done, len(tensors))
+    if not pairs:
+        raise UserError(f"{base.folder} and {tuned.folder} differ in no matrix", "An adapter would say nothing.")
+    config = replace(base.config, tie_embeddings=base.config.tie_embeddings and ("embed", None) not in saved)
+    notes = (f"no adapter can hold the difference of {', '.join(lost)}",) if lost else ()
+    return Adapter(config, pairs, saved), Made(math.sqrt(left / total), notes)
+
+
+def _alone(config: ModelConfig) -> dict[Place, list[Place]]:
+    """Of modules without a matrix, such as norms, each parameter with all of its module's."""
+    rows = hf.table_of(config)
+    modules: dict[str, list[str]] = {}
+    for name in rows.tensors:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    places = {name: [(part.row.path, layer) for part, layer in members] for name, members in rows.tensors.items()}
+    alone = [names for names in modules.values() if all(len(rows.shape(name)) == 1 for name in names)]
+    return {place: [p for name in names for p in places[name]] for names in alone for n in names for place in places[n]}
+
+
+def _of(checkpoint: Checkpoint, place: Place, shape: tuple[int, ...]) -> Tensor:
+    """A parameter of a checkpoint, read when it is asked for."""
+    dtype = checkpoint.dtypes[place[0]]
+    return Computed(checkpoint.folder, place[0], 0, shape, dtype, checkpoint.source, place)
+
+
+def _nearest(change: np.ndarray, rank: int) -> Pair:
+    """The pair of this rank whose product is nearest to a matrix, with a scale of 1: its largest singular vectors."""
+    wide = change if change.shape[0] <= change.shape[1] else change.T
+    gram = np.zeros((len(wide), len(wide)))
+    for start in range(0, wide.shape[1], 1024):
+        part = wide[:, start : start + 1024].astype(np.float64)
+        gram += part @ part.T
+    # The eigenvectors of this square are those vectors, and come many times sooner; float64 makes up for the squaring.
+    u = np.linalg.eigh(gram).eigenvectors[:, ::-1][:, :rank].astype(np.float32)
+    rest = u.T @ wide
+    root = np.sqrt(np.linalg.norm(rest, axis=1))
+    b, a = u * root, rest / np.where(root > 0, root, 1)[:, None]
+    return Pair(a, b, float(len(a))) if wide is change else Pair(b.T, a.T, float(len(a)))
+
+
+def _square(x: np.ndarray) -> float:
+    """The sum of squares, in float64."""
+    return float(np.einsum("i,i->", x.reshape(-1), x.reshape(-1), dtype=np.float64))

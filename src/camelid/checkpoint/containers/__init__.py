@@ -1,0 +1,1 @@
+"""Containers: how files hold named tensors, whatever the model."""

@@ -1,0 +1,247 @@
+"""PyTorch's distributed checkpoints (torch.distributed.checkpoint, DCP), read without torch; nothing in them is run.
+
+    .metadata        a pickle: the shape and dtype of each tensor and the chunks that it was cut into, and the file,
+                     the place there and the number of bytes of each chunk
+    __R_S.distcp     what rank R wrote in its thread S: for each chunk an archive of torch.save, one after another
+
+The classes are those of torch/distributed/checkpoint/metadata.py and filesystem.py, as of torch 2.0 to 2.13.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from camelid.checkpoint.containers.pickles import Key, Record, run, shown
+from camelid.checkpoint.containers.torch_files import CRC_BYTES, DISTRIBUTED, DTYPES, open_torch_within
+from camelid.checkpoint.tensors import Index, Tensor
+from camelid.errors import UserError
+
+METADATA = ".metadata"
+MAX_METADATA = 2**29  # bytes; a model of 400 billion parameters from thousands of ranks needs a tenth
+MAX_CELLS = 2**20  # pieces of the grid that the chunks of one tensor make
+AGAIN = "Copy the whole folder again."
+MODULE = "torch.distributed.checkpoint"
+INERT = re.compile(
+    rf"{re.escape(MODULE)}\.(metadata|filesystem|planner|storage) \w+|torch\.serialization _get_layout|torch \w+"
+    r"|torch\.distributed\.tensor(\.\w+)* \w+|pathlib \w+|collections OrderedDict"
+)
+
+Chunk = tuple[tuple[int, ...], tuple[int, ...]]
+"""of a tensor: where it begins along each axis, and its shape"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The bytes of one chunk."""
+
+    file: Path
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor as .metadata describes it."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    """a numpy dtype, or something else for dtypes that parameters never have"""
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Assembled(Tensor):
+    """A tensor whose chunks lie in one file or in several; a read takes what it needs of each."""
+
+    chunks: tuple[tuple[tuple[int, ...], Tensor], ...]
+    """where each begins along each axis, and its values"""
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """The files of all chunks."""
+        return frozenset(chunk.file for _, chunk in self.chunks)
+
+    def read_into(self, out: np.ndarray, index: Index) -> None:
+        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype."""
+        for offsets, chunk in self.chunks:
+            ends = (start + size for start, size in zip(offsets, chunk.shape, strict=True))
+            common = [
+                (max(cut.start, start), min(cut.stop, end))
+                for cut, start, end in zip(index, offsets, ends, strict=True)
+            ]
+            if any(first >= last for first, last in common):
+                continue
+            theirs = tuple(slice(a - start, b - start) for (a, b), start in zip(common, offsets, strict=True))
+            ours = tuple(slice(a - cut.start, b - cut.start) for (a, b), cut in zip(common, index, strict=True))
+            at = out[ours]
+            if at.shape == out.shape:
+                chunk.read_into(out, theirs)
+            else:
+                held = np.empty(at.shape, out.dtype)
+                chunk.read_into(held, theirs)
+                at[...] = held
+
+
+class Distributed:
+    """An opened folder of a distributed checkpoint: which tensors it has, and where their chunks lie."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        metadata = _read_metadata(folder / METADATA)
+        self.items: Mapping[str, Item] = _items(folder, metadata)
+        self._places = _places(folder, metadata)
+        files = {place.file for place in self._places.values() if place.file.is_file()}
+        self._verify = sum(file.stat().st_size for file in files) <= CRC_BYTES
+
+    def tensor(self, name: str) -> Tensor:
+        """One of `items`; raises UserError where its chunks are missing, overlap, or differ from their description."""
+        item = self.items[name]
+        _check_covered(self.folder, name, item)
+        if not isinstance(item.dtype, np.dtype):
+            raise UserError(f"{shown(name)} in {self.folder} has a dtype that parameters do not have", "Save it again.")
+        chunks = []
+        for offsets, shape in item.chunks:
+            place = self._places.get((name, offsets))
+            if place is None:
+                raise UserError(f"{self.folder} lacks the chunk of {shown(name)} at {offsets}", AGAIN)
+            chunk = open_torch_within(place.file, place.start, place.count, self._verify)
+            if (chunk.shape, chunk.dtype) != (shape, item.dtype):
+                raise UserError(
+                    f"{place.file} holds {chunk.shape} {chunk.dtype} for the chunk of {shown(name)} at {offsets}, and "
+                    f"{METADATA} says {shape} {item.dtype}",
+                    AGAIN,
+                )
+            chunks.append((offsets, replace(chunk, name=name)))
+        if len(chunks) == 1:
+            return chunks[0][1]
+        first = chunks[0][1]
+        return Assembled(first.file, name, 0, item.shape, first.dtype, tuple(chunks))
+
+
+def looks(path: Path) -> bool:
+    """Whether a folder is a distributed checkpoint."""
+    return (path / METADATA).is_file()
+
+
+def _read_metadata(path: Path) -> Mapping[str, Any]:
+    if (size := path.stat().st_size) > MAX_METADATA:
+        raise UserError(f"{path} has {size:,} bytes, more than the description of any checkpoint", AGAIN)
+
+    def with_attributes(thing: Any, state: Any) -> Any:
+        if isinstance(thing, Record):
+            thing.state = state
+        return thing
+
+    allowed = {
+        "torch Size": _size,
+        f"{MODULE}.metadata MetadataIndex": lambda *given: Key("MetadataIndex", given),
+        **{f"torch {dtype.name}": dtype for dtype in DTYPES.values()},
+    }
+    calls = {"BUILD": with_attributes, "NEWOBJ": lambda kind, arguments: kind(*arguments)}
+    try:
+        with path.open("rb") as file:
+            held = run(path, file, allowed, calls, "torch.distributed.checkpoint", inert=INERT)
+        if not isinstance(held, Record) or not isinstance(held.state, dict):
+            raise ValueError("it is not an object of the class Metadata")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle fails anywhere in pickletools and below
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {shown(error)})", AGAIN) from error
+    return held.state
+
+
+def _size(sizes: Any = ()) -> tuple[int, ...]:
+    if not _is_size(sizes):
+        raise ValueError("a shape of something else than sizes")
+    return sizes
+
+
+def _is_size(sizes: Any) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(sizes, tuple) and len(sizes) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
+
+
+def _items(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Item]:
+    """What `state_dict_metadata` says of tensors; entries of other objects, which are bytes, are left out."""
+    found: dict[str, Item] = {}
+    for name, held in _table(folder, metadata, "state_dict_metadata").items():
+        match held:
+            case Record(
+                state={"properties": Record(state=properties), "size": tuple(shape), "chunks": list(chunks)}
+            ) if _is_size(shape):
+                dtype = properties[0] if isinstance(properties, tuple) and properties else None
+                if isinstance(properties, dict):
+                    dtype = properties.get("dtype")
+                found[str(name)] = Item(shape, dtype, tuple(_chunk(folder, str(name), shape, held) for held in chunks))
+            case Record():
+                pass
+            case _:
+                raise _strange(folder, str(name))
+    return found
+
+
+def _chunk(folder: Path, name: str, shape: tuple[int, ...], held: Any) -> Chunk:
+    match held:
+        case Record(state={"offsets": tuple(offsets), "sizes": tuple(sizes)}):
+            if len(offsets) == len(sizes) == len(shape) and _is_size(offsets) and _is_size(sizes):
+                return offsets, sizes
+    raise _strange(folder, name)
+
+
+def _places(folder: Path, metadata: Mapping[str, Any]) -> dict[tuple[str, tuple[int, ...]], Place]:
+    """By the name of a tensor and where a chunk of it begins: the bytes of that chunk."""
+    found: dict[tuple[str, tuple[int, ...]], Place] = {}
+    for key, held in _table(folder, metadata, "storage_data").items():
+        match key, held:
+            case Key(state={"fqn": str(name), "offset": tuple(offsets)}), Record(state=dict(state)):
+                if not _is_size(offsets):  # to hash a tuple within tuples would end Python
+                    raise _strange(folder, name)
+                file, span = state.get("relative_path"), (state.get("offset"), state.get("length"))
+                if state.get("transform_descriptors"):
+                    raise UserError(f"{folder} is compressed or transformed", "Save it without transforms.")
+                if not isinstance(file, str) or not re.fullmatch(rf"[\w.-]+{re.escape(DISTRIBUTED)}", file):
+                    raise _strange(folder, name)
+                if not _is_size(span):
+                    raise _strange(folder, name)
+                found[name, offsets] = Place(folder / file, *span)
+    return found
+
+
+def _table(folder: Path, metadata: Mapping[str, Any], name: str) -> dict[Any, Any]:
+    if not isinstance(table := metadata.get(name), dict):
+        raise UserError(f"{folder / METADATA} has no {name}", AGAIN)
+    return table
+
+
+def _strange(folder: Path, name: str) -> UserError:
+    return UserError(f"{folder / METADATA} describes {shown(name)} in an unknown way", AGAIN)
+
+
+def _check_covered(folder: Path, name: str, item: Item) -> None:
+    """Raises UserError unless the chunks fill the tensor, each number once.
+
+    The borders of all chunks make a grid; every cell of it must lie in one chunk.
+    """
+    rank = len(item.shape)
+    cuts = [
+        sorted(
+            {0, item.shape[axis], *(n for start, size in item.chunks for n in (start[axis], start[axis] + size[axis]))}
+        )
+        for axis in range(rank)
+    ]
+    if any(cut[-1] > size for cut, size in zip(cuts, item.shape, strict=True)):
+        raise UserError(f"a chunk of {shown(name)} in {folder} reaches beyond its shape {item.shape}", AGAIN)
+    cells = [len(cut) - 1 for cut in cuts]
+    if np.prod([float(n) for n in cells]) > MAX_CELLS:
+        raise UserError(f"{shown(name)} in {folder} is cut into more than {MAX_CELLS:,} pieces", AGAIN)
+    places = [{at: i for i, at in enumerate(cut)} for cut in cuts]
+    times = np.zeros(cells, np.int32)
+    for start, size in item.chunks:
+        box = tuple(slice(p[a], p[a + n]) for p, a, n in zip(places, start, size, strict=True))
+        times[box] += 1
+    if not (times == 1).all():
+        missing = "lacks some" if (times == 0).any() else "has some twice"
+        raise UserError(f"{folder} {missing} of the numbers of {shown(name)}", AGAIN)

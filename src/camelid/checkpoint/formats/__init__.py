@@ -1,0 +1,1 @@
+"""Formats: how each system names, shapes and splits the tensors of a model."""

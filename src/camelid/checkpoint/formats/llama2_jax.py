@@ -1,0 +1,387 @@
+"""llama-2-jax's parameters (github.com/ayaka14732/llama-2-jax, lib/param_utils): one pickle of nested NamedTuples.
+
+    Llama(model=LlamaModel(embedding, decoder=DecoderBlock(input_norm, attention=Attention(...), ...), norm), lm_head)
+
+C vocab, M embed, N layers, R query heads a key head, H key heads, K head_dim, F mlp; each leaf is a jax or numpy array,
+whose numbers lie end to end inside the pickle. Inputs come first, all layers are in one array:
+
+    embedding (C M)   norm (M)   lm_head (M C)   input_norm, post_attn_norm (N M)
+    q_proj (N M R H K)   k_proj, v_proj (N M H K)   out_proj (N R H K M)
+    gate_proj, up_proj (N M F)   down_proj (N F M)
+
+Its converter cuts Hugging Face's heads into R times H, although there those of one key head are neighbours. So (R H),
+read as one axis, are heads in Hugging Face's order: nothing is lost, but its own attention pairs queries with the keys
+of other groups where R > 1.
+"""
+
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from camelid.checkpoint.checkpoint import Checkpoint, Saving, refuse_beyond, table_for
+from camelid.checkpoint.containers.pickles import run, shown
+from camelid.checkpoint.containers.torch_files import Strided
+from camelid.checkpoint.files import File, Segment
+from camelid.checkpoint.formats import hf
+from camelid.checkpoint.layout import Row, check
+from camelid.checkpoint.tensors import CHUNK, CODES, Planned, Tensor
+from camelid.errors import UserError
+from camelid.inputs import refuse_stand_in
+from camelid.model.config import ModelConfig
+
+FILE = "model.pickle"
+ROWS = (
+    Row("embed", "model.embedding", "vocab_in embed_in"),
+    Row("layers.attn_norm.scale", "model.decoder.input_norm", "layers embed"),
+    Row("layers.attn.q_proj", "model.decoder.attention.q_proj", "layers embed heads head_dim"),
+    Row("layers.attn.k_proj", "model.decoder.attention.k_proj", "layers embed kv_heads head_dim"),
+    Row("layers.attn.v_proj", "model.decoder.attention.v_proj", "layers embed kv_heads head_dim"),
+    Row("layers.attn.o_proj", "model.decoder.attention.out_proj", "layers heads head_dim embed"),
+    Row("layers.mlp_norm.scale", "model.decoder.post_attn_norm", "layers embed"),
+    Row("layers.mlp.gate_proj", "model.decoder.gate_proj", "layers embed mlp"),
+    Row("layers.mlp.up_proj", "model.decoder.up_proj", "layers embed mlp"),
+    Row("layers.mlp.down_proj", "model.decoder.down_proj", "layers mlp embed"),
+    Row("final_norm.scale", "model.norm", "embed"),
+    Row("lm_head", "lm_head", "embed vocab"),
+)
+HEADS = {"model.decoder.attention.q_proj": 2, "model.decoder.attention.out_proj": 1}
+"""where R stands, with H after it"""
+CLASSES: Mapping[str, tuple[str, ...]] = {
+    "lib.llama.llama Llama": ("model", "lm_head"),
+    "lib.llama.llama_model LlamaModel": ("embedding", "decoder", "norm"),
+    "lib.llama.decoder_block DecoderBlock": (
+        "input_norm",
+        "attention",
+        "post_attn_norm",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ),
+    "lib.llama.attention Attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+THETA, EPS = 10_000.0, 1e-6  # in its code, for every model
+MAX_PROGRAM = 2**16  # bytes of a pickle without its arrays; five thousand are needed
+LARGE = 512  # bytes; more than this at once can only be an array, which stays in the file
+AGAIN = "Download or copy the file again."
+
+
+# Reading --------------------------------------------------------------------------------
+
+
+def looks(path: Path) -> bool:
+    """Whether a file, or one file of a folder, is such a pickle by its first bytes."""
+    try:
+        if path.is_dir():
+            return any(looks(file) for file in path.glob("*.pickle") if file.is_file())
+        with path.open("rb") as file:
+            start = file.read(512)
+        return start.startswith(b"\x80") and b"lib.llama.llama" in start
+    except OSError:
+        return False
+
+
+def open_file(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+    """Opens a pickle, or the one in a folder; the model is `config`, or what config.json beside it says."""
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.pickle") if looks(file))
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
+            raise UserError(f"{path} should hold one pickle of llama-2-jax, and has {names}", "Give the file itself.")
+        path = files[0]
+    tree = _unpickle(path)
+    described_by = hf.GIVEN
+    if config is None and (path.parent / "config.json").is_file():
+        config, described_by = hf.understood(path.parent), "config.json"
+    if config is None:
+        raise UserError(
+            f"{path} does not say which model it holds ({_sizes(tree)}), and has no config.json beside it",
+            "Give --config PRESET_OR_JSON, for example llama2_7b.",
+        )
+    table = table_for("llama-2-jax", ROWS, config, {})
+    tensors = {name: _one_heads_axis(tensor, config) for name, tensor in tree.items()}
+    check(table, tensors, "lm_head" if config.tie_embeddings else "", described_by)
+    if config.tie_embeddings:
+        _check_tied(tensors["model.embedding"], tensors["lm_head"])
+    return Checkpoint("llama2_jax", path.parent, config, tensors, table, tuple(_notes(config)))
+
+
+def _notes(config: ModelConfig) -> Iterator[str]:
+    for name, theirs in {"norm_eps": EPS, "rope_theta": THETA}.items():
+        if (ours := getattr(config, name)) != theirs:
+            yield f"{name} is {ours}, of the config; llama-2-jax itself computes every model with {theirs}"
+    if config.num_heads != config.num_kv_heads:
+        yield "heads are read in Hugging Face's order; llama-2-jax itself pairs queries with the keys of other groups"
+
+
+def _sizes(tree: Mapping[str, Tensor]) -> str:
+    return f"embedding {tree['model.embedding'].shape}, q_proj {tree['model.decoder.attention.q_proj'].shape}"
+
+
+def _one_heads_axis(tensor: Tensor, config: ModelConfig) -> Tensor:
+    """The tensor with R and H as one axis, which leaves its numbers where they are."""
+    at = HEADS.get(tensor.name)
+    if at is None:
+        return tensor
+    both = (config.num_heads // config.num_kv_heads, config.num_kv_heads)
+    if len(tensor.shape) != 5 or tensor.shape[at : at + 2] != both:
+        raise UserError(
+            f"{tensor.name} in {tensor.file} has shape {tensor.shape}, and the config asks for {both} query heads "
+            f"a key head and key heads at axis {at}",
+            "The file and the config belong to different models.",
+        )
+    shape = (*tensor.shape[:at], config.num_heads, *tensor.shape[at + 2 :])
+    if isinstance(tensor, Strided):  # Fortran's order, in which R runs faster than H
+        raise UserError(f"{tensor.name} in {tensor.file} is in Fortran's order", "Save it as a row-major array.")
+    return replace(tensor, shape=shape)
+
+
+def _check_tied(embedding: Tensor, head: Tensor) -> None:
+    """Raises UserError unless the head is the table, transposed; its columns are read some at a time."""
+    vocab, embed = embedding.shape
+    step = max(1, 16 * CHUNK // (embed * embedding.dtype.itemsize))
+    if head.shape == (embed, vocab) and head.dtype == embedding.dtype:
+        for start in range(0, vocab, step):
+            cut = slice(start, min(start + step, vocab))
+            a = np.empty((cut.stop - cut.start, embed), embedding.dtype)
+            b = np.empty(a.T.shape, head.dtype)
+            embedding.read_into(a, (cut, slice(0, embed)))
+            head.read_into(b, (slice(0, embed), cut))
+            if not np.array_equal(a.view(f"u{a.itemsize}").T, b.view(f"u{b.itemsize}")):
+                break
+        else:
+            return
+    raise UserError(
+        f"the config ties the head to the embedding table, and lm_head in {head.file} differs from it",
+        "Set tie_word_embeddings to false if the head is to be used.",
+    )
+
+
+# The pickle -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes that were left in the file."""
+
+    start: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class Program:
+    """A file as pickletools reads it: long runs of bytes are not read but passed over."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.at, self.left, self.size = file, 0, MAX_PROGRAM, os.fstat(file.fileno()).st_size
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, count: int) -> Any:
+        if count > LARGE:
+            if count > self.size - self.at:
+                raise ValueError(f"{count:,} bytes are announced at {self.at:,}, and the file has {self.size:,}")
+            span = Span(self.at, count)
+            self.at = self.file.seek(self.at + count)
+            return span
+        return self._counted(self.file.read(count))
+
+    def readline(self) -> bytes:
+        return self._counted(self.file.readline(LARGE))
+
+    def _counted(self, held: bytes) -> bytes:
+        self.at += len(held)
+        self.left -= len(held)
+        if self.left < 0:
+            raise ValueError(f"more than {MAX_PROGRAM:,} bytes besides its arrays")
+        return held
+
+
+@dataclass
+class Held:
+    """An array that a pickle makes; it gets its content after it is made."""
+
+    shape: tuple[int, ...] = ()
+    dtype: np.dtype | None = None
+    fortran: bool = False
+    data: Span | None = None
+
+
+RECONSTRUCT, NDARRAY, JAX_ARRAY = (lambda *args: Held()), object(), object()
+
+
+def _dtype(name: Any, align: Any, copy: Any) -> np.dtype:
+    known = {**{f"{dtype.kind}{dtype.itemsize}": dtype for dtype in CODES if dtype.kind == "f"}, BFLOAT16: BFLOAT16}
+    # A tuple is not asked for its hash: that of a deep one ends Python.
+    if not isinstance(name, str | np.dtype) or name not in known:
+        raise UserError(
+            f"an array is {shown(name) if isinstance(name, str) else 'strange'}",
+            "Save the parameters as bfloat16, float16 or float32.",
+        )
+    return known[name]
+
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def _jax_array(fun: Any, args: Any, state: Any, aval: Any) -> Held:
+    if fun is not RECONSTRUCT:
+        raise ValueError("an array that numpy's _reconstruct does not make")
+    return _build(Held(), state)
+
+
+def _build(thing: Any, state: Any) -> Any:
+    """Gives a dtype its byte order, or an array its content, as their __setstate__ does."""
+    match thing, state:
+        case np.dtype(), (int(), str(order), *_):
+            if order not in "<=|":
+                raise UserError("an array is big-endian", "Save the parameters on a little-endian machine.")
+        case Held(data=None), (1, tuple(shape), np.dtype() as dtype, bool(fortran), Span() as data):
+            if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+                raise ValueError("an array of a strange shape")
+            if math.prod(shape) * dtype.itemsize != data.count:
+                raise ValueError(f"an array of shape {shape} and {dtype} with {data.count:,} bytes")
+            thing.shape, thing.dtype, thing.fortran, thing.data = shape, dtype, fortran, data
+        case _:
+            raise ValueError("an object of a strange state")
+    return thing
+
+
+def _named_tuple(fields: tuple[str, ...]) -> Callable[..., dict[str, Any]]:
+    return lambda *values: dict(zip(fields, values, strict=True))
+
+
+GLOBALS: Mapping[str, Any] = {
+    **{name: _named_tuple(fields) for name, fields in CLASSES.items()},
+    "jax._src.array _reconstruct_array": _jax_array,
+    "numpy.core.multiarray _reconstruct": RECONSTRUCT,
+    "numpy._core.multiarray _reconstruct": RECONSTRUCT,
+    "numpy ndarray": NDARRAY,
+    "numpy dtype": _dtype,
+    "ml_dtypes bfloat16": BFLOAT16,
+}
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """The arrays of a pickle, by their place in its tuples."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file", "Give the path of a pickle that llama-2-jax wrote.")
+    refuse_stand_in(path)
+    try:
+        with path.open("rb") as file:
+            program = Program(file)
+            held = run(
+                path,
+                program,
+                GLOBALS,
+                {"NEWOBJ": lambda cls, args: cls(*args), "BUILD": _build},
+                "llama-2-jax",
+                lambda value: Span(program.tell() - len(value), len(value)),
+            )
+            if program.tell() != program.size:
+                raise ValueError(f"{program.size - program.tell():,} bytes after its end")
+        return {row.name: _tensor(path, row.name, held) for row in ROWS}
+    except UserError as error:
+        raise error if str(path) in error.problem else UserError(f"{path}: {error.problem}", error.advice) from error
+    except Exception as error:  # a damaged file fails anywhere in pickletools and below
+        reason = f"{type(error).__name__}: {shown(error)}"
+        raise UserError(f"{path} is damaged, or is not a checkpoint of llama-2-jax ({reason})", AGAIN) from error
+
+
+def _tensor(path: Path, name: str, tree: Any) -> Tensor:
+    for field in name.split("."):
+        tree = tree[field] if isinstance(tree, dict) else None
+    if not isinstance(tree, Held) or tree.dtype is None or tree.data is None:
+        raise ValueError(f"{name} is no array")
+    shape = tree.shape
+    if tree.fortran and len(shape) > 1:
+        strides = tuple(math.prod(shape[:i]) for i in range(len(shape)))
+        return Strided(path, name, tree.data.start, shape, tree.dtype, strides)
+    return Tensor(path, name, tree.data.start, shape, tree.dtype)
+
+
+# Writing --------------------------------------------------------------------------------
+
+
+def files(saving: Saving) -> list[File]:
+    """The pickle that llama-2-jax's load_params opens."""
+    config = saving.config
+    refuse_beyond("llama-2-jax", config, {"tie_embeddings"})
+    if config.rope_theta != THETA:
+        raise UserError(
+            f"llama-2-jax cannot hold rope_theta = {config.rope_theta!r}; it computes with {THETA}",
+            "Use the format hf, which holds every model.",
+        )
+    whole = saving.untied()
+    arrays = {held.tensor.name: held for held in whole.segments(table_for("llama-2-jax", ROWS, whole.config, {}))}
+
+    def parts(names: tuple[str, ...]) -> Iterator[bytes | Segment]:
+        """An object of CLASSES, or an array."""
+        if (name := ".".join(names)) in arrays:
+            start, end = _around(arrays[name].tensor, config)
+            yield from (start, arrays[name], end)
+            return
+        module, cls = WHERE[names]
+        yield _global(module, cls) + b"("
+        for field in CLASSES[f"{module} {cls}"]:
+            yield from parts((*names, field))
+        yield b"t\x81"  # TUPLE NEWOBJ
+
+    return [File(FILE, [b"\x80\x04", *parts(()), b"."])]  # PROTO 4; frames are optional
+
+
+WHERE: Mapping[tuple[str, ...], tuple[str, str]] = {
+    (): ("lib.llama.llama", "Llama"),
+    ("model",): ("lib.llama.llama_model", "LlamaModel"),
+    ("model", "decoder"): ("lib.llama.decoder_block", "DecoderBlock"),
+    ("model", "decoder", "attention"): ("lib.llama.attention", "Attention"),
+}
+
+
+def _around(tensor: Planned, config: ModelConfig) -> tuple[bytes, bytes]:
+    """What stands before and after an array's numbers: _reconstruct_array(fun, args, state, aval_state)."""
+    shape = tensor.shape
+    if (at := HEADS.get(tensor.name)) is not None:
+        shape = (*shape[:at], config.num_heads // config.num_kv_heads, config.num_kv_heads, *shape[at + 1 :])
+    bfloat16 = tensor.dtype == BFLOAT16
+    kind = _global("ml_dtypes", "bfloat16") if bfloat16 else _text(f"{tensor.dtype.kind}{tensor.dtype.itemsize}")
+    # The sizes that numpy gives for dtypes of its own are -1, -1, 0.
+    sizes = (_int(2), _int(2), _int(64)) if bfloat16 else (_int(-1), _int(-1), _int(0))
+    dtype = b"".join(
+        (_global("numpy", "dtype"), kind, b"\x89\x88\x87R", b"(", _int(3), _text("<"), b"NNN", *sizes, b"tb")
+    )
+    start = b"".join(
+        (
+            _global("jax._src.array", "_reconstruct_array") + b"(",
+            # numpy.core, and not numpy._core, is known to old and new versions of numpy.
+            _global("numpy.core.multiarray", "_reconstruct"),
+            _global("numpy", "ndarray") + _int(0) + b"\x85" + b"C\x01b" + b"\x87",
+            b"(" + _int(1),
+            b"(" + b"".join(map(_int, shape)) + b"t",
+            dtype,
+            b"\x89",  # False: row-major
+            b"\x8e" + struct.pack("<Q", tensor.bytes),
+        )
+    )
+    return start, b"t" + b"}" + _text("weak_type") + b"\x89s" + b"tR"
+
+
+def _global(module: str, name: str) -> bytes:
+    return _text(module) + _text(name) + b"\x93"
+
+
+def _text(text: str) -> bytes:
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
+def _int(number: int) -> bytes:
+    return b"J" + struct.pack("<i", number)

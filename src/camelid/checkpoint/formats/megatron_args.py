@@ -1,0 +1,203 @@
+"""The settings in Megatron-LM's checkpoints, `args`, and the models that they describe."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from camelid.checkpoint.checkpoint import assumed, refuse_beyond
+from camelid.checkpoint.containers.pickles import shown
+from camelid.errors import UserError
+from camelid.model.config import Llama3Scaling, ModelConfig
+
+WHAT = "Megatron-LM"
+# Sizes that are the same in both, by Megatron's name.
+SIZES = {
+    "num_layers": "num_layers",
+    "hidden_size": "embed_dim",
+    "ffn_hidden_size": "mlp_dim",
+    "num_attention_heads": "num_heads",
+    "kv_channels": "head_dim",
+}
+# What makes it a Llama, and what Megatron does where the settings are silent.
+MUST: Mapping[str, tuple[Any, Any]] = {
+    "swiglu": (True, False),
+    "normalization": ("RMSNorm", "LayerNorm"),
+    "add_bias_linear": (False, True),
+}
+PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "add_qkv_bias": (False, None),
+    "apply_layernorm_1p": (False, None),
+    "apply_residual_connection_post_layernorm": (False, None),
+    "attention_output_gate": (False, None),
+    "heterogeneous_layers_config_path": (None,),
+    "mtp_num_layers": (None, 0),
+    "multi_latent_attention": (False, None),
+    "no_rope_freq": (None,),
+    "num_experts": (None, 0),
+    "openai_gelu": (False, None),
+    "qk_l2_norm": (False, None),
+    "qk_layernorm": (False, None),
+    "rotary_interleaved": (False, None),
+    "rotary_percent": (1.0, None),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "softmax_type": ("vanilla", None),
+    "squared_relu": (False, None),
+    "window_size": (None,),
+}
+SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 8192}
+"""what --use-rope-scaling means beside its factor"""
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two plain values are equal; what a file holds may be anything."""
+    numbers = {type(one), type(other)} <= {int, float}
+    return (numbers or type(one) is type(other)) and one == other
+
+
+def told(value: Any) -> str:
+    """A plain value, or of what kind another is: text of a table within tables may have no end."""
+    plain = isinstance(value, str | float | None) or (isinstance(value, int) and abs(value) < 2**63)
+    return shown(value) if plain else f"a {type(value).__name__}"
+
+
+def check_plain(file: Path, args: Mapping[str, Any]) -> None:
+    """Raises UserError for every setting that makes it another model than a Llama."""
+    for key, (value, silent) in MUST.items():
+        if not same(args.get(key, silent), value):
+            raise _refused(file, key, args.get(key, silent))
+    for key, values in PLAIN.items():
+        if not any(same(args.get(key, values[0]), value) for value in values):
+            raise _refused(file, key, args[key])
+    if not same(args.get("position_embedding_type"), "rope") and args.get("use_rotary_position_embeddings") is not True:
+        raise _refused(file, "position_embedding_type", args.get("position_embedding_type"))
+
+
+def _refused(file: Path, key: str, value: Any) -> UserError:
+    return UserError(
+        f"{file} has {key} = {told(value)}, which camelid does not compute", "Give a checkpoint of a Llama."
+    )
+
+
+def vocab_step(args: Mapping[str, Any]) -> int:
+    """The vocabulary of each rank is filled up to a multiple of it."""
+    step = args.get("make_vocab_size_divisible_by", 128)
+    return step if type(step) is int and 0 < step <= 2**16 else 128
+
+
+def config_from_args(file: Path, args: Mapping[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The model that settings describe, and what was guessed of it."""
+    sizes = {ours: _number(file, args, theirs) for theirs, ours in SIZES.items()}
+    vocab_size = args.get("vocab_size")
+    notes = []
+    if vocab_size is None:
+        vocab_size = _number(file, args, "padded_vocab_size")
+        notes.append(f"the settings do not say how many tokens there are without padding: {vocab_size} are assumed")
+    elif type(vocab_size) is not int or vocab_size < 1:
+        raise _strange(file, "vocab_size", vocab_size)
+    scaling = None
+    if args.get("use_rope_scaling"):
+        scaling = Llama3Scaling(factor=_number(file, args, "rope_scaling_factor", 8.0), **SCALING)
+    try:
+        config = ModelConfig(
+            **sizes,
+            vocab_size=vocab_size,
+            num_kv_heads=_kv_heads(file, args),
+            context_length=_number(file, args, "max_position_embeddings"),
+            norm_eps=_number(file, args, "norm_epsilon", 1e-5),
+            rope_theta=float(_number(file, args, "rotary_base", 10_000.0)),
+            rope_scaling=scaling,
+            init_std=float(_number(file, args, "init_method_std", 0.02)),
+            tie_embeddings=not args.get("untie_embeddings_and_output_weights", False),
+            family="llama",
+        )
+    except ValueError as error:
+        raise UserError(f"{file} describes no model: {error}", "Give --config PRESET_OR_JSON.") from error
+    first = "Megatron does not keep reliably what a model was trained with: "
+    trained = (f"{key} = {getattr(config, key):g}" for key in ("norm_eps", "rope_theta", "context_length", "init_std"))
+    silent = assumed(WHAT, config, "bos_id", "eos_ids", "pad_id", "family")
+    return config, (first + ", ".join(trained) + " are assumed", silent, *notes)
+
+
+def _kv_heads(file: Path, args: Mapping[str, Any]) -> int:
+    return _number(file, args, "num_query_groups" if args.get("group_query_attention") else "num_attention_heads")
+
+
+def _number(file: Path, args: Mapping[str, Any], key: str, default: float | None = None) -> Any:
+    """A positive number; without a default, a whole one."""
+    value = args.get(key, default)
+    kinds = (int,) if default is None else (int, float)
+    if type(value) not in kinds or not 0 < value < 2**53 or not math.isfinite(value):
+        raise _strange(file, key, value)
+    return value
+
+
+def _strange(file: Path, key: str, value: Any) -> UserError:
+    return UserError(f"{file} has {key} = {told(value)} in its args", "Give --config PRESET_OR_JSON.")
+
+
+def check_agree(file: Path, args: Mapping[str, Any], config: ModelConfig, source: str) -> None:
+    """Sizes agree always; of the rest, config.json and the user know more."""
+    pairs = [(key, args[key], getattr(config, ours)) for key, ours in SIZES.items() if key in args]
+    if args.get("group_query_attention") and "num_query_groups" in args:
+        pairs.append(("num_query_groups", args["num_query_groups"], config.num_kv_heads))
+    for key, theirs, ours in pairs:
+        if not same(theirs, ours):
+            raise UserError(f"{file} has {key} = {told(theirs)}, and {source} {ours}", "They are of different models.")
+
+
+def args_from_config(config: ModelConfig, dtype: np.dtype, ways: int, stages: int) -> dict[str, Any]:
+    """The settings of a model; raises UserError where Megatron cannot compute it."""
+    scaling = config.rope_scaling
+    if isinstance(scaling, Llama3Scaling) and all(getattr(scaling, key) == value for key, value in SCALING.items()):
+        refuse_beyond(WHAT, config, ("tie_embeddings", "rope_scaling"))
+    else:
+        scaling = None
+        refuse_beyond(WHAT, config, ("tie_embeddings",))
+    args = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
+    return args | {
+        "encoder_num_layers": config.num_layers,
+        "group_query_attention": config.num_kv_heads != config.num_heads,
+        "num_query_groups": config.num_kv_heads,
+        "max_position_embeddings": config.context_length,
+        "seq_length": config.context_length,
+        "encoder_seq_length": config.context_length,
+        "position_embedding_type": "rope",
+        "add_position_embedding": False,
+        "use_rotary_position_embeddings": True,
+        "rotary_base": int(config.rope_theta) if config.rope_theta.is_integer() else config.rope_theta,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "use_rope_scaling": scaling is not None,
+        "rope_scaling_factor": scaling.factor if scaling is not None else 8.0,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.norm_eps,
+        "apply_layernorm_1p": False,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": not config.tie_embeddings,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": config.vocab_size,
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "init_method_std": config.init_std,
+        "tensor_model_parallel_size": ways,
+        "pipeline_model_parallel_size": stages,
+        "virtual_pipeline_model_parallel_size": None,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "expert_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "data_parallel_size": 1,
+        "world_size": ways * stages,
+        "num_experts": None,
+        "transformer_impl": "local",
+        "fp16": dtype.name == "float16",
+        "bf16": dtype.name == "bfloat16",
+        "params_dtype": dtype,
+        "iteration": 1,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }

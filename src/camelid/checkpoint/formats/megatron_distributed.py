@@ -1,0 +1,148 @@
+"""Models in distributed checkpoints of PyTorch: Megatron-LM's torch_dist, torchtitan's, and those of FSDP.
+
+Tensors have their whole shapes there, whatever the number of ranks; their names say whose they are:
+
+    Megatron-LM     embedding.word_embeddings.weight, ...; layers one by one or stacked; args in common.pt
+    torchtitan      tok_embeddings.weight, ...: Meta's names, with Meta's order of rotary pairs
+    Hugging Face    model.embed_tokens.weight, ...
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from camelid.checkpoint import layout
+from camelid.checkpoint.checkpoint import Checkpoint, table_for
+from camelid.checkpoint.containers.dcp import Distributed, looks
+from camelid.checkpoint.containers.pickles import Record, shown
+from camelid.checkpoint.containers.torch_files import unpickle, unverified
+from camelid.checkpoint.folder import read_json
+from camelid.checkpoint.formats import hf, meta
+from camelid.checkpoint.formats.hf_wrapped import unwrapped
+from camelid.checkpoint.formats.megatron_args import WHAT, check_plain, told, vocab_step
+from camelid.checkpoint.formats.megatron_files import INERT, described
+from camelid.checkpoint.formats.megatron_rows import BUFFERS as MEGATRON_BUFFERS
+from camelid.checkpoint.formats.megatron_rows import ENGINE, MCORE, rows, stacked
+from camelid.checkpoint.layout import Row, Table
+from camelid.checkpoint.tensors import Tensor
+from camelid.errors import UserError
+from camelid.model.config import ModelConfig
+
+COMMON, BACKEND = "common.pt", "metadata.json"
+KINDS = {"megatron": ".self_attention.linear_qkv.", "torchtitan": ".attention.wq.", "hf": ".self_attn."}
+"""by whose names they are: what those of attention layers have in them"""
+HEADS = {"megatron": MCORE["lm_head"], "dcp": meta.HEAD}
+# What training writes beside the model. Megatron keeps the empty states of Transformer Engine's modules, too.
+OTHERS = re.compile(
+    r"(optimizer|optim|chained_\d+|lr_scheduler|dataloader|train_state|rng_state|opt_param_scheduler"
+    r"|rerun_state_machine_state)\b.*|.*\._extra_state\b.*"
+)
+
+
+def looks_like_megatron(path: Path) -> bool:
+    """Whether a folder is a distributed checkpoint of Megatron-LM."""
+    return looks(path) and (path / BACKEND).is_file()
+
+
+def looks_like_others(path: Path) -> bool:
+    """Whether a folder is a distributed checkpoint of another system."""
+    return looks(path) and not (path / BACKEND).is_file()
+
+
+def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+    """Opens the folder that holds .metadata.
+
+    What the model is comes from `config`, from a config.json in the folder or the one around it, or from the settings
+    of Megatron-LM. Raises UserError for files that are damaged or incomplete, and for tensors of other models.
+    """
+    held = Distributed(path)
+    tensors = {name: held.tensor(name) for name in held.items if not OTHERS.fullmatch(name)}
+    kind = next((kind for kind, part in KINDS.items() if any(part in name for name in tensors)), None)
+    if kind == "megatron":
+        return _open_megatron(path, tensors, config)
+    if kind is None:
+        some = ", ".join(shown(name) for name in [*tensors][:3]) or "no tensors"
+        raise UserError(
+            f"{path} has no attention layers ({' or '.join(KINDS.values())} in their names); it holds {some}",
+            "camelid opens distributed checkpoints of Megatron-LM and torchtitan, and those with Hugging Face's names.",
+        )
+    home = hf.described_in(path)
+    if config is None and home is None:
+        raise UserError(
+            f"{path} does not say what its model is", "Give --config PRESET_OR_JSON, or put config.json beside it."
+        )
+    if kind == "hf":
+        return hf.open_tensors("dcp", home or path, tensors, config)
+    source = "config.json" if config is None else hf.GIVEN
+    if config is None:
+        assert home is not None
+        config = hf.understood(home)
+    table = table_for("torchtitan", meta.ROWS, config, meta.SIZES)
+    return _checkpoint("dcp", home or path, config, tensors, table, "freqs_cis", source, ())
+
+
+def _checkpoint(
+    format: str,
+    root: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    table: Table,
+    known: str,
+    source: str,
+    notes: tuple[str, ...],
+) -> Checkpoint:
+    tensors, from_names = unwrapped(tensors, table.parts["final_norm.scale"].row.name)
+    if config.tie_embeddings:
+        tensors = hf.tied(tensors, table.parts["embed"].row.name, HEADS[format], source)
+    layout.check(table, tensors, known, source)
+    used = {name: tensors[name] for name in table.tensors}
+    return Checkpoint(format, root, config, used, table, (*notes, *from_names, *unverified(used.values())))
+
+
+# Megatron-LM ----------------------------------------------------------------------------
+
+
+def _open_megatron(folder: Path, held: Mapping[str, Tensor], config: ModelConfig | None) -> Checkpoint:
+    backend = read_json(folder / BACKEND).get("sharded_backend") if (folder / BACKEND).is_file() else "torch_dist"
+    if backend != "torch_dist":
+        raise UserError(f"{folder} is of the format {told(backend)}", "Save it with --ckpt-format torch_dist.")
+    tensors, from_names = unwrapped(held, MCORE["final_norm"])
+    file = folder / COMMON
+    args = _args(file)
+    if args:
+        check_plain(file, args)
+    config, notes, source, root = described(folder, file, args, config)
+    names, table_rows = _layers(tensors)
+    if any("{layer}" in row.name for row in table_rows) and config.num_layers > len(
+        tensors
+    ):  # before a table is made of them
+        raise UserError(f"{folder} has too few tensors for {config.num_layers} layers", "Copy the whole folder again.")
+    table = table_for(WHAT, table_rows, config, {"kv_heads": config.num_kv_heads})
+    ways = args.get("tensor_model_parallel_size", 1)
+    step = vocab_step(args) * (ways if type(ways) is int and 0 < ways <= 2**16 else 1)
+    for name in (names["embed"], names["lm_head"]):
+        shape = tensors[name].shape if name in tensors else ()
+        if shape and config.vocab_size <= shape[0] < config.vocab_size + step:
+            # Without the rows that fill up the vocabulary to a multiple of `step`.
+            tensors[name] = replace(tensors[name], shape=(config.vocab_size, *shape[1:]))
+    return _checkpoint("megatron", root, config, tensors, table, MEGATRON_BUFFERS, source, (*notes, *from_names))
+
+
+def _args(file: Path) -> Mapping[str, Any]:
+    """Megatron-LM's settings; none where other systems, which use its library, wrote the checkpoint."""
+    held = unpickle(file, INERT) if file.is_file() else {}
+    args = held.get("args") if isinstance(held, dict) else None
+    return args.state if isinstance(args, Record) and isinstance(args.state, dict) else {}
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, str], tuple[Row, ...]]:
+    """The names and the rows of the model: with Transformer Engine's names or without, stacked or one by one."""
+    forms = [(names, form) for names in (ENGINE, MCORE) for form in (stacked(rows(names)), rows(names))]
+    norm = "layers.attn_norm.scale"
+
+    def first(form: tuple[Row, ...]) -> str:
+        return next(row.name for row in form if row.path == norm).format(layer=0)
+
+    return next(((names, form) for names, form in forms if first(form) in tensors), forms[0])

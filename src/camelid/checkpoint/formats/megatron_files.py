@@ -1,0 +1,148 @@
+"""The files of Megatron-LM's checkpoints: where they lie, and the tensors in each."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from camelid.checkpoint.containers.dcp import METADATA
+from camelid.checkpoint.containers.pickles import Record, shown
+from camelid.checkpoint.containers.torch_files import unpickle
+from camelid.checkpoint.formats.hf import GIVEN, described_in, understood
+from camelid.checkpoint.formats.megatron_args import WHAT, check_agree, config_from_args, told
+from camelid.checkpoint.tensors import Tensor
+from camelid.errors import UserError
+from camelid.model.config import ModelConfig
+
+TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
+RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+# Beside the weights lie settings, states of random numbers and of the optimizer; their classes are of no use here.
+INERT = re.compile(
+    r"(argparse Namespace|_codecs encode|_io BytesIO|signal Signals|(__builtin__|builtins|numpy)"
+    r" (set|slice|complex|bytearray|ndarray|dtype)|numpy\.(_?core)\.(multiarray|numeric) \w+|pathlib \w+"
+    r"|megatron(\.\w+)+ \w+)"
+)
+MOST = 10**6  # entries of a model; a stage has some tens for each layer
+AGAIN = "Copy the checkpoint again."
+# What older versions call what later ones do.
+OLDER = {
+    "language_model.transformer.": "language_model.encoder.",
+    ".attention.": ".self_attention.",
+    ".input_layernorm.": ".input_norm.",
+    ".post_attention_layernorm.": ".post_attention_norm.",
+    ".final_layernorm.": ".final_norm.",
+}
+# A copy of the table, in the last stage of a tied model.
+TIED_HEADS = {"word_embeddings_for_head.weight": "language_model.output_layer.weight"}
+
+
+def find_ranks(path: Path) -> Path:
+    """The folder with the ranks, from any place around it."""
+    if path.name == FILE and path.is_file():
+        path = path.parent
+    if RANK.fullmatch(path.name) and path.is_dir():
+        path = path.absolute().parent
+    if not (path / TRACKER).is_file():
+        return path
+    with (path / TRACKER).open("rb") as file:
+        word = file.read(64).decode("ascii", "replace").strip()
+    if word == "release":
+        return path / "release"
+    if not re.fullmatch(r"\d{1,18}", word):
+        raise UserError(f"{path / TRACKER} holds {shown(word)!r} and no number of an iteration", AGAIN)
+    return path / f"iter_{int(word):07}"
+
+
+def rank_files(folder: Path) -> list[list[Path]]:
+    """By stage, then by rank of tensor parallelism: the files."""
+    if (folder / "metadata.json").is_file():
+        raise UserError(
+            f"{folder} is a distributed checkpoint of Megatron without {METADATA}, as --ckpt-format zarr writes it",
+            "Save it with --ckpt-format torch_dist, or copy the whole folder.",
+        )
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    places = {}
+    for name in sorted(name for name in found if name.startswith("mp_rank_")):
+        if (match := RANK.fullmatch(name)) is None:
+            raise UserError(f"{folder / name} is a rank of experts, or of something unknown", f"{WHAT} has no experts.")
+        places[int(match[2] or 0), int(match[1])] = folder / name / FILE
+    stages, ways = (1 + max((place[i] for place in places), default=-1) for i in range(2))
+    if not places or len(places) != stages * ways:
+        raise UserError(f"{folder} has {len(places)} folders mp_rank_*: ranks are missing", "Copy all of them.")
+    return [[places[stage, rank] for rank in range(ways)] for stage in range(stages)]
+
+
+def described(
+    folder: Path, file: Path, args: Mapping[str, Any], config: ModelConfig | None
+) -> tuple[ModelConfig, tuple[str, ...], str, Path]:
+    """What the model of a checkpoint is, notes on what was assumed, what describes it, and the folder it belongs to.
+
+    `config` wins, then a config.json in the folder of the iteration or in the one around it, then the settings `args`
+    that `file` holds, which must agree with either in every size.
+    """
+    home = described_in(folder)
+    root = home or (folder.parent if (folder.parent / TRACKER).is_file() else folder)
+    if config is None and home is None:
+        if not args:
+            raise UserError(f"{folder} holds no args, as Megatron-LM writes them", "Give --config PRESET_OR_JSON.")
+        config, notes = config_from_args(file, args)
+        return config, notes, f"args in {file}", root
+    source = "config.json" if config is None else GIVEN
+    if config is None:
+        assert home is not None
+        config = understood(home)
+    check_agree(file, args, config, source)
+    return config, (), source, root
+
+
+class Shard:
+    """What a rank's file holds."""
+
+    def __init__(self, file: Path) -> None:
+        held = unpickle(file, INERT)
+        if not isinstance(held, dict) or not isinstance(args := held.get("args"), Record):
+            raise UserError(f"{file} holds no args, as Megatron's files do", "Give a checkpoint of Megatron-LM.")
+        version = held.get("checkpoint_version", 0)
+        if type(version) not in (int, float) or version not in (0, 1, 2, 3):
+            raise UserError(f"{file} is of the unknown version {told(version)}", "camelid reads versions 0 to 3.")
+        self.file, self.args, self.version = file, args.state, float(version)
+        chunks = sorted(key for key in held if isinstance(key, str) and re.fullmatch(r"model\d{0,3}", key))
+        if chunks != ["model"]:
+            chunks = [f"model{i}" for i in range(len(chunks))]
+        if not chunks or not all(isinstance(held.get(chunk), dict) for chunk in chunks):
+            raise UserError(f"{file} holds no model", "Give a checkpoint of Megatron-LM.")
+        self.chunks = [self._tensors(held[chunk]) for chunk in chunks]
+        """one, or with a virtual pipeline several"""
+
+    def _tensors(self, tree: dict) -> dict[str, Tensor]:
+        size, tensors = self.file.stat().st_size, {}
+        for count, (name, value) in enumerate(_flat(tree)):
+            if count > MOST:
+                raise UserError(f"{self.file} has more than {MOST:,} entries in its model", AGAIN)
+            if name.endswith("_extra_state"):
+                continue
+            if not isinstance(value, Tensor):
+                raise UserError(f"{shown(name)} in {self.file} is no tensor", "Give a checkpoint of Megatron-LM.")
+            if math.prod(value.shape) * value.dtype.itemsize > size:  # of one number, over and over
+                raise UserError(f"{shown(name)} in {self.file} is larger than the file", "Save the checkpoint again.")
+            if name.startswith("language_model."):
+                for old, new in OLDER.items():
+                    name = name.replace(old, new)
+            name = TIED_HEADS.get(name, name)
+            if name in tensors:
+                raise UserError(f"{self.file} has {shown(name)} twice", AGAIN)
+            tensors[name] = replace(value, name=name)
+        return tensors
+
+
+def _flat(tree: dict, start: str = "", depth: int = 4) -> Iterator[tuple[str, Any]]:
+    """What lies in tables within tables, by path; deeper tables are values."""
+    for key, value in tree.items():
+        name = f"{start}{key}"
+        if isinstance(value, dict) and depth > 1:
+            yield f"{name}._extra_state", None  # so that empty ones are counted
+            yield from _flat(value, f"{name}.", depth - 1)
+        else:
+            yield name, value

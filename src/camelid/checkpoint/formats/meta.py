@@ -1,0 +1,217 @@
+"""Meta's own folders: params.json beside consolidated.00.pth, .01, ..., each with a part of every matrix.
+
+Names, shards and params.json are those of meta-llama/llama and meta-llama/llama-models: norms are whole in every shard,
+the table of embeddings is cut by columns up to Llama 2 and by rows since Llama 3.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from camelid.checkpoint import layout
+from camelid.checkpoint.checkpoint import Checkpoint, Saving, table_for
+from camelid.checkpoint.containers.torch_files import open_torch, torch_file, unverified
+from camelid.checkpoint.files import File, json_file
+from camelid.checkpoint.formats.hf import GIVEN, same_values, understood
+from camelid.checkpoint.formats.hf_wrapped import unwrapped
+from camelid.checkpoint.formats.meta_params import (
+    KEYS,
+    LLAMA3_THETA,
+    PARAMS,
+    WHAT,
+    config_from_params,
+    params_from_config,
+    read_params,
+)
+from camelid.checkpoint.layout import Row
+from camelid.checkpoint.tensor_parallel import among, axis_of
+from camelid.checkpoint.tensors import Tensor, joined
+from camelid.errors import UserError
+from camelid.model.config import Llama3Scaling, ModelConfig
+
+# Rotary pairs are neighbours. In the order of Meta's modules, in which llama2.c's files lie.
+ROWS = (
+    Row("embed", "tok_embeddings.weight", "vocab_in embed_in"),
+    Row("layers.attn_norm.scale", "layers.{layer}.attention_norm.weight", "embed"),
+    Row(
+        "layers.attn.q_proj", "layers.{layer}.attention.wq.weight", "(heads freq pair) embed", "heads (pair freq) embed"
+    ),
+    Row(
+        "layers.attn.k_proj",
+        "layers.{layer}.attention.wk.weight",
+        "(kv_heads freq pair) embed",
+        "kv_heads (pair freq) embed",
+    ),
+    Row("layers.attn.v_proj", "layers.{layer}.attention.wv.weight", "(kv_heads head_dim) embed"),
+    Row("layers.attn.o_proj", "layers.{layer}.attention.wo.weight", "embed (heads head_dim)"),
+    Row("layers.mlp_norm.scale", "layers.{layer}.ffn_norm.weight", "embed"),
+    Row("layers.mlp.gate_proj", "layers.{layer}.feed_forward.w1.weight", "mlp embed"),
+    Row("layers.mlp.down_proj", "layers.{layer}.feed_forward.w2.weight", "embed mlp"),
+    Row("layers.mlp.up_proj", "layers.{layer}.feed_forward.w3.weight", "mlp embed"),
+    Row("final_norm.scale", "norm.weight", "embed"),
+    Row("lm_head", "output.weight", "vocab embed"),
+)
+SIZES = {"pair": 2}
+NORM = "norm.weight"
+TABLE, HEAD, GATE = "tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight"
+BUFFERS = r"rope\.freqs"
+BY_NAME = {row.name: row for row in ROWS}
+# What the shards cut, beside one axis of the table of embeddings; a parameter has one of these axes at most.
+CUT = frozenset({"heads", "kv_heads", "mlp", "vocab"})
+BY_ROWS, BY_COLUMNS = CUT | {"vocab_in"}, CUT | {"embed_in"}
+
+
+# Reading --------------------------------------------------------------------------------
+
+
+def looks(path: Path) -> bool:
+    """Whether a folder has a first shard, or a file is a shard."""
+    return (path / "consolidated.00.pth").is_file() or _is_shard(path)
+
+
+def _is_shard(path: Path) -> bool:
+    return re.fullmatch(r"consolidated\.\d\d+\.pth", path.name) is not None and path.is_file()
+
+
+def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+    """Opens a folder, or the one around a shard.
+
+    What the model is comes from `config`, from a config.json beside the shards, or from params.json and guesses.
+    """
+    folder = path.parent if _is_shard(path) else path
+    shards, renamed = _open_shards(folder)
+    params = read_params(folder / PARAMS) if (folder / PARAMS).is_file() else {}
+    source = GIVEN
+    if config is None and (folder / "config.json").is_file():
+        config, source = understood(folder), "config.json"
+    if config is None and not params:
+        raise UserError(f"{folder} has no {PARAMS}", "Copy it beside the shards, or give --config PRESET_OR_JSON.")
+    tensors = _joined_all(folder, shards, params["dim"] if config is None else config.embed_dim)
+    notes: tuple[str, ...] = ()
+    if config is None:
+        (config, notes), source = _config(folder, params, tensors), PARAMS
+    else:
+        _check_agree(folder, params, config, source)
+    if config.num_layers > len(tensors):  # before a table is made of them
+        raise UserError(
+            f"{folder} holds {len(tensors)} tensors, too few for {config.num_layers} layers",
+            f"The shards and {source} belong to different models.",
+        )
+    table, known = table_for(WHAT, ROWS, config, SIZES), BUFFERS
+    if config.tie_embeddings and HEAD in tensors:
+        _check_tied(folder, tensors)
+        known += "|" + re.escape(HEAD)
+    layout.check(table, tensors, known, source)
+    _check_copies(shards, [name for name in table.tensors if _axis(name, BY_ROWS) is None])
+    notes = (*notes, *renamed, *unverified(tensors.values()))
+    return Checkpoint("meta", folder, config, tensors, table, notes)
+
+
+def _open_shards(folder: Path) -> tuple[list[dict[str, Tensor]], tuple[str, ...]]:
+    """The tensors of each shard, and a note where their names are not Meta's own."""
+    files = sorted(folder.glob("consolidated.*.pth"))
+    if not files or [file.name for file in files] != [_shard_name(i) for i in range(len(files))]:
+        raise UserError(
+            f"{folder} has {', '.join(file.name for file in files[:9]) or 'no ' + _shard_name(0)}: shards are missing",
+            "Copy all of them.",
+        )
+    named_alike = [unwrapped(open_torch(file, "model"), NORM) for file in files]
+    shards, notes = [tensors for tensors, _ in named_alike], named_alike[0][1]
+    for file, shard in zip(files, shards, strict=True):
+        if odd := sorted(shard.keys() ^ shards[0].keys()):
+            raise UserError(f"{file} and {files[0].name} disagree about {odd[0]}", "Copy the files again.")
+        for name, tensor in shard.items():
+            if math.prod(tensor.shape) * tensor.dtype.itemsize > file.stat().st_size:  # of one number, over and over
+                raise UserError(f"{name} in {file} is larger than the file", "Save the checkpoint again.")
+    return shards, notes
+
+
+def _shard_name(rank: int) -> str:
+    return f"consolidated.{rank:02}.pth"
+
+
+def _axis(name: str, cut: frozenset[str]) -> int | None:
+    """The axis along which the shards of a tensor lie end to end; None where each has all of it."""
+    return axis_of(BY_NAME.get(re.sub(r"^layers\.\d+\.", "layers.{layer}.", name)), cut)
+
+
+def _joined_all(folder: Path, shards: Sequence[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
+    first = shards[0].get(TABLE)
+    if first is None or len(first.shape) != 2:
+        held = layout.some([*shards[0]])
+        raise UserError(f"{folder} has no matrix {TABLE}; it holds {held}", "Give a folder of Meta's Llama.")
+    widths = {first.shape[1]: BY_ROWS, first.shape[1] * len(shards): BY_COLUMNS}
+    if dim not in widths:
+        raise UserError(
+            f"{TABLE} has {first.shape[1]} columns in each of {len(shards)} shards, and dim is {dim}",
+            "Shards are missing, or they belong to another model.",
+        )
+    return {name: _joined(name, [shard[name] for shard in shards], widths[dim]) for name in shards[0]}
+
+
+def _joined(name: str, parts: list[Tensor], cut: frozenset[str]) -> Tensor:
+    axis = _axis(name, cut)
+    # Tensors of other forms are refused by name in layout.check.
+    return parts[0] if axis is None or len(parts[0].shape) != 2 else joined(parts, axis)
+
+
+def _config(
+    folder: Path, params: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The model that params.json describes, and what was guessed of it."""
+    # Meta's code ties nothing, and its files of Llama 3.2, which is tied, hold the table twice.
+    tied = HEAD not in tensors or (params.get("use_scaled_rope", False) and same_values(tensors[TABLE], tensors[HEAD]))
+    try:
+        config, notes = config_from_params(params, tensors[TABLE].shape[0], tied)
+    except ValueError as error:
+        raise UserError(f"{folder / PARAMS} describes no model: {error}", "Download or copy it again.") from error
+    if GATE in tensors and tensors[GATE].shape[:1] != (config.mlp_dim,):
+        raise UserError(
+            f"{folder / PARAMS} makes the MLP {config.mlp_dim} wide, and {GATE} has shape {tensors[GATE].shape}",
+            "Correct multiple_of and ffn_dim_multiplier, or give --config PRESET_OR_JSON.",
+        )
+    return config, notes
+
+
+def _check_tied(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    if not same_values(tensors[TABLE], tensors[HEAD]):
+        raise UserError(
+            f"the head is said to be tied to the embeddings, and {HEAD} in {folder} differs from {TABLE}",
+            "Set tie_word_embeddings to false in config.json if the head is to be used.",
+        )
+
+
+def _check_copies(shards: Sequence[dict[str, Tensor]], names: Sequence[str]) -> None:
+    for shard in shards[1:]:
+        for name in names:
+            if not same_values(shard[name], shards[0][name]):
+                raise UserError(
+                    f"{name} in {shard[name].file} differs from that in {shards[0][name].file.name}",
+                    "The shards belong to different checkpoints; copy them again.",
+                )
+
+
+def _check_agree(folder: Path, params: Mapping[str, Any], config: ModelConfig, source: str) -> None:
+    """Sizes agree always; what a user says of the rest wins over the file."""
+    pairs = [(key, params[key], getattr(config, ours)) for key, (_, ours) in KEYS.items() if ours and key in params]
+    if "use_scaled_rope" in params:
+        pairs.append(("use_scaled_rope", params["use_scaled_rope"], isinstance(config.rope_scaling, Llama3Scaling)))
+    for key, theirs, ours in pairs:
+        if theirs != ours and (source == "config.json" or KEYS[key][0] is int):
+            raise UserError(f"{folder / PARAMS} has {key} = {theirs!r}, and {source} {ours!r}", "Remove the wrong one.")
+
+
+# Writing --------------------------------------------------------------------------------
+
+
+def files(saving: Saving) -> list[File]:
+    """`tensor_parallel` shards, and params.json."""
+    params = params_from_config(saving.config)
+    if saving.pipeline_parallel != 1:
+        raise UserError(f"{WHAT} has no pipeline stages", "Leave pipeline_parallel at 1.")
+    cut = BY_ROWS if saving.config.rope_theta == LLAMA3_THETA else BY_COLUMNS
+    table, parts = among(saving.untied(), ROWS, SIZES, cut)
+    shards = [torch_file(_shard_name(rank), part.segments(table)) for rank, part in enumerate(parts)]
+    return [*shards, json_file(PARAMS, params)]

@@ -1,0 +1,188 @@
+"""Folders of a MindSpore run on many devices, and the strategy files that say how its tensors are split.
+
+Each of rank_0, rank_1, ... holds one part of every tensor of its stage; which one, a strategy file says (Split).
+"""
+
+import io
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from camelid.checkpoint.containers import protobuf
+from camelid.checkpoint.containers.mindspore_file import AGAIN, TRAINING, open_file, single
+from camelid.checkpoint.formats.hf import same_values
+from camelid.checkpoint.tensors import Tensor, joined
+from camelid.errors import UserError
+
+MAX_STRATEGY = 2**28  # bytes
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one tensor lies on the ranks of a stage, which are counted through `devices` with the last axis fastest.
+
+    devices (2, 3)                 rank 0 1 2
+                                        3 4 5
+    axes (0, -1)    the tensor's first axis is cut in 3, and ranks 0 and 3 hold the same
+    """
+
+    devices: tuple[int, ...]
+    axes: tuple[int, ...]
+    """for each axis of the tensor, which axis of the devices cuts it, counted from the last; -1: none"""
+    step: int = 0
+    """the first axis is cut once more (parallel_optimizer), among ranks so far from each other"""
+    ways: int = 1
+    """into so many"""
+
+    @classmethod
+    def among(cls, ranks: int, ndim: int, axis: int | None) -> "Split":
+        """A tensor that is cut along one axis among the ranks of its stage, or that each of them has whole."""
+        return cls((ranks,), tuple(0 if i == axis else -1 for i in range(ndim)))
+
+
+def ranks_in(folder: Path) -> dict[int, Path]:
+    """The folders of ranks in a folder, by their number."""
+    folders = (path for path in folder.iterdir() if re.fullmatch(r"rank_(0|[1-9]\d{0,4})", path.name) and path.is_dir())
+    return {int(path.name[5:]): path for path in folders}
+
+
+def open_ranks(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The whole tensors of a folder of ranks, and the names of what training left there beside them."""
+    found = ranks_in(folder)
+    if missing := [i for i in range(max(found) + 1) if i not in found]:
+        raise UserError(f"{folder} has no rank_{missing[0]}", "Copy the folders of all ranks.")
+    ranks = [open_file(single(found[i])) for i in range(len(found))]
+    aside = sorted({name for rank in ranks for name in rank if re.fullmatch(TRAINING, name)})
+    ranks = [{name: tensor for name, tensor in rank.items() if name not in aside} for rank in ranks]
+    if len(ranks) == 1:
+        return ranks[0], aside
+    splits: dict[str, Split] = {}
+    for file in _strategies(folder):
+        for name, split in open_strategy(file).items():
+            if splits.setdefault(name, split) != split:
+                raise UserError(f"{file} splits {name} otherwise than the files beside it", "Keep those of one run.")
+    return merged(ranks, splits), aside
+
+
+def _strategies(folder: Path) -> list[Path]:
+    """The strategy files of a folder of ranks: those of the nearest place that has any."""
+    folder = folder.resolve()
+    for place in (folder / "strategy", folder.parent / "strategy", folder, folder.parent):
+        if files := sorted(file for file in place.glob("*strategy*.ckpt") if file.is_file()):
+            return files
+    raise UserError(
+        f"{folder} holds parts of a model, and no strategy file says how to put them together",
+        "Put ckpt_strategy_rank_0.ckpt (of each stage) into a folder named strategy in it.",
+    )
+
+
+def open_strategy(path: Path) -> dict[str, Split]:
+    """By tensor: what a strategy file (MindSpore's node_strategy.proto) says."""
+    splits: dict[str, Split] = {}
+    with path.open("rb") as file:
+        try:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_STRATEGY:
+                raise ValueError(f"{size:,} bytes")
+            for number, value in protobuf.fields(file, range(size)):
+                if number == 3 and isinstance(value, range):
+                    name, split = _layout(file, value)
+                    if splits.setdefault(name, split) != split:
+                        raise ValueError(f"{name} is split in two ways")
+                elif number not in (1, 2):  # the stage, and the strategies of operators
+                    raise ValueError(f"an unexpected field {number}")
+        except ValueError as error:
+            raise UserError(f"{path} is damaged, or no strategy file ({error})", AGAIN) from error
+    return splits
+
+
+def _layout(file: io.BufferedReader, span: range) -> tuple[str, Split]:
+    item = protobuf.once(file, span, ("name", "layouts"))
+    # Where the files of several stages were merged, a name begins with its stage.
+    name = re.sub(r"^\d+-", "", protobuf.text(file, item.get("name")))
+    if not isinstance(layouts := item.get("layouts"), range):
+        raise ValueError(f"{name} has no layout")
+    words = ("dev_matrix", "tensor_map", "param_split_shape", "indices_offset", "field", "step", "ways")
+    held = protobuf.once(file, layouts, words)
+    devices, axes, *uneven = (protobuf.numbers(file, held.get(word, range(0))) for word in words[:4])
+    field, step, ways = (held.get(word, 0) for word in words[4:])
+    if any(uneven) or field:
+        raise ValueError(f"{name} is split unevenly")
+    if not isinstance(step, int) or not isinstance(ways, int) or max(step, ways) >= 2**31:
+        raise ValueError(f"{name} is split for the optimizer in an unknown way")
+    if min(devices, default=0) < 1 or not all(-1 <= axis < len(devices) for axis in axes):
+        raise ValueError(f"{name} lies on devices {devices} as {axes}")
+    return name, Split(devices, axes, step, ways) if step and ways > 1 else Split(devices, axes)
+
+
+def strategy_bytes(stage: int, splits: Mapping[str, Split]) -> bytes:
+    """The strategy file of a stage: how each of its tensors is split."""
+    field = protobuf.field_bytes
+    content = field(1, stage)
+    for name, split in splits.items():
+        devices, axes = (b"".join(field(1, n) for n in numbers) for numbers in (split.devices, split.axes))
+        once_more = field(6, split.step) + field(7, split.ways if split.ways > 1 else 0)
+        layouts = field(1, devices) + field(2, axes) + field(3, b"") + field(4, b"") + field(5, 0) + once_more
+        content += field(3, field(1, name.encode()) + field(2, layouts))
+    return content
+
+
+def merged(ranks: Sequence[Mapping[str, Tensor]], splits: Mapping[str, Split]) -> dict[str, Tensor]:
+    """The whole tensors of a run, by name, from the parts that its ranks hold; nothing is read."""
+    names = dict.fromkeys(name for rank in ranks for name in rank)
+    if missing := [name for name in names if name not in splits]:
+        raise UserError(f"the strategy files do not say how {missing[0]} is split", "Give those of the same run.")
+    return {name: _merged(name, ranks, splits[name]) for name in names}
+
+
+def _merged(name: str, ranks: Sequence[Mapping[str, Tensor]], split: Split) -> Tensor:
+    count = math.prod(split.devices)
+    if len(ranks) % count:
+        raise UserError(
+            f"{name} was split over {count} ranks, and there are {len(ranks)}", "Give the strategy files of this run."
+        )
+    first = next(i for i, rank in enumerate(ranks) if name in rank) // count * count  # of a stage of the pipeline
+    parts: dict[tuple[int, ...], Tensor] = {}
+    for local, rank in enumerate(ranks[first : first + count]):
+        if name not in rank:
+            raise UserError(f"rank_{first + local} lacks {name}, which other ranks hold", "Copy the folder again.")
+        tensor, at = rank[name], np.unravel_index(local, split.devices)[::-1]
+        if len(tensor.shape) != len(split.axes) or (split.ways > 1 and not split.axes):
+            raise UserError(f"{name} in {tensor.file} has shape {tensor.shape}, split as {split}", AGAIN)
+        place = [0 if axis < 0 else int(at[axis]) for axis in split.axes]
+        if split.ways > 1:
+            place.insert(1, local // split.step % split.ways)
+        held = parts.setdefault(tuple(place), tensor)
+        if (tensor.shape, tensor.dtype) != ((one := next(iter(parts.values()))).shape, one.dtype):
+            raise UserError(
+                f"{name} is {one.shape} {one.dtype} in {one.file}, and {tensor.shape} {tensor.dtype} in {tensor.file}",
+                "The files belong to different runs.",
+            )
+        # Of copies, norms tell one run from another, and take little reading.
+        if held is not tensor and len(tensor.shape) == 1 and not same_values(tensor, held):
+            raise UserError(
+                f"{name} in {tensor.file} differs from that in {held.file}", "The files belong to different runs."
+            )
+    axes = [*range(len(split.axes))]
+    counts = [1 if axis < 0 else split.devices[-1 - axis] for axis in split.axes]
+    if split.ways > 1:
+        axes.insert(1, 0)
+        counts.insert(1, split.ways)
+    if len(parts) != math.prod(counts):
+        raise UserError(
+            f"the ranks do not hold all parts of {name}, split as {split}", "Give the strategy files of it."
+        )
+    return _whole(parts, (), axes, counts)
+
+
+def _whole(
+    parts: Mapping[tuple[int, ...], Tensor], place: tuple[int, ...], axes: Sequence[int], counts: Sequence[int]
+) -> Tensor:
+    if len(place) == len(counts):
+        return parts[place]
+    along = axes[len(place)]
+    return joined([_whole(parts, (*place, i), axes, counts) for i in range(counts[len(place)])], along)

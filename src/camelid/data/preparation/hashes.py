@@ -1,0 +1,51 @@
+"""SHA-256 of files, remembered for those that have not changed since they were read."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from camelid.data.preparation.store import hash_file, write_json
+from camelid.paths import cache_folder
+
+SETTLED_S = 3.0  # longer than the steps of any file system's clock, which are up to two seconds
+
+
+def content_hash(
+    path: Path, stopped: Callable[[], bool] = lambda: False, read: Callable[[int], None] = lambda size: None
+) -> str:
+    """SHA-256 of what a file holds; of some of it, where it is stopped.
+
+    It is read again only if its inode, size, or time of change differs from when it was read last. The time of change
+    (ctime) is the kernel's and cannot be set back, as the time of modification can. A change within one step of the
+    file system's clock would leave it as it is, so a file that changed shortly before it was read is not remembered.
+    `read` is called with the number of bytes of each block that is read, or of the whole file if its hash is known.
+    """
+    known = cache_folder() / "hashes" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
+    stamp = _stamp(path)
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        remembered = json.loads(known.read_bytes())
+        if remembered["stamp"] == stamp:
+            read(stamp["bytes"])
+            return remembered["sha256"]
+    began = time.time()
+    found = hash_file(path, stopped, read)
+    settled = began - max(stamp["mtime_ns"], stamp["ctime_ns"]) / 1e9 > SETTLED_S
+    if settled and not stopped() and _stamp(path) == stamp:
+        with contextlib.suppress(OSError):  # without a cache, files are read each time
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_json(known, {"path": os.fsencode(path).decode(errors="replace"), "stamp": stamp, "sha256": found})
+    return found
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    found = path.stat()
+    return {
+        "inode": found.st_ino,
+        "bytes": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+        "ctime_ns": found.st_ctime_ns,
+    }

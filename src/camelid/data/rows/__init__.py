@@ -1,0 +1,1 @@
+"""From stores to the rows of each batch."""

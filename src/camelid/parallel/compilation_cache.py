@@ -1,0 +1,37 @@
+"""XLA's compiled programs, kept on disk between runs."""
+
+import hashlib
+import os
+import platform
+import warnings
+from pathlib import Path
+
+from camelid.errors import UserError
+from camelid.paths import cache_folder, make_writable
+
+LARGEST = 2 * 2**30  # bytes; the programs that were not used for longest make room
+
+
+def keep_compiled() -> None:
+    """Keeps what XLA compiles in the cache."""
+    import jax
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return  # the user has chosen a place by JAX's own variable
+    folder = cache_folder() / "xla" / _processor()
+    try:
+        make_writable(folder)
+    except UserError as error:
+        warnings.warn(f"compiled programs are not kept: {error.problem}. {error.advice}", stacklevel=2)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", LARGEST)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _processor() -> str:
+    """A name for this kind of processor: a home folder may be shared by machines whose programs differ."""
+    about = platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        about += next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(about.encode()).hexdigest()[:12]

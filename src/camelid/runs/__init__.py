@@ -1,0 +1,1 @@
+"""A training run: its recipe, its folder and the loop that it describes."""
