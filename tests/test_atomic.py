@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from camelid.atomic import write_atomically
+from camelid.disk.atomic import write_atomically
 
 
 def test_a_file_is_made_and_replaced_with_the_permissions_of_a_new_one(tmp_path: Path):

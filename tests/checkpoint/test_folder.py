@@ -18,8 +18,8 @@ from camelid.checkpoint.checkpoint import Saving
 from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.registry import open_checkpoint, write_checkpoint
+from camelid.disk.locks import LOCK
 from camelid.errors import UserError
-from camelid.locks import LOCK
 from runs import TIMEOUT_S, assert_refused, called, command, tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
 

@@ -12,8 +12,8 @@ import camelid
 from camelid.checkpoint.checkpoint import Saving
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.registry import open_checkpoint, write_checkpoint
+from camelid.disk.locks import locked
 from camelid.errors import UserError
-from camelid.locks import locked
 from runs import command
 
 

@@ -16,15 +16,16 @@ import pytest
 
 import camelid
 from camelid.data.config import DataConfig, Source
-from camelid.data.preparation import hashes, prepare
+from camelid.data.preparation import prepare
 from camelid.data.preparation.cached import Cached, beyond, in_use, list_cached, prune, unused_since
-from camelid.data.preparation.hashes import content_hash
-from camelid.data.preparation.store import Store, hash_file
+from camelid.data.preparation.store import Store
 from camelid.data.rows import loader
 from camelid.data.rows.best_fit import open_plan
 from camelid.data.rows.loader import data_cache, open_stores
+from camelid.disk import hashes
+from camelid.disk.hashes import content_hash, hash_file
+from camelid.disk.locks import locked
 from camelid.errors import UserError
-from camelid.locks import locked
 from camelid.text.tokenizer import Tokenizer
 from data.stores import documents_of, write_store
 from runs import called

@@ -26,8 +26,8 @@ from camelid.data.preparation.prepare import prepare
 from camelid.data.preparation.store import MANIFEST, VALIDATION, Store
 from camelid.data.readers import lines
 from camelid.data.readers.formats import Record
+from camelid.disk.locks import locked
 from camelid.errors import UserError
-from camelid.locks import locked
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from data.stores import documents_of, write_store
 from text.tiny import BOS, EOS, save_byte_tokenizer

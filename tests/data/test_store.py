@@ -13,8 +13,8 @@ import pytest
 
 from camelid.data.preparation.store import MANIFEST, OFFSETS, TOKENS, WEIGHTS, Store, is_store
 from camelid.data.rows.packing import Packing
+from camelid.disk.locks import locked
 from camelid.errors import UserError
-from camelid.locks import locked
 from data.stores import documents_of, write_store
 
 

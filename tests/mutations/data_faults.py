@@ -84,7 +84,7 @@ FAULTS = (
     ),
     Fault(
         "a folder is held by whoever wants it",
-        "locks.py",
+        "disk/locks.py",
         "fcntl.LOCK_EX if wait else",
         "fcntl.LOCK_SH if wait else",
         "data/test_store.py::test_a_folder_is_held_by_one_process_until_it_lets_go_or_dies",

@@ -81,14 +81,14 @@ FAULTS = (
     ),
     Fault(
         "the hash of a file that changed just now is remembered",
-        "data/preparation/hashes.py",
+        "disk/hashes.py",
         "> SETTLED_S",
         "> -1e12",
         f"{CACHED}test_an_edit_of_the_same_size_is_noticed[False]",
     ),
     Fault(
         "a file is known by size and time of modification alone",
-        "data/preparation/hashes.py",
+        "disk/hashes.py",
         '        "ctime_ns": found.st_ctime_ns,\n',
         '        "ctime_ns": 0,\n',
         f"{CACHED}test_an_edit_of_the_same_size_is_noticed[True]",

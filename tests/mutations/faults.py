@@ -637,7 +637,7 @@ FAULTS = (
     Fault(
         "the last batch of windows is scored twice",
         "evaluate/perplexity.py",
-        "batch = {name: _rows(x, start, at_once)[own] for name, x in rows.items()}",
+        "batch = {name: _rows(x, start, at_once) for name, x in rows.items()}",
         "batch = {name: _rows(x, min(start, count - at_once), at_once)[own] for name, x in rows.items()}",
         "evaluate/test_perplexity.py::test_perplexity_is_the_plain_computation",
     ),
@@ -721,8 +721,8 @@ FAULTS = (
     ),
     Fault(
         "a device gets the first rows instead of its own",
-        "parallel/hosts.py",
-        "return x[start - own.start : stop - own.start]",
+        "parallel/batch_sharding.py",
+        "return x[start - self.own.start : stop - self.own.start]",
         "return x[: stop - start]",
         "sharded/test_training.py::test_twenty_losses_and_gradient_norms_are_those_of_one_device",
     ),
@@ -736,7 +736,7 @@ FAULTS = (
     ),
     Fault(
         "a run's folder is not locked",
-        "locks.py",
+        "disk/locks.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_UN",
         "end_to_end/test_run_folder.py::test_a_run_that_another_process_trains_is_refused",

@@ -52,7 +52,7 @@ FAULTS = (
     ),
     Fault(
         "the hidden folder of a long name has a longer one",
-        "locks.py",
+        "disk/locks.py",
         "if len(os.fsencode(name)) > LONGEST_NAME:",
         "if not name:",
         f"{REPLACING}test_a_name_of_the_greatest_length_is_written_and_overwritten",
@@ -210,7 +210,7 @@ FAULTS = (
     ),
     Fault(
         "two processes that write one small file use one temporary name",
-        "atomic.py",
+        "disk/atomic.py",
         'f".{secrets.token_hex(8)}.incomplete"',
         '".file.incomplete"',
         "test_atomic.py::test_many_writers_of_one_file_leave_one_of_theirs",
@@ -240,7 +240,7 @@ FAULTS = (
     ),
     Fault(
         "the folder that was made for a lock stays",
-        "locks.py",
+        "disk/locks.py",
         "                place.rmdir()\n",
         "                place.exists()\n",
         f"{USER}test_a_first_start_that_is_refused_when_its_folder_is_locked_leaves_nothing",

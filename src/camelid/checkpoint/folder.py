@@ -19,10 +19,10 @@ from camelid.checkpoint.replacing import (
     refuse_foreign,
     replace_files,
 )
+from camelid.disk.locks import LOCK, locked, no_empty_folders, unfinished
 from camelid.errors import UserError
 from camelid.inputs import named_path, refuse_stand_in
 from camelid.interrupts import cleaned_up
-from camelid.locks import LOCK, locked, no_empty_folders, unfinished
 
 
 @contextlib.contextmanager

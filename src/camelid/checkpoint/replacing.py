@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from camelid.disk.locks import LOCK, unfinished
 from camelid.errors import UserError
 from camelid.inputs import expand_home
-from camelid.locks import LOCK, unfinished
 
 MANIFEST = "camelid_manifest.json"
 OTHERS = "others"

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from camelid.atomic import write_atomically
 from camelid.checkpoint.folder import in_units
+from camelid.disk.atomic import write_atomically
 
 WIDTH = 120  # of a line, where no terminal tells
 BAR = 50  # characters of the longest bar

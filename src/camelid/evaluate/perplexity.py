@@ -15,7 +15,8 @@ from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder
 from camelid.model.finite import not_finite
 from camelid.model.tokens import token_row
-from camelid.parallel.hosts import batch_ways, own_rows, place, to_host
+from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
+from camelid.parallel.hosts import to_host
 
 ROWS = 16  # windows that a device scores at once
 
@@ -75,13 +76,13 @@ def perplexity(
         )
     rows = windows(tokens, length)
     count = len(rows["tokens"])
-    at_once = ROWS * batch_ways(mesh)
-    own = own_rows(at_once, mesh)
+    at_once = ROWS * data_parallel_size(mesh)
+    sharding = BatchSharding(at_once, mesh)
     total = weight = 0.0
     with jax.set_mesh(mesh):
         for start in range(0, count, at_once):
-            batch = {name: _rows(x, start, at_once)[own] for name, x in rows.items()}
-            sums = to_host(_score(params, place(batch, own, at_once, mesh), config, compute))
+            batch = {name: _rows(x, start, at_once) for name, x in rows.items()}
+            sums = to_host(_score(params, sharding.place(batch), config, compute))
             total, weight = total + float(sums[0]), weight + float(sums[1])
             if not math.isfinite(total):
                 raise not_finite(params, compute, "the loss is")

@@ -19,7 +19,8 @@ from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder, unstacked
 from camelid.model.kv_cache import empty_cache
 from camelid.model.tokens import token_row
-from camelid.parallel.hosts import batch_ways, own_rows, place, to_host
+from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
+from camelid.parallel.hosts import to_host
 
 BUCKET = 64  # prompts and new tokens are padded to multiples, so that few shapes are compiled
 
@@ -46,20 +47,19 @@ def generate(
     longest = max(len(prompt) for prompt in prompts)
     length = min(_round_up(longest), config.max_length)
     room = min(_round_up(max_new_tokens), config.max_length)
-    rows = -len(prompts) % batch_ways(mesh) + len(prompts)
+    rows = -len(prompts) % data_parallel_size(mesh) + len(prompts)
     tokens = np.zeros((rows, length), np.int32)
     lengths = np.ones((rows, 1), np.int32)
     row_seeds = np.zeros((rows, 1), np.uint32)
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         tokens[i, : len(prompt)], lengths[i], row_seeds[i] = prompt, len(prompt), seed % 2**32
-    own = own_rows(rows, mesh)
-    local = {"tokens": tokens[own], "lengths": lengths[own], "seeds": row_seeds[own]}
+    batch = BatchSharding(rows, mesh).place({"tokens": tokens, "lengths": lengths, "seeds": row_seeds})
     eos = np.array(eos_ids, np.int32)
     with jax.set_mesh(mesh):
         found = _generate(
             params,
             unstacked(params),
-            place(local, own, rows, mesh),
+            batch,
             how,
             eos,
             drawable,

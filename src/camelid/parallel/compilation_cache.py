@@ -6,8 +6,8 @@ import platform
 import warnings
 from pathlib import Path
 
+from camelid.disk.paths import cache_folder, make_writable
 from camelid.errors import UserError
-from camelid.paths import cache_folder, make_writable
 
 LARGEST = 2 * 2**30  # bytes; the programs that were not used for longest make room
 

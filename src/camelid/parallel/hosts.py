@@ -4,13 +4,12 @@ import atexit
 import contextlib
 import itertools
 import json
-import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,11 +17,9 @@ import jax
 import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
 
 from camelid.errors import UserError
 from camelid.interrupts import INTERRUPTED, before_end, heard
-from camelid.parallel.rules import COMPUTE, partition
 
 HEARTBEAT_TIMEOUT_S = 60
 """JAX ends all processes when one was killed, or its machine lost, so long ago"""
@@ -172,42 +169,6 @@ def _end_with_others(client: Any) -> None:
     if _process_id() == 0:
         time.sleep(LAST_S)
     os._exit(failure["status"])
-
-
-def batch_ways(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut."""
-    return math.prod(mesh.shape[axis] for axis in COMPUTE["batch"])
-
-
-def own_rows(rows: int, mesh: Mesh) -> slice:
-    """The rows of a batch that the devices of this process need; raises UserError where rows do not divide."""
-    ways = batch_ways(mesh)
-    if rows % ways:
-        raise UserError(
-            f"{rows} rows do not divide over {' x '.join(COMPUTE['batch'])} = {ways} devices",
-            f"Use a multiple of {ways} rows for each batch (and each of its microbatches).",
-        )
-    indices = _rows_sharding(mesh).addressable_devices_indices_map((rows, 1)).values()
-    cuts = [index[0].indices(rows) for index in indices if index is not None]
-    return slice(min(start for start, *_ in cuts), max(stop for _, stop, _ in cuts))
-
-
-def place(local: Mapping[str, np.ndarray], own: slice, rows: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays of `rows` rows, cut over the mesh as batches are; `local` holds the rows `own` of each."""
-
-    def one(x: np.ndarray) -> jax.Array:
-        def cut(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            start, stop, _ = index[0].indices(rows)
-            return x[start - own.start : stop - own.start]
-
-        return jax.make_array_from_callback((rows, *x.shape[1:]), _rows_sharding(mesh), cut)
-
-    return {name: one(x) for name, x in local.items()}
-
-
-def _rows_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
 
 
 def to_host(tree):

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from camelid.atomic import write_atomically
 from camelid.checkpoint.state.stored import steps_in
+from camelid.disk.atomic import write_atomically
+from camelid.disk.locks import LOCK, locked, no_empty_folders
 from camelid.errors import UserError
-from camelid.locks import LOCK, locked, no_empty_folders
 from camelid.parallel.hosts import decided, is_main, wait_for_all
 from camelid.runs.recipe import Recipe, completed, structure, write_recipe
 

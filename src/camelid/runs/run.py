@@ -28,7 +28,8 @@ from camelid.errors import UserError
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import count_parameters, peak_flops, training_flops
 from camelid.model.params import build, initialize, named
-from camelid.parallel.hosts import StopSignal, batch_ways, decided, is_main, own_rows, place, to_host, wait_for_all
+from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
+from camelid.parallel.hosts import StopSignal, decided, is_main, to_host, wait_for_all
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.runs.components import Parts, prepare
@@ -213,11 +214,11 @@ def _run(
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:
-    rows, parts = recipe.data.batch_size, recipe.train.accumulate * batch_ways(mesh)
+    rows, parts = recipe.data.batch_size, recipe.train.accumulate * data_parallel_size(mesh)
     if rows % parts:
         raise UserError(
             f"data.batch_size = {rows} does not divide over {recipe.train.accumulate} microbatches of "
-            f"{batch_ways(mesh)} devices' rows",
+            f"{data_parallel_size(mesh)} devices' rows",
             f"Use a multiple of {parts}.",
         )
 
@@ -279,10 +280,10 @@ def from_checkpoint(source: Checkpoint, training: Training | None, trainer: Trai
 
 
 def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int, speed: Speed) -> Iterator[dict[str, jax.Array]]:
-    rows = recipe.data.batch_size
-    own = own_rows(rows, mesh)
+    sharding = BatchSharding(recipe.data.batch_size, mesh)
+    own = sharding.own
     for batch in speed.timed(prefetched(loader, first, recipe.train.steps, own.start, own.stop)):
-        yield place(vars(batch), own, rows, mesh)
+        yield sharding.place_own(vars(batch))
 
 
 def _compile(trainer: Trainer, state: TrainState, recipe: Recipe, mesh: Mesh, terminal: Terminal):
@@ -353,11 +354,10 @@ def _schedule_change(recipe: Recipe, kept: Recipe, made: int) -> str | None:
 def _validation_loss(trainer: Trainer, params: Decoder, loader: Loader, recipe: Recipe, mesh: Mesh) -> float:
     """Nats a token over the whole validation split."""
     rows = recipe.data.batch_size // recipe.train.accumulate
-    own = own_rows(rows, mesh)
+    sharding = BatchSharding(rows, mesh)
     total = weight = 0.0
     for batch in loader.in_order(rows):
-        local = {name: x[own] for name, x in vars(batch).items()}
-        sums = to_host(_loss(params, place(local, own, rows, mesh), trainer))
+        sums = to_host(_loss(params, sharding.place(vars(batch)), trainer))
         total, weight = total + float(sums[0]), weight + float(sums[1])
     return total / weight
 

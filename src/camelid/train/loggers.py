@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from camelid.atomic import write_atomically
+from camelid.disk.atomic import write_atomically
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from camelid.atomic import write_atomically
+from camelid.disk.atomic import write_atomically
 from camelid.errors import UserError
 from camelid.extras import install_hint
 

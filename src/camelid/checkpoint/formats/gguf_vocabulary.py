@@ -9,12 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from camelid.atomic import write_atomically
 from camelid.checkpoint.containers.gguf_file import Items, shown
 from camelid.checkpoint.formats.gguf_pretokenizers import BY_PRE, pre_tokenizer_json
 from camelid.checkpoint.formats.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from camelid.disk.atomic import write_atomically
+from camelid.disk.paths import cache_folder
 from camelid.errors import UserError
-from camelid.paths import cache_folder
 
 BESIDE = (
     "Put the model's tokenizer.json beside the file and open the folder, or name a tokenizer; "

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from camelid.data.preparation.store import is_store, read_manifest
+from camelid.disk.locks import LOCK, locked
 from camelid.errors import UserError
-from camelid.locks import LOCK, locked
 
 UNFINISHED = (".incomplete", ".pruned")
 """endings of what a killed process may have left, after a leading dot"""

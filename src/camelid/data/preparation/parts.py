@@ -26,11 +26,11 @@ import numpy as np
 
 from camelid.data.config import ONLY, Source
 from camelid.data.preparation.examples import Encoder, make_encoder
-from camelid.data.preparation.hashes import content_hash
-from camelid.data.preparation.store import VERSION, Store, Writer, hash_file, writing
+from camelid.data.preparation.store import VERSION, Store, Writer, writing
 from camelid.data.preparation.workers import Worker, end_workers, receive, start_worker
 from camelid.data.readers.formats import Record
 from camelid.data.readers.sources import Chunk, Tally, read_chunk, reading, refuse_repeated, source_files
+from camelid.disk.hashes import content_hash, hash_file
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from camelid.data.config import Source
 from camelid.data.preparation.examples import make_encoder
-from camelid.data.preparation.hashes import content_hash
 from camelid.data.preparation.parts import (
     Piece,
     Progress,
@@ -42,9 +41,10 @@ from camelid.data.preparation.store import (
     writing,
 )
 from camelid.data.readers.sources import Tally, chunks, list_files, reading
+from camelid.disk.hashes import content_hash
+from camelid.disk.locks import locked, no_empty_folders, unfinished
 from camelid.errors import UserError
 from camelid.interrupts import cleaned_up
-from camelid.locks import locked, no_empty_folders, unfinished
 from camelid.text.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 2**22  # that are laid end to end at once

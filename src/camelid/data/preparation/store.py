@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, Integer, UInt8
 
-from camelid.atomic import write_atomically
+from camelid.disk.atomic import write_json
+from camelid.disk.hashes import hash_file
 from camelid.errors import UserError
 
 FORMAT, VERSION = "camelid store", 1
@@ -289,23 +290,6 @@ def map_array(path: Path, dtype: np.dtype, count: int, at_random: bool = False) 
         # Otherwise the system reads much more around each row than the row.
         mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, dtype)
-
-
-def hash_file(
-    path: Path, stopped: Callable[[], bool] = lambda: False, read: Callable[[int], None] = lambda size: None
-) -> str:
-    """SHA-256 of a file; of some of it, where it is stopped. `read` is called with the size of each block."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while not stopped() and (data := file.read(2**20)):
-            sha.update(data)
-            read(len(data))
-    return sha.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A file of JSON that is there whole, or not at all."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from camelid.data.preparation.store import map_array, write_json, writing
-from camelid.locks import locked
+from camelid.data.preparation.store import map_array, writing
+from camelid.disk.atomic import write_json
+from camelid.disk.locks import locked
 
 # S places of a row; a document of n tokens has n - 1: each but the last predicts the next
 

@@ -25,8 +25,8 @@ from camelid.data.readers.sources import refuse_repeated, source_files
 from camelid.data.rows.batch import Batch
 from camelid.data.rows.mixture import Mixture, Share, row_shares
 from camelid.data.rows.packing import OR_DATA_CACHE, Packing
+from camelid.disk.paths import cache_folder, make_writable
 from camelid.errors import UserError
-from camelid.paths import cache_folder, make_writable
 from camelid.text.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]

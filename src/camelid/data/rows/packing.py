@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int64, Integer
 from camelid.data.preparation.store import Store
 from camelid.data.rows.batch import Batch
 from camelid.data.rows.best_fit import Overlong, Plan, open_plan
-from camelid.paths import make_writable
+from camelid.disk.paths import make_writable
 
 # B rows of a batch, S tokens of a row
 

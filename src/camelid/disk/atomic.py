@@ -1,8 +1,10 @@
 """Small files that appear whole under their name, or stay as they were."""
 
+import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -18,3 +20,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON; the file appears complete or not at all."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")

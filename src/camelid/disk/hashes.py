@@ -8,10 +8,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from camelid.data.preparation.store import hash_file, write_json
-from camelid.paths import cache_folder
+from camelid.disk.atomic import write_json
+from camelid.disk.paths import cache_folder
 
 SETTLED_S = 3.0  # longer than the steps of any file system's clock, which are up to two seconds
+
+
+def hash_file(
+    path: Path, stopped: Callable[[], bool] = lambda: False, read: Callable[[int], None] = lambda size: None
+) -> str:
+    """SHA-256 of a file; of some of it, where it is stopped. `read` is called with the size of each block."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while not stopped() and (data := file.read(2**20)):
+            sha.update(data)
+            read(len(data))
+    return sha.hexdigest()
 
 
 def content_hash(
