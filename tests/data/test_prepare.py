@@ -299,7 +299,8 @@ COMMAND = """
 import signal, sys, threading, time
 from multiprocessing import resource_tracker
 from pathlib import Path
-from camelid.data import lines, parts
+from camelid.data.preparation import parts
+from camelid.data.readers import lines
 from camelid.data.config import Source
 from camelid.data.preparation.prepare import prepare
 from camelid.text.tokenizer import load_tokenizer

@@ -25,7 +25,7 @@ Path.glob = lambda path, pattern: iter(()) if "checkpoints" in pattern else glob
 """
 SLOW = f"""
 import time
-from camelid.checkpoint import stored
+from camelid.checkpoint.state import stored
 
 verify_step = stored.verify_step
 
