@@ -18,7 +18,7 @@ from camelid.errors import UserError
 from camelid.generate.sampling import Sampling, all_finite, select
 from camelid.generate.state import DecodeState, advance, prefill
 from camelid.model.config import Compute, ModelConfig
-from camelid.model.decoder import Decoder, unstacked
+from camelid.model.decoder import Decoder, decode_params
 from camelid.model.tokens import token_row
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
 from camelid.parallel.hosts import to_host
@@ -58,7 +58,7 @@ def generate(
     with jax.set_mesh(mesh):
         found = _generate(
             params,
-            unstacked(params),
+            decode_params(params),
             BatchSharding(rows, mesh).place({"tokens": tokens} | batch),
             np.array(eos_ids, np.int32),
             drawable,
@@ -100,7 +100,7 @@ def _round_up(n: int) -> int:
 @partial(jax.jit, static_argnames=("room", "config", "compute"))
 def _generate(
     params: Decoder,
-    decode_params: Decoder,
+    step_params: Decoder,
     batch: dict[str, Array],
     eos: Int[Array, " ids"],
     drawable: Bool[Array, " V"] | None,
@@ -111,7 +111,7 @@ def _generate(
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"], Bool[Array, " B"]]:
     """Up to `limit` new tokens of each row in a buffer of `room`, how many precede its end, and `finite`.
 
-    `params` process the prompts; `decode_params` are the same parameters in the form that is fast for single tokens.
+    `params` process the prompts; `step_params` are the same parameters in the form that is fast for single tokens.
     """
     tokens: Int[Array, "B P"] = batch["tokens"]
     rows = {name: x[:, 0] for name, x in batch.items() if name != "tokens"}
@@ -134,7 +134,7 @@ def _generate(
 
     def one_step(carry):
         step, state, token, out, counts, finite = carry
-        state, logits = advance(decode_params, state, token[:, None], config, compute)
+        state, logits = advance(step_params, state, token[:, None], config, compute)
         state, token, finite = next_tokens(state, logits[:, 0], finite)
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], step, 1)
         return step + 1, state, token, out, counts + state.active.astype(jnp.int32), finite

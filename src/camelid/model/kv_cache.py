@@ -202,7 +202,7 @@ class KVCache:
     def insert(self, row: int | Int[Array, ""], other: "KVCache", other_row: int | Int[Array, ""]) -> "KVCache":
         """The cache with row `row` replaced by row `other_row` of another one of the same capacity."""
         windowed, full = (
-            None if mine is None else mine.insert(row, theirs, other_row)
+            None if mine is None else mine.insert(jnp.asarray(row), theirs, jnp.asarray(other_row))
             for mine, theirs in ((self.windowed, other.windowed), (self.full, other.full))
         )
         return dataclasses.replace(self, windowed=windowed, full=full)
