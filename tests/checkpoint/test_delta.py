@@ -120,7 +120,7 @@ def test_a_grown_vocabulary_and_a_head_of_its_own_are_held_whole(tmp_path: Path)
 
 def test_slices_of_any_size_give_the_same_delta(base: Path, tuned: Path, tmp_path: Path, monkeypatch):
     delta.make(base, tuned, tmp_path / "whole")
-    monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 1000)
+    monkeypatch.setattr("camelid.checkpoint.layout.CHUNK_BYTES", 1000)
     delta.make(base, tuned, tmp_path / "cut")
     for name in ("delta.safetensors", "delta.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()

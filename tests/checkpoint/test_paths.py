@@ -15,8 +15,8 @@ from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.checkpoint.registry import FORMATS, open_checkpoint
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.checkpoint.state.stored import DESCRIPTORS, ITEM, Address, find_damage
-from camelid.data.config import Source
+from camelid.checkpoint.state.saved_state import DESCRIPTORS, ITEM, SafePath, find_damage
+from camelid.data.config import SliceReader
 from camelid.data.preparation.prepare import prepare
 from camelid.data.preparation.store import Store
 from camelid.errors import UserError
@@ -33,7 +33,7 @@ from text.tiny import save_byte_tokenizer
 from tiny import tiny_config
 
 CONFIG = tiny_config(head_dim=8, vocab_size=96, num_layers=2)
-WRITTEN = [name for name, format in FORMATS.items() if format.files is not None and not format.lossy]
+WRITTEN = [name for name, format in FORMATS.items() if format.plan_files is not None and not format.lossy]
 
 
 def target() -> TrainState:
@@ -107,7 +107,7 @@ def test_data_of_every_kind_of_name_is_prepared(tmp_path: Path, name: str):
     folder.mkdir()
     tokenizer = load_tokenizer(save_byte_tokenizer(folder / "tokenizer"))
     write_text(folder / f"{name}.jsonl")
-    sources = [Source(files=(str(folder / f"{name}.jsonl"),))]
+    sources = [SliceReader(files=(str(folder / f"{name}.jsonl"),))]
     store = prepare(sources, tokenizer, folder / "store" / name, validation_fraction=0.1)
     store.verify()
     assert Store.open(folder / "store" / name).num_tokens == store.num_tokens > 1000
@@ -169,10 +169,10 @@ def test_an_open_checkpoint_keeps_its_descriptor_no_longer_than_it_needs_it(tmp_
 def test_a_system_without_descriptor_paths_refuses_a_path_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("camelid.checkpoint.state.stored.DESCRIPTORS", tmp_path / "nowhere")
-    assert Address(tmp_path / "plain-1.0_a+b").path == str(tmp_path / "plain-1.0_a+b")
+    monkeypatch.setattr("camelid.checkpoint.state.saved_state.DESCRIPTORS", tmp_path / "nowhere")
+    assert SafePath(tmp_path / "plain-1.0_a+b").path == str(tmp_path / "plain-1.0_a+b")
     with pytest.raises(UserError, match=r"\[1\] has characters in its path"):
-        Address(tmp_path / "[1]")
+        SafePath(tmp_path / "[1]")
 
 
 # What was written is opened again --------------------------------------------------------

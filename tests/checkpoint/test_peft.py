@@ -181,7 +181,7 @@ def test_a_slice_has_the_bits_of_the_whole(tmp_path: Path, monkeypatch: pytest.M
     draw = np.random.default_rng(0)
     for path in ("q_proj", "o_proj"):
         path = f"layers.attn.{path}"
-        shape = opened.table.parts[path].spec.shape[1:]
+        shape = opened.table.entries[path].spec.shape[1:]
         whole = opened.source(path, 1, tuple(slice(0, n) for n in shape), np.dtype(np.float32))
         for _ in range(20):
             cuts = [sorted(draw.choice(n + 1, 2, replace=False)) for n in shape]
@@ -333,7 +333,7 @@ def test_arrays_become_an_adapter_that_peft_loads(tmp_path: Path, case: str):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     given = on_base(adapter, open_checkpoint(base), base)
     opened = open_checkpoint(tmp_path / "adapter")
-    for path, part in opened.table.parts.items():
+    for path, part in opened.table.entries.items():
         index = tuple(slice(0, n) for n in part.spec.shape[len(part.spec.stacked) :])
         for layer in part.layers():
             one, two = (held.source(path, layer, index, np.dtype(np.float32)) for held in (given, opened))

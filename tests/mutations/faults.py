@@ -864,7 +864,7 @@ FAULTS = (
     Fault(
         "shards are larger than asked for",
         "checkpoint/formats/hf.py",
-        "size + segment.size > most",
+        "size + payload.size > most",
         "size > most",
         "checkpoint/test_hf.py::test_a_checkpoint_in_shards_opens_in_transformers_and_in_camelid",
     ),
@@ -1025,7 +1025,7 @@ FAULTS = (
     Fault(
         "--check does not ask zip files for their checksums",
         "checkpoint/compare.py",
-        "held = torch_files.checksums_hold(file)",
+        "held = torch_files.verify_checksums(file)",
         "held = None",
         "checkpoint/test_compare.py::test_check_verifies_what_files_say_of_themselves_however_large_they_are",
     ),
@@ -1165,7 +1165,7 @@ FAULTS = (
     Fault(
         "MindSpore: the head lies in the first stage",
         "checkpoint/formats/mindspore.py",
-        """-1 if part.row.path == "embed" else layers""",
+        """-1 if part.rule.path == "embed" else layers""",
         "-1",
         "checkpoint/test_mindspore.py::test_ranks_hold_what_numpy_splits[grouped]",
     ),
@@ -1285,8 +1285,8 @@ FAULTS = (
     Fault(
         "a train state is written with its moments exchanged",
         "checkpoint/formats/easylm.py",
-        '{adam}/nu/params", replace(saving, dtypes=moments, source=training.nu)',
-        '{adam}/nu/params", replace(saving, dtypes=moments, source=training.mu)',
+        '{adam}/nu/params", replace(export, dtypes=moments, source=training.nu)',
+        '{adam}/nu/params", replace(export, dtypes=moments, source=training.mu)',
         "checkpoint/test_easylm.py::test_a_train_state_is_written_byte_for_byte_as_easylm_writes_it",
     ),
     Fault(
@@ -1298,7 +1298,7 @@ FAULTS = (
     ),
     Fault(
         "a state of another dtype is cast silently",
-        "checkpoint/state/stored.py",
+        "checkpoint/state/saved_state.py",
         "(tuple(leaf.shape), str(leaf.dtype))",
         "(tuple(leaf.shape),)",
         "checkpoint/test_native.py::test_a_state_of_another_dtype_shape_or_leaf_is_refused",

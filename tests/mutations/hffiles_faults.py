@@ -84,7 +84,7 @@ FAULTS = (
     Fault(
         "a message does not say what a file holds instead",
         "checkpoint/layout.py",
-        'f"; instead it holds {some(extra)}" if extra else ""',
+        'f"; instead it holds {summarize(extra)}" if extra else ""',
         '""',
         f"{FILES}test_what_a_file_holds_instead_of_what_it_lacks_is_named",
     ),

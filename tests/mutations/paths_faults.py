@@ -11,7 +11,11 @@ REPLACING = "checkpoint/test_replacing.py::"
 KILLED = f"{REPLACING}test_a_kill_at_every_moment_leaves_the_old_or_the_new_checkpoint_and_all_foreign_files"
 SECOND = f"{REPLACING}test_of_two_checkpoints_in_one_folder_the_second_and_foreign_files_are_left"
 USER = "end_to_end/test_user_files.py::"
-NATIVE, STORED, REPLACES = "checkpoint/state/orbax_state.py", "checkpoint/state/stored.py", "checkpoint/replacing.py"
+NATIVE, STORED, REPLACES = (
+    "checkpoint/state/orbax_state.py",
+    "checkpoint/state/saved_state.py",
+    "checkpoint/replacing.py",
+)
 
 FAULTS = (
     # Paths
@@ -45,7 +49,7 @@ FAULTS = (
     ),
     Fault(
         "a path with .. in it is passed to TensorStore",
-        "checkpoint/state/stored.py",
+        "checkpoint/state/saved_state.py",
         "    place = folder.resolve() / str(step)\n",
         "    place = folder.absolute() / str(step)\n",
         DOTS,
@@ -104,8 +108,8 @@ FAULTS = (
     Fault(
         "new files are moved in before the old ones are gone",
         REPLACES,
-        "    (new / RECORD).rename(folder / RECORD)\n",
-        '    (new / "config.json").rename(folder / "config.json")\n    (new / RECORD).rename(folder / RECORD)\n',
+        "    (new / REPLACEMENT_FILE).rename(folder / REPLACEMENT_FILE)\n",
+        '    (new / "config.json").rename(folder / "config.json")\n    (new / REPLACEMENT_FILE).rename(folder / REPLACEMENT_FILE)\n',
         KILLED,
     ),
     Fault(
@@ -153,8 +157,8 @@ FAULTS = (
     Fault(
         "a manifest may name files outside its folder",
         REPLACES,
-        "if name != RECORD and _is_inside(folder, name))",
-        "if name != RECORD)",
+        "if name != REPLACEMENT_FILE and _is_inside(folder, name))",
+        "if name != REPLACEMENT_FILE)",
         f"{REPLACING}test_a_manifest_that_names_files_outside_its_folder_removes_none",
     ),
     Fault(
@@ -218,15 +222,15 @@ FAULTS = (
     Fault(
         "a checkpoint is converted over its source",
         "checkpoint/convert.py",
-        "        refuse_sources(destination, checkpoint.places)\n",
+        "        refuse_sources(destination, checkpoint.source_paths)\n",
         "        pass\n",
         "checkpoint/test_delta.py::test_a_source_is_found_behind_links",
     ),
     Fault(
         "a delta replaces its base",
         "checkpoint/adapters/delta.py",
-        "        refuse_sources(destination, (*one.places, *other.places))\n",
-        "        refuse_sources(destination, other.places)\n",
+        "        refuse_sources(destination, (*one.source_paths, *other.source_paths))\n",
+        "        refuse_sources(destination, other.source_paths)\n",
         "checkpoint/test_delta.py::test_a_destination_is_never_one_of_the_sources",
     ),
     # A refused command writes nothing

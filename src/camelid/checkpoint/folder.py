@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from camelid.checkpoint.replacing import (
-    RECORD,
+    REPLACEMENT_FILE,
     add_to_manifest,
     complete,
     files_in,
-    read_record,
+    read_replacement,
     refuse_foreign,
     replace_files,
 )
@@ -43,7 +43,7 @@ def new_folder(
     if the disk lacks `need_bytes`.
     """
     destination = Path(os.path.realpath(named_path(destination)))
-    check = partial(check_free, destination, overwrite, expected or {})
+    check = partial(check_destination, destination, overwrite, expected or {})
 
     def ready() -> None:
         _complete(unfinished(destination), destination)
@@ -53,7 +53,7 @@ def new_folder(
     with temporary_folder(destination, need_bytes, resume, ready) as temporary:
         yield temporary
         if destination.exists():
-            check_free(destination, overwrite, {})  # another program may have made it meanwhile
+            check_destination(destination, overwrite, {})  # another program may have made it meanwhile
             replace_files(temporary, destination)
             remove_locked(temporary)
         else:
@@ -84,7 +84,7 @@ def temporary_folder(destination: Path, need_bytes: int, resume: str, ready: Cal
             _check_room(temporary, need_bytes)
             yield temporary
         except BaseException as error:
-            if not (resume and (temporary / resume).is_file()) and not (destination / RECORD).is_file():
+            if not (resume and (temporary / resume).is_file()) and not (destination / REPLACEMENT_FILE).is_file():
                 with contextlib.suppress(OSError):
                     remove_locked(temporary)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -92,7 +92,7 @@ def temporary_folder(destination: Path, need_bytes: int, resume: str, ready: Cal
             raise
 
 
-def check_free(destination: Path, overwrite: bool, expected: Mapping[str, Path | None]) -> None:
+def check_destination(destination: Path, overwrite: bool, expected: Mapping[str, Path | None]) -> None:
     """Raises UserError if a destination exists and may not be replaced by files of the `expected` names."""
     if not destination.exists():
         return
@@ -112,16 +112,16 @@ def complete_replacement(folder: Path) -> None:
 
     Raises UserError where another process is doing it, the new files are gone, or the record may not be followed.
     """
-    if not (folder / RECORD).is_file():
+    if not (folder / REPLACEMENT_FILE).is_file():
         return
     folder = Path(os.path.realpath(folder))
-    read_record(folder)  # refused before anything is made
+    read_replacement(folder)  # refused before anything is made
     temporary = _unfinished(folder)
     if not temporary.is_dir():
         return complete(temporary, folder)
     try:
         with locked(temporary, wait=False):
-            if (folder / RECORD).is_file():  # no other process has done it meanwhile
+            if (folder / REPLACEMENT_FILE).is_file():  # no other process has done it meanwhile
                 complete(temporary, folder)
             remove_locked(temporary)
     except BlockingIOError as error:
@@ -137,7 +137,7 @@ def _unfinished(destination: Path) -> Path:
 
 def _complete(temporary: Path, destination: Path) -> None:
     """The same, where what cannot be completed is about to be replaced anyway."""
-    if (destination / RECORD).is_file():
+    if (destination / REPLACEMENT_FILE).is_file():
         with contextlib.suppress(UserError):
             complete(temporary, destination)
 

@@ -26,13 +26,13 @@ from camelid.inputs import expand_home
 MANIFEST = "camelid_manifest.json"
 OTHERS = "others"
 """in the manifest: of files without tensors, the SHA-256 of their contents"""
-RECORD = ".camelid_replacing.json"
+REPLACEMENT_FILE = ".camelid_replacing.json"
 CONFIG = "config.json"
 SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
-class Record:
+class Replacement:
     """What RECORD holds: the names of files."""
 
     add: list[str]
@@ -119,9 +119,9 @@ def owned_files(folder: Path) -> set[str] | None:
     a folder is a checkpoint if it has weights and a config.json that describes a model. Of several checkpoints in one
     folder, only the first of WEIGHTS is taken for the one that may be replaced.
     """
-    if (folder / RECORD).is_file():  # what a replacement that could not be completed was about
-        record = read_record(folder)
-        return {*record.remove, *record.add, RECORD}
+    if (folder / REPLACEMENT_FILE).is_file():  # what a replacement that could not be completed was about
+        record = read_replacement(folder)
+        return {*record.remove, *record.add, REPLACEMENT_FILE}
     manifest = _read(folder / MANIFEST)
     found = [names for patterns in WEIGHTS if (names := _named(folder, patterns))]
     if not isinstance(tensors := manifest.get("files"), dict):
@@ -185,10 +185,10 @@ def replace_files(new: Path, folder: Path) -> None:
     add = sorted({*add, MANIFEST})
     for name in add:
         _sync(new / name)
-    inside = (name for name in own if name != RECORD and _is_inside(folder, name))
-    record = Record(add, sorted(name for name in inside if os.path.lexists(folder / name)))
-    _write_record(new / RECORD, record)
-    (new / RECORD).rename(folder / RECORD)
+    inside = (name for name in own if name != REPLACEMENT_FILE and _is_inside(folder, name))
+    record = Replacement(add, sorted(name for name in inside if os.path.lexists(folder / name)))
+    _write_record(new / REPLACEMENT_FILE, record)
+    (new / REPLACEMENT_FILE).rename(folder / REPLACEMENT_FILE)
     _sync(folder)
     _follow(record, new, folder)
 
@@ -198,14 +198,14 @@ def complete(new: Path, folder: Path) -> None:
 
     Raises UserError where the new files are gone, and, with nothing changed, where the record may not be followed.
     """
-    record = read_record(folder)
+    record = read_replacement(folder)
     for name in record.add:
         if not _is_inside(new, name):
             raise _untrusted(folder, f"names {name!r}, which is not in {new}")
     _follow(record, new, folder)
 
 
-def _follow(record: Record, new: Path, folder: Path) -> None:
+def _follow(record: Replacement, new: Path, folder: Path) -> None:
     add = sorted(record.add, key=lambda name: (name == CONFIG, name))
     waiting = [name for name in add if os.path.lexists(new / name)]
     if not add or any(name not in waiting and not os.path.lexists(folder / name) for name in add):
@@ -222,7 +222,7 @@ def _follow(record: Record, new: Path, folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (new / name).rename(folder / name)
     _sync(folder)
-    (folder / RECORD).unlink()
+    (folder / REPLACEMENT_FILE).unlink()
 
 
 def _remove_empty(below: Path, folder: Path) -> None:
@@ -246,20 +246,20 @@ def _is_inside(folder: Path, name: str) -> bool:
 # The record ------------------------------------------------------------------------------
 
 
-def _write_record(path: Path, record: Record) -> None:
+def _write_record(path: Path, record: Replacement) -> None:
     with path.open("w", encoding="utf-8") as file:
         about = {"inode": os.fstat(file.fileno()).st_ino, "add": record.add, "remove": record.remove}
         json.dump(about, file)
     _sync(path)
 
 
-def read_record(folder: Path) -> Record:
+def read_replacement(folder: Path) -> Replacement:
     """The record in a folder; raises UserError if it was not written there, or names files outside the folder."""
-    path = folder / RECORD
+    path = folder / REPLACEMENT_FILE
     about = _read(path)
     if path.is_symlink() or about.get("inode") != path.stat().st_ino:
         raise _untrusted(folder, "was not written in this folder: it was copied, or came with a download")
-    record = Record(list(_strings(about.get("add"))), list(_strings(about.get("remove"))))
+    record = Replacement(list(_strings(about.get("add"))), list(_strings(about.get("remove"))))
     for name in (*record.add, *record.remove):
         if not _is_inside(folder, name):
             raise _untrusted(folder, f"names {name!r}, which is not in the folder")
@@ -268,9 +268,9 @@ def read_record(folder: Path) -> Record:
 
 def _untrusted(folder: Path, why: str) -> UserError:
     return UserError(
-        f"{folder / RECORD}, by which the files of a checkpoint are replaced, {why}",
+        f"{folder / REPLACEMENT_FILE}, by which the files of a checkpoint are replaced, {why}",
         "Nothing was changed. Copy or download the checkpoint again; or move the new files, which are in "
-        f"{unfinished(folder)}, to their places yourself, and remove {RECORD}.",
+        f"{unfinished(folder)}, to their places yourself, and remove {REPLACEMENT_FILE}.",
     )
 
 

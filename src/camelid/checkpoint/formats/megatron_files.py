@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from camelid.checkpoint.containers.dcp import METADATA
-from camelid.checkpoint.containers.pickles import Record, shown
+from camelid.checkpoint.containers.pickles import OpaqueObject, printable
 from camelid.checkpoint.containers.torch_files import unpickle
 from camelid.checkpoint.formats.hf import GIVEN, described_in, understood
 from camelid.checkpoint.formats.megatron_args import WHAT, check_agree, config_from_args, told
@@ -51,7 +51,7 @@ def find_ranks(path: Path) -> Path:
     if word == "release":
         return path / "release"
     if not re.fullmatch(r"\d{1,18}", word):
-        raise UserError(f"{path / TRACKER} holds {shown(word)!r} and no number of an iteration", AGAIN)
+        raise UserError(f"{path / TRACKER} holds {printable(word)!r} and no number of an iteration", AGAIN)
     return path / f"iter_{int(word):07}"
 
 
@@ -102,7 +102,7 @@ class Shard:
 
     def __init__(self, file: Path) -> None:
         held = unpickle(file, INERT)
-        if not isinstance(held, dict) or not isinstance(args := held.get("args"), Record):
+        if not isinstance(held, dict) or not isinstance(args := held.get("args"), OpaqueObject):
             raise UserError(f"{file} holds no args, as Megatron's files do", "Give a checkpoint of Megatron-LM.")
         version = held.get("checkpoint_version", 0)
         if type(version) not in (int, float) or version not in (0, 1, 2, 3):
@@ -124,15 +124,17 @@ class Shard:
             if name.endswith("_extra_state"):
                 continue
             if not isinstance(value, Tensor):
-                raise UserError(f"{shown(name)} in {self.file} is no tensor", "Give a checkpoint of Megatron-LM.")
+                raise UserError(f"{printable(name)} in {self.file} is no tensor", "Give a checkpoint of Megatron-LM.")
             if math.prod(value.shape) * value.dtype.itemsize > size:  # of one number, over and over
-                raise UserError(f"{shown(name)} in {self.file} is larger than the file", "Save the checkpoint again.")
+                raise UserError(
+                    f"{printable(name)} in {self.file} is larger than the file", "Save the checkpoint again."
+                )
             if name.startswith("language_model."):
                 for old, new in OLDER.items():
                     name = name.replace(old, new)
             name = TIED_HEADS.get(name, name)
             if name in tensors:
-                raise UserError(f"{self.file} has {shown(name)} twice", AGAIN)
+                raise UserError(f"{self.file} has {printable(name)} twice", AGAIN)
             tensors[name] = replace(value, name=name)
         return tensors
 
