@@ -20,6 +20,7 @@ from camelid.checkpoint.containers import msgpack
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import raw_payload, write_files
 from camelid.checkpoint.formats import easylm, hf
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.tensors import PlannedTensor, Tensor
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
@@ -49,7 +50,7 @@ def golden(assets: Path) -> Path:
 
 @pytest.fixture
 def config(stories: Path) -> ModelConfig:
-    return hf.understood(stories)
+    return read_model_config(stories)
 
 
 def export(checkpoint: Checkpoint, dtype: np.dtype | None = None) -> ExportSpec:
@@ -164,7 +165,7 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path: Path, case: str):
 def test_a_head_is_tied_where_it_is_the_table_to_the_bit(
     small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: float
 ):
-    monkeypatch.setattr(easylm, "BLOCK", 3 * 11 * 4)  # three features of four
+    monkeypatch.setattr("camelid.checkpoint.tensors.COMPARED_BYTES", 3 * 11 * 4)  # three features of four
     params = tiny_params(SMALL)
     params = replace(params, lm_head=params.embed.at[10, 3].add(gap))
     held = hf.open_checkpoint(save_hf(transformers_twin(SMALL, params), tmp_path / "theirs"))
@@ -437,7 +438,7 @@ def test_a_model_is_said_or_refused(golden: Path, stories: Path, tmp_path: Path)
         easylm.open_checkpoint(file)
     (tmp_path / "config.json").write_bytes((stories / "config.json").read_bytes())
     checkpoint = easylm.open_checkpoint(tmp_path)
-    assert checkpoint.config == hf.understood(stories)
+    assert checkpoint.config == read_model_config(stories)
     assert checkpoint.notes == ("metadata.pkl was not opened: pickles can run code.",)
     with pytest.raises(UserError, match=r"transformer/wte/embedding has shape \(512, 64\).*\(512, 96\)"):
         easylm.open_checkpoint(file, replace(checkpoint.config, embed_dim=96, tie_embeddings=False))

@@ -21,6 +21,7 @@ import camelid
 from camelid.api import load_params
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.formats import hf, llama2_jax
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import Tensor, dtype_named
 from camelid.errors import UserError
@@ -182,7 +183,7 @@ def golden(assets: Path) -> Path:
 
 def test_the_real_file_gives_the_reference_logits(golden: Path, stories: Path):
     """It holds two query heads a key head: in the order of its own attention they would be far off."""
-    checkpoint = llama2_jax.open_checkpoint(golden, hf.understood(stories))
+    checkpoint = llama2_jax.open_checkpoint(golden, read_model_config(stories))
     arrays = np.load(stories.parent / "reference.npz")
     params = load_params(checkpoint, Compute(), one_device())
     model = camelid.Model(checkpoint.config, params, None, Compute(), one_device())

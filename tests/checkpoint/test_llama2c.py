@@ -17,6 +17,7 @@ from camelid.api import load_params
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.files import raw_payload
 from camelid.checkpoint.formats import hf, llama2c
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.config import Compute
@@ -101,7 +102,7 @@ def test_the_real_file_gives_the_reference_logits_without_being_told_anything(as
     arrays = np.load(folder / "reference.npz")
     for path in (folder / "stories260K.bin", folder):
         checkpoint = llama2c.open_checkpoint(path)
-        assert checkpoint.config == hf.understood(folder / "hf")
+        assert checkpoint.config == read_model_config(folder / "hf")
         assert "norm_eps 1e-05" in " ".join(checkpoint.notes)
     params = load_params(checkpoint, Compute(), one_device())
     model = camelid.Model(checkpoint.config, params, None, Compute(), one_device())
@@ -114,7 +115,7 @@ def test_the_real_model_is_written_as_the_real_file(stories: Path, tmp_path: Pat
     """Byte for byte but for cos and sin: one in twenty is rounded to the other side, by 2**-24 at most."""
     put(tmp_path, llama2c.plan_files, export(open_checkpoint(stories)), 0)
     ours, theirs = (tmp_path / "model.bin").read_bytes(), (stories.parent / "stories260K.bin").read_bytes()
-    size, config = 4 * 512 * 8, hf.understood(stories)
+    size, config = 4 * 512 * 8, read_model_config(stories)
     assert len(ours) == len(theirs)
     assert without_angles(ours, config) == without_angles(theirs, config)
     a, b = (np.frombuffer(content[-size:], "<f4") for content in (ours, theirs))

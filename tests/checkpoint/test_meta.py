@@ -417,7 +417,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "params.json of fewer layers": (lambda f: edit_params(f, n_layers=1), r"no place for: layers\.1\."),
     "params.json that says more": (lambda f: edit_params(f, moe=1, **{"\x1b[2J": 2}), r"unknown keys: '\\x1b\[2J', 'm"),
     "params.json that says less": (lambda f: edit_params(f, dim=..., norm_eps=...), "does not say dim, norm_eps"),
-    "params.json that is none": (lambda f: (f / "params.json").write_text("[]"), "holds no JSON object"),
+    "params.json that is none": (lambda f: (f / "params.json").write_text("[]"), "does not hold a JSON object"),
     "a number that is none": (lambda f: edit_params(f, norm_eps=math.nan), "has norm_eps = nan"),
     "a number without end": (lambda f: edit_params(f, ffn_dim_multiplier=math.inf), "has ffn_dim_multiplier = inf"),
     "a number below one": (lambda f: edit_params(f, n_heads=0), "has n_heads = 0"),

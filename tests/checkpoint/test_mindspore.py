@@ -21,6 +21,7 @@ from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.containers import mindspore_file
 from camelid.checkpoint.containers.mindspore_file import CRC_BYTES, checksum_holds, open_ckpt
 from camelid.checkpoint.formats import hf, mindspore
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.formats.mindspore_ranks import Split, merged, open_ranks, open_strategy, strategy_bytes
 from camelid.checkpoint.layout import Table
 from camelid.checkpoint.registry import open_checkpoint
@@ -139,7 +140,7 @@ def strategy(layouts: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], int, 
 def test_logits_of_mindformers_files_are_those_of_the_model_in_float16(
     golden: Path, variant: Path, name: str, layout: mindspore.RopeLayout | None
 ):
-    checkpoint = mindspore.open_checkpoint(golden / f"{name}_mha_fp16.ckpt", hf.understood(variant), layout)
+    checkpoint = mindspore.open_checkpoint(golden / f"{name}_mha_fp16.ckpt", read_model_config(variant), layout)
     model = camelid.load(variant)
     half = replace(model, params=load_params(checkpoint, model.compute, model.mesh))
     for path, array in named(half.params).items():
@@ -154,7 +155,7 @@ def test_logits_of_mindformers_files_are_those_of_the_model_in_float16(
 
 def test_the_wrong_layout_of_rows_gives_another_model(golden: Path, variant: Path):
     tables = [
-        mindspore.open_checkpoint(golden / "seed_mha_fp16.ckpt", hf.understood(variant), layout)
+        mindspore.open_checkpoint(golden / "seed_mha_fp16.ckpt", read_model_config(variant), layout)
         for layout in mindspore.RULES
     ]
     half, interleaved = map(params, tables)
@@ -169,7 +170,7 @@ def test_what_camelid_writes_is_mindformers_file_byte_for_byte(
     folder = written(open_checkpoint(variant), tmp_path / "ours", "float16", rope_layout=layout)
     assert (folder / "model.ckpt").read_bytes() == (golden / f"{name}_mha_fp16.ckpt").read_bytes()
     assert (folder / "model.ckpt").stat().st_mode & 0o777 == 0o600
-    assert hf.understood(folder) == hf.understood(variant)
+    assert read_model_config(folder) == read_model_config(variant)
 
 
 def test_arrays_of_every_kind_are_those_that_mindspore_wrote(golden: Path):

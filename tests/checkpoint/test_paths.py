@@ -11,14 +11,14 @@ import tensorstore as ts
 
 from camelid.checkpoint.compare import compare
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.checkpoint.registry import FORMATS, open_checkpoint
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.checkpoint.state.saved_state import DESCRIPTORS, ITEM, SafePath, find_damage
-from camelid.data.config import SliceReader
+from camelid.data.config import Source
 from camelid.data.preparation.prepare import prepare
 from camelid.data.preparation.store import Store
+from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
 from camelid.model.config import Compute
 from camelid.model.decoder import declare_decoder
@@ -51,7 +51,7 @@ def run_of(folder: Path, state: TrainState) -> Path:
     """A run's folder with one checkpoint."""
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text("")
-    write_json(folder / "config.json", config_to_hf(CONFIG, "float32"))
+    write_hf_json(folder / "config.json", config_to_hf(CONFIG, "float32"))
     checkpoints = RunCheckpoints(folder / "checkpoints", 1)
     checkpoints.save(1, state)
     checkpoints.wait()
@@ -107,7 +107,7 @@ def test_data_of_every_kind_of_name_is_prepared(tmp_path: Path, name: str):
     folder.mkdir()
     tokenizer = load_tokenizer(save_byte_tokenizer(folder / "tokenizer"))
     write_text(folder / f"{name}.jsonl")
-    sources = [SliceReader(files=(str(folder / f"{name}.jsonl"),))]
+    sources = [Source(files=(str(folder / f"{name}.jsonl"),))]
     store = prepare(sources, tokenizer, folder / "store" / name, validation_fraction=0.1)
     store.verify()
     assert Store.open(folder / "store" / name).num_tokens == store.num_tokens > 1000

@@ -19,7 +19,7 @@ import camelid
 from camelid.checkpoint.adapters.peft import Adapter, Pair, adapter_files, held, on_base, open_adapter
 from camelid.checkpoint.adapters.peft_config import read_settings
 from camelid.checkpoint.files import write_files
-from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -122,7 +122,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> Path:
 def read_adapter(folder: Path) -> Adapter:
     """An adapter on the base that it names."""
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    return open_adapter(folder, hf.understood(folder / base))
+    return open_adapter(folder, read_model_config(folder / base))
 
 
 # Reading --------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_what_was_read_is_written_with_the_bytes_of_peft(saved: tuple[peft.PeftM
     written = write_adapter(tmp_path / "written", read_adapter(folder))
     tensors = "adapter_model.safetensors"
     assert (written / tensors).read_bytes() == (folder / tensors).read_bytes()
-    tokens = tiny_tokens(hf.understood(tmp_path / "base"), 2, 9)
+    tokens = tiny_tokens(read_model_config(tmp_path / "base"), 2, 9)
     again = loaded_by_peft(tmp_path / "base", written)
     np.testing.assert_array_equal(logits_of(again, tokens), logits_of(theirs, tokens))
 

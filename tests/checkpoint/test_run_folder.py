@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 from camelid.api import load_params
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.formats import hf
 from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.checkpoint.layout import slice_reader
 from camelid.checkpoint.registry import detect, open_checkpoint, write_checkpoint
 from camelid.checkpoint.state import run_folder, saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
+from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -58,7 +58,7 @@ def run_of(folder: Path, *steps: int, config: ModelConfig = CONFIG, dtype: str =
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text("")
     (folder / "tokenizer_config.json").write_text("{}")
-    write_json(folder / "config.json", config_to_hf(config, dtype))
+    write_hf_json(folder / "config.json", config_to_hf(config, dtype))
     checkpoints = RunCheckpoints(folder / "checkpoints", 9)
     for step in steps:
         checkpoints.save(step, state_of(step, mesh or one_device(), config, dtype))
@@ -263,7 +263,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, sound: Path, path: str):
 )
 def test_another_model_than_config_json_says_is_refused(run: Path, change: dict, problem: str):
     table = json.loads((run / "config.json").read_text())
-    write_json(run / "config.json", table | change)
+    write_hf_json(run / "config.json", table | change)
     with pytest.raises(UserError, match=problem):
         open_checkpoint(run)
 

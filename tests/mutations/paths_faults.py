@@ -109,7 +109,8 @@ FAULTS = (
         "new files are moved in before the old ones are gone",
         REPLACES,
         "    (new / REPLACEMENT_FILE).rename(folder / REPLACEMENT_FILE)\n",
-        '    (new / "config.json").rename(folder / "config.json")\n    (new / REPLACEMENT_FILE).rename(folder / REPLACEMENT_FILE)\n',
+        '    (new / "config.json").rename(folder / "config.json")\n'
+        "    (new / REPLACEMENT_FILE).rename(folder / REPLACEMENT_FILE)\n",
         KILLED,
     ),
     Fault(
@@ -136,14 +137,14 @@ FAULTS = (
     Fault(
         "any folder with a config.json is a checkpoint",
         REPLACES,
-        'if "model_type" not in _read(folder / CONFIG) or not found:',
-        'if "model_type" not in _read(folder / CONFIG):',
+        'if "model_type" not in read_json_or_empty(folder / CONFIG) or not found:',
+        'if "model_type" not in read_json_or_empty(folder / CONFIG):',
         f"{REPLACING}test_a_folder_that_is_not_a_checkpoint_is_refused_with_a_list",
     ),
     Fault(
         "a file that the user changed is overwritten",
         REPLACES,
-        "unchanged = {name for name, sha256 in others.items() if _digest(folder / name) == sha256}",
+        "unchanged = {name for name, sha256 in others.items() if _hash(folder / name) == sha256}",
         "unchanged = set(others)",
         f"{REPLACING}test_a_file_that_the_user_changed_is_not_overwritten",
     ),
@@ -191,7 +192,7 @@ FAULTS = (
     ),
     Fault(
         "new files are made where a link leads",
-        "checkpoint/folder.py",
+        "disk/atomic.py",
         "if (temporary := unfinished(destination)).is_symlink():",
         "if not (temporary := unfinished(destination)):",
         f"{REPLACING}test_a_link_in_the_place_of_the_temporary_folder_is_refused",
@@ -207,9 +208,9 @@ FAULTS = (
     ),
     Fault(
         "a temporary folder is removed with its lock",
-        "checkpoint/folder.py",
-        "    _clear(folder)\n    (folder / LOCK).unlink()\n",
-        "    (folder / LOCK).unlink()\n    _clear(folder)\n",
+        "disk/atomic.py",
+        "    _empty(folder)\n    (folder / LOCK).unlink()\n",
+        "    (folder / LOCK).unlink()\n    _empty(folder)\n",
         "checkpoint/test_folder.py::test_a_folder_is_removed_before_its_lock",
     ),
     Fault(

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from camelid.checkpoint.folder import json_text, read_json, write_json
 from camelid.checkpoint.replacing import MANIFEST
 from camelid.checkpoint.tensors import CHUNK, PlannedTensor
+from camelid.disk.json_files import hf_json, read_json, write_hf_json
 from camelid.errors import UserError
 
 WORKERS = 4  # tensors at once: while one waits for the disk, another is transposed
@@ -91,7 +91,7 @@ def raw_payload(tensor: PlannedTensor, chunks: Callable[[], Chunks]) -> TensorPa
 
 def json_file(name: str, value: Any) -> PlannedFile:
     """JSON as Hugging Face writes it."""
-    return PlannedFile(name, [json_text(value).encode()])
+    return PlannedFile(name, [hf_json(value).encode()])
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def write_files(
             if isinstance(part, DeferredBytes):
                 crcs = {held.tensor.name: finished[f"{file.name}/{held.tensor.name}"].crc32 for held in file.payloads}
                 put(file, offset, part.content(crcs))
-        write_json(folder / MANIFEST, _manifest(files, finished))
+        write_hf_json(folder / MANIFEST, _manifest(files, finished))
         for file in files:
             with _opened(folder / file.name) as descriptor:
                 os.fsync(descriptor)

@@ -12,6 +12,7 @@ from camelid.checkpoint.files import JOURNAL, WORKERS, PlannedFile, json_file, w
 from camelid.checkpoint.folder import complete_replacement, new_folder
 from camelid.checkpoint.formats import easylm, gguf, hf, llama2_jax, llama2c, megatron, meta, mindspore
 from camelid.checkpoint.formats import megatron_distributed as distributed
+from camelid.checkpoint.formats.config_source import read_config_json, read_model_config
 from camelid.checkpoint.formats.hf_config import config_from_hf, config_to_hf
 from camelid.checkpoint.hub import find_checkpoint_folder
 from camelid.checkpoint.layout import summarize
@@ -202,7 +203,7 @@ def open_checkpoint(
     format = prefix or format
     place = named_path(path)
     if not place.exists():
-        place = find_checkpoint_folder(path, partial(hf.understood, ignore=ignore))
+        place = find_checkpoint_folder(path, partial(read_model_config, ignore=ignore))
     complete_replacement(place if place.is_dir() else place.parent)
     format = format or detect(place)
     if format not in OPEN:
@@ -212,7 +213,7 @@ def open_checkpoint(
         if format in IGNORING:
             opener = partial(IGNORING[format], ignore=ignore)
         elif ((folder := place if place.is_dir() else place.parent) / "config.json").is_file():
-            said, notes = hf.read_config(folder, ignore)
+            said, notes = read_config_json(folder, ignore)
             config = config_from_hf(said)
     checkpoint = opener(place, config)
     return replace(checkpoint, notes=(*notes, *checkpoint.notes, *checkpoint.mixed))

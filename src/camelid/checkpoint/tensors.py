@@ -13,6 +13,7 @@ import numpy as np
 from camelid.errors import UserError
 
 CHUNK = 2**20  # bytes in flight while a tensor is cast or copied; few enough to stay in a core's cache
+COMPARED_BYTES = 128 * 2**20  # bytes of each of two tensors that are compared at once
 COLUMN_CACHE_BYTES = 256 * 2**20  # bytes of a tensor that is read across its rows are held at once
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -216,19 +217,22 @@ class PlannedTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same bit for bit; they are read as far as they are the same."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.shape:
+def same_values(one: Tensor, other: Tensor, *, transposed: bool = False) -> bool:
+    """Whether two tensors are equal bit for bit; with `transposed`, whether `one` is the transpose of `other`.
+
+    They are read in blocks of COMPARED_BYTES, up to the first difference. Scalars are never reported as equal.
+    """
+    shape = other.shape[::-1] if transposed else other.shape
+    if (one.shape, one.dtype) != (shape, other.dtype) or not one.shape:
         return False
-    length, *rest = one.shape
-    rows = max(1, 2**24 // max(1, math.prod(rest)))
+    length, *rest = other.shape
+    bits = np.dtype(f"u{one.dtype.itemsize}")
+    rows = max(1, COMPARED_BYTES // max(1, math.prod(rest) * bits.itemsize))
     for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        index = (slice(start, stop), *(slice(0, n) for n in rest))
-        a, b = (np.empty((stop - start, *rest), one.dtype) for _ in range(2))
-        one.read_into(a, index)
-        other.read_into(b, index)
-        if a.tobytes() != b.tobytes():
+        index = (slice(start, min(start + rows, length)), *(slice(0, n) for n in rest))
+        theirs = other.read(index, other.dtype).view(bits)
+        ours = one.read(index[::-1] if transposed else index, one.dtype).view(bits)
+        if not np.array_equal(ours.T if transposed else ours, theirs):
             return False
     return True
 

@@ -32,13 +32,15 @@ from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, companions_in,
 from camelid.checkpoint.compare import config_differences
 from camelid.checkpoint.containers.safetensors import open_safetensors, safetensors_file
 from camelid.checkpoint.files import PlannedFile, TensorPayload, json_file, raw_payload, write_files
-from camelid.checkpoint.folder import new_folder, read_json, write_json
+from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.checkpoint.layout import Index, SliceReader, chunk_indices
 from camelid.checkpoint.registry import open_checkpoint, plan_files, write_checkpoint
 from camelid.checkpoint.replacing import refuse_sources
 from camelid.checkpoint.tensors import PlannedTensor, Tensor, dtype_named, rounded
+from camelid.disk.json_files import read_json, write_hf_json
 from camelid.errors import UserError
 from camelid.inputs import expand_home
 from camelid.model.config import ModelConfig
@@ -212,7 +214,7 @@ def _make_exact(base: Checkpoint, tuned: Checkpoint, destination: Path, overwrit
     config = json_file("config.json", config_to_hf(tuned.config, tuned.dtypes["embed"].name))
     about = {"kind": "exact", "version": VERSION, "tensors": entries}  # whose checksums come with the writing
     files = [safetensors_file(TENSORS, payloads), config]
-    _write(destination, files, tuned, overwrite, progress, lambda folder: write_json(folder / NAME, about))
+    _write(destination, files, tuned, overwrite, progress, lambda folder: write_hf_json(folder / NAME, about))
     whole = [name for name, entry in entries.items() if entry["base"] is None]
     return Made(notes=(f"held whole, as the base has no such tensor: {', '.join(whole)}",) if whole else ())
 
@@ -296,7 +298,7 @@ def _open_exact(folder: Path, base: Checkpoint) -> Exact:
     for name in (TENSORS, "config.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}", AGAIN)
-    config, entries = hf.understood(folder), read_json(folder / NAME).get("tensors")
+    config, entries = read_model_config(folder), read_json(folder / NAME).get("tensors")
     rows, before = plain_table(config), plain_table(base.config)
     tensors = open_safetensors(folder / TENSORS)
     if not isinstance(entries, dict) or not rows.tensors.keys() == entries.keys() == tensors.keys():

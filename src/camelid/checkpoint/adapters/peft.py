@@ -25,8 +25,8 @@ from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.containers.safetensors import open_safetensors, safetensors_file
 from camelid.checkpoint.containers.torch_files import open_torch
 from camelid.checkpoint.files import PlannedFile, TensorPayload, json_file, raw_payload
-from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.hub import find_checkpoint_folder
 from camelid.checkpoint.layout import (
     Index,
@@ -38,7 +38,8 @@ from camelid.checkpoint.layout import (
     slice_reader,
     tensor_chunks,
 )
-from camelid.checkpoint.tensors import CODES, PlannedTensor, Tensor, rounded
+from camelid.checkpoint.tensors import CODES, PlannedTensor, Tensor, rounded, same_values
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 from camelid.inputs import expand_home
 from camelid.model.config import ModelConfig
@@ -247,7 +248,7 @@ def _base_of(folder: Path, ignore: Sequence[str]) -> Path:
         return near
     try:
         name = f"{settings.base}@{settings.revision}" if settings.revision else settings.base
-        return find_checkpoint_folder(name, partial(hf.understood, ignore=ignore))
+        return find_checkpoint_folder(name, partial(read_model_config, ignore=ignore))
     except UserError as error:
         raise UserError(
             f"the base of {folder} cannot be opened: {error.problem}",
@@ -327,7 +328,7 @@ def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         key = COPY.fullmatch(name)
         kept = tensors.get(f"{START}{key['module']}.{key['whole']}") if key else None
-        if key and kept is not None and (key["which"] == "original_module" or hf.same_values(tensor, kept)):
+        if key and kept is not None and (key["which"] == "original_module" or same_values(tensor, kept)):
             del left[name]
     return left
 

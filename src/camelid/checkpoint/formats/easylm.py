@@ -27,15 +27,11 @@ from camelid.checkpoint.checkpoint import (
 )
 from camelid.checkpoint.containers import msgpack
 from camelid.checkpoint.files import PlannedFile, TensorPayload
-from camelid.checkpoint.formats.hf import GIVEN, understood
-from camelid.checkpoint.layout import Table, TensorRule, check_tensors, make_table, read_parameter_slice
-from camelid.checkpoint.tensors import Tensor
+from camelid.checkpoint.formats.config_source import find_config
+from camelid.checkpoint.layout import Table, TensorRule, check_tensors
+from camelid.checkpoint.tensors import Tensor, same_values
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
-from camelid.model.decoder import declare_decoder
-from camelid.model.params import named
-
-BLOCK = 2**27  # bytes of a head and of its table that are compared at once
 
 # In the order of EasyLM's converter; those of a layer stand together.
 OUTER = (
@@ -56,9 +52,8 @@ LAYER = (
     TensorRule("layers.attn_norm.scale", f"{H}/attention_norm/kernel", "embed"),
     TensorRule("layers.mlp_norm.scale", f"{H}/ffn_norm/kernel", "embed"),
 )
-HEAD = "lm_head/kernel"
+EMBED, HEAD = OUTER[0].name, "lm_head/kernel"
 RULES = (*OUTER, *LAYER, TensorRule("lm_head", HEAD, "embed vocab"))
-TIED = TensorRule("embed", HEAD, "embed_in vocab_in")
 SIZES = {"pair": 2}
 
 Kind = str
@@ -190,20 +185,20 @@ def _parameters(
     folder = file.parent
     notes = []
     pickles = sorted(pickle.name for pickle in folder.glob("metadata*.pkl"))
-    if config is None and not (folder / "config.json").is_file():
+    source = find_config(config, folder)
+    if source is None:
         beside = f", and {pickles[0]} is a pickle, which camelid does not open" if pickles else ""
         raise UserError(
             f"nothing beside {file} says what its model is{beside}",
             "Say it, for example --config llama_7b, or put a Hugging Face config.json beside the file.",
         )
-    described_by = "config.json" if config is None else GIVEN
-    config = config or understood(folder)
+    config, described_by = source
     if pickles:
         notes.append(f"{', '.join(pickles)} was not opened: pickles can run code.")
     tensors = _tensors(file, leaves, "params/params/" if kind == "trainstate" else "")
     known = ""
     if config.tie_embeddings and HEAD in tensors:
-        if may_tie and _is_tied(config, tensors):
+        if may_tie and EMBED in tensors and same_values(tensors[EMBED], tensors[HEAD], transposed=True):
             known = re.escape(HEAD)
         else:
             config = replace(config, tie_embeddings=False)
@@ -211,32 +206,6 @@ def _parameters(
     rows = table_of(config)
     check_tensors(rows, tensors, known, described_by)
     return Checkpoint("easylm", folder, config, tensors, rows, tuple(notes))
-
-
-def _is_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the head is the embedding table, bit by bit."""
-    parts = [_alone(config, row).entries["embed"] for row in (OUTER[0], TIED)]
-    pair = [(part, tensors[part.rule.name]) for part in parts if part.rule.name in tensors]
-    dtype = tensors[HEAD].dtype
-    if len(pair) < 2 or any(tensor.shape != part.shape() or tensor.dtype != dtype for part, tensor in pair):
-        return False
-    vocab, embed = parts[0].spec.shape
-    # Each block is rows of the head, and columns of the table, which is read once for each.
-    step = max(1, BLOCK // (vocab * dtype.itemsize))
-    for start in range(0, embed, step):
-        index = (slice(0, vocab), slice(start, min(start + step, embed)))
-        held = np.empty((2, vocab, index[1].stop - start), dtype)
-        for (part, tensor), out in zip(pair, held, strict=True):
-            read_parameter_slice(part, tensor, index, None, out)
-        bits = held.view(f"u{dtype.itemsize}")
-        if not np.array_equal(bits[0], bits[1]):
-            return False
-    return True
-
-
-def _alone(config: ModelConfig, row: TensorRule) -> Table:
-    """The table of one row."""
-    return make_table([row], {row.path: named(declare_decoder(config))[row.path]}, config.axis_sizes)
 
 
 # Writing --------------------------------------------------------------------------------

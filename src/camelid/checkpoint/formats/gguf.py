@@ -21,7 +21,7 @@ from camelid.checkpoint.containers.ggml import (
 )
 from camelid.checkpoint.containers.gguf_file import MAGIC, TensorInfo, gguf_file, open_gguf
 from camelid.checkpoint.files import Chunks, PlannedFile, TensorPayload, raw_payload
-from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.formats.gguf_config import (
     ROPE,
     config_of,
@@ -86,21 +86,21 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
     held, tensors = open_gguf(path)
     said = fields_of(path, held, tensors)
     stretch = held_stretch(path, held, tensors, said)
-    notes, described_by = [], hf.GIVEN
-    if config is not None:
-        if odd := disagreements(config, said, stretch):
-            raise UserError(f"{path} and the given config disagree: {odd}", "They belong to different models.")
-    elif (path.parent / "config.json").is_file():
-        described_by = "config.json"
-        try:
-            config = hf.understood(path.parent)
-            odd = disagreements(config, said, stretch)
-        except UserError as error:  # some folders hold a config.json of one line
-            odd = error.problem
-        if odd:
-            notes.append(f"config.json beside {path.name} does not describe it and was left out: {odd}")
-            config = None
-    if config is None:
+    notes: list[str] = []
+    source = None
+    if config is not None and (odd := disagreements(config, said, stretch)):
+        raise UserError(f"{path} and the given config disagree: {odd}", "They belong to different models.")
+    try:
+        source = find_config(config, path.parent)
+        odd = disagreements(source.config, said, stretch) if source is not None else ""
+    except UserError as error:  # some folders hold a config.json of one line
+        odd = error.problem
+    if odd:
+        notes.append(f"config.json beside {path.name} does not describe it and was left out: {odd}")
+        source = None
+    if source is not None:
+        config, described_by = source
+    else:
         config, described_by = config_of(path, held, said, stretch, ROPE in tensors, notes), "its metadata"
         notes.append(assumption_note(path.name, config, "init_std", "family"))
     windows = ("sliding_window", "window_pattern")  # llama.cpp does not compute Mistral's, and says nothing of them

@@ -3,28 +3,26 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.containers.safetensors import safetensors_file
 from camelid.checkpoint.containers.torch_files import unverified_note_for
 from camelid.checkpoint.files import PlannedFile, TensorPayload, json_file
-from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.formats import hf_files
+from camelid.checkpoint.formats.config_source import CONFIG_JSON, GIVEN, read_config_json
 from camelid.checkpoint.formats.hf_config import config_from_hf, config_to_hf
 from camelid.checkpoint.formats.hf_families import BUFFERS, FAMILIES, TIED_HEAD
-from camelid.checkpoint.formats.hf_ignored_fields import remarks, without
+from camelid.checkpoint.formats.hf_ignored_fields import remarks
 from camelid.checkpoint.formats.hf_wrapped import unwrapped
 from camelid.checkpoint.layout import Table, check_tensors, make_table
 from camelid.checkpoint.tensors import Tensor, same_values
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 
 SHARD_BYTES = 5 * 10**9
-GIVEN = "the given config"
-"""what describes a model in messages, where config.json does not"""
 
 
 def table_of(config: ModelConfig) -> Table:
@@ -39,26 +37,6 @@ def table_of(config: ModelConfig) -> Table:
 def matches(path: Path) -> bool:
     """Whether a folder has config.json and one of the forms of weights."""
     return (path / "config.json").is_file() and hf_files.matches(path)
-
-
-def described_in(folder: Path) -> Path | None:
-    """The folder that has a config.json: this one, or the one around it."""
-    return next((place for place in (folder, folder.parent) if (place / "config.json").is_file()), None)
-
-
-def understood(folder: Path, ignore: Sequence[str] = ()) -> ModelConfig:
-    """The model that a folder's config.json describes; the fields in `ignore` are as if they were absent."""
-    return config_from_hf(read_config(folder, ignore)[0])
-
-
-def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A folder's config.json without the fields in `ignore`, and notes on those that it has and on those it lacks."""
-    whole = read_json(folder / "config.json")
-    left = [name for name in ignore if without(whole, [name]) != whole]
-    lacks = [name for name in ignore if name not in left]
-    notes = (f"config.json is read as if it had no {', '.join(left)}, as asked",) if left else ()
-    notes += (f"config.json has no {', '.join(lacks)}, which was to be ignored",) if lacks else ()
-    return without(whole, left), notes
 
 
 def open_checkpoint(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Checkpoint:
@@ -83,7 +61,7 @@ def open_tensors(
     """The checkpoint that tensors with Hugging Face's names make with the config.json in `folder`, or with `config`."""
     said, described_by = {}, GIVEN
     if config is None:
-        (said, ignored), described_by = read_config(folder, ignore), "config.json"
+        (said, ignored), described_by = read_config_json(folder, ignore), CONFIG_JSON
         config, notes = config_from_hf(said), (*ignored, *remarks(said), *notes)
     rows = table_of(config)
     tensors, from_names = unwrapped(held, rows.entries["final_norm.scale"].rule.name, rows.tensors)
@@ -92,7 +70,7 @@ def open_tensors(
         notes += from_head
     rows = table_of(config)
     if config.tie_embeddings:
-        tensors = tied(tensors, rows.entries["embed"].rule.name, TIED_HEAD, described_by)
+        tensors = without_tied_head(tensors, rows.entries["embed"].rule.name, TIED_HEAD, described_by)
     check_tensors(rows, tensors, BUFFERS, described_by)
     notes += (*from_names, *unverified_note_for(tensors.values()))
     return Checkpoint(format, folder, config, tensors, rows, notes)
@@ -110,22 +88,6 @@ def _tied_or_not(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[Mo
         note = f"{TIED_HEAD} differs from the embedding table, and config.json has no tie_word_embeddings: it is used"
         return replace(config, tie_embeddings=False), (note,)
     return config, ()
-
-
-def tied(tensors: Mapping[str, Tensor], table: str, head: str, described_by: str) -> dict[str, Tensor]:
-    """The tensors of a model whose head is its embedding table, of which a file may hold either or both; without head.
-
-    `table` and `head` are their names. Raises UserError where both are there and differ.
-    """
-    others = {name: tensor for name, tensor in tensors.items() if name not in (table, head)}
-    if head in tensors and table in tensors and not same_values(tensors[table], tensors[head]):
-        raise UserError(
-            f"{described_by} ties the head to the embedding table, and {head} differs from it",
-            "If the head is to be used, set tie_word_embeddings to false there, or leave it out: "
-            "--ignore-config-field tie_word_embeddings.",
-        )
-    one = tensors.get(table, tensors.get(head))
-    return others if one is None else {table: one, **others}
 
 
 # Writing --------------------------------------------------------------------------------

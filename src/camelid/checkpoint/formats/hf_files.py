@@ -11,9 +11,9 @@ from pathlib import Path
 
 from camelid.checkpoint.containers.safetensors import open_safetensors
 from camelid.checkpoint.containers.torch_files import open_torch
-from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.layout import summarize
 from camelid.checkpoint.tensors import Tensor, same_values
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 
 Opener = Callable[[Path], dict[str, Tensor]]

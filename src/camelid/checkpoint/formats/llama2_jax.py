@@ -29,9 +29,10 @@ from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, refuse_unsuppo
 from camelid.checkpoint.containers.pickles import printable, run_pickle
 from camelid.checkpoint.containers.torch_files import StridedTensor
 from camelid.checkpoint.files import PlannedFile, TensorPayload
-from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.layout import TensorRule, check_tensors
-from camelid.checkpoint.tensors import CHUNK, CODES, PlannedTensor, Tensor
+from camelid.checkpoint.tensors import CODES, PlannedTensor, Tensor
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 from camelid.model.config import ModelConfig
@@ -96,19 +97,18 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
             raise UserError(f"{path} should hold one pickle of llama-2-jax, and has {names}", "Give the file itself.")
         path = files[0]
     tree = _unpickle(path)
-    described_by = hf.GIVEN
-    if config is None and (path.parent / "config.json").is_file():
-        config, described_by = hf.understood(path.parent), "config.json"
-    if config is None:
+    source = find_config(config, path.parent)
+    if source is None:
         raise UserError(
             f"{path} does not say which model it holds ({_sizes(tree)}), and has no config.json beside it",
             "Give --config PRESET_OR_JSON, for example llama2_7b.",
         )
+    config, described_by = source
     table = table_for("llama-2-jax", RULES, config, {})
     tensors = {name: _one_heads_axis(tensor, config) for name, tensor in tree.items()}
     check_tensors(table, tensors, "lm_head" if config.tie_embeddings else "", described_by)
     if config.tie_embeddings:
-        _check_tied(tensors["model.embedding"], tensors["lm_head"])
+        tensors = without_tied_head(tensors, "model.embedding", "lm_head", described_by, transposed=True)
     return Checkpoint("llama2_jax", path.parent, config, tensors, table, tuple(_notes(config)))
 
 
@@ -140,27 +140,6 @@ def _one_heads_axis(tensor: Tensor, config: ModelConfig) -> Tensor:
     if isinstance(tensor, StridedTensor):  # Fortran's order, in which R runs faster than H
         raise UserError(f"{tensor.name} in {tensor.file} is in Fortran's order", "Save it as a row-major array.")
     return replace(tensor, shape=shape)
-
-
-def _check_tied(embedding: Tensor, head: Tensor) -> None:
-    """Raises UserError unless the head is the table, transposed; its columns are read some at a time."""
-    vocab, embed = embedding.shape
-    step = max(1, 16 * CHUNK // (embed * embedding.dtype.itemsize))
-    if head.shape == (embed, vocab) and head.dtype == embedding.dtype:
-        for start in range(0, vocab, step):
-            cut = slice(start, min(start + step, vocab))
-            a = np.empty((cut.stop - cut.start, embed), embedding.dtype)
-            b = np.empty(a.T.shape, head.dtype)
-            embedding.read_into(a, (cut, slice(0, embed)))
-            head.read_into(b, (slice(0, embed), cut))
-            if not np.array_equal(a.view(f"u{a.itemsize}").T, b.view(f"u{b.itemsize}")):
-                break
-        else:
-            return
-    raise UserError(
-        f"the config ties the head to the embedding table, and lm_head in {head.file} differs from it",
-        "Set tie_word_embeddings to false if the head is to be used.",
-    )
 
 
 # The pickle -----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy as np
 
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, assumption_note, refuse_unsupported, table_for
 from camelid.checkpoint.files import PlannedFile, TensorPayload
-from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.formats.meta import RULES, SIZES
 from camelid.checkpoint.layout import Table, check_tensors
 from camelid.checkpoint.tensors import CHUNK, Tensor, cast
@@ -97,17 +97,16 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
             f"{path} has {size:,} bytes, and its header speaks of {header.bytes:,}",
             f"It is no llama2.c checkpoint, or is cut short. {AGAIN}",
         )
-    described_by = hf.GIVEN
-    if config is None and (path.parent / "config.json").is_file():
-        config, described_by = hf.understood(path.parent), "config.json"
     notes: tuple[str, ...] = ()
-    if config is None:
+    source = find_config(config, path.parent)
+    if source is None:
         config, described_by = replace(header.config, bos_id=1, eos_ids=(2,), family="llama"), "the header"
         notes = (
             f"llama2.c computes with norm_eps {EPS} and rope_theta {THETA}; its tokenizers have BOS 1 and EOS 2",
             assumption_note(path.name, config, "pad_id", "init_std", "family"),
         )
     else:
+        config, described_by = source
         _check_same(path, header.config, config)
         if config.context_length != (length := header.config.context_length):
             notes = (f"context_length is {config.context_length}, of the config, and {length} in {path.name}",)

@@ -19,7 +19,6 @@ from camelid.checkpoint.containers.pickles import printable
 from camelid.checkpoint.containers.torch_files import Namespace, StridedTensor, torch_file, unverified_note_for
 from camelid.checkpoint.files import PlannedFile
 from camelid.checkpoint.formats import megatron_distributed as distributed
-from camelid.checkpoint.formats.hf import same_values
 from camelid.checkpoint.formats.megatron_args import WHAT, args_from_config, check_plain, same, told, vocab_step
 from camelid.checkpoint.formats.megatron_files import (
     AGAIN,
@@ -48,7 +47,8 @@ from camelid.checkpoint.formats.megatron_rows import (
     rows,
 )
 from camelid.checkpoint.tensor_parallel import check_divides, shard_reader, shard_spec, sharded_axis
-from camelid.checkpoint.tensors import Tensor, concatenate
+from camelid.checkpoint.tensors import Tensor, concatenate, same_values
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -89,12 +89,10 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
     if config.num_layers > len(parts):  # before a table is made of them
         raise UserError(f"{folder} has too few tensors for {config.num_layers} layers", "Ranks are missing.")
     tensors = _joined_all(parts, names, config, version, vocab_step(args) * ways)
-    table, known = table_for(WHAT, rows(names, version, split=True), config, _sizes(config)), BUFFERS
-    if config.tie_embeddings and names["lm_head"] in tensors:
-        if not same_values(tensors[names["embed"]], tensors[names["lm_head"]]):
-            raise UserError(f"the model is tied, and {names['lm_head']} in {folder} differs from its table", AGAIN)
-        known += "|" + re.escape(names["lm_head"])
-    layout.check_tensors(table, tensors, known, source)
+    table = table_for(WHAT, rows(names, version, split=True), config, _sizes(config))
+    if config.tie_embeddings:
+        tensors = without_tied_head(tensors, names["embed"], names["lm_head"], source)
+    layout.check_tensors(table, tensors, BUFFERS, source)
     notes = (*notes, *unverified_note_for(tensors.values()))
     return Checkpoint("megatron", root, config, tensors, table, notes)
 

@@ -18,8 +18,8 @@ from camelid.checkpoint.checkpoint import Checkpoint, table_for
 from camelid.checkpoint.containers.dcp import DistributedCheckpoint, matches
 from camelid.checkpoint.containers.pickles import OpaqueObject, printable
 from camelid.checkpoint.containers.torch_files import unpickle, unverified_note_for
-from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.formats import hf, meta
+from camelid.checkpoint.formats.config_source import find_config, folder_with_config
 from camelid.checkpoint.formats.hf_wrapped import unwrapped
 from camelid.checkpoint.formats.megatron_args import WHAT, check_plain, told, vocab_step
 from camelid.checkpoint.formats.megatron_files import INERT, described
@@ -27,6 +27,8 @@ from camelid.checkpoint.formats.megatron_rows import BUFFERS as MEGATRON_BUFFERS
 from camelid.checkpoint.formats.megatron_rows import ENGINE, MCORE, rows, stacked
 from camelid.checkpoint.layout import Table, TensorRule
 from camelid.checkpoint.tensors import Tensor
+from camelid.checkpoint.tied_head import without_tied_head
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
@@ -68,19 +70,17 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
             f"{path} has no attention layers ({' or '.join(KINDS.values())} in their names); it holds {some}",
             "camelid opens distributed checkpoints of Megatron-LM and torchtitan, and those with Hugging Face's names.",
         )
-    home = hf.described_in(path)
+    home = folder_with_config(path, path.parent)
     if config is None and home is None:
         raise UserError(
             f"{path} does not say what its model is", "Give --config PRESET_OR_JSON, or put config.json beside it."
         )
     if kind == "hf":
         return hf.open_tensors("dcp", home or path, tensors, config)
-    source = "config.json" if config is None else hf.GIVEN
-    if config is None:
-        assert home is not None
-        config = hf.understood(home)
-    table = table_for("torchtitan", meta.RULES, config, meta.SIZES)
-    return _checkpoint("dcp", home or path, config, tensors, table, "freqs_cis", source, ())
+    source = find_config(config, path, path.parent)
+    assert source is not None
+    table = table_for("torchtitan", meta.RULES, source.config, meta.SIZES)
+    return _checkpoint("dcp", home or path, source.config, tensors, table, "freqs_cis", source.described_by, ())
 
 
 def _checkpoint(
@@ -95,7 +95,7 @@ def _checkpoint(
 ) -> Checkpoint:
     tensors, from_names = unwrapped(tensors, table.entries["final_norm.scale"].rule.name)
     if config.tie_embeddings:
-        tensors = hf.tied(tensors, table.entries["embed"].rule.name, HEADS[format], source)
+        tensors = without_tied_head(tensors, table.entries["embed"].rule.name, HEADS[format], source)
     layout.check_tensors(table, tensors, known, source)
     used = {name: tensors[name] for name in table.tensors}
     return Checkpoint(format, root, config, used, table, (*notes, *from_names, *unverified_note_for(used.values())))

@@ -10,7 +10,7 @@ from typing import Any
 from camelid.checkpoint.containers.dcp import METADATA
 from camelid.checkpoint.containers.pickles import OpaqueObject, printable
 from camelid.checkpoint.containers.torch_files import unpickle
-from camelid.checkpoint.formats.hf import GIVEN, described_in, understood
+from camelid.checkpoint.formats.config_source import find_config, folder_with_config
 from camelid.checkpoint.formats.megatron_args import WHAT, check_agree, config_from_args, told
 from camelid.checkpoint.tensors import Tensor
 from camelid.errors import UserError
@@ -82,19 +82,16 @@ def described(
     `config` wins, then a config.json in the folder of the iteration or in the one around it, then the settings `args`
     that `file` holds, which must agree with either in every size.
     """
-    home = described_in(folder)
+    home = folder_with_config(folder, folder.parent)
     root = home or (folder.parent if (folder.parent / TRACKER).is_file() else folder)
-    if config is None and home is None:
+    source = find_config(config, folder, folder.parent)
+    if source is None:
         if not args:
             raise UserError(f"{folder} holds no args, as Megatron-LM writes them", "Give --config PRESET_OR_JSON.")
         config, notes = config_from_args(file, args)
         return config, notes, f"args in {file}", root
-    source = "config.json" if config is None else GIVEN
-    if config is None:
-        assert home is not None
-        config = understood(home)
-    check_agree(file, args, config, source)
-    return config, (), source, root
+    check_agree(file, args, *source)
+    return source.config, (), source.described_by, root
 
 
 class Shard:

@@ -14,7 +14,7 @@ from camelid.checkpoint import layout
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, table_for
 from camelid.checkpoint.containers.torch_files import open_torch, torch_file, unverified_note_for
 from camelid.checkpoint.files import PlannedFile, json_file
-from camelid.checkpoint.formats.hf import GIVEN, same_values, understood
+from camelid.checkpoint.formats.config_source import CONFIG_JSON, find_config
 from camelid.checkpoint.formats.hf_wrapped import unwrapped
 from camelid.checkpoint.formats.meta_params import (
     KEYS,
@@ -27,7 +27,8 @@ from camelid.checkpoint.formats.meta_params import (
 )
 from camelid.checkpoint.layout import TensorRule
 from camelid.checkpoint.tensor_parallel import shard_export, sharded_axis
-from camelid.checkpoint.tensors import Tensor, concatenate
+from camelid.checkpoint.tensors import Tensor, concatenate, same_values
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 
@@ -83,27 +84,25 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
     folder = path.parent if _is_shard(path) else path
     shards, renamed = _open_shards(folder)
     params = read_params(folder / PARAMS) if (folder / PARAMS).is_file() else {}
-    source = GIVEN
-    if config is None and (folder / "config.json").is_file():
-        config, source = understood(folder), "config.json"
-    if config is None and not params:
+    source = find_config(config, folder)
+    if source is None and not params:
         raise UserError(f"{folder} has no {PARAMS}", "Copy it beside the shards, or give --config PRESET_OR_JSON.")
-    tensors = _joined_all(folder, shards, params["dim"] if config is None else config.embed_dim)
+    tensors = _joined_all(folder, shards, params["dim"] if source is None else source.config.embed_dim)
     notes: tuple[str, ...] = ()
-    if config is None:
-        (config, notes), source = _config(folder, params, tensors), PARAMS
+    if source is None:
+        (config, notes), described_by = _config(folder, params, tensors), PARAMS
     else:
-        _check_agree(folder, params, config, source)
+        config, described_by = source
+        _check_agree(folder, params, config, described_by)
     if config.num_layers > len(tensors):  # before a table is made of them
         raise UserError(
             f"{folder} holds {len(tensors)} tensors, too few for {config.num_layers} layers",
-            f"The shards and {source} belong to different models.",
+            f"The shards and {described_by} belong to different models.",
         )
-    table, known = table_for(WHAT, RULES, config, SIZES), BUFFERS
-    if config.tie_embeddings and HEAD in tensors:
-        _check_tied(folder, tensors)
-        known += "|" + re.escape(HEAD)
-    layout.check_tensors(table, tensors, known, source)
+    table = table_for(WHAT, RULES, config, SIZES)
+    if config.tie_embeddings:
+        tensors = without_tied_head(tensors, TABLE, HEAD, described_by)
+    layout.check_tensors(table, tensors, BUFFERS, described_by)
     _check_copies(shards, [name for name in table.tensors if _axis(name, BY_ROWS) is None])
     notes = (*notes, *renamed, *unverified_note_for(tensors.values()))
     return Checkpoint("meta", folder, config, tensors, table, notes)
@@ -175,14 +174,6 @@ def _config(
     return config, notes
 
 
-def _check_tied(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    if not same_values(tensors[TABLE], tensors[HEAD]):
-        raise UserError(
-            f"the head is said to be tied to the embeddings, and {HEAD} in {folder} differs from {TABLE}",
-            "Set tie_word_embeddings to false in config.json if the head is to be used.",
-        )
-
-
 def _check_copies(shards: Sequence[dict[str, Tensor]], names: Sequence[str]) -> None:
     for shard in shards[1:]:
         for name in names:
@@ -193,14 +184,16 @@ def _check_copies(shards: Sequence[dict[str, Tensor]], names: Sequence[str]) -> 
                 )
 
 
-def _check_agree(folder: Path, params: Mapping[str, Any], config: ModelConfig, source: str) -> None:
+def _check_agree(folder: Path, params: Mapping[str, Any], config: ModelConfig, described_by: str) -> None:
     """Sizes agree always; what a user says of the rest wins over the file."""
     pairs = [(key, params[key], getattr(config, ours)) for key, (_, ours) in KEYS.items() if ours and key in params]
     if "use_scaled_rope" in params:
         pairs.append(("use_scaled_rope", params["use_scaled_rope"], isinstance(config.rope_scaling, Llama3Scaling)))
     for key, theirs, ours in pairs:
-        if theirs != ours and (source == "config.json" or KEYS[key][0] is int):
-            raise UserError(f"{folder / PARAMS} has {key} = {theirs!r}, and {source} {ours!r}", "Remove the wrong one.")
+        if theirs != ours and (described_by == CONFIG_JSON or KEYS[key][0] is int):
+            raise UserError(
+                f"{folder / PARAMS} has {key} = {theirs!r}, and {described_by} {ours!r}", "Remove the wrong one."
+            )
 
 
 # Writing --------------------------------------------------------------------------------

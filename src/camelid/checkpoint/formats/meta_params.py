@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from camelid.checkpoint.checkpoint import assumption_note, refuse_unsupported, refuse_wide_heads
-from camelid.checkpoint.folder import read_json
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 

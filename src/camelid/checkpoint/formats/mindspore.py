@@ -22,11 +22,12 @@ from camelid.checkpoint.containers.mindspore_file import (
 )
 from camelid.checkpoint.containers.safetensors import safetensors_file
 from camelid.checkpoint.files import PlannedFile
-from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.formats.mindspore_ranks import Split, open_ranks, ranks_in, strategy_bytes
 from camelid.checkpoint.layout import Table, TensorRule, check_tensors
 from camelid.checkpoint.tensor_parallel import shard_export, sharded_axis
 from camelid.checkpoint.tensors import PlannedTensor, files_holding, unverified_note
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
@@ -129,12 +130,12 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, rope_layout: 
     else:
         tensors = open_tensor_file(path if path.is_file() else single(path))
         aside = [name for name in tensors if re.fullmatch(TRAINING, name)]
-    if config is None and not (folder / "config.json").is_file():
+    source = find_config(config, folder)
+    if source is None:
         raise UserError(
             f"{path} does not say which model it holds", "Say it with --config PRESET_OR_JSON, or a config.json beside."
         )
-    described_by = "config.json" if config is None else hf.GIVEN
-    config = config or hf.understood(folder)
+    config, described_by = source
     notes += unverified_note([*filter(unverified, files_holding(tensors.values()))], folder)
     if aside:
         more = ", ..." if len(aside) > 3 else ""
@@ -149,7 +150,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, rope_layout: 
         )
     table = table_for(WHAT, rows, config, SIZES)
     if config.tie_embeddings:  # MindFormers holds a tied table twice
-        tensors = hf.tied(tensors, table.entries["embed"].rule.name, HEAD, described_by)
+        tensors = without_tied_head(tensors, table.entries["embed"].rule.name, HEAD, described_by)
     check_tensors(table, tensors, TRAINING, described_by)
     return Checkpoint("mindspore", folder, config, tensors, table, tuple(notes), assumed_layout=layout)
 

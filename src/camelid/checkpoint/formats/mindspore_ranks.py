@@ -15,8 +15,7 @@ import numpy as np
 
 from camelid.checkpoint.containers import protobuf
 from camelid.checkpoint.containers.mindspore_file import AGAIN, TRAINING, open_tensor_file, single
-from camelid.checkpoint.formats.hf import same_values
-from camelid.checkpoint.tensors import Tensor, concatenate
+from camelid.checkpoint.tensors import Tensor, concatenate, same_values
 from camelid.errors import UserError
 
 MAX_STRATEGY = 2**28  # bytes

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from camelid.checkpoint.folder import in_units
 from camelid.checkpoint.integrity import checksum_arrays, describe_counts, path_name
 from camelid.checkpoint.state.saved_state import (
     CHECKSUMS,
@@ -28,6 +27,7 @@ from camelid.checkpoint.state.saved_state import (
     save_args,
     steps_in,
 )
+from camelid.disk.space import format_bytes
 from camelid.errors import UserError
 from camelid.parallel.hosts import decided, is_main
 
@@ -84,7 +84,7 @@ class RunCheckpoints:
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             if (free := decided(lambda: shutil.disk_usage(self._folder).free)) < need:
                 raise UserError(
-                    f"{self._folder} has {in_units(free)} free, and a checkpoint of {in_units(need)} is due",
+                    f"{self._folder} has {format_bytes(free)} free, and a checkpoint of {format_bytes(need)} is due",
                     MORE_SPACE,
                 )
             args = ocp.args.StandardSave(state, jax.tree.map_with_path(save_args, state))

@@ -11,6 +11,7 @@ from pathlib import Path
 from camelid.checkpoint.checkpoint import AdamState, Checkpoint
 from camelid.checkpoint.folder import complete_replacement
 from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.layout import Table, TensorRule, check_tensors, make_table
 from camelid.checkpoint.state import saved_state
 from camelid.errors import UserError
@@ -53,13 +54,13 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
                 f"{run} has no complete checkpoint yet", "Its recipe says after how many steps one is made."
             )
         return hf.open_checkpoint(run / MODEL, config)
-    if config is None and not (run / "config.json").is_file():
+    source = find_config(config, run)
+    if source is None:
         raise UserError(
             f"{run} has no config.json, so an older camelid began it",
             "Start the same command again, which writes it, or open its model/.",
         )
-    described_by = "config.json" if config is None else hf.GIVEN
-    config = config or hf.understood(run)
+    config, described_by = source
     arrays = saved_state.open_step(steps, step)
     rows = table_of(config)
     params, mu, nu = (
