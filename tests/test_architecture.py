@@ -34,7 +34,7 @@ MAY_IMPORT = {
 NEVER_NAMES_JAX = ("text", "data")
 # `camelid --help` must answer at once, so neither these nor what they import may import anything slow at the top.
 FAST = ("camelid", "camelid.cli", "camelid.runs.recipe")
-SLOW = {"grain", "jax", "jaxlib", "numpy", "optax", "orbax", "torch", "transformers"}
+SLOW = {"jax", "jaxlib", "numpy", "optax", "orbax", "torch", "transformers"}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str, bool]]:

@@ -353,7 +353,7 @@ for words in {commands!r}:
             main()
         except SystemExit:
             pass
-slow = {{"jax", "numpy", "optax", "orbax", "grain", "torch", "transformers", "tokenizers", "safetensors"}}
+slow = {{"jax", "numpy", "optax", "orbax", "torch", "transformers", "tokenizers", "safetensors"}}
 print(sorted(slow & sys.modules.keys()))
 """
 

@@ -21,7 +21,7 @@ DISTRIBUTIONS = {
     "mlflow": "mlflow-skinny",
     "orbax": "orbax-checkpoint",
 }
-HEAVY = ("jax", "optax", "orbax", "grain", "torch", "transformers", "matplotlib")
+HEAVY = ("jax", "optax", "orbax", "torch", "transformers", "matplotlib")
 
 
 def normal(name: str) -> str:

@@ -76,8 +76,13 @@ class Parts:
         loaders = {"train": self.loader} | ({} if self.validation is None else {"validation": self.validation})
         stores = {
             split: [
-                {"folder": str(store.folder), "fingerprint": store.fingerprint, "sources": store.sources}
-                for store in (packing.store for packing in loader.packings)
+                {
+                    "folder": str(store.folder),
+                    "fingerprint": store.fingerprint,
+                    "sources": store.sources,
+                    "row_order": order,
+                }
+                for store, order in zip(loader.stores, loader.mixture.row_orders, strict=True)
             ]
             for split, loader in loaders.items()
         }

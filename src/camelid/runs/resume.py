@@ -84,7 +84,8 @@ def _is_utf8(text: str) -> bool:
 
 
 Data = Mapping[str, Sequence[Mapping[str, Any]]]
-"""By split: of each store that it is read from, its `folder`, `fingerprint`, and the hashes of its `sources`.
+"""By split: of each store that it is read from, its `folder`, `fingerprint`, the hashes of its `sources`, and the
+`row_order` of its rows (see Mixture.row_orders).
 
 Under FILES: the path, size and time of each file of text."""
 
@@ -107,8 +108,10 @@ def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
             raise UserError(f"another process trains in {folder}", "Wait for it, or choose another --run.") from error
         stack.callback(_remove_lock_alone, folder)
         check_folder(folder, recipe)
-        if has_begun(folder) and (kept := kept_data(folder)) is not None:
+        if has_begun(folder):
+            kept = kept_data(folder) or {}
             _check_data(folder, kept, data)
+            _check_row_orders(folder, kept, data)
         wait_for_all("run folder")
         yield
 
@@ -162,6 +165,20 @@ def _check_data(folder: Path, before: Data, now: Data) -> None:
                     f"{names[0] if names else f'the tokens of the {split} text'} changed since {folder} began",
                     f"Bring back what was there, or begin another run: init = {str(folder)!r}, init_optimizer = true.",
                 )
+
+
+def _check_row_orders(folder: Path, before: Data, now: Data) -> None:
+    """Raises UserError if the rows of the same text would be read in another order than when the run was started."""
+    recorded = [store.get("row_order") for store in before.get("train", [])]
+    for number, store in enumerate(now["train"]):
+        # Runs that an earlier release of camelid started recorded no order.
+        if (order := store["row_order"]) not in recorded[number : number + 1] and order is not None:
+            raise UserError(
+                f"the run in {folder} was started by an earlier release of camelid, which read the rows of large "
+                f"sources ({store['folder']}) in another order: the remaining batches would not be those of the run",
+                "Finish it with the release that started it, or start another run from its checkpoint: "
+                f"init = {str(folder)!r}, init_optimizer = true.",
+            )
 
 
 def _changed(kept: str, new: str) -> str | None:

@@ -40,6 +40,7 @@ from camelid.data.preparation.store import (
     read_manifest,
     writing,
 )
+from camelid.data.randomness import GOLDEN_RATIO, splitmix64
 from camelid.data.readers.sources import Tally, chunks, list_files, reading
 from camelid.disk.hashes import content_hash
 from camelid.disk.locks import locked, no_empty_folders, unfinished
@@ -334,11 +335,8 @@ def _largest_held_out(units: int, task: Task) -> np.uint64:
 
 
 def _draw(index: np.ndarray, seed: int) -> np.ndarray:
-    """A number of 64 bits for each index, no two alike (the mixing function is splitmix64's)."""
-    x = (index.astype(np.uint64) + np.uint64(seed << 32)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """A random 64-bit integer for each index; no two are equal."""
+    return splitmix64((index.astype(np.uint64) + np.uint64(seed << 32)) * np.uint64(GOLDEN_RATIO))
 
 
 def _cut(part: Store, fraction: float, kept: Writer, held_out: Writer) -> None:

@@ -91,6 +91,10 @@ class Loader:
         )
 
     @property
+    def stores(self) -> tuple[Store, ...]:
+        return tuple(packing.store for packing in self.packings)
+
+    @property
     def num_rows(self) -> int:
         return sum(packing.num_rows for packing in self.packings)
 

@@ -1,19 +1,20 @@
 """Which row of which source stands at a place of an endless sequence of rows."""
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from camelid.data.randomness import draw, permute, seed_of
+
 BLOCK = 1024  # rows whose order is drawn at once; more where there are very many sources
-FEW = 4096
-"""rows of a source whose order is drawn an epoch at once: Grain's takes milliseconds for each of a handful"""
+DRAWN_AT_ONCE = 4096  # rows; the order of an epoch of at most this many is drawn at once, that of more is computed
+FEISTEL = "feistel"
 
 
 class Share(NamedTuple):
@@ -44,13 +45,17 @@ class Mixture:
     def find(
         self, places: Int64[np.ndarray, " places"]
     ) -> tuple[Int64[np.ndarray, " places"], Int64[np.ndarray, " places"]]:
-        """The source of each place, and which of its rows."""
-        sources, rows = np.empty_like(places), np.empty_like(places)
+        """Returns the source at each place of the sequence, and which of the source's rows stands there."""
+        sources, counts = np.empty_like(places), np.empty_like(places)
         for n, place in enumerate(places.tolist()):
             stage, block, within = self._split(place)
             before, order, nth = self._block_of(stage, block)
             source = sources[n] = order[within]
-            rows[n] = self._row(int(source), self._starts[stage][source] + before[source] + int(nth[within]))
+            counts[n] = self._starts[stage][source] + before[source] + int(nth[within])
+        rows = np.empty_like(places)
+        for source in np.unique(sources).tolist():
+            here = sources == source
+            rows[here] = self._rows(source, counts[here])
         return sources, rows
 
     def taken(self, places: int) -> tuple[int, ...]:
@@ -79,7 +84,7 @@ class Mixture:
         counts = np.subtract(after, before)
         order = np.repeat(np.arange(len(counts)), counts)
         if len(counts) > 1:
-            order = order[np.argsort(_draw(len(order), self.seed, "mixture", stage, block), kind="stable")]
+            order = order[np.argsort(draw(len(order), self.seed, "mixture", stage, block), kind="stable")]
         nth = np.empty_like(order)
         nth[np.argsort(order, kind="stable")] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         return before, order, nth
@@ -106,31 +111,38 @@ class Mixture:
             starts.append(_sum(starts[-1], self._given(stage, following.first - share.first)))
         return starts
 
-    def _row(self, source: int, taken: int) -> int:
-        """Which of its rows a source gives after so many."""
-        num_rows = self.num_rows[source]
-        epoch, place = divmod(taken, num_rows)
+    def _rows(self, source: int, counts: np.ndarray) -> np.ndarray:
+        """The rows that a source gives after it has given `counts` rows."""
+        epochs, places = np.divmod(counts, self.num_rows[source])
         if not self.shuffle:
-            return place
-        return int(self._epoch_of(source, epoch)[place]) if num_rows <= FEW else self._orders[source][taken]
+            return places
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            rows[here] = self._shuffled(source, epoch, places[here])
+        return rows
+
+    def _shuffled(self, source: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The rows at these places of an epoch."""
+        if self.row_orders[source] is None:
+            return self._order_of(source, epoch)[places]
+        return permute(places, self.num_rows[source], seed_of(self.seed, "rows", source, epoch))
+
+    @property
+    def row_orders(self) -> tuple[str | None, ...]:
+        """For each source, the name of the algorithm that orders its rows; a change of it changes the batches of a run.
+
+        None if the rows are in order, or if the order of an epoch is drawn at once, which no release has changed.
+        """
+        return tuple(FEISTEL if self.shuffle and num_rows > DRAWN_AT_ONCE else None for num_rows in self.num_rows)
 
     @functools.cached_property
-    def _epoch_of(self):
+    def _order_of(self):
         return functools.lru_cache(2 * len(self.num_rows))(self._draw_epoch)
 
     def _draw_epoch(self, source: int, epoch: int) -> np.ndarray:
-        """The order of an epoch of few rows."""
-        return np.argsort(_draw(self.num_rows[source], self.seed, "rows", source, epoch), kind="stable")
-
-    @functools.cached_property
-    def _orders(self) -> list[Any]:
-        """Of each source of many rows, which of them is the k-th; it needs no memory for them."""
-        import grain
-
-        return [
-            grain.MapDataset.range(num_rows).shuffle(_seed(self.seed, "rows", source) % 2**32).repeat()
-            for source, num_rows in enumerate(self.num_rows)
-        ]
+        """The order of the rows of an epoch, drawn at once."""
+        return np.argsort(draw(self.num_rows[source], self.seed, "rows", source, epoch), kind="stable")
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -143,14 +155,3 @@ def row_shares(weights: Sequence[float], tokens_per_row: Sequence[float]) -> tup
 
 def _sum(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...]:
     return tuple(a + b for a, b in zip(left, right, strict=True))
-
-
-def _draw(count: int, *words: object) -> np.ndarray:
-    """So many numbers of 64 bits, from a seed and what they are for."""
-    # The raw numbers of this generator are the same in every version of numpy; what is drawn from them is not.
-    return np.random.Philox(key=_seed(*words)).random_raw(count)
-
-
-def _seed(*words: object) -> int:
-    """A number of 64 bits from a seed and what it is for."""
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, words)).encode()).digest()[:8], "little")
