@@ -156,6 +156,19 @@ def test_a_rollback_that_is_too_long_is_refused(steps: Steps):
             rollback(again, jnp.asarray([5, 13, 35]))
 
 
+def test_a_second_rollback_counts_from_the_longest_length():
+    """What was overwritten stays overwritten, also when the row grows again."""
+    steps = Steps(CONFIGS["mistral"], tiny_params(CONFIGS["mistral"]))
+    state, logits = steps.prefill(prompts_of(steps.config))
+    state, tokens = steps.decode(state, logits, 11)
+    np.testing.assert_array_equal(state.lengths, [11, 19, 40])
+    state = rollback(state, state.lengths - 4)
+    state, _ = steps.advance(state, tokens[:, :1])
+    np.testing.assert_array_equal(state.written, [11, 19, 40])
+    with pytest.raises(ValueError, match="row 0 has 8 tokens and cannot be rolled back to 6: at least 7"):
+        rollback(state, state.lengths - 2)
+
+
 def test_reordered_rows_continue_as_fresh_ones(steps: Steps):
     """Rows that are repeated, moved and left out, as in beam search; they then take different tokens."""
     prompts, rows = prompts_of(steps.config), [2, 0, 2, 1]

@@ -169,6 +169,79 @@ def test_blockwise_equals_dense_wherever_the_queries_are(starts: list[int], conf
         np.testing.assert_allclose(ours, reference, **CLOSE)
 
 
+def in_any_order(kernel: str, order: np.ndarray, config: ModelConfig, arrays, segments, valid) -> list[np.ndarray]:
+    """Output and gradients in the original order, from queries and keys that are both stored in `order`."""
+    q, k, v, g = arrays
+    back = np.argsort(order)
+    view = View(
+        k[:, :, order],
+        v[:, :, order],
+        jnp.asarray(order)[None],
+        None if segments is None else segments[:, order],
+        None if valid is None else valid[:, order],
+    )
+    q, g = (x[:, order].reshape(BATCH, len(order), KV_HEADS, -1, HEAD_DIM).transpose(0, 2, 3, 1, 4) for x in (q, g))
+    mask = attention._mask(view, None, config.sliding_window and jnp.int32(config.sliding_window))
+    scoring = Scoring(1 / math.sqrt(7), config.attn_softcap)
+    run = {"dense": attention.dense, "blockwise": blockwise.blockwise}[kernel]
+    out, pullback = jax.vjp(lambda *qkv: run(*qkv, mask, None, scoring), q, view.keys, view.values)
+    dq, dk, dv = pullback(g)
+    return [np.asarray(x) for x in (out[:, :, :, back], dq[:, :, :, back], dk[:, :, back], dv[:, :, back])]
+
+
+# Chunks of 8 tokens in the order of context parallelism, where each device has an early and a late one; other orders.
+ORDERS = {
+    "chunks": np.concatenate([np.arange(32).reshape(4, 8)[i] for i in (0, 3, 1, 2)]),
+    "backwards": np.arange(29)[::-1].copy(),
+    "shuffled": np.random.default_rng(0).permutation(29),
+}
+
+
+@pytest.mark.parametrize("config", [PLAIN, WINDOW, CAPPED_WINDOW], ids=["plain", "window", "capped window"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_the_order_of_keys_makes_no_difference(order: np.ndarray, packed: bool, config: ModelConfig, block):
+    length = len(order)
+    segments = documents(length) if packed else None
+    valid = jnp.asarray(np.random.default_rng(1).random((BATCH, length)) < 0.7).at[:, 0].set(True)
+    q, k, v, g = inputs(length)
+    for keys in (None, valid):
+        at = np.arange(length)
+        visible = (at <= at[:, None]) & (at > at[:, None] - (config.sliding_window or length))
+        if segments is not None:
+            visible = visible & (np.asarray(segments)[:, :, None] == np.asarray(segments)[:, None])
+        if keys is not None:
+            visible = visible & np.asarray(keys)[:, None]
+        # What queries that see no key return is not defined.
+        seen = np.broadcast_to(visible, (BATCH, length, length)).any(-1)
+        arrays = (q, k, v, jnp.where(seen[..., None, None], g, 0))
+        expected = in_any_order("dense", at, config, arrays, segments, keys)
+        for kernel in ("dense", "blockwise"):
+            out, *gradients = in_any_order(kernel, order, config, arrays, segments, keys)
+            np.testing.assert_allclose(
+                *(np.where(seen[:, None, None, :, None], x, 0) for x in (out, expected[0])), **CLOSE
+            )
+            for ours, reference in zip(gradients, expected[1:], strict=True):
+                np.testing.assert_allclose(ours, reference, **CLOSE)
+
+
+def test_blocks_are_skipped_in_any_order(block):
+    """Keys in chunks of another order: a block that no query of a block sees is not read, forward or backward."""
+    order = ORDERS["chunks"]  # positions 0-7, 24-31, 8-15, 16-23
+    q, k, v, g = inputs(32)
+    config = model(sliding_window=9)
+    # The keys at 0-7 are seen by queries at 0-15, and those at 24-31 by queries there.
+    good = in_any_order("dense", order, config, (q, k, v, g), None, None)
+    for bad, spoiled in ((slice(0, 8), slice(0, 16)), (slice(24, 32), slice(24, 32))):
+        bad_k, bad_v = (x.at[:, :, bad].set(jnp.nan) for x in (k, v))
+        found = in_any_order("blockwise", order, config, (q, bad_k, bad_v, g), None, None)
+        for axis, ours, reference in zip((3, 3), found[:2], good[:2], strict=True):
+            ours, reference = (np.moveaxis(x, axis, 0) for x in (ours, reference))
+            clean = np.setdiff1d(np.arange(32), np.arange(32)[spoiled])
+            assert np.isnan(ours[spoiled]).any((1, 2, 3, 4)).all()
+            np.testing.assert_allclose(ours[clean], reference[clean], **CLOSE)
+
+
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
 def test_a_traced_local_means_what_a_python_bool_means(compute: Compute, local: bool, block):

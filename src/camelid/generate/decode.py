@@ -87,8 +87,8 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelC
             )
         if room < max_new_tokens:
             raise UserError(
-                f"prompt {number} has {length} tokens, which with max_new_tokens = {max_new_tokens} exceeds the context "
-                f"of {config.max_length}",
+                f"prompt {number} has {length} tokens, which with max_new_tokens = {max_new_tokens} exceeds the "
+                f"context of {config.max_length}",
                 f"Shorten the prompt, or request at most {room} new token{'s' if room > 1 else ''}.",
             )
 
