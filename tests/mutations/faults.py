@@ -325,15 +325,15 @@ FAULTS = (
     Fault(
         "the gate and what it gates are swapped",
         "model/decoder.py",
-        'hidden = activation(add_bias(einsum("BSE,ME->BSM", x, self.gate_proj), self.gate_bias)) * hidden',
-        'hidden = add_bias(einsum("BSE,ME->BSM", x, self.gate_proj), self.gate_bias) * activation(hidden)',
+        "hidden = activation(gate) * hidden",
+        "hidden = gate * activation(hidden)",
         f"{PARITY}[phi3, sliding window]",
     ),
     Fault(
         "the bias of values is left out",
         "model/decoder.py",
-        'add_bias(einsum("BSE,KDE->BSKD", x, self.v_proj), self.v_bias)',
-        'einsum("BSE,KDE->BSKD", x, self.v_proj)',
+        'add_bias(einsum("BSE,KDE->BSKD", x, self.v_proj, context), self.v_bias)',
+        'einsum("BSE,KDE->BSKD", x, self.v_proj, context)',
         f"{PARITY}[qwen2, tied]",
     ),
     Fault(
@@ -395,8 +395,8 @@ FAULTS = (
     Fault(
         "the embedding is scaled, as in Gemma",
         "model/decoder.py",
-        "x = self.embed[tokens].astype(compute.dtype)",
-        "x = self.embed[tokens].astype(compute.dtype) * config.embed_dim**0.5",
+        "x = lookup(self.embed, tokens, context, compute.dtype)",
+        "x = lookup(self.embed, tokens, context, compute.dtype) * config.embed_dim**0.5",
         f"{PARITY}{PLAIN}",
     ),
     Fault(
@@ -409,8 +409,8 @@ FAULTS = (
     Fault(
         "the residual stream is cut before the MLP",
         "model/decoder.py",
-        "x = x + out",
-        "x = out",
+        "x = x + dropout(out, context",
+        "x = dropout(out, context",
         f"{PARITY}{PLAIN}",
     ),
     Fault(
@@ -423,15 +423,15 @@ FAULTS = (
     Fault(
         "the embedding table is the head of every model",
         "model/decoder.py",
-        "return self.embed if self.lm_head is None else self.lm_head",
-        "return self.embed",
+        "head = table if self.lm_head is None else self.lm_head",
+        "head = table",
         f"{PARITY}{PLAIN}",
     ),
     Fault(
         "the table of a tied model learns from its use as a head only",
         "model/decoder.py",
-        "x = self.embed[tokens].astype(compute.dtype)",
-        "x = lax.stop_gradient(self.embed)[tokens].astype(compute.dtype)",
+        "x = lookup(self.embed, tokens, context, compute.dtype)",
+        "x = lookup(lax.stop_gradient(self.embed), tokens, context, compute.dtype)",
         f"{GRADIENTS}[llama, one key head for all, tied]",
     ),
     Fault(
@@ -444,8 +444,8 @@ FAULTS = (
     Fault(
         "remat: products are computed twice",
         "model/weights.py",
-        "return checkpoint_name(y, KEPT)",
-        "return y",
+        "y = checkpoint_name(_base_product(flat, weight, dtype), KEPT)",
+        "y = _base_product(flat, weight, dtype)",
         "model/test_decoder.py::test_remat_elementwise_keeps_products_and_attention_but_not_what_lies_between",
     ),
     Fault(
