@@ -41,9 +41,10 @@ from camelid.model.decoder import declare_decoder
 from camelid.model.flops import count_parameters, training_flops
 from camelid.model.params import map_specs
 from camelid.parallel.compilation_cache import keep_compiled
+from camelid.train.objective import NextTokenLoss
 from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from camelid.train.state import start_state
-from camelid.train.step import Trainer
+from camelid.train.step import TrainStep
 
 RESULTS = Path(__file__).parent / "results"
 CONFIG = ModelConfig(
@@ -127,8 +128,9 @@ def our_step(checkpoint: Path, dtype: str, tokens: np.ndarray) -> Callable[[], N
     model = camelid.load(checkpoint)
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
     optimizer = make_optimizer(OPTIMIZER, 1000, decay)
-    trainer = Trainer(CONFIG, Compute(dtype=dtype), optimizer, learning_rate(OPTIMIZER, 1000), OPTIMIZER.clip_norm)
-    step = jax.jit(trainer.step, donate_argnums=0)
+    objective = NextTokenLoss(CONFIG, Compute(dtype=dtype))
+    train_step = TrainStep(objective, optimizer, learning_rate(OPTIMIZER, 1000), OPTIMIZER.clip_norm)
+    step = jax.jit(train_step, donate_argnums=0)
     state = [jax.jit(lambda params: start_state(params, optimizer))(model.params)]
     shape = (ROWS, LENGTH)
     batch = {

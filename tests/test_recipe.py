@@ -24,7 +24,7 @@ from camelid.model.config import (
 )
 from camelid.model.presets import PRESETS, preset
 from camelid.runs.recipe import Recipe, completed, read_recipe, structure, write_recipe
-from camelid.runs.resume import check_folder, kept_recipe
+from camelid.runs.run_folder import check_folder, kept_recipe
 from runs import called
 
 MODEL = {

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import map_specs
+from camelid.model.params import abstract, map_specs
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from camelid.train.optimizer import OptimizerConfig, make_optimizer
 from camelid.train.state import TrainState, abstract_state
@@ -27,7 +27,7 @@ CONFIG = tiny_config(vocab_size=96)  # eight devices divide it
 def target(mesh: Mesh, config: ModelConfig = CONFIG, dtype: str = "float32") -> TrainState:
     specs = declare_decoder(config)
     optimizer = make_optimizer(OptimizerConfig(), 9, map_specs(lambda spec: spec.is_matrix, specs))
-    return abstract_state(specs, optimizer, Compute(param_dtype=dtype), mesh)
+    return abstract_state(abstract(specs, dtype, mesh), optimizer)
 
 
 def random_state(mesh: Mesh, seed: int = 0, dtype: str = "float32") -> TrainState:

@@ -20,9 +20,8 @@ from camelid.data.preparation.prepare import prepare
 from camelid.data.preparation.store import Store
 from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
-from camelid.model.config import Compute
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import map_specs
+from camelid.model.params import abstract, map_specs
 from camelid.parallel.mesh import one_device
 from camelid.text.tokenizer import load_tokenizer
 from camelid.train.optimizer import OptimizerConfig, make_optimizer
@@ -39,7 +38,7 @@ WRITTEN = [name for name, format in FORMATS.items() if format.plan_files is not 
 def target() -> TrainState:
     specs = declare_decoder(CONFIG)
     optimizer = make_optimizer(OptimizerConfig(), 9, map_specs(lambda spec: spec.is_matrix, specs))
-    return abstract_state(specs, optimizer, Compute(), one_device())
+    return abstract_state(abstract(specs, "float32", one_device()), optimizer)
 
 
 def state_of(seed: int) -> TrainState:

@@ -27,7 +27,7 @@ from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import map_specs, named
+from camelid.model.params import abstract, map_specs, named
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from camelid.train.optimizer import OptimizerConfig, make_optimizer
 from camelid.train.state import TrainState, abstract_state
@@ -42,7 +42,7 @@ def state_of(seed: int, mesh: Mesh, config: ModelConfig = CONFIG, dtype: str = "
     """Every leaf different; of the moments, one is all zeros, as those of an unused parameter are."""
     specs = declare_decoder(config)
     optimizer = make_optimizer(OptimizerConfig(), 9, map_specs(lambda spec: spec.is_matrix, specs))
-    target = abstract_state(specs, optimizer, Compute(param_dtype=dtype), mesh)
+    target = abstract_state(abstract(specs, dtype, mesh), optimizer)
     draw = np.random.default_rng(seed)
 
     def leaf(path: tuple, spec: jax.ShapeDtypeStruct) -> jax.Array:
@@ -101,7 +101,7 @@ def assert_holds(checkpoint: Checkpoint, state: TrainState, step: int) -> None:
         part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
     )
     held = held_by(checkpoint)
-    for kind, tree in {"params": state.params, "mu": adam.mu, "nu": adam.nu}.items():
+    for kind, tree in {"params": state.trainable, "mu": adam.mu, "nu": adam.nu}.items():
         assert held[kind].keys() == named(tree).keys()
         for path, leaf in named(tree).items():
             assert held[kind][path].dtype == leaf.dtype, (kind, path)
@@ -142,7 +142,7 @@ def test_every_family_has_a_run(tmp_path: Path, name: str):
 
 def test_any_slice_in_any_dtype_is_that_slice(sound: Path):
     tensor = open_checkpoint(sound).tensors["layers.attn.q_proj"]
-    array = np.asarray(state_of(10, one_device()).params.layers.attn.q_proj)
+    array = np.asarray(state_of(10, one_device()).trainable.layers.attn.q_proj)
     draw = np.random.default_rng(0)
     for _ in range(50):
         cuts = [sorted(draw.integers(0, n + 1, 2)) for n in array.shape]
@@ -166,7 +166,7 @@ def test_each_device_reads_its_part_once_and_what_changed_on_the_disk_is_seen(
     monkeypatch.setattr(saved_state.SavedArray, "_read", counted)
     params = load_params(open_checkpoint(run), Compute(), make_mesh(mesh) if mesh else one_device())
     assert sum(bytes_read) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    for path, leaf in named(state_of(10, one_device()).params).items():
+    for path, leaf in named(state_of(10, one_device()).trainable).items():
         assert np.asarray(named(params)[path]).tobytes() == np.asarray(leaf).tobytes(), path
     store = saved_state.open_arrays(run / "checkpoints" / "10")["params.layers.mlp.up_proj"].store
     store[1, 2, 3].write(store[1, 2, 3].read().result() + 1).result()
@@ -213,7 +213,7 @@ def test_a_run_becomes_a_checkpoint_of_another_format(sound: Path, tmp_path: Pat
     (note,) = convert(sound, tmp_path / "hf")
     assert note == "its step and the moments of its optimizer are left out; --to easylm-trainstate keeps them"
     theirs = hf.open_checkpoint(tmp_path / "hf")
-    params = named(state_of(10, one_device()).params)
+    params = named(state_of(10, one_device()).trainable)
     for path, part in theirs.table.entries.items():
         layer = 2 if part.spec.stacked else None
         leaf = np.asarray(params[path])[() if layer is None else layer]

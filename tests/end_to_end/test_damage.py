@@ -170,15 +170,15 @@ def test_a_step_that_is_not_there_is_refused(run: Path, tmp_path: Path):
 
 def test_a_run_whose_checkpoints_vanish_while_it_starts_does_not_begin_anew(run: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.rmtree(run / "model")  # which has a refusal of its own
-    prepare = camelid.runs.run.prepare
+    build = camelid.runs.run.build_components
 
-    def prepare_and_lose(*arguments: Any, **options: Any):
-        parts = prepare(*arguments, **options)
+    def build_and_lose(*arguments: Any, **options: Any):
+        components = build(*arguments, **options)
         shutil.rmtree(run / "checkpoints")
-        return parts
+        return components
 
-    monkeypatch.setattr(camelid.runs.run, "prepare", prepare_and_lose)
-    assert_refused(train(run.parent, 8), f"the checkpoints in {run / 'checkpoints'} are gone")
+    monkeypatch.setattr(camelid.runs.run, "build_components", build_and_lose)
+    assert_refused(train(run.parent, 8), f"the checkpoints in {run / 'checkpoints'} were removed")
     assert not (run / "checkpoints").exists()
 
 

@@ -82,7 +82,7 @@ def test_another_run_may_go_on_from_the_last_good_checkpoint(tmp_path: Path):
     del table["model"], table["tokenizer"]
     ended = train(tmp_path / "next", table)
     # Its parameters are of the size of the learning rate, so that it ends at once; but it does begin.
-    assert "going on after step 1 of init" in ended.stderr
+    assert "continuing after step 1 of init" in ended.stderr
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path):

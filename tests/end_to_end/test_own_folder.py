@@ -160,7 +160,7 @@ def test_text_may_be_gone_where_what_was_prepared_from_it_is_there(tmp_path: Pat
     done = train(tmp_path, table, 4)
     assert done.returncode == 0, done.stderr
     assert all(folder.stat().st_mtime > 100 for folder in prepared), "`data cache --prune` goes by it"
-    assert f"{text} is gone; the run goes on with the tokens that were prepared from it" in done.stderr
+    assert f"{text} no longer exists; the tokens that were prepared from it are used" in done.stderr
     assert tensor_bytes(tmp_path / "run" / "model") == tensor_bytes(whole / "model")
     # Without the store there is nothing to go on with, and the text is named.
     for folder in prepared:

@@ -121,7 +121,7 @@ def test_a_run_may_be_asked_for_more_steps_and_other_notes(folder: Path, finishe
 
 
 def test_fewer_steps_than_were_made_are_refused(finished: Path):
-    assert_refused(train(finished, train__steps=3), "has made 4 steps already, the recipe asks for 3")
+    assert_refused(train(finished, train__steps=3), "has already made 4 steps, and the recipe sets train.steps = 3")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,10 @@ def test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it(tmp_path:
     ("fields", "about"),
     [
         ({"data__train": ["missing.txt"]}, "missing.txt matches no file"),
-        ({"data__batch_size": 6, "train__accumulate": 4}, "data.batch_size = 6 does not divide over 4 microbatches"),
+        (
+            {"data__batch_size": 6, "train__accumulate": 4},
+            "data.batch_size = 6 is not divisible by train.accumulate x data-parallel size = 4 x 1",
+        ),
         ({"data__sequence_length": 65}, "data.sequence_length = 65 exceeds the context of 64"),
         ({"model__vocab_size": 200}, "holds token id 257, and the model's vocabulary has 200"),
         ({"model__num_kv_heads": 4}, "num_heads = 6 is not a multiple of num_kv_heads = 4"),
@@ -164,7 +167,10 @@ def test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it(tmp_path:
         ({"tokenizer": "nowhere"}, "no tokenizer: looked for nowhere"),
         ({"compute__replicate": ["head"]}, "compute.replicate names 'head'"),
         ({"data__train": ["empty.txt"]}, "empty.txt"),
-        ({"data__train": [{"files": ["text.jsonl"], "kind": "preference"}]}, "kind = 'preference' is not trained on"),
+        (
+            {"data__train": [{"files": ["text.jsonl"], "kind": "preference"}]},
+            "kind = 'preference' cannot be trained on yet",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -185,7 +191,7 @@ def test_an_init_that_is_no_checkpoint_leaves_no_folder(tmp_path: Path):
 
 def test_rows_that_do_not_divide_over_the_devices_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()  # all eight devices
-    assert_refused(train(tmp_path, data__batch_size=12), "data.batch_size = 12 does not divide", "8 devices")
+    assert_refused(train(tmp_path, data__batch_size=12), "data.batch_size = 12 is not divisible", "= 1 x 8")
     assert_refused(train(tmp_path, mesh={"data": 3, "fsdp": 1}), "does not fill 8 devices")
     assert_refused(train(tmp_path, model__vocab_size=260), "vocab_in = 260 does not divide over fsdp x tensor = 8")
     assert not (tmp_path / "run").exists()

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
 
 import camelid
 import camelid.runs.components
 import camelid.runs.run
+from camelid.api import load_params
+from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.layout import slice_reader
 from camelid.checkpoint.registry import open_checkpoint
@@ -24,11 +27,13 @@ from camelid.model.config import Compute
 from camelid.model.params import named
 from camelid.parallel.hosts import StopSignal, to_host
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
-from camelid.runs.run import from_checkpoint
+from camelid.runs.adamw_import import import_adamw
+from camelid.runs.start import abstract_start
 from camelid.text.tokenizer import load_tokenizer
 from camelid.train.loggers import read_metrics
-from camelid.train.state import TrainState
-from camelid.train.step import Trainer
+from camelid.train.objective import NextTokenLoss
+from camelid.train.state import TrainState, start_state
+from camelid.train.step import TrainStep
 from runs import assert_refused, called, column, losses, recipe, stories_run, tensor_bytes, tiny_run, write_recipe_file
 
 STATE = "streaming_train_state"
@@ -56,7 +61,7 @@ def golden(assets: Path) -> dict[str, Any]:
     return json.loads((assets / "golden" / "easylm" / "training_run.json").read_text())
 
 
-def easylm_trainer(theirs: Path, golden: dict[str, Any]) -> Trainer:
+def easylm_trainer(theirs: Path, golden: dict[str, Any]) -> TrainStep:
     """AdamW as EasyLM sets it up: the first step has the rate of step 0, and every parameter decays."""
     told = golden["optimizer"]
     rises = optax.warmup_cosine_decay_schedule(
@@ -68,12 +73,8 @@ def easylm_trainer(theirs: Path, golden: dict[str, Any]) -> Trainer:
 
     adamw = optax.adamw(schedule, told["b1"], told["b2"], told["eps"], weight_decay=told["weight_decay"])
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        with jax.numpy_dtype_promotion("standard"):
-            return adamw.update(updates, state, params)
-
     config = open_checkpoint(theirs / STATE).config
-    return Trainer(config, Compute(), optax.GradientTransformation(adamw.init, update), schedule, told["clip_gradient"])
+    return TrainStep(NextTokenLoss(config, Compute()), adamw, schedule, told["clip_gradient"])
 
 
 def easylm_batches(assets: Path, stories: Path, golden: dict[str, Any]) -> Iterator[dict[str, jax.Array]]:
@@ -102,12 +103,22 @@ def easylm_batches(assets: Path, stories: Path, golden: dict[str, Any]) -> Itera
                 tokens, weights = tokens[rows * length :], weights[rows * length :]
 
 
-def trained(trainer: Trainer, state: TrainState, batches: Iterator, steps: int) -> tuple[TrainState, list[dict]]:
+def from_params(source: Checkpoint, step: TrainStep, mesh: Mesh) -> TrainState:
+    """The state at step 0 with the parameters of a checkpoint."""
+    return start_state(load_params(source, Compute(), mesh), step.optimizer)
+
+
+def from_moments(source: Checkpoint, step: TrainStep, mesh: Mesh, compute: Compute = Compute()) -> TrainState:  # noqa: B008
+    """The state with the parameters, step and moments of a checkpoint."""
+    return import_adamw(source, abstract_start(source.config, step.optimizer, compute, mesh), compute, mesh)
+
+
+def trained(step: TrainStep, state: TrainState, batches: Iterator, steps: int) -> tuple[TrainState, list[dict]]:
     """The state after some steps, and the metrics of each with the norm of all parameters after it."""
-    step, rows = jax.jit(trainer.step), []
+    compiled, rows = jax.jit(step), []
     for _ in range(steps):
-        state, metrics = step(state, next(batches))
-        rows.append(to_host(metrics | {"param_norm": optax.tree.norm(state.params)}))
+        state, metrics = compiled(state, next(batches))
+        rows.append(to_host(metrics | {"param_norm": optax.tree.norm(state.trainable)}))
     return state, rows
 
 
@@ -121,18 +132,18 @@ def test_a_run_of_easylm_is_reproduced_and_goes_on_from_the_state_that_it_left(
 ):
     trainer, mesh = easylm_trainer(theirs, golden), one_device()
     batches = easylm_batches(assets, stories, golden)
-    state = from_checkpoint(open_checkpoint(theirs / "streaming_params_fp32"), None, trainer, mesh)
+    state = from_params(open_checkpoint(theirs / "streaming_params_fp32"), trainer, mesh)
     ours, rows = trained(trainer, state, batches, 6)
     for name, bound in (("loss", 1e-5), ("gradient_norm", 1e-4), ("param_norm", 1e-4)):
         np.testing.assert_allclose(column(rows, name), column(golden["steps"], name), rtol=0, atol=bound, err_msg=name)
 
     end = open_checkpoint(theirs / STATE)
-    theirs_then = from_checkpoint(end, end.training, trainer, mesh)
+    theirs_then = from_moments(end, trainer, mesh)
     assert (int(ours.step), int(theirs_then.step), int(adam(theirs_then).count)) == (6, 6, 6)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs_then)
     # Measured: 6e-7, 3e-8 and 1e-9; the largest numbers are 4, 0.01 and 0.0004.
     pairs = {
-        "params": (ours.params, theirs_then.params, 1e-5),
+        "params": (ours.trainable, theirs_then.trainable, 1e-5),
         "mu": (adam(ours).mu, adam(theirs_then).mu, 1e-6),
         "nu": (adam(ours).nu, adam(theirs_then).nu, 1e-7),
     }
@@ -144,7 +155,7 @@ def test_a_run_of_easylm_is_reproduced_and_goes_on_from_the_state_that_it_left(
     rows = [trained(trainer, start, iter(more), 4)[1] for start in (ours, theirs_then)]
     np.testing.assert_allclose(column(rows[0], "loss"), column(rows[1], "loss"), rtol=0, atol=5e-6)
     # And not so without the moments, so that this says something of them.
-    bare = replace(from_checkpoint(end, None, trainer, mesh), step=theirs_then.step)
+    bare = replace(from_params(end, trainer, mesh), step=theirs_then.step)
     _, other = trained(trainer, bare, iter(more), 4)
     assert np.abs(column(other, "loss") - column(rows[0], "loss")).max() > 1e-3
 
@@ -179,9 +190,9 @@ def test_a_recipe_goes_on_from_the_step_of_a_train_state_on_any_mesh(
     table = going_on(tmp_path, assets, theirs, train__checkpoint_every=5)
     done = called("train", write_recipe_file(table, tmp_path / "recipe.toml"))
     assert done.returncode == 0, done.stderr
-    assert "going on after step 6 of init" in done.stderr
+    assert "continuing after step 6 of init" in done.stderr
     assert "resuming" not in done.stderr
-    assert "are left out" not in done.stderr
+    assert "are not used" not in done.stderr
     rows, others = losses(tmp_path / "run"), losses(tmp_path / "eight" / "run")
     assert column(rows, "step").tolist() == column(others, "step").tolist() == [7, 8, 9, 10, 11, 12]
     for name in ("loss", "gradient_norm"):
@@ -191,10 +202,10 @@ def test_a_recipe_goes_on_from_the_step_of_a_train_state_on_any_mesh(
 
     # The seventh step is that of the seventh batch, with these moments.
     whole = recipe(table | {"run": str(tmp_path / "another")})  # one that has not begun
-    parts = camelid.runs.components.prepare(whole, one_device())
-    assert parts.source is not None
-    state = from_checkpoint(parts.source, parts.source.training, parts.trainer, one_device())
-    _, seventh = trained(parts.trainer, state, iter([vars(parts.loader.batch(6))]), 1)
+    components = camelid.runs.components.build_components(whole, one_device())
+    assert components.source is not None
+    state = from_moments(components.source, components.step, one_device())
+    _, seventh = trained(components.step, state, iter([vars(components.loader.batch(6))]), 1)
     for name in ("loss", "weight", "gradient_norm", "learning_rate"):
         assert seventh[0][name] == pytest.approx(rows[0][name], rel=1e-6), name
 
@@ -232,20 +243,23 @@ def test_without_the_flag_it_begins_at_step_0_and_says_what_is_left_out(
     table = going_on(tmp_path, assets, theirs, init_optimizer=False, train__steps=2)
     done = called("train", write_recipe_file(table, tmp_path / "recipe.toml"))
     assert done.returncode == 0, done.stderr
-    assert "the 6 steps of init and its moments of AdamW are left out; init_optimizer = true takes them" in done.stderr
+    assert (
+        "the step (6) and the AdamW moments of init are not used; init_optimizer = true continues from them"
+        in done.stderr
+    )
     assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2]
     again = called("train", write_recipe_file(table, tmp_path / "recipe.toml"))
     assert "resuming after step 2" in again.stderr
-    assert "are left out" not in again.stderr
+    assert "are not used" not in again.stderr
 
 
 @pytest.mark.parametrize(
     ("fields", "about"),
     [
-        ({"init": "{theirs}/streaming_params_fp32"}, "streaming_params_fp32' holds no step and no moments of AdamW"),
-        ({"init": "trainstate_params::{theirs}"}, "holds no step and no moments of AdamW"),
-        ({"train__steps": 6}, "init has made 6 steps already, the recipe asks for 6"),
-        ({"train__steps": 5}, "init has made 6 steps already, the recipe asks for 5"),
+        ({"init": "{theirs}/streaming_params_fp32"}, "streaming_params_fp32' has no step and no moments of AdamW"),
+        ({"init": "trainstate_params::{theirs}"}, "has no step and no moments of AdamW"),
+        ({"train__steps": 6}, "init has already made 6 steps, and the recipe sets train.steps = 6"),
+        ({"train__steps": 5}, "init has already made 6 steps, and the recipe sets train.steps = 5"),
     ],
 )
 def test_a_training_that_cannot_go_on_is_refused(
@@ -270,16 +284,17 @@ def test_moments_without_an_init_are_refused(tmp_path: Path):
 
 
 def test_a_state_in_bfloat16_keeps_its_moments_in_float32(theirs: Path, golden: dict[str, Any]):
-    trainer = replace(easylm_trainer(theirs, golden), compute=Compute(param_dtype="bfloat16"))
+    trainer = easylm_trainer(theirs, golden)
     end = open_checkpoint(theirs / STATE)
-    state = from_checkpoint(end, end.training, trainer, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"bfloat16"}
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    state = from_moments(end, trainer, mesh, Compute(param_dtype="bfloat16"))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.trainable)} == {"bfloat16"}
     assert end.training is not None
     for moments, tensors in ((adam(state).mu, end.training.mu), (adam(state).nu, end.training.nu)):
         read = slice_reader(end.table, tensors)
         for path, leaf in named(moments).items():
             assert leaf.dtype == jnp.float32
-            assert leaf.sharding == named(state.params)[path].sharding
+            assert leaf.sharding == named(state.trainable)[path].sharding
             layer = 3 if path.startswith("layers.") else None
             held = np.asarray(leaf)[() if layer is None else layer]
             index = tuple(slice(0, n) for n in held.shape)
@@ -335,13 +350,13 @@ def test_a_run_killed_in_the_middle_opens_as_a_model_and_still_goes_on(tmp_path:
     assert not (run / "model").exists()
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     model, tokens = camelid.load(run), np.arange(24)[None]
-    theirs = replace(model, params=jax.tree.map(jnp.asarray, held[2].params))
+    theirs = replace(model, params=jax.tree.map(jnp.asarray, held[2].trainable))
     np.testing.assert_array_equal(model.logits(tokens), theirs.logits(tokens))
     done = called("generate", run, "abc", "--max-new-tokens", "5", "--json")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["completions"][0]["tokens"]) == 5
     told = called("inspect", run, "--json")
-    assert json.loads(told.stdout)["bytes"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(held[2].params))
+    assert json.loads(told.stdout)["bytes"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(held[2].trainable))
     assert called("convert", run, tmp_path / "hf", "--verify").returncode == 0
     theirs.save(tmp_path / "saved")
     assert tensor_bytes(tmp_path / "hf") == tensor_bytes(tmp_path / "saved")

@@ -12,7 +12,7 @@ import pytest
 
 import camelid
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.runs.run import _compile
+from camelid.runs.run import compile_step
 from foreign import NAMES, add_foreign
 from names import KINDS
 from runs import assert_refused, called, contents, tensor_bytes, tiny_run, write_recipe_file, write_text
@@ -134,7 +134,7 @@ def test_what_the_user_put_in_the_place_of_the_model_is_found_before_training(tm
 @pytest.mark.parametrize(
     ("words", "about"),
     [
-        (["--train.steps", 1], "the run has made 2 steps already"),
+        (["--train.steps", 1], "the run has already made 2 steps"),
         (["--optimizer.learning_rate", 1], "holds a run with another recipe"),
         (["--train.steps", 3, "--data.train", "other.jsonl"], "holds a run with another recipe"),
         (["--train.steps", 3, "--mesh.data", 2, "--data.batch_size", 7], "7"),
@@ -188,7 +188,7 @@ def test_a_first_start_that_is_refused_when_its_folder_is_locked_leaves_nothing(
     def refuse(*arguments: object) -> None:
         raise camelid.UserError("the weights cannot be read", "Copy them again.")
 
-    monkeypatch.setattr("camelid.runs.run._state", refuse)
+    monkeypatch.setattr("camelid.runs.run.find_start", refuse)
     recipe = write_recipe_file(tiny_run(tmp_path, run=str(tmp_path / "runs" / "x")), tmp_path / "recipe.toml")
     before = snapshot(tmp_path)
     assert_refused(called("train", recipe), "the weights cannot be read")
@@ -238,10 +238,10 @@ def test_runs_of_every_kind_of_name_are_killed_and_resumed_to_the_same_bits(
 
     def compile_once(*arguments: Any) -> object:
         """All runs have the same program, and compiling it would take most of the time."""
-        compiled.extend([] if compiled else [_compile(*arguments)])
+        compiled.extend([] if compiled else [compile_step(*arguments)])
         return compiled[0]
 
-    monkeypatch.setattr("camelid.runs.run._compile", compile_once)
+    monkeypatch.setattr("camelid.runs.run.compile_step", compile_once)
     table = tiny_run(tmp_path, train={"steps": 5, "checkpoint_every": 2})
     undisturbed = write_recipe_file(table | {"run": str(tmp_path / "undisturbed")}, tmp_path / "undisturbed.toml")
     assert called("train", undisturbed).returncode == 0

@@ -238,9 +238,8 @@ FAULTS = (
     Fault(
         "the recipe is written before the run is accepted",
         "runs/run.py",
-        "            resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))\n",
-        "            record(folder, recipe, parts.files, parts.data)\n"
-        "            resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))\n",
+        "            start = find_start(",
+        "            record(folder, recipe, components.files, components.data)\n            start = find_start(",
         f"{USER}test_a_refused_start_leaves_a_run_as_it_was",
     ),
     Fault(
@@ -252,7 +251,7 @@ FAULTS = (
     ),
     Fault(
         "files of a run that the user changed are written again",
-        "runs/resume.py",
+        "runs/run_folder.py",
         "        if name not in kept:\n",
         "        if name:\n",
         f"{USER}test_every_command_that_writes_leaves_the_files_of_others_as_they_are",

@@ -8,9 +8,9 @@ OLD = f"{SHARED}test_a_process_that_sees_an_old_state_of_the_folder_goes_on_with
 FAULTS = (
     Fault(
         "each process chooses the step to go on from",
-        "runs/run.py",
-        "resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))",
-        "resumed = _step_to_resume(folder, recipe, kept is not None, from_step)",
+        "runs/start.py",
+        "decided(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))",
+        "_step_to_resume(folder, recipe, previous is not None, from_step)",
         OLD,
     ),
     Fault(
@@ -30,8 +30,8 @@ FAULTS = (
     ),
     Fault(
         "a run whose checkpoints vanish begins anew",
-        "runs/run.py",
-        "    if bool(steps) != begun:\n",
+        "runs/start.py",
+        "    if bool(steps) != started:\n",
         "    if False:\n",
         "end_to_end/test_damage.py::test_a_run_whose_checkpoints_vanish_while_it_starts_does_not_begin_anew",
     ),

@@ -121,7 +121,7 @@ def test_speed_leaves_out_what_is_no_step(monkeypatch: pytest.MonkeyPatch):
     clock = iter([10.0, 11.0, 111.0, 112.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     speed = Speed(first=0, steps=10, flops_per_token=3.0, peak_flops=None)
-    with speed.aside():
+    with speed.paused():
         pass  # 100 seconds
     now = speed.read(2, 100)
     assert (now["tokens_per_second"], now["step_s"], now["eta_s"]) == (100.0, 1.0, 8.0)

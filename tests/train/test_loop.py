@@ -1,15 +1,18 @@
-"""The loop: who is called when, with what."""
+"""The loop over batches: in which order a run steps, logs, validates, saves and stops."""
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import pytest
 
 from camelid.parallel.hosts import StopSignal
-from camelid.train.loop import Callback, train
+from camelid.runs.run import train_steps
+from camelid.train.config import TrainConfig
+from camelid.train.loggers import Speed, Terminal
+from camelid.train.metrics_log import MetricsLog
 from camelid.train.state import TrainState
 from tiny import tiny_config, tiny_params
 
@@ -17,16 +20,31 @@ PARAMS = tiny_params(tiny_config())
 
 
 class Story(StopSignal):
-    """A run of the loop that computes nothing and writes down what happens; no signal but `stop_after` ends it."""
+    """Every part of a run in one object: it computes nothing, and records what is called in which order.
+
+    No signal but `stop_after` stops it.
+    """
 
     def __init__(self):
         super().__init__()
         self.events: list[Any] = []
         self.stop_after: int | None = None
 
-    def run(self, steps: int, callbacks: list[Callback], first: int = 0) -> tuple[int, TrainState]:
-        state = TrainState(jnp.int32(first), PARAMS, ())
-        return train(self.step, state, self.batches(first, steps), self.report, callbacks, self)
+    def run(self, first: int = 0, validates: bool = True, **config: Any) -> TrainState:
+        train = TrainConfig(**config)
+        log = MetricsLog(train, Terminal(first, train.steps), Speed(first, train.steps, 1.0, None), [self], 1, str)
+        validate: Any = self.validate if validates else None
+        state, checkpoints = TrainState(jnp.int32(first), PARAMS, ()), self
+        return train_steps(
+            self.step,
+            state,
+            self.batches(first, train.steps),
+            train,
+            log,
+            validate,
+            checkpoints,
+            self,  # type: ignore
+        )
 
     def batches(self, first: int, steps: int) -> Iterator[dict]:
         for number in range(first, steps):
@@ -36,23 +54,28 @@ class Story(StopSignal):
     def step(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         made = int(state.step) + 1
         self.events.append(("step", made))
-        return TrainState(jnp.int32(made), state.params, ()), {"loss": jnp.float32(made / 2), "weight": jnp.int32(made)}
+        metrics = {"loss": made / 2, "weight": made, "gradient_norm": 1.0, "learning_rate": 0.1}
+        return TrainState(jnp.int32(made), PARAMS, ()), {name: jnp.asarray(value) for name, value in metrics.items()}
 
-    def report(self, step: int, numbers: dict) -> None:
-        self.events.append(("report", step))
-        assert numbers == {"loss": step / 2, "weight": step}
-        assert {type(value) for value in numbers.values()} == {float, int}
+    def write(self, row: dict) -> None:
+        if "validation_loss" in row:
+            assert row == {"step": row["step"], "validation_loss": 1.5}
+            return
+        self.events.append(("report", row["step"]))
+        assert (row["loss"], row["weight"]) == (row["step"] / 2, row["step"])
+        assert {type(row["loss"]), type(row["weight"])} == {float, int}
+
+    def validate(self, state: TrainState) -> float:
+        self.events.append(("validate", int(state.step)))
+        return 1.5
+
+    def save(self, step: int, state: TrainState) -> None:
+        assert int(state.step) == step
+        self.events.append(("save", step))
 
     def at(self, step: int) -> bool:
         self.events.append(("stop?", step))
         return step == self.stop_after
-
-    def note(self, name: str) -> Callable[[int, TrainState], None]:
-        def do(step: int, state: TrainState) -> None:
-            assert int(state.step) == step
-            self.events.append((name, step))
-
-        return do
 
     def of(self, *names: str) -> list[Any]:
         return [event for event in self.events if event[0] in names]
@@ -67,14 +90,13 @@ def story() -> Story:
 
 
 def test_every_step_is_made_reported_and_asked_about_once_in_order(story: Story):
-    made, state = story.run(5, [])
-    assert made == int(state.step) == 5
+    assert int(story.run(steps=5).step) == 5
     for name in ("step", "report", "stop?"):
         assert story.steps(name) == [1, 2, 3, 4, 5]
 
 
 def test_a_step_is_reported_when_the_next_is_on_its_way(story: Story):
-    story.run(4, [])
+    story.run(steps=4)
     assert story.of("step", "report") == [
         ("step", 1),
         ("step", 2),
@@ -87,63 +109,79 @@ def test_a_step_is_reported_when_the_next_is_on_its_way(story: Story):
     ]
 
 
-def test_a_step_is_reported_before_its_callbacks(story: Story):
+def test_only_every_nth_step_and_the_last_are_reported(story: Story):
+    story.run(steps=8, log_every=3)
+    assert story.steps("report") == [3, 6, 8]
+
+
+def test_a_step_is_reported_before_it_is_validated_and_validated_before_it_is_saved(story: Story):
     """Whoever kills the process after a checkpoint must find the checkpoint's step in metrics.jsonl."""
-    story.run(4, [Callback(2, story.note("save"))])
-    assert story.of("report", "save") == [
+    story.run(steps=4, checkpoint_every=2, evaluate_every=2)
+    assert story.of("report", "validate", "save") == [
         ("report", 1),
         ("report", 2),
+        ("validate", 2),
         ("save", 2),
         ("report", 3),
         ("report", 4),
+        ("validate", 4),
         ("save", 4),
     ]
 
 
-def test_callbacks_run_at_their_steps_in_the_order_given(story: Story):
-    story.run(6, [Callback(2, story.note("two")), Callback(3, story.note("three")), Callback(6, story.note("six"))])
-    expected = [("two", 2), ("three", 3), ("two", 4), ("two", 6), ("three", 6), ("six", 6)]
-    assert story.of("two", "three", "six") == expected
+def test_validation_and_checkpoints_keep_to_their_steps(story: Story):
+    story.run(steps=6, evaluate_every=2, checkpoint_every=3)
+    expected = [("validate", 2), ("save", 3), ("validate", 4), ("validate", 6), ("save", 6)]
+    assert story.of("validate", "save") == expected
 
 
-def test_what_runs_at_the_end_runs_once_whatever_the_last_step(story: Story):
-    story.run(5, [Callback(2, story.note("end"), at_end=True), Callback(5, story.note("both"), at_end=True)])
-    assert story.steps("end") == [2, 4, 5]
-    assert story.steps("both") == [5]
+def test_the_last_step_is_validated_and_saved_once_whatever_its_number(story: Story):
+    story.run(steps=5, evaluate_every=2, checkpoint_every=4)
+    assert story.steps("validate") == [2, 4, 5]
+    assert story.steps("save") == [4, 5]
 
 
-def test_what_does_not_run_at_the_end_keeps_to_its_steps(story: Story):
-    stops = Callback(2, story.note("stops"), at_stop=True)
-    story.run(5, [Callback(2, story.note("plain")), Callback(9, story.note("never")), stops])
-    assert story.steps("plain") == story.steps("stops") == [2, 4]
-    assert story.steps("never") == []
+def test_without_evaluate_every_only_the_last_step_is_validated(story: Story):
+    story.run(steps=5)
+    assert story.steps("validate") == [5]
 
 
-def test_a_stop_ends_after_the_step_with_its_report_and_what_runs_at_a_stop(story: Story):
+def test_without_validation_text_nothing_is_validated(story: Story):
+    story.run(steps=4, evaluate_every=2, validates=False)
+    assert story.steps("validate") == []
+    assert story.steps("save") == [4]
+
+
+def test_a_stop_ends_after_the_step_with_its_report_and_a_checkpoint(story: Story):
     story.stop_after = 3
-    callbacks = [
-        Callback(2, story.note("save"), at_end=True, at_stop=True),
-        Callback(2, story.note("validate"), at_end=True),
-        Callback(3, story.note("third"), at_stop=True),
-    ]
-    made, state = story.run(9, callbacks)
-    assert made == int(state.step) == 3
+    assert int(story.run(steps=9, checkpoint_every=2, evaluate_every=2).step) == 3
     assert story.steps("step") == story.steps("report") == [1, 2, 3]
     assert story.steps("save") == [2, 3]
     assert story.steps("validate") == [2]
-    assert story.steps("third") == [3]
+
+
+def test_a_stop_at_the_last_step_validates_only_if_it_is_due(story: Story):
+    story.stop_after = 3
+    story.run(steps=3, evaluate_every=2)
+    assert story.steps("save") == [3]
+    assert story.steps("validate") == [2]
+
+
+def test_a_stop_at_a_step_that_is_saved_anyway_saves_once(story: Story):
+    story.stop_after = 4
+    story.run(steps=9, checkpoint_every=2)
+    assert story.steps("save") == [2, 4]
 
 
 def test_a_later_start_counts_from_the_steps_made_before(story: Story):
-    made, _ = story.run(7, [Callback(3, story.note("save"), at_end=True)], first=4)
-    assert made == 7
+    assert int(story.run(first=4, steps=7, checkpoint_every=3, evaluate_every=6).step) == 7
     assert story.steps("step") == story.steps("report") == [5, 6, 7]
     assert story.steps("save") == [6, 7]
+    assert story.steps("validate") == [6, 7]
 
 
 def test_a_start_without_steps_left_does_nothing(story: Story):
-    made, _ = story.run(4, [Callback(3, story.note("save"), at_end=True, at_stop=True)], first=4)
-    assert made == 4
+    assert int(story.run(first=4, steps=4, checkpoint_every=3).step) == 4
     assert story.events == []
 
 

@@ -53,7 +53,8 @@ def test_matrices_decay_and_norms_do_not():
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(config))
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, final_fraction=1.0, weight_decay=0.25), 9, decay)
     nothing = jax.tree.map(np.zeros_like, params)
-    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(nothing, optimizer.init(params), params)
     for path, update in named(updates).items():
         factor = 0.0 if path.endswith("norm.scale") else -0.25
         np.testing.assert_allclose(update, factor * named(params)[path], rtol=1e-6, err_msg=path)

@@ -13,11 +13,12 @@ import torch
 from camelid.data.rows.batch import Batch
 from camelid.model.config import Compute
 from camelid.model.decoder import Decoder, declare_decoder
-from camelid.model.params import map_specs, named
+from camelid.model.params import abstract, map_specs, named
 from camelid.parallel.mesh import one_device
+from camelid.train.objective import NextTokenLoss
 from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from camelid.train.state import TrainState, abstract_state, start_state
-from camelid.train.step import Trainer
+from camelid.train.step import TrainStep
 from tiny import tiny_config, tiny_params, tiny_tokens, to_transformers, transformers_twin
 
 CONFIG = tiny_config()
@@ -31,11 +32,10 @@ def trainer(
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
     accumulate: int = 1,
     compute: Compute = Compute(),  # noqa: B008
-) -> Trainer:
+) -> TrainStep:
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
-    return Trainer(
-        CONFIG,
-        compute,
+    return TrainStep(
+        NextTokenLoss(CONFIG, compute),
         make_optimizer(optimizer, STEPS, decay),
         learning_rate(optimizer, STEPS),
         optimizer.clip_norm,
@@ -43,9 +43,9 @@ def trainer(
     )
 
 
-def plain_descent(clip_norm: float) -> Trainer:
+def plain_descent(clip_norm: float) -> TrainStep:
     """params - gradient: what is applied can be read from the parameters."""
-    return Trainer(CONFIG, Compute(), optax.sgd(1.0), lambda count: 1.0, clip_norm)
+    return TrainStep(NextTokenLoss(CONFIG, Compute()), optax.sgd(1.0), lambda count: 1.0, clip_norm)
 
 
 def batch(seed: int, rows: int = 8, length: int = 12) -> dict[str, jax.Array]:
@@ -63,10 +63,10 @@ def batch(seed: int, rows: int = 8, length: int = 12) -> dict[str, jax.Array]:
     return {name: jnp.asarray(x) for name, x in vars(made).items()}
 
 
-def train(how: Trainer, params: Decoder, steps: int = STEPS) -> tuple[TrainState, list[dict[str, float]]]:
-    state, step, seen = start_state(params, how.optimizer), jax.jit(how.step), []
+def train(step: TrainStep, params: Decoder, steps: int = STEPS) -> tuple[TrainState, list[dict[str, float]]]:
+    state, compiled, seen = start_state(params, step.optimizer), jax.jit(step), []
     for seed in range(steps):
-        state, metrics = step(state, batch(seed))
+        state, metrics = compiled(state, batch(seed))
         seen.append({name: float(value) for name, value in metrics.items()})
     return state, seen
 
@@ -100,7 +100,7 @@ def test_training_equals_torch():
         assert metrics["learning_rate"] == pytest.approx(rate, rel=1e-5)
         assert metrics["weight"] == pytest.approx(given["weights"].sum().item(), rel=1e-5)
     assert norm > 0.5, "nothing was clipped"
-    for name, array in to_transformers(state.params).items():
+    for name, array in to_transformers(state.trainable).items():
         final = twin.get_parameter(name).detach().numpy()
         np.testing.assert_allclose(array.reshape(final.shape), final, atol=2e-5, err_msg=name)
         assert np.abs(final - to_transformers(params)[name].reshape(final.shape)).max() > 5e-3, "hardly moved"
@@ -113,8 +113,8 @@ def test_microbatches_change_nothing_however_uneven_their_weights():
     # The same sums in another order.
     for one, other in zip(seen, seen_cut, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
-    for path, array in named(whole.params).items():
-        np.testing.assert_allclose(named(cut.params)[path], array, rtol=1e-5, atol=1e-6, err_msg=path)
+    for path, array in named(whole.trainable).items():
+        np.testing.assert_allclose(named(cut.trainable)[path], array, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
 def test_microbatches_share_the_rows_without_loss():
@@ -129,10 +129,10 @@ def test_microbatches_share_the_rows_without_loss():
 
 def test_gradients_are_those_of_the_mean_over_all_weights():
     params, given = tiny_params(CONFIG), batch(0)
-    _, weight, grads = trainer(accumulate=4).gradients(params, given)
+    (_, weight, _), grads = trainer(accumulate=4).gradients(params, None, given, jax.random.key(0))
 
     def mean(params: Decoder) -> jax.Array:
-        total, weight = trainer().loss(params, given)
+        total, weight, _ = trainer().objective(params, given, None)
         return total / weight
 
     expected = jax.grad(mean)(params)
@@ -146,8 +146,8 @@ def test_gradients_are_those_of_the_mean_over_all_weights():
 @pytest.mark.parametrize(("clip", "applied"), [(0.25, 0.25), (1e6, None), (math.inf, None)])
 def test_gradients_are_scaled_down_to_the_norm_and_never_up(clip: float, applied: float | None):
     params = tiny_params(CONFIG)
-    state, metrics = jax.jit(plain_descent(clip).step)(start_state(params, optax.sgd(1.0)), batch(0))
-    moved = jax.tree.map(lambda new, old: old - new, state.params, params)
+    state, metrics = jax.jit(plain_descent(clip))(start_state(params, optax.sgd(1.0)), batch(0))
+    moved = jax.tree.map(lambda new, old: old - new, state.trainable, params)
     norm = float(metrics["gradient_norm"])
     assert norm > 0.25
     # Parameters of about 1 lose digits of a difference of 1e-2.
@@ -157,37 +157,37 @@ def test_gradients_are_scaled_down_to_the_norm_and_never_up(clip: float, applied
 def test_a_batch_of_padding_alone_moves_nothing():
     params = tiny_params(CONFIG)
     given = batch(0) | {"weights": jnp.zeros((8, 12))}
-    state, metrics = jax.jit(plain_descent(1.0).step)(start_state(params, optax.sgd(1.0)), given)
+    state, metrics = jax.jit(plain_descent(1.0))(start_state(params, optax.sgd(1.0)), given)
     assert float(metrics["loss"]) == float(metrics["weight"]) == 0
-    assert all(map(np.array_equal, jax.tree.leaves(state.params), jax.tree.leaves(params)))
+    assert all(map(np.array_equal, jax.tree.leaves(state.trainable), jax.tree.leaves(params)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_moments_are_float32_and_parameters_keep_their_dtype(dtype: str):
     compute = Compute(dtype=dtype, param_dtype=dtype)
-    how = trainer(compute=compute)
+    step = trainer(compute=compute)
     params = jax.tree.map(lambda p: p.astype(dtype), tiny_params(CONFIG))
-    state = start_state(params, how.optimizer)
-    after, metrics = jax.jit(how.step)(state, batch(0))
+    state = start_state(params, step.optimizer)
+    after, metrics = jax.jit(step)(state, batch(0))
     for made in (state, after):
-        assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {jnp.dtype(dtype)}
+        assert {leaf.dtype for leaf in jax.tree.leaves(made.trainable)} == {jnp.dtype(dtype)}
         moments = [leaf for leaf in jax.tree.leaves(made.opt_state) if leaf.ndim]
         assert len(moments) == 2 * len(jax.tree.leaves(params))
         assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
     assert all(value.dtype == jnp.float32 for value in metrics.values())
     assert int(after.step) == 1
     # Before anything is allocated, the same is known of the state.
-    told = abstract_state(declare_decoder(CONFIG), how.optimizer, compute, one_device())
+    told = abstract_state(abstract(declare_decoder(CONFIG), dtype, one_device()), step.optimizer)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), told) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
 
 
 def test_updates_of_bfloat16_parameters_are_computed_in_float32():
-    how = trainer(OptimizerConfig(learning_rate=1e-2, eps=EPS), compute=Compute(param_dtype="bfloat16"))
+    step = trainer(OptimizerConfig(learning_rate=1e-2, eps=EPS), compute=Compute(param_dtype="bfloat16"))
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params(CONFIG))
     masters = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    rounded, _ = train(how, params, 1)
-    exact, _ = train(dataclasses.replace(how, compute=Compute()), masters, 1)
-    for path, leaf in named(rounded.params).items():
+    rounded, _ = train(step, params, 1)
+    exact, _ = train(dataclasses.replace(step, objective=NextTokenLoss(CONFIG, Compute())), masters, 1)
+    for path, leaf in named(rounded.trainable).items():
         # One rounding of the parameter, and that of its gradient, which moves it by less than 1e-2.
-        reference = named(exact.params)[path]
+        reference = named(exact.trainable)[path]
         np.testing.assert_allclose(leaf.astype(jnp.float32), reference, rtol=2**-8, atol=1e-4, err_msg=path)

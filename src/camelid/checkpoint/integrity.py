@@ -9,7 +9,7 @@ import numpy as np
 
 from camelid.checkpoint.tensors import INFINITY
 
-UNSIGNED = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 SIGNED = {2: np.dtype(np.int16), 4: np.dtype(np.int32)}
 """by bytes: the integers that have a number's bits"""
 
@@ -29,6 +29,7 @@ def checksum_arrays(tree: Any) -> tuple[dict[str, int], dict[str, int]]:
 
 @jax.jit
 def _survey(arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    arrays = [x.astype(np.uint8) if x.dtype == bool else x for x in arrays]
     bits = [jax.lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize]) for x in arrays]
     return (
         [jnp.sum(x, dtype=jnp.uint32) for x in bits],
@@ -43,7 +44,7 @@ def checksum(values: np.ndarray) -> int:
 
 def count_not_finite(values: np.ndarray) -> int:
     """How many of some numbers are infinite or NaN."""
-    if np.issubdtype(values.dtype, np.integer):
+    if values.dtype.kind in "biu":
         return 0
     size = values.dtype.itemsize
     infinity, sign = INFINITY.get(values.dtype, 0x7F800000), 1 << (8 * size - 1)

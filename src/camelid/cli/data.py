@@ -244,7 +244,7 @@ def _of_recipe(path: Path, rows: int) -> dict[str, Any]:
     from camelid.data import report
     from camelid.data.rows.loader import Loader
     from camelid.runs.recipe import completed, read_recipe
-    from camelid.runs.resume import kept_recipe
+    from camelid.runs.run_folder import kept_recipe
     from camelid.text.tokenizer import load_tokenizer
 
     recipe = read_recipe(path)

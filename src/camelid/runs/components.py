@@ -1,4 +1,4 @@
-"""What a run is made of: model, tokenizer and text, from the recipe or from the folder of a run that goes on."""
+"""What a run consists of: model, tokenizer and text, from the recipe, or from the folder of a run that is resumed."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -25,54 +25,56 @@ from camelid.model.params import map_specs
 from camelid.parallel.hosts import is_main, main_first
 from camelid.parallel.rules import check_divides
 from camelid.runs.recipe import Recipe
-from camelid.runs.resume import FILES, Data, kept_data
+from camelid.runs.run_folder import FILES, Data, kept_data
 from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
 from camelid.train.loggers import tokenizing
+from camelid.train.objective import NextTokenLoss
 from camelid.train.optimizer import learning_rate, make_optimizer
-from camelid.train.step import Trainer
+from camelid.train.step import TrainStep
 from camelid.train.trackers import check_installed
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a run is made of, read and checked before anything is written."""
+class Components:
+    """What a run consists of, read and checked before anything is written."""
 
+    recipe: Recipe
     source: Checkpoint | None
-    """where the parameters come from; None where they are fresh, or those of the run's own checkpoints"""
+    """the checkpoint `init`; None for new parameters, and for a run that resumes from its own checkpoints"""
     inherited: Sequence[Path]
-    """the files that go wherever the model of `init` goes"""
+    """the files of `init`, apart from its tokenizer, that are copied with a model"""
     config: ModelConfig
     tokenizer: Tokenizer
     loader: Loader
     validation: Loader | None
-    trainer: Trainer
+    step: TrainStep
     notes: tuple[str, ...] = ()
 
     @property
     def companions(self) -> dict[str, Path]:
-        """By name: the files that go wherever the model goes."""
+        """The files that are copied with the model, by name."""
         return {file.name: file for file in [*self.inherited, *self.tokenizer.files]}
 
     @property
     def files(self) -> dict[str, bytes]:
-        """By name: all of a checkpoint but its numbers."""
-        config = hf_json(config_to_hf(self.config, self.trainer.compute.param_dtype)).encode()
+        """The content of all files of a checkpoint but its weights, by name."""
+        config = hf_json(config_to_hf(self.config, self.recipe.compute.param_dtype)).encode()
         template = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template.encode()}
         inherited = {name: file.read_bytes() for name, file in self.companions.items()}
         return {**inherited, **template, "config.json": config}
 
     @property
     def chat_template(self) -> str | None:
-        """The template that the model learns to answer in, where it is not what its tokenizer comes with."""
+        """The chat template of the training data; None if there are several, or it is the tokenizer's default."""
         names = set().union(*(packing.store.templates for packing in self.loader.packings))
         name = names.pop() if len(names) == 1 else None
         return load_template(name, self.tokenizer).text if name in (*NAMED, *self.tokenizer.chat_templates) else None
 
     @property
     def data(self) -> Data:
-        """What the batches are made of, and the files of text that were there."""
+        """The stores that batches are read from, and the files of text that exist."""
         loaders = {"train": self.loader} | ({} if self.validation is None else {"validation": self.validation})
         stores = {
             split: [
@@ -86,74 +88,77 @@ class Parts:
             ]
             for split, loader in loaders.items()
         }
-        config = self.loader.config
-        return stores | {FILES: _text_files((*config.train, *config.validation))}
+        return stores | {FILES: _text_files(_sources(self.recipe))}
 
 
-def prepare(recipe: Recipe, mesh: Mesh, begun: bool = False) -> Parts:
-    """Opens and checks everything that a recipe names, and writes nothing but prepared text in the cache.
+def build_components(recipe: Recipe, mesh: Mesh, started: bool = False) -> Components:
+    """Opens and checks everything that a recipe names; writes nothing but prepared text in the cache.
 
-    A run that has `begun` needs nothing but its own folder, and the text or the stores that were prepared from it.
-    Raises UserError for what is missing, damaged or does not fit together.
+    A run that has `started` needs only its own folder, and its text or the stores that were prepared from it. Raises
+    UserError for what is missing, damaged or does not fit together.
     """
-    source, config, inherited = _model(recipe, begun)
-    if source is not None and recipe.init_optimizer and not begun:
+    source, config, inherited = _model(recipe, started)
+    if source is not None and recipe.init_optimizer and not started:
         _check_training(source, recipe)
-    tokenizer = _tokenizer(recipe, begun, source)
+    tokenizer = _tokenizer(recipe, started, source)
     check_divides(config.axis_sizes, mesh, recipe.compute.replicate)
-    hf.table_of(config)  # what could not be saved is not trained
+    hf.table_of(config)  # a model that could not be saved is not trained
     if recipe.data.sequence_length > config.max_length:
         raise UserError(
             f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.max_length}",
             "Use shorter rows.",
         )
-    if any(text.kind == "preference" for text in _texts(recipe)):
+    if any(source.kind == "preference" for source in _sources(recipe)):
         raise UserError(
-            "kind = 'preference' is not trained on: that needs a loss that compares the two answers",
-            "`camelid data prepare` and `inspect` take it; to imitate the good answers, give them as kind = 'chat'.",
+            "kind = 'preference' cannot be trained on yet: that needs a loss that compares the two answers",
+            "`camelid data prepare` and `inspect` accept it; to train on the chosen answers, use kind = 'chat'.",
         )
     for name in recipe.train.trackers:
         check_installed(name)
     progress = tokenizing() if is_main() else None
-    stores, gone = _kept_stores(recipe, tokenizer) if begun else ({}, None)
+    stores, gone = _kept_stores(recipe, tokenizer) if started else ({}, None)
     notes = () if source is None else source.notes
     if gone is not None:
-        notes = (*notes, f"{gone} is gone; the run goes on with the tokens that were prepared from it")
+        notes = (*notes, f"{gone} no longer exists; the tokens that were prepared from it are used")
 
     def loader(split: Split) -> Loader:
-        made = Loader(recipe.data, tokenizer, split, progress, stores.get(split))
-        made.check_ids(config.vocab_size)
-        return made
+        created = Loader(recipe.data, tokenizer, split, progress, stores.get(split))
+        created.check_ids(config.vocab_size)
+        return created
 
+    validates = bool(recipe.data.validation or recipe.data.validation_fraction)
     with main_first("data"):
-        train, validation = loader("train"), loader("validation") if _validates(recipe) else None
+        train, validation = loader("train"), loader("validation") if validates else None
     notes = (*notes, *tokenizer.notes, *vocabulary_notes(tokenizer, config.vocab_size), *train.notes)
-    return Parts(source, inherited, config, tokenizer, train, validation, _trainer(recipe, config), notes)
+    return Components(
+        recipe, source, inherited, config, tokenizer, train, validation, _train_step(recipe, config), notes
+    )
 
 
-def _model(recipe: Recipe, begun: bool) -> tuple[Checkpoint | None, ModelConfig, Sequence[Path]]:
-    """The checkpoint that training begins from, the model, and the files that go with it."""
+def _model(recipe: Recipe, started: bool) -> tuple[Checkpoint | None, ModelConfig, Sequence[Path]]:
+    """The checkpoint that training starts from, the model, and the files that are copied with it."""
     if recipe.init is None:
         assert recipe.model is not None, "a Recipe has init or model"
         return None, recipe.model, ()
     folder = Path(recipe.run)
-    if begun and (folder / "config.json").is_file():  # not of a run that an older camelid began
+    if started and (folder / "config.json").is_file():  # runs that an older camelid started have none
         return None, read_model_config(folder), companions_in(folder)
     source = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore)
     return source, source.config, source.other_companions
 
 
-def _tokenizer(recipe: Recipe, begun: bool, source: Checkpoint | None) -> Tokenizer:
-    """The tokenizer that the recipe names, or that of `init`; of a run that has begun, the copy in its folder."""
-    if recipe.tokenizer is not None and (not begun or Path(recipe.tokenizer).exists()):
+def _tokenizer(recipe: Recipe, started: bool, source: Checkpoint | None) -> Tokenizer:
+    """The tokenizer that the recipe names, or that of `init`; for a run that has started, the copy in its folder."""
+    if recipe.tokenizer is not None and (not started or Path(recipe.tokenizer).exists()):
         return load_tokenizer(recipe.tokenizer)
     if source is not None:
         return load_tokenizer(source.tokenizer_folder)
     folder = Path(recipe.run)
-    copy = folder / Path(recipe.tokenizer or "").name  # where the recipe names a file
+    copy = folder / Path(recipe.tokenizer or "").name  # if the recipe names a file
     tokenizer = load_tokenizer(copy if copy.is_file() else folder)
-    # A template that the tokenizer has under a name is the default of the folder, where the model learns no other.
-    names = {text.template for text in recipe.data.train} - {None, *NAMED, *tokenizer.chat_templates}
+    # In the folder of the run, the one template that the data use is the default, also if the tokenizer of the recipe
+    # has it under a name.
+    names = {source.template for source in recipe.data.train} - {None, *NAMED, *tokenizer.chat_templates}
     if len(names) == 1 and "default" in tokenizer.chat_templates:
         templates = tokenizer.chat_templates | {names.pop(): tokenizer.chat_templates["default"]}
         tokenizer = replace(tokenizer, chat_templates=templates)
@@ -161,15 +166,14 @@ def _tokenizer(recipe: Recipe, begun: bool, source: Checkpoint | None) -> Tokeni
 
 
 def _kept_stores(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Mapping[str, Sequence[Store]], str | None]:
-    """The stores that a run was trained on so far, and a file of its text that is gone.
+    """The stores that the run has been trained on, by split, and the path of a file of text that no longer exists.
 
-    They are taken where the text is as it was, as far as it is still there, so that nothing is tokenized again. Returns
-    no stores where a file changed or came, or the stores are gone too: then the text decides.
+    Returns no stores if a file changed or was added, or if the stores no longer exist: then the text is read again.
     """
     kept = kept_data(Path(recipe.run)) or {}
     if FILES not in kept:
-        return {}, None  # an older camelid began the run
-    before, now = ({file["path"]: file for file in files} for files in (kept[FILES], _text_files(_texts(recipe))))
+        return {}, None  # an older camelid started the run
+    before, now = ({file["path"]: file for file in files} for files in (kept[FILES], _text_files(_sources(recipe))))
     if any(before.get(path) != file for path, file in now.items()):
         return {}, None
     splits = [split for split in kept if split != FILES]
@@ -185,15 +189,15 @@ def _kept_stores(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Mapping[str, Seq
     return found, next((path for path in before if path not in now), None)
 
 
-def _texts(recipe: Recipe) -> tuple[Source, ...]:
+def _sources(recipe: Recipe) -> tuple[Source, ...]:
     return (*recipe.data.train, *recipe.data.validation)
 
 
 def _text_files(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """The files of text that are there, stores left out: path, size, and time of the last change."""
+    """Path, size and modification time of each file of text that exists; stores are left out."""
     found = []
     for one in (replace(source, files=(name,)) for source in sources for name in source.files):
-        with contextlib.suppress(UserError):  # what is not there
+        with contextlib.suppress(UserError):  # it does not exist
             for path in source_files(one):
                 if path.is_file() and not is_store(path.parent):
                     stat = path.stat()
@@ -201,32 +205,28 @@ def _text_files(sources: Sequence[Source]) -> list[dict[str, Any]]:
     return found
 
 
-def _validates(recipe: Recipe) -> bool:
-    return bool(recipe.data.validation or recipe.data.validation_fraction)
-
-
 def _check_training(source: Checkpoint, recipe: Recipe) -> None:
-    """Raises UserError where there is nothing to go on from, or no step to make."""
+    """Raises UserError if `init` has no optimizer state to continue from, or no step is left."""
     if source.training is None:
         raise UserError(
-            f"init = {recipe.init!r} holds no step and no moments of AdamW",
-            "Train states of EasyLM and runs' checkpoints do; without init_optimizer, training begins at step 0.",
+            f"init = {recipe.init!r} has no step and no moments of AdamW",
+            "Train states of EasyLM and checkpoints of runs have them; without init_optimizer, training starts at "
+            "step 0.",
         )
-    if (made := source.training.step) >= recipe.train.steps:
+    if (step := source.training.step) >= recipe.train.steps:
         raise UserError(
-            f"init has made {made} steps already, the recipe asks for {recipe.train.steps}",
-            "train.steps counts them too: ask for more.",
+            f"init has already made {step} steps, and the recipe sets train.steps = {recipe.train.steps}",
+            f"train.steps includes the steps of init: set it to more than {step}.",
         )
 
 
-def _trainer(recipe: Recipe, config: ModelConfig) -> Trainer:
-    specs = declare_decoder(config)
-    steps = recipe.train.steps
-    return Trainer(
-        config,
-        recipe.compute,
-        make_optimizer(recipe.optimizer, steps, map_specs(lambda spec: spec.is_matrix, specs)),
-        learning_rate(recipe.optimizer, steps),
-        recipe.optimizer.clip_norm,
-        recipe.train.accumulate,
+def _train_step(recipe: Recipe, config: ModelConfig) -> TrainStep:
+    decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(config))
+    return TrainStep(
+        objective=NextTokenLoss(config, recipe.compute),
+        optimizer=make_optimizer(recipe.optimizer, recipe.train.steps, decay),
+        schedule=learning_rate(recipe.optimizer, recipe.train.steps),
+        clip_norm=recipe.optimizer.clip_norm,
+        accumulate=recipe.train.accumulate,
+        seed=recipe.train.seed,
     )

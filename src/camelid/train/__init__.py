@@ -1,1 +1,1 @@
-"""From a recipe to trained parameters: loss, optimizer, step, loop."""
+"""Training: objectives, the optimizer, the state and the step that updates it, and where metrics are written."""

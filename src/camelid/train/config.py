@@ -1,4 +1,4 @@
-"""How long a run trains and what it leaves behind; declared without JAX, so that the command line starts fast."""
+"""How long a run trains, what is dropped, and what the run saves; declared without JAX, so that the CLI starts fast."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,24 +9,33 @@ from camelid.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int
-    """updates in all, those of earlier starts of the run and of init_optimizer included"""
+    """total number of updates, including those of earlier starts of the run and of init_optimizer"""
     accumulate: int = 1
-    """microbatches a step: each holds batch_size / accumulate rows"""
+    """microbatches per step (gradient accumulation); each has batch_size / accumulate rows"""
+    embedding_dropout: float = 0.0
+    """probability of dropping an element of the token embeddings; validation never drops"""
+    attention_dropout: float = 0.0
+    """probability of dropping an attention weight"""
+    residual_dropout: float = 0.0
+    """probability of dropping an element of what attention or the MLP adds to the residual stream"""
     log_every: int = 1
-    """steps between lines of metrics.jsonl"""
+    """number of steps between lines of metrics.jsonl"""
     checkpoint_every: int = 1000
-    """steps between checkpoints; one more is made at the end, and at SIGTERM"""
+    """number of steps between checkpoints; another is saved at the end, and on SIGTERM"""
     keep_checkpoints: int = 2
-    """the newest so many stay"""
+    """number of checkpoints to keep; older ones are removed"""
     evaluate_every: int | None = None
-    """steps between validation losses; the last step is always validated where there is validation text"""
+    """number of steps between validation losses; with validation text, the last step is always validated"""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """services that get the metrics too; each is an extra of the same name"""
+    """services that also receive the metrics; each is an optional dependency of the same name"""
     seed: int = 0
-    """of fresh parameters"""
+    """seed of newly initialized parameters and of dropout"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"train.{name} = {value}", "It counts things: choose 1 or more.")
+                raise UserError(f"train.{name} = {value}", "It is a number of items or steps: choose 1 or more.")
+        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise UserError(f"train.{name} = {value}", "It is a probability: choose 0 or more, and less than 1.")

@@ -149,7 +149,7 @@ class Speed:
             yield batch
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """What is done meanwhile is no step: a validation, a checkpoint."""
         began = time.perf_counter()
         yield

@@ -12,24 +12,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101); its moments are float32 whatever the parameters are."""
+    """AdamW (arXiv:1711.05101); its moments are float32 whatever the dtype of the parameters."""
 
     learning_rate: float = 3e-4
-    """at the end of warmup"""
+    """peak learning rate, reached at the end of the warmup"""
     final_fraction: float = 0.1
-    """the learning rate at the end of the decay and after it, as a fraction of learning_rate"""
+    """learning rate at the end of the cosine decay and after it, as a fraction of learning_rate"""
     decay_steps: int | None = None
-    """the step at which the decay ends, warmup included; left out: train.steps, and that of its beginning when a run
-    goes on with more steps"""
+    """step at which the decay ends, counting the warmup; default: train.steps of the first start of the run, also when
+    it is resumed with more steps"""
     warmup_steps: int = 0
-    """steps over which the learning rate rises in a line"""
+    """number of steps over which the learning rate rises linearly"""
     beta1: float = 0.9
+    """decay rate of the moving average of the gradients"""
     beta2: float = 0.95
+    """decay rate of the moving average of the squared gradients"""
     eps: float = 1e-8
+    """added to the square root of the second moment"""
     weight_decay: float = 0.1
-    """of matrices; norms never decay"""
+    """decoupled weight decay of matrices; norms and biases are not decayed"""
     clip_norm: float = 1.0
-    """gradients are scaled down to this global norm; inf leaves them"""
+    """maximum global norm of the gradients, which are scaled down to it; inf disables clipping"""
 
     def __post_init__(self) -> None:
         for name, fits, advice in (
@@ -48,29 +51,32 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> "optax.Schedule":
-    """From the number of finished updates to the learning rate of the next one; the first is already above zero.
+    """The schedule: it maps the number of updates so far to the learning rate of the next, the first of which is not 0.
 
     `steps` is train.steps. After the decay the learning rate stays at its final value.
     """
     import jax.numpy as jnp
     import optax
 
-    rises = optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=max(config.decay_steps or steps, config.warmup_steps + 1),
         end_value=config.learning_rate * config.final_fraction,
     )
-    return lambda count: rises(jnp.asarray(count + 1, jnp.float32))
+    return lambda count: schedule(jnp.asarray(count + 1, jnp.float32))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, decay: Any) -> "optax.GradientTransformation":
-    """`decay` is a tree of booleans shaped as the parameters: which of them weight decay touches."""
-    import jax
+    """AdamW with its schedule. `decay` is a tree of booleans with the structure of the parameters, or a prefix of it:
+    which of them have weight decay.
+
+    `update` must be called under standard dtype promotion, as TrainStep does.
+    """
     import optax
 
-    adamw = optax.adamw(
+    return optax.adamw(
         learning_rate(config, steps),
         b1=config.beta1,
         b2=config.beta2,
@@ -78,10 +84,3 @@ def make_optimizer(config: OptimizerConfig, steps: int, decay: Any) -> "optax.Gr
         weight_decay=config.weight_decay,
         mask=decay,
     )
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        # optax raises floats to the power of an integer count.
-        with jax.numpy_dtype_promotion("standard"):
-            return adamw.update(updates, state, params)
-
-    return optax.GradientTransformation(adamw.init, update)

@@ -1,41 +1,96 @@
-"""What training changes: the step, the parameters and the optimizer's moments."""
+"""The state of training: what a step updates, and what a checkpoint of a run holds."""
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from camelid.model.config import Compute
-from camelid.model.decoder import Decoder
-from camelid.model.params import abstract
+from camelid.train.trainable import path_name
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    step: Any  # an array, or what stands for one in a tree of shapes or shardings
-    """updates made so far"""
-    params: Decoder
+    """Everything that a training step updates. Frozen parameters are passed beside it.
+
+    It is a pytree. The path of a leaf is the name of its array in the checkpoints of a run, so these names, which
+    `SAVED_NAMES` holds, are a file format.
+    """
+
+    step: Any
+    """number of updates so far, int32; in a tree of shapes or shardings, what stands for it"""
+    trainable: Any
+    """the parameters that are trained; None in place of those that are frozen"""
     opt_state: Any
+    """the state of the optax optimizer for `trainable`"""
+    ema: Any = None
+    """a moving average of `trainable`, with the same structure; None if none is kept"""
+    counters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """further scalars that later steps depend on, by name, such as the number of skipped updates or the loss scale"""
 
 
-def start_state(params: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; moments are float32."""
-    masters = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(masters))
+SAVED_NAMES = {"trainable": "params"}
+"""fields of TrainState whose arrays have another name in checkpoints: `trainable.embed` is saved as `params.embed`"""
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(TrainState))
+_KEYS = tuple(jax.tree_util.GetAttrKey(SAVED_NAMES.get(name, name)) for name in _FIELDS)
+
+jax.tree_util.register_pytree_with_keys(
+    TrainState,
+    flatten_with_keys=lambda state: ([(key, getattr(state, f)) for key, f in zip(_KEYS, _FIELDS, strict=True)], None),
+    flatten_func=lambda state: ([getattr(state, name) for name in _FIELDS], None),
+    unflatten_func=lambda _, children: TrainState(*children),
+)
 
 
-def abstract_state(specs: Decoder, optimizer: optax.GradientTransformation, compute: Compute, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the whole state, nothing allocated; moments live where their parameters do."""
-    params = abstract(specs, compute.param_dtype, mesh, compute.replicate)
-    state = jax.eval_shape(lambda p: start_state(p, optimizer), params)
-    whole = NamedSharding(mesh, PartitionSpec())
+def start_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; the optimizer's state is float32 whatever the dtype of the parameters."""
+    masters = jax.tree.map(lambda p: p.astype(jnp.float32), trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(masters))
 
-    def place(x: jax.ShapeDtypeStruct, like: jax.ShapeDtypeStruct | None = None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole if like is None else like.sharding)
 
-    opt_state = optax.tree.map_params(optimizer, place, state.opt_state, params, transform_non_params=place)
-    return dataclasses.replace(state, step=place(state.step), params=params, opt_state=opt_state)
+def abstract_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and shardings of `start_state`; nothing is allocated.
+
+    `trainable` holds a `jax.ShapeDtypeStruct` with a NamedSharding for each array. The optimizer's state is sharded as
+    `sharded_like` describes.
+    """
+    state = jax.eval_shape(lambda p: start_state(p, optimizer), trainable)
+    state = dataclasses.replace(state, trainable=None)
+    return dataclasses.replace(sharded_like(state, trainable), trainable=trainable)
+
+
+def sharded_like(tree: Any, params: Any) -> Any:
+    """`tree`, of shapes and dtypes, with a sharding for each leaf, found by its path and shape.
+
+    A leaf whose path ends with the path of a parameter is sharded like it if it has its shape, as the moments of AdamW
+    or Muon. If it has the parameter's shape without some of its axes, as the factored statistics of Adafactor, it is
+    sharded like the axes that are left, unless their sizes leave open which these are. All other leaves, such as
+    counts and placeholders, are replicated. Nothing is assumed about the optimizer: `optax.tree.map_params`
+    raises an error for the state of Muon, and takes Adafactor's placeholders for parameters.
+    """
+    by_path = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    mesh = next(iter(by_path.values())).sharding.mesh
+
+    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        words = path_name(path).split(".")
+        suffixes = (".".join(words[start:]) for start in range(len(words)))
+        param = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
+        spec = PartitionSpec() if param is None else _spec_of_axes(leaf.shape, param)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map_with_path(place, tree)
+
+
+def _spec_of_axes(shape: tuple[int, ...], param: jax.ShapeDtypeStruct) -> PartitionSpec:
+    """How an array of this shape is sharded if its axes are some of a parameter's; replicated if that is unclear."""
+    entries = (*param.sharding.spec, *[None] * len(param.shape))[: len(param.shape)]
+    choices = itertools.combinations(range(len(param.shape)), len(shape))
+    specs = {
+        tuple(entries[axis] for axis in axes) for axes in choices if tuple(param.shape[axis] for axis in axes) == shape
+    }
+    return PartitionSpec(*specs.pop()) if len(specs) == 1 else PartitionSpec()

@@ -1,5 +1,6 @@
-"""One training step: microbatches, clipping, update, metrics."""
+"""One training step: gradients of the microbatches, clipping, update, metrics."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,68 +9,86 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from camelid.model.config import Compute, ModelConfig
-from camelid.model.decoder import Decoder
+from camelid.parallel.rules import shard
+from camelid.train.objective import Arrays, Objective
 from camelid.train.state import TrainState
-
-Arrays = dict[str, jax.Array]  # a batch on the devices: the fields of data.batch.Batch, each (rows, sequence)
+from camelid.train.trainable import combine, mask_layers
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """What every step of a run shares; a static argument of the compiled step."""
+class TrainStep:
+    """What all steps of a run have in common. It is called inside `jax.jit`, as `step(state, batch, frozen)`."""
 
-    config: ModelConfig
-    compute: Compute
+    objective: Objective
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    """gives the learning rate that is reported; the optimizer has its own"""
     clip_norm: float
+    """gradients are scaled down to this global norm"""
     accumulate: int = 1
+    """number of microbatches per step"""
+    seed: int = 0
+    """of everything random in a step; the key of step s is fold_in(key(seed), s)"""
+    trained_layers: tuple[bool, ...] | None = None
+    """for each layer, whether it is trained; None if all are"""
 
-    def step(self, state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
-        """The state after one update, and the step's metrics: loss, weight, gradient_norm, learning_rate."""
-        total, weight, grads = self.gradients(state.params, batch)
+    def __call__(self, state: TrainState, batch: Arrays, frozen: Any = None) -> tuple[TrainState, Arrays]:
+        """The state after one update, and the metrics of the step.
+
+        The metrics are loss, weight, gradient_norm, learning_rate and those of the objective, all float32 scalars.
+        `frozen` holds the parameters that are not trained, as `partition` returns them: they get no gradients.
+        """
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        (total, weight, extra), grads = self.gradients(state.trainable, frozen, batch, key)
         norm = optax.tree.norm(grads)
         shrink = jnp.minimum(1.0, self.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * shrink, grads)
-        params = _float32(state.params)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, params)
-        new = optax.apply_updates(params, updates)
-        new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, state.params)
+        params = _float32(state.trainable)
+        # optax raises floats to the power of an integer count.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, params)
+        new = optax.apply_updates(params, self._masked(updates))
+        new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, state.trainable)
         metrics = {
+            **{name: _mean(*pair) for name, pair in extra.items()},
             "loss": _mean(total, weight),
             "weight": weight,
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, new, opt_state), metrics
+        return dataclasses.replace(state, step=state.step + 1, trainable=new, opt_state=opt_state), metrics
 
-    def gradients(self, params: Decoder, batch: Arrays) -> tuple[jax.Array, jax.Array, Any]:
-        """The summed loss, the summed weight, and float32 gradients of their quotient."""
+    def gradients(self, trainable: Any, frozen: Any, batch: Arrays, key: jax.Array) -> tuple[tuple, Any]:
+        """What the objective returns for the entire batch, and the float32 gradients of the mean loss."""
 
-        def one_microbatch(carry, rows: Arrays):
-            (total, weight), grads = jax.value_and_grad(self.loss, has_aux=True)(params, rows)
-            return jax.tree.map(jnp.add, carry, (total, weight, _float32(grads))), None
+        def loss(trainable: Any, rows: Arrays) -> tuple[jax.Array, tuple]:
+            total, weight, metrics = self.objective(combine(trainable, frozen), rows, key)
+            return total, (total, weight, dict(metrics))
 
+        def one_microbatch(sums: tuple, rows: Arrays) -> tuple[tuple, None]:
+            grads, found = jax.grad(loss, has_aux=True)(trainable, rows)
+            return jax.tree.map(jnp.add, sums, (found, _float32(grads))), None
+
+        batch = batch | {"rows": shard(jnp.arange(len(batch["tokens"])), "batch")}
         if self.accumulate == 1:
-            (total, weight), grads = jax.value_and_grad(self.loss, has_aux=True)(params, batch)
+            grads, sums = jax.grad(loss, has_aux=True)(trainable, batch)
             grads = _float32(grads)
         else:
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            start = (jnp.zeros(()), jnp.zeros(()), zeros)
-            (total, weight, grads), _ = lax.scan(one_microbatch, start, self.microbatches(batch))
-        # Divided once, by the weight of the whole batch: no cutting of it can change the result.
-        return total, weight, jax.tree.map(lambda g: _mean(g, weight), grads)
+            microbatches = self.microbatches(batch)
+            _, found = jax.eval_shape(loss, trainable, jax.tree.map(lambda x: x[0], microbatches))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (found, trainable))
+            (sums, grads), _ = lax.scan(one_microbatch, zeros, microbatches)
+        # Divided once, by the weight of the entire batch: no division into microbatches can change the result.
+        return sums, self._masked(jax.tree.map(lambda g: _mean(g, sums[1]), grads))
 
     def microbatches(self, batch: Arrays) -> Arrays:
-        """Each array as (accumulate, rows, sequence); a device keeps its own rows."""
+        """Each array as (accumulate, rows, ...); a row stays on its device."""
         n = self.accumulate
-        return {name: x.reshape(-1, n, x.shape[-1]).swapaxes(0, 1) for name, x in batch.items()}
+        return {name: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
-    def loss(self, params: Decoder, batch: Arrays) -> tuple[jax.Array, jax.Array]:
-        """Summed loss and summed weight of some rows."""
-        x, _ = params.hidden(batch["tokens"], batch["positions"], batch["segments"], self.config, self.compute)
-        return params.loss(x, batch["targets"], batch["weights"], self.config)
+    def _masked(self, tree: Any) -> Any:
+        """Gradients or updates without those of frozen layers, which weight decay must not move either."""
+        return tree if self.trained_layers is None else mask_layers(tree, self.trained_layers)
 
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:

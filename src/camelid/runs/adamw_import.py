@@ -1,0 +1,40 @@
+"""Training state from the step and AdamW's moments of a checkpoint: a train state of EasyLM, or the folder of a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from camelid.api import load_params
+from camelid.checkpoint.checkpoint import Checkpoint
+from camelid.checkpoint.state import saved_state
+from camelid.checkpoint.tensors import Tensor
+from camelid.model.config import Compute
+from camelid.model.params import named
+from camelid.train.state import TrainState
+
+
+def import_adamw(source: Checkpoint, target: TrainState, compute: Compute, mesh: Mesh) -> TrainState:
+    """The state with the parameters, the step and the moments of `source`, whose `training` must not be None.
+
+    `target` holds shapes, dtypes and shardings. Its optimizer is optax.adamw, possibly with transformations whose state
+    consists of counts, which are set to the step. The part of each device is read for that device.
+    """
+    assert source.training is not None
+    step, mu, nu = source.training.step, source.training.mu, source.training.nu
+
+    def moments(tensors: Mapping[str, Tensor], like: Any) -> Any:
+        arrays = saved_state.load(source.table, tensors, named(like))
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in named(like)])
+
+    def imported(part: Any) -> Any:
+        if isinstance(part, optax.ScaleByAdamState):
+            return optax.ScaleByAdamState(imported(part.count), moments(mu, part.mu), moments(nu, part.nu))
+        assert part.shape == (), "apart from its moments, the state of AdamW holds counts of the same steps"
+        return jax.device_put(np.asarray(step, part.dtype), part.sharding)
+
+    opt_state = jax.tree.map(imported, target.opt_state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState))
+    return TrainState(imported(target.step), load_params(source, compute, mesh), opt_state)

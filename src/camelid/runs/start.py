@@ -1,0 +1,145 @@
+"""The state that training starts from: a checkpoint of the run, the checkpoint `init`, or new parameters."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from camelid.api import load_params
+from camelid.checkpoint.checkpoint import Checkpoint
+from camelid.checkpoint.integrity import checksum_arrays, describe_counts
+from camelid.checkpoint.state import saved_state
+from camelid.checkpoint.state.orbax_state import RunCheckpoints
+from camelid.errors import UserError
+from camelid.model.config import Compute, ModelConfig
+from camelid.model.decoder import declare_decoder
+from camelid.model.params import abstract, initialize
+from camelid.parallel.hosts import decided, is_main, wait_for_all
+from camelid.runs.adamw_import import import_adamw
+from camelid.runs.components import Components
+from camelid.runs.recipe import Recipe
+from camelid.runs.run_folder import STEPS, new_aside
+from camelid.train.state import TrainState, abstract_state, start_state
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts."""
+
+    state: TrainState
+    resumed: int | None
+    """the step of the run's own checkpoint that is resumed; None for a new run"""
+    previous: Recipe | None
+    """the recipe of the run so far; None for a new run"""
+    aside: Path | None
+    """the folder to which checkpoints of later steps were moved"""
+
+
+def find_start(
+    recipe: Recipe,
+    previous: Recipe | None,
+    from_step: int | None,
+    components: Components,
+    checkpoints: RunCheckpoints,
+    mesh: Mesh,
+) -> Start:
+    """Reads or creates the state that training starts from; every process calls this.
+
+    `previous` is the recipe of a run that has checkpoints. With `from_step`, its checkpoints of later steps are moved
+    aside. Raises UserError if the step is missing or damaged, or if parameters are infinite or NaN.
+    """
+    folder = Path(recipe.run).resolve()
+    resumed = decided(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))
+    optimizer = components.step.optimizer
+    target = abstract_start(components.config, optimizer, recipe.compute, mesh)
+    if resumed is not None:
+        state = checkpoints.restore(resumed, target)
+    elif components.source is not None:
+        state = _from_init(recipe, components.source, optimizer, target, mesh)
+    else:
+        state = _from_scratch(recipe, components.config, optimizer, target)
+    aside = None if from_step is None else _move_later_aside(folder, from_step)
+    return Start(state, resumed, previous, aside)
+
+
+def abstract_start(
+    config: ModelConfig, optimizer: optax.GradientTransformation, compute: Compute, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state of a run that trains all parameters of a model."""
+    return abstract_state(abstract(declare_decoder(config), compute.param_dtype, mesh, compute.replicate), optimizer)
+
+
+def _from_init(
+    recipe: Recipe, source: Checkpoint, optimizer: optax.GradientTransformation, target: TrainState, mesh: Mesh
+) -> TrainState:
+    if recipe.init_optimizer:
+        state = import_adamw(source, target, recipe.compute, mesh)
+    else:
+        create = jax.jit(lambda params: start_state(params, optimizer), out_shardings=shardings(target))
+        state = create(load_params(source, recipe.compute, mesh))
+    if not_finite := checksum_arrays(state)[1]:
+        raise UserError(
+            f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(not_finite)}",
+            "Every loss would be NaN: use another checkpoint.",
+        )
+    return state
+
+
+def _from_scratch(
+    recipe: Recipe, config: ModelConfig, optimizer: optax.GradientTransformation, target: TrainState
+) -> TrainState:
+    """New parameters; each array is created on the devices that hold it."""
+
+    def create(key: jax.Array) -> TrainState:
+        params = initialize(declare_decoder(config), config, key, jnp.dtype(recipe.compute.param_dtype))
+        return start_state(params, optimizer)
+
+    return jax.jit(create, out_shardings=shardings(target))(jax.random.key(recipe.train.seed))
+
+
+def shardings(tree: Any) -> Any:
+    """The sharding of each leaf of a tree."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _step_to_resume(folder: Path, recipe: Recipe, started: bool, from_step: int | None) -> int | None:
+    """The step of the checkpoint to resume from; None for a new run.
+
+    Raises UserError if there are checkpoints now and there were none before, or the reverse; `started` is what was
+    found before.
+    """
+    steps = saved_state.steps_in(folder / STEPS)
+    if bool(steps) != started:
+        changed = "were removed" if started else "were created"
+        raise UserError(
+            f"the checkpoints in {folder / STEPS} {changed} while this process started",
+            "Run the same command again when nothing else changes them.",
+        )
+    if from_step is not None and from_step not in steps:
+        have = f"It has checkpoints of steps {', '.join(map(str, steps))}." if steps else "It has no checkpoints yet."
+        raise UserError(f"{folder} has no checkpoint of step {from_step}", have)
+    if not steps:
+        return None
+    step = steps[-1] if from_step is None else from_step
+    if step > recipe.train.steps:
+        raise UserError(
+            f"the run has already made {step} steps, and the recipe sets train.steps = {recipe.train.steps}",
+            f"Set train.steps to {step} or more.",
+        )
+    return step
+
+
+def _move_later_aside(folder: Path, step: int) -> Path | None:
+    """Moves the checkpoints of later steps to a new folder, and returns it; every process calls this."""
+    steps = folder / STEPS
+    later = [other for other in saved_state.steps_in(steps) if other > step] if is_main() else []
+    aside = new_aside(folder) if later else None
+    for other in reversed(later):
+        assert aside is not None
+        (steps / str(other)).rename(aside / str(other))
+    wait_for_all("later checkpoints are moved aside")
+    return aside

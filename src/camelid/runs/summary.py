@@ -1,0 +1,61 @@
+"""What is printed when a run starts: model, devices and text, and how a resumed run differs from what it was."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from camelid.model.flops import count_parameters
+from camelid.runs.components import Components
+from camelid.runs.recipe import Recipe
+from camelid.runs.start import Start
+from camelid.train.optimizer import learning_rate
+
+
+def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Start) -> Iterator[str]:
+    """The lines, in order."""
+    for note in components.notes:
+        yield f"note: {note}"
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
+    yield (
+        f"{count_parameters(components.config):,} parameters on {sizes} ({jax.devices()[0].device_kind}); "
+        f"{components.loader.num_tokens:,} tokens of text, {tokens_per_step:,} per step"
+    )
+    step = int(start.state.step)
+    if start.resumed is not None:
+        yield f"resuming after step {step}"
+    elif step:
+        rate = np.asarray(components.step.schedule(step))
+        yield f"continuing after step {step} of init, with a learning rate of {rate:.3g}"
+    elif components.source is not None and (training := components.source.training) is not None:
+        yield (
+            f"note: the step ({training.step}) and the AdamW moments of init are not used; "
+            "init_optimizer = true continues from them"
+        )
+    if start.aside is not None:
+        yield f"note: checkpoints of later steps and a copy of metrics.jsonl were moved to {start.aside}"
+    if start.previous is not None and (change := schedule_change(recipe, start.previous, step)) is not None:
+        yield f"note: {change}"
+
+
+def schedule_change(recipe: Recipe, previous: Recipe, step: int) -> str | None:
+    """How the learning rate of a run that is resumed after `step` changes with its length or schedule, if it does."""
+    before, now = (each.optimizer.decay_steps or each.train.steps for each in (previous, recipe))
+    was, rate = (
+        np.asarray(learning_rate(replace(recipe.optimizer, decay_steps=steps), steps)(step)) for steps in (before, now)
+    )
+    if now != before:
+        return (
+            f"optimizer.decay_steps changes from {before} to {now}: the learning rate of step {step + 1} is "
+            f"{rate:.3g} instead of {was:.3g}"
+        )
+    if recipe.train.steps in (previous.train.steps, now):
+        return None
+    final = recipe.optimizer.learning_rate * recipe.optimizer.final_fraction
+    return (
+        f"train.steps changes from {previous.train.steps} to {recipe.train.steps}; the learning rate still decays to "
+        f"{final:.3g} at step {now} and stays there (optimizer.decay_steps = {recipe.train.steps} stretches the decay)"
+    )

@@ -1,0 +1,88 @@
+"""The metrics of a run's steps: read from the devices one step late, checked, and written."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from camelid.errors import UserError
+from camelid.parallel.hosts import is_main, to_host
+from camelid.train.config import TrainConfig
+from camelid.train.loggers import Speed, Terminal
+
+
+class Sink(Protocol):
+    """What receives rows of metrics: metrics.jsonl or a tracker."""
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class MetricsLog(contextlib.AbstractContextManager):
+    """Writes metrics to the sinks and shows them on the terminal; as a context manager, it closes the sinks.
+
+    Reading the metrics of a step waits until the devices have computed it. `add` therefore only takes them, and `flush`
+    reads them when the next step is running. Every process calls all methods in the same order.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        terminal: Terminal,
+        speed: Speed,
+        sinks: Sequence[Sink],
+        tokens_per_step: int,
+        advice: Callable[[], str],
+    ):
+        """`advice` says what to do after a loss or a gradient that is infinite or NaN."""
+        self._config, self._terminal, self._speed, self._sinks = config, terminal, speed, sinks
+        self._tokens_per_step, self._advice = tokens_per_step, advice
+        self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.ExitStack() as closing:
+            for sink in self._sinks:
+                closing.callback(sink.close)
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of a step, without waiting for them."""
+        self._pending.append((step, metrics))
+
+    def flush(self) -> None:
+        """Writes all metrics that were added; raises UserError if a loss or gradient norm is infinite or NaN."""
+        pending, self._pending = self._pending, []
+        for step, metrics in pending:
+            self._write_step(step, {name: value.item() for name, value in to_host(metrics).items()})
+
+    def validation(self, step: int, loss: float) -> None:
+        """Writes the validation loss after a step; raises UserError if it is infinite or NaN."""
+        self._write({"step": step, "validation_loss": loss})
+        if not math.isfinite(loss):
+            raise UserError(f"after step {step} the validation loss is {loss}", self._advice())
+        if is_main():
+            with np.errstate(over="ignore"):
+                self._terminal.say(f"step {step}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}")
+
+    def paused(self) -> AbstractContextManager[None]:
+        """While the block runs, no time is counted as that of steps: for validation and checkpoints."""
+        return self._speed.paused()
+
+    def _write_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        loss, norm = metrics["loss"], metrics["gradient_norm"]
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite and step % self._config.log_every and step != self._config.steps:
+            return
+        row = {"step": step, **metrics, **self._speed.read(step, self._tokens_per_step)}
+        self._write(row)
+        if is_main():
+            self._terminal.show(step, row)
+        if not finite:
+            raise UserError(f"step {step} has loss {loss} and gradient norm {norm}", self._advice())
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(row)
