@@ -69,15 +69,15 @@ FAULTS = (
     ),
     Fault(
         "a student is read from a file that has its teacher too",
-        "checkpoint/formats/hf_wrapped.py",
+        "checkpoint/formats/hf_prefixes.py",
         "if len(prefixes) > 1:",
         "if False:",
         f"{FILES}test_what_a_file_holds_instead_of_what_it_lacks_is_named",
     ),
     Fault(
         "wrappers of single layers stay in their names",
-        "checkpoint/formats/hf_wrapped.py",
-        'plain = {name: MODULES.sub("", name) for name in tensors}',
+        "checkpoint/formats/hf_prefixes.py",
+        'plain = {name: WRAPPERS.sub("", name) for name in tensors}',
         "plain = {name: name for name in tensors}",
         f"{FILES}test_names_that_a_wrapper_left_are_read_and_said",
     ),
@@ -99,8 +99,8 @@ FAULTS = (
     Fault(
         "any number may stand in a field that is not known",
         "checkpoint/formats/hf_ignored_fields.py",
-        "or private or name in HARMLESS",
-        "or private or name in HARMLESS or isinstance(value, int | float)",
+        "or private or name in IGNORED",
+        "or private or name in IGNORED or isinstance(value, int | float)",
         f"{EDITED}test_what_might_change_the_result_is_refused_with_its_name_and_opens_without_it",
     ),
     Fault(
@@ -127,14 +127,14 @@ FAULTS = (
     Fault(
         "attn_factor of YaRN is refused",
         "checkpoint/formats/hf_ignored_fields.py",
-        'ROPE_LEFTOVERS = frozenset({"attn_factor", ',
-        "ROPE_LEFTOVERS = frozenset({",
+        'ROPE_IGNORED = frozenset({"attn_factor", ',
+        "ROPE_IGNORED = frozenset({",
         EQUAL,
     ),
     Fault(
         "a field of a table cannot be ignored",
         "checkpoint/formats/hf_ignored_fields.py",
-        "return {**table, outer: _without(held, inner)} if isinstance(held, Mapping) else dict(table)",
+        "return {**table, outer: _without(nested, inner)} if isinstance(nested, Mapping) else dict(table)",
         "return dict(table)",
         f"{IGNORED}test_fields_of_tables_and_names_with_a_dot_are_left_out",
     ),
@@ -148,8 +148,8 @@ FAULTS = (
     Fault(
         "what is ignored is not said",
         "checkpoint/formats/hf.py",
-        'as asked",) if left else ()',
-        'as asked",) if False else ()',
+        'as requested",) if present else ()',
+        'as requested",) if False else ()',
         f"{IGNORED}test_every_command_that_opens_a_checkpoint_has_the_option",
     ),
     # Messages

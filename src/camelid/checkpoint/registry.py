@@ -148,7 +148,7 @@ FORMATS: Mapping[str, Format] = {
             f"GGUF of {bits} bits",
             _never,
             gguf.open_gguf,
-            partial(gguf.files, kind=kind),
+            partial(gguf.files, quantization=kind),
             lossy=True,
             suffix=GGUF,
         )

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, the tensors, and the files that go with them."""
+"""Hugging Face folders: config.json, safetensors or PyTorch weights, and the tokenizer and other companion files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,9 +12,10 @@ from camelid.checkpoint.files import File, Segment, json_file
 from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.formats import hf_files
 from camelid.checkpoint.formats.hf_config import config_from_hf, config_to_hf
-from camelid.checkpoint.formats.hf_families import BUFFERS, FAMILIES, TIED_HEAD
+from camelid.checkpoint.formats.hf_families import FAMILIES
 from camelid.checkpoint.formats.hf_ignored_fields import remarks, without
-from camelid.checkpoint.formats.hf_wrapped import unwrapped
+from camelid.checkpoint.formats.hf_prefixes import unwrapped
+from camelid.checkpoint.formats.hf_rows import BUFFERS, TIED_HEAD
 from camelid.checkpoint.layout import Table, check, table
 from camelid.checkpoint.tensors import Tensor, same_values
 from camelid.errors import UserError
@@ -28,7 +29,10 @@ GIVEN = "the given config"
 
 
 def table_of(config: ModelConfig) -> Table:
-    """Where each parameter of a model lies in the files of its family; raises UserError where no family has it."""
+    """Returns the tensor of each parameter in the files of the model's family.
+
+    Raises UserError if no supported model_type can express the config.
+    """
     name = config_to_hf(config, "float32")["model_type"]
     return table(FAMILIES[name].rows, named(declare_decoder(config)), config.axis_sizes)
 
@@ -52,13 +56,13 @@ def understood(folder: Path, ignore: Sequence[str] = ()) -> ModelConfig:
 
 
 def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A folder's config.json without the fields in `ignore`, and notes on those that it has and on those it lacks."""
-    whole = read_json(folder / "config.json")
-    left = [name for name in ignore if without(whole, [name]) != whole]
-    lacks = [name for name in ignore if name not in left]
-    notes = (f"config.json is read as if it had no {', '.join(left)}, as asked",) if left else ()
-    notes += (f"config.json has no {', '.join(lacks)}, which was to be ignored",) if lacks else ()
-    return without(whole, left), notes
+    """Returns a folder's config.json without the fields in `ignore`, and notes on which of them it has."""
+    fields = read_json(folder / "config.json")
+    present = [name for name in ignore if without(fields, [name]) != fields]
+    absent = [name for name in ignore if name not in present]
+    notes = (f"config.json is read without {', '.join(present)}, as requested",) if present else ()
+    notes += (f"config.json has no {', '.join(absent)} to ignore",) if absent else ()
+    return without(fields, present), notes
 
 
 def open_folder(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Checkpoint:
@@ -132,10 +136,10 @@ def tied(tensors: Mapping[str, Tensor], table: str, head: str, described_by: str
 
 
 def files(saving: Saving) -> list[File]:
-    """What transformers opens: one file, or several with an index."""
+    """Plans the safetensors files that transformers opens: one file, or several with an index."""
     segments = saving.segments(table_of(saving.config))
     total = sum(segment.size for segment in segments)
-    shards = _shards(segments, SHARD_BYTES) if saving.shards is None else _so_many(segments, saving.shards)
+    shards = _by_size(segments, SHARD_BYTES) if saving.shards is None else _by_count(segments, saving.shards)
     if len(shards) == 1:
         return [safetensors_file("model.safetensors", segments)]
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -145,11 +149,12 @@ def files(saving: Saving) -> list[File]:
     return [*(safetensors_file(*pair) for pair in pairs), json_file("model.safetensors.index.json", index)]
 
 
-def _shards(segments: Sequence[Segment], most: int) -> list[list[Segment]]:
+def _by_size(segments: Sequence[Segment], limit: int) -> list[list[Segment]]:
+    """Returns shards of at most `limit` bytes, except for tensors that are larger."""
     shards: list[list[Segment]] = [[]]
     size = 0
     for segment in segments:
-        if shards[-1] and size + segment.size > most:
+        if shards[-1] and size + segment.size > limit:
             shards.append([])
             size = 0
         shards[-1].append(segment)
@@ -157,8 +162,8 @@ def _shards(segments: Sequence[Segment], most: int) -> list[list[Segment]]:
     return shards
 
 
-def _so_many(segments: Sequence[Segment], count: int) -> list[list[Segment]]:
-    """About equal; fewer, where a tensor is larger than a share."""
+def _by_count(segments: Sequence[Segment], count: int) -> list[list[Segment]]:
+    """Returns `count` shards of about equal size; fewer if a tensor is larger than that."""
     total, before, count = sum(segment.size for segment in segments), 0, min(count, len(segments))
     shards: list[list[Segment]] = [[] for _ in range(count)]
     for segment in segments:

@@ -20,7 +20,7 @@ from camelid.checkpoint.containers.pickles import Record, shown
 from camelid.checkpoint.containers.torch_files import unpickle, unverified
 from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.formats import hf, meta
-from camelid.checkpoint.formats.hf_wrapped import unwrapped
+from camelid.checkpoint.formats.hf_prefixes import unwrapped
 from camelid.checkpoint.formats.megatron_args import WHAT, check_plain, told, vocab_step
 from camelid.checkpoint.formats.megatron_files import INERT, described
 from camelid.checkpoint.formats.megatron_rows import BUFFERS as MEGATRON_BUFFERS

@@ -15,7 +15,7 @@ from camelid.checkpoint.checkpoint import Checkpoint, Saving, table_for
 from camelid.checkpoint.containers.torch_files import open_torch, torch_file, unverified
 from camelid.checkpoint.files import File, json_file
 from camelid.checkpoint.formats.hf import GIVEN, same_values, understood
-from camelid.checkpoint.formats.hf_wrapped import unwrapped
+from camelid.checkpoint.formats.hf_prefixes import unwrapped
 from camelid.checkpoint.formats.meta_params import (
     KEYS,
     LLAMA3_THETA,
