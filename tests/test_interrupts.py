@@ -202,7 +202,7 @@ def test_a_checkpoint_that_is_not_begun_leaves_no_temporary_files(
             print(flush=True)
             time.sleep(600)
 
-        formats.files_of = plan
+        formats.plan_files = plan
         SOURCE, OUT = {str(stories)!r}, {str(tmp_path / "out")!r}
         {writes}
         """

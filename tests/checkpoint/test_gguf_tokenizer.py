@@ -413,7 +413,7 @@ def test_a_sentencepiece_vocabulary_that_is_unclear_is_refused(
 @pytest.mark.parametrize(
     ("pre", "merges", "about"),
     [
-        ("gpt-5", None, r"tokenizer\.ggml\.pre = 'gpt-5'; the supported pre-tokenizers are llama-bpe, "),
+        ("gpt-5", None, r"tokenizer\.ggml\.pre = 'gpt-5'; camelid supports llama-bpe, "),
         (None, None, r"tokenizer\.ggml\.pre = None"),
         ("default", None, r"tokenizer\.ggml\.pre = 'default'"),
         ("gpt-2", ["Ġ zzzzzz"], "merges 'Ġ' and 'zzzzzz', which are not all in the vocabulary"),

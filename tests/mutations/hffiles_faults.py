@@ -55,15 +55,15 @@ FAULTS = (
     # Names, and tied heads
     Fault(
         "a tied model that keeps only its head has no table",
-        "checkpoint/formats/hf.py",
-        "one = tensors.get(table, tensors.get(head))",
-        "one = tensors.get(table)",
+        "checkpoint/tied_head.py",
+        "stored = tensors.get(table, None if transposed else tensors.get(head))",
+        "stored = tensors.get(table)",
         f"{FILES}test_a_tied_model_may_keep_either_name",
     ),
     Fault(
         "a model without a head is tied although config.json denies it",
         "checkpoint/formats/hf.py",
-        'if described_by != GIVEN and "tie_word_embeddings" not in said:',
+        'if described_by != GIVEN and "tie_word_embeddings" not in fields:',
         "if described_by != GIVEN:",
         f"{FILES}test_where_ties_are_denied_a_missing_head_is_an_error",
     ),
@@ -84,7 +84,7 @@ FAULTS = (
     Fault(
         "a message does not say what a file holds instead",
         "checkpoint/layout.py",
-        'f"; instead it holds {some(extra)}" if extra else ""',
+        'f"; instead it holds {summarize(extra)}" if extra else ""',
         '""',
         f"{FILES}test_what_a_file_holds_instead_of_what_it_lacks_is_named",
     ),
@@ -147,7 +147,7 @@ FAULTS = (
     ),
     Fault(
         "what is ignored is not said",
-        "checkpoint/formats/hf.py",
+        "checkpoint/formats/config_source.py",
         'as requested",) if present else ()',
         'as requested",) if False else ()',
         f"{IGNORED}test_every_command_that_opens_a_checkpoint_has_the_option",

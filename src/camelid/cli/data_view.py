@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from camelid.checkpoint.folder import in_units
 from camelid.disk.atomic import write_atomically
+from camelid.disk.space import format_bytes
 
 WIDTH = 120  # of a line, where no terminal tells
 BAR = 50  # characters of the longest bar
@@ -71,14 +71,15 @@ def show_cache(whole: Mapping[str, Any]) -> None:
     entries = whole["removed" if removed else "entries"]
     size = sum(entry["bytes"] for entry in entries)
     console.print(
-        f"{whole['folder']}: {'removed ' if removed else ''}{len(entries):,}, {in_units(size)}", soft_wrap=True
+        f"{whole['folder']}: {'removed ' if removed else ''}{len(entries):,}, {format_bytes(size)}", soft_wrap=True
     )
     if entries:
         grid = _grid("name", ">size", "last used", "sources")
         for entry in entries:
             state = ", in use" if entry.get("in_use") else ""
             about = _shortened(", ".join(map(_escaped, entry["sources"])), SOURCES) or entry["kind"]
-            grid.add_row(_escaped(entry["name"][:NAME]), in_units(entry["bytes"]), entry["used"][:10] + state, about)
+            size, used = format_bytes(entry["bytes"]), entry["used"][:10] + state
+            grid.add_row(_escaped(entry["name"][:NAME]), size, used, about)
         console.print(grid)
     if whole.get("kept"):
         names = ", ".join(_escaped(entry["name"][:NAME]) for entry in whole["kept"])

@@ -8,11 +8,21 @@ chat template.
 from functools import partial
 from pathlib import Path
 
-from camelid.checkpoint.checkpoint import Checkpoint, Saving, assumed, refuse_beyond, table_for
-from camelid.checkpoint.containers.ggml import BLOCK, BY_NAME, CODES, F16, F32, KINDS, WRITABLE, Quantised, quantise
-from camelid.checkpoint.containers.gguf_file import MAGIC, Entry, gguf_file, read_file
-from camelid.checkpoint.files import Chunks, File, Segment, segment
-from camelid.checkpoint.formats import hf
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, assumption_note, refuse_unsupported, table_for
+from camelid.checkpoint.containers.ggml import (
+    BLOCK,
+    BY_NAME,
+    CODES,
+    F16,
+    F32,
+    QUANTIZATIONS,
+    WRITABLE,
+    QuantizedTensor,
+    quantize,
+)
+from camelid.checkpoint.containers.gguf_file import MAGIC, TensorInfo, gguf_file, open_gguf
+from camelid.checkpoint.files import Chunks, PlannedFile, TensorPayload, raw_payload
+from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.formats.gguf_config import (
     ROPE,
     config_from_metadata,
@@ -24,25 +34,27 @@ from camelid.checkpoint.formats.gguf_config import (
 )
 from camelid.checkpoint.formats.gguf_tokenizer import tokenizer_metadata
 from camelid.checkpoint.formats.gguf_vocabulary import has_tokenizer, unpacked
-from camelid.checkpoint.layout import Row, Table, check, pieces, plan
-from camelid.checkpoint.tensors import Planned
+from camelid.checkpoint.layout import Table, TensorRule, check_tensors, plan_tensors, tensor_chunks
+from camelid.checkpoint.tensors import PlannedTensor
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 from camelid.text.tokenizer import Tokenizer
 
-ROWS = (
-    Row("embed", "token_embd.weight", "vocab_in embed_in"),
-    Row("layers.attn_norm.scale", "blk.{layer}.attn_norm.weight", "embed"),
-    Row("layers.attn.q_proj", "blk.{layer}.attn_q.weight", "(heads freq pair) embed", "heads (pair freq) embed"),
-    Row("layers.attn.k_proj", "blk.{layer}.attn_k.weight", "(kv_heads freq pair) embed", "kv_heads (pair freq) embed"),
-    Row("layers.attn.v_proj", "blk.{layer}.attn_v.weight", "(kv_heads head_dim) embed"),
-    Row("layers.attn.o_proj", "blk.{layer}.attn_output.weight", "embed (heads head_dim)"),
-    Row("layers.mlp_norm.scale", "blk.{layer}.ffn_norm.weight", "embed"),
-    Row("layers.mlp.gate_proj", "blk.{layer}.ffn_gate.weight", "mlp embed"),
-    Row("layers.mlp.up_proj", "blk.{layer}.ffn_up.weight", "mlp embed"),
-    Row("layers.mlp.down_proj", "blk.{layer}.ffn_down.weight", "embed mlp"),
-    Row("final_norm.scale", "output_norm.weight", "embed"),
-    Row("lm_head", "output.weight", "vocab embed"),
+RULES = (
+    TensorRule("embed", "token_embd.weight", "vocab_in embed_in"),
+    TensorRule("layers.attn_norm.scale", "blk.{layer}.attn_norm.weight", "embed"),
+    TensorRule("layers.attn.q_proj", "blk.{layer}.attn_q.weight", "(heads freq pair) embed", "heads (pair freq) embed"),
+    TensorRule(
+        "layers.attn.k_proj", "blk.{layer}.attn_k.weight", "(kv_heads freq pair) embed", "kv_heads (pair freq) embed"
+    ),
+    TensorRule("layers.attn.v_proj", "blk.{layer}.attn_v.weight", "(kv_heads head_dim) embed"),
+    TensorRule("layers.attn.o_proj", "blk.{layer}.attn_output.weight", "embed (heads head_dim)"),
+    TensorRule("layers.mlp_norm.scale", "blk.{layer}.ffn_norm.weight", "embed"),
+    TensorRule("layers.mlp.gate_proj", "blk.{layer}.ffn_gate.weight", "mlp embed"),
+    TensorRule("layers.mlp.up_proj", "blk.{layer}.ffn_up.weight", "mlp embed"),
+    TensorRule("layers.mlp.down_proj", "blk.{layer}.ffn_down.weight", "embed mlp"),
+    TensorRule("final_norm.scale", "output_norm.weight", "embed"),
+    TensorRule("lm_head", "output.weight", "vocab embed"),
 )
 WHAT = "a GGUF file of architecture llama"
 CAN_SAY = ("tie_embeddings", "rope_scaling")
@@ -51,7 +63,7 @@ FILE = "model.gguf"
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a file, or any .gguf file in a folder, starts with GGUF's magic number."""
     try:
         return any(_has_magic(file) for file in (path.glob("*.gguf") if path.is_dir() else [path]))
@@ -66,39 +78,39 @@ def _has_magic(path: Path) -> bool:
         return file.read(4) == MAGIC
 
 
-def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a file, or the only .gguf file in a folder.
 
     The model is described by `config`, by a config.json in the same folder, or by the metadata, in this order. A file
     is opened with the tokenizer in its metadata, a folder with its tokenizer.json or tokenizer.model if it has one.
     """
     is_folder, path = path.is_dir(), _file(path)
-    metadata, tensors = read_file(path)
+    metadata, tensors = open_gguf(path)
     fields = fields_from_metadata(path, metadata, tensors)
     divisors = divisors_in_file(path, metadata, tensors, fields)
-    notes, described_by = [], hf.GIVEN
-    if config is not None:
-        if differences := disagreements(config, fields, divisors):
-            raise UserError(f"{path} and the given config disagree: {differences}", "They belong to different models.")
-    elif (path.parent / "config.json").is_file():
-        described_by = "config.json"
-        try:
-            config = hf.understood(path.parent)
-            differences = disagreements(config, fields, divisors)
-        except UserError as error:  # some folders have a config.json with nothing but a model_type
-            differences = error.problem
-        if differences:
-            notes.append(f"config.json in the folder of {path.name} does not match it and is ignored: {differences}")
-            config = None
-    if config is None:
+    notes: list[str] = []
+    source, differences = None, ""
+    if config is not None and (differences := disagreements(config, fields, divisors)):
+        raise UserError(f"{path} and the given config disagree: {differences}", "They belong to different models.")
+    try:
+        if (source := find_config(config, path.parent)) is not None:
+            differences = disagreements(source.config, fields, divisors)
+    except UserError as error:  # some folders have a config.json with nothing but a model_type
+        differences = error.problem
+    if differences:
+        notes.append(f"config.json in the folder of {path.name} does not match it and is ignored: {differences}")
+        source = None
+    if source is not None:
+        config, described_by = source
+    else:
         config = config_from_metadata(path, metadata, fields, divisors, notes, per_frequency=ROPE in tensors)
         described_by = "its metadata"
-        notes.append(assumed(path.name, config, "init_std", "family"))
+        notes.append(assumption_note(path.name, config, "init_std", "family"))
     windows = ("sliding_window", "window_pattern")  # llama.cpp neither computes nor stores those of Mistral
-    refuse_beyond(WHAT, config, (*CAN_SAY, *windows))
+    refuse_unsupported(WHAT, config, (*CAN_SAY, *windows))
     table = _table(config)
-    check(table, tensors, r"rope_freqs\.weight", described_by)
-    if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, Quantised)}):
+    check_tensors(table, tensors, r"rope_freqs\.weight", described_by)
+    if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, QuantizedTensor)}):
         notes.append(f"the weights of {path.name} are quantized ({', '.join(kinds)}); they are read as float32")
     # The folder of a file may contain other models; a folder that was given belongs to its only .gguf file.
     beside = is_folder and any((path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -107,7 +119,7 @@ def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
 
 
 def _table(config: ModelConfig) -> Table:
-    return table_for(WHAT, ROWS, config, {"pair": 2})
+    return table_for(WHAT, RULES, config, {"pair": 2})
 
 
 def _file(path: Path) -> Path:
@@ -126,29 +138,29 @@ def _file(path: Path) -> Path:
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving, quantization: str | None = None) -> list[File]:
+def plan_files(export: ExportSpec, quantization: str | None = None) -> list[PlannedFile]:
     """Plans model.gguf.
 
     `quantization` "q8_0" or "q4_0" quantizes every matrix whose rows are a multiple of 32 long; other matrices become
     float16 then. Norms are always float32, as llama.cpp requires.
     """
-    config = saving.config
-    refuse_beyond(WHAT, config, CAN_SAY)
+    config = export.config
+    refuse_unsupported(WHAT, config, CAN_SAY)
     divisors = divisors_of_scaling(config.rope_scaling, config.rope_theta, config.head_dim)
     if divisors is None:
         raise UserError(f"{WHAT} cannot hold rope_scaling = {config.rope_scaling!r}", "Use the format hf.")
     if quantization not in (None, *WRITABLE):
         raise UserError(f"quantization {quantization!r} is unknown", f"Choose one of {', '.join(WRITABLE)}.")
     table = _table(config)
-    entries = [Entry(p.name, p.shape, _code(p, quantization)) for p in plan(table, saving.dtypes)]
-    segments = [Segment(entry.planned, entry.bytes, partial(_chunks, saving, table, entry)) for entry in entries]
+    entries = [TensorInfo(p.name, p.shape, _code(p, quantization)) for p in plan_tensors(table, export.dtypes)]
+    payloads = [TensorPayload(entry.planned, entry.bytes, partial(_chunks, export, table, entry)) for entry in entries]
     if isinstance(config.rope_scaling, Llama3Scaling):
-        entries.append(Entry(ROPE, divisors.shape, F32))
-        segments.append(segment(entries[-1].planned, lambda: [divisors]))
-    code = CODES[saving.dtypes["embed"]] if quantization is None else BY_NAME[quantization]
-    described, tokenizer, notes = tokenizer_metadata(saving.companions, config.vocab_size)
+        entries.append(TensorInfo(ROPE, divisors.shape, F32))
+        payloads.append(raw_payload(entries[-1].planned, lambda: [divisors]))
+    code = CODES[export.dtypes["embed"]] if quantization is None else BY_NAME[quantization]
+    described, tokenizer, notes = tokenizer_metadata(export.companions, config.vocab_size)
     own = (None, None) if tokenizer is None else (tokenizer.bos_id, _named_eos(tokenizer))
-    return [gguf_file(FILE, metadata_from_config(config, code, *own) | described, entries, segments, notes)]
+    return [gguf_file(FILE, metadata_from_config(config, code, *own) | described, entries, payloads, notes)]
 
 
 def _named_eos(tokenizer: Tokenizer) -> int | None:
@@ -157,7 +169,7 @@ def _named_eos(tokenizer: Tokenizer) -> int | None:
     return None if text is None else tokenizer.engine.token_id(text)
 
 
-def _code(tensor: Planned, quantization: str | None) -> int:
+def _code(tensor: PlannedTensor, quantization: str | None) -> int:
     """Returns GGML's code for the type in which a tensor is written."""
     if len(tensor.shape) == 1:
         return F32
@@ -166,6 +178,6 @@ def _code(tensor: Planned, quantization: str | None) -> int:
     return F16 if tensor.shape[-1] % BLOCK else BY_NAME[quantization]
 
 
-def _chunks(saving: Saving, table: Table, entry: Entry) -> Chunks:
-    for piece in pieces(table, entry.name, entry.planned.dtype, saving.source):
-        yield quantise(piece, KINDS[entry.code].name) if entry.code in KINDS else piece
+def _chunks(export: ExportSpec, table: Table, entry: TensorInfo) -> Chunks:
+    for piece in tensor_chunks(table, entry.name, entry.planned.dtype, export.source):
+        yield quantize(piece, QUANTIZATIONS[entry.code].name) if entry.code in QUANTIZATIONS else piece

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from camelid.checkpoint.containers.ggml import KINDS
-from camelid.checkpoint.containers.gguf_file import AGAIN, ALIGNMENT, FLOAT32, TEXT, UINT32, shown
+from camelid.checkpoint.containers.ggml import QUANTIZATIONS
+from camelid.checkpoint.containers.gguf_file import AGAIN, ALIGNMENT, FLOAT32, TEXT, UINT32, describe_value
 from camelid.checkpoint.tensors import DTYPES, Tensor
 from camelid.errors import UserError
 from camelid.model.config import LinearScaling, Llama3Scaling, ModelConfig, RopeScaling
@@ -58,7 +58,7 @@ def fields_from_metadata(path: Path, metadata: Mapping[str, Any], tensors: Mappi
     known |= {"attention.value_length", "rope.dimension_count"}
     for name, value in own.items():
         if name not in known or (name in EXPECTED and value not in EXPECTED[name]):
-            raise UserError(f"{path} has llama.{name} = {shown(value)}, which camelid does not support", ORIGINAL)
+            raise UserError(f"{path} has llama.{name} = {describe_value(value)}, which is not supported", ORIGINAL)
 
     def number(name: str, number_type: type, default: Any = None) -> Any:
         return default if name not in own else _number(path, name, own[name], number_type)
@@ -90,7 +90,9 @@ def fields_from_metadata(path: Path, metadata: Mapping[str, Any], tensors: Mappi
 def _number(path: Path, name: str, value: Any, number_type: type) -> Any:
     limit = 2**31 if number_type is int else np.finfo(np.float32).max
     if type(value) not in (int, number_type) or not 0 < value < limit:
-        raise UserError(f"{path} has llama.{name} = {shown(value)}; camelid supports one positive number", ORIGINAL)
+        raise UserError(
+            f"{path} has llama.{name} = {describe_value(value)}; one positive number is supported", ORIGINAL
+        )
     # The shortest decimal representation of a float32: 1e-05 instead of 9.99999974e-06.
     return value if number_type is int else float(str(np.float32(value)))
 
@@ -183,7 +185,7 @@ def config_from_metadata(
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if value is None or (type(value) is int and 0 <= value < fields["vocab_size"]):
             return value
-        notes.append(f"tokenizer.ggml.{name}_token_id = {shown(value)} is not in the vocabulary and is ignored")
+        notes.append(f"tokenizer.ggml.{name}_token_id = {describe_value(value)} is not in the vocabulary: ignored")
         return None
 
     ends = dict.fromkeys(value for name in ENDS if (value := token(name)) is not None)
@@ -215,7 +217,7 @@ def metadata_from_config(
         "general.alignment": (UINT32, ALIGNMENT),
         "general.file_type": (UINT32, FILE_TYPES[code]),
     }
-    if code in KINDS:
+    if code in QUANTIZATIONS:
         metadata["general.quantization_version"] = UINT32, 2
     metadata |= {f"llama.{name}": (UINT32, getattr(config, ours)) for ours, name in SIZES.items()}
     metadata |= {f"llama.{name}": (FLOAT32, getattr(config, ours)) for ours, name in FLOATS.items()}

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from camelid.checkpoint.containers.gguf_file import ARRAY, BOOL, FLOAT32, INT32, TEXT, UINT32
-from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.formats.gguf_bpe import from_byte_fallback, from_byte_level, from_sentencepiece
 from camelid.checkpoint.formats.gguf_tokens import ADVICE, UNKNOWN, UNUSED, Vocabulary
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 from camelid.interrupts import cleaned_up
 from camelid.text.backends import TokenizersEngine

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from camelid.checkpoint.containers.gguf_file import Items, shown
+from camelid.checkpoint.containers.gguf_file import LazyArray, describe_value
 from camelid.checkpoint.formats.gguf_pretokenizers import BY_PRE, pre_tokenizer_json
 from camelid.checkpoint.formats.gguf_tokens import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from camelid.disk.atomic import write_atomically
@@ -63,7 +63,8 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, dict[s
     if model not in DEFAULTS:
         known = " and ".join(DEFAULTS)
         raise UserError(
-            f"{path} has tokenizer.ggml.model = {shown(model)}; camelid supports {known} for Llama models", ADVICE
+            f"{path} has tokenizer.ggml.model = {describe_value(model)}; camelid supports {known} for Llamas",
+            ADVICE,
         )
     texts = _array(path, metadata, "tokens", str)
     types = (
@@ -120,9 +121,9 @@ def _ids(texts: Sequence[str], wanted: Collection[str]) -> list[int]:
 
 def _array(path: Path, metadata: Mapping[str, Any], name: str, item_type: type | tuple[type, ...]) -> list[Any]:
     items = metadata.get(f"tokenizer.ggml.{name}")
-    values = items.read(path) if isinstance(items, Items) else None
+    values = items.read(path) if isinstance(items, LazyArray) else None
     if values is None or not all(isinstance(value, item_type) for value in values):
-        raise UserError(f"{path} has tokenizer.ggml.{name} = {shown(items)}, which is not valid", ADVICE)
+        raise UserError(f"{path} has tokenizer.ggml.{name} = {describe_value(items)}, which is not valid", ADVICE)
     return values
 
 
@@ -239,7 +240,7 @@ def _byte_level(
     name = metadata.get("tokenizer.ggml.pre")
     if name not in BY_PRE:
         raise UserError(
-            f"{path} has tokenizer.ggml.pre = {shown(name)}; the supported pre-tokenizers are {', '.join(BY_PRE)}",
+            f"{path} has tokenizer.ggml.pre = {describe_value(name)}; camelid supports {', '.join(BY_PRE)}",
             ADVICE,
         )
     # The left part of a merge may start with a space, but does not end with one.

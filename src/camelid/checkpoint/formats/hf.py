@@ -3,29 +3,27 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.containers.safetensors import safetensors_file
-from camelid.checkpoint.containers.torch_files import unverified
-from camelid.checkpoint.files import File, Segment, json_file
-from camelid.checkpoint.folder import read_json
+from camelid.checkpoint.containers.torch_files import unverified_note_for
+from camelid.checkpoint.files import PlannedFile, TensorPayload, json_file
 from camelid.checkpoint.formats import hf_files
+from camelid.checkpoint.formats.config_source import CONFIG_JSON, GIVEN, read_config_json
 from camelid.checkpoint.formats.hf_config import config_from_hf, config_to_hf
 from camelid.checkpoint.formats.hf_families import FAMILIES
-from camelid.checkpoint.formats.hf_ignored_fields import remarks, without
+from camelid.checkpoint.formats.hf_ignored_fields import remarks
 from camelid.checkpoint.formats.hf_prefixes import unwrapped
 from camelid.checkpoint.formats.hf_rows import BUFFERS, TIED_HEAD
-from camelid.checkpoint.layout import Table, check, table
+from camelid.checkpoint.layout import Table, check_tensors, make_table
 from camelid.checkpoint.tensors import Tensor, same_values
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 
 SHARD_BYTES = 5 * 10**9
-GIVEN = "the given config"
-"""what describes a model in messages, where config.json does not"""
 
 
 def table_of(config: ModelConfig) -> Table:
@@ -34,139 +32,107 @@ def table_of(config: ModelConfig) -> Table:
     Raises UserError if no supported model_type can express the config.
     """
     name = config_to_hf(config, "float32")["model_type"]
-    return table(FAMILIES[name].rows, named(declare_decoder(config)), config.axis_sizes)
+    return make_table(FAMILIES[name].rows, named(declare_decoder(config)), config.axis_sizes)
 
 
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path) -> bool:
-    """Whether a folder has config.json and one of the forms of weights."""
-    return (path / "config.json").is_file() and hf_files.looks(path)
+def matches(path: Path) -> bool:
+    """Whether a folder has a config.json and weights."""
+    return (path / "config.json").is_file() and hf_files.matches(path)
 
 
-def described_in(folder: Path) -> Path | None:
-    """The folder that has a config.json: this one, or the one around it."""
-    return next((place for place in (folder, folder.parent) if (place / "config.json").is_file()), None)
+def open_checkpoint(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Checkpoint:
+    """Opens a folder and checks its tensors against its config.json, or against `config` if that is given.
 
-
-def understood(folder: Path, ignore: Sequence[str] = ()) -> ModelConfig:
-    """The model that a folder's config.json describes; the fields in `ignore` are as if they were absent."""
-    return config_from_hf(read_config(folder, ignore)[0])
-
-
-def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns a folder's config.json without the fields in `ignore`, and notes on which of them it has."""
-    fields = read_json(folder / "config.json")
-    present = [name for name in ignore if without(fields, [name]) != fields]
-    absent = [name for name in ignore if name not in present]
-    notes = (f"config.json is read without {', '.join(present)}, as requested",) if present else ()
-    notes += (f"config.json has no {', '.join(absent)} to ignore",) if absent else ()
-    return without(fields, present), notes
-
-
-def open_folder(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Checkpoint:
-    """Opens a folder and checks it against its config.json, or against `config` where that is given.
-
-    The fields in `ignore` are as if config.json did not have them.
+    The fields of config.json in `ignore` are treated as absent. Raises UserError if the files are missing, damaged, or
+    do not match the config.
     """
     if config is None and not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json", "Copy it there, or describe the model with --config.")
-    held, notes = hf_files.open_files(folder)
-    return open_tensors("hf", folder, held, config, ignore, notes)
+    tensors, notes = hf_files.open_files(folder)
+    return open_tensors("hf", folder, tensors, config, ignore, notes)
 
 
 def open_tensors(
     format: str,
     folder: Path,
-    held: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     config: ModelConfig | None = None,
     ignore: Sequence[str] = (),
     notes: tuple[str, ...] = (),
 ) -> Checkpoint:
-    """The checkpoint that tensors with Hugging Face's names make with the config.json in `folder`, or with `config`."""
-    said, described_by = {}, GIVEN
+    """Returns the checkpoint of tensors with Hugging Face's names and the config.json in `folder`, or `config`."""
+    fields, described_by = {}, GIVEN
     if config is None:
-        (said, ignored), described_by = read_config(folder, ignore), "config.json"
-        config, notes = config_from_hf(said), (*ignored, *remarks(said), *notes)
+        (fields, ignored), described_by = read_config_json(folder, ignore), CONFIG_JSON
+        config, notes = config_from_hf(fields), (*ignored, *remarks(fields), *notes)
     rows = table_of(config)
-    tensors, from_names = unwrapped(held, rows.parts["final_norm.scale"].row.name, rows.tensors)
-    if described_by != GIVEN and "tie_word_embeddings" not in said:
+    tensors, from_names = unwrapped(tensors, rows.entries["final_norm.scale"].rule.name, rows.tensors)
+    if described_by != GIVEN and "tie_word_embeddings" not in fields:
         config, from_head = _tied_or_not(config, tensors)
         notes += from_head
     rows = table_of(config)
     if config.tie_embeddings:
-        tensors = tied(tensors, rows.parts["embed"].row.name, TIED_HEAD, described_by)
-    check(rows, tensors, BUFFERS, described_by)
-    notes += (*from_names, *unverified(tensors.values()))
+        tensors = without_tied_head(tensors, rows.entries["embed"].rule.name, TIED_HEAD, described_by)
+    check_tensors(rows, tensors, BUFFERS, described_by)
+    notes += (*from_names, *unverified_note_for(tensors.values()))
     return Checkpoint(format, folder, config, tensors, rows, notes)
 
 
 def _tied_or_not(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The model, where config.json leaves out tie_word_embeddings, as its files ask for it, and a note on a change."""
-    table = tensors.get(table_of(config).parts["embed"].row.name)
+    """Returns the model with its head tied or not as the tensors require, and a note if that differs from the default.
+
+    For a config.json without tie_word_embeddings.
+    """
+    table = tensors.get(table_of(config).entries["embed"].rule.name)
     head = tensors.get(TIED_HEAD)
     if not config.tie_embeddings and (table is None or head is None) and not config.head_bias:
-        what = f"the files hold {'no ' + TIED_HEAD if head is None else TIED_HEAD + ' and no table of embeddings'}"
-        note = f"{what}, and config.json no tie_word_embeddings: the head is taken to be the embedding table"
+        what = f"the files contain {'no ' + TIED_HEAD if head is None else TIED_HEAD + ' but no embedding table'}"
+        note = f"{what}, and config.json has no tie_word_embeddings: the head is assumed to be tied"
         return replace(config, tie_embeddings=True), (note,)
     if config.tie_embeddings and table is not None and head is not None and not same_values(table, head):
-        note = f"{TIED_HEAD} differs from the embedding table, and config.json has no tie_word_embeddings: it is used"
+        note = f"{TIED_HEAD} differs from the embedding table, and config.json has no tie_word_embeddings: it is untied"
         return replace(config, tie_embeddings=False), (note,)
     return config, ()
-
-
-def tied(tensors: Mapping[str, Tensor], table: str, head: str, described_by: str) -> dict[str, Tensor]:
-    """The tensors of a model whose head is its embedding table, of which a file may hold either or both; without head.
-
-    `table` and `head` are their names. Raises UserError where both are there and differ.
-    """
-    others = {name: tensor for name, tensor in tensors.items() if name not in (table, head)}
-    if head in tensors and table in tensors and not same_values(tensors[table], tensors[head]):
-        raise UserError(
-            f"{described_by} ties the head to the embedding table, and {head} differs from it",
-            "If the head is to be used, set tie_word_embeddings to false there, or leave it out: "
-            "--ignore-config-field tie_word_embeddings.",
-        )
-    one = tensors.get(table, tensors.get(head))
-    return others if one is None else {table: one, **others}
 
 
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving) -> list[File]:
+def plan_files(export: ExportSpec) -> list[PlannedFile]:
     """Plans the safetensors files that transformers opens: one file, or several with an index."""
-    segments = saving.segments(table_of(saving.config))
-    total = sum(segment.size for segment in segments)
-    shards = _by_size(segments, SHARD_BYTES) if saving.shards is None else _by_count(segments, saving.shards)
+    payloads = export.payloads(table_of(export.config))
+    total = sum(payload.size for payload in payloads)
+    shards = _by_size(payloads, SHARD_BYTES) if export.shards is None else _by_count(payloads, export.shards)
     if len(shards) == 1:
-        return [safetensors_file("model.safetensors", segments)]
+        return [safetensors_file("model.safetensors", payloads)]
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     pairs = list(zip(names, shards, strict=True))
-    weight_map = {segment.tensor.name: name for name, shard in pairs for segment in shard}
+    weight_map = {payload.tensor.name: name for name, shard in pairs for payload in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return [*(safetensors_file(*pair) for pair in pairs), json_file("model.safetensors.index.json", index)]
 
 
-def _by_size(segments: Sequence[Segment], limit: int) -> list[list[Segment]]:
+def _by_size(payloads: Sequence[TensorPayload], limit: int) -> list[list[TensorPayload]]:
     """Returns shards of at most `limit` bytes, except for tensors that are larger."""
-    shards: list[list[Segment]] = [[]]
+    shards: list[list[TensorPayload]] = [[]]
     size = 0
-    for segment in segments:
-        if shards[-1] and size + segment.size > limit:
+    for payload in payloads:
+        if shards[-1] and size + payload.size > limit:
             shards.append([])
             size = 0
-        shards[-1].append(segment)
-        size += segment.size
+        shards[-1].append(payload)
+        size += payload.size
     return shards
 
 
-def _by_count(segments: Sequence[Segment], count: int) -> list[list[Segment]]:
+def _by_count(payloads: Sequence[TensorPayload], count: int) -> list[list[TensorPayload]]:
     """Returns `count` shards of about equal size; fewer if a tensor is larger than that."""
-    total, before, count = sum(segment.size for segment in segments), 0, min(count, len(segments))
-    shards: list[list[Segment]] = [[] for _ in range(count)]
-    for segment in segments:
-        shards[(before + segment.size // 2) * count // total].append(segment)
-        before += segment.size
+    total, before, count = sum(payload.size for payload in payloads), 0, min(count, len(payloads))
+    shards: list[list[TensorPayload]] = [[] for _ in range(count)]
+    for payload in payloads:
+        shards[(before + payload.size // 2) * count // total].append(payload)
+        before += payload.size
     return [shard for shard in shards if shard]

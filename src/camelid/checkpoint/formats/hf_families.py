@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from camelid.checkpoint.formats.hf_rows import GEMMA2, LLAMA, PHI, PHI3
-from camelid.checkpoint.layout import Row
+from camelid.checkpoint.layout import TensorRule
 from camelid.model.config import LongRopeScaling, ModelConfig, RopeScaling
 
 REQUIRED = object()
@@ -81,7 +81,7 @@ class Family:
 
     architecture: str
     fields: tuple[Field, ...]
-    rows: tuple[Row, ...] = LLAMA
+    rows: tuple[TensorRule, ...] = LLAMA
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """values of absent fields of config.json, if they differ from the defaults of other families"""
     implied: Mapping[str, Any] = field(default_factory=dict)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from camelid.checkpoint.containers.safetensors import open_safetensors
 from camelid.checkpoint.containers.torch_files import open_torch
-from camelid.checkpoint.folder import read_json
-from camelid.checkpoint.layout import some
+from camelid.checkpoint.layout import summarize
 from camelid.checkpoint.tensors import Tensor, same_values
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 
 Opener = Callable[[Path], dict[str, Tensor]]
@@ -27,7 +27,7 @@ OPTIONAL = re.compile(r"(lm_head\.weight|.*rotary_emb(_local)?\.\w+)$")
 """tensors that an index may list although no file contains them: a tied head, and buffers that old versions saved"""
 
 
-def looks(folder: Path) -> bool:
+def matches(folder: Path) -> bool:
     """Whether a folder contains weights or their index."""
     return any((folder / name).is_file() for file in FILES for name in (file, f"{file}.index.json"))
 
@@ -43,7 +43,7 @@ def open_files(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     found = weights_in(folder)
     raise UserError(
         f"{folder} has neither {' nor '.join(FILES)}, nor an index of one"
-        + (f"; it contains {some(found)}" if found else ""),
+        + (f"; it contains {summarize(found)}" if found else ""),
         "Rename the weight file, or download the index of the shards."
         if found
         else "Give the folder that contains the weights.",
@@ -58,7 +58,7 @@ def weights_in(folder: Path) -> list[str]:
 def _unread(folder: Path, read: str, names: Collection[str]) -> tuple[str, ...]:
     if not (others := [name for name in weights_in(folder) if name not in names]):
         return ()
-    return (f"the parameters are read from {read}; these files are not read: {some(others)}",)
+    return (f"the parameters are read from {read}; these files are not read: {summarize(others)}",)
 
 
 def _open_shards(index: Path, open_file: Opener) -> tuple[dict[str, Tensor], tuple[str, ...], list[str]]:
@@ -70,7 +70,7 @@ def _open_shards(index: Path, open_file: Opener) -> tuple[dict[str, Tensor], tup
     missing = [n for n in names if (index.parent / n).parent != index.parent or not (index.parent / n).is_file()]
     if missing:
         raise UserError(
-            f"{index} names {some(missing)}, which {'are' if missing[1:] else 'is'} not in the folder",
+            f"{index} names {summarize(missing)}, which {'are' if missing[1:] else 'is'} not in the folder",
             "Download the missing files, or remove the index if it belongs to other files.",
         )
     shards = {name: open_file(index.parent / name) for name in names}
@@ -83,13 +83,13 @@ def _open_shards(index: Path, open_file: Opener) -> tuple[dict[str, Tensor], tup
     if copied := [name for name, tensor in tensors.items() if _differs(name, tensor, shards)]:
         chosen, other = (from_[copied[0]].file.name for from_ in (tensors, last))
         notes.append(
-            f"{some(copied)}: several files contain different values; the file in the index is used ({chosen})"
+            f"{summarize(copied)}: several files contain different values; the file in the index is used ({chosen})"
             + (f", whereas transformers uses the last file ({other})" if chosen != other else "")
         )
     if absent := [name for name in weight_map if name not in tensors and not OPTIONAL.match(name)]:
-        notes.append(f"{index.name} lists {some(absent)}, which none of its files contains")
+        notes.append(f"{index.name} lists {summarize(absent)}, which none of its files contains")
     if extra := [name for name in tensors if name not in weight_map and not OPTIONAL.match(name)]:
-        notes.append(f"{index.name} does not list {some(extra)}, which its files contain; it is read anyway")
+        notes.append(f"{index.name} does not list {summarize(extra)}, which its files contain; it is read anyway")
     return tensors, tuple(notes), names
 
 
