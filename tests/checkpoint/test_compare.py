@@ -308,7 +308,10 @@ def test_diff_tells_what_was_not_read(stories: Path, tmp_path: Path):
     (tmp_path / "other" / "model.fp16.safetensors").write_bytes(b"x")
     done = called("diff", stories, tmp_path / "other")
     assert done.returncode == 0
-    assert f"note: {tmp_path / 'other'}: the parameters are those of model.safetensors; not read: " in done.stderr
+    assert (
+        f"note: {tmp_path / 'other'}: the parameters are read from model.safetensors; these files are not read: "
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

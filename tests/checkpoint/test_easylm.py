@@ -308,7 +308,7 @@ def test_other_formats_say_that_they_leave_the_training_out(golden: Path, config
     state = golden / "streaming_train_state"
     notes = convert(state, tmp_path / "hf", config=described)
     assert notes[-1] == "its step and the moments of its optimizer are left out; --to easylm-trainstate keeps them"
-    with pytest.raises(UserError, match="there is no step and there are no moments of AdamW to write"):
+    with pytest.raises(UserError, match="the source has no step and no AdamW moments to write"):
         convert(tmp_path / "hf", tmp_path / "out", to="easylm-trainstate")
     assert not (tmp_path / "out").exists()
 
@@ -366,11 +366,14 @@ def test_a_train_state_with_accumulated_gradients_is_the_same(golden: Path, conf
         (lambda r: r.pop("step"), "has no step"),
         (lambda r: r.pop("opt_state/1/0/count"), "has no opt_state/1/0/count"),
         (lambda r: r.pop("opt_state/1/0/nu/params/lm_head/kernel"), "lacks lm_head/kernel"),
-        (lambda r: r.update({"opt_state/1/0/count": reference.packb(-1)}), "says that -1 updates were made"),
+        (
+            lambda r: r.update({"opt_state/1/0/count": reference.packb(-1)}),
+            "0/count = -1, which is not a number of updates",
+        ),
         (lambda r: r.update({"opt_state/1/3/count": r["step"]}), "opt_state/1/3/count"),
         (
             lambda r: r.update({"opt_state/1/0/mu/params/lm_head/kernel": r["step"]}),
-            "lm_head/kernel .* is 6 and no array",
+            "lm_head/kernel .* is 6, and not an array",
         ),
     ],
 )
@@ -399,7 +402,9 @@ def test_a_prefix_must_agree_with_the_file(golden: Path, config: ModelConfig):
             if found == kind:
                 assert easylm.open_checkpoint(golden / name, config, prefix).tensors
             else:
-                with pytest.raises(UserError, match=re.escape(f"{golden / name} is {easylm.KINDS[found]}, and not")):
+                with pytest.raises(
+                    UserError, match=re.escape(f"{golden / name} is {easylm.FILE_TYPES[found]}, and not")
+                ):
                     easylm.open_checkpoint(golden / name, config, prefix)
     with pytest.raises(UserError, match=r"params_fp32 is .*, and not a stream with a train state"):
         easylm.open_checkpoint(golden / "flax_params_fp32", config, "trainstate")
@@ -408,7 +413,7 @@ def test_a_prefix_must_agree_with_the_file(golden: Path, config: ModelConfig):
 def test_a_folder_needs_one_file_of_the_kind(golden: Path, config: ModelConfig, tmp_path: Path):
     assert easylm.matches(golden)
     with pytest.raises(
-        UserError, match=r"holds flax_params_fp32, streaming_params_bf16, streaming_params_fp32, streaming_"
+        UserError, match=r"contains flax_params_fp32, streaming_params_bf16, streaming_params_fp32, streaming_"
     ):
         easylm.open_checkpoint(golden, config)
     assert easylm.open_checkpoint(golden, config, "flax").tensors
@@ -439,7 +444,7 @@ def test_a_model_is_said_or_refused(golden: Path, stories: Path, tmp_path: Path)
     (tmp_path / "config.json").write_bytes((stories / "config.json").read_bytes())
     checkpoint = easylm.open_checkpoint(tmp_path)
     assert checkpoint.config == read_model_config(stories)
-    assert checkpoint.notes == ("metadata.pkl was not opened: pickles can run code.",)
+    assert checkpoint.notes == ("metadata.pkl was not opened, because unpickling can run code.",)
     with pytest.raises(UserError, match=r"transformer/wte/embedding has shape \(512, 64\).*\(512, 96\)"):
         easylm.open_checkpoint(file, replace(checkpoint.config, embed_dim=96, tie_embeddings=False))
     with pytest.raises(UserError, match="no place for: transformer/h/4"):
@@ -502,7 +507,7 @@ def cut(**parts: Any) -> bytes:
         (array(data="0123456789abcdef"), "no bin"),
         (array(code=2), "type 2"),
         (array(code=3), None),
-        (array(shape=(), data=bytes(4)), "is 0.0 and no array"),
+        (array(shape=(), data=bytes(4)), "is 0.0, and not an array"),
         (reference.packb(bytes(16)), "msgpack's bin"),
         (reference.packb([1.0] * 4), "msgpack's array"),
         (b"\xc1", "does not use"),
@@ -560,8 +565,8 @@ def test_names_and_ends_are_checked(small: Checkpoint, tmp_path: Path):
         (tree.replace(b"wte", b"h00"), "lacks transformer/wte"),
         (tree.replace(b"lm_head", b"\xabtransformer"[:8]), "no place for|cut short|damaged"),
         (b"\x81\xabtransformer\x82\xa1h\x00\xa1h\x00", "the key stands there twice"),
-        (b"\x93" + data[1:], "does not begin as"),
-        (b"", "does not begin as"),
+        (b"\x93" + data[1:], "does not start like"),
+        (b"", "does not start like"),
     ]:
         file.write_bytes(change)
         with pytest.raises(UserError, match=problem) as caught:

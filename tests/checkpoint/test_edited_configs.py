@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 import camelid
 from camelid.checkpoint.formats.hf_config import config_to_hf
-from camelid.checkpoint.formats.hf_ignored_fields import HARMLESS
+from camelid.checkpoint.formats.hf_ignored_fields import IGNORED
 from camelid.errors import UserError
 
 Json = dict[str, Any]
@@ -228,7 +228,7 @@ def test_what_might_change_the_result_is_refused_with_its_name_and_opens_without
         assert f"--ignore-config-field {name}" in refusal.value.advice
     given = refusal.value.advice.partition("ignore=")[2].partition("]")[0].strip("[").replace("'", "").split(", ")
     model = camelid.load(folder, ignore=given)
-    assert f"config.json is read as if it had no {', '.join(given)}, as requested" in model.notes
+    assert f"config.json is read without {', '.join(given)}, as requested" in model.notes
     # With these transformers does not compute, or computes something else.
     if not edit.keys() & {"layer_types", "is_encoder_decoder", "is_causal"}:
         assert_equal(model.logits(TOKENS), in_transformers(folder))
@@ -245,7 +245,7 @@ def test_what_transformers_refuses_is_refused_by_name(folders: dict[str, tuple[P
 
 
 def test_all_attributes_of_transformers_base_config_and_generation_config_are_known():
-    known = HARMLESS | {"is_encoder_decoder", "model_type", "bos_token_id", "eos_token_id", "pad_token_id"}
+    known = IGNORED | {"is_encoder_decoder", "model_type", "bos_token_id", "eos_token_id", "pad_token_id"}
     known |= {"per_layer_config"}  # changes the model
     base, generation = transformers.PreTrainedConfig(), transformers.GenerationConfig()
     names = {*base.to_dict(), *vars(base), *generation.to_dict(), *vars(generation)}

@@ -24,7 +24,7 @@ from camelid.checkpoint.containers.ggml import QUANTIZATIONS, dequantize, quanti
 from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.formats import gguf as ours
-from camelid.checkpoint.formats.gguf_config import metadata_of
+from camelid.checkpoint.formats.gguf_config import metadata_from_config
 from camelid.checkpoint.layout import read_parameter_slice
 from camelid.checkpoint.registry import open_checkpoint, write_checkpoint
 from camelid.checkpoint.tensors import dtype_named
@@ -263,7 +263,7 @@ def test_every_kind_of_number_is_read_as_the_gguf_package_reads_it(kind: str, tm
     dtype = {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
     assert checkpoint.dtypes["layers.mlp.up_proj"] == dtype_named(dtype)
     assert checkpoint.dtypes["final_norm.scale"] == np.float32
-    assert any("quantised" in note for note in checkpoint.notes) == kind.startswith("Q")
+    assert any("quantized" in note for note in checkpoint.notes) == kind.startswith("Q")
     for tensor in gguf.GGUFReader(path).tensors:
         expected = gguf.dequantize(tensor.data, tensor.tensor_type)
         found = np.empty(checkpoint.tensors[tensor.name].shape, np.float32)
@@ -296,7 +296,7 @@ def test_config_json_beside_wins_where_it_fits_and_is_left_out_where_not(tmp_pat
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     checkpoint = ours.open_checkpoint(path)
     assert checkpoint.config == PLAIN
-    assert any("left out: config.json has no" in note for note in checkpoint.notes)
+    assert any("ignored: config.json has no" in note for note in checkpoint.notes)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_factors_that_are_not_llama_3s_need_a_config(tmp_path: Path):
     scaling = Llama3Scaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=16)
     config = tiny_config(rope_scaling=scaling)
     path = write_theirs(tmp_path / "a.gguf", config)
-    with pytest.raises(UserError, match=r"rope_freqs\.weight in .* has none of the factors.*\n.*--config"):
+    with pytest.raises(UserError, match=r"rope_freqs\.weight in .* does not match the scaling of Llama.*\n.*--config"):
         ours.open_checkpoint(path)
     assert ours.open_checkpoint(path, config).config == config
 
@@ -414,10 +414,10 @@ def test_a_model_that_llama_cpps_llama_is_not_is_refused(refused: camelid.ModelC
 
 
 def test_more_ends_than_llama_cpp_knows_are_refused():
-    with pytest.raises(UserError, match=r"eos_ids = \(1, 2, 3, 4\): it has room for 3"):
-        metadata_of(dataclasses.replace(PLAIN, eos_ids=(1, 2, 3, 4)), 0, bos_id=None, eos_id=None)
-    with pytest.raises(UserError, match=r"eos_ids = \(5, 1, 2, 3\): it has room for 3"):
-        metadata_of(dataclasses.replace(PLAIN, eos_ids=(1, 2, 3)), 0, bos_id=None, eos_id=5)
+    with pytest.raises(UserError, match=r"eos_ids = \(1, 2, 3, 4\): it has keys for 3"):
+        metadata_from_config(dataclasses.replace(PLAIN, eos_ids=(1, 2, 3, 4)), 0, bos_id=None, eos_id=None)
+    with pytest.raises(UserError, match=r"eos_ids = \(5, 1, 2, 3\): it has keys for 3"):
+        metadata_from_config(dataclasses.replace(PLAIN, eos_ids=(1, 2, 3)), 0, bos_id=None, eos_id=5)
 
 
 def test_an_unknown_quantisation_is_refused(tmp_path: Path):
@@ -608,7 +608,10 @@ DAMAGES: dict[str, tuple[Change, str]] = {
         "architecture = 'gemma'",
     ),
     "no layers": (value("llama.block_count", "I", 0), "llama.block_count = 0"),
-    "absurd layers": (value("llama.block_count", "I", 2**31 - 1), "llama.block_count = 2147483647, and no tensors"),
+    "absurd layers": (
+        value("llama.block_count", "I", 2**31 - 1),
+        "llama.block_count = 2147483647, which is more than its tensors",
+    ),
     "absurd heads": (value("llama.attention.key_length", "I", 2**31 - 1), "llama.attention.key_length = 2147483647"),
     "more layers": (value("llama.block_count", "I", 2), "lacks blk.1."),
     "heads that do not divide": (value("llama.attention.head_count", "I", 5), "num_heads = 5"),
@@ -680,7 +683,7 @@ def test_parts_of_a_split_model_and_folders_of_several_are_refused(sound: bytes,
     with pytest.raises(UserError, match=r"one of 2 parts\n.*--merge"):
         ours.open_checkpoint(tmp_path)
     (tmp_path / "b.gguf").write_bytes(sound)
-    with pytest.raises(UserError, match=r"has 2 files of GGUF: a-00001-of-00002.gguf, b.gguf"):
+    with pytest.raises(UserError, match=r"contains 2 GGUF files: a-00001-of-00002.gguf, b.gguf"):
         ours.open_checkpoint(tmp_path)
     assert ours.open_checkpoint(tmp_path / "b.gguf").config.vocab_size == 7
 
@@ -689,7 +692,7 @@ def test_looks_never_raises(tmp_path: Path):
     (tmp_path / "a.gguf").write_bytes(b"GG")
     (tmp_path / "b.gguf").mkdir()
     assert not any(map(ours.matches, [tmp_path, tmp_path / "a.gguf", tmp_path / "none", tmp_path / "b.gguf"]))
-    with pytest.raises(UserError, match=r"has no \.gguf file"):
+    with pytest.raises(UserError, match=r"contains no \.gguf file"):
         ours.open_checkpoint(tmp_path / "b.gguf")
 
 

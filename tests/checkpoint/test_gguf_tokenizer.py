@@ -171,7 +171,7 @@ UNKNOWN: dict[str, tuple[Callable[[dict], Any], str]] = {
         lambda d: d.update(
             pre_tokenizer={"type": "Split", "pattern": {"Regex": r"\p{L}+"}, "behavior": "Isolated", "invert": False}
         ),
-        r"no name that camelid knows for the pre-tokenizer of .*\\\\p\{L\}\+",
+        r"the pre-tokenizer of .*\\\\p\{L\}\+",
     ),
     "words apart": (lambda d: d.update(pre_tokenizer={"type": "WhitespaceSplit"}), "pre-tokenizer of .*Whitespace"),
     "a space in front": (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space"),
@@ -196,14 +196,14 @@ def test_a_tokenizer_that_llama_cpp_would_compute_otherwise_is_refused(
 def test_a_bpe_that_does_not_merge_what_llama_cpp_would_is_refused(assets: Path, tmp_path: Path):
     mistral = folder_of(assets, "mistral, tokenizer.json", tmp_path / "mistral")
     folder = edited(mistral, lambda d: d["model"]["merges"].pop(1000), tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"does not merge '.*' and '.*' although '.*' is a token; llama.cpp would"):
+    with pytest.raises(UserError, match=r"does not merge '.*' and '.*', although '.*' is a token; llama.cpp does"):
         write_gguf(tmp_path / "a.gguf", folder, 32_000)
 
 
 def test_other_kinds_of_tokenizers_are_refused_by_name(tmp_path: Path):
     (tmp_path / "words").mkdir()
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a")).save(f"{tmp_path}/words/tokenizer.json")
-    with pytest.raises(UserError, match="does not have for Llamas: WordLevel"):
+    with pytest.raises(UserError, match=r"is a WordLevel tokenizer, which llama\.cpp does not support for Llamas"):
         write_gguf(tmp_path / "a.gguf", tmp_path / "words", 5)
     text, model = tmp_path / "text.txt", tmp_path / "unigram" / "tokenizer"
     text.write_text("\n".join(hard_texts()).replace("\0", ""), "utf-8", errors="replace")
@@ -246,7 +246,7 @@ def test_pieces_that_users_defined_are_found_in_texts_as_such(tmp_path: Path):
 
 def test_what_the_model_has_no_row_for_is_left_out_and_told(phi_2: Path, tmp_path: Path):
     [note] = write_gguf(tmp_path / "a.gguf", phi_2, 50_257)
-    assert "has 38 tokens more than the model's vocabulary of 50257" in note
+    assert "has 38 more tokens than the model's vocabulary of 50257" in note
     assert len(fields_of(tmp_path / "a.gguf")["tokenizer.ggml.tokens"]) == 50_257
 
 
@@ -265,7 +265,7 @@ def test_normalization_that_llama_cpp_does_not_do_is_told(phi_2: Path, tmp_path:
 
 def test_a_model_without_a_tokenizer_says_so_and_without_it_is_an_option(stories: Path, tmp_path: Path):
     notes = convert(stories, tmp_path / "a.gguf", to="gguf", with_tokenizer=False)
-    assert any("has no tokenizer inside" in note for note in notes)
+    assert any("the GGUF file has none" in note for note in notes)
     found = fields_of(tmp_path / "a.gguf")
     assert found["tokenizer.ggml.model"] == "no_vocab"
     assert "tokenizer.ggml.tokens" not in found
@@ -374,7 +374,7 @@ def test_quantized_files_have_the_tokenizer_too(stories: Path, tmp_path: Path):
 BAD: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "all scores equal": (
         lambda path, folder: write_sentencepiece(path, folder, scores=[-1000.0] * 32_000),
-        "gives all tokens the same score",
+        "has the same score for all tokens",
     ),
     "too few scores": (
         lambda path, folder: write_sentencepiece(path, folder, scores=[0.0, 1.0]),
@@ -386,11 +386,11 @@ BAD: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     ),
     "unknown types": (
         lambda path, folder: write_sentencepiece(path, folder, types=[9] * 32_000),
-        "or unknown ones",
+        "or types that are unknown",
     ),
     "the same text twice": (
         lambda path, folder: write_sentencepiece(path, folder, texts=["a"] * 32_000),
-        "several tokens of the same text",
+        "several tokens with the same text",
     ),
 }
 
@@ -413,10 +413,10 @@ def test_a_sentencepiece_vocabulary_that_is_unclear_is_refused(
 @pytest.mark.parametrize(
     ("pre", "merges", "about"),
     [
-        ("gpt-5", None, r"tokenizer\.ggml\.pre = 'gpt-5'; camelid knows the pre-tokenizers llama-bpe, "),
+        ("gpt-5", None, r"tokenizer\.ggml\.pre = 'gpt-5'; camelid supports llama-bpe, "),
         (None, None, r"tokenizer\.ggml\.pre = None"),
         ("default", None, r"tokenizer\.ggml\.pre = 'default'"),
-        ("gpt-2", ["Ġ zzzzzz"], "merges 'Ġ' and 'zzzzzz', and not all of them are tokens"),
+        ("gpt-2", ["Ġ zzzzzz"], "merges 'Ġ' and 'zzzzzz', which are not all in the vocabulary"),
         ("gpt-2", [], r"tokenizer\.ggml\.merges = None"),
     ],
 )
@@ -429,7 +429,7 @@ def test_a_byte_level_vocabulary_that_is_unclear_is_refused(
 
 
 def test_other_models_of_tokenizers_are_refused_by_name():
-    with pytest.raises(UserError, match=r"a\.gguf has tokenizer\.ggml\.model = 't5'; camelid reads llama and gpt2"):
+    with pytest.raises(UserError, match=r"a\.gguf has tokenizer\.ggml\.model = 't5'; camelid supports llama and gpt2"):
         tokenizer_files(Path("a.gguf"), {"tokenizer.ggml.model": "t5"})
 
 

@@ -121,9 +121,11 @@ def test_a_stale_index_whose_parts_are_gone_does_not_matter_beside_the_whole_fil
     save_index(folder, "model.safetensors", dict.fromkeys(tensors, FIRST))
     model = camelid.load(folder)
     assert_same_parameters(model, in_transformers(folder))
-    assert model.notes == ("the parameters are those of model.safetensors; not read: model.safetensors.index.json",)
+    assert model.notes == (
+        "the parameters are read from model.safetensors; these files are not read: model.safetensors.index.json",
+    )
     told = called("inspect", folder)
-    assert "note: the parameters are those of model.safetensors; not read" in told.stderr
+    assert "note: the parameters are read from model.safetensors; these files are not read" in told.stderr
 
 
 def test_an_index_alone_whose_parts_are_gone_is_refused_by_their_names(folder: Path, tensors: Tensors):
@@ -156,7 +158,7 @@ def test_files_of_weights_that_are_not_read_are_named_and_other_files_are_not(
     for other in (name, "training_args.bin", "optimizer.pt", "scheduler.pt", "tokenizer.json"):
         (folder / other).write_bytes(b"x")
     assert open_checkpoint(f"hf::{folder}").notes == (
-        f"the parameters are those of model.safetensors; not read: {name}",
+        f"the parameters are read from model.safetensors; these files are not read: {name}",
     )
 
 
@@ -181,7 +183,7 @@ def test_of_two_copies_the_one_that_the_index_names_is_read_and_a_note_says_what
     np.testing.assert_array_equal(model.params.final_norm.scale, tensors[NORM])
     np.testing.assert_array_equal(in_transformers(folder)[NORM], 2 * tensors[NORM])
     assert model.notes == (
-        f"{NORM}: several files hold different values; those of the file that the index names are taken ({FIRST}), "
+        f"{NORM}: several files contain different values; the file in the index is used ({FIRST}), "
         f"where transformers takes the last file's ({SECOND})",
     )
     # As transformers reads it where the index names the last.
@@ -204,7 +206,7 @@ def test_an_index_may_list_what_no_part_holds_and_leave_out_what_one_does(
     assert model.notes == ()
     save_index(folder, "model.safetensors", {**listed, "model.layers.0.mlp.gate_proj.bias": FIRST, NORM: FIRST})
     assert camelid.load(folder).notes == (
-        "model.safetensors.index.json lists model.layers.0.mlp.gate_proj.bias, which none of its files holds",
+        "model.safetensors.index.json lists model.layers.0.mlp.gate_proj.bias, which none of its files contains",
     )
     save_index(folder, "model.safetensors", {name: file for name, file in listed.items() if name != NORM})
     model = camelid.load(folder)
@@ -253,7 +255,7 @@ def test_names_that_a_wrapper_left_are_read_and_said(
     model = camelid.load(folder)
     assert_same_parameters(model, {name: tensor.numpy() for name, tensor in tensors.items()})
     assert len(model.notes) == 1
-    assert re.fullmatch(r"the names of tensors are read without '.*\.', left by a wrapper", model.notes[0])
+    assert re.fullmatch(r"the names of tensors are read without '.*\.', which a wrapper inserted", model.notes[0])
     model.save(tmp_path / "saved")
     assert tensor_bytes(tmp_path / "saved") == tensor_bytes(made[False])
 

@@ -323,7 +323,7 @@ def test_names_that_a_wrapper_left_are_read_and_said(folder: Path):
     after = meta.open_checkpoint(folder)
     assert after.tensors.keys() == before.tensors.keys()
     assert {*after.notes} - {*before.notes} == {
-        "the names of tensors are read without '_orig_mod.' and 'module.', left by a wrapper"
+        "the names of tensors are read without '_orig_mod.' and 'module.', which a wrapper inserted"
     }
 
 

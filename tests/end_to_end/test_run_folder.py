@@ -163,7 +163,7 @@ def test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it(tmp_path:
         ({"model__vocab_size": 200}, "holds token id 257, and the model's vocabulary has 200"),
         ({"model__num_kv_heads": 4}, "num_heads = 6 is not a multiple of num_kv_heads = 4"),
         ({"model__head_dim": 9}, "of head_dim = 9, 9 are rotary; rotary embeddings turn pairs"),
-        ({"model__parallel_block": True}, "cannot say parallel_block = True"),
+        ({"model__parallel_block": True}, "cannot express parallel_block = True"),
         ({"tokenizer": "nowhere"}, "no tokenizer: looked for nowhere"),
         ({"compute__replicate": ["head"]}, "compute.replicate names 'head'"),
         ({"data__train": ["empty.txt"]}, "empty.txt"),

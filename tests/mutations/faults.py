@@ -780,8 +780,8 @@ FAULTS = (
     Fault(
         "the original context inside rope_scaling wins",
         "checkpoint/formats/hf_config.py",
-        "(beside, inside, context_length)",
-        "(inside, beside, context_length)",
+        "(top_level, nested, context_length)",
+        "(nested, top_level, context_length)",
         f"{CONFIG_JSON}test_a_field_means_what_it_means_in_transformers",
     ),
     Fault(
@@ -794,7 +794,7 @@ FAULTS = (
     Fault(
         "YaRN is written without its factor",
         "checkpoint/formats/hf_config.py",
-        ' or (name, kind) == ("factor", "yarn")',
+        ' or (name, rope_type) == ("factor", "yarn")',
         "",
         f"{CONFIG_JSON}test_a_field_survives_where_the_family_can_say_it_and_is_refused_by_name_elsewhere",
     ),
@@ -822,21 +822,21 @@ FAULTS = (
     Fault(
         "infinite numbers are accepted",
         "checkpoint/formats/hf_config.py",
-        "fits = fits and value < 2**63 and (",
-        "fits = fits and (",
+        "valid = valid and value < 2**63 and (",
+        "valid = valid and (",
         f"{CONFIG_JSON}test_what_would_be_computed_wrongly_is_refused_with_its_name_and_value",
     ),
     Fault(
         "what a family cannot say is written all the same",
         "checkpoint/formats/hf_config.py",
-        "        if not lacks:\n            return hf",
+        "        if not lost:\n            return hf",
         "        if True:\n            return hf",
         f"{CONFIG_JSON}test_a_field_survives_where_the_family_can_say_it_and_is_refused_by_name_elsewhere",
     ),
     Fault(
         "unknown fields are ignored",
         "checkpoint/formats/hf_config.py",
-        "if unknown := sorted(name for name in set(hf) - known if not is_harmless(name, hf[name])):",
+        "if unknown := sorted(name for name in set(hf) - known if not is_ignored(name, hf[name])):",
         "if (unknown := sorted(set(hf) - known)) and False:",
         f"{CONFIG_JSON}test_what_would_be_computed_wrongly_is_refused_with_its_name_and_value",
     ),
@@ -864,8 +864,8 @@ FAULTS = (
     Fault(
         "shards are larger than asked for",
         "checkpoint/formats/hf.py",
-        "size + payload.size > most",
-        "size > most",
+        "size + payload.size > limit",
+        "size > limit",
         "checkpoint/test_hf.py::test_a_checkpoint_in_shards_opens_in_transformers_and_in_camelid",
     ),
     Fault(
@@ -1109,8 +1109,8 @@ FAULTS = (
     Fault(
         "any rope_freqs.weight passes for Llama 3's",
         "checkpoint/formats/gguf_config.py",
-        "np.allclose(ours, held, rtol=1e-4, atol=0)",
-        "np.allclose(ours, held, rtol=10, atol=0)",
+        "np.allclose(ours, theirs, rtol=1e-4, atol=0)",
+        "np.allclose(ours, theirs, rtol=10, atol=0)",
         "checkpoint/test_gguf.py::test_factors_that_are_not_llama_3s_need_a_config",
     ),
     Fault(

@@ -24,14 +24,14 @@ FAULTS = (
     ),
     Fault(
         "what is merged first gets the lowest score",
-        "checkpoint/formats/gguf_tokenizer.py",
+        "checkpoint/formats/gguf_bpe.py",
         "            group -= 1\n",
         "            group += 1\n",
         f"{TOKENIZER}test_a_conversion_takes_the_tokenizer_and_its_templates_along",
     ),
     Fault(
         "a BPE is written without looking whether llama.cpp merges more",
-        "checkpoint/formats/gguf_tokenizer.py",
+        "checkpoint/formats/gguf_bpe.py",
         "and pair not in listed and",
         "and pair in () and",
         f"{TOKENIZER}test_a_bpe_that_does_not_merge_what_llama_cpp_would_is_refused",
@@ -45,16 +45,16 @@ FAULTS = (
     ),
     Fault(
         "pre-tokenizers are told by their patterns alone",
-        "checkpoint/formats/gguf_tokenizer.py",
-        "if pre.patterns == patterns and pre.ignore_merges == ignores",
+        "checkpoint/formats/gguf_bpe.py",
+        "if pre.patterns == patterns and pre.ignore_merges == ignore_merges",
         "if pre.patterns == patterns",
         f"{TOKENIZER}test_the_pre_tokenizer_is_named_by_its_pattern",
     ),
     Fault(
         "normalization that llama.cpp does not do is not told",
-        "checkpoint/formats/gguf_tokenizer.py",
-        "    if odd:\n        vocabulary.notes.append(f",
-        "    if not odd:\n        vocabulary.notes.append(f",
+        "checkpoint/formats/gguf_tokens.py",
+        "        if differing:\n",
+        "        if False:\n",
         f"{TOKENIZER}test_normalization_that_llama_cpp_does_not_do_is_told",
     ),
     Fault(

@@ -155,7 +155,7 @@ FORMATS: Mapping[str, Format] = {
             f"GGUF of {bits} bits",
             _never,
             gguf.open_checkpoint,
-            partial(gguf.plan_files, kind=kind),
+            partial(gguf.plan_files, quantization=kind),
             lossy=True,
             suffix=GGUF,
         )

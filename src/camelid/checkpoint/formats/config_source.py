@@ -50,6 +50,6 @@ def read_config_json(folder: Path, ignore: Sequence[str] = ()) -> tuple[dict[str
     fields = read_json(folder / CONFIG_JSON)
     present = [name for name in ignore if without(fields, [name]) != fields]
     absent = [name for name in ignore if name not in present]
-    notes = (f"config.json is read as if it had no {', '.join(present)}, as requested",) if present else ()
-    notes += (f"config.json has no {', '.join(absent)}, which was to be ignored",) if absent else ()
+    notes = (f"config.json is read without {', '.join(present)}, as requested",) if present else ()
+    notes += (f"config.json has no {', '.join(absent)} to ignore",) if absent else ()
     return without(fields, present), notes

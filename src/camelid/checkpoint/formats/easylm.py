@@ -1,13 +1,14 @@
-"""EasyLM's files, which are LL3M's too: parameters as a stream or as flax's msgpack, and train states.
+"""Checkpoints of EasyLM and LL3M: parameters as a msgpack stream or as Flax's msgpack tree, and train states.
 
-    streaming_params        a stream (checkpoint/containers/msgpack.py) of the names below
-    flax_params             one tree of them
+    streaming_params        a stream (checkpoint/containers/msgpack.py) of the tensors named below
+    flax_params             one msgpack tree of the same tensors
     streaming_train_state   a stream of step, params/params/..., and optax's state of clipping and AdamW:
-                            opt_state/1/0/{count, mu/params/..., nu/params/...} and opt_state/1/2/count, where gradients
-                            are accumulated below opt_state/inner_opt_state, beside mini_step, gradient_step, acc_grads
+                            opt_state/1/0/{count, mu/params/..., nu/params/...} and opt_state/1/2/count. With gradient
+                            accumulation this state is under opt_state/inner_opt_state, next to mini_step,
+                            gradient_step and acc_grads.
 
-Kernels are inputs first, rotary pairs are neighbours (EasyLM/models/llama/llama_model.py). The head is always one of
-its own; the converter from Hugging Face writes the table there when a model is tied.
+Kernels are stored with the input axes first, and rotary pairs are adjacent (EasyLM/models/llama/llama_model.py). There
+is always a separate head; EasyLM's converter from Hugging Face copies the embedding table to it if a model is tied.
 """
 
 import re
@@ -33,7 +34,7 @@ from camelid.checkpoint.tensors import Tensor, same_values
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
-# In the order of EasyLM's converter; those of a layer stand together.
+# In the order of EasyLM's converter, which writes the tensors of a layer together.
 OUTER = (
     TensorRule("embed", "transformer/wte/embedding", "vocab_in embed_in"),
     TensorRule("final_norm.scale", "transformer/ln_f/kernel", "embed"),
@@ -56,32 +57,32 @@ EMBED, HEAD = OUTER[0].name, "lm_head/kernel"
 RULES = (*OUTER, *LAYER, TensorRule("lm_head", HEAD, "embed vocab"))
 SIZES = {"pair": 2}
 
-Kind = str
-KINDS: Mapping[Kind, str] = {
+FileType = str
+FILE_TYPES: Mapping[FileType, str] = {
     "params": "a stream of parameters",
-    "flax_params": "parameters as flax's msgpack",
+    "flax_params": "parameters as Flax's msgpack",
     "trainstate": "a stream with a train state",
 }
 PARAMS_ALONE = "trainstate_params"
-PREFIXES: Mapping[str, Kind] = {
+PREFIXES: Mapping[str, FileType] = {
     "params": "params",
     "flax_params": "flax_params",
     "flax": "flax_params",
     "trainstate": "trainstate",
     PARAMS_ALONE: "trainstate",
 }
-FILES: Mapping[Kind, str] = {
+FILES: Mapping[FileType, str] = {
     "params": "streaming_params*",
     "flax_params": "flax_params*",
     "trainstate": "streaming_train_state*",
 }
-# The first bytes: [[name, ..], bin] or a map, and then one of the names that such files begin with.
+# The first bytes: [[name, ..], bin] or a map, followed by one of the names with which such files start.
 STREAM = re.compile(rb"\x92[\x91-\x9f](\xabtransformer|\xa7lm_head|\xa6params|\xa4step|\xa9opt_state)", re.DOTALL)
 TREE = re.compile(rb"([\x81-\x8f]|\xde..)(\xabtransformer|\xa7lm_head)", re.DOTALL)
 
 
 def table_of(config: ModelConfig) -> Table:
-    """Where each parameter of a model lies; raises UserError where EasyLM has no place for one."""
+    """Returns the tensor of each parameter of a model; raises UserError if EasyLM has no tensor for one."""
     return table_for("EasyLM", RULES, config, SIZES)
 
 
@@ -89,98 +90,108 @@ def table_of(config: ModelConfig) -> Table:
 
 
 def matches(path: Path) -> bool:
-    """Whether a file begins as one of these, or a folder has such a file under EasyLM's name."""
+    """Whether a file starts like one of these, or a folder has such a file with one of EasyLM's names."""
     try:
-        return bool(_found(path, None)) if path.is_dir() else _form(path) is not None
+        return bool(_files_in(path, None)) if path.is_dir() else _encoding(path) is not None
     except OSError:
         return False
 
 
 def open_checkpoint(path: Path, config: ModelConfig | None = None, prefix: str | None = None) -> Checkpoint:
-    """Opens a file, or the one file in a folder; `prefix` is one of PREFIXES, and None asks the file.
+    """Opens a file, or the only file in a folder; `prefix` is one of PREFIXES, or None to detect the type of the file.
 
-    The training of a train state comes with it, unless `prefix` asks for its parameters alone.
+    The optimizer state of a train state is opened too, unless `prefix` requests its parameters alone.
     """
-    file, leaves, kind = _open(path, None if prefix is None else PREFIXES[prefix])
-    if kind == "trainstate" and prefix != PARAMS_ALONE:
+    file, leaves, file_type = _open(path, None if prefix is None else PREFIXES[prefix])
+    if file_type == "trainstate" and prefix != PARAMS_ALONE:
         return _train_state(file, config, leaves)
-    return _parameters(file, config, leaves, kind)
+    return _parameters(file, config, leaves, file_type)
 
 
 def _train_state(file: Path, config: ModelConfig | None, leaves: Mapping[str, msgpack.Leaf]) -> Checkpoint:
-    """Parameters and AdamW's state; the head is one of its own, since EasyLM trains it so."""
+    """Opens parameters and AdamW's state; the head is untied, because EasyLM trains it separately."""
     params = _parameters(file, config, leaves, "trainstate", may_tie=False)
     accumulates = any(name.startswith("opt_state/inner_opt_state/") for name in leaves)
     adam = "opt_state/inner_opt_state/1/" if accumulates else "opt_state/1/"
-    advice = f"Take the parameters alone, as {PARAMS_ALONE}::{file}"
+    advice = f"Open the parameters alone, as {PARAMS_ALONE}::{file}"
     step = leaves.get(f"{adam}0/count")  # EasyLM's own step counts microbatches
     if missing := [name for name in (f"{adam}0/count", "step") if type(leaves.get(name)) is not int]:
-        raise UserError(f"{file} has no {missing[0]}, so it is no train state with AdamW", advice)
+        raise UserError(f"{file} has no {missing[0]}, so it is not a train state with AdamW", advice)
     assert isinstance(step, int)
     if not 0 <= step < 2**31:
-        raise UserError(f"{file} says that {step} updates were made", advice)
+        raise UserError(f"{file} has {adam}0/count = {step}, which is not a number of updates", advice)
     known = rf"step|params/params/.*|{adam}(0/count|0/[mn]u/params/.*|2/count)"
     if accumulates:
         known += "|opt_state/(mini_step|gradient_step|acc_grads/params/.*)"
     if extra := [name for name in leaves if not re.fullmatch(known, name)]:
-        raise UserError(f"{file} holds {extra[0]}, which AdamW's state does not", advice)
+        raise UserError(f"{file} contains {extra[0]}, which is not part of AdamW's state", advice)
     mu, nu = (_tensors(file, leaves, f"{adam}0/{name}/params/") for name in ("mu", "nu"))
     for moments in (mu, nu):
         check_tensors(params.table, moments, "", "the model")
     notes = params.notes
     if done := leaves.get("opt_state/mini_step"):
-        notes += (f"The gradients of {done} microbatches before the next update are left out.",)
+        notes += (f"The accumulated gradients of {done} microbatches before the next update are not read.",)
     return replace(params, notes=notes, training=AdamState(step, mu, nu))
 
 
-def _form(file: Path) -> str | None:
-    with file.open("rb") as opened:
-        start = opened.read(32)
+def _encoding(path: Path) -> str | None:
+    """Returns "stream" or "tree", or None for another file."""
+    with path.open("rb") as file:
+        start = file.read(32)
     return "stream" if STREAM.match(start) else "tree" if TREE.match(start) else None
 
 
-def _found(folder: Path, kind: Kind | None) -> list[Path]:
-    """The files of a kind, or of any, under EasyLM's names."""
-    patterns = FILES.values() if kind is None else [FILES[kind]]
+def _files_in(folder: Path, file_type: FileType | None) -> list[Path]:
+    """Returns the files with EasyLM's names for one type of file, or for any."""
+    patterns = FILES.values() if file_type is None else [FILES[file_type]]
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    return [file for file in files if file.is_file() and _form(file) is not None]
+    return [file for file in files if file.is_file() and _encoding(file) is not None]
 
 
-def _open(path: Path, wanted: Kind | None) -> tuple[Path, Mapping[str, msgpack.Leaf], Kind]:
-    """A file, its leaves, and what it is; raises UserError where it is not what is wanted."""
+def _open(path: Path, wanted: FileType | None) -> tuple[Path, Mapping[str, msgpack.Leaf], FileType]:
+    """Returns the file, its leaves and its type; raises UserError if that is not `wanted`."""
     if not path.exists():
         raise UserError(f"{path} does not exist", "Give a file of EasyLM, or a folder with one.")
     if path.is_dir():
-        files = _found(path, wanted) or _found(path, None)
+        files = _files_in(path, wanted) or _files_in(path, None)
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or f"nothing named {' or '.join(FILES.values())}"
-            raise UserError(f"{path} holds {names}, and one file of EasyLM is to be opened", "Give the file itself.")
+            raise UserError(f"{path} contains {names}, not exactly one file of EasyLM", "Give the file itself.")
         path = files[0]
-    form = _form(path)
-    if form is None:
-        raise UserError(f"{path} does not begin as a file of EasyLM does", "Give the path of such a file.")
-    leaves = msgpack.open_stream(path) if form == "stream" else msgpack.open_tree(path)
-    whole = any(name.startswith(("params/", "opt_state/")) or name == "step" for name in leaves)
-    kind = "flax_params" if form == "tree" else "trainstate" if whole else "params"
-    if wanted not in (None, kind):
-        right = next(prefix for prefix, named in PREFIXES.items() if named == kind)
-        raise UserError(f"{path} is {KINDS[kind]}, and not {KINDS[wanted]}", f"Open it as {right}::{path}")
-    return path, leaves, kind
+    encoding = _encoding(path)
+    if encoding is None:
+        raise UserError(f"{path} does not start like a file of EasyLM", "Give the path of such a file.")
+    leaves = msgpack.open_stream(path) if encoding == "stream" else msgpack.open_tree(path)
+    has_state = any(name.startswith(("params/", "opt_state/")) or name == "step" for name in leaves)
+    file_type = "flax_params" if encoding == "tree" else "trainstate" if has_state else "params"
+    if wanted not in (None, file_type):
+        right = next(prefix for prefix, named in PREFIXES.items() if named == file_type)
+        raise UserError(
+            f"{path} is {FILE_TYPES[file_type]}, and not {FILE_TYPES[wanted]}", f"Open it as {right}::{path}"
+        )
+    return path, leaves, file_type
 
 
-def _tensors(file: Path, leaves: Mapping[str, msgpack.Leaf], below: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest of their names."""
+def _tensors(file: Path, leaves: Mapping[str, msgpack.Leaf], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names start with `prefix`, keyed by their names without it."""
     tensors = {}
     for name, leaf in leaves.items():
-        if name.startswith(below):
+        if name.startswith(prefix):
             if not isinstance(leaf, Tensor):
-                raise UserError(f"{name} in {file} is {leaf!r} and no array", "The file holds something else.")
-            tensors[name.removeprefix(below)] = leaf
+                raise UserError(
+                    f"{name} in {file} is {leaf!r}, and not an array", "Give a file with the parameters of a model."
+                )
+            tensors[name.removeprefix(prefix)] = leaf
     return tensors
 
 
 def _parameters(
-    file: Path, config: ModelConfig | None, leaves: Mapping[str, msgpack.Leaf], kind: Kind, *, may_tie: bool = True
+    file: Path,
+    config: ModelConfig | None,
+    leaves: Mapping[str, msgpack.Leaf],
+    file_type: FileType,
+    *,
+    may_tie: bool = True,
 ) -> Checkpoint:
     folder = file.parent
     notes = []
@@ -194,15 +205,15 @@ def _parameters(
         )
     config, described_by = source
     if pickles:
-        notes.append(f"{', '.join(pickles)} was not opened: pickles can run code.")
-    tensors = _tensors(file, leaves, "params/params/" if kind == "trainstate" else "")
+        notes.append(f"{', '.join(pickles)} was not opened, because unpickling can run code.")
+    tensors = _tensors(file, leaves, "params/params/" if file_type == "trainstate" else "")
     known = ""
     if config.tie_embeddings and HEAD in tensors:
         if may_tie and EMBED in tensors and same_values(tensors[EMBED], tensors[HEAD], transposed=True):
             known = re.escape(HEAD)
         else:
             config = replace(config, tie_embeddings=False)
-            notes.append("The head is not tied to the embedding table: in the file it is one of its own.")
+            notes.append("The head is not tied to the embedding table: the file has a separate one with other values.")
     rows = table_of(config)
     check_tensors(rows, tensors, known, described_by)
     return Checkpoint("easylm", folder, config, tensors, rows, tuple(notes))
@@ -217,21 +228,24 @@ def plan_files(export: ExportSpec) -> list[PlannedFile]:
 
 
 def flax_files(export: ExportSpec) -> list[PlannedFile]:
-    """flax_params, byte for byte as EasyLM's converter writes it with --streaming=False."""
+    """Plans flax_params, byte for byte as EasyLM's converter writes it with --streaming=False."""
     return [msgpack.tree_file("flax_params", _segments(export))]
 
 
 def train_state_files(export: ExportSpec) -> list[PlannedFile]:
-    """streaming_train_state, byte for byte as EasyLM's training writes it in float32, without accumulation."""
+    """Plans streaming_train_state, byte for byte as EasyLM writes it in float32 without gradient accumulation.
+
+    Raises UserError if the source has no optimizer state, or if its head is tied.
+    """
     training = export.training
     if training is None:
         raise UserError(
-            "there is no step and there are no moments of AdamW to write",
+            "the source has no step and no AdamW moments to write",
             "Convert an EasyLM train state or a camelid run, or write the parameters with --to easylm.",
         )
     if export.config.tie_embeddings:
         raise UserError(
-            "EasyLM trains a head of its own, and this model's is tied", "Write the parameters with --to easylm."
+            "EasyLM trains an untied head, and this model's head is tied", "Write the parameters with --to easylm."
         )
     moments = dict.fromkeys(export.dtypes, np.dtype(np.float32))
     adam = "opt_state/1/0"
@@ -251,13 +265,13 @@ def train_state_files(export: ExportSpec) -> list[PlannedFile]:
 
 
 def _below(name: str, export: ExportSpec) -> list[TensorPayload]:
-    """In the order of flax's own trees, which jit has sorted."""
+    """Returns the tensors under a prefix, in the order of Flax's trees, whose keys jit has sorted."""
     payloads = sorted(_segments(export), key=lambda payload: payload.tensor.name.split("/"))
     return [replace(one, tensor=replace(one.tensor, name=f"{name}/{one.tensor.name}")) for one in payloads]
 
 
 def _segments(export: ExportSpec) -> list[TensorPayload]:
-    """In the order of EasyLM's converter."""
+    """Returns the tensors in the order of EasyLM's converter."""
     config = export.config
     refuse_unsupported("EasyLM", config, {"rope_theta", "tie_embeddings"})
     refuse_wide_heads("EasyLM", config)

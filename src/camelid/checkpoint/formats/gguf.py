@@ -1,7 +1,8 @@
-"""GGUF, llama.cpp's format, for its architecture "llama".
+"""GGUF, the format of llama.cpp, for its architecture "llama".
 
-Numbers are float32, float16, bfloat16, or quantized: Q8_0 and Q4_0 are read and written, other kinds (ggml.py) are only
-read. Rotary pairs are neighbors. The tokenizer is in the file's metadata, with the chat template.
+Tensors are float32, float16, bfloat16 or quantized: Q8_0 and Q4_0 are read and written, other quantizations
+(checkpoint/containers/ggml.py) are only read. Rotary pairs are adjacent. The metadata contain the tokenizer and the
+chat template.
 """
 
 from functools import partial
@@ -24,12 +25,12 @@ from camelid.checkpoint.files import Chunks, PlannedFile, TensorPayload, raw_pay
 from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.formats.gguf_config import (
     ROPE,
-    config_of,
+    config_from_metadata,
     disagreements,
-    fields_of,
-    held_stretch,
-    metadata_of,
-    stretch_of,
+    divisors_in_file,
+    divisors_of_scaling,
+    fields_from_metadata,
+    metadata_from_config,
 )
 from camelid.checkpoint.formats.gguf_tokenizer import tokenizer_metadata
 from camelid.checkpoint.formats.gguf_vocabulary import has_tokenizer, unpacked
@@ -63,14 +64,14 @@ FILE = "model.gguf"
 
 
 def matches(path: Path) -> bool:
-    """Whether a file, or some .gguf of a folder, starts as GGUF does."""
+    """Whether a file, or any .gguf file in a folder, starts with GGUF's magic number."""
     try:
-        return any(_starts(file) for file in (path.glob("*.gguf") if path.is_dir() else [path]))
+        return any(_has_magic(file) for file in (path.glob("*.gguf") if path.is_dir() else [path]))
     except OSError:
         return False
 
 
-def _starts(path: Path) -> bool:
+def _has_magic(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -78,40 +79,42 @@ def _starts(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Opens a file, or the one of a folder; the model is `config`, config.json beside it, or what the file says.
+    """Opens a file, or the only .gguf file in a folder.
 
-    The tokenizer of a file is the one inside; that of a folder is tokenizer.json or tokenizer.model, if it has them.
+    The model is described by `config`, by a config.json in the same folder, or by the metadata, in this order. A file
+    is opened with the tokenizer in its metadata, a folder with its tokenizer.json or tokenizer.model if it has one.
     """
     is_folder, path = path.is_dir(), _file(path)
-    held, tensors = open_gguf(path)
-    said = fields_of(path, held, tensors)
-    stretch = held_stretch(path, held, tensors, said)
+    metadata, tensors = open_gguf(path)
+    fields = fields_from_metadata(path, metadata, tensors)
+    divisors = divisors_in_file(path, metadata, tensors, fields)
     notes: list[str] = []
-    source = None
-    if config is not None and (odd := disagreements(config, said, stretch)):
-        raise UserError(f"{path} and the given config disagree: {odd}", "They belong to different models.")
+    source, differences = None, ""
+    if config is not None and (differences := disagreements(config, fields, divisors)):
+        raise UserError(f"{path} and the given config disagree: {differences}", "They belong to different models.")
     try:
-        source = find_config(config, path.parent)
-        odd = disagreements(source.config, said, stretch) if source is not None else ""
-    except UserError as error:  # some folders hold a config.json of one line
-        odd = error.problem
-    if odd:
-        notes.append(f"config.json beside {path.name} does not describe it and was left out: {odd}")
+        if (source := find_config(config, path.parent)) is not None:
+            differences = disagreements(source.config, fields, divisors)
+    except UserError as error:  # some folders have a config.json with nothing but a model_type
+        differences = error.problem
+    if differences:
+        notes.append(f"config.json in the folder of {path.name} does not match it and is ignored: {differences}")
         source = None
     if source is not None:
         config, described_by = source
     else:
-        config, described_by = config_of(path, held, said, stretch, ROPE in tensors, notes), "its metadata"
+        config = config_from_metadata(path, metadata, fields, divisors, notes, per_frequency=ROPE in tensors)
+        described_by = "its metadata"
         notes.append(assumption_note(path.name, config, "init_std", "family"))
-    windows = ("sliding_window", "window_pattern")  # llama.cpp does not compute Mistral's, and says nothing of them
+    windows = ("sliding_window", "window_pattern")  # llama.cpp neither computes nor stores those of Mistral
     refuse_unsupported(WHAT, config, (*CAN_SAY, *windows))
     table = _table(config)
     check_tensors(table, tensors, r"rope_freqs\.weight", described_by)
     if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, QuantizedTensor)}):
-        notes.append(f"the weights of {path.name} are quantised ({', '.join(kinds)}); they are read as float32")
-    # What lies beside a file may be another model's; what lies in a folder with it belongs to it.
+        notes.append(f"the weights of {path.name} are quantized ({', '.join(kinds)}); they are read as float32")
+    # The folder of a file may contain other models; a folder that was given belongs to its only .gguf file.
     beside = is_folder and any((path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    unpack = partial(unpacked, path, held) if has_tokenizer(held) and not beside else None
+    unpack = partial(unpacked, path, metadata) if has_tokenizer(metadata) and not beside else None
     return Checkpoint("gguf", path.parent, config, tensors, table, tuple(notes), unpack_tokenizer=unpack)
 
 
@@ -127,7 +130,7 @@ def _file(path: Path) -> Path:
         return files[0]
     names = ", ".join(file.name for file in files[:3])
     raise UserError(
-        f"{path} has {len(files)} files of GGUF: {names}" if files else f"{path} has no .gguf file",
+        f"{path} contains {len(files)} GGUF files: {names}" if files else f"{path} contains no .gguf file",
         "Give the path of the file.",
     )
 
@@ -135,43 +138,44 @@ def _file(path: Path) -> Path:
 # Writing --------------------------------------------------------------------------------
 
 
-def plan_files(export: ExportSpec, kind: str | None = None) -> list[PlannedFile]:
-    """model.gguf.
+def plan_files(export: ExportSpec, quantization: str | None = None) -> list[PlannedFile]:
+    """Plans model.gguf.
 
-    `kind` "q8_0" or "q4_0" quantises every matrix whose rows are multiples of 32; the others are float16 then. Norms
-    are always float32, as llama.cpp wants them.
+    `quantization` "q8_0" or "q4_0" quantizes every matrix whose rows are a multiple of 32 long; other matrices become
+    float16 then. Norms are always float32, as llama.cpp requires.
     """
     config = export.config
     refuse_unsupported(WHAT, config, CAN_SAY)
-    stretch = stretch_of(config.rope_scaling, config.rope_theta, config.head_dim)
-    if stretch is None:
+    divisors = divisors_of_scaling(config.rope_scaling, config.rope_theta, config.head_dim)
+    if divisors is None:
         raise UserError(f"{WHAT} cannot hold rope_scaling = {config.rope_scaling!r}", "Use the format hf.")
-    if kind not in (None, *WRITABLE):
-        raise UserError(f"quantisation {kind!r} is unknown", f"Choose one of {', '.join(WRITABLE)}.")
+    if quantization not in (None, *WRITABLE):
+        raise UserError(f"quantization {quantization!r} is unknown", f"Choose one of {', '.join(WRITABLE)}.")
     table = _table(config)
-    entries = [TensorInfo(p.name, p.shape, _code(p, kind)) for p in plan_tensors(table, export.dtypes)]
+    entries = [TensorInfo(p.name, p.shape, _code(p, quantization)) for p in plan_tensors(table, export.dtypes)]
     payloads = [TensorPayload(entry.planned, entry.bytes, partial(_chunks, export, table, entry)) for entry in entries]
     if isinstance(config.rope_scaling, Llama3Scaling):
-        entries.append(TensorInfo(ROPE, stretch.shape, F32))
-        payloads.append(raw_payload(entries[-1].planned, lambda: [stretch]))
-    code = CODES[export.dtypes["embed"]] if kind is None else BY_NAME[kind]
+        entries.append(TensorInfo(ROPE, divisors.shape, F32))
+        payloads.append(raw_payload(entries[-1].planned, lambda: [divisors]))
+    code = CODES[export.dtypes["embed"]] if quantization is None else BY_NAME[quantization]
     described, tokenizer, notes = tokenizer_metadata(export.companions, config.vocab_size)
     own = (None, None) if tokenizer is None else (tokenizer.bos_id, _named_eos(tokenizer))
-    return [gguf_file(FILE, metadata_of(config, code, *own) | described, entries, payloads, notes)]
+    return [gguf_file(FILE, metadata_from_config(config, code, *own) | described, entries, payloads, notes)]
 
 
 def _named_eos(tokenizer: Tokenizer) -> int | None:
-    """The token that chat templates know as eos_token."""
+    """Returns the token that chat templates know as eos_token."""
     text = tokenizer.named_specials.get("eos_token")
     return None if text is None else tokenizer.engine.token_id(text)
 
 
-def _code(tensor: PlannedTensor, kind: str | None) -> int:
+def _code(tensor: PlannedTensor, quantization: str | None) -> int:
+    """Returns GGML's code for the type in which a tensor is written."""
     if len(tensor.shape) == 1:
         return F32
-    if kind is None:
+    if quantization is None:
         return CODES[tensor.dtype]
-    return F16 if tensor.shape[-1] % BLOCK else BY_NAME[kind]
+    return F16 if tensor.shape[-1] % BLOCK else BY_NAME[quantization]
 
 
 def _chunks(export: ExportSpec, table: Table, entry: TensorInfo) -> Chunks:

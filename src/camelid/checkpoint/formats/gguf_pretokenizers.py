@@ -1,14 +1,14 @@
-"""The pre-tokenizers of byte-level BPE that llama.cpp has names for (`tokenizer.ggml.pre`), and their patterns.
+"""The pre-tokenizers of byte-level BPE that llama.cpp knows by name (`tokenizer.ggml.pre`), with their patterns.
 
-llama.cpp has the patterns in its own source (llama-vocab.cpp) and a file only names one, so that a tokenizer can be
-written exactly if its patterns are in this table, and a file can be read exactly if its name is.
+A GGUF file only names its pre-tokenizer; the patterns are in llama.cpp's source (llama-vocab.cpp). So a tokenizer can
+be written if its patterns are in this table, and a file can be read if its name is.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Regular expressions, as the tokenizer.json files of these models spell them.
+# Regular expressions, as they are written in the tokenizer.json files of these models.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -24,17 +24,17 @@ GPT4O = _CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How llama.cpp splits a text before it merges the bytes of each part."""
+    """How llama.cpp splits a text before it merges the bytes of each part (llama-vocab.cpp, llm_tokenizer_bpe)."""
 
     name: str
     patterns: tuple[str, ...]
-    """applied one after another; what matches becomes a part of its own, and so does what lies between"""
+    """applied in order; every match becomes a separate part, and so does the text between matches"""
     ignore_merges: bool = False
-    """whether a part that is in the vocabulary is one token, without merging"""
+    """whether a part that is in the vocabulary becomes one token without merging"""
     adds_bos: bool = False
-    """whether llama.cpp puts BOS in front where the file does not say"""
+    """whether llama.cpp prepends BOS if the file does not specify it"""
     aliases: tuple[str, ...] = ()
-    """other names that llama.cpp treats alike"""
+    """other names of the same pre-tokenizer in llama.cpp"""
 
 
 PRE_TOKENIZERS = (
@@ -56,7 +56,7 @@ BY_PRE = {name: pre for pre in PRE_TOKENIZERS for name in (pre.name, *pre.aliase
 
 
 def patterns_of(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...] | None:
-    """The patterns of a tokenizer.json's `pre_tokenizer`; None if it does anything else than splitting by patterns."""
+    """Returns the patterns of a tokenizer.json's `pre_tokenizer`, or None if it does more than split by patterns."""
     if pre_tokenizer is None:
         return None
     match pre_tokenizer.get("type"):
@@ -68,17 +68,17 @@ def patterns_of(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...] | No
         case "Digits" if pre_tokenizer.get("individual_digits"):
             return (DIGIT,)
         case "Split":
-            # As long as a pattern matches every character, removing what it does not match changes nothing.
-            how = (pre_tokenizer.get("behavior"), pre_tokenizer.get("invert", False))
+            # These patterns match every character, so removing the rest ("Removed", inverted) removes nothing.
+            behavior = (pre_tokenizer.get("behavior"), pre_tokenizer.get("invert", False))
             pattern = pre_tokenizer.get("pattern", {}).get("Regex")
-            if how not in (("Isolated", False), ("Removed", True)) or not isinstance(pattern, str):
+            if behavior not in (("Isolated", False), ("Removed", True)) or not isinstance(pattern, str):
                 return None
             return (pattern.replace("\r", r"\r").replace("\n", r"\n"),)
     return None
 
 
 def pre_tokenizer_json(pre: PreTokenizer) -> dict[str, Any]:
-    """The `pre_tokenizer` of a tokenizer.json that splits as llama.cpp does."""
+    """Returns the `pre_tokenizer` of a tokenizer.json that splits texts as llama.cpp does."""
     splits = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in pre.patterns

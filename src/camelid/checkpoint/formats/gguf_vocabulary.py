@@ -1,6 +1,6 @@
-"""The tokenizer inside a GGUF file, as tokenizer.json and tokenizer_config.json, which give the ids of llama.cpp.
+"""Converts the tokenizer in a GGUF file to tokenizer.json and tokenizer_config.json, with the token ids of llama.cpp.
 
-What they are made of is in gguf_tokenizer.py, which writes it.
+It reads what gguf_tokenizer.py and other programs write.
 """
 
 import hashlib
@@ -11,34 +11,37 @@ from typing import Any
 
 from camelid.checkpoint.containers.gguf_file import LazyArray, describe_value
 from camelid.checkpoint.formats.gguf_pretokenizers import BY_PRE, pre_tokenizer_json
-from camelid.checkpoint.formats.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from camelid.checkpoint.formats.gguf_tokens import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from camelid.disk.atomic import write_atomically
 from camelid.disk.paths import cache_folder
 from camelid.errors import UserError
 
-BESIDE = (
-    "Put the model's tokenizer.json beside the file and open the folder, or name a tokenizer; "
-    "`camelid convert --without-tokenizer` takes the weights alone."
+ADVICE = (
+    "Put the model's tokenizer.json in the same folder and open the folder, or give a tokenizer; "
+    "`camelid convert --without-tokenizer` converts the weights alone."
 )
-# Tokens that llama.cpp takes for ends of a text or of a turn by their names (llama-vocab.cpp, special_eog_ids).
+# Tokens that llama.cpp recognizes by name as the end of a text or of a turn (llama-vocab.cpp, special_eog_ids).
 ENDS = frozenset("<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> <|end_of_text|>".split())
 DEFAULTS: Mapping[str, Mapping[str, int]] = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "gpt2": {}}
-# By name in tokenizer_config.json.
+# By their names in tokenizer_config.json.
 NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 SPECIAL = (*NAMED.values(), "eot", "eom")
 
 
-def has_tokenizer(held: Mapping[str, Any]) -> bool:
-    """Whether a file's metadata has a vocabulary."""
-    return "tokenizer.ggml.tokens" in held and held.get("tokenizer.ggml.model", "none") not in ("no_vocab", "none")
+def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
+    """Whether the metadata of a file contain a vocabulary."""
+    return "tokenizer.ggml.tokens" in metadata and metadata.get("tokenizer.ggml.model", "none") not in (
+        "no_vocab",
+        "none",
+    )
 
 
-def unpacked(path: Path, held: Mapping[str, Any]) -> Path:
-    """A folder of the cache with tokenizer.json and the files that belong to it, made of what is inside a file.
+def unpacked(path: Path, metadata: Mapping[str, Any]) -> Path:
+    """Writes the tokenizer in a GGUF file to a folder of the cache as tokenizer.json etc., and returns the folder.
 
-    Raises UserError for a tokenizer that camelid cannot compute as llama.cpp does.
+    Raises UserError if camelid cannot reproduce llama.cpp's token ids, or if the cache is not writable.
     """
-    files = {name: json.dumps(value).encode() for name, value in tokenizer_files(path, held).items()}
+    files = {name: json.dumps(value).encode() for name, value in tokenizer_files(path, metadata).items()}
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
     folder = cache_folder() / "tokenizers" / digest[:32]
     try:
@@ -48,35 +51,39 @@ def unpacked(path: Path, held: Mapping[str, Any]) -> Path:
                 write_atomically(folder / name, content)
     except OSError as error:
         raise UserError(
-            f"the tokenizer inside {path} cannot be unpacked: {error}",
-            "Set CAMELID_CACHE to a folder that can be written.",
+            f"the tokenizer in {path} cannot be unpacked: {error}",
+            "Set CAMELID_CACHE to a writable folder.",
         ) from error
     return folder
 
 
-def tokenizer_files(path: Path, held: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The JSON of a tokenizer's files by their names; raises UserError for what camelid does not read."""
-    model = held["tokenizer.ggml.model"]
+def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the contents of the tokenizer's JSON files, by name; raises UserError for an unsupported tokenizer."""
+    model = metadata["tokenizer.ggml.model"]
     if model not in DEFAULTS:
         known = " and ".join(DEFAULTS)
         raise UserError(
-            f"{path} has tokenizer.ggml.model = {describe_value(model)}; camelid reads {known} in a Llama's file",
-            BESIDE,
+            f"{path} has tokenizer.ggml.model = {describe_value(model)}; camelid supports {known} for Llamas",
+            ADVICE,
         )
-    texts = _array(path, held, "tokens", str)
-    types = _array(path, held, "token_type", int) if "tokenizer.ggml.token_type" in held else [NORMAL] * len(texts)
+    texts = _array(path, metadata, "tokens", str)
+    types = (
+        _array(path, metadata, "token_type", int) if "tokenizer.ggml.token_type" in metadata else [NORMAL] * len(texts)
+    )
     if len(types) != len(texts) or not set(types) <= set(range(NORMAL, BYTE + 1)):
-        raise UserError(f"{path} has {len(types)} token types for {len(texts)} tokens, or unknown ones", BESIDE)
+        raise UserError(
+            f"{path} has {len(types)} token types for {len(texts)} tokens, or types that are unknown", ADVICE
+        )
     if len(set(texts)) != len(texts):
-        raise UserError(f"{path} has several tokens of the same text", BESIDE)
-    ids = {name: _special(held, model, name, len(texts)) for name in SPECIAL}
+        raise UserError(f"{path} has several tokens with the same text", ADVICE)
+    ids = {name: _special(metadata, model, name, len(texts)) for name in SPECIAL}
     named = [ids[name] for name in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(i for i in [*named, *_ids(texts, ENDS)] if i is not None))
-    for token in [*ids.values(), *ends]:  # some converters leave the end of a turn an ordinary token
+    for token in [*ids.values(), *ends]:  # some converters mark the end of a turn as an ordinary token
         if token is not None and types[token] not in (UNKNOWN, BYTE):
             types[token] = CONTROL
-    content = (_sentencepiece if model == "llama" else _byte_level)(path, held, texts, types, ids)
-    frame = _framed(held, model, texts, ids)
+    content = (_sentencepiece if model == "llama" else _byte_level)(path, metadata, texts, types, ids)
+    bos, eos = _added_around_texts(metadata, model, texts, ids)
     added = [
         {
             "id": token,
@@ -85,24 +92,24 @@ def tokenizer_files(path: Path, held: Mapping[str, Any]) -> dict[str, dict[str, 
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": kind != USER_DEFINED,
+            "special": token_type != USER_DEFINED,
         }
-        for token, kind in enumerate(types)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        for token, token_type in enumerate(types)
+        if token_type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **content}
-    whole["post_processor"] = _post_processor(model, texts, *frame)
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **content}
+    tokenizer["post_processor"] = _post_processor(model, texts, bos, eos)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": frame[0] is not None,
-        "add_eos_token": frame[1] is not None,
+        "add_bos_token": bos is not None,
+        "add_eos_token": eos is not None,
         **{ours: texts[token] for ours, name in NAMED.items() if (token := ids[name]) is not None},
     }
-    if templates := _templates(path, held):
+    if templates := _templates(path, metadata):
         config["chat_template"] = templates
     return {
-        "tokenizer.json": whole,
+        "tokenizer.json": tokenizer,
         "tokenizer_config.json": config,
         "generation_config.json": {"bos_token_id": ids["bos"], "eos_token_id": ends},
     }
@@ -112,27 +119,27 @@ def _ids(texts: Sequence[str], wanted: Collection[str]) -> list[int]:
     return [token for token, text in enumerate(texts) if text in wanted]
 
 
-def _array(path: Path, held: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> list[Any]:
-    items = held.get(f"tokenizer.ggml.{name}")
+def _array(path: Path, metadata: Mapping[str, Any], name: str, item_type: type | tuple[type, ...]) -> list[Any]:
+    items = metadata.get(f"tokenizer.ggml.{name}")
     values = items.read(path) if isinstance(items, LazyArray) else None
-    if values is None or not all(isinstance(value, kind) for value in values):
-        raise UserError(f"{path} has tokenizer.ggml.{name} = {describe_value(items)}, which is not readable", BESIDE)
+    if values is None or not all(isinstance(value, item_type) for value in values):
+        raise UserError(f"{path} has tokenizer.ggml.{name} = {describe_value(items)}, which is not valid", ADVICE)
     return values
 
 
-def _special(held: Mapping[str, Any], model: str, name: str, count: int) -> int | None:
-    token = held.get(f"tokenizer.ggml.{name}_token_id", DEFAULTS[model].get(name))
+def _special(metadata: Mapping[str, Any], model: str, name: str, count: int) -> int | None:
+    token = metadata.get(f"tokenizer.ggml.{name}_token_id", DEFAULTS[model].get(name))
     return token if type(token) is int and 0 <= token < count else None
 
 
-def _framed(
-    held: Mapping[str, Any], model: str, texts: Sequence[str], ids: Mapping[str, int | None]
+def _added_around_texts(
+    metadata: Mapping[str, Any], model: str, texts: Sequence[str], ids: Mapping[str, int | None]
 ) -> tuple[int | None, int | None]:
-    """The tokens that are put before and after a text."""
-    pre = held.get("tokenizer.ggml.pre")
-    usual = model == "llama" or (isinstance(pre, str) and pre in BY_PRE and BY_PRE[pre].adds_bos)
-    adds_bos = held.get("tokenizer.ggml.add_bos_token", usual) is True
-    adds_eos = held.get("tokenizer.ggml.add_eos_token", False) is True
+    """Returns the ids that are added before and after a text, None for none."""
+    pre = metadata.get("tokenizer.ggml.pre")
+    default = model == "llama" or (isinstance(pre, str) and pre in BY_PRE and BY_PRE[pre].adds_bos)
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", default) is True
+    adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False) is True
     return ids["bos"] if adds_bos else None, ids["eos"] if adds_eos else None
 
 
@@ -157,26 +164,26 @@ def _post_processor(model: str, texts: Sequence[str], bos: int | None, eos: int 
     return template if model == "llama" else {"type": "Sequence", "processors": [offsets, template]}
 
 
-# Sentencepiece's BPE --------------------------------------------------------------------
+# SentencePiece BPE ----------------------------------------------------------------------
 
 
 def _sentencepiece(
-    path: Path, held: Mapping[str, Any], texts: Sequence[str], types: Sequence[int], ids: Mapping[str, int | None]
+    path: Path, metadata: Mapping[str, Any], texts: Sequence[str], types: Sequence[int], ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    scores = _array(path, held, "scores", (int, float))
+    scores = _array(path, metadata, "scores", (int, float))
     if len(scores) != len(texts):
-        raise UserError(f"{path} has {len(scores)} scores for {len(texts)} tokens", BESIDE)
-    pieces = {text: token for token, text in enumerate(texts) if types[token] == NORMAL}
-    if len(pieces) > 2 and len({scores[token] for text, token in pieces.items() if len(text) > 1}) == 1:
+        raise UserError(f"{path} has {len(scores)} scores for {len(texts)} tokens", ADVICE)
+    normal = {text: token for token, text in enumerate(texts) if types[token] == NORMAL}
+    if len(normal) > 2 and len({scores[token] for text, token in normal.items() if len(text) > 1}) == 1:
         # Some converters had only a tokenizer.json, and wrote -1000 for every token.
-        raise UserError(f"{path} gives all tokens the same score, so that it does not say what is merged first", BESIDE)
+        raise UserError(f"{path} has the same score for all tokens, so the order of merges is unknown", ADVICE)
     spaces = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    prefix = held.get("tokenizer.ggml.add_space_prefix", True) is True
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) is True
     if prefix:
         spaces.insert(0, {"type": "Prepend", "prepend": SPACE})
-    if held.get("tokenizer.ggml.remove_extra_whitespaces") is True:
-        odd = {" {2,}": " ", r"\A +": "", rf"[ {SPACE}]+\z": ""}
-        spaces[:0] = [{"type": "Replace", "pattern": {"Regex": old}, "content": new} for old, new in odd.items()]
+    if metadata.get("tokenizer.ggml.remove_extra_whitespaces") is True:
+        extra = {" {2,}": " ", r"\A +": "", rf"[ {SPACE}]+\z": ""}
+        spaces[:0] = [{"type": "Replace", "pattern": {"Regex": old}, "content": new} for old, new in extra.items()]
     decoders = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
@@ -191,7 +198,7 @@ def _sentencepiece(
         "model": _bpe(
             texts,
             types,
-            _merges(pieces, scores),
+            _merges(normal, scores),
             unk_token=None if unknown is None else texts[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -199,19 +206,19 @@ def _sentencepiece(
     }
 
 
-def _merges(pieces: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every two pieces that are a piece together, those of the highest score first."""
-    # Among equals llama.cpp merges from the left, so that a longer left part comes first, as in transformers.
+def _merges(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Returns all pairs of tokens whose concatenation is a token, the highest score first."""
+    # Of equal scores llama.cpp merges the leftmost pair, so the longer left part comes first, as in transformers.
     pairs = (
         (-scores[token], -cut, cut - len(text), text[:cut], text[cut:])
-        for text, token in pieces.items()
+        for text, token in vocab.items()
         for cut in range(1, len(text))
-        if text[:cut] in pieces and text[cut:] in pieces
+        if text[:cut] in vocab and text[cut:] in vocab
     )
     return [(left, right) for *_, left, right in sorted(pairs)]
 
 
-def _bpe(texts: Sequence[str], types: Sequence[int], merges: Sequence, **how: Any) -> dict[str, Any]:
+def _bpe(texts: Sequence[str], types: Sequence[int], merges: Sequence, **options: Any) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
@@ -220,7 +227,7 @@ def _bpe(texts: Sequence[str], types: Sequence[int], merges: Sequence, **how: An
         "ignore_merges": False,
         "vocab": {text: token for token, text in enumerate(texts) if types[token] != UNUSED},
         "merges": merges,
-        **how,
+        **options,
     }
 
 
@@ -228,21 +235,20 @@ def _bpe(texts: Sequence[str], types: Sequence[int], merges: Sequence, **how: An
 
 
 def _byte_level(
-    path: Path, held: Mapping[str, Any], texts: Sequence[str], types: Sequence[int], ids: Mapping[str, int | None]
+    path: Path, metadata: Mapping[str, Any], texts: Sequence[str], types: Sequence[int], ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    name = held.get("tokenizer.ggml.pre")
+    name = metadata.get("tokenizer.ggml.pre")
     if name not in BY_PRE:
         raise UserError(
-            f"{path} has tokenizer.ggml.pre = {describe_value(name)}; camelid knows "
-            f"the pre-tokenizers {', '.join(BY_PRE)}",
-            BESIDE,
+            f"{path} has tokenizer.ggml.pre = {describe_value(name)}; camelid supports {', '.join(BY_PRE)}",
+            ADVICE,
         )
-    # A space may begin a merge, but does not end its first part.
-    merges = [(m[:1] + m[1:].partition(" ")[0], m[1:].partition(" ")[2]) for m in _array(path, held, "merges", str)]
+    # The left part of a merge may start with a space, but does not end with one.
+    merges = [(m[:1] + m[1:].partition(" ")[0], m[1:].partition(" ")[2]) for m in _array(path, metadata, "merges", str)]
     known = set(texts)
     for left, right in merges:
         if not {left, right, left + right} <= known:
-            raise UserError(f"{path} merges {left!r} and {right!r}, and not all of them are tokens", BESIDE)
+            raise UserError(f"{path} merges {left!r} and {right!r}, which are not all in the vocabulary", ADVICE)
     pre = BY_PRE[name]
     return {
         "normalizer": None,
@@ -263,10 +269,10 @@ def _byte_level(
 # Templates ------------------------------------------------------------------------------
 
 
-def _templates(path: Path, held: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
-    own, others = held.get("tokenizer.chat_template"), {}
+def _templates(path: Path, metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    own, others = metadata.get("tokenizer.chat_template"), {}
     prefix = "tokenizer.chat_template."
-    for key, text in held.items():
+    for key, text in metadata.items():
         if key.startswith(prefix) and isinstance(text, str):
             others[key.removeprefix(prefix)] = text
     named = ({"default": own} if isinstance(own, str) else {}) | others

@@ -1,4 +1,4 @@
-"""config.json as ModelConfig and back, strictly, by the tables of checkpoint/formats/hf_families.py."""
+"""Converts config.json to ModelConfig and back, strictly, with the tables of checkpoint/formats/hf_families.py."""
 
 from collections.abc import Mapping, Set
 from dataclasses import MISSING, fields, replace
@@ -7,12 +7,12 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from camelid.checkpoint.formats.hf_families import FAMILIES, FIXED, REQUIRED, Family, Field
-from camelid.checkpoint.formats.hf_ignored_fields import ROPE_LEFTOVERS, is_harmless, way_on
+from camelid.checkpoint.formats.hf_ignored_fields import ROPE_IGNORED, advice_to_ignore, is_ignored
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig, RopeScaling
 
 ORIGINAL = "original_max_position_embeddings"
-# Every family has these, and functions below read them.
+# Fields of every family, which the functions below read.
 SPECIAL = frozenset({"model_type", "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters", ORIGINAL})
 HINTS = get_type_hints(ModelConfig)
 LAYER_TYPES = {True: "sliding_attention", False: "full_attention"}
@@ -24,10 +24,10 @@ ADVICE = "Download or copy the file again."
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """config.json as ModelConfig; raises UserError for every field that is not understood."""
+    """Returns config.json as ModelConfig; raises UserError for fields that are unknown, missing or not supported."""
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"config.json has model_type = {name!r}", f"camelid computes {', '.join(FAMILIES)}.")
+        raise UserError(f"config.json has model_type = {name!r}", f"camelid supports {', '.join(FAMILIES)}.")
     family = FAMILIES[name]
     mapped = {field.theirs for field in family.fields}
     fixed = {name: values for name, values in {**FIXED, **family.fixed}.items() if name not in mapped}
@@ -43,8 +43,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     eos = hf.get("eos_token_id")
     ids = [_id("eos_token_id", item) for item in (eos if isinstance(eos, list) else [eos])]
     values["eos_ids"] = tuple(item for item in ids if item is not None)
-    if values["num_layers"] > MAX_LAYERS:  # for which tables would be made
-        raise UserError(f"config.json has {values['num_layers']:,} layers; camelid takes {MAX_LAYERS:,}", ADVICE)
+    if values["num_layers"] > MAX_LAYERS:  # before a table of that size is created
+        raise UserError(
+            f"config.json has {values['num_layers']:,} layers; camelid supports up to {MAX_LAYERS:,}", ADVICE
+        )
     try:
         values |= _rope(hf, family, values["context_length"])
         values |= _windows(hf, family, values["num_layers"])
@@ -53,12 +55,12 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise
     except ValueError as error:
         raise UserError(f"config.json: {error}", ADVICE) from error
-    _check_fixed(hf, {theirs: (said(config), None) for theirs, said in repeated.items()})
+    _check_fixed(hf, {theirs: (expected(config), None) for theirs, expected in repeated.items()})
     return config
 
 
 def _lacks_layer_types(family: Family) -> bool:
-    """Whether layer_types is not a field of the family; what some files have there may only repeat what is so."""
+    """Whether layer_types is not a field of the family; files that have it may only repeat the family's own pattern."""
     return family.windows is None or not family.windows.layer_types
 
 
@@ -70,10 +72,10 @@ def _refuse_unknown(hf: Mapping[str, Any], family: Family, known: Set[str]) -> N
     known = known | SPECIAL
     if family.windows is not None:
         known |= {"sliding_window", *family.windows.settings, *(["layer_types"] if family.windows.layer_types else [])}
-    if unknown := sorted(name for name in set(hf) - known if not is_harmless(name, hf[name])):
+    if unknown := sorted(name for name in set(hf) - known if not is_ignored(name, hf[name])):
         raise UserError(
-            "config.json has fields that camelid does not know: " + ", ".join(f"{n} = {hf[n]!r}" for n in unknown),
-            way_on(*unknown),
+            "config.json has unknown fields: " + ", ".join(f"{n} = {hf[n]!r}" for n in unknown),
+            advice_to_ignore(*unknown),
         )
 
 
@@ -81,8 +83,8 @@ def _check_fixed(hf: Mapping[str, Any], fixed: Mapping[str, tuple]) -> None:
     for name, allowed in fixed.items():
         if name in hf and hf[name] not in allowed:
             raise UserError(
-                f"config.json has {name} = {hf[name]!r}; camelid computes {' or '.join(repr(a) for a in allowed)}",
-                way_on(name),
+                f"config.json has {name} = {hf[name]!r}; camelid supports {' or '.join(repr(a) for a in allowed)}",
+                advice_to_ignore(name),
             )
 
 
@@ -92,7 +94,7 @@ def _value(field: Field, hf: Mapping[str, Any], family: Family) -> Any:
     if callable(field.default) and (value is field.default or (value is None and computed)):
         value = field.default(hf)
     if value is REQUIRED or (value is None and field.default is REQUIRED):
-        raise UserError(f"config.json has no {field.theirs}", "The checkpoint cannot be opened without it.")
+        raise UserError(f"config.json has no {field.theirs}", "Add it, or describe the model with --config.")
     if field.theirs.endswith("_id"):
         return _id(field.theirs, value)
     if value is None and field.default is None:
@@ -100,33 +102,36 @@ def _value(field: Field, hf: Mapping[str, Any], family: Family) -> Any:
     if field.names is not None:
         _check_fixed({field.theirs: value}, {field.theirs: tuple(field.names)})
         return field.names[value]
-    return _checked(field.theirs, value, HINTS[field.ours[0]], field.least)
+    return _checked(field.theirs, value, HINTS[field.ours[0]], field.minimum)
 
 
 def _id(name: str, value: Any) -> int | None:
-    """A token's id; -1 was an early word for none."""
-    return None if value is None or _checked(name, value, int, least=-1) == -1 else value
+    """Returns the id of a token, None if there is none; early versions wrote -1 for that."""
+    return None if value is None or _checked(name, value, int, minimum=-1) == -1 else value
 
 
-def _checked(name: str, value: Any, hint: Any, least: int | None = None) -> Any:
-    """`value`, if it is what `hint` asks, and positive or at least `least`; a float may be written as an int."""
-    kind = next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
-    if kind is bool:
-        fits = isinstance(value, bool)
+def _checked(name: str, value: Any, hint: Any, minimum: int | None = None) -> Any:
+    """Returns `value` as the type of `hint`; raises UserError for another type, or for a number that is too small.
+
+    Numbers must be positive, or at least `minimum`. Floats may be written as integers.
+    """
+    expected = next(member for member in get_args(hint) or (hint,) if member is not NoneType)
+    if expected is bool:
+        valid = isinstance(value, bool)
     else:
-        fits = isinstance(value, (kind, int)) and not isinstance(value, bool)
-        fits = fits and value < 2**63 and (value > 0 if least is None else value >= least)
-    if not fits:
+        valid = isinstance(value, (expected, int)) and not isinstance(value, bool)
+        valid = valid and value < 2**63 and (value > 0 if minimum is None else value >= minimum)
+    if not valid:
         raise UserError(f"config.json has {name} = {value!r}", ADVICE)
-    return kind(value)
+    return expected(value)
 
 
 def _windows(hf: Mapping[str, Any], family: Family, layers: int) -> dict[str, Any]:
-    """Which layers have a window, from layer_types or from what the family says instead."""
+    """Returns the sliding window and the layers that have it, from layer_types or from the family's own fields."""
     if family.windows is None:
         return {}
-    for name, least in family.windows.settings.items():
-        _checked(name, hf[name], type(least), least)
+    for name, minimum in family.windows.settings.items():
+        _checked(name, hf[name], type(minimum), minimum)
     types = hf.get("layer_types") if family.windows.layer_types else None
     window = hf.get("sliding_window")
     window = None if window is None else _checked("sliding_window", window, int)
@@ -134,11 +139,11 @@ def _windows(hf: Mapping[str, Any], family: Family, layers: int) -> dict[str, An
         pattern = family.windows.pattern(hf)
         windowed = [pattern[i % len(pattern)] for i in range(layers)]
     else:
-        windowed = [kind == LAYER_TYPES[True] for kind in types] if isinstance(types, list) else []
+        windowed = [layer_type == LAYER_TYPES[True] for layer_type in types] if isinstance(types, list) else []
         if [LAYER_TYPES[local] for local in windowed] != types or len(types) != layers:
             raise UserError(f"config.json has layer_types = {types!r} for {layers} layers", ADVICE)
     if any(windowed) and not (window and hf.get("use_sliding_window", True)):
-        raise UserError("config.json has layers of sliding_attention, and no sliding_window for them", ADVICE)
+        raise UserError("config.json has layers with sliding_attention, but no sliding_window", ADVICE)
     if not any(windowed):
         return {"sliding_window": None, "local_rope_theta": None}
     period = next(n for n in range(1, layers + 1) if all(windowed[i] == windowed[i % n] for i in range(layers)))
@@ -146,29 +151,32 @@ def _windows(hf: Mapping[str, Any], family: Family, layers: int) -> dict[str, An
 
 
 def _rope(hf: Mapping[str, Any], family: Family, context_length: int) -> dict[str, Any]:
-    """Both spellings: rope_theta with rope_scaling, and rope_parameters, which holds both since transformers 5."""
-    told = [name for name in ("rope_parameters", "rope_scaling") if hf.get(name)] or ["rope_scaling"]
-    values, *others = (_rope_table(name, hf, family, context_length) for name in told)
+    """Reads rope_theta with rope_scaling, or rope_parameters, which contains both since transformers 5."""
+    present = [name for name in ("rope_parameters", "rope_scaling") if hf.get(name)] or ["rope_scaling"]
+    values, *others = (_rope_table(name, hf, family, context_length) for name in present)
     if others and others != [values]:
         raise UserError(
             f"config.json has rope_parameters = {hf['rope_parameters']!r} and rope_scaling = {hf['rope_scaling']!r}, "
             "which differ",
-            "Ignore the one that is wrong: --ignore-config-field rope_parameters or --ignore-config-field rope_scaling "
+            "Ignore the wrong one: --ignore-config-field rope_parameters or --ignore-config-field rope_scaling "
             "(in Python ignore=).",
         )
     return values
 
 
-def _rope_table(told: str, hf: Mapping[str, Any], family: Family, context_length: int) -> dict[str, Any]:
-    """What the field `told` says of rotations, with rope_theta beside it where that is not inside."""
-    rope, values = _table(told, hf.get(told)), {}
-    if family.rope_by_layer and told == "rope_parameters":
-        by_layer = {local: _table(f"{told}.{kind}", rope.pop(kind, None)) for local, kind in LAYER_TYPES.items()}
+def _rope_table(name: str, hf: Mapping[str, Any], family: Family, context_length: int) -> dict[str, Any]:
+    """Reads rope_scaling or rope_parameters (`name`), and the field rope_theta if the table does not contain it."""
+    rope, values = _table(name, hf.get(name)), {}
+    if family.rope_by_layer and name == "rope_parameters":
+        by_layer = {local: _table(f"{name}.{layer}", rope.pop(layer, None)) for local, layer in LAYER_TYPES.items()}
         if "rope_theta" in by_layer[True]:
             values["local_rope_theta"] = _checked("rope_theta", by_layer[True].pop("rope_theta"), float)
         if rope or by_layer[True] not in ({}, {"rope_type": "default"}):
-            raise UserError(f"config.json has {told} = {hf[told]!r}; camelid scales full_attention only", way_on(told))
-        told, rope = f"{told}.{LAYER_TYPES[False]}", by_layer[False]
+            raise UserError(
+                f"config.json has {name} = {hf[name]!r}; camelid supports scaling of full_attention only",
+                advice_to_ignore(name),
+            )
+        name, rope = f"{name}.{LAYER_TYPES[False]}", by_layer[False]
     theta = rope.pop("rope_theta", hf.get("rope_theta", family.rope_theta))
     values["rope_theta"] = _checked("rope_theta", theta, float)
     fraction = rope.pop("partial_rotary_factor", None)
@@ -176,9 +184,10 @@ def _rope_table(told: str, hf: Mapping[str, Any], family: Family, context_length
         values["rotary_fraction"] = _checked("partial_rotary_factor", fraction, float)
     elif fraction not in (None, 1.0):
         raise UserError(
-            f"config.json has {told}.partial_rotary_factor = {fraction!r}", way_on(f"{told}.partial_rotary_factor")
+            f"config.json has {name}.partial_rotary_factor = {fraction!r}",
+            advice_to_ignore(f"{name}.partial_rotary_factor"),
         )
-    return values | {"rope_scaling": _scaling(told, rope, hf, family, context_length)}
+    return values | {"rope_scaling": _scaling(name, rope, hf, family, context_length)}
 
 
 def _table(name: str, value: Any) -> dict[str, Any]:
@@ -188,42 +197,44 @@ def _table(name: str, value: Any) -> dict[str, Any]:
 
 
 def _scaling(
-    told: str, rope: dict[str, Any], hf: Mapping[str, Any], family: Family, context_length: int
+    table: str, rope: dict[str, Any], hf: Mapping[str, Any], family: Family, context_length: int
 ) -> RopeScaling | None:
-    beside = None if hf.get(ORIGINAL) is None else _checked(ORIGINAL, hf[ORIGINAL], int)
-    said = dict(rope)
-    kind = rope.pop("rope_type", rope.pop("type", "default"))  # some files give both names
-    cls = family.rope_kinds.get(kind) if isinstance(kind, str) else None
+    """Returns the scaling of the field `table`, whose content without rope_theta is `rope`."""
+    top_level = None if hf.get(ORIGINAL) is None else _checked(ORIGINAL, hf[ORIGINAL], int)
+    as_written = dict(rope)
+    rope_type = rope.pop("rope_type", rope.pop("type", "default"))  # some files have both keys
+    cls = family.rope_types.get(rope_type) if isinstance(rope_type, str) else None
     options = {} if cls is None else _options(cls)
-    rope = {n: v for n, v in rope.items() if n in options or not (v is None or v is False or n in ROPE_LEFTOVERS)}
-    if kind == "default" and not rope:
+    rope = {n: v for n, v in rope.items() if n in options or not (v is None or v is False or n in ROPE_IGNORED)}
+    if rope_type == "default" and not rope:
         return None
-    # A null stands for the default, but of truncate for false.
+    # Null means the default, except for truncate, for which it means false.
     given = {name: False if name == "truncate" and value is None else value for name, value in rope.items()}
     given = {name: value for name, value in given.items() if value is not None}
     if ORIGINAL in options:
-        inside = given.get(ORIGINAL)
-        if not family.original_context_beside and None not in (inside, beside) and inside != beside:
-            raise UserError(f"config.json has {ORIGINAL} = {beside!r}, and {inside!r} in {told}", ADVICE)
-        given[ORIGINAL] = next(value for value in (beside, inside, context_length) if value is not None)
-    lacks = [name for name, option in options.items() if option.default is MISSING and name not in given]
-    if cls is None or lacks:
+        nested = given.get(ORIGINAL)
+        if not family.original_context_at_top and None not in (nested, top_level) and nested != top_level:
+            raise UserError(f"config.json has {ORIGINAL} = {top_level!r}, and {nested!r} in {table}", ADVICE)
+        given[ORIGINAL] = next(value for value in (top_level, nested, context_length) if value is not None)
+    missing = [name for name, option in options.items() if option.default is MISSING and name not in given]
+    if cls is None or missing:
         raise UserError(
-            f"config.json has {told} = {said!r}; camelid computes "
-            + (f"{kind!r} with {', '.join(options)}" if cls else ", ".join(family.rope_kinds)),
-            way_on(told),
+            f"config.json has {table} = {as_written!r}; camelid supports "
+            + (f"{rope_type!r} with {', '.join(options)}" if cls else ", ".join(family.rope_types)),
+            advice_to_ignore(table),
         )
-    if unknown := [f"{told}.{name}" for name in rope if name not in options]:
-        values = ", ".join(f"{told}.{name} = {value!r}" for name, value in rope.items() if name not in options)
+    if unknown := [f"{table}.{name}" for name in rope if name not in options]:
+        values = ", ".join(f"{table}.{name} = {value!r}" for name, value in rope.items() if name not in options)
         raise UserError(
-            f"config.json has {values}; camelid computes {kind!r} with {', '.join(options)}", way_on(*unknown)
+            f"config.json has {values}; camelid supports {rope_type!r} with {', '.join(options)}",
+            advice_to_ignore(*unknown),
         )
     hints = get_type_hints(cls)
     return cls(**{options[name].name: _option(name, value, hints[options[name].name]) for name, value in given.items()})
 
 
 def _options(cls: type[RopeScaling]) -> dict[str, DataclassField]:
-    """The fields of a kind of scaling, by their names in config.json."""
+    """Returns the fields of a type of scaling, by their names in config.json."""
     return {(ORIGINAL if f.name == "original_context" else f.name): f for f in fields(cls) if f.name != "kind"}
 
 
@@ -237,31 +248,32 @@ def _option(name: str, value: Any, hint: Any) -> Any:
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json for transformers of this year and of 2023; `dtype` is that of the tensors beside it.
+    """Returns a config.json for current versions of transformers and for those of 2023; `dtype` is that of the tensors.
 
-    Raises UserError where no family, or not the one of `config`, can say all of it.
+    Raises UserError if neither the family of `config`, nor any family if it has none, can express the configuration.
     """
     if config.family not in (None, *FAMILIES):
-        raise UserError(f"family = {config.family!r} is not known", f"Known are {', '.join(FAMILIES)}.")
+        raise UserError(f"family = {config.family!r} is unknown", f"Choose one of {', '.join(FAMILIES)}.")
     refusals: dict[str, tuple[int, str]] = {}
     for name in FAMILIES if config.family is None else [config.family]:
-        hf = _written(_plain(config), name, dtype)
+        hf = _config_json(_normalized(config), name, dtype)
         try:
-            lacks = _differences(config, config_from_hf(hf))
+            lost = _differences(config, config_from_hf(hf))
         except UserError as error:
-            refusals[name] = (len(HINTS), f"it: {error.problem}")
+            refusals[name] = (len(HINTS), f"this model: {error.problem}")
             continue
-        if not lacks:
+        if not lost:
             return hf
-        refusals[name] = (len(lacks), ", ".join(lacks))
+        refusals[name] = (len(lost), ", ".join(lost))
     name = min(refusals, key=lambda name: refusals[name][0])
     raise UserError(
-        f"a config.json of model_type {name!r} cannot say {refusals[name][1]}",
-        "Change that, or the family." if config.family else "No family of Hugging Face computes this model.",
+        f"a config.json of model_type {name!r} cannot express {refusals[name][1]}",
+        "Change these fields, or the family." if config.family else "No supported model_type can express this model.",
     )
 
 
-def _written(config: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
+def _config_json(config: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
+    """Returns the config.json of one family; it may not express all of `config`."""
     family, hf = FAMILIES[name], {}
     for field in family.fields:
         value = getattr(config, field.ours[0])
@@ -289,21 +301,21 @@ def _written(config: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
 def _rope_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
     if (scaling := config.rope_scaling) is None:
         return {"rope_theta": config.rope_theta, "rope_scaling": None}
-    kind = next((name for name, cls in family.rope_kinds.items() if cls is type(scaling)), scaling.kind)
-    # The kinds that transformers knew in 2023 were named by `type`, and nothing else was allowed beside the factor.
+    rope_type = next((name for name, cls in family.rope_types.items() if cls is type(scaling)), scaling.kind)
+    # transformers of 2023 named its types of scaling by the key `type`, and allowed only `factor` as another key.
     later = family.rope_by_layer or scaling.kind in ("llama3", "yarn")
-    rope: dict[str, Any] = {"rope_type" if later else "type": kind}
+    rope: dict[str, Any] = {"rope_type" if later else "type": rope_type}
     for name, option in _options(type(scaling)).items():
         value = getattr(scaling, option.name)
-        # A factor that is left to the two contexts stands there as null in YaRN, and not at all in LongRoPE.
-        if value != option.default or (name, kind) == ("factor", "yarn"):
+        # A factor that follows from the two context lengths is null for YaRN, and absent for LongRoPE.
+        if value != option.default or (name, rope_type) == ("factor", "yarn"):
             rope[name] = list(value) if isinstance(value, tuple) else value
-    beside = {ORIGINAL: rope.pop(ORIGINAL)} if family.original_context_beside and ORIGINAL in rope else {}
-    return {"rope_theta": config.rope_theta, "rope_scaling": rope, **beside}
+    top_level = {ORIGINAL: rope.pop(ORIGINAL)} if family.original_context_at_top and ORIGINAL in rope else {}
+    return {"rope_theta": config.rope_theta, "rope_scaling": rope, **top_level}
 
 
-def _plain(config: ModelConfig) -> ModelConfig:
-    """The same model, of the ways to say it the one without omissions and repetitions."""
+def _normalized(config: ModelConfig) -> ModelConfig:
+    """Returns the canonical form of a config, with implied values filled in and unused ones removed."""
     config = replace(config, query_pre_attn_scalar=config.query_pre_attn_scalar or config.head_dim)
     if True in config.windowed:
         return replace(config, window_pattern=config.windowed)
@@ -311,7 +323,7 @@ def _plain(config: ModelConfig) -> ModelConfig:
 
 
 def _differences(config: ModelConfig, other: ModelConfig) -> list[str]:
-    """The fields of `config` that mean something else in `other`."""
-    one, two = _plain(config), _plain(other)
+    """Returns the fields of `config` whose meaning differs in `other`, as `name = value`."""
+    one, two = _normalized(config), _normalized(other)
     names = [f.name for f in fields(ModelConfig) if f.compare and getattr(one, f.name) != getattr(two, f.name)]
     return [f"{name} = {getattr(config, name)!r}" for name in names]

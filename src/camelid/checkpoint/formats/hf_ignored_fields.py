@@ -1,16 +1,16 @@
-"""Fields of config.json that do not change what a decoder computes, in any family.
+"""Fields of config.json that are ignored, because they do not change what a decoder of any family computes.
 
-A field that no family maps (families.py) and that is not in these tables is refused by its name, because it may change
-the result: a scale of the embeddings, say, or experts. Null and false switch nothing on and are never refused.
+A field that its family does not map (hf_families.py) and that is not in these tables is refused by name, because it may
+change the result: a scale of the embeddings, for example, or experts. Fields that are null or false are never refused.
 """
 
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Attributes of transformers' PreTrainedConfig and GenerationConfig, of all versions since 4.0, which it writes into
-# config.json or reads from there. Not among them: is_encoder_decoder, add_cross_attention, quantization_config,
-# per_layer_config and transformers_weights, which change the model or the files that hold it.
+# Attributes of transformers' PreTrainedConfig and GenerationConfig, in all versions since 4.0, that it writes to
+# config.json or reads from it. is_encoder_decoder, add_cross_attention, quantization_config, per_layer_config and
+# transformers_weights are not included, because they change the model or select the files of its weights.
 ATTRIBUTES = """
     architectures torch_dtype dtype transformers_version use_cache return_dict output_attentions output_hidden_states
     torchscript use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward is_decoder tie_encoder_decoder
@@ -29,9 +29,9 @@ ATTRIBUTES = """
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind target_lookbehind
     speculation_type prompt_lookup_num_tokens max_matching_ngram_size generation_config
 """.split()
-# What programs for training and conversion leave behind: names, lengths of the tokenizer, kernels, parallelism, and
-# settings of losses that only training has.
-LEFTOVERS = """
+# Fields written by training and conversion tools: names, tokenizer lengths, kernels, parallelism, and settings of
+# losses that only apply to training.
+TOOL_FIELDS = """
     pretraining_tp max_sequence_length max_seq_len max_seq_length seq_length sequence_length model_max_length
     tokenizer_model_max_length tokenizer_padding_side padding_side start_token_id end_token_id bos_token eos_token
     pad_token unk_token model_name model_name_or_path base_model base_model_name_or_path gradient_checkpointing
@@ -41,43 +41,43 @@ LEFTOVERS = """
     max_window_layers selective_checkpoint_enabled sequence_parallel_enabled move_model_to_device is_llama_config
     transformers.js_config
 """.split()
-# camelid trains without dropout; checkpoint/formats/hf.py says so where a model asks for it.
+# camelid trains without dropout; checkpoint/formats/hf.py adds a note if a model requests it.
 DROPOUTS = frozenset(
     """
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout classifier_dropout
     hidden_dropout_prob attention_probs_dropout_prob
     """.split()
 )
-HARMLESS = frozenset({*ATTRIBUTES, *LEFTOVERS, *DROPOUTS})
-# Of rope_scaling and rope_parameters. transformers reads none of them: attn_factor is what vLLM and llama.cpp multiply
-# the attention factor of YaRN by, finetuned is from the first code of YaRN, and the original context means nothing
-# to the kinds of scaling that do not have it among their fields.
-ROPE_LEFTOVERS = frozenset({"attn_factor", "finetuned", "original_max_position_embeddings"})
+IGNORED = frozenset({*ATTRIBUTES, *TOOL_FIELDS, *DROPOUTS})
+# In rope_scaling and rope_parameters. transformers reads none of them: attn_factor is a factor by which vLLM and
+# llama.cpp multiply the attention factor of YaRN, finetuned comes from the original code of YaRN, and the original
+# context has no meaning for types of scaling without such a field.
+ROPE_IGNORED = frozenset({"attn_factor", "finetuned", "original_max_position_embeddings"})
 
 
-def is_harmless(name: str, value: object) -> bool:
-    """Whether a field that a family does not have may stand in its config.json."""
+def is_ignored(name: str, value: object) -> bool:
+    """Whether a field that is not part of a family may be ignored in its config.json."""
     private = name.startswith(("_", "unsloth_"))  # attributes of the program that wrote the file
-    return value is None or value is False or private or name in HARMLESS
+    return value is None or value is False or private or name in IGNORED
 
 
 def remarks(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes on fields that are left out of account although somebody may rely on them."""
+    """Returns notes on ignored fields that users may rely on."""
     notes = []
     if drops := [f"{name} = {hf[name]}" for name in sorted(DROPOUTS & hf.keys()) if hf[name]]:
-        notes.append(f"config.json asks for dropout in training ({', '.join(drops)}), and camelid trains without")
+        notes.append(f"config.json requests dropout in training ({', '.join(drops)}); camelid trains without dropout")
     for name in ("rope_scaling", "rope_parameters"):
         table = hf.get(name)
         if isinstance(table, Mapping) and table.get("attn_factor") not in (None, 1):
             notes.append(
                 f"{name}.attn_factor = {table['attn_factor']} is ignored, as in transformers; vLLM and llama.cpp "
-                "multiply the attention factor by it (to have that here, write the product as attention_factor)"
+                "multiply the attention factor by it (to do so here, set attention_factor to the product)"
             )
     return tuple(notes)
 
 
 def without(hf: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """config.json as if it did not have these fields; `rope_scaling.alpha` is a field of the table rope_scaling."""
+    """Returns config.json without these fields; `rope_scaling.alpha` means the field alpha inside rope_scaling."""
     return functools.reduce(_without, names, dict(hf))
 
 
@@ -85,12 +85,12 @@ def _without(table: Mapping[str, Any], name: str) -> dict[str, Any]:
     if name in table:
         return {key: value for key, value in table.items() if key != name}
     outer, _, inner = name.partition(".")
-    held = table.get(outer)
-    return {**table, outer: _without(held, inner)} if isinstance(held, Mapping) else dict(table)
+    nested = table.get(outer)
+    return {**table, outer: _without(nested, inner)} if isinstance(nested, Mapping) else dict(table)
 
 
-def way_on(*names: str) -> str:
-    """The advice of a refusal that names fields: what the user gives to open the model without them."""
+def advice_to_ignore(*names: str) -> str:
+    """Returns the advice of a message about fields: the options that open the model without them."""
     they, are = ("They", "they were") if names[1:] else ("It", "it were")
     options = " ".join(f"--ignore-config-field {name}" for name in names)
     return (

@@ -20,7 +20,7 @@ from camelid.checkpoint.containers.pickles import OpaqueObject, printable
 from camelid.checkpoint.containers.torch_files import unpickle, unverified_note_for
 from camelid.checkpoint.formats import hf, meta
 from camelid.checkpoint.formats.config_source import find_config, folder_with_config
-from camelid.checkpoint.formats.hf_wrapped import unwrapped
+from camelid.checkpoint.formats.hf_prefixes import unwrapped
 from camelid.checkpoint.formats.megatron_args import WHAT, check_plain, told, vocab_step
 from camelid.checkpoint.formats.megatron_files import INERT, described
 from camelid.checkpoint.formats.megatron_rows import BUFFERS as MEGATRON_BUFFERS

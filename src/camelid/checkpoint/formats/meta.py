@@ -15,7 +15,7 @@ from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, table_for
 from camelid.checkpoint.containers.torch_files import open_torch, torch_file, unverified_note_for
 from camelid.checkpoint.files import PlannedFile, json_file
 from camelid.checkpoint.formats.config_source import CONFIG_JSON, find_config
-from camelid.checkpoint.formats.hf_wrapped import unwrapped
+from camelid.checkpoint.formats.hf_prefixes import unwrapped
 from camelid.checkpoint.formats.meta_params import (
     KEYS,
     LLAMA3_THETA,
