@@ -23,7 +23,8 @@ from camelid.checkpoint.state import stored
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.checkpoint.tensors import Tensor
 from camelid.data.rows.batch import Batch
-from camelid.data.rows.loader import Loader, prefetched
+from camelid.data.rows.loader import Loader
+from camelid.data.rows.prefetch import prefetched
 from camelid.errors import UserError
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import count_parameters, peak_flops, training_flops
