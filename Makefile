@@ -19,7 +19,7 @@ endif
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## train, measure and use a small Llama, offline, in minutes (MODEL=path: one of yours)
+demo: $(STAMP) ## train, evaluate and use a small Llama, offline, in minutes (MODEL=path finetunes yours)
 	@$(HUGE) $(RUN) -m camelid demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(STAMP) ## run the tests (ARGS="-k rope -x" goes to pytest, JOBS=4 are processes)
@@ -35,6 +35,7 @@ bench: $(STAMP) ## time training, decoding and loading (ARGS goes to benchmarks/
 
 docs: $(STAMP) ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+	@echo "Open site/index.html"
 
 clean: ## remove .venv, caches and built files; runs/ stays
 	@rm -rf $(VENV) .cache site dist build .pytest_cache .ruff_cache
@@ -45,6 +46,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "camelid needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
 	@test -f $@ || $(PYTHON) -m venv --clear $(VENV)
-	@echo "Installing camelid and its tools into $(VENV) (some minutes, once)"
+	@echo "Installing camelid and its development tools into $(VENV) (takes some minutes, once)"
 	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@echo "$(CURDIR)" > $@

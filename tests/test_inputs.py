@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from camelid.checkpoint.folder import new_folder, read_json
+from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.cli.shared import model_config
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 from camelid.inputs import decode, expand_home, read_text
 from camelid.text.tokenizer import load_tokenizer

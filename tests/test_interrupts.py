@@ -173,6 +173,7 @@ def test_a_command_ends_whose_error_stream_nobody_reads(tmp_path: Path, user_env
 def test_temporary_files_are_removed_first(tmp_path: Path, user_env: dict[str, str]):
     body = f"""
         import tempfile
+        interrupts.END_S = 60  # a loaded machine may take longer than a user would wait
         with interrupts.cleaned_up(), tempfile.TemporaryDirectory(dir={str(tmp_path)!r}, prefix="temporary"):
             print(flush=True)
             time.sleep(600)
@@ -195,14 +196,15 @@ def test_a_checkpoint_that_is_not_begun_leaves_no_temporary_files(
     """Those of the tokenizer lie where the system has its temporary files."""
     (tmp_path / "temporary").mkdir()
     body = f"""
-        from camelid.checkpoint import formats
+        from camelid.checkpoint import registry
+        interrupts.END_S = 60  # a loaded machine may take longer than a user would wait
 
         def plan(*saving):
             assert os.listdir(os.environ["TMPDIR"])
             print(flush=True)
             time.sleep(600)
 
-        formats.files_of = plan
+        registry.plan_files = plan
         SOURCE, OUT = {str(stories)!r}, {str(tmp_path / "out")!r}
         {writes}
         """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint.checkpoint import Saving, companions_in
+from camelid.checkpoint.checkpoint import ExportSpec, companions_in
 from camelid.checkpoint.registry import write_checkpoint
 from camelid.model.params import named
 from tiny import tiny_config, tiny_params
@@ -87,7 +87,7 @@ def write_gguf(path: Path, tokenizer: Path, vocab_size: int, format: str = "gguf
         leaf = leaves[name] if layer is None else leaves[name][layer]
         return np.ascontiguousarray(np.asarray(leaf)[index], dtype)
 
-    return write_checkpoint(path, Saving(config, dtypes, source, companions_in(tokenizer)), format)
+    return write_checkpoint(path, ExportSpec(config, dtypes, source, companions_in(tokenizer)), format)
 
 
 HARD = [

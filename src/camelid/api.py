@@ -17,14 +17,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from camelid.checkpoint import layout
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.files import WORKERS
-from camelid.checkpoint.registry import files_of, open_checkpoint, write_checkpoint
-from camelid.checkpoint.state import stored
+from camelid.checkpoint.registry import open_checkpoint, plan_files, write_checkpoint
+from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.tensors import dtype_named, rounded
 from camelid.errors import UserError, in_python
 from camelid.generate.decode import generate
-from camelid.generate.sample import sampling, whole_number
+from camelid.generate.sampling import sampling, whole_number
 from camelid.interrupts import cleaned_up
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
@@ -185,7 +185,7 @@ class Model:
         def source(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
             return rounded(path, whole(path, layer)[index], dtype)
 
-        saving = Saving(self.config, dtypes, source, self.companions)
+        saving = ExportSpec(self.config, dtypes, source, self.companions)
         # Fetching a layer is a collective: every process takes part in each, one after another in the same order.
         if is_main():
             workers = WORKERS if jax.process_count() == 1 else 1
@@ -195,8 +195,8 @@ class Model:
                 saving = replace(saving, companions=companions)
                 write_checkpoint(Path(path), saving, format, overwrite=overwrite, progress=progress, workers=workers)
         else:
-            for file in files_of(saving, format):
-                for segment in file.segments:
+            for file in plan_files(saving, format):
+                for segment in file.payloads:
                     collections.deque(segment.chunks(), maxlen=0)
         wait_for_all(f"saved {path}")
 
@@ -245,7 +245,7 @@ def load_params(checkpoint: Checkpoint, compute: Compute, mesh: Mesh) -> Decoder
     """The parameters of an opened checkpoint, in Compute.param_dtype, each device's part read for that device."""
     specs = declare_decoder(checkpoint.config)
     targets = named(abstract(specs, jnp.dtype(compute.param_dtype), mesh, compute.replicate))
-    arrays = stored.load(checkpoint.table, checkpoint.tensors, targets)
+    arrays = saved_state.load(checkpoint.table, checkpoint.tensors, targets)
     return build(specs, [arrays[path] for path in named(specs)])
 
 

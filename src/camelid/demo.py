@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from camelid.api import load
-from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.data.config import DataConfig, Source
+from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.runs.recipe import Recipe
@@ -128,7 +128,7 @@ def train_tokenizer(folder: Path, corpus: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>"}
-    write_json(
+    write_hf_json(
         folder / "tokenizer_config.json",
         names | {"add_bos_token": True, "add_eos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"},
     )

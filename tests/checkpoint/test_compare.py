@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import camelid
-from camelid.checkpoint.compare import check_own_sums, compare, survey
+from camelid.checkpoint.compare import compare, summarize_parameters, verify_embedded_checksums
 from camelid.checkpoint.containers import mindspore_file, torch_files
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import MANIFEST
@@ -200,7 +200,7 @@ def test_check_reads_everything_and_writes_nothing(model: Path, tmp_path: Path):
     before = {file.name for file in tmp_path.iterdir()}
     done = called("convert", model, "--check")
     assert done.returncode == 0
-    size = sum(each.size for each in survey(open_checkpoint(model)))
+    size = sum(each.size for each in summarize_parameters(open_checkpoint(model)))
     assert done.stdout.splitlines() == [f"hf: {size:,} parameters in float32", "checksums: the folder has none"]
     assert {file.name for file in tmp_path.iterdir()} == before
     convert(model, tmp_path / "ours")
@@ -266,12 +266,12 @@ def test_check_verifies_what_files_say_of_themselves_however_large_they_are(
         file.write_bytes(content + b"crc_num" + zlib.crc32(content).to_bytes(10, "big"))
     checkpoint = open_checkpoint(tmp_path / "ours")
     assert any("is larger than 1 GiB: convert --check verifies its checksum" in note for note in checkpoint.notes)
-    assert check_own_sums(checkpoint) == [file]
+    assert verify_embedded_checksums(checkpoint) == [file]
     held = bytearray(file.read_bytes())
     held[len(held) // 2] ^= 1
     file.write_bytes(held)
     with pytest.raises(UserError, match=rf"{name} is not what its checksums were made of"):
-        check_own_sums(open_checkpoint(tmp_path / "ours"))
+        verify_embedded_checksums(open_checkpoint(tmp_path / "ours"))
 
 
 def test_check_names_parameters_with_numbers_that_are_none(model: Path):

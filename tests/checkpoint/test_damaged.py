@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import camelid
-from camelid.checkpoint.layout import pieces
+from camelid.checkpoint.layout import tensor_chunks
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from runs import assert_refused, called, tensor_bytes
 from text.tiny import save_byte_tokenizer
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
 
-Damage = Callable[[Path], None]
+DamagedState = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def folder(sound: dict[str, bytes], tmp_path: Path) -> Path:
     return folder
 
 
-def weights(change: Callable[[bytes], bytes]) -> Damage:
+def weights(change: Callable[[bytes], bytes]) -> DamagedState:
     def damage(folder: Path) -> None:
         file = folder / "model.safetensors"
         file.write_bytes(change(file.read_bytes()))
@@ -46,7 +46,7 @@ def weights(change: Callable[[bytes], bytes]) -> Damage:
     return damage
 
 
-def header(change: Callable[[dict], object]) -> Damage:
+def header(change: Callable[[dict], object]) -> DamagedState:
     """The header replaced by what `change` returns."""
 
     def rewrite(content: bytes) -> bytes:
@@ -57,7 +57,7 @@ def header(change: Callable[[dict], object]) -> Damage:
     return weights(rewrite)
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> DamagedState:
     def damage(folder: Path) -> None:
         held = load_file(folder / "model.safetensors")
         change(held)
@@ -66,7 +66,7 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     return damage
 
 
-def config(**fields: object) -> Damage:
+def config(**fields: object) -> DamagedState:
     def damage(folder: Path) -> None:
         table = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(table | fields))
@@ -74,7 +74,7 @@ def config(**fields: object) -> Damage:
     return damage
 
 
-def index(value: object) -> Damage:
+def index(value: object) -> DamagedState:
     """An index beside a file that only an index names."""
 
     def damage(folder: Path) -> None:
@@ -84,7 +84,7 @@ def index(value: object) -> Damage:
     return damage
 
 
-def without(name: str) -> Damage:
+def without(name: str) -> DamagedState:
     return lambda folder: (folder / name).unlink()
 
 
@@ -93,7 +93,7 @@ def entry(name: str, **fields: object) -> Callable[[dict], dict]:
 
 
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
-DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
+DAMAGES: dict[str, tuple[DamagedState, tuple[str, ...]]] = {
     "empty": (weights(lambda content: b""), ("model.safetensors is not a safetensors file, or is cut short",)),
     "cut in the length": (weights(lambda content: content[:5]), ("model.safetensors", "cut short")),
     "cut in the header": (weights(lambda content: content[:100]), ("model.safetensors", "cut short")),
@@ -119,7 +119,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "fewer layers in config": (config(num_hidden_layers=1), ("no place for: model.layers.1.",)),
     "unknown config field": (config(alibi=True), ("alibi = True",)),
     "config not JSON": (lambda folder: (folder / "config.json").write_text('{"a": '), ("config.json is not JSON",)),
-    "config a list": (lambda folder: (folder / "config.json").write_text("[]"), ("config.json holds no JSON object",)),
+    "config a list": (lambda folder: (folder / "config.json").write_text("[]"), ("config.json does not hold a JSON object",)),
     "no config": (without("config.json"), ("has no config.json",)),
     "no weights": (without("model.safetensors"), ("neither model.safetensors nor",)),
     "index without map": (index({"metadata": {}}), ("model.safetensors.index.json has no weight_map",)),
@@ -135,7 +135,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize(("damage", "about"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_refused_by_name_and_nothing_is_written(
-    folder: Path, tmp_path: Path, damage: Damage, about: tuple[str, ...]
+    folder: Path, tmp_path: Path, damage: DamagedState, about: tuple[str, ...]
 ):
     damage(folder)
     with pytest.raises(UserError) as refusal:
@@ -157,7 +157,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(folder: Path):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:4000])
     with pytest.raises(UserError, match="ended while it was read"):
-        list(pieces(checkpoint.table, "lm_head.weight", np.dtype(np.float32), checkpoint.source))
+        list(tensor_chunks(checkpoint.table, "lm_head.weight", np.dtype(np.float32), checkpoint.source))
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./no/where", "/no/where", "a/b/c"])

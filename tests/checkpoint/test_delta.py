@@ -18,7 +18,7 @@ from camelid.checkpoint.adapters import delta
 from camelid.checkpoint.adapters.peft import open_adapter
 from camelid.checkpoint.compare import compare, config_differences
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -120,7 +120,7 @@ def test_a_grown_vocabulary_and_a_head_of_its_own_are_held_whole(tmp_path: Path)
 
 def test_slices_of_any_size_give_the_same_delta(base: Path, tuned: Path, tmp_path: Path, monkeypatch):
     delta.make(base, tuned, tmp_path / "whole")
-    monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 1000)
+    monkeypatch.setattr("camelid.checkpoint.layout.CHUNK_BYTES", 1000)
     delta.make(base, tuned, tmp_path / "cut")
     for name in ("delta.safetensors", "delta.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
@@ -297,7 +297,7 @@ def test_a_sum_is_an_ordinary_checkpoint_of_differences(tmp_path: Path, dtype: s
 
 def test_easylms_kind_of_delta_applies(assets: Path, stories: Path, tmp_path: Path):
     """EasyLM's golden file as a difference from itself doubles it, in every bit."""
-    golden, config = assets / "golden" / "easylm" / "streaming_params_fp32", hf.understood(stories)
+    golden, config = assets / "golden" / "easylm" / "streaming_params_fp32", read_model_config(stories)
     delta.apply(f"params::{golden}", f"params::{golden}", tmp_path / "sum", summed=True, config=config)
     once, twice = (load_file(folder / "model.safetensors") for folder in (stories, tmp_path / "sum"))
     assert any(array.any() for array in twice.values())

@@ -125,7 +125,7 @@ def test_what_torch_wrote_from_several_ranks_has_the_numbers_of_its_source(of_ra
 
 
 def test_slices_across_chunks_are_what_numpy_cuts(of_ranks: Path, torchtitan: dict[str, torch.Tensor]):
-    held = dcp.Distributed(of_ranks / "4")
+    held = dcp.DistributedCheckpoint(of_ranks / "4")
     draw = random.Random(0)
     for name, values in torchtitan.items():
         for _ in range(5):
@@ -191,7 +191,7 @@ def test_a_tied_model_may_hold_its_head_if_it_is_the_table(tmp_path: Path):
 
 
 def test_rows_that_fill_up_the_vocabulary_of_megatron_are_left_out(tmp_path: Path):
-    held, state = dcp.Distributed(DATA / "tp2_pp2"), {}
+    held, state = dcp.DistributedCheckpoint(DATA / "tp2_pp2"), {}
     for name in held.items:
         if not distributed.OTHERS.fullmatch(name):
             tensor = held.tensor(name)
@@ -313,14 +313,14 @@ def test_a_missing_or_shortened_file_is_named(damaged: Path):
 
 def test_a_changed_number_is_found_by_its_checksum(damaged: Path, torchtitan: dict[str, torch.Tensor]):
     file = damaged / "__1_0.distcp"
-    assert torch_files.checksums_hold(file)
+    assert torch_files.verify_checksums(file)
     whole = bytearray(file.read_bytes())
     values = torchtitan["output.weight"].numpy()
     at = whole.find(values[-1].tobytes())
     assert at > 0
     whole[at] ^= 1
     file.write_bytes(whole)
-    assert torch_files.checksums_hold(file) is False
+    assert torch_files.verify_checksums(file) is False
     with pytest.raises(UserError, match="does not have its checksum"):
         open_checkpoint(damaged)
 
@@ -348,8 +348,8 @@ def test_other_folders_do_not_look_like_it(of_ranks: Path):
     assert detect(of_ranks / "1") == "dcp"
     assert detect(DATA / "tp2_pp2") == "megatron"
     assert detect(SOURCE) == "hf"
-    assert hf.looks(SOURCE)
-    assert not dcp.looks(SOURCE)
+    assert hf.matches(SOURCE)
+    assert not dcp.matches(SOURCE)
 
 
 def test_damaged_bytes_never_do_more_than_a_refusal(damaged: Path):

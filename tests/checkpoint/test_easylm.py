@@ -15,12 +15,13 @@ import pytest
 
 from camelid.api import Model, load_params
 from camelid.checkpoint import layout
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.containers import msgpack
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.files import segment, write_files
+from camelid.checkpoint.files import raw_payload, write_files
 from camelid.checkpoint.formats import easylm, hf
-from camelid.checkpoint.tensors import Planned, Tensor
+from camelid.checkpoint.formats.config_source import read_model_config
+from camelid.checkpoint.tensors import PlannedTensor, Tensor
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.params import named
@@ -30,7 +31,7 @@ from runs import tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
 from writing import in_pieces, put
 
-WRITERS = {"streaming_params": easylm.files, "flax_params": easylm.flax_files}
+WRITERS = {"streaming_params": easylm.plan_files, "flax_params": easylm.flax_files}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CONFIGS = {
     "grouped queries": tiny_config(head_dim=8),
@@ -49,19 +50,19 @@ def golden(assets: Path) -> Path:
 
 @pytest.fixture
 def config(stories: Path) -> ModelConfig:
-    return hf.understood(stories)
+    return read_model_config(stories)
 
 
-def saving(checkpoint: Checkpoint, dtype: np.dtype | None = None) -> Saving:
+def export(checkpoint: Checkpoint, dtype: np.dtype | None = None) -> ExportSpec:
     dtypes = checkpoint.dtypes if dtype is None else dict.fromkeys(checkpoint.dtypes, dtype)
-    return Saving(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
+    return ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
 
 
 def written(
     folder: Path, checkpoint: Checkpoint, name: str = "streaming_params", dtype: np.dtype | None = None
 ) -> Path:
     folder.mkdir()
-    put(folder, WRITERS[name], saving(checkpoint, dtype))
+    put(folder, WRITERS[name], export(checkpoint, dtype))
     return folder / name
 
 
@@ -84,7 +85,7 @@ def whole(tensor: Tensor) -> np.ndarray:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A model of a few numbers, in Hugging Face's form."""
     twin = transformers_twin(SMALL, tiny_params(SMALL))
-    return hf.open_folder(save_hf(twin, tmp_path_factory.mktemp("small") / "theirs"))
+    return hf.open_checkpoint(save_hf(twin, tmp_path_factory.mktemp("small") / "theirs"))
 
 
 def records_of(file: Path) -> list[tuple[list[str], bytes]]:
@@ -110,7 +111,7 @@ def write_records(file: Path, records: list[tuple[list[str], bytes]]) -> Path:
 def test_logits_of_what_easylm_wrote_are_the_reference_logits(
     golden: Path, stories: Path, config: ModelConfig, name: str, bound: float
 ):
-    checkpoint = easylm.open_path(golden / name, config)
+    checkpoint = easylm.open_checkpoint(golden / name, config)
     assert checkpoint.config == config
     assert checkpoint.notes == ()
     model, arrays = model_of(checkpoint), np.load(stories.parent / "reference.npz")
@@ -126,18 +127,18 @@ def test_logits_of_what_easylm_wrote_are_the_reference_logits(
 def test_the_same_weights_are_written_byte_for_byte_as_easylm_writes_them(
     golden: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: np.dtype | None
 ):
-    file = written(tmp_path / "new", hf.open_folder(stories), re.sub("_[a-z]*[0-9]*$", "", name), dtype)
+    file = written(tmp_path / "new", hf.open_checkpoint(stories), re.sub("_[a-z]*[0-9]*$", "", name), dtype)
     assert file.read_bytes() == (golden / name).read_bytes()
     assert {"config.json", "tokenizer.model"} <= {companion.name for companion in file.parent.iterdir()}
-    monkeypatch.setattr(layout, "PIECE", 9999)
-    again = written(tmp_path / "in small pieces", hf.open_folder(stories), file.name, dtype)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 9999)
+    again = written(tmp_path / "in small pieces", hf.open_checkpoint(stories), file.name, dtype)
     assert again.read_bytes() == file.read_bytes()
 
 
 def test_a_real_untied_model_keeps_its_logits(assets: Path, tmp_path: Path):
     folder = assets / "golden" / "hf_variants" / "hf_mha_untied"
     logits = np.array(json.loads((folder / "logits.json").read_text())["logits"], np.float32)
-    model = model_of(easylm.open_path(written(tmp_path / "new", hf.open_folder(folder))))
+    model = model_of(easylm.open_checkpoint(written(tmp_path / "new", hf.open_checkpoint(folder))))
     ours = np.asarray(model.logits(np.array([[1, 403, 407, 261, 378]])))
     np.testing.assert_allclose(ours.reshape(logits.shape), logits, rtol=0, atol=1e-4)
 
@@ -145,17 +146,17 @@ def test_a_real_untied_model_keeps_its_logits(assets: Path, tmp_path: Path):
 @pytest.mark.parametrize("case", CONFIGS)
 def test_there_and_back_is_the_same_to_the_bit(tmp_path: Path, case: str):
     twin = transformers_twin(CONFIGS[case], tiny_params(CONFIGS[case]))
-    original = hf.open_folder(save_hf(twin, tmp_path / "original"))
+    original = hf.open_checkpoint(save_hf(twin, tmp_path / "original"))
     for dtype in (np.dtype(np.float32), BFLOAT16):
         theirs = tmp_path / dtype.name
         theirs.mkdir()
-        put(theirs, hf.files, saving(original, dtype))
+        put(theirs, hf.plan_files, export(original, dtype))
         for name in WRITERS:
-            there = easylm.open_path(written(theirs / f"to {name}", hf.open_folder(theirs), name).parent)
+            there = easylm.open_checkpoint(written(theirs / f"to {name}", hf.open_checkpoint(theirs), name).parent)
             assert there.config == CONFIGS[case]
             back = theirs / f"from {name}"
             back.mkdir()
-            put(back, hf.files, saving(there))
+            put(back, hf.plan_files, export(there))
             assert tensor_bytes(back) == tensor_bytes(theirs)
             assert (back / "config.json").read_text() == (theirs / "config.json").read_text()
 
@@ -164,12 +165,12 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path: Path, case: str):
 def test_a_head_is_tied_where_it_is_the_table_to_the_bit(
     small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: float
 ):
-    monkeypatch.setattr(easylm, "BLOCK", 3 * 11 * 4)  # three features of four
+    monkeypatch.setattr("camelid.checkpoint.tensors.COMPARED_BYTES", 3 * 11 * 4)  # three features of four
     params = tiny_params(SMALL)
     params = replace(params, lm_head=params.embed.at[10, 3].add(gap))
-    held = hf.open_folder(save_hf(transformers_twin(SMALL, params), tmp_path / "theirs"))
+    held = hf.open_checkpoint(save_hf(transformers_twin(SMALL, params), tmp_path / "theirs"))
     file = written(tmp_path / "new", held)
-    checkpoint = easylm.open_path(file, replace(SMALL, tie_embeddings=True))
+    checkpoint = easylm.open_checkpoint(file, replace(SMALL, tie_embeddings=True))
     assert checkpoint.config.tie_embeddings == (gap == 0)
     assert any("not tied" in note for note in checkpoint.notes) == (gap > 0)
 
@@ -209,10 +210,10 @@ def test_arrays_of_every_size_are_written_as_flax_does_and_read_again(
     monkeypatch.setattr(msgpack, "LIMIT", limit)
     shapes = [shape for shape in SHAPES if math.prod(shape) < 20 * limit]
     arrays = {f"h/{i}/{'x' * (i * 7)}/kernel": drawn(shape, dtype) for i, shape in enumerate(shapes * 2)}
-    planned = [Planned(name, array.shape, array.dtype) for name, array in arrays.items()]
+    planned = [PlannedTensor(name, array.shape, array.dtype) for name, array in arrays.items()]
     stream, tree = tmp_path / "stream", tmp_path / "tree"
-    segments = [in_pieces(one, array.reshape(-1), 37) for one, array in zip(planned, arrays.values(), strict=True)]
-    write_files(tmp_path, [msgpack.stream_file("stream", segments), msgpack.tree_file("tree", segments)])
+    payloads = [in_pieces(one, array.reshape(-1), 37) for one, array in zip(planned, arrays.values(), strict=True)]
+    write_files(tmp_path, [msgpack.stream_file("stream", payloads), msgpack.tree_file("tree", payloads)])
 
     records = [(name.split("/"), reference.packb(packed(array, limit))) for name, array in arrays.items()]
     assert stream.read_bytes() == b"".join(map(reference.packb, records))
@@ -220,7 +221,7 @@ def test_arrays_of_every_size_are_written_as_flax_does_and_read_again(
     for i, (name, array) in enumerate(arrays.items()):
         nested["h"][str(i)] = {name.split("/")[2]: {"kernel": array}}
     assert tree.read_bytes() == reference.packb(packed(nested, limit))
-    for leaves in (msgpack.read_stream(stream), msgpack.read_tree(tree)):
+    for leaves in (msgpack.open_stream(stream), msgpack.open_tree(tree)):
         assert leaves.keys() == arrays.keys()
         for name, leaf in leaves.items():
             assert isinstance(leaf, Tensor)
@@ -232,10 +233,10 @@ def test_any_slice_of_an_array_in_pieces_is_that_slice(tmp_path: Path, monkeypat
     """Pieces of 11 numbers, rows of 7 x 5."""
     monkeypatch.setattr(msgpack, "LIMIT", 44)
     array = drawn((13, 7, 5), np.float32)
-    segments = [in_pieces(Planned("a", array.shape, array.dtype), array.reshape(-1), array.size)]
-    write_files(tmp_path, [msgpack.stream_file("x", segments)])
-    (tensor,) = msgpack.read_stream(tmp_path / "x").values()
-    assert isinstance(tensor, msgpack.Chunked)
+    payloads = [in_pieces(PlannedTensor("a", array.shape, array.dtype), array.reshape(-1), array.size)]
+    write_files(tmp_path, [msgpack.stream_file("x", payloads)])
+    (tensor,) = msgpack.open_stream(tmp_path / "x").values()
+    assert isinstance(tensor, msgpack.ChunkedTensor)
     assert [part.shape[0] for part in tensor.parts] == [11] * 41 + [4]
     monkeypatch.setattr(msgpack, "CHUNK", 300)  # two rows at a time
     draw = np.random.default_rng(0)
@@ -256,16 +257,16 @@ def test_a_model_in_pieces_is_the_same_model(
 ):
     monkeypatch.setattr(msgpack, "LIMIT", 9000)
     for name in WRITERS:
-        file = written(tmp_path / name, hf.open_folder(stories), name)
+        file = written(tmp_path / name, hf.open_checkpoint(stories), name)
         assert msgpack.MARK.encode() in file.read_bytes()
-        ours, theirs = (numbers_of(easylm.open_path(path, config)) for path in (file, golden / f"{name}_fp32"))
+        ours, theirs = (numbers_of(easylm.open_checkpoint(path, config)) for path in (file, golden / f"{name}_fp32"))
         assert all(np.array_equal(leaf, theirs[path]) for path, leaf in ours.items())
 
 
 def test_a_record_that_the_stream_cannot_count_is_refused(tmp_path: Path):
-    planned = Planned("transformer/wte/embedding", (2**17, 2**13), np.dtype(np.float32))
+    planned = PlannedTensor("transformer/wte/embedding", (2**17, 2**13), np.dtype(np.float32))
     with pytest.raises(UserError, match=r"wte/embedding has 4,29.* bytes.*\n.*bfloat16"):
-        msgpack.stream_file("x", [segment(planned, list)])
+        msgpack.stream_file("x", [raw_payload(planned, list)])
 
 
 # Train states -----------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def test_a_record_that_the_stream_cannot_count_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("prefix", [None, "trainstate"])
 def test_a_train_state_holds_parameters_moments_and_counts(golden: Path, config: ModelConfig, prefix: str | None):
-    state = easylm.open_path(golden / "streaming_train_state", config, prefix)
+    state = easylm.open_checkpoint(golden / "streaming_train_state", config, prefix)
     steps = json.loads((golden / "training_run.json").read_text())["steps"]
     assert state.training is not None
     assert state.training.step == len(steps)
@@ -283,7 +284,7 @@ def test_a_train_state_holds_parameters_moments_and_counts(golden: Path, config:
     held |= {name: numbers_of(replace(state, tensors=getattr(state.training, name))) for name in ("mu", "nu")}
     for name, leaves in held.items():
         assert {path: leaf.shape for path, leaf in leaves.items()} == {
-            path: part.spec.shape for path, part in state.table.parts.items()
+            path: part.spec.shape for path, part in state.table.entries.items()
         }, name
     # EasyLM's own norm of all parameters after its last step; the moments lie in the places of their parameters.
     norm = math.sqrt(sum(float(np.sum(np.square(leaf, dtype=np.float64))) for leaf in held["params"].values()))
@@ -299,7 +300,7 @@ def test_a_train_state_is_written_byte_for_byte_as_easylm_writes_it(golden: Path
     convert(golden / "streaming_train_state", tmp_path / "ours", to="easylm-trainstate", config=described)
     ours = tmp_path / "ours" / "streaming_train_state"
     assert ours.read_bytes() == (golden / "streaming_train_state").read_bytes()
-    assert easylm.open_path(ours).training is not None
+    assert easylm.open_checkpoint(ours).training is not None
 
 
 def test_other_formats_say_that_they_leave_the_training_out(golden: Path, config: ModelConfig, tmp_path: Path):
@@ -316,13 +317,13 @@ def test_other_formats_say_that_they_leave_the_training_out(golden: Path, config
     ("name", "prefix"), [("streaming_train_state", "trainstate_params"), ("streaming_params_fp32", None)]
 )
 def test_parameters_alone_have_no_training(golden: Path, config: ModelConfig, name: str, prefix: str | None):
-    assert easylm.open_path(golden / name, config, prefix).training is None
+    assert easylm.open_checkpoint(golden / name, config, prefix).training is None
 
 
 def test_parameters_of_a_train_state_are_what_its_training_reached(golden: Path, config: ModelConfig):
     """Six steps from the model that it began with: near it, and not the same."""
     names = "streaming_params_fp32", "streaming_train_state"
-    checkpoints = [easylm.open_path(golden / name, replace(config, tie_embeddings=False)) for name in names]
+    checkpoints = [easylm.open_checkpoint(golden / name, replace(config, tie_embeddings=False)) for name in names]
     before, after = map(model_of, checkpoints)
     tokens = np.array([[1, 403, 407, 261, 378]])
     gap = np.abs(np.asarray(after.logits(tokens)) - np.asarray(before.logits(tokens))).max()
@@ -349,7 +350,7 @@ def test_a_train_state_with_accumulated_gradients_is_the_same(golden: Path, conf
     # Its own step counts microbatches, AdamW's count the updates.
     records = [(key, reference.packb(27) if key == ["step"] else value) for key, value in records]
     write_records(tmp_path / "streaming_train_state_6", records)
-    states = [easylm.open_path(path, config) for path in (tmp_path, golden / "streaming_train_state")]
+    states = [easylm.open_checkpoint(path, config) for path in (tmp_path, golden / "streaming_train_state")]
     assert any("3 microbatches" in note for note in states[0].notes)
     trainings = [state.training for state in states]
     assert [training and training.step for training in trainings] == [6, 6]
@@ -379,9 +380,9 @@ def test_other_train_states_are_refused(golden: Path, config: ModelConfig, tmp_p
     held = [(name.split("/"), value) for name, value in records.items()]
     file = write_records(tmp_path / "streaming_train_state", held)
     with pytest.raises(UserError, match=problem):
-        easylm.open_path(file, config)
+        easylm.open_checkpoint(file, config)
     if "lm_head" not in problem:
-        assert easylm.open_path(file, config, "trainstate_params").tensors
+        assert easylm.open_checkpoint(file, config, "trainstate_params").tensors
 
 
 # What is opened ---------------------------------------------------------------------------
@@ -396,37 +397,37 @@ def test_a_prefix_must_agree_with_the_file(golden: Path, config: ModelConfig):
     for prefix, kind in easylm.PREFIXES.items():
         for found, name in files.items():
             if found == kind:
-                assert easylm.open_path(golden / name, config, prefix).tensors
+                assert easylm.open_checkpoint(golden / name, config, prefix).tensors
             else:
                 with pytest.raises(UserError, match=re.escape(f"{golden / name} is {easylm.KINDS[found]}, and not")):
-                    easylm.open_path(golden / name, config, prefix)
+                    easylm.open_checkpoint(golden / name, config, prefix)
     with pytest.raises(UserError, match=r"params_fp32 is .*, and not a stream with a train state"):
-        easylm.open_path(golden / "flax_params_fp32", config, "trainstate")
+        easylm.open_checkpoint(golden / "flax_params_fp32", config, "trainstate")
 
 
 def test_a_folder_needs_one_file_of_the_kind(golden: Path, config: ModelConfig, tmp_path: Path):
-    assert easylm.looks(golden)
+    assert easylm.matches(golden)
     with pytest.raises(
         UserError, match=r"holds flax_params_fp32, streaming_params_bf16, streaming_params_fp32, streaming_"
     ):
-        easylm.open_path(golden, config)
-    assert easylm.open_path(golden, config, "flax").tensors
-    assert easylm.open_path(golden, config, "trainstate_params").tensors
+        easylm.open_checkpoint(golden, config)
+    assert easylm.open_checkpoint(golden, config, "flax").tensors
+    assert easylm.open_checkpoint(golden, config, "trainstate_params").tensors
     with pytest.raises(UserError, match="holds streaming_params_bf16, streaming_params_fp32, and one"):
-        easylm.open_path(golden, config, "params")
+        easylm.open_checkpoint(golden, config, "params")
     with pytest.raises(UserError, match="holds nothing named"):
-        easylm.open_path(tmp_path, config)
+        easylm.open_checkpoint(tmp_path, config)
     with pytest.raises(UserError, match="does not exist"):
-        easylm.open_path(tmp_path / "absent", config)
+        easylm.open_checkpoint(tmp_path / "absent", config)
 
 
 def test_only_its_own_files_look_like_it(golden: Path, stories: Path, assets: Path, tmp_path: Path):
     for file in golden.iterdir():
-        assert easylm.looks(file) == (file.suffix not in (".json", ".jsonl")), file
+        assert easylm.matches(file) == (file.suffix not in (".json", ".jsonl")), file
     (tmp_path / "streaming_params").write_bytes(b"\x80\x02}q\x00.")
     others = [tmp_path, tmp_path / "streaming_params", tmp_path / "absent", stories, *stories.iterdir()]
     others += [path for path in (assets / "golden").rglob("*") if path.is_file() and path.parent != golden]
-    assert not any(map(easylm.looks, others))
+    assert not any(map(easylm.matches, others))
 
 
 def test_a_model_is_said_or_refused(golden: Path, stories: Path, tmp_path: Path):
@@ -434,17 +435,17 @@ def test_a_model_is_said_or_refused(golden: Path, stories: Path, tmp_path: Path)
     file.write_bytes((golden / "streaming_params_fp32").read_bytes())
     (tmp_path / "metadata.pkl").write_bytes(b"cos\nsystem\n")
     with pytest.raises(UserError, match=r"metadata\.pkl is a pickle(.|\n)*--config llama_7b"):
-        easylm.open_path(file)
+        easylm.open_checkpoint(file)
     (tmp_path / "config.json").write_bytes((stories / "config.json").read_bytes())
-    checkpoint = easylm.open_path(tmp_path)
-    assert checkpoint.config == hf.understood(stories)
+    checkpoint = easylm.open_checkpoint(tmp_path)
+    assert checkpoint.config == read_model_config(stories)
     assert checkpoint.notes == ("metadata.pkl was not opened: pickles can run code.",)
     with pytest.raises(UserError, match=r"transformer/wte/embedding has shape \(512, 64\).*\(512, 96\)"):
-        easylm.open_path(file, replace(checkpoint.config, embed_dim=96, tie_embeddings=False))
+        easylm.open_checkpoint(file, replace(checkpoint.config, embed_dim=96, tie_embeddings=False))
     with pytest.raises(UserError, match="no place for: transformer/h/4"):
-        easylm.open_path(file, replace(checkpoint.config, num_layers=4))
+        easylm.open_checkpoint(file, replace(checkpoint.config, num_layers=4))
     with pytest.raises(UserError, match="lacks transformer/h/5"):
-        easylm.open_path(file, replace(checkpoint.config, num_layers=6))
+        easylm.open_checkpoint(file, replace(checkpoint.config, num_layers=6))
 
 
 @pytest.mark.parametrize(
@@ -459,7 +460,7 @@ def test_a_model_is_said_or_refused(golden: Path, stories: Path, tmp_path: Path)
 )
 def test_a_model_that_easylm_cannot_compute_is_refused(tmp_path: Path, config: ModelConfig, field: str):
     params = named(tiny_params(config))
-    held = Saving(config, dict.fromkeys(params, np.dtype(np.float32)), lambda *_: pytest.fail("read"))
+    held = ExportSpec(config, dict.fromkeys(params, np.dtype(np.float32)), lambda *_: pytest.fail("read"))
     for write in WRITERS.values():
         with pytest.raises(UserError, match=f"EasyLM cannot hold {field}"):
             put(tmp_path, write, held)
@@ -527,17 +528,17 @@ def test_a_damaged_value_is_an_error_with_file_and_key(
     file = written(tmp_path / "new", small)
     write_records(file, [(key, value if key == NORM else held) for key, held in records_of(file)])
     if problem is None:
-        assert not whole(easylm.open_path(file).tensors["/".join(NORM)]).any()
+        assert not whole(easylm.open_checkpoint(file).tensors["/".join(NORM)]).any()
         return
     with pytest.raises(UserError, match=problem) as caught:
-        easylm.open_path(file)
+        easylm.open_checkpoint(file)
     assert "transformer/ln_f/kernel" in caught.value.problem
     tree = {"transformer": {"ln_f": {"kernel": 0}}}
     start = reference.packb(tree)[:-1]
     file.write_bytes(start + value)
     if not re.search("parameters are|no array$|another length", problem):
         with pytest.raises(UserError, match=problem) as caught:
-            msgpack.read_tree(file)
+            msgpack.open_tree(file)
         assert str(file) in caught.value.problem
 
 
@@ -564,7 +565,7 @@ def test_names_and_ends_are_checked(small: Checkpoint, tmp_path: Path):
     ]:
         file.write_bytes(change)
         with pytest.raises(UserError, match=problem) as caught:
-            easylm.open_path(file, SMALL)
+            easylm.open_checkpoint(file, SMALL)
         if "place for" not in problem and "lacks" not in problem:
             assert str(file) in caught.value.problem
 
@@ -574,19 +575,19 @@ def test_no_damage_is_more_than_an_error(small: Checkpoint, tmp_path: Path, name
     """Every cut is noticed; a changed byte is noticed, or leaves a model of the same shapes."""
     file = written(tmp_path / "new", small, name)
     data, draw = file.read_bytes(), np.random.default_rng(7)
-    names = easylm.open_path(file, SMALL).tensors.keys()
+    names = easylm.open_checkpoint(file, SMALL).tensors.keys()
     for length in draw.integers(0, len(data), 50):
         file.write_bytes(data[:length])
         with pytest.raises(UserError):
-            easylm.open_path(file, SMALL)
+            easylm.open_checkpoint(file, SMALL)
     for _ in range(100):
         changed = bytearray(data)
         for at in draw.integers(0, len(data), draw.integers(1, 4)):
             changed[at] = draw.integers(256)
         file.write_bytes(changed)
-        easylm.looks(file)
+        easylm.matches(file)
         try:
-            tensors = easylm.open_path(file, SMALL).tensors
+            tensors = easylm.open_checkpoint(file, SMALL).tensors
         except UserError:
             continue
         assert tensors.keys() == names

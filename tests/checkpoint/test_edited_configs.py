@@ -228,7 +228,7 @@ def test_what_might_change_the_result_is_refused_with_its_name_and_opens_without
         assert f"--ignore-config-field {name}" in refusal.value.advice
     given = refusal.value.advice.partition("ignore=")[2].partition("]")[0].strip("[").replace("'", "").split(", ")
     model = camelid.load(folder, ignore=given)
-    assert f"config.json is read as if it had no {', '.join(given)}, as asked" in model.notes
+    assert f"config.json is read as if it had no {', '.join(given)}, as requested" in model.notes
     # With these transformers does not compute, or computes something else.
     if not edit.keys() & {"layer_types", "is_encoder_decoder", "is_causal"}:
         assert_equal(model.logits(TOKENS), in_transformers(folder))

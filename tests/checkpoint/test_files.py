@@ -20,9 +20,17 @@ from safetensors.torch import load_file, save_file
 from camelid.checkpoint import files as files_module
 from camelid.checkpoint.compare import compare
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.files import JOURNAL, MANIFEST, File, Later, Segment, segment, write_files
+from camelid.checkpoint.files import (
+    JOURNAL,
+    MANIFEST,
+    DeferredBytes,
+    PlannedFile,
+    TensorPayload,
+    raw_payload,
+    write_files,
+)
 from camelid.checkpoint.registry import open_checkpoint
-from camelid.checkpoint.tensors import Planned
+from camelid.checkpoint.tensors import PlannedTensor
 from camelid.errors import UserError
 from runs import contents
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
@@ -31,21 +39,21 @@ CONFIG = tiny_config(head_dim=8, vocab_size=96)
 FLOAT = np.dtype(np.float32)
 
 
-def drawn(name: str, size: int, seed: int, read: Callable[[str], None] = lambda name: None) -> Segment:
+def drawn(name: str, size: int, seed: int, read: Callable[[str], None] = lambda name: None) -> TensorPayload:
     numbers = np.random.default_rng(seed).standard_normal(size, np.float32)
 
     def chunks() -> Iterator[np.ndarray]:
         read(name)
         return (numbers[i : i + 7] for i in range(0, size, 7))
 
-    return segment(Planned(name, (size,), FLOAT), chunks)
+    return raw_payload(PlannedTensor(name, (size,), FLOAT), chunks)
 
 
-def two_files(read: Callable[[str], None] = lambda name: None) -> list[File]:
+def two_files(read: Callable[[str], None] = lambda name: None) -> list[PlannedFile]:
     a = [drawn(f"a{i}", 50 + i, i, read) for i in range(9)]
     b = [drawn(f"b{i}", 20 + i, 100 + i, read) for i in range(5)]
-    sums = Later(4, lambda crcs: sum(crcs.values()).to_bytes(8, "little")[:4])
-    return [File("one", [b"begin", *a, b"end"]), File("inner/two", [sums, *b])]
+    sums = DeferredBytes(4, lambda crcs: sum(crcs.values()).to_bytes(8, "little")[:4])
+    return [PlannedFile("one", [b"begin", *a, b"end"]), PlannedFile("inner/two", [sums, *b])]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -55,7 +63,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_threads_write_what_one_after_another_lies_end_to_end(tmp_path: Path, workers: int):
     write_files(tmp_path, two_files(), workers=workers)
-    one = b"".join(bytes(chunk) for held in two_files()[0].segments for chunk in held.chunks())
+    one = b"".join(bytes(chunk) for held in two_files()[0].payloads for chunk in held.chunks())
     assert (tmp_path / "one").read_bytes() == b"begin" + one + b"end"
     assert {file.name for file in tmp_path.iterdir()} == {"one", "inner", MANIFEST}
 
@@ -129,7 +137,7 @@ def test_other_files_or_another_source_do_not_go_on(tmp_path: Path, change: str)
     if change == "source":
         source = "another"
     else:
-        files[0] = File("one", [*files[0].parts, b"more"])
+        files[0] = PlannedFile("one", [*files[0].parts, b"more"])
     with pytest.raises(UserError, match=r"was begun from other files, or with other options\n.*--resume"):
         write_files(tmp_path / "a", files, source=source)
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from camelid.checkpoint.checkpoint import Saving
+from camelid.checkpoint.checkpoint import ExportSpec
 from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.registry import open_checkpoint, write_checkpoint
@@ -95,7 +95,7 @@ def test_a_failure_in_the_middle_leaves_nothing_and_is_not_hidden(model: Path, t
         return checkpoint.source(*slice_of)
 
     with pytest.raises(type(failure)) as seen:
-        write_checkpoint(tmp_path / "out", Saving(checkpoint.config, checkpoint.dtypes, failing))
+        write_checkpoint(tmp_path / "out", ExportSpec(checkpoint.config, checkpoint.dtypes, failing))
     assert seen.value is failure
     assert entries(tmp_path) == set()
 

@@ -34,7 +34,7 @@ MODELS = {
     "every head its own keys": tiny_config(head_dim=8, num_kv_heads=6, bos_id=1, eos_ids=(2,)),
 }
 # A train state holds more than a model; test_easylm.py has its own tests.
-WRITTEN = [name for name, format in FORMATS.items() if format.files is not None and name != TRAIN_STATE]
+WRITTEN = [name for name, format in FORMATS.items() if format.plan_files is not None and name != TRAIN_STATE]
 LOSSLESS = [name for name in WRITTEN if not FORMATS[name].lossy]
 # Whose files do not say all of a model: what is assumed without config.json, and the words of the note that says so.
 SILENT = {

@@ -185,7 +185,7 @@ def bounded() -> Iterator[None]:
 def values(checkpoint: Checkpoint) -> dict[tuple[str, int | None], bytes]:
     """All numbers, a layer at a time."""
     found = {}
-    for path, part in checkpoint.table.parts.items():
+    for path, part in checkpoint.table.entries.items():
         shape = part.spec.shape[len(part.spec.stacked) :]
         for layer in range(part.spec.shape[0]) if part.spec.stacked else [None]:
             index = tuple(slice(0, n) for n in shape)

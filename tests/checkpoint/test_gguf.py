@@ -19,13 +19,13 @@ import transformers
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
-from camelid.checkpoint.containers.ggml import KINDS, dequantise, quantise
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
+from camelid.checkpoint.containers.ggml import QUANTIZATIONS, dequantize, quantize
 from camelid.checkpoint.files import MANIFEST
 from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.formats import gguf as ours
 from camelid.checkpoint.formats.gguf_config import metadata_of
-from camelid.checkpoint.layout import read_slice
+from camelid.checkpoint.layout import read_parameter_slice
 from camelid.checkpoint.registry import open_checkpoint, write_checkpoint
 from camelid.checkpoint.tensors import dtype_named
 from camelid.errors import UserError
@@ -184,15 +184,15 @@ def logits_of(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(camelid.Model(checkpoint.config, params, None, Compute(), one_device()).logits(tokens))
 
 
-def saving_of(source: Path | Checkpoint, dtype: str | None = None) -> Saving:
+def saving_of(source: Path | Checkpoint, dtype: str | None = None) -> ExportSpec:
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     dtypes = checkpoint.dtypes if dtype is None else dict.fromkeys(checkpoint.dtypes, dtype_named(dtype))
-    return Saving(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
+    return ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
 
 
 def written(folder: Path, source: Path | Checkpoint, dtype: str | None = None, kind: str | None = None) -> Path:
     with new_folder(folder, 0) as new:
-        put(new, ours.files, saving_of(source, dtype), kind)
+        put(new, ours.plan_files, saving_of(source, dtype), kind)
     return folder
 
 
@@ -207,7 +207,7 @@ def save_tiny(config: camelid.ModelConfig, folder: Path) -> Path:
         leaf = leaves[path] if layer is None else leaves[path][layer]
         return np.ascontiguousarray(np.asarray(leaf)[index], dtype)
 
-    write_checkpoint(folder, Saving(config, dtypes, source))
+    write_checkpoint(folder, ExportSpec(config, dtypes, source))
     return folder
 
 
@@ -233,9 +233,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def test_a_file_of_llama_cpps_writer_is_read_without_any_other(config: camelid.ModelConfig, tmp_path: Path):
     path = write_theirs(tmp_path / "theirs.gguf", config)
-    assert ours.looks(path)
-    assert ours.looks(tmp_path)
-    checkpoint = ours.open_gguf(tmp_path)
+    assert ours.matches(path)
+    assert ours.matches(tmp_path)
+    checkpoint = ours.open_checkpoint(tmp_path)
     assert checkpoint.config == config
     found = params_of(checkpoint)
     for path_of_ours, array in named(tiny_params(config)).items():
@@ -245,21 +245,21 @@ def test_a_file_of_llama_cpps_writer_is_read_without_any_other(config: camelid.M
 
 def test_what_a_file_leaves_out_has_llama_cpps_defaults(tmp_path: Path):
     config = tiny_config(num_kv_heads=6, head_dim=8, rope_theta=10_000.0)
-    checkpoint = ours.open_gguf(write_theirs(tmp_path / "a.gguf", config, sparse=True))
+    checkpoint = ours.open_checkpoint(write_theirs(tmp_path / "a.gguf", config, sparse=True))
     assert checkpoint.config == config
     assert [note.split(": ")[1] for note in checkpoint.notes] == ["init_std = 0.02, family = 'llama'"]
 
 
 def test_version_2_is_read_as_version_3(sound: bytes, tmp_path: Path):
     (tmp_path / "a.gguf").write_bytes(sound[:4] + struct.pack("<I", 2) + sound[8:])
-    assert ours.open_gguf(tmp_path).config.vocab_size == 7
+    assert ours.open_checkpoint(tmp_path).config.vocab_size == 7
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
 def test_every_kind_of_number_is_read_as_the_gguf_package_reads_it(kind: str, tmp_path: Path):
     config = tiny_config(**QUANTISABLE)
     path = write_theirs(tmp_path / "a.gguf", config, kind)
-    checkpoint = ours.open_gguf(path)
+    checkpoint = ours.open_checkpoint(path)
     dtype = {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
     assert checkpoint.dtypes["layers.mlp.up_proj"] == dtype_named(dtype)
     assert checkpoint.dtypes["final_norm.scale"] == np.float32
@@ -274,12 +274,14 @@ def test_every_kind_of_number_is_read_as_the_gguf_package_reads_it(kind: str, tm
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_a_slice_of_a_quantised_tensor_is_that_slice(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("camelid.checkpoint.containers.ggml.CHUNK", 200)  # a few rows at a time
-    checkpoint = ours.open_gguf(write_theirs(tmp_path / "a.gguf", tiny_config(**QUANTISABLE), kind.upper()))
-    part = checkpoint.table.parts["layers.attn.q_proj"]
+    checkpoint = ours.open_checkpoint(write_theirs(tmp_path / "a.gguf", tiny_config(**QUANTISABLE), kind.upper()))
+    part = checkpoint.table.entries["layers.attn.q_proj"]
     whole, cut = np.empty((6, 32, 96), np.float32), np.empty((3, 32, 10), np.float16)
     index = (slice(2, 5), slice(0, 32), slice(30, 40))
-    read_slice(part, checkpoint.tensors["blk.1.attn_q.weight"], tuple(slice(0, n) for n in whole.shape), 1, whole)
-    read_slice(part, checkpoint.tensors["blk.1.attn_q.weight"], index, 1, cut)
+    read_parameter_slice(
+        part, checkpoint.tensors["blk.1.attn_q.weight"], tuple(slice(0, n) for n in whole.shape), 1, whole
+    )
+    read_parameter_slice(part, checkpoint.tensors["blk.1.attn_q.weight"], index, 1, cut)
     np.testing.assert_array_equal(cut, whole[index].astype(np.float16))
 
 
@@ -288,11 +290,11 @@ def test_config_json_beside_wins_where_it_fits_and_is_left_out_where_not(tmp_pat
     hf_config = json.loads((save_tiny(PLAIN, tmp_path / "hf") / "config.json").read_text())
     for field, value, read in [("max_position_embeddings", 32, 32), ("num_attention_heads", 2, 64)]:
         (tmp_path / "config.json").write_text(json.dumps(hf_config | {field: value}))
-        checkpoint = ours.open_gguf(path)
+        checkpoint = ours.open_checkpoint(path)
         assert checkpoint.config.context_length == read
         assert any(f"num_heads = {value}" in note for note in checkpoint.notes) == (read == 64)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    checkpoint = ours.open_gguf(path)
+    checkpoint = ours.open_checkpoint(path)
     assert checkpoint.config == PLAIN
     assert any("left out: config.json has no" in note for note in checkpoint.notes)
 
@@ -303,7 +305,7 @@ def test_config_json_beside_wins_where_it_fits_and_is_left_out_where_not(tmp_pat
 def test_a_given_config_of_another_model_is_refused(field: str, value: object, tmp_path: Path):
     path = write_theirs(tmp_path / "a.gguf", tiny_config(head_dim=32))
     with pytest.raises(UserError, match=f"disagree: {field} = "):
-        ours.open_gguf(path, tiny_config(**{"head_dim": 32, field: value}))
+        ours.open_checkpoint(path, tiny_config(**{"head_dim": 32, field: value}))
 
 
 def test_factors_that_are_not_llama_3s_need_a_config(tmp_path: Path):
@@ -311,8 +313,8 @@ def test_factors_that_are_not_llama_3s_need_a_config(tmp_path: Path):
     config = tiny_config(rope_scaling=scaling)
     path = write_theirs(tmp_path / "a.gguf", config)
     with pytest.raises(UserError, match=r"rope_freqs\.weight in .* has none of the factors.*\n.*--config"):
-        ours.open_gguf(path)
-    assert ours.open_gguf(path, config).config == config
+        ours.open_checkpoint(path)
+    assert ours.open_checkpoint(path, config).config == config
 
 
 # Writing --------------------------------------------------------------------------------
@@ -348,7 +350,7 @@ def test_transformers_computes_the_same_logits_from_what_camelid_writes(name: st
     with torch.no_grad():
         theirs = twin(torch.from_numpy(tokens).long()).logits.numpy()
     # Logits reach 20, in another order of float32 sums.
-    np.testing.assert_allclose(logits_of(ours.open_gguf(folder), tokens), theirs, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits_of(ours.open_checkpoint(folder), tokens), theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -359,7 +361,7 @@ def test_there_and_back_is_bit_exact(config: camelid.ModelConfig, hf_folder: Pat
     for metadata_only in (False, True):
         if metadata_only:
             (folder / "config.json").unlink()
-        checkpoint = ours.open_gguf(folder)
+        checkpoint = ours.open_checkpoint(folder)
         assert checkpoint.config == config
         assert {path: d.name for path, d in checkpoint.dtypes.items() if "norm" not in path} == dict.fromkeys(
             (path for path in checkpoint.dtypes if "norm" not in path), dtype
@@ -383,7 +385,7 @@ def test_companions_go_along_and_large_tensors_go_in_pieces(tmp_path: Path, monk
     folder = save_tiny(tiny_config(**QUANTISABLE), tmp_path / "hf")
     (folder / "LICENSE").write_text("")
     whole = written(tmp_path / "whole", folder, kind="q8_0")
-    monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 10_000)
+    monkeypatch.setattr("camelid.checkpoint.layout.CHUNK_BYTES", 10_000)
     pieces = written(tmp_path / "pieces", folder, kind="q8_0")
     assert (pieces / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
     assert {file.name for file in pieces.iterdir()} == {
@@ -405,9 +407,9 @@ REFUSED = {
 
 @pytest.mark.parametrize(("refused", "field"), REFUSED.values(), ids=REFUSED)
 def test_a_model_that_llama_cpps_llama_is_not_is_refused(refused: camelid.ModelConfig, field: str, tmp_path: Path):
-    saving = Saving(refused, {}, lambda *_: pytest.fail("something was read"))
+    export = ExportSpec(refused, {}, lambda *_: pytest.fail("something was read"))
     with pytest.raises(UserError, match=field):
-        put(tmp_path, ours.files, saving)
+        put(tmp_path, ours.plan_files, export)
     assert not list(tmp_path.iterdir())
 
 
@@ -420,7 +422,7 @@ def test_more_ends_than_llama_cpp_knows_are_refused():
 
 def test_an_unknown_quantisation_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"'q4_k' is unknown\n.*q8_0, q4_0"):
-        put(tmp_path, ours.files, Saving(PLAIN, {}, lambda *_: pytest.fail("something was read")), "q4_k")
+        put(tmp_path, ours.plan_files, ExportSpec(PLAIN, {}, lambda *_: pytest.fail("something was read")), "q4_k")
 
 
 # Quantisation ---------------------------------------------------------------------------
@@ -441,12 +443,12 @@ def hard_numbers() -> np.ndarray:
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_quantised_bytes_are_those_of_the_gguf_package(kind: str):
     rows, code = hard_numbers(), gguf.GGMLQuantizationType[kind.upper()]
-    raw = quantise(rows, kind)
+    raw = quantize(rows, kind)
     np.testing.assert_array_equal(raw, gguf.quantize(rows, code))
-    np.testing.assert_array_equal(dequantise(raw, kind), gguf.dequantize(raw, code))
+    np.testing.assert_array_equal(dequantize(raw, kind), gguf.dequantize(raw, code))
 
 
-@pytest.mark.parametrize("kind", [kind.name for kind in KINDS.values()])
+@pytest.mark.parametrize("kind", [kind.name for kind in QUANTIZATIONS.values()])
 def test_every_quantization_is_read_bit_for_bit_as_the_gguf_package_reads_it(kind: str, tmp_path: Path):
     code = gguf.GGMLQuantizationType[kind.upper()]
     block, size = gguf.GGML_QUANT_SIZES[code]
@@ -454,7 +456,7 @@ def test_every_quantization_is_read_bit_for_bit_as_the_gguf_package_reads_it(kin
     raw = draw.integers(0, 256, (50, 4 * size), np.uint8)  # any bytes are numbers, some of them infinite or NaN
     with np.errstate(all="ignore"):
         expected = gguf.dequantize(raw, code)
-    found = dequantise(raw, kind)
+    found = dequantize(raw, kind)
     assert found.dtype == expected.dtype == np.float32
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
     assert found.shape == (50, 4 * block)
@@ -473,7 +475,7 @@ def test_a_model_of_a_kind_that_is_only_read_opens_with_its_numbers(kind: str, t
             raw = numbers.integers(0, 40, (array.shape[0], array.shape[1] // block * size), np.uint8)
             packed[name] = raw
     path = write_theirs(tmp_path / "a.gguf", config, kind, packed=packed)
-    checkpoint = ours.open_gguf(path)
+    checkpoint = ours.open_checkpoint(path)
     assert checkpoint.config == config
     assert [note for note in checkpoint.notes if kind in note]
     assert len(packed) > 5
@@ -486,7 +488,7 @@ def test_a_model_of_a_kind_that_is_only_read_opens_with_its_numbers(kind: str, t
 @pytest.mark.parametrize(("kind", "steps"), [("q8_0", 127), ("q4_0", 8)])
 def test_quantisation_is_as_close_as_it_says(kind: str, steps: int):
     rows = hard_numbers()
-    error = np.abs(dequantise(quantise(rows, kind), kind) - rows).reshape(-1, 32)
+    error = np.abs(dequantize(quantize(rows, kind), kind) - rows).reshape(-1, 32)
     blocks = rows.reshape(-1, 32)
     largest = np.abs(blocks).max(1, keepdims=True)
     signed = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
@@ -501,7 +503,7 @@ def test_numbers_that_cannot_be_quantised_are_refused(bad: float):
     rows[1, 7] = bad
     for kind in ("q8_0", "q4_0"):
         with pytest.raises(UserError, match=f"{kind} cannot hold"):
-            quantise(rows, kind)
+            quantize(rows, kind)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
@@ -517,7 +519,7 @@ def test_a_quantised_folder_is_what_the_gguf_package_makes(kind: str, tmp_path: 
         np.testing.assert_array_equal(tensor.data, expected, err_msg=tensor.name)
     assert reader.fields["general.file_type"].contents() == {"q8_0": 7, "q4_0": 2}[kind]
     assert reader.fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
-    assert ours.open_gguf(folder).config == config
+    assert ours.open_checkpoint(folder).config == config
 
 
 # A real model ---------------------------------------------------------------------------
@@ -534,7 +536,7 @@ def test_a_real_model_has_the_reference_logits(stories: Path, tmp_path: Path):
         ("float32", "q8_0", 0.45),
     ]:
         folder = written(tmp_path / f"{dtype} {kind}", stories, dtype, kind)
-        off = np.abs(logits_of(ours.open_gguf(folder), tokens)[0] - reference).max()
+        off = np.abs(logits_of(ours.open_checkpoint(folder), tokens)[0] - reference).max()
         assert off < bound, (dtype, kind, off)
         if bound > 1e-4:
             assert off > bound / 10, (dtype, kind, off)
@@ -545,7 +547,7 @@ def test_other_real_models_have_the_logits_that_transformers_gave(assets: Path, 
     source = assets / "golden" / "hf_variants" / name
     reference = np.array(json.loads((source / "logits.json").read_text())["logits"], np.float32)
     folder = written(tmp_path / "ours", source)
-    logits = logits_of(ours.open_gguf(folder), np.array([IDS], np.int32))
+    logits = logits_of(ours.open_checkpoint(folder), np.array([IDS], np.int32))
     np.testing.assert_allclose(logits.reshape(reference.shape), reference, rtol=0, atol=1e-4)
 
 
@@ -635,7 +637,7 @@ def test_a_damaged_file_is_refused_by_name(sound: bytes, tmp_path: Path, damage:
     path = tmp_path / "a.gguf"
     path.write_bytes(damage(sound))
     with pytest.raises(UserError, match=about) as refusal:
-        ours.open_gguf(path)
+        ours.open_checkpoint(path)
     assert "a.gguf" in refusal.value.problem or "tensor" in refusal.value.problem or "lacks" in refusal.value.problem
 
 
@@ -650,9 +652,9 @@ def test_damage_anywhere_is_refused_or_gives_a_model_of_the_same_shape(sound: by
             for _ in range(draw.choice((1, 1, 4))):
                 content[draw.randrange(header + 200)] = draw.choice((0, 1, 127, 128, 255, draw.randrange(256)))
         path.write_bytes(content)
-        ours.looks(path)
+        ours.matches(path)
         try:
-            checkpoint = ours.open_gguf(path)
+            checkpoint = ours.open_checkpoint(path)
         except UserError as error:
             refused += len(error.problem) < 1000
         else:
@@ -665,7 +667,7 @@ def test_a_scale_of_damaged_bytes_is_a_number_all_the_same(tmp_path: Path):
     raw = np.full((3, 34), 255, np.uint8)
     raw[1, :2] = 0, 0x7C  # infinity
     raw[1, 2:] = 0
-    assert dequantise(raw, "q8_0").shape == (3, 32)
+    assert dequantize(raw, "q8_0").shape == (3, 32)
 
 
 def test_parts_of_a_split_model_and_folders_of_several_are_refused(sound: bytes, tmp_path: Path):
@@ -676,19 +678,19 @@ def test_parts_of_a_split_model_and_folders_of_several_are_refused(sound: bytes,
     writer.write_ti_data_to_file()
     writer.close()
     with pytest.raises(UserError, match=r"one of 2 parts\n.*--merge"):
-        ours.open_gguf(tmp_path)
+        ours.open_checkpoint(tmp_path)
     (tmp_path / "b.gguf").write_bytes(sound)
     with pytest.raises(UserError, match=r"has 2 files of GGUF: a-00001-of-00002.gguf, b.gguf"):
-        ours.open_gguf(tmp_path)
-    assert ours.open_gguf(tmp_path / "b.gguf").config.vocab_size == 7
+        ours.open_checkpoint(tmp_path)
+    assert ours.open_checkpoint(tmp_path / "b.gguf").config.vocab_size == 7
 
 
 def test_looks_never_raises(tmp_path: Path):
     (tmp_path / "a.gguf").write_bytes(b"GG")
     (tmp_path / "b.gguf").mkdir()
-    assert not any(map(ours.looks, [tmp_path, tmp_path / "a.gguf", tmp_path / "none", tmp_path / "b.gguf"]))
+    assert not any(map(ours.matches, [tmp_path, tmp_path / "a.gguf", tmp_path / "none", tmp_path / "b.gguf"]))
     with pytest.raises(UserError, match=r"has no \.gguf file"):
-        ours.open_gguf(tmp_path / "b.gguf")
+        ours.open_checkpoint(tmp_path / "b.gguf")
 
 
 def test_bfloat16_is_rounded_to_nearest_even_on_its_way(tmp_path: Path):

@@ -240,7 +240,7 @@ def test_converting_keeps_the_dtype_of_each_tensor(theirs: Path, tmp_path: Path)
 
 def test_large_tensors_are_converted_in_pieces(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     convert(theirs, tmp_path / "whole", dtype="bfloat16")
-    monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 1000)
+    monkeypatch.setattr("camelid.checkpoint.layout.CHUNK_BYTES", 1000)
     monkeypatch.setattr("camelid.checkpoint.tensors.CHUNK", 700)
     convert(theirs, tmp_path / "pieces", dtype="bfloat16")
     assert tensor_bytes(tmp_path / "pieces") == tensor_bytes(tmp_path / "whole")

@@ -30,7 +30,7 @@ import transformers
 
 import camelid
 from camelid.checkpoint.files import MANIFEST
-from camelid.checkpoint.hub import find
+from camelid.checkpoint.hub import find_checkpoint_folder
 from runs import TIMEOUT_S, assert_refused, command, tensor_bytes
 
 NAME, TOKEN = "herd/stories", "hf_of_this_test"
@@ -176,10 +176,10 @@ def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 FIND = """
 import json, sys
-from camelid.checkpoint.hub import UserError, find
+from camelid.checkpoint.hub import UserError, find_checkpoint_folder
 for name in sys.argv[1:]:
     try:
-        print(json.dumps(str(find(name))))
+        print(json.dumps(str(find_checkpoint_folder(name))))
     except UserError as error:
         print(json.dumps([error.problem, error.advice]))
 """
@@ -328,7 +328,7 @@ def test_a_local_folder_comes_before_a_name(name: str, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir(parents=True)
     (Path(name) / "config.json").write_text("{}")
-    assert find(name) == Path(name)
+    assert find_checkpoint_folder(name) == Path(name)
 
 
 # What is not --------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_every_command_that_opens_a_checkpoint_has_the_option(command: str, mode
     done = called(*words[:-1], "--ignore-config-field", FIELD, words[-1])
     assert done.returncode == 0, done.stderr
     if not command.startswith("delta make"):
-        assert f"config.json is read as if it had no {FIELD}, as asked" in done.stderr
+        assert f"config.json is read as if it had no {FIELD}, as requested" in done.stderr
 
 
 def test_a_recipe_has_a_field_for_it(model: Path, assets: Path, tmp_path: Path):
@@ -119,7 +119,7 @@ def test_the_base_of_an_adapter_is_read_without_it(model: Path, stories: Path, t
     with pytest.raises(UserError, match=f"{FIELD} = 12"):
         open_checkpoint(tmp_path / "adapter")
     opened = open_checkpoint(tmp_path / "adapter", ignore=[FIELD])
-    assert f"config.json is read as if it had no {FIELD}, as asked" in opened.notes
+    assert f"config.json is read as if it had no {FIELD}, as requested" in opened.notes
 
 
 def test_fields_of_tables_and_names_with_a_dot_are_left_out():

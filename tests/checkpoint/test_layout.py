@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from camelid.checkpoint import layout
 from camelid.checkpoint.containers.safetensors import open_safetensors
-from camelid.checkpoint.layout import Row, from_tensors, pieces, plan, table
+from camelid.checkpoint.layout import TensorRule, make_table, plan_tensors, slice_reader, tensor_chunks
 from camelid.checkpoint.tensors import dtype_named
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
@@ -42,48 +42,54 @@ def by_rank(layer: int) -> np.ndarray:
     return np.concatenate([part[r * 40 : r * 40 + 40] for r in range(2) for part in (GATE[layer], UP[layer])])
 
 
-CASES: dict[str, tuple[list[Row], Callable[[], dict[str, np.ndarray]]]] = {
+CASES: dict[str, tuple[list[TensorRule], Callable[[], dict[str, np.ndarray]]]] = {
     "rotary pairs are neighbours": (
-        [Row("layers.attn.q_proj", "{layer}.wq", "(heads freq pair) embed", "heads (pair freq) embed")],
+        [TensorRule("layers.attn.q_proj", "{layer}.wq", "(heads freq pair) embed", "heads (pair freq) embed")],
         lambda: {f"{i}.wq": neighbours(Q[i]) for i in range(4)},
     ),
     "the same, inputs first": (
-        [Row("layers.attn.k_proj", "{layer}.wk", "embed (kv_heads freq pair)", "kv_heads (pair freq) embed")],
+        [TensorRule("layers.attn.k_proj", "{layer}.wk", "embed (kv_heads freq pair)", "kv_heads (pair freq) embed")],
         lambda: {f"{i}.wk": neighbours(K[i]).T for i in range(4)},
     ),
     "inputs first, of a head": (
-        [Row("layers.attn.o_proj", "{layer}.wo", "(heads head_dim) embed")],
+        [TensorRule("layers.attn.o_proj", "{layer}.wo", "(heads head_dim) embed")],
         lambda: {f"{i}.wo": OUT[i].reshape(48, 60).T for i in range(4)},
     ),
     "inputs first, of no layer": (
-        [Row("lm_head", "head", "embed vocab")],
+        [TensorRule("lm_head", "head", "embed vocab")],
         lambda: {"head": PARAMS["lm_head"].T},
     ),
     "all layers in one tensor, groups outside": (
-        [Row("layers.attn.q_proj", "q", "layers embed group kv_heads head_dim", "(kv_heads group) head_dim embed")],
+        [
+            TensorRule(
+                "layers.attn.q_proj", "q", "layers embed group kv_heads head_dim", "(kv_heads group) head_dim embed"
+            )
+        ],
         lambda: {"q": np.stack([q.reshape(2, 3, 10, 48).transpose(3, 1, 0, 2) for q in Q])},
     ),
     "all norms in one tensor": (
-        [Row("layers.mlp_norm.scale", "norms", "layers embed")],
+        [TensorRule("layers.mlp_norm.scale", "norms", "layers embed")],
         lambda: {"norms": PARAMS["layers.mlp_norm.scale"]},
     ),
     "query, key and value heads by group": (
         [
-            Row(f"layers.attn.{name}_proj", "{layer}.qkv", "(kv_heads slot head_dim) embed", OURS, along="slot")
+            TensorRule(f"layers.attn.{name}_proj", "{layer}.qkv", "(kv_heads slot head_dim) embed", OURS, along="slot")
             for name in "qkv"
         ],
         lambda: {f"{i}.qkv": by_group(i).reshape(-1, 48) for i in range(4)},
     ),
     "gate and up by rank": (
         [
-            Row("layers.mlp.gate_proj", "{layer}.fc1", "(rank side part) embed", "(rank side part) embed", "side"),
-            Row("layers.mlp.up_proj", "{layer}.fc1", "(rank side part) embed", "(rank side part) embed", "side"),
+            TensorRule(
+                "layers.mlp.gate_proj", "{layer}.fc1", "(rank side part) embed", "(rank side part) embed", "side"
+            ),
+            TensorRule("layers.mlp.up_proj", "{layer}.fc1", "(rank side part) embed", "(rank side part) embed", "side"),
         ],
         lambda: {f"{i}.fc1": by_rank(i) for i in range(4)},
     ),
     "end to end along the first axis": (
         [
-            Row(f"layers.attn.{name}_proj", "{layer}.qkv", f"({heads} head_dim) embed")
+            TensorRule(f"layers.attn.{name}_proj", "{layer}.qkv", f"({heads} head_dim) embed")
             for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))
         ],
         lambda: {f"{i}.qkv": np.concatenate([x[i].reshape(-1, 48) for x in (Q, K, V)]) for i in range(4)},
@@ -100,14 +106,14 @@ def case(request: pytest.FixtureRequest, tmp_path: Path):
     specs = {row.path: SPECS[row.path] for row in rows}
     # A row may say how many of the word it holds; sizes of others follow from our axes.
     words = WORDS | ({"side": 1} if "side" in rows[0].axes else {})
-    return table(rows, specs, words), open_safetensors(tmp_path / "file.safetensors"), arrays
+    return make_table(rows, specs, words), open_safetensors(tmp_path / "file.safetensors"), arrays
 
 
 def test_every_row_is_read(case):
     rows, tensors, _ = case
-    layout.check(rows, tensors, "")
-    source = from_tensors(rows, tensors)
-    for path, part in rows.parts.items():
+    layout.check_tensors(rows, tensors, "")
+    source = slice_reader(rows, tensors)
+    for path, part in rows.entries.items():
         layers = range(4) if part.spec.stacked else [None]
         for layer in layers:
             ours = PARAMS[path] if layer is None else PARAMS[path][layer]
@@ -120,20 +126,20 @@ def test_every_row_is_read(case):
                 np.testing.assert_array_equal(source(path, layer, cut, np.dtype(np.float32)), ours[cut])
 
 
-@pytest.mark.parametrize("most", [1, 5000, layout.PIECE])
+@pytest.mark.parametrize("most", [1, 5000, layout.CHUNK_BYTES])
 def test_every_row_is_written(case, monkeypatch: pytest.MonkeyPatch, most: int):
     """Byte for byte, in pieces of any size."""
     rows, _, arrays = case
-    monkeypatch.setattr(layout, "PIECE", most)
-    dtypes = dict.fromkeys(rows.parts, np.dtype(np.float32))
-    planned = plan(rows, dtypes)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", most)
+    dtypes = dict.fromkeys(rows.entries, np.dtype(np.float32))
+    planned = plan_tensors(rows, dtypes)
     assert {tensor.name: tensor.shape for tensor in planned} == {name: array.shape for name, array in arrays.items()}
 
     def source(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
         return np.ascontiguousarray((PARAMS[path] if layer is None else PARAMS[path][layer])[index], dtype)
 
     for tensor in planned:
-        written = list(pieces(rows, tensor.name, tensor.dtype, source))
+        written = list(tensor_chunks(rows, tensor.name, tensor.dtype, source))
         assert most > 1 or len(written) > 1
         assert b"".join(piece.tobytes() for piece in written) == arrays[tensor.name].tobytes()
 
@@ -143,10 +149,10 @@ def test_every_row_is_written(case, monkeypatch: pytest.MonkeyPatch, most: int):
 def test_pieces_of_bands_are_those_of_the_whole(case, monkeypatch: pytest.MonkeyPatch, band: int, dtype: str):
     """Read across the rows a few columns at a time, forward, backward, and by two threads in turn."""
     rows, tensors, _ = case
-    monkeypatch.setattr("camelid.checkpoint.tensors.BAND", band)
-    source, kind = from_tensors(rows, tensors), dtype_named(dtype)
+    monkeypatch.setattr("camelid.checkpoint.tensors.COLUMN_CACHE_BYTES", band)
+    source, kind = slice_reader(rows, tensors), dtype_named(dtype)
     asked = []
-    for path, part in rows.parts.items():
+    for path, part in rows.entries.items():
         for layer in range(4) if part.spec.stacked else [None]:
             ours = PARAMS[path] if layer is None else PARAMS[path][layer]
             step = max(1, ours.shape[-1] // 5)

@@ -19,8 +19,9 @@ import pytest
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.formats import hf, llama2_jax
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import Tensor, dtype_named
 from camelid.errors import UserError
@@ -96,9 +97,9 @@ def classes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return made
 
 
-def saving(checkpoint: Checkpoint, dtype: str | None = None) -> Saving:
+def export(checkpoint: Checkpoint, dtype: str | None = None) -> ExportSpec:
     dtypes = {path: dtype_named(dtype or own.name) for path, own in checkpoint.dtypes.items()}
-    return Saving(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
+    return ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
 
 
 def params_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -162,8 +163,8 @@ def written(config: camelid.ModelConfig, folder: Path, dtype: str) -> tuple[Path
     theirs = save_hf(transformers_twin(config, tiny_params(config)), folder / "hf")
     for name in ("first", "file"):
         (folder / name).mkdir()
-    put(folder / "first", hf.files, saving(open_checkpoint(theirs), dtype))
-    put(folder / "file", llama2_jax.files, saving(open_checkpoint(folder / "first")))
+    put(folder / "first", hf.plan_files, export(open_checkpoint(theirs), dtype))
+    put(folder / "file", llama2_jax.plan_files, export(open_checkpoint(folder / "first")))
     return folder / "first", folder / "file"
 
 
@@ -182,7 +183,7 @@ def golden(assets: Path) -> Path:
 
 def test_the_real_file_gives_the_reference_logits(golden: Path, stories: Path):
     """It holds two query heads a key head: in the order of its own attention they would be far off."""
-    checkpoint = llama2_jax.open_file(golden, hf.understood(stories))
+    checkpoint = llama2_jax.open_checkpoint(golden, read_model_config(stories))
     arrays = np.load(stories.parent / "reference.npz")
     params = load_params(checkpoint, Compute(), one_device())
     model = camelid.Model(checkpoint.config, params, None, Compute(), one_device())
@@ -193,12 +194,12 @@ def test_the_real_file_gives_the_reference_logits(golden: Path, stories: Path):
 
 
 def test_the_real_model_is_written_with_the_arrays_of_the_real_file(golden: Path, stories: Path, tmp_path: Path):
-    put(tmp_path, llama2_jax.files, saving(open_checkpoint(stories)))
+    put(tmp_path, llama2_jax.plan_files, export(open_checkpoint(stories)))
     ours, theirs = llama2_jax._unpickle(tmp_path / "model.pickle"), llama2_jax._unpickle(golden)
     for name, tensor in theirs.items():
         assert (ours[name].shape, ours[name].dtype) == (tensor.shape, tensor.dtype), name
         assert raw(ours[name]) == raw(tensor), name
-    assert [llama2_jax.looks(path) for path in (golden, tmp_path, stories)] == [True, True, False]
+    assert [llama2_jax.matches(path) for path in (golden, tmp_path, stories)] == [True, True, False]
     assert (tmp_path / "tokenizer.json").read_bytes() == (stories / "tokenizer.json").read_bytes()
 
 
@@ -219,8 +220,8 @@ def test_what_llama_2_jax_pickles_is_read(config: camelid.ModelConfig, tmp_path:
     kind, protocol = MAKES[make]
     path = tmp_path / "llama2-7B.pickle"
     path.write_bytes(pickled(config, classes, kind, protocol=protocol))
-    checkpoint = llama2_jax.open_file(tmp_path, config)
-    assert llama2_jax.looks(path)
+    checkpoint = llama2_jax.open_checkpoint(tmp_path, config)
+    assert llama2_jax.matches(path)
     assert checkpoint.config == config
     opened = params_of(checkpoint)
     for name, array in named(tiny_params(config)).items():
@@ -231,21 +232,21 @@ def test_what_llama_2_jax_pickles_is_read(config: camelid.ModelConfig, tmp_path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_there_and_back_again_is_exact(config: camelid.ModelConfig, tmp_path: Path, dtype: str):
     first, file = written(config, tmp_path, dtype)
-    again = llama2_jax.open_file(file)
+    again = llama2_jax.open_checkpoint(file)
     assert again.config == config
     (tmp_path / "back").mkdir()
-    put(tmp_path / "back", hf.files, saving(again))
+    put(tmp_path / "back", hf.plan_files, export(again))
     assert tensor_bytes(tmp_path / "back") == tensor_bytes(first)
 
 
 def test_small_pieces_make_the_same_file(config: camelid.ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, file = written(config, tmp_path, "bfloat16")
-    monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 700)
+    monkeypatch.setattr("camelid.checkpoint.layout.CHUNK_BYTES", 700)
     monkeypatch.setattr(llama2_jax, "CHUNK", 10)
     (tmp_path / "pieces").mkdir()
-    put(tmp_path / "pieces", llama2_jax.files, saving(open_checkpoint(first)))
+    put(tmp_path / "pieces", llama2_jax.plan_files, export(open_checkpoint(first)))
     assert (tmp_path / "pieces" / "model.pickle").read_bytes() == (file / "model.pickle").read_bytes()
-    llama2_jax.open_file(file)
+    llama2_jax.open_checkpoint(file)
 
 
 def test_a_process_with_nothing_but_classes_of_the_same_names_unpickles_it(tmp_path: Path, user_env: dict[str, str]):
@@ -268,7 +269,7 @@ def test_a_process_with_nothing_but_classes_of_the_same_names_unpickles_it(tmp_p
 def test_devices_read_their_heads_of_a_model_without_groups(tmp_path: Path, classes: Any):
     config = tiny_config(num_kv_heads=6, vocab_size=96)
     (tmp_path / "a.pickle").write_bytes(pickled(config, classes))
-    checkpoint = llama2_jax.open_file(tmp_path, config)
+    checkpoint = llama2_jax.open_checkpoint(tmp_path, config)
     mesh = make_mesh(MeshConfig(tensor=2))
     sharded = named(load_params(checkpoint, Compute(), mesh))
     for name, array in named(tiny_params(config)).items():
@@ -289,7 +290,7 @@ def test_devices_read_their_heads_of_a_model_without_groups(tmp_path: Path, clas
 )
 def test_what_llama_2_jax_cannot_compute_is_not_written(tmp_path: Path, model: camelid.ModelConfig, about: str):
     with pytest.raises(UserError, match=f"llama-2-jax cannot hold {about}"):
-        put(tmp_path, llama2_jax.files, Saving(model, {}, lambda *_: np.empty(0)))
+        put(tmp_path, llama2_jax.plan_files, ExportSpec(model, {}, lambda *_: np.empty(0)))
     assert not list(tmp_path.iterdir())
 
 
@@ -298,25 +299,25 @@ def test_the_model_must_be_known_and_must_be_this_one(tmp_path: Path, classes: A
     path = tmp_path / "a.pickle"
     path.write_bytes(pickled(config, classes))
     with pytest.raises(UserError, match=r"q_proj \(4, 48, 3, 2, 10\).*\n.*--config"):
-        llama2_jax.open_file(path)
+        llama2_jax.open_checkpoint(path)
     with pytest.raises(UserError, match=r"q_proj .* asks for \(2, 3\) query heads"):
-        llama2_jax.open_file(path, tiny_config(num_kv_heads=3))
+        llama2_jax.open_checkpoint(path, tiny_config(num_kv_heads=3))
     with pytest.raises(UserError, match=r"gate_proj has shape \(4, 48, 80\)"):
-        llama2_jax.open_file(path, tiny_config(mlp_dim=81))
+        llama2_jax.open_checkpoint(path, tiny_config(mlp_dim=81))
     with pytest.raises(UserError, match=r"lm_head in .* differs"):
-        llama2_jax.open_file(path, tiny_config(tie_embeddings=True))
+        llama2_jax.open_checkpoint(path, tiny_config(tie_embeddings=True))
 
 
 def test_a_folder_must_hold_one(tmp_path: Path, classes: Any):
     (tmp_path / "c.pickle").write_bytes(pickle.dumps([1, 2, 3]))
     with pytest.raises(UserError, match="and has none"):
-        llama2_jax.open_file(tmp_path)
+        llama2_jax.open_checkpoint(tmp_path)
     with pytest.raises(UserError, match="is not a file"):
-        llama2_jax.open_file(tmp_path / "none.pickle")
+        llama2_jax.open_checkpoint(tmp_path / "none.pickle")
     for name in ("a.pickle", "b.pickle"):
         (tmp_path / name).write_bytes(pickled(tiny_config(), classes))
     with pytest.raises(UserError, match=r"has a\.pickle, b\.pickle"):
-        llama2_jax.open_file(tmp_path)
+        llama2_jax.open_checkpoint(tmp_path)
 
 
 class Call:
@@ -332,7 +333,7 @@ def test_a_file_that_would_run_code_is_refused_and_nothing_runs(tmp_path: Path, 
     trap = lambda array: Call(os.system, f"touch {marker}") if array.ndim == 5 else array  # noqa: E731
     path.write_bytes(pickled(tiny_config(), classes, trap))
     with pytest.raises(UserError, match=r"would call posix\.system "):
-        llama2_jax.open_file(path, tiny_config())
+        llama2_jax.open_checkpoint(path, tiny_config())
     assert not marker.exists()
     pickle.loads(path.read_bytes())
     assert marker.exists()
@@ -370,7 +371,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, case: str):
     path = tmp_path / "a.pickle"
     path.write_bytes(content)
     with pytest.raises(UserError, match=about) as refusal:
-        llama2_jax.open_file(path, tiny_config())
+        llama2_jax.open_checkpoint(path, tiny_config())
     assert str(path) in refusal.value.problem
     assert len(refusal.value.problem) < 600
 
@@ -379,10 +380,10 @@ def test_arrays_must_have_the_bytes_of_their_shape_and_every_place_one(tmp_path:
     path, content = tmp_path / "a.pickle", pickled(tiny_config(), classes)
     path.write_bytes(content.replace(b"K\x04K\x30K\x50\x87", b"K\x04K\x30K\x51\x87", 1))
     with pytest.raises(UserError, match=r"an array of shape \(4, 48, 81\) and float32 with"):
-        llama2_jax.open_file(path, tiny_config())
+        llama2_jax.open_checkpoint(path, tiny_config())
     path.write_bytes(pickled(tiny_config(), classes, lambda x: None if x.ndim == 5 else x))
     with pytest.raises(UserError, match="q_proj is no array"):
-        llama2_jax.open_file(path, tiny_config())
+        llama2_jax.open_checkpoint(path, tiny_config())
 
 
 def test_arrays_stay_in_the_file(tmp_path: Path, classes: Any, monkeypatch: pytest.MonkeyPatch):
@@ -393,7 +394,7 @@ def test_arrays_stay_in_the_file(tmp_path: Path, classes: Any, monkeypatch: pyte
     monkeypatch.setattr(
         llama2_jax.Program, "_counted", lambda self, held: read.append(len(held)) or counted(self, held)
     )
-    llama2_jax.open_file(path, tiny_config())
+    llama2_jax.open_checkpoint(path, tiny_config())
     assert 0 < sum(read) < 8000 < path.stat().st_size / 20
 
 
@@ -411,7 +412,7 @@ def test_random_damage_is_noticed_or_harmless(tmp_path: Path, classes: Any):
             if (at := draw.choice(program)) < len(held):
                 held[at] = draw.randrange(256)
         try:
-            checkpoint = llama2_jax.open_file(_put(path, bytes(held)), config)
+            checkpoint = llama2_jax.open_checkpoint(_put(path, bytes(held)), config)
         except UserError:
             continue
         assert all(len(raw(tensor)) for tensor in checkpoint.tensors.values())

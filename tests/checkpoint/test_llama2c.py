@@ -14,9 +14,10 @@ import torch
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
-from camelid.checkpoint.files import segment
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
+from camelid.checkpoint.files import raw_payload
 from camelid.checkpoint.formats import hf, llama2c
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.config import Compute
@@ -43,16 +44,16 @@ def config(request: pytest.FixtureRequest) -> camelid.ModelConfig:
     return CONFIGS[request.param]
 
 
-def saving(checkpoint: Checkpoint, dtype: Any = None) -> Saving:
+def export(checkpoint: Checkpoint, dtype: Any = None) -> ExportSpec:
     dtypes = {path: np.dtype(dtype or own) for path, own in checkpoint.dtypes.items()}
-    return Saving(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
+    return ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
 
 
 def params_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return {path: np.asarray(x) for path, x in named(load_params(checkpoint, Compute(), one_device())).items()}
 
 
-def export(config: camelid.ModelConfig, params: Decoder, version: int, group: int = 16) -> bytes:
+def export_py(config: camelid.ModelConfig, params: Decoder, version: int, group: int = 16) -> bytes:
     """What export.py writes, put together once more; cos and sin are torch's."""
     tensors = {name: torch.tensor(array) for name, array in to_transformers(params).items()}
 
@@ -100,8 +101,8 @@ def test_the_real_file_gives_the_reference_logits_without_being_told_anything(as
     folder = assets / "models" / "stories260K"
     arrays = np.load(folder / "reference.npz")
     for path in (folder / "stories260K.bin", folder):
-        checkpoint = llama2c.open_file(path)
-        assert checkpoint.config == hf.understood(folder / "hf")
+        checkpoint = llama2c.open_checkpoint(path)
+        assert checkpoint.config == read_model_config(folder / "hf")
         assert "norm_eps 1e-05" in " ".join(checkpoint.notes)
     params = load_params(checkpoint, Compute(), one_device())
     model = camelid.Model(checkpoint.config, params, None, Compute(), one_device())
@@ -112,15 +113,15 @@ def test_the_real_file_gives_the_reference_logits_without_being_told_anything(as
 
 def test_the_real_model_is_written_as_the_real_file(stories: Path, tmp_path: Path):
     """Byte for byte but for cos and sin: one in twenty is rounded to the other side, by 2**-24 at most."""
-    put(tmp_path, llama2c.files, saving(open_checkpoint(stories)), 0)
+    put(tmp_path, llama2c.plan_files, export(open_checkpoint(stories)), 0)
     ours, theirs = (tmp_path / "model.bin").read_bytes(), (stories.parent / "stories260K.bin").read_bytes()
-    size, config = 4 * 512 * 8, hf.understood(stories)
+    size, config = 4 * 512 * 8, read_model_config(stories)
     assert len(ours) == len(theirs)
     assert without_angles(ours, config) == without_angles(theirs, config)
     a, b = (np.frombuffer(content[-size:], "<f4") for content in (ours, theirs))
     np.testing.assert_allclose(a, b, rtol=0, atol=2**-24)
     assert (a == b).mean() > 0.94
-    assert open_checkpoint(stories).config == llama2c.open_file(tmp_path).config
+    assert open_checkpoint(stories).config == llama2c.open_checkpoint(tmp_path).config
     assert (tmp_path / "tokenizer.json").read_bytes() == (stories / "tokenizer.json").read_bytes()
 
 
@@ -131,9 +132,9 @@ def test_the_real_model_is_written_as_the_real_file(stories: Path, tmp_path: Pat
 def test_files_hold_what_export_writes(config: camelid.ModelConfig, tmp_path: Path, version: int):
     params = tiny_params(config)
     theirs = save_hf(transformers_twin(config, params), tmp_path / "hf")
-    expected = export(config, params, version)
+    expected = export_py(config, params, version)
     (tmp_path / "made").mkdir()
-    put(tmp_path / "made", llama2c.files, saving(open_checkpoint(theirs)), version)
+    put(tmp_path / "made", llama2c.plan_files, export(open_checkpoint(theirs)), version)
     written = (tmp_path / "made" / "model.bin").read_bytes()
     if version == 0:
         assert len(written) == len(expected)
@@ -146,10 +147,10 @@ def test_files_hold_what_export_writes(config: camelid.ModelConfig, tmp_path: Pa
 def test_what_export_writes_is_read(config: camelid.ModelConfig, tmp_path: Path, version: int):
     params = tiny_params(config)
     path = tmp_path / "any.bin"
-    path.write_bytes(export(config, params, version))
-    assert [llama2c.looks(path, v) for v in range(3)] == [llama2c.looks(tmp_path, v) for v in range(3)]
-    assert [llama2c.looks(path, v) for v in range(3)] == [v == version for v in range(3)]
-    checkpoint = llama2c.open_file(path)
+    path.write_bytes(export_py(config, params, version))
+    assert [llama2c.matches(path, v) for v in range(3)] == [llama2c.matches(tmp_path, v) for v in range(3)]
+    assert [llama2c.matches(path, v) for v in range(3)] == [v == version for v in range(3)]
+    checkpoint = llama2c.open_checkpoint(path)
     assert checkpoint.config == replace(config, bos_id=1, eos_ids=(2,))
     opened = params_of(checkpoint)
     for name, array in named(params).items():
@@ -172,8 +173,8 @@ def bounds(array: np.ndarray, group: int, name: str) -> np.ndarray:
 def test_groups_may_run_on_from_row_to_row(tmp_path: Path):
     """As export.py makes them where group_size divides dim alone; any part of a matrix is read right."""
     config = tiny(mlp_dim=20)
-    (tmp_path / "a.bin").write_bytes(export(config, tiny_params(config), 2, group=48))
-    tensor = llama2c.open_file(tmp_path / "a.bin").tensors["layers.1.feed_forward.w2.weight"]
+    (tmp_path / "a.bin").write_bytes(export_py(config, tiny_params(config), 2, group=48))
+    tensor = llama2c.open_checkpoint(tmp_path / "a.bin").tensors["layers.1.feed_forward.w2.weight"]
     whole, part = np.empty((48, 20), np.float32), np.empty((5, 3), np.float32)
     tensor.read_into(whole, (slice(0, 48), slice(0, 20)))
     tensor.read_into(part, (slice(7, 12), slice(4, 7)))
@@ -189,11 +190,11 @@ def test_there_and_back_again_is_exact(config: camelid.ModelConfig, tmp_path: Pa
     for name in ("first", "file", "back"):
         (tmp_path / name).mkdir()
     kind = llama2c.FLOAT if dtype == "float32" else np.dtype(camelid.checkpoint.tensors.dtype_named(dtype))
-    put(tmp_path / "first", hf.files, saving(open_checkpoint(theirs), kind))
-    put(tmp_path / "file", llama2c.files, saving(open_checkpoint(tmp_path / "first")), version)
-    again = llama2c.open_file(tmp_path / "file")
+    put(tmp_path / "first", hf.plan_files, export(open_checkpoint(theirs), kind))
+    put(tmp_path / "file", llama2c.plan_files, export(open_checkpoint(tmp_path / "first")), version)
+    again = llama2c.open_checkpoint(tmp_path / "file")
     assert again.config == config
-    put(tmp_path / "back", hf.files, saving(again, kind))
+    put(tmp_path / "back", hf.plan_files, export(again, kind))
     assert tensor_bytes(tmp_path / "back") == tensor_bytes(tmp_path / "first")
 
 
@@ -201,13 +202,13 @@ def test_there_and_back_again_is_exact(config: camelid.ModelConfig, tmp_path: Pa
 def test_small_pieces_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int):
     config = CONFIGS["grouped queries, untied"]
     (tmp_path / "made").mkdir()
-    (tmp_path / "a.bin").write_bytes(export(config, tiny_params(config), version))
-    before = params_of(llama2c.open_file(tmp_path / "a.bin"))
-    monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 2000)
+    (tmp_path / "a.bin").write_bytes(export_py(config, tiny_params(config), version))
+    before = params_of(llama2c.open_checkpoint(tmp_path / "a.bin"))
+    monkeypatch.setattr("camelid.checkpoint.layout.CHUNK_BYTES", 2000)
     monkeypatch.setattr(llama2c, "CHUNK", 1000)
-    checkpoint = llama2c.open_file(tmp_path / "a.bin")
-    put(tmp_path / "made", llama2c.files, saving(checkpoint), version)
-    after = params_of(llama2c.open_file(tmp_path / "made"))
+    checkpoint = llama2c.open_checkpoint(tmp_path / "a.bin")
+    put(tmp_path / "made", llama2c.plan_files, export(checkpoint), version)
+    after = params_of(llama2c.open_checkpoint(tmp_path / "made"))
     for name in before:
         # A scale of version 2 is found again but for its last bit.
         np.testing.assert_allclose(after[name], before[name], rtol=1e-6 if version == 2 else 0, err_msg=name)
@@ -216,7 +217,7 @@ def test_small_pieces_make_the_same_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_groups_of_zeros_stay_zeros_and_the_tiniest_numbers_stay_tiny(tmp_path: Path):
     tiniest = np.float32(1.4e-45) * np.array([143, -143, 1, 0] * 12, np.float32)
     values = np.concatenate([np.zeros((2, 48), np.float32), tiniest[None]])
-    matrix = segment(camelid.checkpoint.tensors.Planned("w", values.shape, llama2c.FLOAT), lambda: [values])
+    matrix = raw_payload(camelid.checkpoint.tensors.PlannedTensor("w", values.shape, llama2c.FLOAT), lambda: [values])
     levels, _ = llama2c._levels(matrix, 16)
     assert not np.any(levels[:6])
     assert set(levels[6:].flatten()) == {127, -127, 1, 0}
@@ -242,9 +243,9 @@ def test_groups_of_zeros_stay_zeros_and_the_tiniest_numbers_stay_tiny(tmp_path: 
 def test_what_llama2c_would_compute_otherwise_is_not_written(
     tmp_path: Path, model: camelid.ModelConfig, about: str, version: int
 ):
-    nothing = Saving(model, {}, lambda *_: np.empty(0))
+    nothing = ExportSpec(model, {}, lambda *_: np.empty(0))
     with pytest.raises(UserError, match=f"cannot hold {about}"):
-        put(tmp_path, llama2c.files, nothing, version)
+        put(tmp_path, llama2c.plan_files, nothing, version)
     assert not list(tmp_path.iterdir())
 
 
@@ -281,44 +282,44 @@ def test_a_bad_file_is_refused(tmp_path: Path, case: str, version: int):
     _, change, about = BAD[case]
     config = CONFIGS["grouped queries, untied"]
     path = tmp_path / "model.bin"
-    path.write_bytes(change(export(config, tiny_params(config), version), version))
+    path.write_bytes(change(export_py(config, tiny_params(config), version), version))
     with pytest.raises(UserError, match=about) as refusal:
-        llama2c.open_file(path)
+        llama2c.open_checkpoint(path)
     assert str(path) in refusal.value.problem
 
 
 def test_a_config_of_another_model_is_refused_and_another_context_is_noted(tmp_path: Path):
     config = CONFIGS["grouped queries, untied"]
     path = tmp_path / "model.bin"
-    path.write_bytes(export(config, tiny_params(config), 0))
+    path.write_bytes(export_py(config, tiny_params(config), 0))
     for name, value in {"num_kv_heads": 3, "vocab_size": 96, "tie_embeddings": True}.items():
         with pytest.raises(UserError, match=f"{name} = .* in its header, and the config {value}"):
-            llama2c.open_file(path, tiny(**{name: value}))
-    assert "context_length is 128" in llama2c.open_file(path, tiny(context_length=128)).notes[0]
+            llama2c.open_checkpoint(path, tiny(**{name: value}))
+    assert "context_length is 128" in llama2c.open_checkpoint(path, tiny(context_length=128)).notes[0]
 
 
 def test_a_folder_must_hold_one(tmp_path: Path):
     with pytest.raises(UserError, match="and has none"):
-        llama2c.open_file(tmp_path)
+        llama2c.open_checkpoint(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
-        llama2c.open_file(tmp_path / "none.bin")
+        llama2c.open_checkpoint(tmp_path / "none.bin")
     for name in ("a.bin", "b.bin"):
-        (tmp_path / name).write_bytes(export(tiny(), tiny_params(tiny()), 1))
+        (tmp_path / name).write_bytes(export_py(tiny(), tiny_params(tiny()), 1))
     with pytest.raises(UserError, match=r"and has a\.bin, b\.bin"):
-        llama2c.open_file(tmp_path)
+        llama2c.open_checkpoint(tmp_path)
 
 
 @VERSIONS
 def test_random_damage_is_noticed_or_harmless(tmp_path: Path, version: int):
     draw, config = random.Random(version), tiny(num_layers=2)
-    content, path = export(config, tiny_params(config), version), tmp_path / "model.bin"
+    content, path = export_py(config, tiny_params(config), version), tmp_path / "model.bin"
     for _ in range(120):
         held = bytearray(content[: draw.randrange(len(content))] if draw.random() < 0.3 else content)
         for _ in range(draw.randint(0, 3) if held else 0):
             held[draw.randrange(min(len(held), 48))] = draw.randrange(256)
         path.write_bytes(held)
         try:
-            checkpoint = llama2c.open_file(path)
+            checkpoint = llama2c.open_checkpoint(path)
         except UserError:
             continue
         assert all(tensor.offset < len(held) for tensor in checkpoint.tensors.values())

@@ -18,13 +18,13 @@ import torch
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
-from camelid.checkpoint.containers.pickles import Record
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
+from camelid.checkpoint.containers.pickles import OpaqueObject
 from camelid.checkpoint.containers.torch_files import unpickle
-from camelid.checkpoint.files import File
+from camelid.checkpoint.files import PlannedFile
 from camelid.checkpoint.formats import hf, megatron
 from camelid.checkpoint.formats.megatron_files import FILE, INERT, TRACKER
-from camelid.checkpoint.layout import read_slice
+from camelid.checkpoint.layout import read_parameter_slice
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import dtype_named
 from camelid.errors import UserError
@@ -62,14 +62,19 @@ def loaded(checkpoint: Checkpoint) -> camelid.Model:
     return camelid.Model(checkpoint.config, load_params(checkpoint, compute, mesh), None, compute, mesh)
 
 
-def converted(checkpoint: Checkpoint, write: Callable[..., list[File]], folder: Path, **options: Any) -> Path:
+def converted(checkpoint: Checkpoint, write: Callable[..., list[PlannedFile]], folder: Path, **options: Any) -> Path:
     """A new folder of another format."""
     folder.mkdir()
     names = {"names": options.pop("names")} if "names" in options else {}
     dtypes = checkpoint.dtypes
     if "dtype" in options:
         dtypes = dict.fromkeys(dtypes, dtype_named(options.pop("dtype")))
-    put(folder, write, Saving(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions, **options), **names)
+    put(
+        folder,
+        write,
+        ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions, **options),
+        **names,
+    )
     return folder
 
 
@@ -98,7 +103,7 @@ def tensor_of(tensor: Any) -> np.ndarray:
 def test_golden_checkpoints_have_the_parameters_and_the_logits_of_their_sources(assets: Path, stories: Path, name: str):
     smaller, dtype = "4layer" in name, "bfloat16" if "bf16" in name else "float32"
     source = assets / "golden" / "hf_variants" / "hf_4layer" if smaller else stories
-    checkpoint = megatron.open_path(assets / "golden" / "megatron" / name)
+    checkpoint = megatron.open_checkpoint(assets / "golden" / "megatron" / name)
     assert {dtype.name for dtype in checkpoint.dtypes.values()} == {dtype}
     model, rounded = loaded(checkpoint), named(camelid.load(source, dtype=dtype).params)
     ours = named(model.params)
@@ -125,7 +130,7 @@ def test_golden_checkpoints_are_written_as_they_were(assets: Path, tmp_path: Pat
     golden = assets / "golden" / "megatron" / name
     ways, stages = 2 if "tp2" in name else 1, 2 if "pp2" in name else 1
     options = {"tensor_parallel": ways, "pipeline_parallel": stages, "names": GOLDEN[name]}
-    folder = converted(megatron.open_path(golden), megatron.files, tmp_path / "ours", **options)
+    folder = converted(megatron.open_checkpoint(golden), megatron.plan_files, tmp_path / "ours", **options)
     files = sorted(file.relative_to(golden) for file in golden.rglob("*.pt"))
     assert files == sorted(file.relative_to(folder) for file in folder.rglob("*.pt"))
     tracker = "latest_checkpointed_iteration.txt"
@@ -150,7 +155,7 @@ def test_golden_checkpoints_are_written_as_they_were(assets: Path, tmp_path: Pat
 def test_settings_are_those_that_megatron_writes(assets: Path, tmp_path: Path):
     golden = assets / "golden" / "megatron" / "core_local_4layer_tp2_pp2"
     options = {"tensor_parallel": 2, "pipeline_parallel": 2}
-    folder = converted(megatron.open_path(golden), megatron.files, tmp_path / "ours", **options)
+    folder = converted(megatron.open_checkpoint(golden), megatron.plan_files, tmp_path / "ours", **options)
     file = "iter_0000001/mp_rank_01_001/model_optim_rng.pt"
     ours = vars(torch.load(folder / file, weights_only=False)["args"])
     theirs = unpickle(golden / file, INERT)["args"].state
@@ -165,14 +170,14 @@ def test_settings_are_those_that_megatron_writes(assets: Path, tmp_path: Path):
 @pytest.mark.parametrize("place", ["", "iter_0000001", "iter_0000001/mp_rank_01", "iter_0000001/mp_rank_00/" + FILE])
 def test_a_checkpoint_opens_from_every_place_of_it(assets: Path, place: str):
     path = assets / "golden" / "megatron" / "seed_legacy_tp2" / place
-    assert megatron.looks(path)
-    assert not hf.looks(path)
-    assert len(megatron.open_path(path).tensors) == 38
+    assert megatron.matches(path)
+    assert not hf.matches(path)
+    assert len(megatron.open_checkpoint(path).tensors) == 38
 
 
 def test_other_folders_do_not_look_like_it(stories: Path, tmp_path: Path):
     for path in (stories, stories / "config.json", tmp_path, tmp_path / "nothing"):
-        assert not megatron.looks(path)
+        assert not megatron.matches(path)
 
 
 # There and back -------------------------------------------------------------------------
@@ -196,22 +201,22 @@ def test_hugging_face_to_megatron_and_back_is_the_same_bit_for_bit(
     case: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config, ways, stages, names = CASES[case]
-    theirs = hf.open_folder(hugging_face(config, tmp_path / "theirs"))
-    source = converted(theirs, hf.files, tmp_path / "source", dtype=dtype)
+    theirs = hf.open_checkpoint(hugging_face(config, tmp_path / "theirs"))
+    source = converted(theirs, hf.plan_files, tmp_path / "source", dtype=dtype)
     (source / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 5000)
+    monkeypatch.setattr("camelid.checkpoint.layout.CHUNK_BYTES", 5000)
     options = {"tensor_parallel": ways, "pipeline_parallel": stages, "names": names}
-    folder = converted(hf.open_folder(source), megatron.files, tmp_path / "ours", **options)
+    folder = converted(hf.open_checkpoint(source), megatron.plan_files, tmp_path / "ours", **options)
     assert len([*folder.rglob("*.pt")]) == ways * stages
-    checkpoint = megatron.open_path(folder)
+    checkpoint = megatron.open_checkpoint(folder)
     assert (checkpoint.format, checkpoint.config, checkpoint.notes) == ("megatron", config, ())
-    back = converted(checkpoint, hf.files, tmp_path / "back")
+    back = converted(checkpoint, hf.plan_files, tmp_path / "back")
     assert tensor_bytes(back) == tensor_bytes(source)
     for name in ("config.json", "tokenizer.json"):
         assert (back / name).read_bytes() == (source / name).read_bytes()
     # Without config.json, the settings say all but which tokens begin and end a text, and the family.
     (folder / "config.json").unlink()
-    checkpoint = megatron.open_path(folder)
+    checkpoint = megatron.open_checkpoint(folder)
     assert checkpoint.config == replace(config, bos_id=None, eos_ids=())
     assert len(checkpoint.notes) == 2
 
@@ -222,15 +227,15 @@ def test_what_lies_in_one_tensor_is_told_apart_when_it_is_read_across_its_rows(
     names: str, band: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Gate and up are one tensor of the file, and so are queries, keys and values; turned matrices need columns."""
-    source = hf.open_folder(hugging_face(GQA, tmp_path / "theirs"))
-    folder = converted(source, megatron.files, tmp_path / "m", tensor_parallel=2, names=names)
-    monkeypatch.setattr("camelid.checkpoint.tensors.BAND", band)
+    source = hf.open_checkpoint(hugging_face(GQA, tmp_path / "theirs"))
+    folder = converted(source, megatron.plan_files, tmp_path / "m", tensor_parallel=2, names=names)
+    monkeypatch.setattr("camelid.checkpoint.tensors.COLUMN_CACHE_BYTES", band)
     ours, theirs = open_checkpoint(folder).source, source.source
     for layer in range(GQA.num_layers):
         for start in range(0, GQA.embed_dim, 8):
             for name in ("mlp.gate", "mlp.up", "attn.q", "attn.k", "attn.v"):
                 path = f"layers.{name}_proj"
-                spec = source.table.parts[path].spec
+                spec = source.table.entries[path].spec
                 index = (*(slice(0, n) for n in spec.shape[1:-1]), slice(start, start + 8))
                 found, expected = (read(path, layer, index, np.dtype(np.float32)) for read in (ours, theirs))
                 np.testing.assert_array_equal(found, expected, err_msg=f"{path}, {layer}, {start}")
@@ -239,14 +244,14 @@ def test_what_lies_in_one_tensor_is_told_apart_when_it_is_read_across_its_rows(
 def test_a_device_may_have_a_part_of_a_group_of_queries(tmp_path: Path):
     """Where a mesh cuts finer than the file's groups."""
     source = hugging_face(GQA, tmp_path / "theirs")
-    folder = converted(hf.open_folder(source), megatron.files, tmp_path / "ours")
-    checkpoint = megatron.open_path(folder)
-    part = checkpoint.table.parts["layers.attn.q_proj"]
+    folder = converted(hf.open_checkpoint(source), megatron.plan_files, tmp_path / "ours")
+    checkpoint = megatron.open_checkpoint(folder)
+    part = checkpoint.table.entries["layers.attn.q_proj"]
     expected = np.asarray(named(tiny_params(GQA))["layers.attn.q_proj"])
     for start, stop in ((0, 1), (2, 4), (5, 6)):
         index = (slice(start, stop), slice(0, 10), slice(8, 48))
         out = np.empty((stop - start, 10, 40), np.float32)
-        read_slice(part, checkpoint.tensors[part.name(1)], index, 1, out)
+        read_parameter_slice(part, checkpoint.tensors[part.name(1)], index, 1, out)
         np.testing.assert_array_equal(out, expected[1][index])
 
 
@@ -273,14 +278,14 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 
 
 def bare(config: ModelConfig, tmp_path: Path, **options: Any) -> Path:
-    source = hf.open_folder(hugging_face(config, tmp_path / "theirs"))
-    folder = converted(source, megatron.files, tmp_path / "ours", **options)
+    source = hf.open_checkpoint(hugging_face(config, tmp_path / "theirs"))
+    folder = converted(source, megatron.plan_files, tmp_path / "ours", **options)
     (folder / "config.json").unlink()
     return folder
 
 
 def assert_same(folder: Path, config: ModelConfig) -> Checkpoint:
-    checkpoint = megatron.open_path(folder)
+    checkpoint = megatron.open_checkpoint(folder)
     ours, theirs = named(loaded(checkpoint).params), named(tiny_params(config))
     assert ours.keys() == theirs.keys()
     for path, array in theirs.items():
@@ -303,12 +308,12 @@ def test_rows_that_fill_up_the_vocabulary_are_left_out(folder: Path):
     fill("embedding.word_embeddings.weight", 0)
     fill("output_layer.weight", 1)
     with pytest.raises(UserError, match=r"embeddings\.weight has shape \(128, 48\)"):
-        megatron.open_path(folder)  # which says that nothing was filled up
+        megatron.open_checkpoint(folder)  # which says that nothing was filled up
     padded = {"make_vocab_size_divisible_by": 64, "padded_vocab_size": 128}
     rewritten(folder, lambda held: vars(held["args"]).update(padded))
     assert_same(folder, GQA)
     rewritten(folder, lambda held: vars(held["args"]).update(vocab_size=None))
-    checkpoint = megatron.open_path(folder)
+    checkpoint = megatron.open_checkpoint(folder)
     assert checkpoint.config.vocab_size == 128
     assert "128 are assumed" in checkpoint.notes[-1]
 
@@ -317,12 +322,12 @@ def test_rows_that_fill_up_the_vocabulary_are_left_out(folder: Path):
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 def test_a_vocabulary_that_does_not_divide_is_filled_up_with_its_last_row(tie: bool, names: str, tmp_path: Path):
     config = replace(GQA, vocab_size=97, tie_embeddings=tie)
-    source = hf.open_folder(hugging_face(config, tmp_path / "hf"))
-    folder = converted(source, megatron.files, tmp_path / "m", tensor_parallel=2, pipeline_parallel=2, names=names)
+    source = hf.open_checkpoint(hugging_face(config, tmp_path / "hf"))
+    folder = converted(source, megatron.plan_files, tmp_path / "m", tensor_parallel=2, pipeline_parallel=2, names=names)
     (folder / "config.json").unlink()
-    checkpoint = megatron.open_path(folder)
+    checkpoint = megatron.open_checkpoint(folder)
     assert checkpoint.config.vocab_size == 97
-    assert tensor_bytes(converted(checkpoint, hf.files, tmp_path / "back")) == tensor_bytes(tmp_path / "hf")
+    assert tensor_bytes(converted(checkpoint, hf.plan_files, tmp_path / "back")) == tensor_bytes(tmp_path / "hf")
     tables = []
     for way in (0, 1):
         held = torch.load(folder / "iter_0000001" / f"mp_rank_0{way}_000" / FILE, weights_only=False)
@@ -401,12 +406,12 @@ def test_a_release_and_its_config_are_found(folder: Path, tmp_path: Path):
     (folder / TRACKER).write_text("release\n")
     assert assert_same(folder, GQA).folder == folder
     given = replace(GQA, context_length=5)
-    assert megatron.open_path(folder, given).config == given
+    assert megatron.open_checkpoint(folder, given).config == given
     hugging_face(GQA, tmp_path / "theirs")
     shutil.copy(tmp_path / "theirs" / "config.json", folder)
-    assert megatron.open_path(folder).config == megatron.open_path(folder / "release").config == GQA
+    assert megatron.open_checkpoint(folder).config == megatron.open_checkpoint(folder / "release").config == GQA
     shutil.move(folder / "config.json", folder / "release")
-    assert megatron.open_path(folder).config == GQA
+    assert megatron.open_checkpoint(folder).config == GQA
 
 
 # Refusals -------------------------------------------------------------------------------
@@ -432,7 +437,7 @@ def test_what_megatron_cannot_hold_is_refused_by_name(config: ModelConfig, optio
 
     dtypes = dict.fromkeys(named(tiny_params(config)), np.dtype(np.float32))
     with pytest.raises(UserError, match=about):
-        put(tmp_path, megatron.files, Saving(config, dtypes, source, **options))
+        put(tmp_path, megatron.plan_files, ExportSpec(config, dtypes, source, **options))
     assert not [*tmp_path.iterdir()]
 
 
@@ -526,27 +531,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_damaged_checkpoint_is_refused_by_file_and_name(damage: Callable[[Path], Any], about: str, folder: Path):
     damage(folder)
     with pytest.raises(UserError, match=about) as refusal:
-        megatron.open_path(folder)
+        megatron.open_checkpoint(folder)
     assert "\x1b" not in refusal.value.problem
 
 
 def test_a_config_of_another_size_is_refused(folder: Path):
     with pytest.raises(UserError, match="has ffn_hidden_size = 80, and the given config 81"):
-        megatron.open_path(folder, replace(GQA, mlp_dim=81))
+        megatron.open_checkpoint(folder, replace(GQA, mlp_dim=81))
 
 
 def test_a_tied_model_whose_head_differs_is_refused(tmp_path: Path):
     folder = bare(TIED, tmp_path, pipeline_parallel=2)
     rewritten(folder, lambda held: held["model"]["output_layer.weight"][:, 3].add_(1), "mp_rank_00_001")
     with pytest.raises(UserError, match=r"tied, and output_layer\.weight in .* differs"):
-        megatron.open_path(folder)
+        megatron.open_checkpoint(folder)
 
 
 def test_nothing_of_a_file_is_called(folder: Path):
     """Classes become records, which nothing can call."""
     file = folder / RANK / FILE
     held = unpickle(file, INERT)
-    assert isinstance(held["args"], Record)
+    assert isinstance(held["args"], OpaqueObject)
     assert held["args"].name == "argparse Namespace"
     for name in ("os system", "builtins eval", "builtins getattr", "megatron", "numpy.core.multiarray x y", "io open"):
         assert not INERT.fullmatch(name)
@@ -566,4 +571,4 @@ def test_damaged_bytes_never_do_more_than_a_refusal(folder: Path):
             data[draw.randrange(0, 4000 if draw.random() < 0.7 else len(data))] = draw.randrange(256)
         file.write_bytes(bytes(data[: draw.randrange(len(data))]) if draw.random() < 0.2 else bytes(data))
         with contextlib.suppress(UserError):
-            megatron.open_path(folder)
+            megatron.open_checkpoint(folder)

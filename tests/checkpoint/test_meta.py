@@ -15,8 +15,8 @@ import torch
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
-from camelid.checkpoint.files import File
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
+from camelid.checkpoint.files import PlannedFile
 from camelid.checkpoint.formats import hf, meta
 from camelid.checkpoint.formats.meta_params import (
     LLAMA3_1,
@@ -57,13 +57,13 @@ def loaded(checkpoint: Checkpoint) -> camelid.Model:
     return camelid.Model(checkpoint.config, load_params(checkpoint, compute, mesh), None, compute, mesh)
 
 
-def converted(checkpoint: Checkpoint, write: Callable[..., list[File]], folder: Path, **options: Any) -> Path:
+def converted(checkpoint: Checkpoint, write: Callable[..., list[PlannedFile]], folder: Path, **options: Any) -> Path:
     """A new folder of another format."""
     folder.mkdir()
     dtypes = checkpoint.dtypes
     if "dtype" in options:
         dtypes = dict.fromkeys(dtypes, dtype_named(options.pop("dtype")))
-    put(folder, write, Saving(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions, **options))
+    put(folder, write, ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions, **options))
     return folder
 
 
@@ -79,7 +79,7 @@ def opened(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_one_shard_of_a_real_model_has_its_parameters_and_its_logits(assets: Path, stories: Path):
-    checkpoint = meta.open_folder(assets / "golden" / "meta" / "gqa_1shard")
+    checkpoint = meta.open_checkpoint(assets / "golden" / "meta" / "gqa_1shard")
     model, source = loaded(checkpoint), camelid.load(stories)
     ours, theirs = named(model.params), named(source.params)
     np.testing.assert_array_equal(ours.pop("lm_head"), theirs["embed"])  # Meta's format ties nothing
@@ -93,7 +93,7 @@ def test_one_shard_of_a_real_model_has_its_parameters_and_its_logits(assets: Pat
 
 
 def test_two_shards_in_float16_have_the_parameters_and_about_the_logits_of_their_source(assets: Path):
-    checkpoint = meta.open_folder(assets / "golden" / "meta" / "mha_2shard_fp16")
+    checkpoint = meta.open_checkpoint(assets / "golden" / "meta" / "mha_2shard_fp16")
     source = assets / "golden" / "hf_variants" / "hf_mha_untied"
     model, rounded = loaded(checkpoint), named(camelid.load(source, dtype="float16").params)
     assert {dtype.name for dtype in checkpoint.dtypes.values()} == {"float16"}
@@ -106,7 +106,7 @@ def test_two_shards_in_float16_have_the_parameters_and_about_the_logits_of_their
 
 def test_two_shards_are_written_as_they_were(assets: Path, tmp_path: Path):
     golden = assets / "golden" / "meta" / "mha_2shard_fp16"
-    folder = converted(meta.open_folder(golden), meta.files, tmp_path / "ours", tensor_parallel=2)
+    folder = converted(meta.open_checkpoint(golden), meta.plan_files, tmp_path / "ours", tensor_parallel=2)
     for name in ("consolidated.00.pth", "consolidated.01.pth"):
         ours, theirs = opened(folder / name), opened(golden / name)
         del theirs["rope.freqs"]  # a buffer
@@ -128,15 +128,15 @@ def test_two_shards_are_written_as_they_were(assets: Path, tmp_path: Path):
 def test_hugging_face_to_meta_and_back_is_the_same_bit_for_bit(
     config: ModelConfig, ways: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    theirs = hf.open_folder(hugging_face(config, tmp_path / "theirs"))
-    source = converted(theirs, hf.files, tmp_path / "source", dtype=dtype)
-    monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 5000)
+    theirs = hf.open_checkpoint(hugging_face(config, tmp_path / "theirs"))
+    source = converted(theirs, hf.plan_files, tmp_path / "source", dtype=dtype)
+    monkeypatch.setattr("camelid.checkpoint.layout.CHUNK_BYTES", 5000)
     monkeypatch.setattr("camelid.checkpoint.tensors.CHUNK", 3000)
-    folder = converted(hf.open_folder(source), meta.files, tmp_path / "meta", tensor_parallel=ways)
+    folder = converted(hf.open_checkpoint(source), meta.plan_files, tmp_path / "meta", tensor_parallel=ways)
     assert len(sorted(folder.glob("*.pth"))) == ways
-    checkpoint = meta.open_folder(folder)
+    checkpoint = meta.open_checkpoint(folder)
     assert (checkpoint.format, checkpoint.config, checkpoint.notes) == ("meta", config, ())
-    back = converted(checkpoint, hf.files, tmp_path / "back")
+    back = converted(checkpoint, hf.plan_files, tmp_path / "back")
     assert tensor_bytes(back) == tensor_bytes(source)
     assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
@@ -161,7 +161,7 @@ def metas_tensors(config: ModelConfig, source: Path) -> dict[str, np.ndarray]:
 @each
 def test_shards_hold_what_metas_code_looks_for(config: ModelConfig, ways: int, tmp_path: Path):
     source = hugging_face(config, tmp_path / "theirs")
-    folder = converted(hf.open_folder(source), meta.files, tmp_path / "meta", tensor_parallel=ways)
+    folder = converted(hf.open_checkpoint(source), meta.plan_files, tmp_path / "meta", tensor_parallel=ways)
     shards = [opened(folder / f"consolidated.{i:02}.pth") for i in range(ways)]
     expected = metas_tensors(config, source)
     rows = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0)
@@ -238,8 +238,8 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 
 
 def bare(config: ModelConfig, tmp_path: Path, ways: int = 2) -> Path:
-    source = hf.open_folder(hugging_face(config, tmp_path / "theirs"))
-    folder = converted(source, meta.files, tmp_path / "meta", tensor_parallel=ways)
+    source = hf.open_checkpoint(hugging_face(config, tmp_path / "theirs"))
+    folder = converted(source, meta.plan_files, tmp_path / "meta", tensor_parallel=ways)
     (folder / "config.json").unlink()
     return folder
 
@@ -258,15 +258,15 @@ def edit_shard(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]
 
 
 def test_what_params_json_does_not_say_is_guessed_and_told(folder: Path):
-    checkpoint = meta.open_folder(folder)
+    checkpoint = meta.open_checkpoint(folder)
     assert checkpoint.config == replace(GQA, context_length=16_384, bos_id=1, eos_ids=(2,))
     said = [note.split(": ")[1] for note in checkpoint.notes]
     assert said[:2] == ["16384 tokens are assumed", "1 and 2 are assumed"]
     assert said[2].endswith("tie_embeddings = False")
     edit_params(folder, vocab_size=-1, n_kv_heads=2, max_seq_len=77, ffn_dim_multiplier=80.4 / 128)
-    assert meta.open_folder(folder / "consolidated.00.pth").config == checkpoint.config
+    assert meta.open_checkpoint(folder / "consolidated.00.pth").config == checkpoint.config
     edit_params(folder, rope_theta=..., norm_eps=1e-6)
-    config = meta.open_folder(folder).config
+    config = meta.open_checkpoint(folder).config
     assert (config.rope_theta, config.norm_eps, config.context_length) == (10_000, 1e-6, 2048)
 
 
@@ -282,27 +282,27 @@ def test_a_head_that_repeats_the_embeddings_is_tied_where_llama_3_2_is_meant(
     config: ModelConfig, scaling: object, tied: bool, tmp_path: Path
 ):
     folder = bare(config, tmp_path)
-    checkpoint = meta.open_folder(folder)
+    checkpoint = meta.open_checkpoint(folder)
     assert (checkpoint.config.rope_scaling, checkpoint.config.tie_embeddings) == (scaling, tied)
     assert any("tied" in note for note in checkpoint.notes) == tied
     if scaling is not None:
         edit_params(folder, rope_scaling_factor=None)  # as Meta's own files of Llama 3.1 are
-        assert meta.open_folder(folder).config.rope_scaling == (LLAMA3_2 if tied else LLAMA3_1)
+        assert meta.open_checkpoint(folder).config.rope_scaling == (LLAMA3_2 if tied else LLAMA3_1)
         edit_params(folder, rope_scaling_factor=5.0)
-        assert meta.open_folder(folder).config.rope_scaling == replace(LLAMA3_1, factor=5.0)
+        assert meta.open_checkpoint(folder).config.rope_scaling == replace(LLAMA3_1, factor=5.0)
 
 
 def test_a_given_config_wins_over_what_lies_beside_the_shards(folder: Path, tmp_path: Path):
     given = replace(GQA, norm_eps=0.5, rope_theta=77.0, context_length=5)
-    assert meta.open_folder(folder, given).config == given
+    assert meta.open_checkpoint(folder, given).config == given
     shutil.copy(tmp_path / "theirs" / "config.json", folder)
-    assert meta.open_folder(folder).config == GQA
-    assert meta.open_folder(folder, given).config == given
+    assert meta.open_checkpoint(folder).config == GQA
+    assert meta.open_checkpoint(folder, given).config == given
     (folder / "params.json").unlink()
-    assert meta.open_folder(folder).config == GQA
+    assert meta.open_checkpoint(folder).config == GQA
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no params\.json\n.*--config PRESET_OR_JSON"):
-        meta.open_folder(folder)
+        meta.open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -313,14 +313,14 @@ def test_two_descriptions_that_disagree_are_refused(folder: Path, tmp_path: Path
     shutil.copy(tmp_path / "theirs" / "config.json", folder)
     edit_params(folder, **{key: value})
     with pytest.raises(UserError, match=rf"params\.json has {key} = {value}, and (config\.json|the given config) "):
-        meta.open_folder(folder, GQA if given else None)
+        meta.open_checkpoint(folder, GQA if given else None)
 
 
 def test_names_that_a_wrapper_left_are_read_and_said(folder: Path):
-    before = meta.open_folder(folder)
+    before = meta.open_checkpoint(folder)
     for shard in folder.glob("*.pth"):
         torch.save({f"module._orig_mod.{name}": tensor for name, tensor in torch.load(shard).items()}, shard)
-    after = meta.open_folder(folder)
+    after = meta.open_checkpoint(folder)
     assert after.tensors.keys() == before.tensors.keys()
     assert {*after.notes} - {*before.notes} == {
         "the names of tensors are read without '_orig_mod.' and 'module.', left by a wrapper"
@@ -328,21 +328,21 @@ def test_names_that_a_wrapper_left_are_read_and_said(folder: Path):
 
 
 def test_a_table_called_model_stands_for_all(folder: Path):
-    expected = named(loaded(meta.open_folder(folder)).params)
+    expected = named(loaded(meta.open_checkpoint(folder)).params)
     params = json.loads((folder / "params.json").read_text())
     (folder / "params.json").write_text(json.dumps({"model": params}))
     path = folder / "consolidated.01.pth"
     torch.save({"model": opened(path)}, path)
-    for path, array in named(loaded(meta.open_folder(folder)).params).items():
+    for path, array in named(loaded(meta.open_checkpoint(folder)).params).items():
         np.testing.assert_array_equal(array, expected[path], err_msg=path)
 
 
 def test_folders_and_files_are_known_by_their_names(folder: Path, stories: Path):
-    assert meta.looks(folder)
-    assert meta.looks(folder / "consolidated.01.pth")
-    assert not hf.looks(folder)
+    assert meta.matches(folder)
+    assert meta.matches(folder / "consolidated.01.pth")
+    assert not hf.matches(folder)
     for other in (stories, stories / "model.safetensors", folder / "params.json", folder / "nothing"):
-        assert not meta.looks(other)
+        assert not meta.matches(other)
 
 
 # Refusals -------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def test_what_the_format_cannot_hold_is_refused_by_name(config: ModelConfig, opt
 
     dtypes = dict.fromkeys(named(tiny_params(config)), np.dtype(np.float32))
     with pytest.raises(UserError, match=about):
-        put(tmp_path, meta.files, Saving(config, dtypes, source, **options))
+        put(tmp_path, meta.plan_files, ExportSpec(config, dtypes, source, **options))
     assert not [*tmp_path.iterdir()]
 
 
@@ -417,7 +417,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "params.json of fewer layers": (lambda f: edit_params(f, n_layers=1), r"no place for: layers\.1\."),
     "params.json that says more": (lambda f: edit_params(f, moe=1, **{"\x1b[2J": 2}), r"unknown keys: '\\x1b\[2J', 'm"),
     "params.json that says less": (lambda f: edit_params(f, dim=..., norm_eps=...), "does not say dim, norm_eps"),
-    "params.json that is none": (lambda f: (f / "params.json").write_text("[]"), "holds no JSON object"),
+    "params.json that is none": (lambda f: (f / "params.json").write_text("[]"), "does not hold a JSON object"),
     "a number that is none": (lambda f: edit_params(f, norm_eps=math.nan), "has norm_eps = nan"),
     "a number without end": (lambda f: edit_params(f, ffn_dim_multiplier=math.inf), "has ffn_dim_multiplier = inf"),
     "a number below one": (lambda f: edit_params(f, n_heads=0), "has n_heads = 0"),
@@ -432,20 +432,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_damaged_folder_is_refused_by_file_and_name(damage: Callable[[Path], Any], about: str, folder: Path):
     damage(folder)
     with pytest.raises(UserError, match=about) as refusal:
-        meta.open_folder(folder)
+        meta.open_checkpoint(folder)
     assert "\x1b" not in refusal.value.problem
 
 
 def test_a_tied_model_whose_head_differs_is_refused(tmp_path: Path):
     config = replace(GQA, tie_embeddings=True)
     folder = bare(config, tmp_path)
-    assert meta.open_folder(folder, config).config == config
+    assert meta.open_checkpoint(folder, config).config == config
     edit_shard(folder, lambda tensors: tensors["output.weight"][-1, -1:].add_(1))
     with pytest.raises(UserError, match=r"output\.weight in .* differs from tok_embeddings\.weight"):
-        meta.open_folder(folder, config)
+        meta.open_checkpoint(folder, config)
     edit_shard(folder, lambda tensors: tensors.pop("output.weight"), 0, 1)
-    assert meta.open_folder(folder, config).config == config
-    assert meta.open_folder(folder).config.tie_embeddings
+    assert meta.open_checkpoint(folder, config).config == config
+    assert meta.open_checkpoint(folder).config.tie_embeddings
 
 
 def test_folders_with_other_bytes_give_an_error_or_tensors_inside_their_files(folder: Path):
@@ -462,7 +462,7 @@ def test_folders_with_other_bytes_give_an_error_or_tensors_inside_their_files(fo
             damaged[max(at, -len(damaged))] = chance.choice((0, 1, 0x30, 0x7F, 0x80, 0xFF, chance.randrange(256)))
         file.write_bytes(damaged)
         try:
-            tensors = meta.open_folder(folder).tensors
+            tensors = meta.open_checkpoint(folder).tensors
             found["opened"] += 1
         except UserError:
             tensors = {}
@@ -477,7 +477,7 @@ def test_folders_with_other_bytes_give_an_error_or_tensors_inside_their_files(fo
 
 def test_slices_of_whole_layers_are_written_as_slices_of_files_are(folder: Path, tmp_path: Path):
     """Model.save fetches whole layers, conversion reads slices."""
-    checkpoint = meta.open_folder(folder)
+    checkpoint = meta.open_checkpoint(folder)
     params = to_transformers(loaded(checkpoint).params)
     for name, array in to_transformers(tiny_params(GQA)).items():
         np.testing.assert_array_equal(params[name], array, err_msg=name)
@@ -487,6 +487,6 @@ def test_slices_of_whole_layers_are_written_as_slices_of_files_are(folder: Path,
         return np.ascontiguousarray((leaves[path] if layer is None else leaves[path][layer])[index], dtype)
 
     (tmp_path / "saved").mkdir()
-    put(tmp_path / "saved", meta.files, Saving(checkpoint.config, checkpoint.dtypes, whole, tensor_parallel=2))
+    put(tmp_path / "saved", meta.plan_files, ExportSpec(checkpoint.config, checkpoint.dtypes, whole, tensor_parallel=2))
     for name in ("consolidated.00.pth", "consolidated.01.pth", "params.json"):
         assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes()

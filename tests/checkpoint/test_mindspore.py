@@ -17,15 +17,15 @@ import safetensors.numpy
 
 import camelid
 from camelid.api import load_params
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.containers import mindspore_file
 from camelid.checkpoint.containers.mindspore_file import CRC_BYTES, checksum_holds, open_ckpt
 from camelid.checkpoint.formats import hf, mindspore
-from camelid.checkpoint.formats.mindspore import open_path
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.formats.mindspore_ranks import Split, merged, open_ranks, open_strategy, strategy_bytes
 from camelid.checkpoint.layout import Table
 from camelid.checkpoint.registry import open_checkpoint
-from camelid.checkpoint.tensors import Planned, Tensor, dtype_named
+from camelid.checkpoint.tensors import PlannedTensor, Tensor, dtype_named
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.params import named
@@ -77,19 +77,19 @@ def content(tensor: Tensor, index: tuple[slice, ...] | None = None) -> np.ndarra
 def written(source: Checkpoint, folder: Path, dtype: str | None = None, **how: object) -> Path:
     folder.mkdir()
     dtypes = source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype_named(dtype))
-    put(folder, mindspore.files, Saving(source.config, dtypes, source.source), **how)
+    put(folder, mindspore.plan_files, ExportSpec(source.config, dtypes, source.source), **how)
     return folder
 
 
 def in_ranks(source: Checkpoint, folder: Path, ways: int, stages: int) -> Path:
     folder.mkdir()
-    put(folder, mindspore.files, Saving(source.config, source.dtypes, source.source, (), ways, stages))
+    put(folder, mindspore.plan_files, ExportSpec(source.config, source.dtypes, source.source, (), ways, stages))
     return folder
 
 
 def to_hf(source: Checkpoint, folder: Path) -> Path:
     folder.mkdir()
-    put(folder, hf.files, Saving(source.config, source.dtypes, source.source))
+    put(folder, hf.plan_files, ExportSpec(source.config, source.dtypes, source.source))
     return folder
 
 
@@ -140,7 +140,7 @@ def strategy(layouts: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], int, 
 def test_logits_of_mindformers_files_are_those_of_the_model_in_float16(
     golden: Path, variant: Path, name: str, layout: mindspore.RopeLayout | None
 ):
-    checkpoint = open_path(golden / f"{name}_mha_fp16.ckpt", hf.understood(variant), layout)
+    checkpoint = mindspore.open_checkpoint(golden / f"{name}_mha_fp16.ckpt", read_model_config(variant), layout)
     model = camelid.load(variant)
     half = replace(model, params=load_params(checkpoint, model.compute, model.mesh))
     for path, array in named(half.params).items():
@@ -154,7 +154,10 @@ def test_logits_of_mindformers_files_are_those_of_the_model_in_float16(
 
 
 def test_the_wrong_layout_of_rows_gives_another_model(golden: Path, variant: Path):
-    tables = [open_path(golden / "seed_mha_fp16.ckpt", hf.understood(variant), layout) for layout in mindspore.ROWS]
+    tables = [
+        mindspore.open_checkpoint(golden / "seed_mha_fp16.ckpt", read_model_config(variant), layout)
+        for layout in mindspore.RULES
+    ]
     half, interleaved = map(params, tables)
     differ = {path for path in half if not np.array_equal(half[path], interleaved[path])}
     assert differ == {"layers.attn.q_proj", "layers.attn.k_proj"}
@@ -167,7 +170,7 @@ def test_what_camelid_writes_is_mindformers_file_byte_for_byte(
     folder = written(open_checkpoint(variant), tmp_path / "ours", "float16", rope_layout=layout)
     assert (folder / "model.ckpt").read_bytes() == (golden / f"{name}_mha_fp16.ckpt").read_bytes()
     assert (folder / "model.ckpt").stat().st_mode & 0o777 == 0o600
-    assert hf.understood(folder) == hf.understood(variant)
+    assert read_model_config(folder) == read_model_config(variant)
 
 
 def test_arrays_of_every_kind_are_those_that_mindspore_wrote(golden: Path):
@@ -226,14 +229,14 @@ def open_ranks_of(golden: Path) -> tuple[dict[str, Tensor], list[str]]:
 def test_there_and_back_every_byte_is_the_same(theirs: Path, tmp_path: Path, dtype: str, layout: mindspore.RopeLayout):
     source = open_checkpoint(theirs)
     folder = written(source, tmp_path / "ours", dtype, rope_layout=layout)
-    assert mindspore.looks(folder)
-    assert mindspore.looks(folder / "model.ckpt")
-    assert not hf.looks(folder)
-    back = open_path(folder, rope_layout=layout)
+    assert mindspore.matches(folder)
+    assert mindspore.matches(folder / "model.ckpt")
+    assert not hf.matches(folder)
+    back = mindspore.open_checkpoint(folder, rope_layout=layout)
     assert (back.config, back.notes) == (source.config, ())
-    saving = Saving(source.config, dict.fromkeys(source.dtypes, dtype_named(dtype)), source.source)
+    export = ExportSpec(source.config, dict.fromkeys(source.dtypes, dtype_named(dtype)), source.source)
     (tmp_path / "direct").mkdir()
-    put(tmp_path / "direct", hf.files, saving)
+    put(tmp_path / "direct", hf.plan_files, export)
     assert tensor_bytes(to_hf(back, tmp_path / "back")) == tensor_bytes(tmp_path / "direct")
     if source.config.tie_embeddings:
         held = open_ckpt(folder / "model.ckpt")
@@ -247,7 +250,7 @@ def test_large_tensors_are_cut_and_rows_may_straddle_the_cuts(tmp_path: Path, mo
     source = open_checkpoint(save_hf(transformers_twin(config, tiny_params(config)), tmp_path / "theirs"))
     whole = (written(source, tmp_path / "whole") / "model.ckpt").read_bytes()
     monkeypatch.setattr(mindspore_file, "SLICE", 1000)  # a row of the embedding has 192 bytes
-    monkeypatch.setattr("camelid.checkpoint.layout.PIECE", 700)
+    monkeypatch.setattr("camelid.checkpoint.layout.CHUNK_BYTES", 700)
     monkeypatch.setattr(mindspore_file, "CHUNK", 500)
     folder = written(source, tmp_path / "cut")
     table = np.asarray(tiny_params(source.config).embed)
@@ -255,7 +258,7 @@ def test_large_tensors_are_cut_and_rows_may_straddle_the_cuts(tmp_path: Path, mo
     name = "model.tok_embeddings.embedding_weight"
     first = b"".join(record(name, "Float32", table.shape, part) for part in parts)
     assert (folder / "model.ckpt").read_bytes().startswith(first)
-    held = params(open_path(folder))
+    held = params(mindspore.open_checkpoint(folder))
     for path, array in named(tiny_params(source.config)).items():
         np.testing.assert_array_equal(held[path], array, err_msg=path)
     part = content(open_ckpt(folder / "model.ckpt")[name], (slice(3, 60), slice(5, 40)))
@@ -272,7 +275,7 @@ def test_each_device_reads_its_slice_whatever_the_cuts(
     monkeypatch.setattr(mindspore_file, "SLICE", 5000)
     folder = written(open_checkpoint(theirs), tmp_path / "ours", rope_layout=layout)
     mesh = make_mesh(MeshConfig(tensor=2, fsdp=4))
-    sharded = named(load_params(open_path(folder, rope_layout=layout), Compute(), mesh))
+    sharded = named(load_params(mindspore.open_checkpoint(folder, rope_layout=layout), Compute(), mesh))
     for path, array in named(tiny_params(config)).items():
         np.testing.assert_array_equal(np.asarray(sharded[path]), array, err_msg=path)
 
@@ -282,15 +285,15 @@ def test_what_mindformers_cannot_compute_is_refused_by_field(tmp_path: Path, nam
     ours = FAMILIES[name].ours
     if ours == tiny_config(head_dim=ours.head_dim) and ours.head_dim == 8:
         pytest.skip("a plain Llama under another name")
-    saving = Saving(ours, {}, lambda *_: pytest.fail("nothing is read"))
+    export = ExportSpec(ours, {}, lambda *_: pytest.fail("nothing is read"))
     with pytest.raises(UserError, match=r"MindFormers' LLaMA cannot hold \w+ = "):
-        put(tmp_path, mindspore.files, saving)
+        put(tmp_path, mindspore.plan_files, export)
     assert not any(tmp_path.iterdir())
 
 
 def test_heads_that_do_not_add_up_to_embed_dim_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="head_dim = 10"):
-        put(tmp_path, mindspore.files, Saving(tiny_config(), {}, lambda *_: pytest.fail("nothing is read")))
+        put(tmp_path, mindspore.plan_files, ExportSpec(tiny_config(), {}, lambda *_: pytest.fail("nothing is read")))
 
 
 # Other forms that MindSpore writes ---------------------------------------------------------
@@ -339,26 +342,26 @@ def test_values_of_training_are_left_out_and_said(tmp_path: Path):
     extra = record("epoch_num", "Int64", (), struct.pack("<q", 3)) + record("loss_scale", "Float32", (0,), b"\0" * 4)
     extra += file({f"adam_m.{name}": array for name, array in arrays.items()})
     (tmp_path / "a.ckpt").write_bytes(extra + file(arrays))
-    checkpoint = open_path(tmp_path, TINY)
+    checkpoint = mindspore.open_checkpoint(tmp_path, TINY)
     assert_tiny(checkpoint)
     assert any("left out: epoch_num, loss_scale, adam_m." in note for note in checkpoint.notes)
     (tmp_path / "a.ckpt").write_bytes(file(arrays | {"lora_a": np.ones(3)}))
     with pytest.raises(UserError, match="no place for: lora_a"):
-        open_path(tmp_path, TINY)
+        mindspore.open_checkpoint(tmp_path, TINY)
 
 
 def test_safetensors_with_mindformers_names_are_read(tmp_path: Path):
     safetensors.numpy.save_file(their_arrays(), tmp_path / "model.safetensors", {"format": "ms"})
-    assert mindspore.looks(tmp_path)
-    assert mindspore.looks(tmp_path / "model.safetensors")
-    assert_tiny(open_path(tmp_path, TINY))
-    assert_tiny(open_path(tmp_path / "model.safetensors", TINY))
+    assert mindspore.matches(tmp_path)
+    assert mindspore.matches(tmp_path / "model.safetensors")
+    assert_tiny(mindspore.open_checkpoint(tmp_path, TINY))
+    assert_tiny(mindspore.open_checkpoint(tmp_path / "model.safetensors", TINY))
 
 
 def test_safetensors_are_written_as_mindspore_writes_them(tmp_path: Path):
     (tmp_path / "a.ckpt").write_bytes(file(their_arrays()))
-    source = open_path(tmp_path / "a.ckpt", TINY)
-    put(tmp_path / "ours", mindspore.files, Saving(TINY, source.dtypes, source.source), safetensors=True)
+    source = mindspore.open_checkpoint(tmp_path / "a.ckpt", TINY)
+    put(tmp_path / "ours", mindspore.plan_files, ExportSpec(TINY, source.dtypes, source.source), safetensors=True)
     with safetensors.safe_open(tmp_path / "ours" / "model.safetensors", "np") as opened:
         assert opened.metadata() == {"format": "ms"}
         held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -377,26 +380,26 @@ def test_concatenated_projections_are_taken_apart(tmp_path: Path):
         gate, up = (arrays.pop(f"{block}feed_forward.w{x}.weight") for x in "13")
         arrays[f"{block}feed_forward.w_gate_hidden.weight"] = np.stack([gate, up], 1).reshape(-1, embed)
     (tmp_path / "a.ckpt").write_bytes(file(arrays))
-    checkpoint = open_path(tmp_path / "a.ckpt", TINY)
+    checkpoint = mindspore.open_checkpoint(tmp_path / "a.ckpt", TINY)
     assert_tiny(checkpoint)
     assert checkpoint.notes == ()
     with pytest.raises(UserError, match="w_qkv is always half-split"):
-        open_path(tmp_path / "a.ckpt", TINY, "interleaved")
+        mindspore.open_checkpoint(tmp_path / "a.ckpt", TINY, "interleaved")
 
 
 def test_a_checksum_is_verified_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, held = tmp_path / "a.ckpt", file(their_arrays())
     path.write_bytes(held + b"crc_num" + zlib.crc32(held).to_bytes(10, "big"))
-    assert_tiny(open_path(path, TINY, "half"))
+    assert_tiny(mindspore.open_checkpoint(path, TINY, "half"))
     assert checksum_holds(path) is True
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="does not have the checksum"):
-        open_path(path, TINY)
+        mindspore.open_checkpoint(path, TINY)
     monkeypatch.setattr(mindspore_file, "CRC_BYTES", len(held))
     assert checksum_holds(path) is False
-    assert any("a.ckpt is larger than 1 GiB" in note for note in open_path(path, TINY).notes)
+    assert any("a.ckpt is larger than 1 GiB" in note for note in mindspore.open_checkpoint(path, TINY).notes)
     assert CRC_BYTES == 2**30
 
 
@@ -408,7 +411,7 @@ def test_all_files_that_are_too_large_to_be_verified_are_named(tmp_path: Path, m
     monkeypatch.setattr(mindspore_file, "CRC_BYTES", 1000)
     names = ", ".join(f"rank_{i}/llama_rank_{i}-1_2.ckpt" for i in range(3))
     note = f"{names} and 5 more are larger than 1 GiB: convert --check verifies their checksums"
-    assert note in open_path(folder, TINY).notes
+    assert note in mindspore.open_checkpoint(folder, TINY).notes
 
 
 # Ranks ----------------------------------------------------------------------------------
@@ -459,8 +462,8 @@ def pipelined(folder: Path, *, merge: bool = False) -> Path:
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_run_with_tensor_pipeline_and_optimizer_parallelism_is_put_together(tmp_path: Path, merge: bool):
     folder = pipelined(tmp_path / "checkpoint", merge=merge)
-    assert mindspore.looks(folder)
-    checkpoint = open_path(folder, TINY)
+    assert mindspore.matches(folder)
+    checkpoint = mindspore.open_checkpoint(folder, TINY)
     assert_tiny(checkpoint)
     assert any("left out: step_num" in note for note in checkpoint.notes)
     assert tensor_bytes(to_hf(checkpoint, tmp_path / "hf")).keys() == to_transformers(tiny_params(TINY)).keys()
@@ -494,7 +497,7 @@ def test_strategies_say_what_they_say_and_are_written_byte_for_byte(golden: Path
 
 def test_ranks_hold_what_numpy_splits(tmp_path: Path, theirs: Path):
     """Of a model of any heads, tied or not, in two stages of two ranks."""
-    source = hf.open_folder(theirs)
+    source = hf.open_checkpoint(theirs)
     whole = open_ckpt(written(source, tmp_path / "whole") / "model.ckpt")
     folder = in_ranks(source, tmp_path / "ranks", ways=2, stages=2)
     found: set[str] = set()
@@ -513,24 +516,26 @@ def test_ranks_hold_what_numpy_splits(tmp_path: Path, theirs: Path):
             np.testing.assert_array_equal(content(tensor), parts[way])
             found.add(name)
     assert found == whole.keys()
-    assert tensor_bytes(to_hf(open_path(folder, source.config), tmp_path / "back")) == tensor_bytes(theirs)
+    assert tensor_bytes(to_hf(mindspore.open_checkpoint(folder, source.config), tmp_path / "back")) == tensor_bytes(
+        theirs
+    )
 
 
 def test_no_rank_plans_tensors_of_another_stage(tmp_path: Path, theirs: Path, monkeypatch: pytest.MonkeyPatch):
     planned: list[str] = []
-    segment = Saving.segment
+    payload = ExportSpec.payload
 
-    def counted(self: Saving, table: Table, tensor: Planned):
+    def counted(self: ExportSpec, table: Table, tensor: PlannedTensor):
         planned.append(tensor.name)
-        return segment(self, table, tensor)
+        return payload(self, table, tensor)
 
-    monkeypatch.setattr(Saving, "segment", counted)
-    in_ranks(hf.open_folder(theirs), tmp_path / "ranks", ways=2, stages=4)
+    monkeypatch.setattr(ExportSpec, "payload", counted)
+    in_ranks(hf.open_checkpoint(theirs), tmp_path / "ranks", ways=2, stages=4)
     assert set(Counter(planned).values()) == {2}
 
 
 def test_without_stages_every_rank_has_the_tables(tmp_path: Path, theirs: Path):
-    source = hf.open_folder(theirs)
+    source = hf.open_checkpoint(theirs)
     folder = in_ranks(source, tmp_path / "ranks", ways=2, stages=1)
     for rank in range(2):
         table = open_ckpt(folder / f"rank_{rank}" / "model.ckpt")["model.tok_embeddings.embedding_weight"]
@@ -543,16 +548,16 @@ def test_without_stages_every_rank_has_the_tables(tmp_path: Path, theirs: Path):
 )
 def test_what_ranks_cannot_share_is_named(tmp_path: Path, theirs: Path, ways: int, stages: int, about: str):
     with pytest.raises(UserError, match=about):
-        in_ranks(hf.open_folder(theirs), tmp_path / "ranks", ways, stages)
+        in_ranks(hf.open_checkpoint(theirs), tmp_path / "ranks", ways, stages)
 
 
-Damage = Callable[[Path], object]
+DamagedState = Callable[[Path], object]
 FILE = "checkpoint/rank_3/llama_rank_3-1_2.ckpt"
 STRATEGY = "strategy/ckpt_strategy_rank_0.ckpt"
 W1 = "model.layers.0.feed_forward.w1.weight"
 
 
-def layout_of_w1(*layout: object) -> Damage:
+def layout_of_w1(*layout: object) -> DamagedState:
     """Says something else of w1 than the ranks hold."""
 
     def damage(root: Path) -> None:
@@ -572,7 +577,7 @@ def another_run(root: Path) -> None:
     (root / FILE).write_bytes(file({name: array * 2 if "norm" in name else array for name, array in held.items()}))
 
 
-RANKS: dict[str, tuple[Damage, str]] = {
+RANKS: dict[str, tuple[DamagedState, str]] = {
     "no strategy": (lambda root: [f.unlink() for f in (root / "strategy").iterdir()], "no strategy file"),
     "half a strategy": (lambda root: (root / STRATEGY).unlink(), "do not say how model"),
     "strategy cut short": (
@@ -610,11 +615,11 @@ RANKS: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize(("damage", "about"), RANKS.values(), ids=RANKS)
-def test_damaged_folders_of_ranks_are_refused(tmp_path: Path, damage: Damage, about: str):
+def test_damaged_folders_of_ranks_are_refused(tmp_path: Path, damage: DamagedState, about: str):
     folder = pipelined(tmp_path / "checkpoint")
     damage(tmp_path)
     with pytest.raises(UserError, match=about):
-        open_path(folder, TINY)
+        mindspore.open_checkpoint(folder, TINY)
 
 
 # Bad input ------------------------------------------------------------------------------
@@ -662,48 +667,48 @@ BAD: dict[str, tuple[bytes, str]] = {
 def test_damaged_files_are_refused(tmp_path: Path, data: bytes, about: str):
     (tmp_path / "bad.ckpt").write_bytes(data)
     with pytest.raises(UserError, match=about):
-        open_path(tmp_path / "bad.ckpt", TINY)
+        mindspore.open_checkpoint(tmp_path / "bad.ckpt", TINY)
 
 
 def test_encrypted_files_look_like_mindspore_and_others_do_not(tmp_path: Path, variant: Path, golden: Path):
     (tmp_path / "a.ckpt").write_bytes(BAD["encrypted"][0])
-    assert mindspore.looks(tmp_path)
+    assert mindspore.matches(tmp_path)
     for data in (b"", b"PK\x03\x04" * 9, b"\x80\x02}q\x00.", b"\n\n\n\n"):
         (tmp_path / "a.ckpt").write_bytes(data)
-        assert not mindspore.looks(tmp_path)
-    assert not mindspore.looks(variant)
-    assert not mindspore.looks(tmp_path / "nowhere")
-    assert mindspore.looks(golden / "split4")
-    assert mindspore.looks(golden / "plain.ckpt")
-    assert not mindspore.looks(golden / "split4_strategy.ckpt")
+        assert not mindspore.matches(tmp_path)
+    assert not mindspore.matches(variant)
+    assert not mindspore.matches(tmp_path / "nowhere")
+    assert mindspore.matches(golden / "split4")
+    assert mindspore.matches(golden / "plain.ckpt")
+    assert not mindspore.matches(golden / "split4_strategy.ckpt")
 
 
 def test_ranks_without_the_first_are_still_mindspores(tmp_path: Path):
     folder = pipelined(tmp_path / "checkpoint")
     (folder / "config.json").write_text("{}")
     shutil.rmtree(folder / "rank_0")
-    assert mindspore.looks(folder)
+    assert mindspore.matches(folder)
     with pytest.raises(UserError, match="has no rank_0"):
         open_checkpoint(folder)
     for path in folder.rglob("*.ckpt"):
         path.unlink()
-    assert not mindspore.looks(folder)
+    assert not mindspore.matches(folder)
 
 
 def test_a_file_that_describes_no_model_asks_for_one(tmp_path: Path):
     (tmp_path / "a.ckpt").write_bytes(file(their_arrays()))
     with pytest.raises(UserError, match=r"does not say which model(.|\n)*--config") as refusal:
-        open_path(tmp_path)
+        mindspore.open_checkpoint(tmp_path)
     assert "--config" in refusal.value.advice
     (tmp_path / "b.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match=r"has 2 checkpoints: a\.ckpt, b\.ckpt"):
-        open_path(tmp_path, TINY)
+        mindspore.open_checkpoint(tmp_path, TINY)
 
 
 def test_a_tied_model_whose_head_differs_is_refused(tmp_path: Path):
     (tmp_path / "a.ckpt").write_bytes(file(their_arrays()))
     with pytest.raises(UserError, match=r"lm_head\.weight differs"):
-        open_path(tmp_path, replace(TINY, tie_embeddings=True))
+        mindspore.open_checkpoint(tmp_path, replace(TINY, tie_embeddings=True))
 
 
 def test_no_damage_breaks_the_reader(golden: Path, tmp_path: Path):

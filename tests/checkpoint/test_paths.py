@@ -11,14 +11,14 @@ import tensorstore as ts
 
 from camelid.checkpoint.compare import compare
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.checkpoint.registry import FORMATS, open_checkpoint
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.checkpoint.state.stored import DESCRIPTORS, ITEM, Address, find_damage
+from camelid.checkpoint.state.saved_state import DESCRIPTORS, ITEM, SafePath, find_damage
 from camelid.data.config import Source
 from camelid.data.preparation.prepare import prepare
 from camelid.data.preparation.store import Store
+from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
 from camelid.model.config import Compute
 from camelid.model.decoder import declare_decoder
@@ -33,7 +33,7 @@ from text.tiny import save_byte_tokenizer
 from tiny import tiny_config
 
 CONFIG = tiny_config(head_dim=8, vocab_size=96, num_layers=2)
-WRITTEN = [name for name, format in FORMATS.items() if format.files is not None and not format.lossy]
+WRITTEN = [name for name, format in FORMATS.items() if format.plan_files is not None and not format.lossy]
 
 
 def target() -> TrainState:
@@ -51,7 +51,7 @@ def run_of(folder: Path, state: TrainState) -> Path:
     """A run's folder with one checkpoint."""
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text("")
-    write_json(folder / "config.json", config_to_hf(CONFIG, "float32"))
+    write_hf_json(folder / "config.json", config_to_hf(CONFIG, "float32"))
     checkpoints = RunCheckpoints(folder / "checkpoints", 1)
     checkpoints.save(1, state)
     checkpoints.wait()
@@ -169,10 +169,10 @@ def test_an_open_checkpoint_keeps_its_descriptor_no_longer_than_it_needs_it(tmp_
 def test_a_system_without_descriptor_paths_refuses_a_path_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("camelid.checkpoint.state.stored.DESCRIPTORS", tmp_path / "nowhere")
-    assert Address(tmp_path / "plain-1.0_a+b").path == str(tmp_path / "plain-1.0_a+b")
+    monkeypatch.setattr("camelid.checkpoint.state.saved_state.DESCRIPTORS", tmp_path / "nowhere")
+    assert SafePath(tmp_path / "plain-1.0_a+b").path == str(tmp_path / "plain-1.0_a+b")
     with pytest.raises(UserError, match=r"\[1\] has characters in its path"):
-        Address(tmp_path / "[1]")
+        SafePath(tmp_path / "[1]")
 
 
 # What was written is opened again --------------------------------------------------------

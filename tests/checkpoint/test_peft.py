@@ -19,7 +19,7 @@ import camelid
 from camelid.checkpoint.adapters.peft import Adapter, Pair, adapter_files, held, on_base, open_adapter
 from camelid.checkpoint.adapters.peft_config import read_settings
 from camelid.checkpoint.files import write_files
-from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -122,7 +122,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> Path:
 def read_adapter(folder: Path) -> Adapter:
     """An adapter on the base that it names."""
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    return open_adapter(folder, hf.understood(folder / base))
+    return open_adapter(folder, read_model_config(folder / base))
 
 
 # Reading --------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_slice_has_the_bits_of_the_whole(tmp_path: Path, monkeypatch: pytest.M
     draw = np.random.default_rng(0)
     for path in ("q_proj", "o_proj"):
         path = f"layers.attn.{path}"
-        shape = opened.table.parts[path].spec.shape[1:]
+        shape = opened.table.entries[path].spec.shape[1:]
         whole = opened.source(path, 1, tuple(slice(0, n) for n in shape), np.dtype(np.float32))
         for _ in range(20):
             cuts = [sorted(draw.choice(n + 1, 2, replace=False)) for n in shape]
@@ -284,7 +284,7 @@ def test_what_was_read_is_written_with_the_bytes_of_peft(saved: tuple[peft.PeftM
     written = write_adapter(tmp_path / "written", read_adapter(folder))
     tensors = "adapter_model.safetensors"
     assert (written / tensors).read_bytes() == (folder / tensors).read_bytes()
-    tokens = tiny_tokens(hf.understood(tmp_path / "base"), 2, 9)
+    tokens = tiny_tokens(read_model_config(tmp_path / "base"), 2, 9)
     again = loaded_by_peft(tmp_path / "base", written)
     np.testing.assert_array_equal(logits_of(again, tokens), logits_of(theirs, tokens))
 
@@ -333,7 +333,7 @@ def test_arrays_become_an_adapter_that_peft_loads(tmp_path: Path, case: str):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     given = on_base(adapter, open_checkpoint(base), base)
     opened = open_checkpoint(tmp_path / "adapter")
-    for path, part in opened.table.parts.items():
+    for path, part in opened.table.entries.items():
         index = tuple(slice(0, n) for n in part.spec.shape[len(part.spec.stacked) :])
         for layer in part.layers():
             one, two = (held.source(path, layer, index, np.dtype(np.float32)) for held in (given, opened))

@@ -18,7 +18,7 @@ from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import check_manifest
 from camelid.checkpoint.folder import complete_replacement, new_folder
 from camelid.checkpoint.registry import open_checkpoint
-from camelid.checkpoint.replacing import MANIFEST, OTHERS, RECORD, owned_files
+from camelid.checkpoint.replacing import MANIFEST, OTHERS, REPLACEMENT_FILE, owned_files
 from camelid.errors import UserError
 from foreign import add_foreign, assert_kept
 from runs import TIMEOUT_S, assert_refused, called, contents
@@ -208,7 +208,7 @@ def record(folder: Path, add: list[str], remove: list[str], *, inode: int | None
     new = folder.with_name(f".{folder.name}.incomplete")
     new.mkdir(exist_ok=True)
     (new / "a").write_text("new")
-    path = folder / RECORD
+    path = folder / REPLACEMENT_FILE
     path.touch()
     inode = path.stat().st_ino if inode is None else inode
     path.write_text(json.dumps({"inode": inode, "add": add, "remove": remove}))
@@ -238,7 +238,7 @@ def assert_nobody_follows_the_record(model: Path, folder: Path, problem: str) ->
     }.items():
         with pytest.raises(UserError, match=problem) as seen:
             use()
-        assert RECORD in str(seen.value), name
+        assert REPLACEMENT_FILE in str(seen.value), name
         assert everything(root) == before, name
 
 
@@ -298,7 +298,7 @@ def test_a_folder_that_was_copied_between_is_refused_and_can_be_mended_by_hand(
     out = tmp_path / "there" / "out"
     assert_nobody_follows_the_record(model, out, r"move the new files, which are in .*, to their places yourself")
     shutil.copytree(out.with_name(".out.incomplete"), out, dirs_exist_ok=True)
-    (out / RECORD).unlink()
+    (out / REPLACEMENT_FILE).unlink()
     assert all(each.equal for each in compare(open_checkpoint(out), open_checkpoint(tmp_path / "here" / "out")))
 
 
@@ -393,10 +393,14 @@ def test_a_kill_at_every_moment_leaves_the_old_or_the_new_checkpoint_and_all_for
         out = tmp_path / str(at) / "out"
         assert_kept(out, foreign)
         found = {name: content for name, content in contents(out).items() if name not in foreign}
-        if RECORD in found:
+        if REPLACEMENT_FILE in found:
             outcomes.append("between")
             # Another program that opens the folder finds no config.json, unless everything is in its place.
-            assert "config.json" not in found or {**new, RECORD: found[RECORD]} == found or old.items() <= found.items()
+            assert (
+                "config.json" not in found
+                or {**new, REPLACEMENT_FILE: found[REPLACEMENT_FILE]} == found
+                or old.items() <= found.items()
+            )
             complete_replacement(out)
             assert {name: text for name, text in contents(out).items() if name not in foreign} == new
         else:
@@ -420,7 +424,7 @@ def interrupted(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         rename, moved = Path.rename, []
 
         def failing(self: Path, target: Path) -> Path:
-            if self.parent.name.endswith(".incomplete") and self.name != RECORD:
+            if self.parent.name.endswith(".incomplete") and self.name != REPLACEMENT_FILE:
                 moved.append(self)
                 if len(moved) == 2:
                     raise OSError("the disk is gone")
@@ -429,7 +433,7 @@ def interrupted(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(Path, "rename", failing)
         with pytest.raises(OSError, match="the disk is gone"):
             convert(model, folder, dtype="bfloat16", overwrite=True)
-    assert (folder / RECORD).is_file()
+    assert (folder / REPLACEMENT_FILE).is_file()
     assert not (folder / "config.json").exists()
 
 

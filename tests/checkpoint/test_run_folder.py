@@ -15,15 +15,15 @@ import tensorstore as ts
 from jax.sharding import Mesh
 
 from camelid.api import load_params
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.formats import hf
 from camelid.checkpoint.formats.hf_config import config_to_hf
-from camelid.checkpoint.layout import from_tensors
+from camelid.checkpoint.layout import slice_reader
 from camelid.checkpoint.registry import detect, open_checkpoint, write_checkpoint
-from camelid.checkpoint.state import run_folder, stored
+from camelid.checkpoint.state import run_folder, saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
+from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -58,7 +58,7 @@ def run_of(folder: Path, *steps: int, config: ModelConfig = CONFIG, dtype: str =
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text("")
     (folder / "tokenizer_config.json").write_text("{}")
-    write_json(folder / "config.json", config_to_hf(config, dtype))
+    write_hf_json(folder / "config.json", config_to_hf(config, dtype))
     checkpoints = RunCheckpoints(folder / "checkpoints", 9)
     for step in steps:
         checkpoints.save(step, state_of(step, mesh or one_device(), config, dtype))
@@ -84,8 +84,8 @@ def held_by(checkpoint: Checkpoint) -> dict[str, dict[str, np.ndarray]]:
     parts = {"params": checkpoint.tensors, "mu": checkpoint.training.mu, "nu": checkpoint.training.nu}
     held: dict[str, dict[str, np.ndarray]] = {}
     for kind, tensors in parts.items():
-        read, held[kind] = from_tensors(checkpoint.table, tensors), {}
-        for path, part in checkpoint.table.parts.items():
+        read, held[kind] = slice_reader(checkpoint.table, tensors), {}
+        for path, part in checkpoint.table.entries.items():
             shape, dtype = part.spec.shape[len(part.spec.stacked) :], tensors[path].dtype
             index = tuple(slice(0, n) for n in shape)
             layers = range(part.spec.shape[0]) if part.spec.stacked else [None]
@@ -113,11 +113,11 @@ def assert_holds(checkpoint: Checkpoint, state: TrainState, step: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "eight"])
-@pytest.mark.parametrize("chunk", [stored.CHUNK, 3000])
+@pytest.mark.parametrize("chunk", [saved_state.CHUNK, 3000])
 def test_what_a_run_saved_is_read_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, mesh: MeshConfig | None, chunk: int
 ):
-    monkeypatch.setattr(stored, "CHUNK", chunk)
+    monkeypatch.setattr(saved_state, "CHUNK", chunk)
     devices = one_device() if mesh is None else make_mesh(mesh)
     # What a URL would read otherwise than a path.
     folder = run_of(tmp_path / "a run #2%20?", 3, dtype=dtype, mesh=devices)
@@ -126,7 +126,7 @@ def test_what_a_run_saved_is_read_to_the_bit(
     assert_holds(checkpoint, state_of(3, devices, dtype=dtype), 3)
     assert [file.name for file in checkpoint.companions] == ["tokenizer_config.json"]
     for tensor in checkpoint.tensors.values():
-        assert isinstance(tensor, stored.Stored)
+        assert isinstance(tensor, saved_state.SavedArray)
         cut = tensor.store.chunk_layout.read_chunk.shape
         assert np.prod(cut) * tensor.dtype.itemsize <= chunk, "more than a slice needs is in memory"
         assert cut[0] == 1 or not tensor.name.startswith("params.layers."), "a layer is read with its neighbours"
@@ -157,18 +157,18 @@ def test_any_slice_in_any_dtype_is_that_slice(sound: Path):
 def test_each_device_reads_its_part_once_and_what_changed_on_the_disk_is_seen(
     run: Path, monkeypatch: pytest.MonkeyPatch, mesh: MeshConfig | None
 ):
-    read, bytes_read = stored.Stored._read, []
+    read, bytes_read = saved_state.SavedArray._read, []
 
-    def counted(tensor: stored.Stored, out: np.ndarray, index: tuple[slice, ...]) -> None:
+    def counted(tensor: saved_state.SavedArray, out: np.ndarray, index: tuple[slice, ...]) -> None:
         bytes_read.append(out.nbytes)
         read(tensor, out, index)
 
-    monkeypatch.setattr(stored.Stored, "_read", counted)
+    monkeypatch.setattr(saved_state.SavedArray, "_read", counted)
     params = load_params(open_checkpoint(run), Compute(), make_mesh(mesh) if mesh else one_device())
     assert sum(bytes_read) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     for path, leaf in named(state_of(10, one_device()).params).items():
         assert np.asarray(named(params)[path]).tobytes() == np.asarray(leaf).tobytes(), path
-    store = stored.open_arrays(run / "checkpoints" / "10")["params.layers.mlp.up_proj"].store
+    store = saved_state.open_arrays(run / "checkpoints" / "10")["params.layers.mlp.up_proj"].store
     store[1, 2, 3].write(store[1, 2, 3].read().result() + 1).result()
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(UserError, match=r"layers\.mlp\.up_proj is not what was saved.*\nStep 2 is whole"):
@@ -212,9 +212,9 @@ def test_without_a_complete_step_the_model_is_opened(run: Path, tmp_path: Path):
 def test_a_run_becomes_a_checkpoint_of_another_format(sound: Path, tmp_path: Path):
     (note,) = convert(sound, tmp_path / "hf")
     assert note == "its step and the moments of its optimizer are left out; --to easylm-trainstate keeps them"
-    theirs = hf.open_folder(tmp_path / "hf")
+    theirs = hf.open_checkpoint(tmp_path / "hf")
     params = named(state_of(10, one_device()).params)
-    for path, part in theirs.table.parts.items():
+    for path, part in theirs.table.entries.items():
         layer = 2 if part.spec.stacked else None
         leaf = np.asarray(params[path])[() if layer is None else layer]
         index = tuple(slice(0, n) for n in leaf.shape)
@@ -224,9 +224,9 @@ def test_a_run_becomes_a_checkpoint_of_another_format(sound: Path, tmp_path: Pat
 
 def test_it_is_not_written(sound: Path, tmp_path: Path):
     checkpoint = open_checkpoint(sound)
-    saving = Saving(checkpoint.config, checkpoint.dtypes, checkpoint.source)
+    export = ExportSpec(checkpoint.config, checkpoint.dtypes, checkpoint.source)
     with pytest.raises(UserError, match="'run' is a format that is only read"):
-        write_checkpoint(tmp_path / "new", saving, "run")
+        write_checkpoint(tmp_path / "new", export, "run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,7 +247,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, sound: Path, path: str):
     (tmp_path / "notes").mkdir()
     shutil.copytree(sound / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
     (tmp_path / "checkpoints" / "7").write_text("")
-    assert not run_folder.looks(tmp_path / path)
+    assert not run_folder.matches(tmp_path / path)
     with pytest.raises(UserError, match="is not the folder of a run"):
         open_checkpoint(tmp_path / path, "run")
 
@@ -263,7 +263,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, sound: Path, path: str):
 )
 def test_another_model_than_config_json_says_is_refused(run: Path, change: dict, problem: str):
     table = json.loads((run / "config.json").read_text())
-    write_json(run / "config.json", table | change)
+    write_hf_json(run / "config.json", table | change)
     with pytest.raises(UserError, match=problem):
         open_checkpoint(run)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import camelid
-from camelid.checkpoint.checkpoint import Saving
+from camelid.checkpoint.checkpoint import ExportSpec
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.registry import open_checkpoint, write_checkpoint
 from camelid.disk.locks import locked
@@ -17,9 +17,9 @@ from camelid.errors import UserError
 from runs import command
 
 
-def saving_of(source: Path) -> Saving:
+def saving_of(source: Path) -> ExportSpec:
     checkpoint = open_checkpoint(source)
-    return Saving(checkpoint.config, checkpoint.dtypes, checkpoint.source, checkpoint.companions)
+    return ExportSpec(checkpoint.config, checkpoint.dtypes, checkpoint.source, checkpoint.companions)
 
 
 def names(folder: Path) -> set[str]:
@@ -70,31 +70,31 @@ def test_files_of_others_stay_and_an_existing_one_is_replaced_only_when_asked(st
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(stories: Path, tmp_path: Path):
     (tmp_path / "a.gguf").write_text("GGUF, an old one")
-    saving = saving_of(stories)
+    export = saving_of(stories)
 
     def source(path: str, layer: int | None, *rest):
         if layer == 3:
             raise OSError("the disk was taken out")
-        return saving.source(path, layer, *rest)
+        return export.source(path, layer, *rest)
 
     with pytest.raises(OSError, match="taken out"):
-        write_checkpoint(tmp_path / "a.gguf", replace(saving, source=source), "gguf", overwrite=True)
+        write_checkpoint(tmp_path / "a.gguf", replace(export, source=source), "gguf", overwrite=True)
     assert names(tmp_path) == {"a.gguf"}
     assert (tmp_path / "a.gguf").read_text() == "GGUF, an old one"
 
 
 def test_what_was_finished_before_an_interruption_is_kept_by_resume(stories: Path, tmp_path: Path):
-    whole, saving = tmp_path / "whole" / "a.gguf", saving_of(stories)
-    write_checkpoint(whole, saving, "gguf")
+    whole, export = tmp_path / "whole" / "a.gguf", saving_of(stories)
+    write_checkpoint(whole, export, "gguf")
     read: list[tuple] = []
 
     def counted(path: str, layer: int | None, *rest):
         read.append((path, layer))
         if interrupted and len(read) == 20:
             raise KeyboardInterrupt
-        return saving.source(path, layer, *rest)
+        return export.source(path, layer, *rest)
 
-    saved = replace(saving, source=counted)
+    saved = replace(export, source=counted)
     interrupted = True
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path / "a.gguf", saved, "gguf", resume=True, workers=1)

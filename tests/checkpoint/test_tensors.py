@@ -15,12 +15,12 @@ import camelid
 from camelid.checkpoint.containers import mindspore_file
 from camelid.checkpoint.containers.mindspore_file import ckpt_file, open_ckpt
 from camelid.checkpoint.containers.safetensors import open_safetensors
-from camelid.checkpoint.containers.torch_files import Strided, open_torch
+from camelid.checkpoint.containers.torch_files import StridedTensor, open_torch
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import write_files
 from camelid.checkpoint.registry import open_checkpoint
-from camelid.checkpoint.state.stored import Stored
-from camelid.checkpoint.tensors import Bands, Planned, Tensor, dtype_named, file_names
+from camelid.checkpoint.state.saved_state import SavedArray
+from camelid.checkpoint.tensors import ColumnCache, PlannedTensor, Tensor, dtype_named, file_names
 from camelid.errors import UserError
 from runs import assert_refused, called
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
@@ -39,26 +39,27 @@ def strided(values: np.ndarray, folder: Path) -> Tensor:
     bits = torch.from_numpy(np.ascontiguousarray(values.T).view(f"i{values.itemsize}"))
     torch.save({"w": bits.view(getattr(torch, values.dtype.name)).T}, folder / "a.bin")
     tensor = open_torch(folder / "a.bin")["w"]
-    assert isinstance(tensor, Strided)
+    assert isinstance(tensor, StridedTensor)
     return tensor
 
 
 def flat(values: np.ndarray, folder: Path) -> Tensor:
     write_files(
-        folder, [ckpt_file("a.ckpt", [in_pieces(Planned("w", values.shape, values.dtype), values.reshape(-1), 3)])]
+        folder,
+        [ckpt_file("a.ckpt", [in_pieces(PlannedTensor("w", values.shape, values.dtype), values.reshape(-1), 3)])],
     )
     tensor = open_ckpt(folder / "a.ckpt")["w"]
     assert isinstance(tensor, mindspore_file.Flat)
     return tensor
 
 
-def stored(values: np.ndarray, folder: Path) -> Tensor:
+def saved_state(values: np.ndarray, folder: Path) -> Tensor:
     """As a run's folder holds it."""
     (folder / "a").mkdir(exist_ok=True)
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder / "a")}}
     store = ts.open(spec, create=True, delete_existing=True, dtype=ts.dtype(values.dtype), shape=values.shape).result()
     store.write(values).result()
-    return Stored(folder / "a", "w", 0, values.shape, values.dtype, store)
+    return SavedArray(folder / "a", "w", 0, values.shape, values.dtype, store)
 
 
 Opener = Callable[[np.ndarray, Path], Tensor]
@@ -70,7 +71,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("opener", [plain, strided, flat, stored])
+@pytest.mark.parametrize("opener", [plain, strided, flat, saved_state])
 @pytest.mark.parametrize(
     ("held", "wanted", "value", "about"),
     [
@@ -85,7 +86,7 @@ def test_a_number_that_is_too_large_for_its_dtype_is_named(
     values = np.ones((6, 8), dtype_named(held))
     values[4, 5] = value
     tensor, dtype = opener(values, tmp_path), dtype_named(wanted)
-    for read in (tensor.read, lambda index, dtype: Bands().read(tensor, index, dtype)):
+    for read in (tensor.read, lambda index, dtype: ColumnCache().read(tensor, index, dtype)):
         for index in (WHOLE, (slice(4, 5), slice(0, 8)), (slice(0, 6), slice(5, 6))):
             with pytest.raises(UserError, match=re.escape(f"w in {tensor.file} {about}")):
                 read(index, dtype)
@@ -94,14 +95,14 @@ def test_a_number_that_is_too_large_for_its_dtype_is_named(
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("opener", [plain, strided, flat, stored])
+@pytest.mark.parametrize("opener", [plain, strided, flat, saved_state])
 @pytest.mark.parametrize("held", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
 def test_infinities_and_what_is_no_number_stay_what_they_are(tmp_path: Path, opener: Opener, held: str, wanted: str):
     values = np.linspace(-60000, 60000, 48).reshape(6, 8).astype(dtype_named(held))
     values[1, :3] = [np.inf, -np.inf, np.nan]
     tensor, dtype = opener(values, tmp_path), dtype_named(wanted)
-    for found in (tensor.read(WHOLE, dtype), Bands().read(tensor, WHOLE, dtype)):
+    for found in (tensor.read(WHOLE, dtype), ColumnCache().read(tensor, WHOLE, dtype)):
         assert found.tobytes() == values.astype(dtype).tobytes()
 
 

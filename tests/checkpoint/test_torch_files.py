@@ -24,15 +24,15 @@ from camelid.checkpoint.containers import torch_files
 from camelid.checkpoint.containers.torch_files import (
     MAGIC,
     PROTOCOL,
-    Strided,
-    checksums_hold,
+    StridedTensor,
     open_torch,
     torch_file,
     unpickle,
-    unverified,
+    unverified_note_for,
+    verify_checksums,
 )
 from camelid.checkpoint.files import write_files
-from camelid.checkpoint.tensors import Planned, Tensor
+from camelid.checkpoint.tensors import PlannedTensor, Tensor
 from camelid.errors import UserError
 from writing import in_pieces
 
@@ -120,8 +120,8 @@ def test_views_of_one_storage_are_byte_ranges_of_it(tmp_path: Path, zipped: bool
         "table": (Tensor, 0),
         "head": (Tensor, 0),
         "view": (Tensor, 32),
-        "columns": (Strided, 4),
-        "turned": (Strided, 16),
+        "columns": (StridedTensor, 4),
+        "turned": (StridedTensor, 16),
     }
 
 
@@ -515,7 +515,7 @@ def test_a_file_with_other_bytes_gives_an_error_or_tensors_inside_it(tmp_path: P
             continue
         opened += 1
         for tensor in tensors.values():
-            strides = tensor.strides if isinstance(tensor, Strided) else None
+            strides = tensor.strides if isinstance(tensor, StridedTensor) else None
             reach = spread(tensor.shape, strides) * tensor.dtype.itemsize
             assert 0 <= tensor.offset <= tensor.offset + reach <= len(sound)
             if np.prod(tensor.shape, dtype=object) < 1000:
@@ -557,10 +557,10 @@ def written(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     """A state that torch_file planned, a few numbers at a time, as torch reads it."""
     arrays = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in state.items()}
     dtypes = {name: torch_files.DTYPES[tensor.type()[6:].removesuffix("Tensor")] for name, tensor in state.items()}
-    planned = [Planned(name, tuple(tensor.shape), dtypes[name]) for name, tensor in state.items()]
+    planned = [PlannedTensor(name, tuple(tensor.shape), dtypes[name]) for name, tensor in state.items()]
     whole = (arrays[name].view(dtype) for name, dtype in dtypes.items())
-    segments = [in_pieces(tensor, numbers, 5) for tensor, numbers in zip(planned, whole, strict=True)]
-    write_files(path.parent, [torch_file(path.name, segments)])
+    payloads = [in_pieces(tensor, numbers, 5) for tensor, numbers in zip(planned, whole, strict=True)]
+    write_files(path.parent, [torch_file(path.name, payloads)])
     return torch.load(path, weights_only=True)
 
 
@@ -603,20 +603,20 @@ def _listed(archive: zipfile.ZipFile) -> int:
 @pytest.mark.parametrize(("find", "value"), UNREAD.values(), ids=UNREAD)
 def test_the_checksums_of_a_damaged_zip_do_not_hold(tmp_path: Path, find: Callable[[zipfile.ZipFile], int], value: int):
     path = saved(shares(), tmp_path, True)
-    assert checksums_hold(path) is True
+    assert verify_checksums(path) is True
     spoilt(path, find, value)
-    assert checksums_hold(path) is False
+    assert verify_checksums(path) is False
 
 
 def test_what_is_compressed_beside_the_tensors_is_passed_over(tmp_path: Path):
     path = saved(shares(), tmp_path, True)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("pytorch_model/extra.txt", "once upon a time " * 99)
-    assert checksums_hold(path) is True
+    assert verify_checksums(path) is True
     spoilt(path, lambda zipped: zipped.start_dir - 20)  # in the text
-    assert checksums_hold(path) is True
+    assert verify_checksums(path) is True
     spoilt(path, lambda zipped: zipped.getinfo("pytorch_model/data/0").header_offset + 150)
-    assert checksums_hold(path) is False
+    assert verify_checksums(path) is False
 
 
 def test_files_too_large_to_be_verified_are_named_from_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -624,12 +624,12 @@ def test_files_too_large_to_be_verified_are_named_from_their_folder(tmp_path: Pa
     for i in range(5):
         (tmp_path / f"rank_{i}").mkdir()
         tensors |= {f"{i}": open_torch(saved({"a": count(3)}, tmp_path / f"rank_{i}", True))["a"]}
-    assert unverified(tensors.values()) == ()
+    assert unverified_note_for(tensors.values()) == ()
     monkeypatch.setattr(torch_files, "CRC_BYTES", 100)
-    assert unverified([tensors["0"]]) == (
+    assert unverified_note_for([tensors["0"]]) == (
         "pytorch_model.bin is larger than 1 GiB: convert --check verifies its checksums",
     )
-    assert unverified(tensors.values()) == (
+    assert unverified_note_for(tensors.values()) == (
         "rank_0/pytorch_model.bin, rank_1/pytorch_model.bin, rank_2/pytorch_model.bin and 2 more "
         "are larger than 1 GiB: convert --check verifies their checksums",
     )
@@ -663,14 +663,14 @@ def test_torch_opens_what_is_written(
 
 
 def test_sizes_beyond_32_bits_are_told_as_they_are():
-    planned = [Planned("w", (2**33, 3), np.dtype(np.int8))]
+    planned = [PlannedTensor("w", (2**33, 3), np.dtype(np.int8))]
     sizes = [value for _, value, _ in pickletools.genops(torch_files._program(planned)) if isinstance(value, int)]
     assert sizes.count(3 * 2**33) == 1
     assert sizes.count(2**33) == 1
 
 
 def test_a_tensor_of_fewer_numbers_than_planned_is_noticed(tmp_path: Path):
-    few = in_pieces(Planned("w", (4,), np.dtype(np.float32)), np.ones(3, np.float32), 5)
+    few = in_pieces(PlannedTensor("w", (4,), np.dtype(np.float32)), np.ones(3, np.float32), 5)
     with pytest.raises(AssertionError, match="w: 12 bytes written, 16 promised"):
         write_files(tmp_path, [torch_file("model.pth", [few])])
 

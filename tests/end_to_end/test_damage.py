@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import camelid.runs.run
-from camelid.checkpoint.state.stored import open_arrays
+from camelid.checkpoint.state.saved_state import open_arrays
 from camelid.parallel.mesh import one_device
 from camelid.train.loggers import read_metrics
 from runs import assert_refused, called, contents, losses, recipe, tensor_bytes, tiny_run, write_recipe_file

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 import camelid.runs.run
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.integrity import checksum, count_not_finite, survey
+from camelid.checkpoint.integrity import checksum, checksum_arrays, count_not_finite
 from camelid.checkpoint.state import orbax_state as native
-from camelid.checkpoint.state.stored import verify_step
+from camelid.checkpoint.state.saved_state import verify_step
 from camelid.errors import UserError
 from camelid.parallel.mesh import one_device
 from camelid.train.loggers import MetricsFile
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_an_older_camelid_that_is_not_finite_is_not_resumed(
 ):
     table = overflowing(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(native, "survey", lambda state: ({}, {}))  # as before there was a check
+        patch.setattr(native, "checksum_arrays", lambda state: ({}, {}))  # as before there was a check
         camelid.runs.run.run(recipe(table))
     again = train(tmp_path, lay_over(table, {"train__steps": 2}))
     assert_refused(again, "the checkpoint of step 1 in ", "is damaged: infinite or NaN values in params.embed (")
@@ -192,7 +192,7 @@ def test_checksums_and_counts_are_the_same_on_devices_and_of_slices_read_back(dt
     if dtype != "int32" and shape:
         values = values.copy()
         values.reshape(-1)[[1, 3, 4]] = [math.inf, -math.inf, math.nan]
-    sums, counts = survey({"x": jnp.asarray(values)})
+    sums, counts = checksum_arrays({"x": jnp.asarray(values)})
     assert sums == {"x": checksum(values)}
     found = 3 if dtype != "int32" and shape else 0
     assert counts == ({"x": 3} if found else {})

@@ -17,7 +17,7 @@ import camelid
 import camelid.runs.components
 import camelid.runs.run
 from camelid.checkpoint.convert import convert
-from camelid.checkpoint.layout import from_tensors
+from camelid.checkpoint.layout import slice_reader
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.model.config import Compute
@@ -276,7 +276,7 @@ def test_a_state_in_bfloat16_keeps_its_moments_in_float32(theirs: Path, golden: 
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"bfloat16"}
     assert end.training is not None
     for moments, tensors in ((adam(state).mu, end.training.mu), (adam(state).nu, end.training.nu)):
-        read = from_tensors(end.table, tensors)
+        read = slice_reader(end.table, tensors)
         for path, leaf in named(moments).items():
             assert leaf.dtype == jnp.float32
             assert leaf.sharding == named(state.params)[path].sharding

@@ -8,7 +8,6 @@ LOADER = "data/test_loader.py::"
 SAME = f"{LOADER}test_batches_are_the_same_for_any_number_of_"
 CHAT = "text/test_chat.py::"
 TOKENIZER = "text/test_tokenizer.py::"
-HOSTILE = f"{CHAT}test_a_hostile_template_is_refused_in_any_thread"
 
 FAULTS = (
     # Sources and stores
@@ -288,20 +287,6 @@ FAULTS = (
     ),
     # Tokenizers, chats, fields
     Fault(
-        "texts are cut into words where tokens go on from one to the next",
-        "text/words.py",
-        'and not any(map(CROSSES.search, model["vocab"]))',
-        'and bool(model["vocab"])',
-        "text/test_words.py::test_another_tokenizer_has_no_words[changed6]",
-    ),
-    Fault(
-        "the first of a text's words has no space before it",
-        "text/words.py",
-        "return SPACE + spaced if self._prefixes_all or not spaced.startswith(SPACE) else spaced",
-        "return spaced",
-        "text/test_words.py::test_the_ids_of_words_are_those_of_the_text",
-    ),
-    Fault(
         "the blank between the prompt and an answer is not learnt",
         "text/chat.py",
         "return len(blanks) if blanks.isspace() else 0",
@@ -370,34 +355,6 @@ FAULTS = (
         "return next((token for token in self.eos_ids if token < self.vocab_size), None)",
         "return next(iter(self.eos_ids), None)",
         f"{TOKENIZER}test_an_eos_of_the_model_alone_ends_no_text",
-    ),
-    Fault(
-        "a template may look at what is private",
-        "text/sandbox.py",
-        "        return super().is_safe_attribute(obj, attr, value)",
-        "        return True",
-        f"{HOSTILE}[{{{{ messages.__class__ }}}}-attribute __class__ of list]",
-    ),
-    Fault(
-        "what loops again costs nothing",
-        "text/sandbox.py",
-        "args = tuple(map(_turns, args))",
-        "pass",
-        f"{HOSTILE}[f not a %}}{{{{ loop(range(1, 99999)) }}}}{{% endif %}}{{% endfor %}}-more time]",
-    ),
-    Fault(
-        "a text decides how much tojson writes",
-        "text/sandbox.py",
-        "if name in SIZED_FILTERS:",
-        "if name == SIZED_FILTERS:",
-        f"{HOSTILE}[ns.s + ns.s %}}{{% endfor %}}{{{{ [1, 2] | tojson(indent=ns.s) }}}}-up to 20]",
-    ),
-    Fault(
-        "what calls give is not paid for",
-        "text/sandbox.py",
-        "return _value(super().call(__context, __obj, *args, **kwargs))",
-        "return super().call(__context, __obj, *args, **kwargs)",
-        f"{HOSTILE}[s = ns.s + ns.s %}}{{% endfor %}}{{{{ ns.s.split('x') | length }}}}-makes a value]",
     ),
     Fault(
         "the answers that a preference's prompt shares are learnt",

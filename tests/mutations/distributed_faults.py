@@ -37,8 +37,8 @@ FAULTS = (
     Fault(
         "distributed: gate and up of stacked layers change places",
         "checkpoint/formats/megatron_rows.py",
-        'return Row(row.path, name, "layers (slot mlp) embed", "(mlp slot) embed", along="slot")',
-        'return Row(row.path, name, "layers (mlp slot) embed", "(mlp slot) embed", along="slot")',
+        'return TensorRule(row.path, name, "layers (slot mlp) embed", "(mlp slot) embed", along="slot")',
+        'return TensorRule(row.path, name, "layers (mlp slot) embed", "(mlp slot) embed", along="slot")',
         f"{TESTS}test_what_megatron_core_wrote_has_the_numbers_of_its_source[tp2_pp2]",
     ),
     Fault(

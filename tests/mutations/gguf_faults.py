@@ -101,7 +101,7 @@ FAULTS = (
     ),
     Fault(
         "what a failure leaves stays",
-        "checkpoint/folder.py",
+        "disk/atomic.py",
         "                with contextlib.suppress(OSError):\n                    remove_locked(temporary)\n",
         "                pass\n",
         f"{FILE}test_a_failure_leaves_the_old_file_and_nothing_else",

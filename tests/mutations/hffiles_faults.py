@@ -55,9 +55,9 @@ FAULTS = (
     # Names, and tied heads
     Fault(
         "a tied model that keeps only its head has no table",
-        "checkpoint/formats/hf.py",
-        "one = tensors.get(table, tensors.get(head))",
-        "one = tensors.get(table)",
+        "checkpoint/tied_head.py",
+        "stored = tensors.get(table, None if transposed else tensors.get(head))",
+        "stored = tensors.get(table)",
         f"{FILES}test_a_tied_model_may_keep_either_name",
     ),
     Fault(
@@ -84,7 +84,7 @@ FAULTS = (
     Fault(
         "a message does not say what a file holds instead",
         "checkpoint/layout.py",
-        'f"; instead it holds {some(extra)}" if extra else ""',
+        'f"; instead it holds {summarize(extra)}" if extra else ""',
         '""',
         f"{FILES}test_what_a_file_holds_instead_of_what_it_lacks_is_named",
     ),
@@ -147,9 +147,9 @@ FAULTS = (
     ),
     Fault(
         "what is ignored is not said",
-        "checkpoint/formats/hf.py",
-        'as asked",) if left else ()',
-        'as asked",) if False else ()',
+        "checkpoint/formats/config_source.py",
+        'as requested",) if present else ()',
+        'as requested",) if False else ()',
         f"{IGNORED}test_every_command_that_opens_a_checkpoint_has_the_option",
     ),
     # Messages

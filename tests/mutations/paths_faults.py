@@ -11,7 +11,11 @@ REPLACING = "checkpoint/test_replacing.py::"
 KILLED = f"{REPLACING}test_a_kill_at_every_moment_leaves_the_old_or_the_new_checkpoint_and_all_foreign_files"
 SECOND = f"{REPLACING}test_of_two_checkpoints_in_one_folder_the_second_and_foreign_files_are_left"
 USER = "end_to_end/test_user_files.py::"
-NATIVE, STORED, REPLACES = "checkpoint/state/orbax_state.py", "checkpoint/state/stored.py", "checkpoint/replacing.py"
+NATIVE, STORED, REPLACES = (
+    "checkpoint/state/orbax_state.py",
+    "checkpoint/state/saved_state.py",
+    "checkpoint/replacing.py",
+)
 
 FAULTS = (
     # Paths
@@ -45,7 +49,7 @@ FAULTS = (
     ),
     Fault(
         "a path with .. in it is passed to TensorStore",
-        "checkpoint/state/stored.py",
+        "checkpoint/state/saved_state.py",
         "    place = folder.resolve() / str(step)\n",
         "    place = folder.absolute() / str(step)\n",
         DOTS,
@@ -104,8 +108,9 @@ FAULTS = (
     Fault(
         "new files are moved in before the old ones are gone",
         REPLACES,
-        "    (new / RECORD).rename(folder / RECORD)\n",
-        '    (new / "config.json").rename(folder / "config.json")\n    (new / RECORD).rename(folder / RECORD)\n',
+        "    (new / REPLACEMENT_FILE).rename(folder / REPLACEMENT_FILE)\n",
+        '    (new / "config.json").rename(folder / "config.json")\n'
+        "    (new / REPLACEMENT_FILE).rename(folder / REPLACEMENT_FILE)\n",
         KILLED,
     ),
     Fault(
@@ -132,14 +137,14 @@ FAULTS = (
     Fault(
         "any folder with a config.json is a checkpoint",
         REPLACES,
-        'if "model_type" not in _read(folder / CONFIG) or not found:',
-        'if "model_type" not in _read(folder / CONFIG):',
+        'if "model_type" not in read_json_or_empty(folder / CONFIG) or not found:',
+        'if "model_type" not in read_json_or_empty(folder / CONFIG):',
         f"{REPLACING}test_a_folder_that_is_not_a_checkpoint_is_refused_with_a_list",
     ),
     Fault(
         "a file that the user changed is overwritten",
         REPLACES,
-        "unchanged = {name for name, sha256 in others.items() if _digest(folder / name) == sha256}",
+        "unchanged = {name for name, sha256 in others.items() if _hash(folder / name) == sha256}",
         "unchanged = set(others)",
         f"{REPLACING}test_a_file_that_the_user_changed_is_not_overwritten",
     ),
@@ -153,8 +158,8 @@ FAULTS = (
     Fault(
         "a manifest may name files outside its folder",
         REPLACES,
-        "if name != RECORD and _is_inside(folder, name))",
-        "if name != RECORD)",
+        "if name != REPLACEMENT_FILE and _is_inside(folder, name))",
+        "if name != REPLACEMENT_FILE)",
         f"{REPLACING}test_a_manifest_that_names_files_outside_its_folder_removes_none",
     ),
     Fault(
@@ -187,7 +192,7 @@ FAULTS = (
     ),
     Fault(
         "new files are made where a link leads",
-        "checkpoint/folder.py",
+        "disk/atomic.py",
         "if (temporary := unfinished(destination)).is_symlink():",
         "if not (temporary := unfinished(destination)):",
         f"{REPLACING}test_a_link_in_the_place_of_the_temporary_folder_is_refused",
@@ -203,9 +208,9 @@ FAULTS = (
     ),
     Fault(
         "a temporary folder is removed with its lock",
-        "checkpoint/folder.py",
-        "    _clear(folder)\n    (folder / LOCK).unlink()\n",
-        "    (folder / LOCK).unlink()\n    _clear(folder)\n",
+        "disk/atomic.py",
+        "    _empty(folder)\n    (folder / LOCK).unlink()\n",
+        "    (folder / LOCK).unlink()\n    _empty(folder)\n",
         "checkpoint/test_folder.py::test_a_folder_is_removed_before_its_lock",
     ),
     Fault(
@@ -218,15 +223,15 @@ FAULTS = (
     Fault(
         "a checkpoint is converted over its source",
         "checkpoint/convert.py",
-        "        refuse_sources(destination, checkpoint.places)\n",
+        "        refuse_sources(destination, checkpoint.source_paths)\n",
         "        pass\n",
         "checkpoint/test_delta.py::test_a_source_is_found_behind_links",
     ),
     Fault(
         "a delta replaces its base",
         "checkpoint/adapters/delta.py",
-        "        refuse_sources(destination, (*one.places, *other.places))\n",
-        "        refuse_sources(destination, other.places)\n",
+        "        refuse_sources(destination, (*one.source_paths, *other.source_paths))\n",
+        "        refuse_sources(destination, other.source_paths)\n",
         "checkpoint/test_delta.py::test_a_destination_is_never_one_of_the_sources",
     ),
     # A refused command writes nothing

@@ -14,28 +14,28 @@ FAULTS = (
     # Damage
     Fault(
         "a resumed run takes numbers that changed on the disk",
-        "checkpoint/state/stored.py",
+        "checkpoint/state/saved_state.py",
         "if array.checksum not in (None, checksums[name])",
         "if array.checksum is False",
         f"{NAMED}[a bit is flipped]",
     ),
     Fault(
         "a run is opened with numbers that changed on the disk",
-        "checkpoint/state/stored.py",
+        "checkpoint/state/saved_state.py",
         "if self.checksum not in (None, total):",
         "if self.checksum is False:",
         f"{DAMAGE}test_opening_a_run_names_the_damage_and_the_steps_that_are_whole[a bit is flipped]",
     ),
     Fault(
         "a checkpoint without its metadata counts as one of an older camelid",
-        "checkpoint/state/stored.py",
-        'raise Damage(f"{METADATA} cannot be read: {error.strerror}") from error',
+        "checkpoint/state/saved_state.py",
+        'raise DamagedState(f"{METADATA} cannot be read: {error.strerror}") from error',
         "return {}",
         f"{NAMED}[the metadata is gone]",
     ),
     Fault(
         "steps are listed as whole that are damaged",
-        "checkpoint/state/stored.py",
+        "checkpoint/state/saved_state.py",
         "if verify_step(place.parent / str(step)) is None",
         "",
         f"{DAMAGE}test_a_step_that_is_damaged_too_is_not_listed",
@@ -129,8 +129,8 @@ FAULTS = (
     Fault(
         "a state that is not finite is resumed",
         "checkpoint/state/orbax_state.py",
-        "            if not_finite:\n                raise Damage(",
-        "            if False:\n                raise Damage(",
+        "            if not_finite:\n                raise DamagedState(",
+        "            if False:\n                raise DamagedState(",
         f"{FINITE}test_a_checkpoint_of_an_older_camelid_that_is_not_finite_is_not_resumed",
     ),
     Fault(
@@ -150,7 +150,7 @@ FAULTS = (
     Fault(
         "training begins from weights that are not finite",
         "runs/run.py",
-        "if not_finite := survey(state)[1]:",
+        "if not_finite := checksum_arrays(state)[1]:",
         "if not_finite := {}:",
         f"{FINITE}test_training_does_not_begin_from_weights_that_are_not_finite",
     ),

@@ -16,13 +16,13 @@ FAULTS = (
     Fault(
         "processes other than the main one say that no step is whole",
         "checkpoint/state/orbax_state.py",
-        "decided(lambda: whole_steps_beside(place))",
-        "whole_steps_beside(place) if is_main() else []",
+        "decided(lambda: intact_steps_beside(place))",
+        "intact_steps_beside(place) if is_main() else []",
         f"{SHARED}test_both_processes_name_the_steps_that_are_whole",
     ),
     Fault(
         "the arrays of a run are read twice",
-        "checkpoint/state/stored.py",
+        "checkpoint/state/saved_state.py",
         "if not arrays or any(",
         "if True or any(",
         "checkpoint/test_run_folder.py::"

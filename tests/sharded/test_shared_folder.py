@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import camelid.runs.run
-from camelid.checkpoint.state.stored import open_arrays
+from camelid.checkpoint.state.saved_state import open_arrays
 from camelid.parallel.mesh import one_device
 from camelid.train.loggers import read_metrics
 from runs import TIMEOUT_S, losses, recipe, tiny_run, write_recipe_file
@@ -25,15 +25,15 @@ Path.glob = lambda path, pattern: iter(()) if "checkpoints" in pattern else glob
 """
 SLOW = f"""
 import time
-from camelid.checkpoint import stored
+from camelid.checkpoint.state import saved_state
 
-verify_step = stored.verify_step
+verify_step = saved_state.verify_step
 
 def verify_slowly(place):
     time.sleep(1)
     return verify_step(place)
 
-stored.verify_step = verify_slowly
+saved_state.verify_step = verify_slowly
 {COMMAND}
 """
 

@@ -2,7 +2,6 @@ import json
 import pickle
 import random
 import shutil
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -14,7 +13,7 @@ import sentencepiece
 import tokenizers
 
 from camelid.errors import UserError
-from camelid.text import sandbox
+from camelid.text import rendering, sandbox
 from camelid.text.chat import ChatTemplate, load_template
 from camelid.text.messages import Message, read_chat, read_instruct
 from camelid.text.templates import NAMED
@@ -258,7 +257,7 @@ def test_named_templates_write_what_the_released_ones_write(assets: Path, name: 
         for prompt in {False, messages[-1].role == "user"}:
             values = {"messages": rows(messages), "bos_token": "<s>", "eos_token": "</s>"}
             values["add_generation_prompt"] = prompt
-            assert sandbox.render(NAMED[name].text, values) == sandbox.render(released(assets, file), values)
+            assert rendering.render(NAMED[name].text, values) == rendering.render(released(assets, file), values)
 
 
 def test_every_template_at_hand_renders_as_transformers_renders_it(assets: Path):
@@ -277,10 +276,10 @@ def test_every_template_at_hand_renders_as_transformers_renders_it(assets: Path)
                 (theirs,), _ = render_jinja_template([rows(messages)], chat_template=text, **values)
             except Exception:
                 with pytest.raises(UserError, match="the chat template"):
-                    sandbox.render(text, {"messages": rows(messages), **values})
+                    rendering.render(text, {"messages": rows(messages), **values})
                 continue
             given = {"messages": rows(messages), "tools": None, "documents": None, **values}
-            assert sandbox.render(text, given).text == theirs, file
+            assert rendering.render(text, given).text == theirs, file
             compared += 1
     assert compared > 120
 
@@ -487,7 +486,7 @@ def test_a_template_that_moves_thoughts_is_followed(assets: Path, bytewise: Toke
     template = ChatTemplate(qwen3(assets))
     chat = [TURNS[0], Message("assistant", THINKING), TURNS[2], Message("assistant", THINKING)]
     tokens, weights = template.render(chat, bytewise)
-    text = sandbox.render(template.text, {"messages": rows(chat)}).text
+    text = rendering.render(template.text, {"messages": rows(chat)}).text
     assert bytes(tokens.tolist()).decode() == text
     # Thoughts of earlier turns are left out by the template, those of the last one are kept.
     last = "<think>\ntwo and two\n</think>\n\nFour.<|im_end|>"
@@ -499,8 +498,8 @@ def test_thoughts_of_many_turns_take_a_few_renderings(
 ):
     chat = [TURNS[0], Message("assistant", THINKING + " \n")] * 20
     rendered: list[str] = []
-    render = sandbox.render
-    monkeypatch.setattr(sandbox, "render", lambda *given: rendered.append("") or render(*given))
+    render = rendering.render
+    monkeypatch.setattr(rendering, "render", lambda *given: rendered.append("") or render(*given))
     tokens, weights = ChatTemplate(qwen3(assets)).render(chat, bytewise)
     runs = spoken(bytewise, tokens, weights)
     assert runs == ["Four. \n<|im_end|>"] * 19 + ["<think>\ntwo and two\n</think>\n\nFour. \n<|im_end|>"]
@@ -589,107 +588,89 @@ def test_a_prompt_that_a_template_always_adds_is_not_the_assistants(assets: Path
 
 # Hostile and broken templates.
 
-GROW = "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = BY %}{% endfor %}{{ ns.s }}"
-BIG = "{% set ns = namespace(s='x') %}{% for i in range(19) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
-LISTS = "{% set x = range(90000) | list %}{% set y = x | reverse | list | reverse | list %}"
-
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more time"),
+        # Sizes.
+        ("x" * 200_001, "200,001 characters"),
         ("{% for a in range(10000000000) %}{% endfor %}", "Range too big"),
-        ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(99) }}", "more time"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        ("{% for x in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}", "recursion|more time"),
-        ("{% for a in range(99999) %}" + "y" * 20000 + "{% endfor %}", "more time"),
-        ("{% set x %}{% for a in range(99999) %}" + "y" * 20000 + "{% endfor %}{% endset %}", "more time"),
-        (GROW.replace("BY", "ns.s + ns.s"), "makes a value"),
-        (GROW.replace("BY", "ns.s ~ ns.s"), "makes a value"),
-        (GROW.replace("BY", "[ns.s, ns.s]"), "makes a value"),
-        (GROW.replace("BY", "(ns.s, ns.s)"), "makes a value"),
-        (GROW.replace("BY", "{'a': ns.s, 'b': ns.s}"), "makes a value"),
-        (GROW.replace("BY", "dict(a=ns.s, b=ns.s)"), "makes a value"),
-        (GROW.replace("BY", "ns.s.replace('x', 'xx')"), "makes a value"),
-        (GROW.replace("BY", "ns.s | replace('x', 'xx')"), "makes a value"),
-        (GROW.replace("BY", "ns.s.join([ns.s, ns.s, ns.s])"), "makes a value"),
-        (GROW.replace("BY", "[ns.s, ns.s] | join(ns.s)"), "makes a value"),
-        (BIG + "{{ ns.s.replace('x', ns.s) }}", "makes a value"),
-        (BIG + "{{ ns.s | replace('x', ns.s) }}", "makes a value"),
-        (BIG + "{{ ns.s.join(ns.s) }}", "makes a value"),
-        (BIG + "{{ range(99999) | join(ns.s) }}", "makes a value"),
-        ("{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}", "makes a value"),
-        ("{{ 'x' * 9999999999 }}", "moderate numbers"),
-        ("{{ [1] * 9999999999 }}", "moderate numbers"),
-        ("{{ 9 ** 999999999 }}", "moderate numbers"),
-        ("{{ '%999999999d' % 1 }}", "moderate numbers"),
-        ("{{ '{:999999999}'.format(1) }}", "str.format"),
-        ("{{ 'x'.center(999999999) }}", "attribute center"),
-        ("{{ 'x' | attr('ljust') }}", "attribute ljust"),
+        ("{{ 'x' * 9999999999 }}", "builds a value"),
+        ("{{ [1] * 9999999999 }}", "builds a value"),
+        ("{{ 9 ** 999999999 }}", "moderate size"),
+        ("{{ '%999999999d' % 1 }}", "moderate size"),
+        ("{{ '{:999999999}'.format(1) }}", "str.format is not allowed"),
+        ("{{ 'x'.center(999999999) }}", "the attribute center of str is not allowed"),
+        ("{{ ('x' | attr('ljust'))(999999999) }}", "the attribute ljust of str is not allowed"),
         ("{{ 'x' | center(999999999) }}", "No filter named 'center'"),
-        ("{{ 'x' | indent(999999999) }}", "up to 20"),
-        ("{{ 1.5 | round(999999999) }}", "up to 20"),
-        (BIG + "{{ 'x\ny' | indent(width=ns.s) }}", "up to 20"),
-        (BIG + "{{ [1, 2] | tojson(indent=ns.s) }}", "up to 20"),
-        (BIG + "{{ [1, 2] | tojson(separators=(ns.s, ns.s)) }}", "up to 20|makes a value"),
-        (BIG + "{{ strftime_now(ns.s) }}", "up to 100 characters"),
-        (BIG + "{{ ns.s.split('x') | length }}", "makes a value"),
-        (BIG + "{% set x = ns.s[1:] %}" * 50, "more time"),
-        (BIG + "{% macro f() %}{% set x = ns.s.upper() %}{{ f() }}{% endmacro %}{{ f() }}", "more time"),
-        (BIG + "{% macro f() %}{{ f(*varargs) }}{% endmacro %}{{ f(*ns.s) }}", "more time"),
-        (BIG + "{{ ns.s.rfind('xy' + ns.s[9:]) }}", "more time"),
-        (BIG + "{{ ns.s.strip('y' + ns.s) }}", "more time"),
-        (BIG + "{{ ns.s | trim(ns.s) }}", "more time"),
-        (BIG.replace("'x'", "'f'") + "{{ ns.s | int(base=16) // 3 }}", "moderate numbers"),
-        (LISTS + "{% if x == y %}{% endif %}" * 500, "more time"),
-        (LISTS + "{% if x is eq(y) %}{% endif %}" * 500, "more time"),
-        (LISTS + "{% for i in x | reject('in', y) %}{% endfor %}", "more time"),
-        (LISTS + "{% set c = cycler(x) %}{{ [" + "c," * 500 + "] | map(attribute='current') | max }}", "more time"),
-        ("{% for a in [0] recursive %}{% if not a %}{{ loop(range(1, 99999)) }}{% endif %}{% endfor %}", "more time"),
+        ("{{ 'x' | indent(999999999) }}", "No filter named 'indent'"),
+        ("{{ [1, 2] | tojson(indent=999999999) }}", "indent of up to 20"),
+        ("{{ [1, 2] | tojson(indent='x') }}", "indent of up to 20"),
         ("{{ lipsum(n=99999) }}", "'lipsum' is undefined"),
-        ("{{ messages.__class__ }}", "attribute __class__ of list"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "attribute __class__"),
-        ("{{ messages | map(attribute='__class__') | list }}", "attribute __class__"),
-        ("{{ namespace.__init__.__globals__ }}", "attribute __init__"),
-        ("{{ strftime_now.__globals__ }}", "attribute __globals__"),
-        ("{{ dict.__globals__ }}", "attribute __globals__"),
-        ("{{ self._TemplateReference__context }}", "attribute _Templ"),
-        ("{{ namespace(__class__=1) }}", "__class__"),
-        ("{% set ns = namespace() %}{% set ns.__init__ = 1 %}", "__init__"),
-        ("{{ messages.append(1) }}", "attribute append"),
+        # What a template may not reach.
+        ("{{ messages.__class__ }}", "the attribute __class__ of list is not allowed"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the attribute __class__ of str is not allowed"),
+        ("{{ messages | map(attribute='__class__') | list }}", "the attribute __class__ of dict is not allowed"),
+        ("{{ namespace.__init__.__globals__ }}", "the attribute __init__ of type is not allowed"),
+        ("{{ strftime_now.__self__ }}", "the attribute __self__ of .* is not allowed"),
+        ("{{ raise_exception.__globals__ }}", "the attribute __globals__ of function is not allowed"),
+        ("{{ self._TemplateReference__context }}", "the attribute _TemplateReference__context of .* is not allowed"),
+        ("{{ '{0.__class__}'.format(1) }}", "str.format is not allowed"),
+        ("{{ '{0.__class__}'.format_map({}) }}", "str.format is not allowed"),
+        ("{{ '%s' | format(1) }}", "No filter named 'format'"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{% import 'os' as os %}", "no loader"),
+        # What a template may not change.
+        ("{{ messages.append(1) }}", "the attribute append of list is not allowed"),
+        ("{{ messages[0].update(role='x') }}", "the attribute update of dict is not allowed"),
+        ("{% set messages[0].role = 'x' %}", "does not compile|namespace object"),
+        # Templates that fail.
         ("{{ raise_exception('not like this') }}", "refuses this chat: not like this"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{% if %}", "does not compile, line 1"),
         ("\n{% endfor %}", "does not compile, line 2"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
-        (("{{ a" + "|e" * 150 + " }}") * 100, "more time"),
-        ("x" * 200_001, "200,001 characters"),
         ("{{ unknown.name }}", "'unknown' is undefined"),
         ("{{ messages + 1 }}", "TypeError"),
     ],
     ids=lambda text: text[-60:],
 )
-def test_a_hostile_template_is_refused_in_any_thread(
-    bytewise: Tokenizer, monkeypatch: pytest.MonkeyPatch, text: str, message: str
-):
-    # Checks of types make every step many times as long here.
-    monkeypatch.setattr(sandbox, "SECONDS", 1.5)
-    began = time.thread_time()
+def test_a_hostile_template_is_refused(bytewise: Tokenizer, text: str, message: str):
     with pytest.raises(UserError, match=f"^the chat template .*({message})"):
         ChatTemplate(text).render(TURNS, bytewise)
-    assert time.thread_time() - began < 5
-    if time.thread_time() - began < 0.3:
-        with ThreadPoolExecutor(1) as threads, pytest.raises(UserError, match=message):
-            threads.submit(sandbox.render, text, {"messages": rows(TURNS)}).result()
 
 
-def test_time_is_limited_where_work_is_not(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
-    began = time.thread_time()
-    with pytest.raises(UserError, match="more time"):
-        sandbox.render(LISTS + "{% for i in x %}{{ x == y }}{% endfor %}", {})
-    assert time.thread_time() - began < 2
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ s }}{{ s }}",
+        "{% for i in range(999) %}xx{% endfor %}",
+        "{% set x %}{{ s }}{{ s }}{% endset %}",
+        "{% macro f() %}{{ s }}{{ s }}{% endmacro %}{% set x = f() %}",
+        "{% set x = s + s %}",
+        "{% set x = [s] * 600 + [s] * 600 %}",
+        "{% set x = s ~ s %}",
+        "{% set x = '' ~ (s ~ 1 ~ s) %}",
+        "{% set x = s * 2 %}",
+        "{% set x = 2 * s %}",
+        "{% set x = s.replace('x', 'xx') %}",
+        "{% set x = s | replace('x', 'xx') %}",
+        "{% set x = s.join('123') %}",
+        "{% set x = ''.join([s, s]) %}",
+        "{% set x = [1, 2, 3] | join(s) %}",
+        "{% set x = [s, s] | join %}",
+    ],
+)
+def test_what_a_template_builds_is_limited(monkeypatch: pytest.MonkeyPatch, text: str):
+    rendering.render(text, {"s": "x" * 300})
+    monkeypatch.setattr(sandbox, "MAX_SIZE", 1000)
+    with pytest.raises(UserError, match="builds a value of more than 1,000"):
+        rendering.render(text, {"s": "x" * 600})
+
+
+def test_values_that_a_template_may_build_are_as_in_python():
+    text = "{{ 'ab' * 3 }} {{ 2 * 'c' }} {{ '' * 5 }}{{ [1] * 2 }} {{ 7 % 4 }} {{ 2 ** 10 }} {{ 'a' ~ 1 ~ none ~ u }}"
+    assert rendering.render(text, {}).text == "ababab cc [1, 1] 3 1024 a1None"
 
 
 def test_long_honest_chats_are_within_the_bounds(assets: Path):
@@ -697,7 +678,7 @@ def test_long_honest_chats_are_within_the_bounds(assets: Path):
     for file in ("Qwen__Qwen3", "meta-llama__Llama-3.2-3B-Instruct"):
         text = json.loads((assets / TEMPLATES / f"tokenizer_configs/{file}.json").read_text())["chat_template"]
         for some in (chat, chat[:-1]):
-            written = sandbox.render(text, {"messages": rows(some), "bos_token": "<s>"}).text
+            written = rendering.render(text, {"messages": rows(some), "bos_token": "<s>"}).text
             assert written.count("Four:") == 400
 
 
@@ -711,7 +692,7 @@ def test_the_date_is_the_templates_or_the_clocks(bytewise: Tokenizer):
 
 def test_a_missing_eos_is_named(tmp_path: Path):
     tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path, config={"bos_token": "<s>"}))
-    with pytest.raises(UserError, match=r"'eos_token' is undefined\nname eos_token in tokenizer_config.json"):
+    with pytest.raises(UserError, match=r"'eos_token' is undefined\nName eos_token in tokenizer_config.json"):
         load_template("alpaca", tokenizer).render(TURNS, tokenizer)
 
 

@@ -10,9 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint.files import Segment, segment
-from camelid.checkpoint.layout import Index, Row, Source, Table, from_tensors, pieces, plan, table
-from camelid.checkpoint.tensors import Planned, Tensor, files_under
+from camelid.checkpoint.files import TensorPayload, raw_payload
+from camelid.checkpoint.layout import (
+    Index,
+    SliceReader,
+    Table,
+    TensorRule,
+    make_table,
+    plan_tensors,
+    slice_reader,
+    tensor_chunks,
+)
+from camelid.checkpoint.tensors import PlannedTensor, Tensor, files_holding
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -27,7 +36,7 @@ COMPANIONS = """
 
 
 @dataclass(frozen=True)
-class Training:
+class AdamState:
     """What AdamW goes on from, beside the parameters."""
 
     step: int
@@ -50,7 +59,7 @@ class Checkpoint:
     table: Table
     notes: tuple[str, ...] = ()
     """what was guessed, and what was left out"""
-    training: Training | None = None
+    training: AdamState | None = None
     """of a checkpoint that was made to go on training from"""
     assumed_layout: str | None = None
     """the order of numbers in some tensors, where no file tells it; other copies of them cannot show if it is right"""
@@ -79,23 +88,23 @@ class Checkpoint:
     @functools.cached_property
     def _layer_dtypes(self) -> dict[str, set[np.dtype]]:
         """By path: the dtypes of its layers."""
-        parts = self.table.parts
+        parts = self.table.entries
         return {path: {self.tensors[part.name(layer)].dtype for layer in part.layers()} for path, part in parts.items()}
 
     @property
     def files(self) -> list[Path]:
         """The files that hold its tensors, in order."""
-        return files_under(self.tensors.values())
+        return files_holding(self.tensors.values())
 
     @property
-    def places(self) -> list[Path]:
+    def source_paths(self) -> list[Path]:
         """What a destination must not replace: its folder, and the files that hold its tensors."""
         return [self.folder, *self.files]
 
     @property
-    def source(self) -> Source:
+    def source(self) -> SliceReader:
         """The values, read as they are asked for."""
-        return from_tensors(self.table, self.tensors)
+        return slice_reader(self.table, self.tensors)
 
     @property
     def companions(self) -> list[Path]:
@@ -130,38 +139,38 @@ def copy_companions(companions: Sequence[Path], folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class SavedTraining:
+class AdamExport:
     """Training, as it is to be written."""
 
     step: int
-    mu: Source
-    nu: Source
+    mu: SliceReader
+    nu: SliceReader
 
 
 @dataclass(frozen=True)
-class Saving:
+class ExportSpec:
     """A model that is to be written, in any format."""
 
     config: ModelConfig
     dtypes: Mapping[str, np.dtype]
     """of the tensors, by path of ours"""
-    source: Source
+    source: SliceReader
     companions: Sequence[Path] = ()
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     shards: int | None = None
     """files; None is as many as the format likes"""
-    training: SavedTraining | None = None
+    training: AdamExport | None = None
 
-    def segment(self, table: Table, tensor: Planned) -> Segment:
+    def payload(self, table: Table, tensor: PlannedTensor) -> TensorPayload:
         """One of the file's tensors, as its numbers are."""
-        return segment(tensor, lambda: pieces(table, tensor.name, tensor.dtype, self.source))
+        return raw_payload(tensor, lambda: tensor_chunks(table, tensor.name, tensor.dtype, self.source))
 
-    def segments(self, table: Table) -> list[Segment]:
+    def payloads(self, table: Table) -> list[TensorPayload]:
         """All of the file's tensors."""
-        return [self.segment(table, tensor) for tensor in plan(table, self.dtypes)]
+        return [self.payload(table, tensor) for tensor in plan_tensors(table, self.dtypes)]
 
-    def untied(self) -> "Saving":
+    def untied(self) -> "ExportSpec":
         """The same model with a head of its own, for systems that tie none: the table is written as the head too."""
         if not self.config.tie_embeddings:
             return self
@@ -173,17 +182,17 @@ class Saving:
         return replace(self, config=config, dtypes={**self.dtypes, "lm_head": self.dtypes["embed"]}, source=source)
 
 
-def table_for(what: str, rows: Sequence[Row], config: ModelConfig, sizes: Mapping[str, int]) -> Table:
+def table_for(what: str, rows: Sequence[TensorRule], config: ModelConfig, sizes: Mapping[str, int]) -> Table:
     """The table of a format for one model; raises UserError where the format has no place for a parameter."""
     specs = named(declare_decoder(config))
     if missing := sorted(specs.keys() - {row.path for row in rows}):
         raise UserError(
             f"{what} has no place for {', '.join(missing[:3])}", "Use the format hf, which holds every model."
         )
-    return table(rows, specs, {**config.axis_sizes, **sizes})
+    return make_table(rows, specs, {**config.axis_sizes, **sizes})
 
 
-def assumed(what: str, config: ModelConfig, *names: str) -> str:
+def assumption_note(what: str, config: ModelConfig, *names: str) -> str:
     """The note of a reader whose files do not say some fields of a model; `what` is their name."""
     values = ", ".join(f"{name} = {getattr(config, name)!r}" for name in names)
     return f"{what} does not say everything of a model, and these are assumed: {values}"
@@ -199,7 +208,7 @@ def refuse_wide_heads(what: str, config: ModelConfig) -> None:
         )
 
 
-def refuse_beyond(what: str, config: ModelConfig, can_say: Collection[str]) -> None:
+def refuse_unsupported(what: str, config: ModelConfig, can_say: Collection[str]) -> None:
     """Raises UserError where a model differs from a plain Llama in something that a format's own system cannot compute.
 
     `can_say` are the fields of ModelConfig that the format can hold beside sizes.

@@ -8,8 +8,8 @@ import numpy as np
 
 from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.containers import mindspore_file, torch_files
-from camelid.checkpoint.layout import Index, cuts
-from camelid.checkpoint.state import stored
+from camelid.checkpoint.layout import Index, chunk_indices
+from camelid.checkpoint.state import saved_state
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.params import Spec
@@ -38,7 +38,7 @@ def compare(
         raise UserError(f"only one of the two has {', '.join(alone[:3])}", "They are different models.")
     for path, (ours, theirs) in odd.items():
         raise UserError(f"{path} is {ours} in one and {theirs} in the other", "They are different models.")
-    parts, sources = a.table.parts, (a.source, b.source)
+    parts, sources = a.table.entries, (a.source, b.source)
     total, done = sum(part.spec.size for part in parts.values()), 0
     for path, part in parts.items():
         dtypes = a.dtypes[path], b.dtypes[path]
@@ -55,7 +55,7 @@ def compare(
 
 def shape_differences(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[tuple[int, ...] | None, ...]]:
     """The parameters that only one of two models has, or that are of two shapes: both, or None."""
-    shapes = [{path: part.spec.shape for path, part in each.table.parts.items()} for each in (a, b)]
+    shapes = [{path: part.spec.shape for path, part in each.table.entries.items()} for each in (a, b)]
     pairs = {path: tuple(each.get(path) for each in shapes) for path in shapes[0] | shapes[1]}
     return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -76,12 +76,12 @@ def _apart(x: np.ndarray, y: np.ndarray) -> float:
 def slices(spec: Spec) -> Iterator[tuple[int | None, Index]]:
     """All of a parameter, in slices of about PIECE bytes of float32: their layers and places."""
     for layer in range(spec.shape[0]) if spec.stacked else [None]:
-        for index in cuts(spec.shape[len(spec.stacked) :]):
+        for index in chunk_indices(spec.shape[len(spec.stacked) :]):
             yield layer, index
 
 
 @dataclass(frozen=True)
-class Survey:
+class ParameterSummary:
     """One parameter, read whole."""
 
     path: str
@@ -94,9 +94,11 @@ class Survey:
     """infinities and NaN"""
 
 
-def survey(checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Survey]:
+def summarize_parameters(
+    checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[ParameterSummary]:
     """Reads every parameter of a checkpoint, a slice at a time."""
-    parts = checkpoint.table.parts
+    parts = checkpoint.table.entries
     total, done = sum(part.spec.size for part in parts.values()), 0
     source, dtypes = checkpoint.source, checkpoint.dtypes
     for path, part in parts.items():
@@ -108,20 +110,20 @@ def survey(checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda
             largest = max(largest, float(values.max(initial=0.0, where=finite)))
             done += values.size
             progress(done, total)
-        yield Survey(path, dtypes[path].name, part.spec.size, largest, not_finite)
+        yield ParameterSummary(path, dtypes[path].name, part.spec.size, largest, not_finite)
 
 
-def check_own_sums(
+def verify_embedded_checksums(
     checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Path]:
     """The files of a checkpoint that hold checksums of themselves; raises UserError for one that is not as they say."""
     for step in (file for file in checkpoint.files if file.is_dir()):  # of a run
-        stored.check_step(step)
+        saved_state.check_step(step)
     files = [file for file in checkpoint.files if file.is_file()]
     total, done = sum(file.stat().st_size for file in files), 0
     having = [file for file in checkpoint.files if file.is_dir()]
     for file in files:
-        held = torch_files.checksums_hold(file)
+        held = torch_files.verify_checksums(file)
         held = mindspore_file.checksum_holds(file) if held is None else held
         if held is False:
             raise UserError(f"{file} is not what its checksums were made of", "Download or copy the file again.")

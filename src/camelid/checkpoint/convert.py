@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint.checkpoint import Checkpoint, SavedTraining, Saving
-from camelid.checkpoint.integrity import count_not_finite, described
-from camelid.checkpoint.layout import Index, Source, from_tensors
+from camelid.checkpoint.checkpoint import AdamExport, Checkpoint, ExportSpec
+from camelid.checkpoint.integrity import count_not_finite, describe_counts
+from camelid.checkpoint.layout import Index, SliceReader, slice_reader
 from camelid.checkpoint.registry import TRAIN_STATE, open_checkpoint, write_checkpoint
 from camelid.checkpoint.replacing import refuse_sources
 from camelid.checkpoint.tensors import dtype_named
@@ -45,12 +45,12 @@ def convert(
     """
     checkpoint = open_checkpoint(source, format, config, ignore)
     if overwrite:
-        refuse_sources(destination, checkpoint.places)
+        refuse_sources(destination, checkpoint.source_paths)
     dtypes = checkpoint.dtypes
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, dtype_named(dtype))
     not_finite: dict[tuple, int] = {}
-    saving = Saving(
+    export = ExportSpec(
         checkpoint.config,
         dtypes,
         _counting(checkpoint.source, not_finite),
@@ -62,7 +62,7 @@ def convert(
     )
     told = write_checkpoint(
         Path(destination),
-        saving,
+        export,
         to,
         overwrite=overwrite,
         resume=resume,
@@ -70,17 +70,17 @@ def convert(
         progress=progress,
     )
     notes = [*checkpoint.notes, *told]
-    if saving.training is not None and to != TRAIN_STATE:
+    if export.training is not None and to != TRAIN_STATE:
         notes.append(f"its step and the moments of its optimizer are left out; --to {TRAIN_STATE} keeps them")
     if not_finite:
         counts = Counter[str]()
         for (path, *_), count in not_finite.items():
             counts[path] += count
-        notes.append(f"infinite or NaN values are written as they are: {described(counts)}")
+        notes.append(f"infinite or NaN values are written as they are: {describe_counts(counts)}")
     return tuple(notes)
 
 
-def _counting(source: Source, found: dict[tuple, int]) -> Source:
+def _counting(source: SliceReader, found: dict[tuple, int]) -> SliceReader:
     """The same values; `found` gets how many of each slice are infinite or NaN."""
 
     def counted(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
@@ -92,14 +92,14 @@ def _counting(source: Source, found: dict[tuple, int]) -> Source:
     return counted
 
 
-def _training(checkpoint: Checkpoint) -> SavedTraining | None:
+def _training(checkpoint: Checkpoint) -> AdamExport | None:
     if (held := checkpoint.training) is None:
         return None
-    return SavedTraining(held.step, *(from_tensors(checkpoint.table, moments) for moments in (held.mu, held.nu)))
+    return AdamExport(held.step, *(slice_reader(checkpoint.table, moments) for moments in (held.mu, held.nu)))
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
     """Of the files that hold the tensors, and of how they are read: it changes when one of them does."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    rows = [(path, part.row, part.start) for path, part in checkpoint.table.parts.items()]
+    rows = [(path, part.rule, part.start) for path, part in checkpoint.table.entries.items()]
     return hashlib.sha256(repr((checkpoint.config, stats, rows)).encode(errors="surrogateescape")).hexdigest()

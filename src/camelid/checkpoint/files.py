@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from camelid.checkpoint.folder import json_text, read_json, write_json
 from camelid.checkpoint.replacing import MANIFEST
-from camelid.checkpoint.tensors import CHUNK, Planned
+from camelid.checkpoint.tensors import CHUNK, PlannedTensor
+from camelid.disk.json_files import hf_json, read_json, write_hf_json
 from camelid.errors import UserError
 
 WORKERS = 4  # tensors at once: while one waits for the disk, another is transposed
@@ -33,10 +33,10 @@ Chunks = Iterable[np.ndarray | bytes]
 
 
 @dataclass(frozen=True)
-class Segment:
+class TensorPayload:
     """A tensor's place in a file."""
 
-    tensor: Planned
+    tensor: PlannedTensor
     size: int
     """bytes in the file"""
     chunks: Callable[[], Chunks]
@@ -44,7 +44,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Later:
+class DeferredBytes:
     """Bytes that follow from those of the segments, such as their checksums."""
 
     size: int
@@ -53,12 +53,12 @@ class Later:
 
 
 @dataclass(frozen=True)
-class File:
+class PlannedFile:
     """What lies end to end in a file."""
 
     name: str
     """with the folders below that of the checkpoint"""
-    parts: Sequence[bytes | Segment | Later]
+    parts: Sequence[bytes | TensorPayload | DeferredBytes]
     mode: int = 0o666
     """permissions, of which the user's mask takes away"""
     notes: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class File:
     def size(self) -> int:
         return sum(map(_size, self.parts))
 
-    def places(self) -> Iterator[tuple[int, bytes | Segment | Later]]:
+    def places(self) -> Iterator[tuple[int, bytes | TensorPayload | DeferredBytes]]:
         """Each part, after the byte at which it begins."""
         offset = 0
         for part in self.parts:
@@ -76,22 +76,22 @@ class File:
             offset += _size(part)
 
     @property
-    def segments(self) -> Iterator[Segment]:
-        return (part for part in self.parts if isinstance(part, Segment))
+    def payloads(self) -> Iterator[TensorPayload]:
+        return (part for part in self.parts if isinstance(part, TensorPayload))
 
 
-def _size(part: bytes | Segment | Later) -> int:
+def _size(part: bytes | TensorPayload | DeferredBytes) -> int:
     return len(part) if isinstance(part, bytes) else part.size
 
 
-def segment(tensor: Planned, chunks: Callable[[], Chunks]) -> Segment:
+def raw_payload(tensor: PlannedTensor, chunks: Callable[[], Chunks]) -> TensorPayload:
     """A tensor whose numbers stand in the file as they are."""
-    return Segment(tensor, tensor.bytes, chunks)
+    return TensorPayload(tensor, tensor.bytes, chunks)
 
 
-def json_file(name: str, value: Any) -> File:
+def json_file(name: str, value: Any) -> PlannedFile:
     """JSON as Hugging Face writes it."""
-    return File(name, [json_text(value).encode()])
+    return PlannedFile(name, [hf_json(value).encode()])
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Sums:
 
 def write_files(
     folder: Path,
-    files: Sequence[File],
+    files: Sequence[PlannedFile],
     *,
     source: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -130,12 +130,12 @@ def write_files(
                 done += count
                 progress(min(done, total), total)
 
-        def put(file: File, offset: int, content: bytes) -> None:
+        def put(file: PlannedFile, offset: int, content: bytes) -> None:
             with _opened(folder / file.name) as descriptor:
                 _pwrite(descriptor, content, offset)
             advance(len(content))
 
-        def write(file: File, offset: int, part: Segment) -> None:
+        def write(file: PlannedFile, offset: int, part: TensorPayload) -> None:
             key = f"{file.name}/{part.tensor.name}"
             with _opened(folder / file.name) as descriptor:
                 if (sums := finished.get(key)) is not None and _sums_of(descriptor, offset, part.size) == sums:
@@ -151,20 +151,20 @@ def write_files(
         for file, offset, part in tasks:
             if isinstance(part, bytes):
                 put(file, offset, part)
-        segments = [(file, offset, part) for file, offset, part in tasks if isinstance(part, Segment)]
-        _in_threads(workers, write, segments, stop)
+        payloads = [(file, offset, part) for file, offset, part in tasks if isinstance(part, TensorPayload)]
+        _in_threads(workers, write, payloads, stop)
         for file, offset, part in tasks:
-            if isinstance(part, Later):
-                crcs = {held.tensor.name: finished[f"{file.name}/{held.tensor.name}"].crc32 for held in file.segments}
+            if isinstance(part, DeferredBytes):
+                crcs = {held.tensor.name: finished[f"{file.name}/{held.tensor.name}"].crc32 for held in file.payloads}
                 put(file, offset, part.content(crcs))
-        write_json(folder / MANIFEST, _manifest(files, finished))
+        write_hf_json(folder / MANIFEST, _manifest(files, finished))
         for file in files:
             with _opened(folder / file.name) as descriptor:
                 os.fsync(descriptor)
     (folder / JOURNAL).unlink()
 
 
-def _create(path: Path, file: File) -> None:
+def _create(path: Path, file: PlannedFile) -> None:
     """Makes a file of the right size; what stands in it stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _opened(path, file.mode) as descriptor:
@@ -196,7 +196,9 @@ def _in_threads(workers: int, write: Callable, tasks: Sequence[tuple], stop: thr
             raise
 
 
-def _write(descriptor: int, offset: int, part: Segment, advance: Callable[[int], None], stop: threading.Event) -> Sums:
+def _write(
+    descriptor: int, offset: int, part: TensorPayload, advance: Callable[[int], None], stop: threading.Event
+) -> Sums:
     sha, crc, written = hashlib.sha256(), 0, 0
     for chunk in part.chunks():
         if stop.is_set():
@@ -228,7 +230,7 @@ def _sums_of(descriptor: int, offset: int, size: int) -> Sums:
     return Sums(sha.hexdigest(), crc)
 
 
-def _plan(files: Sequence[File], source: str) -> str:
+def _plan(files: Sequence[PlannedFile], source: str) -> str:
     """A fingerprint of what is to be written, and from what."""
     digest = hashlib.sha256(source.encode())
     for file in files:
@@ -238,8 +240,8 @@ def _plan(files: Sequence[File], source: str) -> str:
     return digest.hexdigest()
 
 
-def _name(part: Segment | Later) -> str:
-    return f"{part.tensor}" if isinstance(part, Segment) else "later"
+def _name(part: TensorPayload | DeferredBytes) -> str:
+    return f"{part.tensor}" if isinstance(part, TensorPayload) else "later"
 
 
 def _read_journal(path: Path, plan: str) -> dict[str, Sums]:
@@ -264,7 +266,7 @@ def _read_journal(path: Path, plan: str) -> dict[str, Sums]:
     return {line["key"]: Sums(line["sha256"], line["crc32"]) for line in lines[1:]}
 
 
-def _manifest(files: Sequence[File], finished: Mapping[str, Sums]) -> dict[str, Any]:
+def _manifest(files: Sequence[PlannedFile], finished: Mapping[str, Sums]) -> dict[str, Any]:
     tensors = {
         file.name: {
             part.tensor.name: {
@@ -275,7 +277,7 @@ def _manifest(files: Sequence[File], finished: Mapping[str, Sums]) -> dict[str, 
                 "sha256": finished[f"{file.name}/{part.tensor.name}"].sha256,
             }
             for offset, part in file.places()
-            if isinstance(part, Segment)
+            if isinstance(part, TensorPayload)
         }
         for file in files
     }

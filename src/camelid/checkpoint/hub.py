@@ -17,7 +17,7 @@ FORMS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER, ADAPTER_FORMS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def find(path: str | Path, look: Callable[[Path], object] = lambda folder: None) -> Path:
+def find_checkpoint_folder(path: str | Path, look: Callable[[Path], object] = lambda folder: None) -> Path:
     """The folder of a checkpoint, or of an adapter; what is no path is a Hub name, `org/name` or `org/name@revision`.
 
     `look` sees a folder before its weights are downloaded, and raises UserError where they would be of no use.

@@ -14,7 +14,7 @@ SIGNED = {2: np.dtype(np.int16), 4: np.dtype(np.int32)}
 """by bytes: the integers that have a number's bits"""
 
 
-def survey(tree: Any) -> tuple[dict[str, int], dict[str, int]]:
+def checksum_arrays(tree: Any) -> tuple[dict[str, int], dict[str, int]]:
     """Checksums of the arrays of a tree by path, and how many infinite or NaN values those hold that have any.
 
     A checksum is the sum of the bits of all numbers, as unsigned integers, modulo 2**32. It does not depend on how an
@@ -56,7 +56,7 @@ def count_not_finite(values: np.ndarray) -> int:
     return int(np.count_nonzero(~np.isfinite(values)))
 
 
-def described(counts: Mapping[str, int], most: int = 3) -> str:
+def describe_counts(counts: Mapping[str, int], most: int = 3) -> str:
     """Where infinite or NaN values were found, for messages: `embed (2), lm_head (5) and 3 more`."""
     shown = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:most])
     return shown + (f" and {len(counts) - most} more" if len(counts) > most else "")

@@ -22,13 +22,13 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from camelid.checkpoint.tensors import CODES, Bands, Index, Planned, Tensor
+from camelid.checkpoint.tensors import CODES, ColumnCache, Index, PlannedTensor, Tensor
 from camelid.errors import UserError
 from camelid.model.params import Spec
 
 ALIGNMENT = 64  # bytes; XLA takes such a buffer on a CPU as it is, without a copy
 READERS = 4  # threads; enough to keep a disk busy while others cast
-PIECE = 8 * 2**20  # bytes of a tensor that are written at once
+CHUNK_BYTES = 8 * 2**20  # bytes of a tensor that are written at once
 BLOCK = (256, 64)  # numbers along the fast axes of a source and of its target; such a block stays in a core's cache
 
 Groups = tuple[tuple[str, ...], ...]
@@ -36,7 +36,7 @@ Groups = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRule:
     path: str
     """ours: layers.attn.q_proj"""
     name: str
@@ -50,10 +50,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterEntry:
     """One parameter, and where its layers lie in the tensors of a file."""
 
-    row: Row
+    rule: TensorRule
     spec: Spec
     theirs: Groups
     ours: Groups
@@ -70,30 +70,30 @@ class Part:
         return range(self.spec.shape[0]) if own else [None]
 
     def name(self, layer: int | None) -> str:
-        return self.row.name.format(layer=layer)
+        return self.rule.name.format(layer=layer)
 
     def held(self, word: str) -> int:
         """How many of a word the file's tensor has."""
-        return self.length if word == self.row.along else self.sizes[word]
+        return self.length if word == self.rule.along else self.sizes[word]
 
     def shape(self) -> tuple[int, ...]:
         """The shape of the file's tensor."""
         first, *rest = (math.prod(map(self.held, group)) for group in self.theirs)
-        return (first if self.row.along else self.length, *rest)
+        return (first if self.rule.along else self.length, *rest)
 
 
 @dataclass(frozen=True)
 class Table:
     """Every parameter of a model, and where it lies."""
 
-    parts: Mapping[str, Part]
+    entries: Mapping[str, ParameterEntry]
     """by path of ours"""
 
     @functools.cached_property
-    def tensors(self) -> dict[str, list[tuple[Part, int | None]]]:
+    def tensors(self) -> dict[str, list[tuple[ParameterEntry, int | None]]]:
         """By name in the file: the parameters' layers that lie in it, end to end."""
-        tensors: dict[str, list[tuple[Part, int | None]]] = {}
-        for part in self.parts.values():
+        tensors: dict[str, list[tuple[ParameterEntry, int | None]]] = {}
+        for part in self.entries.values():
             for layer in part.layers():
                 tensors.setdefault(part.name(layer), []).append((part, layer))
         return tensors
@@ -103,7 +103,7 @@ class Table:
         return self.tensors[name][0][0].shape()
 
 
-def table(rows: Sequence[Row], specs: Mapping[str, Spec], sizes: Mapping[str, int]) -> Table:
+def make_table(rows: Sequence[TensorRule], specs: Mapping[str, Spec], sizes: Mapping[str, int]) -> Table:
     """The table of the parameters that a model has; rows of others are left out.
 
     `sizes` are those of the words that are no axes of ours; of each bracket, one may be missing.
@@ -118,16 +118,16 @@ def table(rows: Sequence[Row], specs: Mapping[str, Spec], sizes: Mapping[str, in
             ends[row.name] = start + along
             parts[row.path] = replace(part, start=start)
     assert parts.keys() == specs.keys(), f"no row for {specs.keys() - parts.keys()}"
-    return Table({path: replace(part, length=ends[part.row.name]) for path, part in parts.items()})
+    return Table({path: replace(part, length=ends[part.rule.name]) for path, part in parts.items()})
 
 
-def groups_of(axes: str) -> Groups:
+def parse_axes(axes: str) -> Groups:
     """Axes as they are written in a row, apart."""
     return tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", axes))
 
 
-def _part(row: Row, spec: Spec, sizes: Mapping[str, int]) -> Part:
-    theirs, ours = groups_of(row.axes), groups_of(row.ours or " ".join(spec.outputs + spec.inputs))
+def _part(row: TensorRule, spec: Spec, sizes: Mapping[str, int]) -> ParameterEntry:
+    theirs, ours = parse_axes(row.axes), parse_axes(row.ours or " ".join(spec.outputs + spec.inputs))
     known = {**sizes, **dict(zip(spec.axes, spec.shape, strict=True))}
     for group, axis in zip(ours, spec.outputs + spec.inputs, strict=True):
         whole, missing = known[axis], [word for word in group if word not in known]
@@ -137,14 +137,14 @@ def _part(row: Row, spec: Spec, sizes: Mapping[str, int]) -> Part:
             known[missing[0]] = whole // rest
         assert math.prod(known[word] for word in group) == whole, f"{row}: {group} is not {axis}"
     assert {*sum(theirs, ())} - {"layers"} == {*sum(ours, ())}, f"{row} is not {spec}"
-    return Part(row, spec, theirs, ours, known)
+    return ParameterEntry(row, spec, theirs, ours, known)
 
 
 # Where a slice lies ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Window:
+class SliceMapping:
     """A slice of a file's tensor, and how a slice of ours stands in it."""
 
     index: Index
@@ -170,16 +170,16 @@ class Window:
         return held.reshape(self.words)[self.picks].transpose(self.order)
 
 
-def window(part: Part, index: Index, layer: int | None) -> Window:
+def map_slice(part: ParameterEntry, index: Index, layer: int | None) -> SliceMapping:
     """Where our slice `index` of a layer lies in its tensor; of words in one bracket, only the first may be cut."""
     cuts = {word: slice(0, part.sizes[word]) for word in sum(part.theirs, ())}
     for group, s in zip(part.ours, index, strict=True):
         width = math.prod(part.sizes[word] for word in group[1:])
-        assert s.start % width == s.stop % width == 0, f"{part.row.path}: {group} is cut at {s}"
+        assert s.start % width == s.stop % width == 0, f"{part.rule.path}: {group} is cut at {s}"
         cuts[group[0]] = slice(s.start // width, s.stop // width)
     if ("layers",) in part.theirs and layer is not None:
         cuts["layers"] = slice(layer, layer + 1)
-    if along := part.row.along:
+    if along := part.rule.along:
         cuts[along] = slice(cuts[along].start + part.start, cuts[along].stop + part.start)
     file_index, words, picks = [], [], []
     for axis, (outer, *inner) in enumerate(part.theirs):
@@ -190,7 +190,7 @@ def window(part: Part, index: Index, layer: int | None) -> Window:
         picks += [slice(0, cut.stop - cut.start), *(cuts[word] for word in inner)]
     theirs, ours = sum(part.theirs, ()), sum(part.ours, ())
     order = [theirs.index(word) for word in (("layers",) if "layers" in theirs else ()) + ours]
-    return Window(tuple(file_index), tuple(words), tuple(picks), tuple(order))
+    return SliceMapping(tuple(file_index), tuple(words), tuple(picks), tuple(order))
 
 
 def move(source: np.ndarray, target: np.ndarray) -> None:
@@ -216,26 +216,26 @@ def _fastest(x: np.ndarray) -> int:
 # Reading --------------------------------------------------------------------------------
 
 
-def check(table: Table, tensors: Mapping[str, Tensor], known: str, described_by: str = "config.json") -> None:
+def check_tensors(table: Table, tensors: Mapping[str, Tensor], known: str, described_by: str = "config.json") -> None:
     """Raises UserError for missing tensors, wrong shapes, and tensors that no row reads and `known` does not match.
 
     `described_by` is what said of which model the table is, for messages.
     """
     # Before all names are made: of a damaged number of layers there are too many.
-    if any(len(part.layers()) > len(tensors) for part in table.parts.values()):
+    if any(len(part.layers()) > len(tensors) for part in table.entries.values()):
         raise UserError(
-            f"the checkpoint holds {len(tensors)} tensors, too few for its layers: {some([*tensors])}",
+            f"the checkpoint holds {len(tensors)} tensors, too few for its layers: {summarize([*tensors])}",
             f"The files are incomplete, or {described_by} describes another model.",
         )
     extra = [name for name in tensors if name not in table.tensors and not re.fullmatch(known, name)]
     if missing := [name for name in table.tensors if name not in tensors]:
         raise UserError(
-            f"the checkpoint lacks {some(missing)}" + (f"; instead it holds {some(extra)}" if extra else ""),
+            f"the checkpoint lacks {summarize(missing)}" + (f"; instead it holds {summarize(extra)}" if extra else ""),
             f"The files are incomplete, or {described_by} describes another model.",
         )
     if extra:
         raise UserError(
-            f"the checkpoint holds tensors that this model has no place for: {some(extra)}",
+            f"the checkpoint holds tensors that this model has no place for: {summarize(extra)}",
             f"They are of another model than {described_by} describes, or are parts that camelid does not know.",
         )
     for name in table.tensors:
@@ -251,7 +251,7 @@ def check(table: Table, tensors: Mapping[str, Tensor], known: str, described_by:
             )
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
+def summarize(names: Sequence[str], most: int = 3) -> str:
     """Some names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -261,11 +261,11 @@ def load(
 ) -> dict[str, jax.Array]:
     """Parameters by path, of the dtypes and on the devices of `targets`; each device's slice is read for it."""
     with ThreadPoolExecutor(READERS) as pool:
-        return {path: _load(part, tensors, targets[path], pool) for path, part in table.parts.items()}
+        return {path: _load(part, tensors, targets[path], pool) for path, part in table.entries.items()}
 
 
 def _load(
-    part: Part, tensors: Mapping[str, Tensor], target: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
+    part: ParameterEntry, tensors: Mapping[str, Tensor], target: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
 ) -> jax.Array:
     slices: dict[tuple, np.ndarray] = {}
     shape = part.spec.shape
@@ -295,21 +295,23 @@ def _read(part, tensors, index, dtype, pool) -> np.ndarray:
 
     def one_block(block: tuple) -> None:
         layer, cut, values = block
-        read_slice(part, tensors[part.name(layer)], tuple(cut), layer, values)
+        read_parameter_slice(part, tensors[part.name(layer)], tuple(cut), layer, values)
 
     list(pool.map(one_block, blocks))
     return out
 
 
-def read_slice(part: Part, tensor: Tensor, index: Index, layer: int | None, out: np.ndarray) -> None:
+def read_parameter_slice(
+    part: ParameterEntry, tensor: Tensor, index: Index, layer: int | None, out: np.ndarray
+) -> None:
     """Fills `out`, contiguous, with our slice `index` of one layer."""
     if (whole := _widened(part, index)) != index:
         held = np.empty([s.stop - s.start for s in whole], out.dtype)
-        read_slice(part, tensor, whole, layer, held)
+        read_parameter_slice(part, tensor, whole, layer, held)
         wanted = (slice(s.start - w.start, s.stop - w.start) for s, w in zip(index, whole, strict=True))
         out[...] = held[*wanted]
         return
-    at = window(part, index, layer)
+    at = map_slice(part, index, layer)
     if at.plain:
         return tensor.read_into(out.reshape(at.shape), at.index)
     held = np.empty(at.shape, out.dtype)
@@ -318,7 +320,7 @@ def read_slice(part: Part, tensor: Tensor, index: Index, layer: int | None, out:
     move(view, out.reshape(view.shape))
 
 
-def _widened(part: Part, index: Index) -> Index:
+def _widened(part: ParameterEntry, index: Index) -> Index:
     """The least slice around `index` that cuts only the first word of each bracket: query heads of whole groups."""
 
     def one(group: tuple[str, ...], s: slice) -> slice:
@@ -338,30 +340,32 @@ def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 # Writing --------------------------------------------------------------------------------
 
-Source = Callable[[str, int | None, Index, np.dtype], np.ndarray]
+SliceReader = Callable[[str, int | None, Index, np.dtype], np.ndarray]
 """from a path, a layer, a slice of it and a dtype to its values, which are not to be changed"""
 
 
-def plan(table: Table, dtypes: Mapping[str, np.dtype]) -> list[Planned]:
+def plan_tensors(table: Table, dtypes: Mapping[str, np.dtype]) -> list[PlannedTensor]:
     """The file's tensors in the order in which they are written; `dtypes` are those of our parameters, by path."""
-    return [Planned(name, table.shape(name), dtypes[parts[0][0].row.path]) for name, parts in table.tensors.items()]
+    return [
+        PlannedTensor(name, table.shape(name), dtypes[parts[0][0].rule.path]) for name, parts in table.tensors.items()
+    ]
 
 
-def pieces(table: Table, name: str, dtype: np.dtype, source: Source) -> Iterator[np.ndarray]:
+def tensor_chunks(table: Table, name: str, dtype: np.dtype, source: SliceReader) -> Iterator[np.ndarray]:
     """One of the file's tensors, in arrays of about PIECE bytes that lie end to end in it."""
     members = table.tensors[name]
-    for together in [members] if members[0][0].row.along else [[member] for member in members]:
+    for together in [members] if members[0][0].rule.along else [[member] for member in members]:
         part, layer = together[0]
         lead = part.theirs[0][0]
         width = math.prod(part.shape()) // part.shape()[0] * math.prod(map(part.held, part.theirs[0][1:]))
-        step = 1 if lead == "layers" else max(1, PIECE // (width * dtype.itemsize))
+        step = 1 if lead == "layers" else max(1, CHUNK_BYTES // (width * dtype.itemsize))
         for start in range(0, part.sizes[lead], step):
             cut = slice(start, min(start + step, part.sizes[lead]))
             held = None
             for part, own in together:
                 layer = start if lead == "layers" else own
-                index = our_index(part, {} if lead == "layers" else {lead: cut})
-                at, values = window(part, index, layer), source(part.row.path, layer, index, dtype)
+                index = parameter_index(part, {} if lead == "layers" else {lead: cut})
+                at, values = map_slice(part, index, layer), source(part.rule.path, layer, index, dtype)
                 if at.plain and values.flags.c_contiguous:
                     held = values.reshape(at.shape)
                     continue
@@ -372,14 +376,14 @@ def pieces(table: Table, name: str, dtype: np.dtype, source: Source) -> Iterator
             yield held
 
 
-def cuts(shape: Sequence[int]) -> Iterator[Index]:
+def chunk_indices(shape: Sequence[int]) -> Iterator[Index]:
     """Slices of an array that lie end to end, of about PIECE bytes in float32."""
-    step = max(1, PIECE // (4 * max(1, math.prod(shape[1:]))))
+    step = max(1, CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0])), *(slice(0, n) for n in shape[1:])
 
 
-def our_index(part: Part, cuts: Mapping[str, slice]) -> Index:
+def parameter_index(part: ParameterEntry, cuts: Mapping[str, slice]) -> Index:
     """The slice of ours that holds these slices of words, and all of every other."""
 
     def one(group: tuple[str, ...]) -> slice:
@@ -390,15 +394,15 @@ def our_index(part: Part, cuts: Mapping[str, slice]) -> Index:
     return tuple(map(one, part.ours))
 
 
-def from_tensors(table: Table, tensors: Mapping[str, Tensor]) -> Source:
+def slice_reader(table: Table, tensors: Mapping[str, Tensor]) -> SliceReader:
     """The values of an opened checkpoint, read as they are asked for."""
-    bands = Bands()
+    bands = ColumnCache()
 
     def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
-        part = table.parts[path]
+        part = table.entries[path]
         tensor = tensors[part.name(layer)]
         whole = _widened(part, index)
-        at = window(part, whole, layer)
+        at = map_slice(part, whole, layer)
         view = at.ours(bands.read(tensor, at.index, dtype))
         shape = [s.stop - s.start for s in whole]
         if all(len(group) == 1 for group in part.ours):

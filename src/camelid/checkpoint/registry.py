@@ -7,14 +7,15 @@ from functools import partial
 from pathlib import Path
 
 from camelid.checkpoint.adapters import peft
-from camelid.checkpoint.checkpoint import Checkpoint, Saving, copy_companions
-from camelid.checkpoint.files import JOURNAL, WORKERS, File, json_file, write_files
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, copy_companions
+from camelid.checkpoint.files import JOURNAL, WORKERS, PlannedFile, json_file, write_files
 from camelid.checkpoint.folder import complete_replacement, new_folder
 from camelid.checkpoint.formats import easylm, gguf, hf, llama2_jax, llama2c, megatron, meta, mindspore
 from camelid.checkpoint.formats import megatron_distributed as distributed
+from camelid.checkpoint.formats.config_source import read_config_json, read_model_config
 from camelid.checkpoint.formats.hf_config import config_from_hf, config_to_hf
-from camelid.checkpoint.hub import find
-from camelid.checkpoint.layout import some
+from camelid.checkpoint.hub import find_checkpoint_folder
+from camelid.checkpoint.layout import summarize
 from camelid.checkpoint.single_file import new_file
 from camelid.checkpoint.state import run_folder
 from camelid.errors import UserError
@@ -26,11 +27,11 @@ from camelid.model.config import ModelConfig
 class Format:
     what: str
     """for messages"""
-    looks: Callable[[Path], bool]
+    matches: Callable[[Path], bool]
     """whether a file or a folder looks like it, from names and first bytes"""
     open: Callable[[Path, ModelConfig | None], Checkpoint]
     """opens it; the config is what the user says of a model whose files do not"""
-    files: Callable[[Saving], list[File]] | None
+    plan_files: Callable[[ExportSpec], list[PlannedFile]] | None
     """the files that hold a model, beside config.json; None: the format is only read"""
     lossy: bool = False
     """whether numbers are rounded to fewer bits than their dtype has"""
@@ -54,101 +55,107 @@ TRAIN_STATE, GGUF = "easylm-trainstate", ".gguf"
 FORMATS: Mapping[str, Format] = {
     "hf": Format(
         "Hugging Face: config.json with safetensors or .bin",
-        hf.looks,
-        hf.open_folder,
-        hf.files,
+        hf.matches,
+        hf.open_checkpoint,
+        hf.plan_files,
         cuts=SHARDS,
         usual="config.json *.safetensors *.bin *.index.json tokenizer*",
     ),
     "meta": Format(
         "Meta: params.json with consolidated.00.pth",
-        meta.looks,
-        meta.open_folder,
-        meta.files,
+        meta.matches,
+        meta.open_checkpoint,
+        meta.plan_files,
         cuts=TENSOR,
         usual="params.json *.pth *.pt tokenizer.model",
     ),
     "easylm": Format(
         "EasyLM and LL3M: streaming_params, flax_params or streaming_train_state",
-        easylm.looks,
-        easylm.open_path,
-        easylm.files,
+        easylm.matches,
+        easylm.open_checkpoint,
+        easylm.plan_files,
         usual="*streaming_* flax_params* *.msgpack *.ckpt",
     ),
     "easylm-flax": Format(
-        "EasyLM: flax_params", _never, partial(easylm.open_path, prefix="flax_params"), easylm.flax_files
+        "EasyLM: flax_params", _never, partial(easylm.open_checkpoint, prefix="flax_params"), easylm.flax_files
     ),
     TRAIN_STATE: Format(
         "EasyLM: streaming_train_state",
         _never,
-        partial(easylm.open_path, prefix="trainstate"),
+        partial(easylm.open_checkpoint, prefix="trainstate"),
         easylm.train_state_files,
     ),
     "mindspore": Format(
         "MindSpore: .ckpt files or rank_x folders with MindFormers' names",
-        mindspore.looks,
-        mindspore.open_path,
-        mindspore.files,
+        mindspore.matches,
+        mindspore.open_checkpoint,
+        mindspore.plan_files,
         cuts=TENSOR + PIPELINE,
         usual="*.ckpt rank_* strategy",
     ),
     "mindspore-safetensors": Format(
         "MindSpore: safetensors with MindFormers' names",
         _never,
-        mindspore.open_path,
-        partial(mindspore.files, safetensors=True),
+        mindspore.open_checkpoint,
+        partial(mindspore.plan_files, safetensors=True),
         cuts=TENSOR + PIPELINE,
     ),
     "mindspore-interleaved": Format(
         "MindSpore, with MindFormers' rotary layout before August 2023",
         _never,
-        partial(mindspore.open_path, rope_layout="interleaved"),
-        partial(mindspore.files, rope_layout="interleaved"),
+        partial(mindspore.open_checkpoint, rope_layout="interleaved"),
+        partial(mindspore.plan_files, rope_layout="interleaved"),
         cuts=TENSOR + PIPELINE,
     ),
     "megatron": Format(
         "Megatron-LM: latest_checkpointed_iteration.txt with iter_*, of mp_rank_*/model_optim_rng.pt or of torch_dist",
-        megatron.looks,
-        megatron.open_path,
-        megatron.files,
+        megatron.matches,
+        megatron.open_checkpoint,
+        megatron.plan_files,
         cuts=TENSOR + PIPELINE,
         usual="latest_checkpointed_iteration.txt iter_* release mp_rank_* *.pt",
     ),
     "megatron-legacy": Format(
         "Megatron-LM, with the names before Megatron core",
         _never,
-        megatron.open_path,
-        partial(megatron.files, names="legacy"),
+        megatron.open_checkpoint,
+        partial(megatron.plan_files, names="legacy"),
         cuts=TENSOR + PIPELINE,
     ),
     "dcp": Format(
         "PyTorch's distributed checkpoints: .metadata with __0_0.distcp, of torchtitan or FSDP",
-        distributed.looks_like_others,
-        distributed.open_folder,
+        distributed.matches_other,
+        distributed.open_checkpoint,
         None,
         usual=".metadata *.distcp",
     ),
     "llama2-jax": Format(
-        "llama-2-jax: a .pickle", llama2_jax.looks, llama2_jax.open_file, llama2_jax.files, usual="*.pickle *.pkl"
+        "llama-2-jax: a .pickle",
+        llama2_jax.matches,
+        llama2_jax.open_checkpoint,
+        llama2_jax.plan_files,
+        usual="*.pickle *.pkl",
     ),
     **{
         f"llama2c{suffix}": Format(
             f"llama2.c: .bin of version {version}",
-            partial(llama2c.looks, version=version),
-            llama2c.open_file,
-            partial(llama2c.files, version=version),
+            partial(llama2c.matches, version=version),
+            llama2c.open_checkpoint,
+            partial(llama2c.plan_files, version=version),
             lossy=version == 2,
             usual="*.bin" if version == 0 else "",
         )
         for version, suffix in enumerate(("", "-v1", "-v2"))
     },
-    "gguf": Format("GGUF, llama.cpp's", gguf.looks, gguf.open_gguf, gguf.files, suffix=GGUF, usual="*.gguf *.ggml"),
+    "gguf": Format(
+        "GGUF, llama.cpp's", gguf.matches, gguf.open_checkpoint, gguf.plan_files, suffix=GGUF, usual="*.gguf *.ggml"
+    ),
     **{
         f"gguf-{kind}": Format(
             f"GGUF of {bits} bits",
             _never,
-            gguf.open_gguf,
-            partial(gguf.files, kind=kind),
+            gguf.open_checkpoint,
+            partial(gguf.plan_files, kind=kind),
             lossy=True,
             suffix=GGUF,
         )
@@ -156,28 +163,28 @@ FORMATS: Mapping[str, Format] = {
     },
     "run": Format(
         "camelid's own run: recipe.toml with checkpoints/",
-        run_folder.looks,
-        run_folder.open_path,
+        run_folder.matches,
+        run_folder.open_checkpoint,
         None,
         usual="recipe.toml checkpoints metrics.jsonl",
     ),
     "peft": Format(
         "PEFT: adapter_config.json with adapter_model.safetensors",
-        peft.looks,
-        peft.open_path,
+        peft.matches,
+        peft.open_checkpoint,
         None,
         usual="adapter_*",
     ),
 }
 # What may stand before `::` in a path: the formats, and other words for what their files may be.
 OPEN: Mapping[str, Callable[[Path, ModelConfig | None], Checkpoint]] = {
-    **{prefix: partial(easylm.open_path, prefix=prefix) for prefix in easylm.PREFIXES},
-    "mindspore-half": partial(mindspore.open_path, rope_layout="half"),
+    **{prefix: partial(easylm.open_checkpoint, prefix=prefix) for prefix in easylm.PREFIXES},
+    "mindspore-half": partial(mindspore.open_checkpoint, rope_layout="half"),
     **{name: format.open for name, format in FORMATS.items()},
 }
 
 
-IGNORING: Mapping[str, Callable[..., Checkpoint]] = {"hf": hf.open_folder, "peft": peft.open_path}
+IGNORING: Mapping[str, Callable[..., Checkpoint]] = {"hf": hf.open_checkpoint, "peft": peft.open_checkpoint}
 """formats that find and read config.json themselves, and leave fields of it out"""
 
 
@@ -196,7 +203,7 @@ def open_checkpoint(
     format = prefix or format
     place = named_path(path)
     if not place.exists():
-        place = find(path, partial(hf.understood, ignore=ignore))
+        place = find_checkpoint_folder(path, partial(read_model_config, ignore=ignore))
     complete_replacement(place if place.is_dir() else place.parent)
     format = format or detect(place)
     if format not in OPEN:
@@ -206,7 +213,7 @@ def open_checkpoint(
         if format in IGNORING:
             opener = partial(IGNORING[format], ignore=ignore)
         elif ((folder := place if place.is_dir() else place.parent) / "config.json").is_file():
-            said, notes = hf.read_config(folder, ignore)
+            said, notes = read_config_json(folder, ignore)
             config = config_from_hf(said)
     checkpoint = opener(place, config)
     return replace(checkpoint, notes=(*notes, *checkpoint.notes, *checkpoint.mixed))
@@ -220,7 +227,7 @@ def split_prefix(path: str | Path) -> tuple[str | None, str]:
 
 def detect(place: Path) -> str:
     """The name of the one format that a path looks like."""
-    found = [name for name, format in FORMATS.items() if format.looks(place)]
+    found = [name for name, format in FORMATS.items() if format.matches(place)]
     if found == ["hf", "mindspore"]:
         return "mindspore"  # safetensors too, with names of its own
     if len(found) > 1:
@@ -238,7 +245,7 @@ def _unknown(place: Path) -> UserError:
     for file in children:
         refuse_stand_in(file)
     for near in children if place.is_dir() else [place.parent]:
-        if near.is_dir() and any(format.looks(near) for format in FORMATS.values() if format.suffix != place.suffix):
+        if near.is_dir() and any(format.matches(near) for format in FORMATS.values() if format.suffix != place.suffix):
             return UserError(f"{place} is not a checkpoint itself", f"There is one in {near}: give that folder.")
 
     def resemblance(name: str) -> int:
@@ -246,7 +253,7 @@ def _unknown(place: Path) -> UserError:
         return sum(any(fnmatch.fnmatch(child.name, pattern) for child in children) for pattern in patterns)
 
     likely = sorted((name for name in FORMATS if FORMATS[name].usual), key=resemblance, reverse=True)[:3]
-    held = some([child.name for child in children], 5) or "nothing"
+    held = summarize([child.name for child in children], 5) or "nothing"
     return UserError(
         f"{place} looks like no checkpoint" + (f": it has no config.json, and holds {held}" if place.is_dir() else ""),
         f"The likeliest formats are {'; '.join(f'{name} ({FORMATS[name].what})' for name in likely)}. If it is of one "
@@ -255,24 +262,24 @@ def _unknown(place: Path) -> UserError:
     )
 
 
-def files_of(saving: Saving, format: str) -> list[File]:
+def plan_files(export: ExportSpec, format: str) -> list[PlannedFile]:
     """All files of a model in a format, nothing read; raises UserError where the format cannot hold it."""
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(FORMATS)}.")
-    files = FORMATS[format].files
+    files = FORMATS[format].plan_files
     if files is None:
         raise UserError(f"{format!r} is a format that is only read", "Choose another one.")
     for name, usual in {**dict.fromkeys(TENSOR + PIPELINE, 1), **dict.fromkeys(SHARDS)}.items():
-        given = getattr(saving, name)
+        given = getattr(export, name)
         if given != usual and (given < 1 or name not in FORMATS[format].cuts):
             which = ", ".join(other for other, kind in FORMATS.items() if name in kind.cuts)
             raise UserError(f"{name} = {given} is not for the format {format}", f"It may be 1 or more for {which}.")
-    return [*files(saving), json_file("config.json", config_to_hf(saving.config, saving.dtypes["embed"].name))]
+    return [*files(export), json_file("config.json", config_to_hf(export.config, export.dtypes["embed"].name))]
 
 
 def write_checkpoint(
     destination: Path,
-    saving: Saving,
+    export: ExportSpec,
     format: str = "hf",
     *,
     overwrite: bool = False,
@@ -288,9 +295,9 @@ def write_checkpoint(
     With `resume`, goes on where an earlier process was killed that wrote the same from the same `source`. Returns notes
     for users on what the format cannot hold.
     """
-    files, companions = files_of(saving, format), saving.companions
+    files, companions = plan_files(export, format), export.companions
     notes = tuple(note for file in files for note in file.notes)
-    if one_file := is_one_file(destination, format):
+    if one_file := is_single_file(destination, format):
         files, companions = [replace(files[0], name=destination.resolve().name)], ()
     need = sum(file.size for file in files) + sum(file.stat().st_size for file in companions)
     journal = JOURNAL if resume else ""
@@ -307,7 +314,7 @@ def write_checkpoint(
     return notes
 
 
-def is_one_file(destination: Path, format: str) -> bool:
+def is_single_file(destination: Path, format: str) -> bool:
     """Whether a destination is a file by the end of its name, and not a folder.
 
     Raises UserError where its name ends as files of another format do.

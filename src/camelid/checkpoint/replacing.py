@@ -11,7 +11,6 @@ in its place, which its inode number shows (a copy, a download or an extracted a
 every file that it names is inside the folder.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from camelid.disk.atomic import sync
+from camelid.disk.hashes import hash_file
+from camelid.disk.json_files import read_json_or_empty, write_hf_json
 from camelid.disk.locks import LOCK, unfinished
 from camelid.errors import UserError
 from camelid.inputs import expand_home
@@ -26,13 +28,13 @@ from camelid.inputs import expand_home
 MANIFEST = "camelid_manifest.json"
 OTHERS = "others"
 """in the manifest: of files without tensors, the SHA-256 of their contents"""
-RECORD = ".camelid_replacing.json"
+REPLACEMENT_FILE = ".camelid_replacing.json"
 CONFIG = "config.json"
 SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
-class Record:
+class Replacement:
     """What RECORD holds: the names of files."""
 
     add: list[str]
@@ -119,26 +121,31 @@ def owned_files(folder: Path) -> set[str] | None:
     a folder is a checkpoint if it has weights and a config.json that describes a model. Of several checkpoints in one
     folder, only the first of WEIGHTS is taken for the one that may be replaced.
     """
-    if (folder / RECORD).is_file():  # what a replacement that could not be completed was about
-        record = read_record(folder)
-        return {*record.remove, *record.add, RECORD}
-    manifest = _read(folder / MANIFEST)
+    if (folder / REPLACEMENT_FILE).is_file():  # what a replacement that could not be completed was about
+        record = read_replacement(folder)
+        return {*record.remove, *record.add, REPLACEMENT_FILE}
+    manifest = read_json_or_empty(folder / MANIFEST)
     found = [names for patterns in WEIGHTS if (names := _named(folder, patterns))]
     if not isinstance(tensors := manifest.get("files"), dict):
-        if "model_type" not in _read(folder / CONFIG) or not found:
+        if "model_type" not in read_json_or_empty(folder / CONFIG) or not found:
             return None if any(name != LOCK for name in os.listdir(folder)) else set()
         return {*found[0], *_named(folder, BESIDE_WEIGHTS)}
     if not isinstance(others := manifest.get(OTHERS), dict):
         weights = {name for names in found if not tensors.keys().isdisjoint(names) for name in names}
         return {*tensors, *weights, *_named(folder, BESIDE_WEIGHTS), MANIFEST}
-    unchanged = {name for name, sha256 in others.items() if _digest(folder / name) == sha256}
+    unchanged = {name for name, sha256 in others.items() if _hash(folder / name) == sha256}
     return {*tensors, *unchanged, MANIFEST}
 
 
 def _in_the_way(path: Path, content: Path | None) -> bool:
     if not os.path.lexists(path):
         return any(os.path.lexists(above) and not above.is_dir() for above in path.parents)
-    return content is None or _digest(content) != _digest(path)
+    return content is None or _hash(content) != _hash(path)
+
+
+def _hash(path: Path) -> str | None:
+    """SHA-256 of a file; None if it is not a file."""
+    return hash_file(path) if path.is_file() else None
 
 
 def _named(folder: Path, patterns: Iterable[str]) -> list[str]:
@@ -158,11 +165,10 @@ def _listed(names: Iterable[str]) -> str:
 
 def add_to_manifest(folder: Path, names: Iterable[str]) -> None:
     """Lists the files without tensors in the manifest of a folder."""
-    manifest = _read(folder / MANIFEST)
+    manifest = read_json_or_empty(folder / MANIFEST)
     tensors = manifest.setdefault("files", {})
-    others = {name: _digest(folder / name) for name in sorted(names) if name not in tensors and name != MANIFEST}
-    text = json.dumps({"version": 1} | manifest | {OTHERS: others}, indent=2, sort_keys=True)
-    (folder / MANIFEST).write_text(text + "\n", "utf-8")
+    others = {name: _hash(folder / name) for name in sorted(names) if name not in tensors and name != MANIFEST}
+    write_hf_json(folder / MANIFEST, {"version": 1} | manifest | {OTHERS: others})
 
 
 def files_in(folder: Path) -> list[str]:
@@ -184,12 +190,12 @@ def replace_files(new: Path, folder: Path) -> None:
     add_to_manifest(new, add)
     add = sorted({*add, MANIFEST})
     for name in add:
-        _sync(new / name)
-    inside = (name for name in own if name != RECORD and _is_inside(folder, name))
-    record = Record(add, sorted(name for name in inside if os.path.lexists(folder / name)))
-    _write_record(new / RECORD, record)
-    (new / RECORD).rename(folder / RECORD)
-    _sync(folder)
+        sync(new / name)
+    inside = (name for name in own if name != REPLACEMENT_FILE and _is_inside(folder, name))
+    record = Replacement(add, sorted(name for name in inside if os.path.lexists(folder / name)))
+    _write_record(new / REPLACEMENT_FILE, record)
+    (new / REPLACEMENT_FILE).rename(folder / REPLACEMENT_FILE)
+    sync(folder)
     _follow(record, new, folder)
 
 
@@ -198,14 +204,14 @@ def complete(new: Path, folder: Path) -> None:
 
     Raises UserError where the new files are gone, and, with nothing changed, where the record may not be followed.
     """
-    record = read_record(folder)
+    record = read_replacement(folder)
     for name in record.add:
         if not _is_inside(new, name):
             raise _untrusted(folder, f"names {name!r}, which is not in {new}")
     _follow(record, new, folder)
 
 
-def _follow(record: Record, new: Path, folder: Path) -> None:
+def _follow(record: Replacement, new: Path, folder: Path) -> None:
     add = sorted(record.add, key=lambda name: (name == CONFIG, name))
     waiting = [name for name in add if os.path.lexists(new / name)]
     if not add or any(name not in waiting and not os.path.lexists(folder / name) for name in add):
@@ -221,8 +227,8 @@ def _follow(record: Record, new: Path, folder: Path) -> None:
     for name in waiting:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (new / name).rename(folder / name)
-    _sync(folder)
-    (folder / RECORD).unlink()
+    sync(folder)
+    (folder / REPLACEMENT_FILE).unlink()
 
 
 def _remove_empty(below: Path, folder: Path) -> None:
@@ -246,20 +252,20 @@ def _is_inside(folder: Path, name: str) -> bool:
 # The record ------------------------------------------------------------------------------
 
 
-def _write_record(path: Path, record: Record) -> None:
+def _write_record(path: Path, record: Replacement) -> None:
     with path.open("w", encoding="utf-8") as file:
         about = {"inode": os.fstat(file.fileno()).st_ino, "add": record.add, "remove": record.remove}
         json.dump(about, file)
-    _sync(path)
+    sync(path)
 
 
-def read_record(folder: Path) -> Record:
+def read_replacement(folder: Path) -> Replacement:
     """The record in a folder; raises UserError if it was not written there, or names files outside the folder."""
-    path = folder / RECORD
-    about = _read(path)
+    path = folder / REPLACEMENT_FILE
+    about = read_json_or_empty(path)
     if path.is_symlink() or about.get("inode") != path.stat().st_ino:
         raise _untrusted(folder, "was not written in this folder: it was copied, or came with a download")
-    record = Record(list(_strings(about.get("add"))), list(_strings(about.get("remove"))))
+    record = Replacement(list(_strings(about.get("add"))), list(_strings(about.get("remove"))))
     for name in (*record.add, *record.remove):
         if not _is_inside(folder, name):
             raise _untrusted(folder, f"names {name!r}, which is not in the folder")
@@ -268,35 +274,10 @@ def read_record(folder: Path) -> Record:
 
 def _untrusted(folder: Path, why: str) -> UserError:
     return UserError(
-        f"{folder / RECORD}, by which the files of a checkpoint are replaced, {why}",
+        f"{folder / REPLACEMENT_FILE}, by which the files of a checkpoint are replaced, {why}",
         "Nothing was changed. Copy or download the checkpoint again; or move the new files, which are in "
-        f"{unfinished(folder)}, to their places yourself, and remove {RECORD}.",
+        f"{unfinished(folder)}, to their places yourself, and remove {REPLACEMENT_FILE}.",
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(path: Path) -> str | None:
-    """The SHA-256 of a file's contents; None if it is no file."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; an empty one if there is none in it."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """A checkpoint that is one file, which appears completely or not at all."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +8,8 @@ from pathlib import Path
 
 from camelid.checkpoint.containers.gguf_file import MAGIC
 from camelid.checkpoint.files import MANIFEST
-from camelid.checkpoint.folder import remove_locked, temporary_folder
+from camelid.disk.atomic import remove_locked, temporary_folder
+from camelid.disk.json_files import read_json_or_empty
 from camelid.errors import UserError
 from camelid.inputs import named_path
 
@@ -46,18 +46,12 @@ def _check_free(destination: Path, overwrite: bool) -> None:
         raise UserError(f"{destination} exists already", "Choose another destination, or allow --overwrite.")
     if destination.exists() and not _begins(destination, MAGIC):
         raise UserError(f"{destination} is not a GGUF file, and would be lost", "Choose another destination.")
-    if manifest_of(destination).exists() and not _is_manifest(manifest_of(destination)):
+    if manifest_of(destination).exists() and not isinstance(
+        read_json_or_empty(manifest_of(destination)).get("files"), dict
+    ):
         raise UserError(f"{manifest_of(destination)} is not camelid's, and would be lost", "Move it away.")
 
 
 def _begins(file: Path, magic: bytes) -> bool:
     with file.open("rb") as held:
         return held.read(len(magic)) == magic
-
-
-def _is_manifest(file: Path) -> bool:
-    try:
-        held = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(held, dict) and isinstance(held.get("files"), dict)

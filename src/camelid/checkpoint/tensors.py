@@ -13,7 +13,8 @@ import numpy as np
 from camelid.errors import UserError
 
 CHUNK = 2**20  # bytes in flight while a tensor is cast or copied; few enough to stay in a core's cache
-BAND = 256 * 2**20  # bytes of a tensor that is read across its rows are held at once
+COMPARED_BYTES = 128 * 2**20  # bytes of each of two tensors that are compared at once
+COLUMN_CACHE_BYTES = 256 * 2**20  # bytes of a tensor that is read across its rows are held at once
 
 DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -112,7 +113,7 @@ def _read_exactly(file, offset: int, out: np.ndarray) -> None:
 
 
 @dataclass(frozen=True)
-class Joined(Tensor):
+class ConcatenatedTensor(Tensor):
     """Tensors of several files that lie end to end along an axis, as shards of one."""
 
     parts: tuple[Tensor, ...]
@@ -139,7 +140,7 @@ class Joined(Tensor):
             start = stop
 
 
-def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+def concatenate(parts: Sequence[Tensor], axis: int) -> Tensor:
     """One tensor of shards; raises UserError where they do not fit together."""
     first, *rest = parts
     for part in rest:
@@ -153,11 +154,11 @@ def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
     if not rest:
         return first
     shape = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
-    return Joined(first.file, first.name, 0, shape, first.dtype, tuple(parts), axis)
+    return ConcatenatedTensor(first.file, first.name, 0, shape, first.dtype, tuple(parts), axis)
 
 
 @dataclass(frozen=True)
-class Band:
+class CachedColumns:
     """Columns of a tensor that one thread holds."""
 
     tensor: Tensor
@@ -173,7 +174,7 @@ class Band:
         return self.tensor is tensor and self.around == around and self.start <= want.start and want.stop <= stop
 
 
-class Bands:
+class ColumnCache:
     """Tensors that are read piece after piece across their rows: a thread holds a band of what it must read anyway."""
 
     def __init__(self) -> None:
@@ -187,13 +188,13 @@ class Bands:
             return tensor.read(index, dtype)
         axis, want = cut[-1], index[cut[-1]]
         before, after = index[:axis], index[axis + 1 :]
-        band: Band | None = getattr(self._held, "band", None)
+        band: CachedColumns | None = getattr(self._held, "band", None)
         if band is None or not band.holds(tensor, (before, after), want):
             self._held.band = band = None  # gone before the next one is read
             column = math.prod(s.stop - s.start for s in index) // (want.stop - want.start) * tensor.dtype.itemsize
-            stop = min(max(want.stop, want.start + BAND // column), tensor.shape[axis])
+            stop = min(max(want.stop, want.start + COLUMN_CACHE_BYTES // column), tensor.shape[axis])
             values = tensor.read((*before, slice(want.start, stop), *after), tensor.dtype)
-            self._held.band = band = Band(tensor, (before, after), want.start, values, axis)
+            self._held.band = band = CachedColumns(tensor, (before, after), want.start, values, axis)
         within = [slice(None)] * axis + [slice(want.start - band.start, want.stop - band.start)]
         values = band.values[*within]
         if values.dtype == dtype:
@@ -204,7 +205,7 @@ class Bands:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """A tensor that is still to be written."""
 
     name: str
@@ -216,24 +217,27 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same bit for bit; they are read as far as they are the same."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.shape:
+def same_values(one: Tensor, other: Tensor, *, transposed: bool = False) -> bool:
+    """Whether two tensors are equal bit for bit; with `transposed`, whether `one` is the transpose of `other`.
+
+    They are read in blocks of COMPARED_BYTES, up to the first difference. Scalars are never reported as equal.
+    """
+    shape = other.shape[::-1] if transposed else other.shape
+    if (one.shape, one.dtype) != (shape, other.dtype) or not one.shape:
         return False
-    length, *rest = one.shape
-    rows = max(1, 2**24 // max(1, math.prod(rest)))
+    length, *rest = other.shape
+    bits = np.dtype(f"u{one.dtype.itemsize}")
+    rows = max(1, COMPARED_BYTES // max(1, math.prod(rest) * bits.itemsize))
     for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        index = (slice(start, stop), *(slice(0, n) for n in rest))
-        a, b = (np.empty((stop - start, *rest), one.dtype) for _ in range(2))
-        one.read_into(a, index)
-        other.read_into(b, index)
-        if a.tobytes() != b.tobytes():
+        index = (slice(start, min(start + rows, length)), *(slice(0, n) for n in rest))
+        theirs = other.read(index, other.dtype).view(bits)
+        ours = one.read(index[::-1] if transposed else index, one.dtype).view(bits)
+        if not np.array_equal(ours.T if transposed else ours, theirs):
             return False
     return True
 
 
-def files_under(tensors: Iterable[Tensor]) -> list[Path]:
+def files_holding(tensors: Iterable[Tensor]) -> list[Path]:
     """All files that some tensors lie in, in order."""
     return sorted(frozenset().union(*(tensor.files for tensor in tensors)))
 

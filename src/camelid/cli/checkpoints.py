@@ -185,7 +185,7 @@ def _rope_layout(
         raise UserError(f"--rope-layout is for MindSpore's files, and {source} is {found.format}", "Leave it out.")
     if layout != "auto":
         return path, FORMAT_OF[layout]
-    if any(part.row.name == QKV for part in found.table.parts.values()):
+    if any(part.rule.name == QKV for part in found.table.entries.values()):
         note("the rotary layout is half: w_qkv has no other")
         return path, FORMAT_OF["half"]
     if reference is None:
@@ -212,7 +212,7 @@ def _rope_layout(
 
 def _check(source: str, format: str | None, config, ignore: tuple[str, ...]) -> None:
     """Reads everything, and says what is there."""
-    from camelid.checkpoint.compare import check_own_sums, survey
+    from camelid.checkpoint.compare import summarize_parameters, verify_embedded_checksums
     from camelid.checkpoint.files import MANIFEST, check_manifest
     from camelid.checkpoint.registry import open_checkpoint
     from camelid.checkpoint.single_file import manifest_of
@@ -220,12 +220,12 @@ def _check(source: str, format: str | None, config, ignore: tuple[str, ...]) -> 
 
     checkpoint = open_checkpoint(source, format, config, ignore)
     with progress_bar("read") as progress:
-        found = list(survey(checkpoint, progress))
+        found = list(summarize_parameters(checkpoint, progress))
     with progress_bar("checksums") as progress:
         own = manifest_of(checkpoint.files[0])
         sums = check_manifest(checkpoint.folder, progress, own.name if own.is_file() else MANIFEST)
     with progress_bar("files' own checksums") as progress:
-        having = check_own_sums(checkpoint, progress)
+        having = verify_embedded_checksums(checkpoint, progress)
     tell(checkpoint.notes)
     dtypes = ", ".join(sorted({each.dtype for each in found}))
     print(f"{checkpoint.format}: {sum(each.size for each in found):,} parameters in {dtypes}")

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from camelid.checkpoint.folder import in_units
 from camelid.cli.data_text import escaped, print_legend, print_row
+from camelid.disk.space import format_bytes
 
 WIDTH = 120  # of a line, if the output is not a terminal
 BAR = 50  # characters of the longest bar
@@ -72,14 +72,14 @@ def show_cache(summary: Mapping[str, Any]) -> None:
     entries = summary["removed" if removed else "entries"]
     size = sum(entry["bytes"] for entry in entries)
     console.print(
-        f"{summary['folder']}: {'removed ' if removed else ''}{len(entries):,}, {in_units(size)}", soft_wrap=True
+        f"{summary['folder']}: {'removed ' if removed else ''}{len(entries):,}, {format_bytes(size)}", soft_wrap=True
     )
     if entries:
         grid = _grid("name", ">size", "last used", "sources")
         for entry in entries:
             state = ", in use" if entry.get("in_use") else ""
             about = _shortened(", ".join(map(escaped, entry["sources"])), SOURCES) or entry["kind"]
-            grid.add_row(escaped(entry["name"][:NAME]), in_units(entry["bytes"]), entry["used"][:10] + state, about)
+            grid.add_row(escaped(entry["name"][:NAME]), format_bytes(entry["bytes"]), entry["used"][:10] + state, about)
         console.print(grid)
     if summary.get("kept"):
         names = ", ".join(escaped(entry["name"][:NAME]) for entry in summary["kept"])

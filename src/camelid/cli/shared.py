@@ -69,9 +69,9 @@ def model_config(text: str | None, ignore: tuple[str, ...] = ()):
     if path.is_dir() and text not in (*PRESETS, *ALIASES):
         path /= "config.json"
     if path.is_file():
-        from camelid.checkpoint.folder import read_json
         from camelid.checkpoint.formats.hf_config import config_from_hf
         from camelid.checkpoint.formats.hf_ignored_fields import without
+        from camelid.disk.json_files import read_json
 
         return config_from_hf(without(read_json(path), ignore))
     if path.suffix == ".json" or len(path.parts) > 1:

@@ -10,16 +10,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from camelid.model.weights import dot, weight_gradient
+from camelid.model.context import Context
+from camelid.model.weights import Weight, dot, einsum, weight_gradient
 
 LOGITS = 2**24  # logits held at once: 64 MiB in float32
 
 
 def project(
-    x: Float[Array, "B S E"], head: Float[Array, "V E"], bias: Float[Array, " V"] | None, softcap: float | None
+    x: Float[Array, "B S E"],
+    head: Weight,
+    bias: Float[Array, " V"] | None,
+    softcap: float | None,
+    context: Context = Context(),
 ) -> Float[Array, "B S V"]:
     """Logits in float32; with a softcap, cap tanh(logits / cap) (arXiv:2408.00118)."""
-    logits = dot("BSE,VE->BSV", x, head.astype(x.dtype))
+    logits = einsum("BSE,VE->BSV", x, head, context, jnp.float32)
     logits = logits if bias is None else logits + bias.astype(jnp.float32)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 

@@ -9,8 +9,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from camelid.checkpoint.checkpoint import Checkpoint, companions_in
-from camelid.checkpoint.folder import json_text
 from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.data.config import Source
@@ -18,6 +18,7 @@ from camelid.data.preparation.store import Store, is_store
 from camelid.data.readers.sources import source_files
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.stores import Split, mark_used
+from camelid.disk.json_files import hf_json
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -58,7 +59,7 @@ class Parts:
     @property
     def files(self) -> dict[str, bytes]:
         """By name: all of a checkpoint but its numbers."""
-        config = json_text(config_to_hf(self.config, self.trainer.compute.param_dtype)).encode()
+        config = hf_json(config_to_hf(self.config, self.trainer.compute.param_dtype)).encode()
         template = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template.encode()}
         inherited = {name: file.read_bytes() for name, file in self.companions.items()}
         return {**inherited, **template, "config.json": config}
@@ -138,7 +139,7 @@ def _model(recipe: Recipe, begun: bool) -> tuple[Checkpoint | None, ModelConfig,
         return None, recipe.model, ()
     folder = Path(recipe.run)
     if begun and (folder / "config.json").is_file():  # not of a run that an older camelid began
-        return None, hf.understood(folder), companions_in(folder)
+        return None, read_model_config(folder), companions_in(folder)
     source = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore)
     return source, source.config, source.other_companions
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from camelid.checkpoint.state.stored import steps_in
+from camelid.checkpoint.state.saved_state import steps_in
 from camelid.disk.atomic import write_atomically
 from camelid.disk.locks import LOCK, locked, no_empty_folders
 from camelid.errors import UserError

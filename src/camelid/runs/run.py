@@ -16,10 +16,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from camelid.api import Model, load_params
-from camelid.checkpoint.checkpoint import Checkpoint, Training
-from camelid.checkpoint.folder import check_free
-from camelid.checkpoint.integrity import described, survey
-from camelid.checkpoint.state import stored
+from camelid.checkpoint.checkpoint import AdamState, Checkpoint
+from camelid.checkpoint.folder import check_destination
+from camelid.checkpoint.integrity import checksum_arrays, describe_counts
+from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.checkpoint.tensors import Tensor
 from camelid.data.rows.batch import Batch
@@ -73,7 +73,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         parts = prepare(recipe, mesh, begun=kept is not None)
-        check_free(folder / MODEL, True, {"config.json": None, **parts.companions})
+        check_destination(folder / MODEL, True, {"config.json": None, **parts.companions})
         with (
             claimed(folder, recipe, parts.data),
             contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
@@ -104,7 +104,7 @@ def _step_to_resume(folder: Path, recipe: Recipe, begun: bool, from_step: int | 
 
     Raises UserError where it has checkpoints now and had none before, or the other way round: `begun` says.
     """
-    steps = stored.steps_in(folder / STEPS)
+    steps = saved_state.steps_in(folder / STEPS)
     if bool(steps) != begun:
         changed = "are gone" if begun else "were made"
         raise UserError(
@@ -127,7 +127,7 @@ def _step_to_resume(folder: Path, recipe: Recipe, begun: bool, from_step: int | 
 def _set_later_aside(folder: Path, step: int) -> Path | None:
     """Moves the checkpoints of later steps to a new folder, and returns that; every process calls this."""
     steps = folder / STEPS
-    later = [other for other in stored.steps_in(steps) if other > step] if is_main() else []
+    later = [other for other in saved_state.steps_in(steps) if other > step] if is_main() else []
     aside = new_aside(folder) if later else None
     for other in reversed(later):
         assert aside is not None
@@ -237,9 +237,9 @@ def _state(recipe: Recipe, parts: Parts, checkpoints: RunCheckpoints, resumed: i
         return checkpoints.restore(resumed, target)
     if parts.source is not None:
         state = from_checkpoint(parts.source, parts.source.training if recipe.init_optimizer else None, trainer, mesh)
-        if not_finite := survey(state)[1]:
+        if not_finite := checksum_arrays(state)[1]:
             raise UserError(
-                f"init = {recipe.init!r} has infinite or NaN values in {described(not_finite)}",
+                f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(not_finite)}",
                 "Every loss would be NaN: take another checkpoint.",
             )
         return state
@@ -252,7 +252,7 @@ def _state(recipe: Recipe, parts: Parts, checkpoints: RunCheckpoints, resumed: i
     return jax.jit(fresh, out_shardings=shardings)(jax.random.key(recipe.train.seed))
 
 
-def from_checkpoint(source: Checkpoint, training: Training | None, trainer: Trainer, mesh: Mesh) -> TrainState:
+def from_checkpoint(source: Checkpoint, training: AdamState | None, trainer: Trainer, mesh: Mesh) -> TrainState:
     """The state that goes on from a checkpoint: with `training` its step and moments, without, none made.
 
     Each device's part is read for that device; moments become float32.
@@ -267,7 +267,7 @@ def from_checkpoint(source: Checkpoint, training: Training | None, trainer: Trai
     step, mu, nu = training.step, training.mu, training.nu
 
     def moments(tensors: Mapping[str, Tensor], like: Any) -> Any:
-        arrays = stored.load(source.table, tensors, named(like))
+        arrays = saved_state.load(source.table, tensors, named(like))
         return build(specs, [arrays[path] for path in named(specs)])
 
     def taken(part: Any) -> Any:

@@ -7,7 +7,6 @@ strings in them are specials, and tells which characters each token stands for.
 
 import functools
 import itertools
-import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,6 @@ import numpy as np
 
 from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
-from camelid.text.words import Words, has_words
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,9 +59,6 @@ class TokenizersEngine:
         return type(self), (self._file, self.serialized)
 
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
-        # On one core, words that were seen before are found faster than they are merged again.
-        if not specials and os.environ.get("TOKENIZERS_PARALLELISM") == "false" and self._words is not None:
-            return self._words.encode(texts)
         engine = self._parsing if specials else self._plain
         return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -105,10 +100,6 @@ class TokenizersEngine:
     def _parsing(self):
         # Parsing specials is a switch of the whole object: a second one keeps threads apart.
         return self._load(specials=True, framed=False)
-
-    @functools.cached_property
-    def _words(self) -> Words | None:
-        return Words(self._load(specials=False)) if has_words(self._plain) else None
 
     def _has_stray_special(self, parts: Sequence[Part]) -> bool:
         """Whether the text as a whole holds other special strings than the parts that may hold them."""

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from camelid.errors import UserError
-from camelid.text import sandbox
+from camelid.text import rendering
 from camelid.text.backends import Part, Placed
 from camelid.text.messages import Message
 from camelid.text.messages import read_chat as read_chat  # users import it from here
@@ -138,11 +138,11 @@ class _Writer:
         texts = [self.tokenizer.decode([token], skip_specials=False) for token in known]
         return re.compile(rf"\s*(?:{'|'.join(map(re.escape, filter(None, texts))) or '(?!)'})")
 
-    def write(self, messages: Sequence[Message], prompt: bool) -> sandbox.Rendered:
+    def write(self, messages: Sequence[Message], prompt: bool) -> rendering.Rendered:
         rows = [{"role": message.role, "content": message.content} for message in messages]
         rest = {"tools": None, "documents": None, "add_generation_prompt": prompt}
         values = {**self.tokenizer.named_specials, "messages": rows, **rest}
-        return sandbox.render(self.template.text, values, self.template.now)
+        return rendering.render(self.template.text, values, self.template.now)
 
 
 @functools.lru_cache(maxsize=64)

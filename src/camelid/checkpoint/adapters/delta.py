@@ -23,22 +23,24 @@ from camelid.checkpoint.adapters.peft import (
     Pair,
     Place,
     adapter_files,
-    looks,
+    matches,
     on_base,
     open_adapter,
     plain_table,
 )
-from camelid.checkpoint.checkpoint import Checkpoint, Saving, companions_in, copy_companions
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, companions_in, copy_companions
 from camelid.checkpoint.compare import config_differences
 from camelid.checkpoint.containers.safetensors import open_safetensors, safetensors_file
-from camelid.checkpoint.files import File, Segment, json_file, segment, write_files
-from camelid.checkpoint.folder import new_folder, read_json, write_json
+from camelid.checkpoint.files import PlannedFile, TensorPayload, json_file, raw_payload, write_files
+from camelid.checkpoint.folder import new_folder
 from camelid.checkpoint.formats import hf
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.formats.hf_config import config_to_hf
-from camelid.checkpoint.layout import Index, Source, cuts
-from camelid.checkpoint.registry import files_of, open_checkpoint, write_checkpoint
+from camelid.checkpoint.layout import Index, SliceReader, chunk_indices
+from camelid.checkpoint.registry import open_checkpoint, plan_files, write_checkpoint
 from camelid.checkpoint.replacing import refuse_sources
-from camelid.checkpoint.tensors import Planned, Tensor, dtype_named, rounded
+from camelid.checkpoint.tensors import PlannedTensor, Tensor, dtype_named, rounded
+from camelid.disk.json_files import read_json, write_hf_json
 from camelid.errors import UserError
 from camelid.inputs import expand_home
 from camelid.model.config import ModelConfig
@@ -89,7 +91,7 @@ def make(
         )
     one, other = (open_checkpoint(path, config=config, ignore=ignore) for path in (base, tuned))
     if overwrite:
-        refuse_sources(destination, (*one.places, *other.places))
+        refuse_sources(destination, (*one.source_paths, *other.source_paths))
     if kind == "exact":
         return _make_exact(one, other, Path(destination), overwrite, progress)
     _check_same(one, other)
@@ -125,22 +127,24 @@ def apply(
     """
     one, folder = open_checkpoint(base, config=config, ignore=ignore), Path(expand_home(delta))
     if overwrite:
-        refuse_sources(destination, (*one.places, folder))
+        refuse_sources(destination, (*one.source_paths, folder))
     notes = one.notes
     if summed or _kind(folder) == "sum":
         other = open_checkpoint(delta, config=config if summed else None, ignore=ignore)
         if overwrite:
-            refuse_sources(destination, other.places)  # `delta` may have a prefix, or be a name on the Hub
+            refuse_sources(destination, other.source_paths)  # `delta` may have a prefix, or be a name on the Hub
         _check_same(one, other)
-        saving = Saving(other.config, other.dtypes, _combined(one, other, np.add), other.companions or one.companions)
+        export = ExportSpec(
+            other.config, other.dtypes, _combined(one, other, np.add), other.companions or one.companions
+        )
     elif _kind(folder) == "lora":
         other = on_base(open_adapter(folder, one.config), one, folder)
-        saving, notes = Saving(other.config, other.dtypes, other.source, other.companions), other.notes
+        export, notes = ExportSpec(other.config, other.dtypes, other.source, other.companions), other.notes
     else:
         exact = _open_exact(folder, one)
         progress = partial(_after, exact.check(progress), progress)
-        saving = Saving(exact.config, exact.dtypes, exact.source, companions_in(folder) or one.companions)
-    return (*notes, *write_checkpoint(Path(destination), saving, to, overwrite=overwrite, progress=progress))
+        export = ExportSpec(exact.config, exact.dtypes, exact.source, companions_in(folder) or one.companions)
+    return (*notes, *write_checkpoint(Path(destination), export, to, overwrite=overwrite, progress=progress))
 
 
 def _after(before: int, progress: Progress, done: int, total: int) -> None:
@@ -150,7 +154,7 @@ def _after(before: int, progress: Progress, done: int, total: int) -> None:
 
 def _kind(folder: Path) -> str:
     """exact, sum or lora, of a folder."""
-    if looks(folder):
+    if matches(folder):
         return "lora"
     if not (folder / NAME).is_file():
         raise UserError(
@@ -174,7 +178,7 @@ def _name_of(base: str | Path) -> str:
 
 def _write(
     destination: Path,
-    files: list[File],
+    files: list[PlannedFile],
     tuned: Checkpoint,
     overwrite: bool,
     progress: Progress,
@@ -199,30 +203,30 @@ def _bits(dtype: np.dtype) -> np.dtype:
 def _make_exact(base: Checkpoint, tuned: Checkpoint, destination: Path, overwrite: bool, progress: Progress) -> Made:
     rows, before, sources = plain_table(tuned.config), plain_table(base.config), (base.source, tuned.source)
     entries: dict[str, dict[str, Any]] = {}
-    segments = []
+    payloads = []
     for name, [(part, layer)] in rows.tensors.items():
         shared = name in before.tensors and before.shape(name) == rows.shape(name)
-        dtype = tuned.dtypes[part.row.path]
-        dtypes = [base.dtypes[part.row.path].name if shared else None, dtype.name]
+        dtype = tuned.dtypes[part.rule.path]
+        dtypes = [base.dtypes[part.rule.path].name if shared else None, dtype.name]
         entries[name] = entry = {"dtypes": dtypes, "base": None, "tuned": None}
-        place, planned = (part.row.path, layer), Planned(name, rows.shape(name), _bits(dtype))
-        segments.append(_difference(planned, place, dtype, sources if shared else sources[1:], entry))
+        place, planned = (part.rule.path, layer), PlannedTensor(name, rows.shape(name), _bits(dtype))
+        payloads.append(_difference(planned, place, dtype, sources if shared else sources[1:], entry))
     config = json_file("config.json", config_to_hf(tuned.config, tuned.dtypes["embed"].name))
     about = {"kind": "exact", "version": VERSION, "tensors": entries}  # whose checksums come with the writing
-    files = [safetensors_file(TENSORS, segments), config]
-    _write(destination, files, tuned, overwrite, progress, lambda folder: write_json(folder / NAME, about))
+    files = [safetensors_file(TENSORS, payloads), config]
+    _write(destination, files, tuned, overwrite, progress, lambda folder: write_hf_json(folder / NAME, about))
     whole = [name for name, entry in entries.items() if entry["base"] is None]
     return Made(notes=(f"held whole, as the base has no such tensor: {', '.join(whole)}",) if whole else ())
 
 
 def _difference(
-    tensor: Planned, place: Place, dtype: np.dtype, sources: tuple[Source, ...], entry: dict[str, Any]
-) -> Segment:
+    tensor: PlannedTensor, place: Place, dtype: np.dtype, sources: tuple[SliceReader, ...], entry: dict[str, Any]
+) -> TensorPayload:
     """The bits of the last source less those of the first; leaves checksums of both in `entry`."""
 
     def chunks() -> Iterator[np.ndarray]:
         sums = [hashlib.sha256() for _ in sources]
-        for index in cuts(tensor.shape):
+        for index in chunk_indices(tensor.shape):
             values = [np.ascontiguousarray(source(*place, index, dtype)).view(tensor.dtype) for source in sources]
             for digest, value in zip(sums, values, strict=True):
                 digest.update(value.reshape(-1).data)
@@ -230,7 +234,7 @@ def _difference(
         entry["tuned"] = sums[-1].hexdigest()
         entry["base"] = sums[0].hexdigest() if len(sums) == 2 else None
 
-    return segment(tensor, chunks)
+    return raw_payload(tensor, chunks)
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,7 @@ class Exact:
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
-        parts = plain_table(self.config).parts
+        parts = plain_table(self.config).entries
         return {path: self._dtype(part.name(part.layers()[0])) for path, part in parts.items()}
 
     def _dtype(self, name: str) -> np.dtype:
@@ -258,7 +262,7 @@ class Exact:
         name = path if layer is None else f"{path}.{layer}"
         return rounded(name, self._values(name, (path, layer), index, self.base.source)[-1], dtype)
 
-    def _values(self, name: str, place: Place, index: Index, source: Source) -> list[np.ndarray]:
+    def _values(self, name: str, place: Place, index: Index, source: SliceReader) -> list[np.ndarray]:
         """A slice of the base, where the delta needs it, and one of the tuned checkpoint."""
         dtype, bits = self._dtype(name), self.tensors[name].dtype
         stored = self.tensors[name].read(index, bits)
@@ -273,8 +277,8 @@ class Exact:
         total = 2 * sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
         for name, [(part, layer)] in plain_table(self.config).tensors.items():
             sums = {"base": hashlib.sha256(), "tuned": hashlib.sha256()}
-            for index in cuts(self.tensors[name].shape):
-                values = self._values(name, (part.row.path, layer), index, source)
+            for index in chunk_indices(self.tensors[name].shape):
+                values = self._values(name, (part.rule.path, layer), index, source)
                 for digest, value in zip(list(sums.values())[-len(values) :], values, strict=True):
                     digest.update(value.view(self.tensors[name].dtype).reshape(-1).data)
                 done += values[-1].nbytes
@@ -294,7 +298,7 @@ def _open_exact(folder: Path, base: Checkpoint) -> Exact:
     for name in (TENSORS, "config.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}", AGAIN)
-    config, entries = hf.understood(folder), read_json(folder / NAME).get("tensors")
+    config, entries = read_model_config(folder), read_json(folder / NAME).get("tensors")
     rows, before = plain_table(config), plain_table(base.config)
     tensors = open_safetensors(folder / TENSORS)
     if not isinstance(entries, dict) or not rows.tensors.keys() == entries.keys() == tensors.keys():
@@ -320,7 +324,7 @@ def _open_exact(folder: Path, base: Checkpoint) -> Exact:
 
 def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
     """Raises UserError where the two have not the same parameters, or not of one shape."""
-    ours, theirs = base.table.parts, tuned.table.parts
+    ours, theirs = base.table.entries, tuned.table.entries
     advice = "A delta of kind exact can say it."
     if odd := sorted(ours.keys() ^ theirs.keys()):
         raise UserError(f"only one of {base.folder} and {tuned.folder} has {odd[0]}", advice)
@@ -331,7 +335,7 @@ def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
             )
 
 
-def _combined(base: Checkpoint, other: Checkpoint, combine: np.ufunc) -> Source:
+def _combined(base: Checkpoint, other: Checkpoint, combine: np.ufunc) -> SliceReader:
     """combine(other, base) in float32, rounded once."""
     sources = other.source, base.source
 
@@ -342,8 +346,8 @@ def _combined(base: Checkpoint, other: Checkpoint, combine: np.ufunc) -> Source:
 
 
 def _make_sum(base: Checkpoint, tuned: Checkpoint, destination: Path, overwrite: bool, progress: Progress) -> Made:
-    saving = Saving(tuned.config, tuned.dtypes, _combined(base, tuned, np.subtract))
-    files = [*files_of(saving, "hf"), json_file(NAME, {"kind": "sum", "version": VERSION})]
+    export = ExportSpec(tuned.config, tuned.dtypes, _combined(base, tuned, np.subtract))
+    files = [*plan_files(export, "hf"), json_file(NAME, {"kind": "sum", "version": VERSION})]
     _write(destination, files, tuned, overwrite, progress)
     return Made(notes=("a sum gives back the tuned model up to rounding; exact gives back its bits",))
 
@@ -361,7 +365,7 @@ def _lora(base: Checkpoint, tuned: Checkpoint, rank: int, progress: Progress) ->
     tensors = plain_table(tuned.config).tensors
     total = left = 0.0
     for done, (name, [(part, layer)]) in enumerate(tensors.items(), start=1):
-        place, spec = (part.row.path, layer), part.spec
+        place, spec = (part.rule.path, layer), part.spec
         shape = spec.shape[len(spec.stacked) :]
         change = change_of(*place, tuple(slice(0, n) for n in shape), FLOAT32)
         size = _square(change)
@@ -393,7 +397,7 @@ def _alone(config: ModelConfig) -> dict[Place, list[Place]]:
     modules: dict[str, list[str]] = {}
     for name in rows.tensors:
         modules.setdefault(name.rpartition(".")[0], []).append(name)
-    places = {name: [(part.row.path, layer) for part, layer in members] for name, members in rows.tensors.items()}
+    places = {name: [(part.rule.path, layer) for part, layer in members] for name, members in rows.tensors.items()}
     alone = [names for names in modules.values() if all(len(rows.shape(name)) == 1 for name in names)]
     return {place: [p for name in names for p in places[name]] for names in alone for n in names for place in places[n]}
 

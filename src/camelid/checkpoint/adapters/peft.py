@@ -24,12 +24,22 @@ from camelid.checkpoint.adapters.peft_config import NAME, Settings, read_setting
 from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.containers.safetensors import open_safetensors, safetensors_file
 from camelid.checkpoint.containers.torch_files import open_torch
-from camelid.checkpoint.files import File, Segment, json_file, segment
-from camelid.checkpoint.folder import read_json
+from camelid.checkpoint.files import PlannedFile, TensorPayload, json_file, raw_payload
 from camelid.checkpoint.formats import hf
-from camelid.checkpoint.hub import find
-from camelid.checkpoint.layout import Index, Part, Row, Source, Table, from_tensors, pieces, table
-from camelid.checkpoint.tensors import CODES, Planned, Tensor, rounded
+from camelid.checkpoint.formats.config_source import read_model_config
+from camelid.checkpoint.hub import find_checkpoint_folder
+from camelid.checkpoint.layout import (
+    Index,
+    ParameterEntry,
+    SliceReader,
+    Table,
+    TensorRule,
+    make_table,
+    slice_reader,
+    tensor_chunks,
+)
+from camelid.checkpoint.tensors import CODES, PlannedTensor, Tensor, rounded, same_values
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 from camelid.inputs import expand_home
 from camelid.model.config import ModelConfig
@@ -97,7 +107,7 @@ class Adapter:
 class Computed(Tensor):
     """A layer of a parameter whose values are computed when they are asked for."""
 
-    source: Source
+    source: SliceReader
     place: Place
     lies_in: frozenset[Path] = frozenset()
 
@@ -132,12 +142,12 @@ class Adapted(Checkpoint):
     base: Checkpoint
 
     @property
-    def source(self) -> Source:
+    def source(self) -> SliceReader:
         """The values: sums are float32, and rounded once, to the dtype that is asked for."""
         return adapted(self.adapter, self.base)
 
 
-def adapted(adapter: Adapter, base: Checkpoint) -> Source:
+def adapted(adapter: Adapter, base: Checkpoint) -> SliceReader:
     """The values of a base of any format with an adapter of the same model; sums are float32, and rounded once."""
     specs, base_source = named(declare_decoder(adapter.config)), base.source
 
@@ -187,7 +197,7 @@ def on_base(adapter: Adapter, base: Checkpoint, folder: Path) -> Adapted:
     files = frozenset({path for path in folder.iterdir() if path.name in (NAME, *FILES)})
     files |= frozenset(base.files)
     for name, [(part, layer)] in rows.tensors.items():
-        place = part.row.path, layer
+        place = part.rule.path, layer
         saved = adapter.saved.get(place)
         path = "embed" if place[0] == "lm_head" and base.config.tie_embeddings else place[0]
         dtype = dtypes[path] if saved is None else saved.dtype
@@ -202,21 +212,21 @@ def plain_table(config: ModelConfig) -> Table:
     """A tensor for each layer of each parameter, under its own path and of our shape."""
     specs = named(declare_decoder(config))
     rows = [
-        Row(path, path + ".{layer}" * bool(spec.stacked), " ".join(spec.outputs + spec.inputs))
+        TensorRule(path, path + ".{layer}" * bool(spec.stacked), " ".join(spec.outputs + spec.inputs))
         for path, spec in specs.items()
     ]
-    return table(rows, specs, config.axis_sizes)
+    return make_table(rows, specs, config.axis_sizes)
 
 
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a folder has adapter_config.json."""
     return (path / NAME).is_file()
 
 
-def open_path(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Adapted:
+def open_checkpoint(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Adapted:
     """Opens an adapter with the base that it names: a folder seen from its own, or as find sees it, or a Hub name.
 
     The fields in `ignore` are as if the base's config.json did not have them.
@@ -224,9 +234,9 @@ def open_path(folder: Path, config: ModelConfig | None = None, ignore: Sequence[
     """
     if config is not None:
         raise UserError(f"{folder} is an adapter, whose model is its base's", "Leave the config out.")
-    if not looks(folder):
+    if not matches(folder):
         raise UserError(f"{folder} has no {NAME}", "Give the folder of a PEFT adapter.")
-    base = hf.open_folder(_base_of(folder, ignore), ignore=ignore)
+    base = hf.open_checkpoint(_base_of(folder, ignore), ignore=ignore)
     return on_base(open_adapter(folder, base.config), base, folder)
 
 
@@ -238,7 +248,7 @@ def _base_of(folder: Path, ignore: Sequence[str]) -> Path:
         return near
     try:
         name = f"{settings.base}@{settings.revision}" if settings.revision else settings.base
-        return find(name, partial(hf.understood, ignore=ignore))
+        return find_checkpoint_folder(name, partial(read_model_config, ignore=ignore))
     except UserError as error:
         raise UserError(
             f"the base of {folder} cannot be opened: {error.problem}",
@@ -277,17 +287,17 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
     for module, found in factors.items():
         pair = _read_pair(module, found, settings, rows)
         for part, layer in rows.tensors[f"{module}.weight"]:
-            pairs[part.row.path, layer] = replace(pair, b=pair.b[part.start : part.start + _height(part)])
-    source = from_tensors(rows, whole)
+            pairs[part.rule.path, layer] = replace(pair, b=pair.b[part.start : part.start + _height(part)])
+    source = slice_reader(rows, whole)
     saved = {
-        (part.row.path, layer): Computed(
+        (part.rule.path, layer): Computed(
             tensor.file,
             name,
             0,
             part.spec.shape[len(part.spec.stacked) :],
             tensor.dtype,
             source,
-            (part.row.path, layer),
+            (part.rule.path, layer),
         )
         for name, tensor in whole.items()
         for part, layer in rows.tensors[name]
@@ -300,7 +310,7 @@ def _names(config: ModelConfig) -> Table:
     return hf.table_of(replace(config, tie_embeddings=False))
 
 
-def _height(part: Part) -> int:
+def _height(part: ParameterEntry) -> int:
     """Rows of a parameter in its tensor."""
     return math.prod(part.sizes[word] for word in part.theirs[0])
 
@@ -318,7 +328,7 @@ def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         key = COPY.fullmatch(name)
         kept = tensors.get(f"{START}{key['module']}.{key['whole']}") if key else None
-        if key and kept is not None and (key["which"] == "original_module" or hf.same_values(tensor, kept)):
+        if key and kept is not None and (key["which"] == "original_module" or same_values(tensor, kept)):
             del left[name]
     return left
 
@@ -327,7 +337,7 @@ def _as_changed(
     config: ModelConfig, rows: Table, factors: Mapping[str, object], whole: Mapping[str, Tensor]
 ) -> ModelConfig:
     """The model with the adapter: it may have more tokens, and a head of its own."""
-    names = [rows.parts[path].row.name for path in HEAD]
+    names = [rows.entries[path].rule.name for path in HEAD]
     if any(name in whole or name.removesuffix(".weight") in factors for name in names):
         config = replace(config, tie_embeddings=False)
     sizes = {whole[name].shape[0] for name in names if name in whole and whole[name].shape}
@@ -363,7 +373,7 @@ def _check_targets(settings: Settings, rows: Table, factors: Mapping[str, object
 def _read_pair(module: str, found: Mapping[str, Tensor], settings: Settings, rows: Table) -> Pair:
     """The pair of a tensor of the base, checked."""
     name = f"{module}.weight"
-    flipped, rank = name == rows.parts["embed"].row.name, settings.rank_of(module)
+    flipped, rank = name == rows.entries["embed"].rule.name, settings.rank_of(module)
     outputs, inputs = rows.shape(name)
     arrays = []
     for key, shape in zip(FACTORS[flipped], ((rank, inputs), (outputs, rank)), strict=True):
@@ -386,32 +396,32 @@ def _read_pair(module: str, found: Mapping[str, Tensor], settings: Settings, row
 # Writing --------------------------------------------------------------------------------
 
 
-def adapter_files(adapter: Adapter) -> list[File]:
+def adapter_files(adapter: Adapter) -> list[PlannedFile]:
     """The files of an adapter, of which PEFT's PeftModel.from_pretrained reads every one; `base` may be None there."""
     rows = _names(adapter.config)
     assert adapter.pairs, "an adapter without a pair"
     arrays: dict[str, np.ndarray] = {}
     modules: dict[str, Pair] = {}
-    segments, whole = [], set()
+    payloads, whole = [], set()
     for name, members in rows.tensors.items():
         module = name.rpartition(".")[0]
-        pairs = [adapter.pairs.get((part.row.path, layer)) for part, layer in members]
-        saved = [adapter.saved.get((part.row.path, layer)) for part, layer in members]
+        pairs = [adapter.pairs.get((part.rule.path, layer)) for part, layer in members]
+        saved = [adapter.saved.get((part.rule.path, layer)) for part, layer in members]
         if any(pairs):
             pair = modules[module] = _joined(adapter, pairs, [_height(part) for part, _ in members])
-            flipped = members[0][0].row.path == "embed"
+            flipped = members[0][0].rule.path == "embed"
             for key, array in zip(FACTORS[flipped], (pair.a, pair.b), strict=True):
                 arrays[f"{START}{module}.{key}"] = np.ascontiguousarray(array.T if flipped else array)
         if saved[0] is not None:
             assert all(saved), f"{name} is saved in part"
             whole |= set() if any(pairs) else {module}
             key = f"{START}{module}.base_layer.weight" if any(pairs) else START + name
-            segments.append(_whole(Planned(key, rows.shape(name), saved[0].dtype), name, rows, adapter))
+            payloads.append(_whole(PlannedTensor(key, rows.shape(name), saved[0].dtype), name, rows, adapter))
     for name, array in arrays.items():
-        segments.append(segment(Planned(name, array.shape, array.dtype), lambda array=array: [array]))
+        payloads.append(raw_payload(PlannedTensor(name, array.shape, array.dtype), lambda array=array: [array]))
     order = {np.dtype(np.float32): 0, np.dtype(np.float16): 2}
     # In the order of the safetensors library, so that our bytes are PEFT's.
-    segments.sort(key=lambda s: (order.get(s.tensor.dtype, 1), s.tensor.name))
+    payloads.sort(key=lambda s: (order.get(s.tensor.dtype, 1), s.tensor.name))
     settings = written(
         {module: pair.rank for module, pair in modules.items()},
         {module: pair.alpha for module, pair in modules.items()},
@@ -421,14 +431,14 @@ def adapter_files(adapter: Adapter) -> list[File]:
         rslora=adapter.rslora,
         dropout=adapter.dropout,
     )
-    return [safetensors_file(next(iter(FILES)), segments), json_file(NAME, settings)]
+    return [safetensors_file(next(iter(FILES)), payloads), json_file(NAME, settings)]
 
 
-def _whole(tensor: Planned, name: str, rows: Table, adapter: Adapter) -> Segment:
+def _whole(tensor: PlannedTensor, name: str, rows: Table, adapter: Adapter) -> TensorPayload:
     def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
         return adapter.saved[path, layer].read(index, dtype)
 
-    return segment(tensor, lambda: pieces(rows, name, tensor.dtype, source))
+    return raw_payload(tensor, lambda: tensor_chunks(rows, name, tensor.dtype, source))
 
 
 def _joined(adapter: Adapter, pairs: Sequence[Pair | None], heights: Sequence[int]) -> Pair:

@@ -15,8 +15,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from camelid.checkpoint.containers.pickles import Key, Record, run, shown
-from camelid.checkpoint.containers.torch_files import CRC_BYTES, DISTRIBUTED, DTYPES, open_torch_within
+from camelid.checkpoint.containers.pickles import OpaqueKey, OpaqueObject, printable, run_pickle
+from camelid.checkpoint.containers.torch_files import CRC_BYTES, DISTRIBUTED, DTYPES, open_embedded_tensor
 from camelid.checkpoint.tensors import Index, Tensor
 from camelid.errors import UserError
 
@@ -35,7 +35,7 @@ Chunk = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Place:
+class ByteRange:
     """The bytes of one chunk."""
 
     file: Path
@@ -44,7 +44,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Item:
+class TensorMetadata:
     """A tensor as .metadata describes it."""
 
     shape: tuple[int, ...]
@@ -86,13 +86,13 @@ class Assembled(Tensor):
                 at[...] = held
 
 
-class Distributed:
+class DistributedCheckpoint:
     """An opened folder of a distributed checkpoint: which tensors it has, and where their chunks lie."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         metadata = _read_metadata(folder / METADATA)
-        self.items: Mapping[str, Item] = _items(folder, metadata)
+        self.items: Mapping[str, TensorMetadata] = _items(folder, metadata)
         self._places = _places(folder, metadata)
         files = {place.file for place in self._places.values() if place.file.is_file()}
         self._verify = sum(file.stat().st_size for file in files) <= CRC_BYTES
@@ -102,17 +102,19 @@ class Distributed:
         item = self.items[name]
         _check_covered(self.folder, name, item)
         if not isinstance(item.dtype, np.dtype):
-            raise UserError(f"{shown(name)} in {self.folder} has a dtype that parameters do not have", "Save it again.")
+            raise UserError(
+                f"{printable(name)} in {self.folder} has a dtype that parameters do not have", "Save it again."
+            )
         chunks = []
         for offsets, shape in item.chunks:
             place = self._places.get((name, offsets))
             if place is None:
-                raise UserError(f"{self.folder} lacks the chunk of {shown(name)} at {offsets}", AGAIN)
-            chunk = open_torch_within(place.file, place.start, place.count, self._verify)
+                raise UserError(f"{self.folder} lacks the chunk of {printable(name)} at {offsets}", AGAIN)
+            chunk = open_embedded_tensor(place.file, place.start, place.count, self._verify)
             if (chunk.shape, chunk.dtype) != (shape, item.dtype):
                 raise UserError(
-                    f"{place.file} holds {chunk.shape} {chunk.dtype} for the chunk of {shown(name)} at {offsets}, and "
-                    f"{METADATA} says {shape} {item.dtype}",
+                    f"{place.file} holds {chunk.shape} {chunk.dtype} for the chunk of {printable(name)} at {offsets}, "
+                    f"and {METADATA} says {shape} {item.dtype}",
                     AGAIN,
                 )
             chunks.append((offsets, replace(chunk, name=name)))
@@ -122,7 +124,7 @@ class Distributed:
         return Assembled(first.file, name, 0, item.shape, first.dtype, tuple(chunks))
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a folder is a distributed checkpoint."""
     return (path / METADATA).is_file()
 
@@ -132,25 +134,25 @@ def _read_metadata(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path} has {size:,} bytes, more than the description of any checkpoint", AGAIN)
 
     def with_attributes(thing: Any, state: Any) -> Any:
-        if isinstance(thing, Record):
+        if isinstance(thing, OpaqueObject):
             thing.state = state
         return thing
 
     allowed = {
         "torch Size": _size,
-        f"{MODULE}.metadata MetadataIndex": lambda *given: Key("MetadataIndex", given),
+        f"{MODULE}.metadata MetadataIndex": lambda *given: OpaqueKey("MetadataIndex", given),
         **{f"torch {dtype.name}": dtype for dtype in DTYPES.values()},
     }
     calls = {"BUILD": with_attributes, "NEWOBJ": lambda kind, arguments: kind(*arguments)}
     try:
         with path.open("rb") as file:
-            held = run(path, file, allowed, calls, "torch.distributed.checkpoint", inert=INERT)
-        if not isinstance(held, Record) or not isinstance(held.state, dict):
+            held = run_pickle(path, file, allowed, calls, "torch.distributed.checkpoint", inert=INERT)
+        if not isinstance(held, OpaqueObject) or not isinstance(held.state, dict):
             raise ValueError("it is not an object of the class Metadata")
     except UserError:
         raise
     except Exception as error:  # a damaged pickle fails anywhere in pickletools and below
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {shown(error)})", AGAIN) from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {printable(error)})", AGAIN) from error
     return held.state
 
 
@@ -164,19 +166,21 @@ def _is_size(sizes: Any) -> TypeGuard[tuple[int, ...]]:
     return isinstance(sizes, tuple) and len(sizes) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
 
 
-def _items(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Item]:
+def _items(folder: Path, metadata: Mapping[str, Any]) -> dict[str, TensorMetadata]:
     """What `state_dict_metadata` says of tensors; entries of other objects, which are bytes, are left out."""
-    found: dict[str, Item] = {}
+    found: dict[str, TensorMetadata] = {}
     for name, held in _table(folder, metadata, "state_dict_metadata").items():
         match held:
-            case Record(
-                state={"properties": Record(state=properties), "size": tuple(shape), "chunks": list(chunks)}
+            case OpaqueObject(
+                state={"properties": OpaqueObject(state=properties), "size": tuple(shape), "chunks": list(chunks)}
             ) if _is_size(shape):
                 dtype = properties[0] if isinstance(properties, tuple) and properties else None
                 if isinstance(properties, dict):
                     dtype = properties.get("dtype")
-                found[str(name)] = Item(shape, dtype, tuple(_chunk(folder, str(name), shape, held) for held in chunks))
-            case Record():
+                found[str(name)] = TensorMetadata(
+                    shape, dtype, tuple(_chunk(folder, str(name), shape, held) for held in chunks)
+                )
+            case OpaqueObject():
                 pass
             case _:
                 raise _strange(folder, str(name))
@@ -185,18 +189,18 @@ def _items(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Item]:
 
 def _chunk(folder: Path, name: str, shape: tuple[int, ...], held: Any) -> Chunk:
     match held:
-        case Record(state={"offsets": tuple(offsets), "sizes": tuple(sizes)}):
+        case OpaqueObject(state={"offsets": tuple(offsets), "sizes": tuple(sizes)}):
             if len(offsets) == len(sizes) == len(shape) and _is_size(offsets) and _is_size(sizes):
                 return offsets, sizes
     raise _strange(folder, name)
 
 
-def _places(folder: Path, metadata: Mapping[str, Any]) -> dict[tuple[str, tuple[int, ...]], Place]:
+def _places(folder: Path, metadata: Mapping[str, Any]) -> dict[tuple[str, tuple[int, ...]], ByteRange]:
     """By the name of a tensor and where a chunk of it begins: the bytes of that chunk."""
-    found: dict[tuple[str, tuple[int, ...]], Place] = {}
+    found: dict[tuple[str, tuple[int, ...]], ByteRange] = {}
     for key, held in _table(folder, metadata, "storage_data").items():
         match key, held:
-            case Key(state={"fqn": str(name), "offset": tuple(offsets)}), Record(state=dict(state)):
+            case OpaqueKey(state={"fqn": str(name), "offset": tuple(offsets)}), OpaqueObject(state=dict(state)):
                 if not _is_size(offsets):  # to hash a tuple within tuples would end Python
                     raise _strange(folder, name)
                 file, span = state.get("relative_path"), (state.get("offset"), state.get("length"))
@@ -206,7 +210,7 @@ def _places(folder: Path, metadata: Mapping[str, Any]) -> dict[tuple[str, tuple[
                     raise _strange(folder, name)
                 if not _is_size(span):
                     raise _strange(folder, name)
-                found[name, offsets] = Place(folder / file, *span)
+                found[name, offsets] = ByteRange(folder / file, *span)
     return found
 
 
@@ -217,10 +221,10 @@ def _table(folder: Path, metadata: Mapping[str, Any], name: str) -> dict[Any, An
 
 
 def _strange(folder: Path, name: str) -> UserError:
-    return UserError(f"{folder / METADATA} describes {shown(name)} in an unknown way", AGAIN)
+    return UserError(f"{folder / METADATA} describes {printable(name)} in an unknown way", AGAIN)
 
 
-def _check_covered(folder: Path, name: str, item: Item) -> None:
+def _check_covered(folder: Path, name: str, item: TensorMetadata) -> None:
     """Raises UserError unless the chunks fill the tensor, each number once.
 
     The borders of all chunks make a grid; every cell of it must lie in one chunk.
@@ -233,10 +237,10 @@ def _check_covered(folder: Path, name: str, item: Item) -> None:
         for axis in range(rank)
     ]
     if any(cut[-1] > size for cut, size in zip(cuts, item.shape, strict=True)):
-        raise UserError(f"a chunk of {shown(name)} in {folder} reaches beyond its shape {item.shape}", AGAIN)
+        raise UserError(f"a chunk of {printable(name)} in {folder} reaches beyond its shape {item.shape}", AGAIN)
     cells = [len(cut) - 1 for cut in cuts]
     if np.prod([float(n) for n in cells]) > MAX_CELLS:
-        raise UserError(f"{shown(name)} in {folder} is cut into more than {MAX_CELLS:,} pieces", AGAIN)
+        raise UserError(f"{printable(name)} in {folder} is cut into more than {MAX_CELLS:,} pieces", AGAIN)
     places = [{at: i for i, at in enumerate(cut)} for cut in cuts]
     times = np.zeros(cells, np.int32)
     for start, size in item.chunks:
@@ -244,4 +248,4 @@ def _check_covered(folder: Path, name: str, item: Item) -> None:
         times[box] += 1
     if not (times == 1).all():
         missing = "lacks some" if (times == 0).any() else "has some twice"
-        raise UserError(f"{folder} {missing} of the numbers of {shown(name)}", AGAIN)
+        raise UserError(f"{folder} {missing} of the numbers of {printable(name)}", AGAIN)

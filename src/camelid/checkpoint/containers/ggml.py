@@ -25,7 +25,7 @@ CODES = {dtype: code for code, dtype in PLAIN.items()}
 
 
 @dataclass(frozen=True)
-class Kind:
+class Quantization:
     """A quantization: how many numbers share a block, how many bytes it takes, and how it is read and written."""
 
     name: str
@@ -39,30 +39,30 @@ class Kind:
     """from float32 blocks to scales and packed bytes; None: camelid only reads it"""
 
 
-KINDS: Mapping[int, Kind] = {
-    8: Kind("q8_0", BLOCK, 34, blocks.unpack_q8_0, blocks.pack_q8_0),
-    2: Kind("q4_0", BLOCK, 18, blocks.unpack_q4_0, blocks.pack_q4_0),
-    3: Kind("q4_1", BLOCK, 20, blocks.unpack_q4_1),
-    6: Kind("q5_0", BLOCK, 22, blocks.unpack_q5_0),
-    7: Kind("q5_1", BLOCK, 24, blocks.unpack_q5_1),
-    10: Kind("q2_k", blocks.SUPER, 84, blocks.unpack_q2_k),
-    11: Kind("q3_k", blocks.SUPER, 110, blocks.unpack_q3_k),
-    12: Kind("q4_k", blocks.SUPER, 144, blocks.unpack_q4_k),
-    13: Kind("q5_k", blocks.SUPER, 176, blocks.unpack_q5_k),
-    14: Kind("q6_k", blocks.SUPER, 210, blocks.unpack_q6_k),
+QUANTIZATIONS: Mapping[int, Quantization] = {
+    8: Quantization("q8_0", BLOCK, 34, blocks.unpack_q8_0, blocks.pack_q8_0),
+    2: Quantization("q4_0", BLOCK, 18, blocks.unpack_q4_0, blocks.pack_q4_0),
+    3: Quantization("q4_1", BLOCK, 20, blocks.unpack_q4_1),
+    6: Quantization("q5_0", BLOCK, 22, blocks.unpack_q5_0),
+    7: Quantization("q5_1", BLOCK, 24, blocks.unpack_q5_1),
+    10: Quantization("q2_k", blocks.SUPER, 84, blocks.unpack_q2_k),
+    11: Quantization("q3_k", blocks.SUPER, 110, blocks.unpack_q3_k),
+    12: Quantization("q4_k", blocks.SUPER, 144, blocks.unpack_q4_k),
+    13: Quantization("q5_k", blocks.SUPER, 176, blocks.unpack_q5_k),
+    14: Quantization("q6_k", blocks.SUPER, 210, blocks.unpack_q6_k),
 }
-BY_NAME = {kind.name: code for code, kind in KINDS.items()}
-WRITABLE = tuple(kind.name for kind in KINDS.values() if kind.pack is not None)
+BY_NAME = {kind.name: code for code, kind in QUANTIZATIONS.items()}
+WRITABLE = tuple(kind.name for kind in QUANTIZATIONS.values() if kind.pack is not None)
 
 
-def quantise(values: np.ndarray, kind: str) -> np.ndarray:
+def quantize(values: np.ndarray, kind: str) -> np.ndarray:
     """Bytes of rows whose last axis is a multiple of 32, as ggml's reference code (ggml-quants.c) makes them.
 
     With m the largest |x| of a block, a number is off by at most half a scale, which is m / 127 in q8_0 and m / 8 in
     q4_0; there by a whole one if it stands on the other side of zero than m. Rounding the scale to float16 adds at most
     m / 2048, and in blocks of tiny numbers 127 or 8 times 2**-25. Raises UserError where float16 cannot hold the scale.
     """
-    how = KINDS[BY_NAME[kind]]
+    how = QUANTIZATIONS[BY_NAME[kind]]
     assert how.pack is not None
     with np.errstate(over="ignore", invalid="ignore"):
         scale, packed = how.pack(np.ascontiguousarray(values, np.float32).reshape(-1, BLOCK))
@@ -78,16 +78,16 @@ def quantise(values: np.ndarray, kind: str) -> np.ndarray:
     return raw.reshape(*values.shape[:-1], values.shape[-1] // BLOCK * how.bytes)
 
 
-def dequantise(raw: np.ndarray, kind: str) -> np.ndarray:
+def dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
     """Float32 of rows of bytes, equal bit for bit to what ggml's reference code computes."""
-    how = KINDS[BY_NAME[kind]]
+    how = QUANTIZATIONS[BY_NAME[kind]]
     with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be infinite
         values = how.unpack(raw.reshape(-1, how.bytes))
     return values.reshape(*raw.shape[:-1], raw.shape[-1] // how.bytes * how.block)
 
 
 @dataclass(frozen=True)
-class Quantised(Tensor):
+class QuantizedTensor(Tensor):
     """A quantised tensor; its shape and its dtype, float32, are those of what it stands for."""
 
     kind: str
@@ -95,7 +95,7 @@ class Quantised(Tensor):
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
         """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype; reads whole rows."""
         *outer, last = self.shape[1:]
-        kind = KINDS[BY_NAME[self.kind]]
+        kind = QUANTIZATIONS[BY_NAME[self.kind]]
         raw_shape = (*outer, last // kind.block * kind.bytes)
         row_bytes = math.prod(raw_shape)
         rows = range(*index[0].indices(self.shape[0]))
@@ -105,10 +105,14 @@ class Quantised(Tensor):
             raw = np.empty((count, *raw_shape), np.uint8)
             offset = self.offset + (rows.start + start) * row_bytes
             Tensor(self.file, self.name, offset, raw.shape, raw.dtype).read_into(raw, (slice(None),) * raw.ndim)
-            cast(self, dequantise(raw, self.kind)[:, *index[1:]], out[start : start + count])
+            cast(self, dequantize(raw, self.kind)[:, *index[1:]], out[start : start + count])
 
 
 def bytes_of(shape: Sequence[int], code: int) -> int:
     """How many bytes a tensor takes."""
     count = math.prod(shape)
-    return count // KINDS[code].block * KINDS[code].bytes if code in KINDS else count * PLAIN[code].itemsize
+    return (
+        count // QUANTIZATIONS[code].block * QUANTIZATIONS[code].bytes
+        if code in QUANTIZATIONS
+        else count * PLAIN[code].itemsize
+    )

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from camelid.checkpoint.containers.ggml import GGML_TYPES, KINDS, PLAIN, Quantised, bytes_of
-from camelid.checkpoint.files import File, Segment
-from camelid.checkpoint.tensors import DTYPES, Planned, Tensor
+from camelid.checkpoint.containers.ggml import GGML_TYPES, PLAIN, QUANTIZATIONS, QuantizedTensor, bytes_of
+from camelid.checkpoint.files import PlannedFile, TensorPayload
+from camelid.checkpoint.tensors import DTYPES, PlannedTensor, Tensor
 from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 
@@ -34,11 +34,11 @@ UINT32, INT32, FLOAT32, BOOL, TEXT, ARRAY = 4, 5, 6, 7, 8, 9
 # Reading --------------------------------------------------------------------------------
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata, and the tensors by name, checked against the file's size."""
     refuse_stand_in(path)
     with path.open("rb") as file:
-        header = Header(path, file)
+        header = HeaderReader(path, file)
         if header.end < 24 or header.take(4) != MAGIC:
             raise UserError(f"{path} is not a GGUF file, or is cut short", AGAIN)
         version = header.number("I")
@@ -63,12 +63,12 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             entries[name] = shape, header.number("I"), header.number("Q")
         alignment = held.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
-            raise header.damaged(f"general.alignment = {shown(alignment)}")
+            raise header.damaged(f"general.alignment = {describe_value(alignment)}")
         return held, _tensors(header, entries, alignment)
 
 
 @dataclass(frozen=True)
-class Items:
+class LazyArray:
     """An array of the metadata, which is read when it is asked for."""
 
     count: int
@@ -80,7 +80,7 @@ class Items:
     def read(self, path: Path) -> list[Any]:
         """The values; raises UserError for text that is not UTF-8."""
         with path.open("rb") as file:
-            header = Header(path, file)
+            header = HeaderReader(path, file)
             header.skip(self.at)
             if self.item in NUMBERS:
                 packed = header.take(self.count * struct.calcsize(f"<{NUMBERS[self.item]}"))
@@ -91,7 +91,7 @@ class Items:
                 raise header.damaged(f"a text of its metadata is not UTF-8 before {header.at:,}") from error
 
 
-class Header:
+class HeaderReader:
     """The front of a file; it never asks for more bytes than there are."""
 
     def __init__(self, path: Path, file: BinaryIO):
@@ -129,7 +129,7 @@ class Header:
         if kind != ARRAY:
             raise self.damaged(f"its metadata has a value of type {kind}")
         item, count = self.number("I"), self.number("Q")
-        items = Items(count, item, self.at)
+        items = LazyArray(count, item, self.at)
         if item in NUMBERS:
             self.skip(count * struct.calcsize(f"<{NUMBERS[item]}"))
         elif item == TEXT:
@@ -144,38 +144,42 @@ def _check_architecture(path: Path, held: Mapping[str, Any]) -> None:
     architecture, kind = held.get("general.architecture"), held.get("general.type", "model")
     if architecture != "llama":
         raise UserError(
-            f"{path} has general.architecture = {shown(architecture)}; camelid reads 'llama'",
+            f"{path} has general.architecture = {describe_value(architecture)}; camelid reads 'llama'",
             "Use the original checkpoint; camelid opens most families from Hugging Face folders.",
         )
     if kind != "model":
-        raise UserError(f"{path} has general.type = {shown(kind)}, and is no model", "Give the file of the model.")
+        raise UserError(
+            f"{path} has general.type = {describe_value(kind)}, and is no model", "Give the file of the model."
+        )
     if held.get("split.count", 1) not in (0, 1):
         raise UserError(
-            f"{path} is one of {shown(held['split.count'])} parts",
+            f"{path} is one of {describe_value(held['split.count'])} parts",
             "Join them first: llama-gguf-split --merge FIRST OUT.",
         )
 
 
-def _tensors(header: Header, entries: Mapping[str, tuple], alignment: int) -> dict[str, Tensor]:
+def _tensors(header: HeaderReader, entries: Mapping[str, tuple], alignment: int) -> dict[str, Tensor]:
     path, size = header.path, os.fstat(header.file.fileno()).st_size
     start, end, next_offset = _padded(header.at, alignment), 0, 0
     tensors: dict[str, Tensor] = {}
     for name, (shape, code, offset) in entries.items():
-        if code not in PLAIN and (code not in KINDS or len(shape) < 2):
+        if code not in PLAIN and (code not in QUANTIZATIONS or len(shape) < 2):
             kind = GGML_TYPES[code] if code < len(GGML_TYPES) else f"of type {code}"
-            readable = ", ".join([dtype.name for dtype in PLAIN.values()] + [kind.name for kind in KINDS.values()])
+            readable = ", ".join(
+                [dtype.name for dtype in PLAIN.values()] + [kind.name for kind in QUANTIZATIONS.values()]
+            )
             raise UserError(
                 f"tensor {name} in {path} is {kind} with {len(shape)} axes; camelid reads {readable}",
                 "Requantise it as Q8_0 or convert it again as F16, or use the original checkpoint.",
             )
-        if math.prod(shape) == 0 or (code in KINDS and shape[-1] % KINDS[code].block):
+        if math.prod(shape) == 0 or (code in QUANTIZATIONS and shape[-1] % QUANTIZATIONS[code].block):
             raise header.damaged(f"{name} has shape {shape}")
         if offset != next_offset:  # llama.cpp asks for the same
             raise header.damaged(f"{name} lies at {offset:,} and not at {next_offset:,}")
         if code in PLAIN:
             tensors[name] = Tensor(path, name, start + offset, shape, PLAIN[code])
         else:
-            tensors[name] = Quantised(path, name, start + offset, shape, DTYPES["F32"], KINDS[code].name)
+            tensors[name] = QuantizedTensor(path, name, start + offset, shape, DTYPES["F32"], QUANTIZATIONS[code].name)
         end = offset + bytes_of(shape, code)
         next_offset = _padded(end, alignment)
     if not start + end <= size <= start + next_offset:
@@ -187,16 +191,16 @@ def _padded(count: int, alignment: int = ALIGNMENT) -> int:
     return -(-count // alignment) * alignment
 
 
-def shown(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value of the metadata in a message."""
-    return f"a list of {value.count}" if isinstance(value, Items) else ascii(value)[:80]
+    return f"a list of {value.count}" if isinstance(value, LazyArray) else ascii(value)[:80]
 
 
 # Writing --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """A tensor that is still to be written."""
 
     name: str
@@ -208,18 +212,18 @@ class Entry:
         return bytes_of(self.shape, self.code)
 
     @property
-    def planned(self) -> Planned:
+    def planned(self) -> PlannedTensor:
         """What it is made of: float32 where it is to be quantised."""
-        return Planned(self.name, self.shape, PLAIN.get(self.code, DTYPES["F32"]))
+        return PlannedTensor(self.name, self.shape, PLAIN.get(self.code, DTYPES["F32"]))
 
 
 def gguf_file(
     name: str,
     held: Mapping[str, tuple[int, Any]],
-    entries: Sequence[Entry],
-    segments: Sequence[Segment],
+    entries: Sequence[TensorInfo],
+    payloads: Sequence[TensorPayload],
     notes: tuple[str, ...] = (),
-) -> File:
+) -> PlannedFile:
     """A file of metadata, by key a type and a value (of an array: the type of its items, and these), and tensors."""
     header = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(entries), len(held))]
     for key, (kind, value) in held.items():
@@ -231,10 +235,10 @@ def gguf_file(
         header += [_packed(TEXT, entry.name), place]
         offset += _padded(entry.bytes)
     front = b"".join(header)
-    parts: list[bytes | Segment] = [front.ljust(_padded(len(front)), b"\0")]
-    for segment in segments:
-        parts += [segment, bytes(_padded(segment.size) - segment.size)]
-    return File(name, parts, notes=notes)
+    parts: list[bytes | TensorPayload] = [front.ljust(_padded(len(front)), b"\0")]
+    for payload in payloads:
+        parts += [payload, bytes(_padded(payload.size) - payload.size)]
+    return PlannedFile(name, parts, notes=notes)
 
 
 def _packed(kind: int, value: Any) -> bytes:

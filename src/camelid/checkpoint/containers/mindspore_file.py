@@ -23,8 +23,8 @@ import numpy as np
 
 from camelid.checkpoint.containers import protobuf
 from camelid.checkpoint.containers.safetensors import open_safetensors
-from camelid.checkpoint.files import Chunks, File, Segment
-from camelid.checkpoint.tensors import CHUNK, Joined, Planned, Tensor, cast
+from camelid.checkpoint.files import Chunks, PlannedFile, TensorPayload
+from camelid.checkpoint.tensors import CHUNK, ConcatenatedTensor, PlannedTensor, Tensor, cast
 from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 
@@ -55,7 +55,7 @@ def ckpts(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*.ckpt") if "strategy" not in file.name and file.is_file())
 
 
-def open_file(path: Path) -> dict[str, Tensor]:
+def open_tensor_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a .ckpt file, or of safetensors."""
     return open_safetensors(path) if path.suffix == ".safetensors" else open_ckpt(path)
 
@@ -193,7 +193,7 @@ def _tensor(path: Path, values: Sequence[Value]) -> Tensor:
     if shape and len(values) == 1:
         return Tensor(path, tag, first.content.start, shape, dtype)
     parts = [Tensor(path, tag, v.content.start, (len(v.content) // max(dtype.itemsize, 1),), dtype) for v in values]
-    numbers = Joined(path, tag, 0, (math.prod(shape),), dtype, tuple(parts), 0)
+    numbers = ConcatenatedTensor(path, tag, 0, (math.prod(shape),), dtype, tuple(parts), 0)
     return Flat(path, tag, first.content.start, shape, dtype, numbers)
 
 
@@ -220,13 +220,13 @@ class Flat(Tensor):
 # Writing --------------------------------------------------------------------------------
 
 
-def ckpt_file(name: str, segments: Sequence[Segment]) -> File:
+def ckpt_file(name: str, payloads: Sequence[TensorPayload]) -> PlannedFile:
     """One file, for its owner alone as MindSpore has it, and without the checksum that MindSpore leaves out too."""
     parts = []
-    for segment in segments:
-        size = segment.size + sum(len(_head(segment.tensor, count)) for count in _counts(segment.size))
-        parts.append(Segment(segment.tensor, size, functools.partial(_slices, segment)))
-    return File(name, parts, mode=0o600)
+    for payload in payloads:
+        size = payload.size + sum(len(_head(payload.tensor, count)) for count in _counts(payload.size))
+        parts.append(TensorPayload(payload.tensor, size, functools.partial(_slices, payload)))
+    return PlannedFile(name, parts, mode=0o600)
 
 
 def _counts(size: int) -> Iterator[int]:
@@ -234,21 +234,21 @@ def _counts(size: int) -> Iterator[int]:
     return (min(SLICE, size - start) for start in range(0, size, SLICE))
 
 
-def _slices(segment: Segment) -> Chunks:
+def _slices(payload: TensorPayload) -> Chunks:
     """A tensor's bytes, each SLICE of them after a head of its own."""
     written = 0
-    for chunk in segment.chunks():
+    for chunk in payload.chunks():
         assert isinstance(chunk, np.ndarray)
         rest = chunk.reshape(-1).view(np.uint8)
         while rest.size:
             if written % SLICE == 0:
-                yield _head(segment.tensor, min(SLICE, segment.size - written))
+                yield _head(payload.tensor, min(SLICE, payload.size - written))
             count = min(rest.size, SLICE - written % SLICE)
             yield rest[:count]
             written, rest = written + count, rest[count:]
 
 
-def _head(tensor: Planned, count: int) -> bytes:
+def _head(tensor: PlannedTensor, count: int) -> bytes:
     """What stands in front of `count` bytes of a tensor's content."""
     field, begin = protobuf.field_bytes, protobuf.begin_bytes
     dims = b"".join(field(1, n) for n in tensor.shape)

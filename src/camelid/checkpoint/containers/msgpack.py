@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from camelid.checkpoint.files import Chunks, File, Segment
-from camelid.checkpoint.tensors import CHUNK, Planned, Tensor, cast
+from camelid.checkpoint.files import Chunks, PlannedFile, TensorPayload
+from camelid.checkpoint.tensors import CHUNK, PlannedTensor, Tensor, cast
 from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 
@@ -57,7 +57,7 @@ COUNTED: Mapping[int, tuple[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Chunked(Tensor):
+class ChunkedTensor(Tensor):
     """A tensor whose numbers lie in several flat arrays; a row may begin in one and end in the next."""
 
     parts: tuple[Tensor, ...]
@@ -84,12 +84,12 @@ class Chunked(Tensor):
             start = stop
 
 
-def read_stream(path: Path) -> dict[str, Leaf]:
+def open_stream(path: Path) -> dict[str, Leaf]:
     """The leaves of a stream of records, by their names joined with "/"."""
     return _read(path, _records)
 
 
-def read_tree(path: Path) -> dict[str, Leaf]:
+def open_tree(path: Path) -> dict[str, Leaf]:
     """The leaves of a file with one tree, by their names joined with "/"."""
     return _read(path, _tree)
 
@@ -262,7 +262,7 @@ def _chunked(cursor: _Cursor, key: tuple[str, ...], held: Mapping[str, Any]) -> 
     same = all(isinstance(part, Tensor) and len(part.shape) == 1 and part.dtype == parts[0].dtype for part in parts)
     if not (shape and same) or sum(part.shape[0] for part in parts) != math.prod(shape):
         raise ValueError(f"its pieces do not make up an array of shape {shape}")
-    return Chunked(cursor.path, "/".join(key), parts[0].offset, shape, parts[0].dtype, parts)
+    return ChunkedTensor(cursor.path, "/".join(key), parts[0].offset, shape, parts[0].dtype, parts)
 
 
 def _listed(held: Any) -> list[Any]:
@@ -289,9 +289,9 @@ class Scalar:
     value: int
 
 
-def stream_file(name: str, records: Sequence[Segment | Scalar]) -> File:
+def stream_file(name: str, records: Sequence[TensorPayload | Scalar]) -> PlannedFile:
     """A file of records in this order."""
-    parts: list[bytes | Segment] = []
+    parts: list[bytes | TensorPayload] = []
     for record in records:
         if isinstance(record, Scalar):
             head, _ = _ext((), np.dtype(np.int32))
@@ -307,7 +307,7 @@ def stream_file(name: str, records: Sequence[Segment | Scalar]) -> File:
                 "Save in bfloat16, or in another format.",
             )
         parts += [_key(tensor.name) + _counted("bin", length), _with_heads(record, value)]
-    return File(name, parts)
+    return PlannedFile(name, parts)
 
 
 def _key(name: str) -> bytes:
@@ -316,18 +316,18 @@ def _key(name: str) -> bytes:
     return _counted("array", 2) + _counted("array", len(words)) + b"".join(map(_text, words))
 
 
-def tree_file(name: str, segments: Sequence[Segment]) -> File:
+def tree_file(name: str, payloads: Sequence[TensorPayload]) -> PlannedFile:
     """A file of one tree, with maps in the order in which names first appear, and tensors in this order."""
     tree: dict[str, Any] = {}
-    for segment in segments:
-        *outer, last = segment.tensor.name.split("/")
+    for payload in payloads:
+        *outer, last = payload.tensor.name.split("/")
         inner = tree
         for word in outer:
             inner = inner.setdefault(word, {})
-        inner[last] = segment
+        inner[last] = payload
 
-    def parts(held: Any) -> Iterator[bytes | Segment]:
-        if isinstance(held, Segment):
+    def parts(held: Any) -> Iterator[bytes | TensorPayload]:
+        if isinstance(held, TensorPayload):
             yield _with_heads(held, _leaf(held.tensor))
             return
         yield _counted("map", len(held))
@@ -335,20 +335,20 @@ def tree_file(name: str, segments: Sequence[Segment]) -> File:
             yield _text(word)
             yield from parts(inner)
 
-    assert list(segments) == list(_leaves(tree)), "tensors of one branch lie apart"
-    return File(name, list(parts(tree)))
+    assert list(payloads) == list(_leaves(tree)), "tensors of one branch lie apart"
+    return PlannedFile(name, list(parts(tree)))
 
 
-def _leaves(tree: Mapping[str, Any]) -> Iterator[Segment]:
+def _leaves(tree: Mapping[str, Any]) -> Iterator[TensorPayload]:
     for held in tree.values():
-        yield from (held,) if isinstance(held, Segment) else _leaves(held)
+        yield from (held,) if isinstance(held, TensorPayload) else _leaves(held)
 
 
 Parts = list[bytes | int]
 """bytes as they are, and counts of bytes that a tensor's numbers fill"""
 
 
-def _leaf(tensor: Planned) -> Parts:
+def _leaf(tensor: PlannedTensor) -> Parts:
     if tensor.bytes <= LIMIT:
         return _ext(tensor.shape, tensor.dtype)
     count, most = math.prod(tensor.shape), max(1, LIMIT // tensor.dtype.itemsize)
@@ -376,11 +376,11 @@ def _length(parts: Parts) -> int:
     return sum(len(part) if isinstance(part, bytes) else part for part in parts)
 
 
-def _with_heads(segment: Segment, parts: Parts) -> Segment:
+def _with_heads(payload: TensorPayload, parts: Parts) -> TensorPayload:
     """A tensor with what stands in front of its numbers, and between them."""
 
     def chunks() -> Chunks:
-        numbers, left = iter(segment.chunks()), np.empty(0, np.uint8)
+        numbers, left = iter(payload.chunks()), np.empty(0, np.uint8)
         for part in parts:
             if isinstance(part, bytes):
                 yield part
@@ -396,7 +396,7 @@ def _with_heads(segment: Segment, parts: Parts) -> Segment:
         assert not left.size, "more numbers came than were promised"
         assert next(numbers, None) is None, "more numbers came than were promised"
 
-    return Segment(segment.tensor, _length(parts), chunks)
+    return TensorPayload(payload.tensor, _length(parts), chunks)
 
 
 SMALL = {"map": (0x80, 15), "array": (0x90, 15), "str": (0xA0, 31)}

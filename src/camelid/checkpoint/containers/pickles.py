@@ -29,7 +29,7 @@ TAKES: Mapping[str, int] = {name: count for count, names in enumerate(COUNTS, 1)
 
 
 @dataclass(eq=False)  # so that its hash is its identity, which a file cannot choose
-class Record:
+class OpaqueObject:
     """What stands for an object whose class is never looked up: nothing is called, and nothing calls it."""
 
     name: str
@@ -39,11 +39,11 @@ class Record:
     """attributes, where the program sets them: a dictionary, or whatever the class makes of them"""
 
 
-class Key(Record):
+class OpaqueKey(OpaqueObject):
     """A record that may be a key of a table."""
 
 
-def run(
+def run_pickle(
     path: Path,
     program: Any,
     allowed: Mapping[str, Any],
@@ -107,7 +107,7 @@ def run(
 def _fill(table: Any, items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Other keys may be traps: the hash of a deep tuple ends Python, and large numbers can be made to collide.
-        named = isinstance(key, str | Key) or (isinstance(key, int) and 0 <= key < 2**32)
+        named = isinstance(key, str | OpaqueKey) or (isinstance(key, int) and 0 <= key < 2**32)
         if not isinstance(table, dict) or not named or key in table:
             raise ValueError("a table with a strange key, or with one key twice")
         table[key] = value
@@ -118,16 +118,16 @@ def _allowed(path: Path, name: Any, allowed: Mapping[str, Any], inert: re.Patter
         return partial(_record, name)
     if name not in allowed:
         raise UserError(
-            f"{path} would call {shown(name.replace(' ', '.'))} when it is opened; it is refused",
+            f"{path} would call {printable(name.replace(' ', '.'))} when it is opened; it is refused",
             "Convert it to safetensors where you trust it, or get the weights from another source.",
         )
     return allowed[name]
 
 
-def _record(name: str, *arguments: Any) -> Record:
-    return Record(name, arguments)
+def _record(name: str, *arguments: Any) -> OpaqueObject:
+    return OpaqueObject(name, arguments)
 
 
-def shown(value: object) -> str:
+def printable(value: object) -> str:
     """Text of a file, safe for a terminal."""
     return ascii(str(value))[1:-1][:200]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint.files import File, Segment
+from camelid.checkpoint.files import PlannedFile, TensorPayload
 from camelid.checkpoint.tensors import DTYPES, Tensor
 from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
@@ -69,13 +69,13 @@ def _tensor(path: Path, name: str, entry: dict, start: int) -> Tensor:
     return Tensor(path, name, start + first, shape, dtype)
 
 
-def safetensors_file(name: str, segments: Sequence[Segment], framework: str = "pt") -> File:
+def safetensors_file(name: str, payloads: Sequence[TensorPayload], framework: str = "pt") -> PlannedFile:
     """A file of these tensors, in this order; `framework` is what its metadata names."""
     codes = {dtype: code for code, dtype in HELD.items()}
     header: dict[str, dict] = {"__metadata__": {"format": framework}}
     offset = 0
-    for segment in segments:
-        tensor = segment.tensor
+    for payload in payloads:
+        tensor = payload.tensor
         header[tensor.name] = {
             "dtype": codes[tensor.dtype],
             "shape": list(tensor.shape),
@@ -84,4 +84,4 @@ def safetensors_file(name: str, segments: Sequence[Segment], framework: str = "p
         offset += tensor.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return File(name, [struct.pack("<Q", len(text)) + text, *segments])
+    return PlannedFile(name, [struct.pack("<Q", len(text)) + text, *payloads])

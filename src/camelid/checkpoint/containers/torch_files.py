@@ -25,9 +25,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from camelid.checkpoint.containers.pickles import Record, run, shown
-from camelid.checkpoint.files import File, Later, Segment
-from camelid.checkpoint.tensors import CHUNK, Planned, Tensor, cast, files_under, unverified_note
+from camelid.checkpoint.containers.pickles import OpaqueObject, printable, run_pickle
+from camelid.checkpoint.files import DeferredBytes, PlannedFile, TensorPayload
+from camelid.checkpoint.tensors import CHUNK, PlannedTensor, Tensor, cast, files_holding, unverified_note
 from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 
@@ -53,7 +53,7 @@ DTYPES: Mapping[str, np.dtype] = {
 
 
 @dataclass(frozen=True)
-class Strided(Tensor):
+class StridedTensor(Tensor):
     """A tensor whose numbers do not lie end to end: a transposed or expanded view, or a single number."""
 
     strides: tuple[int, ...]
@@ -94,7 +94,7 @@ def open_torch(path: Path, inside: str | None = None) -> dict[str, Tensor]:
         raise UserError(f"{path} holds a {type(held).__name__} and not tensors by name", SAVE)
     odd = {k: type(v).__name__ for k, v in held.items() if not (isinstance(k, str) and isinstance(v, Tensor))}
     if odd:
-        names = (shown(key) if isinstance(key, str) else "a number" for key in odd)
+        names = (printable(key) if isinstance(key, str) else "a number" for key in odd)
         some = ", ".join(f"{name} (a {kind})" for name, kind in [*zip(names, odd.values(), strict=True)][:3])
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         advice = f"The weights may lie inside one of them. {SAVE}" if "dict" in odd.values() else SAVE
@@ -115,35 +115,35 @@ def unpickle(path: Path, inert: re.Pattern[str] | None = None) -> Any:
             start = file.read(262)
             if start.startswith(b"PK\x03\x04"):
                 size = os.fstat(file.fileno()).st_size
-                return _unpickle_zip(path, Section(file, 0, size), inert, verify=size <= CRC_BYTES)
+                return _unpickle_zip(path, FileSection(file, 0, size), inert, verify=size <= CRC_BYTES)
             if start.endswith(b"ustar"):
                 raise UserError(f"{path} is a tar file, as the first versions of torch wrote", "Save it again.")
             return _unpickle_legacy(path, file, inert)
     except UserError:
         raise
     except Exception as error:  # a damaged file fails anywhere in zipfile, in pickletools and below
-        reason = f"{type(error).__name__}: {shown(error)}"
+        reason = f"{type(error).__name__}: {printable(error)}"
         raise UserError(f"{path} is damaged, or is not a PyTorch checkpoint ({reason})", AGAIN) from error
 
 
-def open_torch_within(path: Path, start: int, count: int, verify: bool) -> Tensor:
+def open_embedded_tensor(path: Path, start: int, count: int, verify: bool) -> Tensor:
     """The tensor that torch.save wrote into `count` bytes of a file that holds several such archives.
 
     `verify` reads it all and compares its checksums.
     """
     try:
         with path.open("rb") as file:
-            held = _unpickle_zip(path, Section(file, start, count), None, verify)
+            held = _unpickle_zip(path, FileSection(file, start, count), None, verify)
     except UserError:
         raise
     except Exception as error:  # a damaged file fails anywhere in zipfile, in pickletools and below
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {shown(error)})", AGAIN) from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {printable(error)})", AGAIN) from error
     if not isinstance(held, Tensor):
         raise UserError(f"{path} holds a {type(held).__name__} where a tensor is expected", AGAIN)
     return held
 
 
-class Section(io.RawIOBase):
+class FileSection(io.RawIOBase):
     """A part of an open file, as a file of its own."""
 
     def __init__(self, file: io.BufferedReader, start: int, count: int) -> None:
@@ -170,7 +170,7 @@ class Section(io.RawIOBase):
         return held
 
 
-def _unpickle_zip(path: Path, file: Section, inert: re.Pattern[str] | None, verify: bool) -> Any:
+def _unpickle_zip(path: Path, file: FileSection, inert: re.Pattern[str] | None, verify: bool) -> Any:
     size = file.count
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -214,7 +214,7 @@ def _is_packed(entry: zipfile.ZipInfo) -> bool:
     return entry.compress_type != zipfile.ZIP_STORED or bool(entry.flag_bits & 1)
 
 
-def _start(file: Section, entry: zipfile.ZipInfo) -> int:
+def _start(file: FileSection, entry: zipfile.ZipInfo) -> int:
     """Where the content of an entry begins."""
     if entry.header_offset < 0:
         raise ValueError(f"{entry.filename} does not lie inside the file")
@@ -226,7 +226,7 @@ def _start(file: Section, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + 30 + name_bytes + extra_bytes
 
 
-def _crc(file: Section, start: int, count: int) -> int:
+def _crc(file: FileSection, start: int, count: int) -> int:
     file.seek(start)
     crc = 0
     for at in range(0, count, CHUNK):
@@ -236,9 +236,9 @@ def _crc(file: Section, start: int, count: int) -> int:
     return crc
 
 
-def unverified(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+def unverified_note_for(tensors: Iterable[Tensor]) -> tuple[str, ...]:
     """The note on zip files that are too large for their checksums to be verified when they are opened."""
-    sizes = {file: file.stat().st_size for file in files_under(tensors)}
+    sizes = {file: file.stat().st_size for file in files_holding(tensors)}
     # A distributed checkpoint has a file for each rank: together they would take seconds, too.
     together = sum(size for file, size in sizes.items() if file.suffix == DISTRIBUTED)
     large = [file for file, size in sizes.items() if (together if file.suffix == DISTRIBUTED else size) > CRC_BYTES]
@@ -246,7 +246,7 @@ def unverified(tensors: Iterable[Tensor]) -> tuple[str, ...]:
     return unverified_note(large, Path(os.path.commonpath([file.parent for file in large])) if large else Path())
 
 
-def checksums_hold(path: Path) -> bool | None:
+def verify_checksums(path: Path) -> bool | None:
     """Whether every uncompressed entry of a zip archive, or of several in one file, has its checksum.
 
     None for other files. Reads all of it. Tensors are never compressed, and a damaged directory is a checksum that does
@@ -258,7 +258,7 @@ def checksums_hold(path: Path) -> bool | None:
     try:
         with path.open("rb") as file:
             while end:  # from the last archive to the first: what a directory lists begins where the one before ends
-                section = Section(file, 0, end)
+                section = FileSection(file, 0, end)
                 with zipfile.ZipFile(section) as archive:
                     entries = archive.infolist()
                 stored = [entry for entry in entries if entry.CRC and not _is_packed(entry)]
@@ -331,7 +331,7 @@ def _rebuild_tensor(
     tensor = Tensor(storage.file, f"storage {storage.key}", start, shape, storage.dtype)
     dense = (math.prod(shape[i + 1 :]) for i in range(len(shape)))
     end_to_end = all(n == 1 or s == d for n, s, d in zip(shape, strides, dense, strict=True))
-    return tensor if empty or (shape and end_to_end) else Strided(**vars(tensor), strides=strides)
+    return tensor if empty or (shape and end_to_end) else StridedTensor(**vars(tensor), strides=strides)
 
 
 def _rebuild_parameter(data: Any, grad: Any, hooks: Any, state: Any = None) -> Any:
@@ -365,12 +365,12 @@ def _run(
     }
     if inert is not None:
         calls["NEWOBJ"] = lambda kind, arguments: kind(*arguments)  # a record: REDUCE could call it as well
-    return run(path, program, GLOBALS, calls, "torch.save", inert=inert)
+    return run_pickle(path, program, GLOBALS, calls, "torch.save", inert=inert)
 
 
 def _with_attributes(thing: Any, state: Any) -> Any:
     """Sets attributes; those of tables, such as state_dict()'s _metadata, are left out."""
-    if isinstance(thing, Record) and isinstance(state, dict):
+    if isinstance(thing, OpaqueObject) and isinstance(state, dict):
         thing.state = state
     return thing
 
@@ -394,38 +394,38 @@ REBUILD, TABLE = b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrdered
 
 
 @dataclass(frozen=True)
-class Attributes:
+class Namespace:
     """An argparse.Namespace that is to be written."""
 
     values: Mapping[str, Any]
 
 
-def torch_file(name: str, segments: Sequence[Segment], tree: Any = None) -> File:
+def torch_file(name: str, payloads: Sequence[TensorPayload], tree: Any = None) -> PlannedFile:
     """A zip file that torch.load opens as tensors by name, each with a storage of its own.
 
     Or as `tree`, of dicts, plain values, dtypes, Attributes, and each planned tensor in its place.
     """
     start = f"{Path(name).stem}/"
-    parts: list[bytes | Segment | Later] = []
+    parts: list[bytes | TensorPayload | DeferredBytes] = []
     entries: list[_Entry] = []
     offset = 0
 
-    def add(entry: str, content: bytes | Segment) -> None:
+    def add(entry: str, content: bytes | TensorPayload) -> None:
         nonlocal offset
         size = len(content) if isinstance(content, bytes) else content.size
-        held = content.tensor.name if isinstance(content, Segment) else zlib.crc32(content)
+        held = content.tensor.name if isinstance(content, TensorPayload) else zlib.crc32(content)
         entries.append(_Entry((start + entry).encode(), size, offset, held))
-        head = Later(len(entries[-1].head(0)), lambda crcs, one=entries[-1]: one.head(one.crc(crcs)))
-        parts.extend([head if isinstance(content, Segment) else head.content({}), content])
+        head = DeferredBytes(len(entries[-1].head(0)), lambda crcs, one=entries[-1]: one.head(one.crc(crcs)))
+        parts.extend([head if isinstance(content, TensorPayload) else head.content({}), content])
         offset += head.size + size
 
-    add("data.pkl", _program([segment.tensor for segment in segments], tree))
+    add("data.pkl", _program([payload.tensor for payload in payloads], tree))
     add("byteorder", b"little")
-    for key, segment in enumerate(segments):
-        add(f"data/{key}", segment)
+    for key, payload in enumerate(payloads):
+        add(f"data/{key}", payload)
     add("version", b"3\n")
-    end = Later(len(_directory(entries, {}, offset)), lambda crcs: _directory(entries, crcs, offset))
-    return File(name, [*parts, end])
+    end = DeferredBytes(len(_directory(entries, {}, offset)), lambda crcs: _directory(entries, crcs, offset))
+    return PlannedFile(name, [*parts, end])
 
 
 @dataclass(frozen=True)
@@ -487,24 +487,24 @@ def _directory(entries: Sequence[_Entry], crcs: Mapping[str, int], offset: int) 
     return listed + wide + b"PK\5\6" + sizes
 
 
-def _program(tensors: Sequence[Planned], tree: Any = None) -> bytes:
+def _program(tensors: Sequence[PlannedTensor], tree: Any = None) -> bytes:
     """The pickle, of protocol 2, that makes a dict of tensors or a tree; storages are named by number."""
     keys = {tensor: key for key, tensor in enumerate(tensors)}
     return b"\x80\x02" + _tree({tensor.name: tensor for tensor in tensors} if tree is None else tree, keys) + b"."
 
 
-def _tree(value: Any, keys: Mapping[Planned, int]) -> bytes:
+def _tree(value: Any, keys: Mapping[PlannedTensor, int]) -> bytes:
     match value:
-        case Planned():
+        case PlannedTensor():
             return _tensor(value, keys[value])
-        case Attributes():
+        case Namespace():
             return b"cargparse\nNamespace\n)\x81" + _tree(value.values, keys) + b"b"
         case Mapping():
             return b"}(" + b"".join(_pickled(key) + _tree(item, keys) for key, item in value.items()) + b"u"
     return _pickled(value)
 
 
-def _tensor(tensor: Planned, key: int) -> bytes:
+def _tensor(tensor: PlannedTensor, key: int) -> bytes:
     strides = tuple(math.prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape)))
     kind = f"ctorch\n{CODES[tensor.dtype]}Storage\n".encode()
     program = REBUILD + b"((" + _pickled("storage") + kind + _pickled(str(key)) + _pickled("cpu")

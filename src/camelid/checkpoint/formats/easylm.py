@@ -17,39 +17,43 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint.checkpoint import Checkpoint, Saving, Training, refuse_beyond, refuse_wide_heads, table_for
+from camelid.checkpoint.checkpoint import (
+    AdamState,
+    Checkpoint,
+    ExportSpec,
+    refuse_unsupported,
+    refuse_wide_heads,
+    table_for,
+)
 from camelid.checkpoint.containers import msgpack
-from camelid.checkpoint.files import File, Segment
-from camelid.checkpoint.formats.hf import GIVEN, understood
-from camelid.checkpoint.layout import Row, Table, check, read_slice, table
-from camelid.checkpoint.tensors import Tensor
+from camelid.checkpoint.files import PlannedFile, TensorPayload
+from camelid.checkpoint.formats.config_source import find_config
+from camelid.checkpoint.layout import Table, TensorRule, check_tensors
+from camelid.checkpoint.tensors import Tensor, same_values
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
-from camelid.model.decoder import declare_decoder
-from camelid.model.params import named
-
-BLOCK = 2**27  # bytes of a head and of its table that are compared at once
 
 # In the order of EasyLM's converter; those of a layer stand together.
 OUTER = (
-    Row("embed", "transformer/wte/embedding", "vocab_in embed_in"),
-    Row("final_norm.scale", "transformer/ln_f/kernel", "embed"),
+    TensorRule("embed", "transformer/wte/embedding", "vocab_in embed_in"),
+    TensorRule("final_norm.scale", "transformer/ln_f/kernel", "embed"),
 )
 H = "transformer/h/{layer}"
 LAYER = (
-    Row("layers.attn.q_proj", f"{H}/attention/wq/kernel", "embed (heads freq pair)", "heads (pair freq) embed"),
-    Row("layers.attn.k_proj", f"{H}/attention/wk/kernel", "embed (kv_heads freq pair)", "kv_heads (pair freq) embed"),
-    Row("layers.attn.v_proj", f"{H}/attention/wv/kernel", "embed (kv_heads head_dim)"),
-    Row("layers.attn.o_proj", f"{H}/attention/wo/kernel", "(heads head_dim) embed"),
-    Row("layers.mlp.gate_proj", f"{H}/feed_forward/w1/kernel", "embed mlp"),
-    Row("layers.mlp.down_proj", f"{H}/feed_forward/w2/kernel", "mlp embed"),
-    Row("layers.mlp.up_proj", f"{H}/feed_forward/w3/kernel", "embed mlp"),
-    Row("layers.attn_norm.scale", f"{H}/attention_norm/kernel", "embed"),
-    Row("layers.mlp_norm.scale", f"{H}/ffn_norm/kernel", "embed"),
+    TensorRule("layers.attn.q_proj", f"{H}/attention/wq/kernel", "embed (heads freq pair)", "heads (pair freq) embed"),
+    TensorRule(
+        "layers.attn.k_proj", f"{H}/attention/wk/kernel", "embed (kv_heads freq pair)", "kv_heads (pair freq) embed"
+    ),
+    TensorRule("layers.attn.v_proj", f"{H}/attention/wv/kernel", "embed (kv_heads head_dim)"),
+    TensorRule("layers.attn.o_proj", f"{H}/attention/wo/kernel", "(heads head_dim) embed"),
+    TensorRule("layers.mlp.gate_proj", f"{H}/feed_forward/w1/kernel", "embed mlp"),
+    TensorRule("layers.mlp.down_proj", f"{H}/feed_forward/w2/kernel", "mlp embed"),
+    TensorRule("layers.mlp.up_proj", f"{H}/feed_forward/w3/kernel", "embed mlp"),
+    TensorRule("layers.attn_norm.scale", f"{H}/attention_norm/kernel", "embed"),
+    TensorRule("layers.mlp_norm.scale", f"{H}/ffn_norm/kernel", "embed"),
 )
-HEAD = "lm_head/kernel"
-ROWS = (*OUTER, *LAYER, Row("lm_head", HEAD, "embed vocab"))
-TIED = Row("embed", HEAD, "embed_in vocab_in")
+EMBED, HEAD = OUTER[0].name, "lm_head/kernel"
+RULES = (*OUTER, *LAYER, TensorRule("lm_head", HEAD, "embed vocab"))
 SIZES = {"pair": 2}
 
 Kind = str
@@ -78,13 +82,13 @@ TREE = re.compile(rb"([\x81-\x8f]|\xde..)(\xabtransformer|\xa7lm_head)", re.DOTA
 
 def table_of(config: ModelConfig) -> Table:
     """Where each parameter of a model lies; raises UserError where EasyLM has no place for one."""
-    return table_for("EasyLM", ROWS, config, SIZES)
+    return table_for("EasyLM", RULES, config, SIZES)
 
 
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a file begins as one of these, or a folder has such a file under EasyLM's name."""
     try:
         return bool(_found(path, None)) if path.is_dir() else _form(path) is not None
@@ -92,7 +96,7 @@ def looks(path: Path) -> bool:
         return False
 
 
-def open_path(path: Path, config: ModelConfig | None = None, prefix: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig | None = None, prefix: str | None = None) -> Checkpoint:
     """Opens a file, or the one file in a folder; `prefix` is one of PREFIXES, and None asks the file.
 
     The training of a train state comes with it, unless `prefix` asks for its parameters alone.
@@ -122,11 +126,11 @@ def _train_state(file: Path, config: ModelConfig | None, leaves: Mapping[str, ms
         raise UserError(f"{file} holds {extra[0]}, which AdamW's state does not", advice)
     mu, nu = (_tensors(file, leaves, f"{adam}0/{name}/params/") for name in ("mu", "nu"))
     for moments in (mu, nu):
-        check(params.table, moments, "", "the model")
+        check_tensors(params.table, moments, "", "the model")
     notes = params.notes
     if done := leaves.get("opt_state/mini_step"):
         notes += (f"The gradients of {done} microbatches before the next update are left out.",)
-    return replace(params, notes=notes, training=Training(step, mu, nu))
+    return replace(params, notes=notes, training=AdamState(step, mu, nu))
 
 
 def _form(file: Path) -> str | None:
@@ -155,7 +159,7 @@ def _open(path: Path, wanted: Kind | None) -> tuple[Path, Mapping[str, msgpack.L
     form = _form(path)
     if form is None:
         raise UserError(f"{path} does not begin as a file of EasyLM does", "Give the path of such a file.")
-    leaves = msgpack.read_stream(path) if form == "stream" else msgpack.read_tree(path)
+    leaves = msgpack.open_stream(path) if form == "stream" else msgpack.open_tree(path)
     whole = any(name.startswith(("params/", "opt_state/")) or name == "step" for name in leaves)
     kind = "flax_params" if form == "tree" else "trainstate" if whole else "params"
     if wanted not in (None, kind):
@@ -181,110 +185,84 @@ def _parameters(
     folder = file.parent
     notes = []
     pickles = sorted(pickle.name for pickle in folder.glob("metadata*.pkl"))
-    if config is None and not (folder / "config.json").is_file():
+    source = find_config(config, folder)
+    if source is None:
         beside = f", and {pickles[0]} is a pickle, which camelid does not open" if pickles else ""
         raise UserError(
             f"nothing beside {file} says what its model is{beside}",
             "Say it, for example --config llama_7b, or put a Hugging Face config.json beside the file.",
         )
-    described_by = "config.json" if config is None else GIVEN
-    config = config or understood(folder)
+    config, described_by = source
     if pickles:
         notes.append(f"{', '.join(pickles)} was not opened: pickles can run code.")
     tensors = _tensors(file, leaves, "params/params/" if kind == "trainstate" else "")
     known = ""
     if config.tie_embeddings and HEAD in tensors:
-        if may_tie and _is_tied(config, tensors):
+        if may_tie and EMBED in tensors and same_values(tensors[EMBED], tensors[HEAD], transposed=True):
             known = re.escape(HEAD)
         else:
             config = replace(config, tie_embeddings=False)
             notes.append("The head is not tied to the embedding table: in the file it is one of its own.")
     rows = table_of(config)
-    check(rows, tensors, known, described_by)
+    check_tensors(rows, tensors, known, described_by)
     return Checkpoint("easylm", folder, config, tensors, rows, tuple(notes))
-
-
-def _is_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the head is the embedding table, bit by bit."""
-    parts = [_alone(config, row).parts["embed"] for row in (OUTER[0], TIED)]
-    pair = [(part, tensors[part.row.name]) for part in parts if part.row.name in tensors]
-    dtype = tensors[HEAD].dtype
-    if len(pair) < 2 or any(tensor.shape != part.shape() or tensor.dtype != dtype for part, tensor in pair):
-        return False
-    vocab, embed = parts[0].spec.shape
-    # Each block is rows of the head, and columns of the table, which is read once for each.
-    step = max(1, BLOCK // (vocab * dtype.itemsize))
-    for start in range(0, embed, step):
-        index = (slice(0, vocab), slice(start, min(start + step, embed)))
-        held = np.empty((2, vocab, index[1].stop - start), dtype)
-        for (part, tensor), out in zip(pair, held, strict=True):
-            read_slice(part, tensor, index, None, out)
-        bits = held.view(f"u{dtype.itemsize}")
-        if not np.array_equal(bits[0], bits[1]):
-            return False
-    return True
-
-
-def _alone(config: ModelConfig, row: Row) -> Table:
-    """The table of one row."""
-    return table([row], {row.path: named(declare_decoder(config))[row.path]}, config.axis_sizes)
 
 
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving) -> list[File]:
+def plan_files(export: ExportSpec) -> list[PlannedFile]:
     """streaming_params, byte for byte as EasyLM's converter writes it."""
-    return [msgpack.stream_file("streaming_params", _segments(saving))]
+    return [msgpack.stream_file("streaming_params", _segments(export))]
 
 
-def flax_files(saving: Saving) -> list[File]:
+def flax_files(export: ExportSpec) -> list[PlannedFile]:
     """flax_params, byte for byte as EasyLM's converter writes it with --streaming=False."""
-    return [msgpack.tree_file("flax_params", _segments(saving))]
+    return [msgpack.tree_file("flax_params", _segments(export))]
 
 
-def train_state_files(saving: Saving) -> list[File]:
+def train_state_files(export: ExportSpec) -> list[PlannedFile]:
     """streaming_train_state, byte for byte as EasyLM's training writes it in float32, without accumulation."""
-    training = saving.training
+    training = export.training
     if training is None:
         raise UserError(
             "there is no step and there are no moments of AdamW to write",
             "Convert an EasyLM train state or a camelid run, or write the parameters with --to easylm.",
         )
-    if saving.config.tie_embeddings:
+    if export.config.tie_embeddings:
         raise UserError(
             "EasyLM trains a head of its own, and this model's is tied", "Write the parameters with --to easylm."
         )
-    moments = dict.fromkeys(saving.dtypes, np.dtype(np.float32))
+    moments = dict.fromkeys(export.dtypes, np.dtype(np.float32))
     adam = "opt_state/1/0"
     return [
         msgpack.stream_file(
             "streaming_train_state",
             [
                 msgpack.Scalar("step", training.step),
-                *_below("params/params", saving),
+                *_below("params/params", export),
                 msgpack.Scalar(f"{adam}/count", training.step),
-                *_below(f"{adam}/mu/params", replace(saving, dtypes=moments, source=training.mu)),
-                *_below(f"{adam}/nu/params", replace(saving, dtypes=moments, source=training.nu)),
+                *_below(f"{adam}/mu/params", replace(export, dtypes=moments, source=training.mu)),
+                *_below(f"{adam}/nu/params", replace(export, dtypes=moments, source=training.nu)),
                 msgpack.Scalar("opt_state/1/2/count", training.step),
             ],
         )
     ]
 
 
-def _below(name: str, saving: Saving) -> list[Segment]:
+def _below(name: str, export: ExportSpec) -> list[TensorPayload]:
     """In the order of flax's own trees, which jit has sorted."""
-    segments = sorted(_segments(saving), key=lambda segment: segment.tensor.name.split("/"))
-    return [replace(one, tensor=replace(one.tensor, name=f"{name}/{one.tensor.name}")) for one in segments]
+    payloads = sorted(_segments(export), key=lambda payload: payload.tensor.name.split("/"))
+    return [replace(one, tensor=replace(one.tensor, name=f"{name}/{one.tensor.name}")) for one in payloads]
 
 
-def _segments(saving: Saving) -> list[Segment]:
+def _segments(export: ExportSpec) -> list[TensorPayload]:
     """In the order of EasyLM's converter."""
-    config = saving.config
-    refuse_beyond("EasyLM", config, {"rope_theta", "tie_embeddings"})
+    config = export.config
+    refuse_unsupported("EasyLM", config, {"rope_theta", "tie_embeddings"})
     refuse_wide_heads("EasyLM", config)
-    saving = saving.untied()
-    held = {segment.tensor.name: segment for segment in saving.segments(table_of(saving.config))}
+    export = export.untied()
+    held = {payload.tensor.name: payload for payload in export.payloads(table_of(export.config))}
     order = [row.name for row in OUTER]
     order += [row.name.format(layer=layer) for layer in range(config.num_layers) for row in LAYER]
     return [held[name] for name in (*order, HEAD)]

@@ -7,11 +7,21 @@ read. Rotary pairs are neighbors. The tokenizer is in the file's metadata, with 
 from functools import partial
 from pathlib import Path
 
-from camelid.checkpoint.checkpoint import Checkpoint, Saving, assumed, refuse_beyond, table_for
-from camelid.checkpoint.containers.ggml import BLOCK, BY_NAME, CODES, F16, F32, KINDS, WRITABLE, Quantised, quantise
-from camelid.checkpoint.containers.gguf_file import MAGIC, Entry, gguf_file, read_file
-from camelid.checkpoint.files import Chunks, File, Segment, segment
-from camelid.checkpoint.formats import hf
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, assumption_note, refuse_unsupported, table_for
+from camelid.checkpoint.containers.ggml import (
+    BLOCK,
+    BY_NAME,
+    CODES,
+    F16,
+    F32,
+    QUANTIZATIONS,
+    WRITABLE,
+    QuantizedTensor,
+    quantize,
+)
+from camelid.checkpoint.containers.gguf_file import MAGIC, TensorInfo, gguf_file, open_gguf
+from camelid.checkpoint.files import Chunks, PlannedFile, TensorPayload, raw_payload
+from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.formats.gguf_config import (
     ROPE,
     config_of,
@@ -23,25 +33,27 @@ from camelid.checkpoint.formats.gguf_config import (
 )
 from camelid.checkpoint.formats.gguf_tokenizer import tokenizer_metadata
 from camelid.checkpoint.formats.gguf_vocabulary import has_tokenizer, unpacked
-from camelid.checkpoint.layout import Row, Table, check, pieces, plan
-from camelid.checkpoint.tensors import Planned
+from camelid.checkpoint.layout import Table, TensorRule, check_tensors, plan_tensors, tensor_chunks
+from camelid.checkpoint.tensors import PlannedTensor
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 from camelid.text.tokenizer import Tokenizer
 
-ROWS = (
-    Row("embed", "token_embd.weight", "vocab_in embed_in"),
-    Row("layers.attn_norm.scale", "blk.{layer}.attn_norm.weight", "embed"),
-    Row("layers.attn.q_proj", "blk.{layer}.attn_q.weight", "(heads freq pair) embed", "heads (pair freq) embed"),
-    Row("layers.attn.k_proj", "blk.{layer}.attn_k.weight", "(kv_heads freq pair) embed", "kv_heads (pair freq) embed"),
-    Row("layers.attn.v_proj", "blk.{layer}.attn_v.weight", "(kv_heads head_dim) embed"),
-    Row("layers.attn.o_proj", "blk.{layer}.attn_output.weight", "embed (heads head_dim)"),
-    Row("layers.mlp_norm.scale", "blk.{layer}.ffn_norm.weight", "embed"),
-    Row("layers.mlp.gate_proj", "blk.{layer}.ffn_gate.weight", "mlp embed"),
-    Row("layers.mlp.up_proj", "blk.{layer}.ffn_up.weight", "mlp embed"),
-    Row("layers.mlp.down_proj", "blk.{layer}.ffn_down.weight", "embed mlp"),
-    Row("final_norm.scale", "output_norm.weight", "embed"),
-    Row("lm_head", "output.weight", "vocab embed"),
+RULES = (
+    TensorRule("embed", "token_embd.weight", "vocab_in embed_in"),
+    TensorRule("layers.attn_norm.scale", "blk.{layer}.attn_norm.weight", "embed"),
+    TensorRule("layers.attn.q_proj", "blk.{layer}.attn_q.weight", "(heads freq pair) embed", "heads (pair freq) embed"),
+    TensorRule(
+        "layers.attn.k_proj", "blk.{layer}.attn_k.weight", "(kv_heads freq pair) embed", "kv_heads (pair freq) embed"
+    ),
+    TensorRule("layers.attn.v_proj", "blk.{layer}.attn_v.weight", "(kv_heads head_dim) embed"),
+    TensorRule("layers.attn.o_proj", "blk.{layer}.attn_output.weight", "embed (heads head_dim)"),
+    TensorRule("layers.mlp_norm.scale", "blk.{layer}.ffn_norm.weight", "embed"),
+    TensorRule("layers.mlp.gate_proj", "blk.{layer}.ffn_gate.weight", "mlp embed"),
+    TensorRule("layers.mlp.up_proj", "blk.{layer}.ffn_up.weight", "mlp embed"),
+    TensorRule("layers.mlp.down_proj", "blk.{layer}.ffn_down.weight", "embed mlp"),
+    TensorRule("final_norm.scale", "output_norm.weight", "embed"),
+    TensorRule("lm_head", "output.weight", "vocab embed"),
 )
 WHAT = "a GGUF file of architecture llama"
 CAN_SAY = ("tie_embeddings", "rope_scaling")
@@ -50,7 +62,7 @@ FILE = "model.gguf"
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a file, or some .gguf of a folder, starts as GGUF does."""
     try:
         return any(_starts(file) for file in (path.glob("*.gguf") if path.is_dir() else [path]))
@@ -65,37 +77,37 @@ def _starts(path: Path) -> bool:
         return file.read(4) == MAGIC
 
 
-def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a file, or the one of a folder; the model is `config`, config.json beside it, or what the file says.
 
     The tokenizer of a file is the one inside; that of a folder is tokenizer.json or tokenizer.model, if it has them.
     """
     is_folder, path = path.is_dir(), _file(path)
-    held, tensors = read_file(path)
+    held, tensors = open_gguf(path)
     said = fields_of(path, held, tensors)
     stretch = held_stretch(path, held, tensors, said)
-    notes, described_by = [], hf.GIVEN
-    if config is not None:
-        if odd := disagreements(config, said, stretch):
-            raise UserError(f"{path} and the given config disagree: {odd}", "They belong to different models.")
-    elif (path.parent / "config.json").is_file():
-        described_by = "config.json"
-        try:
-            config = hf.understood(path.parent)
-            odd = disagreements(config, said, stretch)
-        except UserError as error:  # some folders hold a config.json of one line
-            odd = error.problem
-        if odd:
-            notes.append(f"config.json beside {path.name} does not describe it and was left out: {odd}")
-            config = None
-    if config is None:
+    notes: list[str] = []
+    source = None
+    if config is not None and (odd := disagreements(config, said, stretch)):
+        raise UserError(f"{path} and the given config disagree: {odd}", "They belong to different models.")
+    try:
+        source = find_config(config, path.parent)
+        odd = disagreements(source.config, said, stretch) if source is not None else ""
+    except UserError as error:  # some folders hold a config.json of one line
+        odd = error.problem
+    if odd:
+        notes.append(f"config.json beside {path.name} does not describe it and was left out: {odd}")
+        source = None
+    if source is not None:
+        config, described_by = source
+    else:
         config, described_by = config_of(path, held, said, stretch, ROPE in tensors, notes), "its metadata"
-        notes.append(assumed(path.name, config, "init_std", "family"))
+        notes.append(assumption_note(path.name, config, "init_std", "family"))
     windows = ("sliding_window", "window_pattern")  # llama.cpp does not compute Mistral's, and says nothing of them
-    refuse_beyond(WHAT, config, (*CAN_SAY, *windows))
+    refuse_unsupported(WHAT, config, (*CAN_SAY, *windows))
     table = _table(config)
-    check(table, tensors, r"rope_freqs\.weight", described_by)
-    if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, Quantised)}):
+    check_tensors(table, tensors, r"rope_freqs\.weight", described_by)
+    if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, QuantizedTensor)}):
         notes.append(f"the weights of {path.name} are quantised ({', '.join(kinds)}); they are read as float32")
     # What lies beside a file may be another model's; what lies in a folder with it belongs to it.
     beside = is_folder and any((path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -104,7 +116,7 @@ def open_gguf(path: Path, config: ModelConfig | None = None) -> Checkpoint:
 
 
 def _table(config: ModelConfig) -> Table:
-    return table_for(WHAT, ROWS, config, {"pair": 2})
+    return table_for(WHAT, RULES, config, {"pair": 2})
 
 
 def _file(path: Path) -> Path:
@@ -123,29 +135,29 @@ def _file(path: Path) -> Path:
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving, kind: str | None = None) -> list[File]:
+def plan_files(export: ExportSpec, kind: str | None = None) -> list[PlannedFile]:
     """model.gguf.
 
     `kind` "q8_0" or "q4_0" quantises every matrix whose rows are multiples of 32; the others are float16 then. Norms
     are always float32, as llama.cpp wants them.
     """
-    config = saving.config
-    refuse_beyond(WHAT, config, CAN_SAY)
+    config = export.config
+    refuse_unsupported(WHAT, config, CAN_SAY)
     stretch = stretch_of(config.rope_scaling, config.rope_theta, config.head_dim)
     if stretch is None:
         raise UserError(f"{WHAT} cannot hold rope_scaling = {config.rope_scaling!r}", "Use the format hf.")
     if kind not in (None, *WRITABLE):
         raise UserError(f"quantisation {kind!r} is unknown", f"Choose one of {', '.join(WRITABLE)}.")
     table = _table(config)
-    entries = [Entry(p.name, p.shape, _code(p, kind)) for p in plan(table, saving.dtypes)]
-    segments = [Segment(entry.planned, entry.bytes, partial(_chunks, saving, table, entry)) for entry in entries]
+    entries = [TensorInfo(p.name, p.shape, _code(p, kind)) for p in plan_tensors(table, export.dtypes)]
+    payloads = [TensorPayload(entry.planned, entry.bytes, partial(_chunks, export, table, entry)) for entry in entries]
     if isinstance(config.rope_scaling, Llama3Scaling):
-        entries.append(Entry(ROPE, stretch.shape, F32))
-        segments.append(segment(entries[-1].planned, lambda: [stretch]))
-    code = CODES[saving.dtypes["embed"]] if kind is None else BY_NAME[kind]
-    described, tokenizer, notes = tokenizer_metadata(saving.companions, config.vocab_size)
+        entries.append(TensorInfo(ROPE, stretch.shape, F32))
+        payloads.append(raw_payload(entries[-1].planned, lambda: [stretch]))
+    code = CODES[export.dtypes["embed"]] if kind is None else BY_NAME[kind]
+    described, tokenizer, notes = tokenizer_metadata(export.companions, config.vocab_size)
     own = (None, None) if tokenizer is None else (tokenizer.bos_id, _named_eos(tokenizer))
-    return [gguf_file(FILE, metadata_of(config, code, *own) | described, entries, segments, notes)]
+    return [gguf_file(FILE, metadata_of(config, code, *own) | described, entries, payloads, notes)]
 
 
 def _named_eos(tokenizer: Tokenizer) -> int | None:
@@ -154,7 +166,7 @@ def _named_eos(tokenizer: Tokenizer) -> int | None:
     return None if text is None else tokenizer.engine.token_id(text)
 
 
-def _code(tensor: Planned, kind: str | None) -> int:
+def _code(tensor: PlannedTensor, kind: str | None) -> int:
     if len(tensor.shape) == 1:
         return F32
     if kind is None:
@@ -162,6 +174,6 @@ def _code(tensor: Planned, kind: str | None) -> int:
     return F16 if tensor.shape[-1] % BLOCK else BY_NAME[kind]
 
 
-def _chunks(saving: Saving, table: Table, entry: Entry) -> Chunks:
-    for piece in pieces(table, entry.name, entry.planned.dtype, saving.source):
-        yield quantise(piece, KINDS[entry.code].name) if entry.code in KINDS else piece
+def _chunks(export: ExportSpec, table: Table, entry: TensorInfo) -> Chunks:
+    for piece in tensor_chunks(table, entry.name, entry.planned.dtype, export.source):
+        yield quantize(piece, QUANTIZATIONS[entry.code].name) if entry.code in QUANTIZATIONS else piece

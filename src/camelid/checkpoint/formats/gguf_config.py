@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from camelid.checkpoint.containers.ggml import KINDS
-from camelid.checkpoint.containers.gguf_file import AGAIN, ALIGNMENT, FLOAT32, TEXT, UINT32, shown
+from camelid.checkpoint.containers.ggml import QUANTIZATIONS
+from camelid.checkpoint.containers.gguf_file import AGAIN, ALIGNMENT, FLOAT32, TEXT, UINT32, describe_value
 from camelid.checkpoint.tensors import DTYPES, Tensor
 from camelid.errors import UserError
 from camelid.model.config import LinearScaling, Llama3Scaling, ModelConfig, RopeScaling
@@ -58,7 +58,7 @@ def fields_of(path: Path, held: Mapping[str, Any], tensors: Mapping[str, Tensor]
     known |= {"attention.value_length", "rope.dimension_count"}
     for name, value in own.items():
         if name not in known or (name in EXPECTED and value not in EXPECTED[name]):
-            raise UserError(f"{path} has llama.{name} = {shown(value)}, which camelid does not read", ORIGINAL)
+            raise UserError(f"{path} has llama.{name} = {describe_value(value)}, which camelid does not read", ORIGINAL)
 
     def one(name: str, kind: type, default: Any = None) -> Any:
         return default if name not in own else _number(path, name, own[name], kind)
@@ -86,7 +86,9 @@ def fields_of(path: Path, held: Mapping[str, Any], tensors: Mapping[str, Tensor]
 def _number(path: Path, name: str, value: Any, kind: type) -> Any:
     fits = type(value) in (int, kind) and 0 < value < (2**31 if kind is int else np.finfo(np.float32).max)
     if not fits:
-        raise UserError(f"{path} has llama.{name} = {shown(value)}; camelid computes one positive number", ORIGINAL)
+        raise UserError(
+            f"{path} has llama.{name} = {describe_value(value)}; camelid computes one positive number", ORIGINAL
+        )
     # The shortest decimal of a float32: 1e-05 and not 9.99999974e-06.
     return value if kind is int else float(str(np.float32(value)))
 
@@ -163,7 +165,9 @@ def config_of(
         value = held.get(f"tokenizer.ggml.{name}_token_id")
         if value is None or (type(value) is int and 0 <= value < said["vocab_size"]):
             return value
-        notes.append(f"tokenizer.ggml.{name}_token_id = {shown(value)} is no token of the vocabulary and was left out")
+        notes.append(
+            f"tokenizer.ggml.{name}_token_id = {describe_value(value)} is no token of the vocabulary and was left out"
+        )
         return None
 
     ends = dict.fromkeys(value for name in ENDS if (value := token(name)) is not None)
@@ -189,7 +193,7 @@ def metadata_of(config: ModelConfig, code: int, bos_id: int | None, eos_id: int 
         "general.alignment": (UINT32, ALIGNMENT),
         "general.file_type": (UINT32, FILE_TYPES[code]),
     }
-    if code in KINDS:
+    if code in QUANTIZATIONS:
         held["general.quantization_version"] = UINT32, 2
     held |= {f"llama.{name}": (UINT32, getattr(config, ours)) for ours, name in SIZES.items()}
     held |= {f"llama.{name}": (FLOAT32, getattr(config, ours)) for ours, name in FLOATS.items()}

@@ -16,8 +16,8 @@ from typing import Any
 
 from camelid.checkpoint.containers.gguf_file import ARRAY, BOOL, FLOAT32, INT32, TEXT, UINT32
 from camelid.checkpoint.containers.protobuf import fields
-from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.formats.gguf_pretokenizers import PRE_TOKENIZERS, patterns_of
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 from camelid.interrupts import cleaned_up
 from camelid.text.backends import TokenizersEngine

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from camelid.checkpoint.containers.gguf_file import Items, shown
+from camelid.checkpoint.containers.gguf_file import LazyArray, describe_value
 from camelid.checkpoint.formats.gguf_pretokenizers import BY_PRE, pre_tokenizer_json
 from camelid.checkpoint.formats.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from camelid.disk.atomic import write_atomically
@@ -60,7 +60,8 @@ def tokenizer_files(path: Path, held: Mapping[str, Any]) -> dict[str, dict[str, 
     if model not in DEFAULTS:
         known = " and ".join(DEFAULTS)
         raise UserError(
-            f"{path} has tokenizer.ggml.model = {shown(model)}; camelid reads {known} in a Llama's file", BESIDE
+            f"{path} has tokenizer.ggml.model = {describe_value(model)}; camelid reads {known} in a Llama's file",
+            BESIDE,
         )
     texts = _array(path, held, "tokens", str)
     types = _array(path, held, "token_type", int) if "tokenizer.ggml.token_type" in held else [NORMAL] * len(texts)
@@ -113,9 +114,9 @@ def _ids(texts: Sequence[str], wanted: Collection[str]) -> list[int]:
 
 def _array(path: Path, held: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> list[Any]:
     items = held.get(f"tokenizer.ggml.{name}")
-    values = items.read(path) if isinstance(items, Items) else None
+    values = items.read(path) if isinstance(items, LazyArray) else None
     if values is None or not all(isinstance(value, kind) for value in values):
-        raise UserError(f"{path} has tokenizer.ggml.{name} = {shown(items)}, which is not readable", BESIDE)
+        raise UserError(f"{path} has tokenizer.ggml.{name} = {describe_value(items)}, which is not readable", BESIDE)
     return values
 
 
@@ -232,7 +233,8 @@ def _byte_level(
     name = held.get("tokenizer.ggml.pre")
     if name not in BY_PRE:
         raise UserError(
-            f"{path} has tokenizer.ggml.pre = {shown(name)}; camelid knows the pre-tokenizers {', '.join(BY_PRE)}",
+            f"{path} has tokenizer.ggml.pre = {describe_value(name)}; camelid knows "
+            f"the pre-tokenizers {', '.join(BY_PRE)}",
             BESIDE,
         )
     # A space may begin a merge, but does not end its first part.

@@ -3,65 +3,43 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from camelid.checkpoint.checkpoint import Checkpoint, Saving
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.containers.safetensors import safetensors_file
-from camelid.checkpoint.containers.torch_files import unverified
-from camelid.checkpoint.files import File, Segment, json_file
-from camelid.checkpoint.folder import read_json
+from camelid.checkpoint.containers.torch_files import unverified_note_for
+from camelid.checkpoint.files import PlannedFile, TensorPayload, json_file
 from camelid.checkpoint.formats import hf_files
+from camelid.checkpoint.formats.config_source import CONFIG_JSON, GIVEN, read_config_json
 from camelid.checkpoint.formats.hf_config import config_from_hf, config_to_hf
 from camelid.checkpoint.formats.hf_families import BUFFERS, FAMILIES, TIED_HEAD
-from camelid.checkpoint.formats.hf_ignored_fields import remarks, without
+from camelid.checkpoint.formats.hf_ignored_fields import remarks
 from camelid.checkpoint.formats.hf_wrapped import unwrapped
-from camelid.checkpoint.layout import Table, check, table
+from camelid.checkpoint.layout import Table, check_tensors, make_table
 from camelid.checkpoint.tensors import Tensor, same_values
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 
 SHARD_BYTES = 5 * 10**9
-GIVEN = "the given config"
-"""what describes a model in messages, where config.json does not"""
 
 
 def table_of(config: ModelConfig) -> Table:
     """Where each parameter of a model lies in the files of its family; raises UserError where no family has it."""
     name = config_to_hf(config, "float32")["model_type"]
-    return table(FAMILIES[name].rows, named(declare_decoder(config)), config.axis_sizes)
+    return make_table(FAMILIES[name].rows, named(declare_decoder(config)), config.axis_sizes)
 
 
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a folder has config.json and one of the forms of weights."""
-    return (path / "config.json").is_file() and hf_files.looks(path)
+    return (path / "config.json").is_file() and hf_files.matches(path)
 
 
-def described_in(folder: Path) -> Path | None:
-    """The folder that has a config.json: this one, or the one around it."""
-    return next((place for place in (folder, folder.parent) if (place / "config.json").is_file()), None)
-
-
-def understood(folder: Path, ignore: Sequence[str] = ()) -> ModelConfig:
-    """The model that a folder's config.json describes; the fields in `ignore` are as if they were absent."""
-    return config_from_hf(read_config(folder, ignore)[0])
-
-
-def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A folder's config.json without the fields in `ignore`, and notes on those that it has and on those it lacks."""
-    whole = read_json(folder / "config.json")
-    left = [name for name in ignore if without(whole, [name]) != whole]
-    lacks = [name for name in ignore if name not in left]
-    notes = (f"config.json is read as if it had no {', '.join(left)}, as asked",) if left else ()
-    notes += (f"config.json has no {', '.join(lacks)}, which was to be ignored",) if lacks else ()
-    return without(whole, left), notes
-
-
-def open_folder(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Checkpoint:
+def open_checkpoint(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Checkpoint:
     """Opens a folder and checks it against its config.json, or against `config` where that is given.
 
     The fields in `ignore` are as if config.json did not have them.
@@ -83,24 +61,24 @@ def open_tensors(
     """The checkpoint that tensors with Hugging Face's names make with the config.json in `folder`, or with `config`."""
     said, described_by = {}, GIVEN
     if config is None:
-        (said, ignored), described_by = read_config(folder, ignore), "config.json"
+        (said, ignored), described_by = read_config_json(folder, ignore), CONFIG_JSON
         config, notes = config_from_hf(said), (*ignored, *remarks(said), *notes)
     rows = table_of(config)
-    tensors, from_names = unwrapped(held, rows.parts["final_norm.scale"].row.name, rows.tensors)
+    tensors, from_names = unwrapped(held, rows.entries["final_norm.scale"].rule.name, rows.tensors)
     if described_by != GIVEN and "tie_word_embeddings" not in said:
         config, from_head = _tied_or_not(config, tensors)
         notes += from_head
     rows = table_of(config)
     if config.tie_embeddings:
-        tensors = tied(tensors, rows.parts["embed"].row.name, TIED_HEAD, described_by)
-    check(rows, tensors, BUFFERS, described_by)
-    notes += (*from_names, *unverified(tensors.values()))
+        tensors = without_tied_head(tensors, rows.entries["embed"].rule.name, TIED_HEAD, described_by)
+    check_tensors(rows, tensors, BUFFERS, described_by)
+    notes += (*from_names, *unverified_note_for(tensors.values()))
     return Checkpoint(format, folder, config, tensors, rows, notes)
 
 
 def _tied_or_not(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, tuple[str, ...]]:
     """The model, where config.json leaves out tie_word_embeddings, as its files ask for it, and a note on a change."""
-    table = tensors.get(table_of(config).parts["embed"].row.name)
+    table = tensors.get(table_of(config).entries["embed"].rule.name)
     head = tensors.get(TIED_HEAD)
     if not config.tie_embeddings and (table is None or head is None) and not config.head_bias:
         what = f"the files hold {'no ' + TIED_HEAD if head is None else TIED_HEAD + ' and no table of embeddings'}"
@@ -112,56 +90,40 @@ def _tied_or_not(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[Mo
     return config, ()
 
 
-def tied(tensors: Mapping[str, Tensor], table: str, head: str, described_by: str) -> dict[str, Tensor]:
-    """The tensors of a model whose head is its embedding table, of which a file may hold either or both; without head.
-
-    `table` and `head` are their names. Raises UserError where both are there and differ.
-    """
-    others = {name: tensor for name, tensor in tensors.items() if name not in (table, head)}
-    if head in tensors and table in tensors and not same_values(tensors[table], tensors[head]):
-        raise UserError(
-            f"{described_by} ties the head to the embedding table, and {head} differs from it",
-            "If the head is to be used, set tie_word_embeddings to false there, or leave it out: "
-            "--ignore-config-field tie_word_embeddings.",
-        )
-    one = tensors.get(table, tensors.get(head))
-    return others if one is None else {table: one, **others}
-
-
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving) -> list[File]:
+def plan_files(export: ExportSpec) -> list[PlannedFile]:
     """What transformers opens: one file, or several with an index."""
-    segments = saving.segments(table_of(saving.config))
-    total = sum(segment.size for segment in segments)
-    shards = _shards(segments, SHARD_BYTES) if saving.shards is None else _so_many(segments, saving.shards)
+    payloads = export.payloads(table_of(export.config))
+    total = sum(payload.size for payload in payloads)
+    shards = _shards(payloads, SHARD_BYTES) if export.shards is None else _so_many(payloads, export.shards)
     if len(shards) == 1:
-        return [safetensors_file("model.safetensors", segments)]
+        return [safetensors_file("model.safetensors", payloads)]
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     pairs = list(zip(names, shards, strict=True))
-    weight_map = {segment.tensor.name: name for name, shard in pairs for segment in shard}
+    weight_map = {payload.tensor.name: name for name, shard in pairs for payload in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return [*(safetensors_file(*pair) for pair in pairs), json_file("model.safetensors.index.json", index)]
 
 
-def _shards(segments: Sequence[Segment], most: int) -> list[list[Segment]]:
-    shards: list[list[Segment]] = [[]]
+def _shards(payloads: Sequence[TensorPayload], most: int) -> list[list[TensorPayload]]:
+    shards: list[list[TensorPayload]] = [[]]
     size = 0
-    for segment in segments:
-        if shards[-1] and size + segment.size > most:
+    for payload in payloads:
+        if shards[-1] and size + payload.size > most:
             shards.append([])
             size = 0
-        shards[-1].append(segment)
-        size += segment.size
+        shards[-1].append(payload)
+        size += payload.size
     return shards
 
 
-def _so_many(segments: Sequence[Segment], count: int) -> list[list[Segment]]:
+def _so_many(payloads: Sequence[TensorPayload], count: int) -> list[list[TensorPayload]]:
     """About equal; fewer, where a tensor is larger than a share."""
-    total, before, count = sum(segment.size for segment in segments), 0, min(count, len(segments))
-    shards: list[list[Segment]] = [[] for _ in range(count)]
-    for segment in segments:
-        shards[(before + segment.size // 2) * count // total].append(segment)
-        before += segment.size
+    total, before, count = sum(payload.size for payload in payloads), 0, min(count, len(payloads))
+    shards: list[list[TensorPayload]] = [[] for _ in range(count)]
+    for payload in payloads:
+        shards[(before + payload.size // 2) * count // total].append(payload)
+        before += payload.size
     return [shard for shard in shards if shard]

@@ -8,42 +8,42 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from camelid.checkpoint.layout import Row
+from camelid.checkpoint.layout import TensorRule
 from camelid.model.config import LongRopeScaling, ModelConfig, RopeScaling
 
 # Tensors --------------------------------------------------------------------------------
 
 LLAMA = (
-    Row("embed", "model.embed_tokens.weight", "vocab_in embed_in"),
-    Row("layers.attn_norm.scale", "model.layers.{layer}.input_layernorm.weight", "embed"),
-    Row("layers.attn_norm.bias", "model.layers.{layer}.input_layernorm.bias", "embed"),
-    Row("layers.attn.q_proj", "model.layers.{layer}.self_attn.q_proj.weight", "(heads head_dim) embed"),
-    Row("layers.attn.k_proj", "model.layers.{layer}.self_attn.k_proj.weight", "(kv_heads head_dim) embed"),
-    Row("layers.attn.v_proj", "model.layers.{layer}.self_attn.v_proj.weight", "(kv_heads head_dim) embed"),
-    Row("layers.attn.o_proj", "model.layers.{layer}.self_attn.o_proj.weight", "embed (heads head_dim)"),
-    Row("layers.attn.q_bias", "model.layers.{layer}.self_attn.q_proj.bias", "(heads head_dim)"),
-    Row("layers.attn.k_bias", "model.layers.{layer}.self_attn.k_proj.bias", "(kv_heads head_dim)"),
-    Row("layers.attn.v_bias", "model.layers.{layer}.self_attn.v_proj.bias", "(kv_heads head_dim)"),
-    Row("layers.attn.o_bias", "model.layers.{layer}.self_attn.o_proj.bias", "embed"),
-    Row("layers.attn.q_norm.scale", "model.layers.{layer}.self_attn.q_norm.weight", "head_dim"),
-    Row("layers.attn.k_norm.scale", "model.layers.{layer}.self_attn.k_norm.weight", "head_dim"),
+    TensorRule("embed", "model.embed_tokens.weight", "vocab_in embed_in"),
+    TensorRule("layers.attn_norm.scale", "model.layers.{layer}.input_layernorm.weight", "embed"),
+    TensorRule("layers.attn_norm.bias", "model.layers.{layer}.input_layernorm.bias", "embed"),
+    TensorRule("layers.attn.q_proj", "model.layers.{layer}.self_attn.q_proj.weight", "(heads head_dim) embed"),
+    TensorRule("layers.attn.k_proj", "model.layers.{layer}.self_attn.k_proj.weight", "(kv_heads head_dim) embed"),
+    TensorRule("layers.attn.v_proj", "model.layers.{layer}.self_attn.v_proj.weight", "(kv_heads head_dim) embed"),
+    TensorRule("layers.attn.o_proj", "model.layers.{layer}.self_attn.o_proj.weight", "embed (heads head_dim)"),
+    TensorRule("layers.attn.q_bias", "model.layers.{layer}.self_attn.q_proj.bias", "(heads head_dim)"),
+    TensorRule("layers.attn.k_bias", "model.layers.{layer}.self_attn.k_proj.bias", "(kv_heads head_dim)"),
+    TensorRule("layers.attn.v_bias", "model.layers.{layer}.self_attn.v_proj.bias", "(kv_heads head_dim)"),
+    TensorRule("layers.attn.o_bias", "model.layers.{layer}.self_attn.o_proj.bias", "embed"),
+    TensorRule("layers.attn.q_norm.scale", "model.layers.{layer}.self_attn.q_norm.weight", "head_dim"),
+    TensorRule("layers.attn.k_norm.scale", "model.layers.{layer}.self_attn.k_norm.weight", "head_dim"),
     # The norm before the MLP: the file's name says where it stands, after attention.
-    Row("layers.mlp_norm.scale", "model.layers.{layer}.post_attention_layernorm.weight", "embed"),
-    Row("layers.mlp_norm.bias", "model.layers.{layer}.post_attention_layernorm.bias", "embed"),
-    Row("layers.mlp.gate_proj", "model.layers.{layer}.mlp.gate_proj.weight", "mlp embed"),
-    Row("layers.mlp.up_proj", "model.layers.{layer}.mlp.up_proj.weight", "mlp embed"),
-    Row("layers.mlp.down_proj", "model.layers.{layer}.mlp.down_proj.weight", "embed mlp"),
-    Row("layers.mlp.gate_bias", "model.layers.{layer}.mlp.gate_proj.bias", "mlp"),
-    Row("layers.mlp.up_bias", "model.layers.{layer}.mlp.up_proj.bias", "mlp"),
-    Row("layers.mlp.down_bias", "model.layers.{layer}.mlp.down_proj.bias", "embed"),
-    Row("final_norm.scale", "model.norm.weight", "embed"),
-    Row("final_norm.bias", "model.norm.bias", "embed"),
-    Row("lm_head", "lm_head.weight", "vocab embed"),
-    Row("lm_head_bias", "lm_head.bias", "vocab"),
+    TensorRule("layers.mlp_norm.scale", "model.layers.{layer}.post_attention_layernorm.weight", "embed"),
+    TensorRule("layers.mlp_norm.bias", "model.layers.{layer}.post_attention_layernorm.bias", "embed"),
+    TensorRule("layers.mlp.gate_proj", "model.layers.{layer}.mlp.gate_proj.weight", "mlp embed"),
+    TensorRule("layers.mlp.up_proj", "model.layers.{layer}.mlp.up_proj.weight", "mlp embed"),
+    TensorRule("layers.mlp.down_proj", "model.layers.{layer}.mlp.down_proj.weight", "embed mlp"),
+    TensorRule("layers.mlp.gate_bias", "model.layers.{layer}.mlp.gate_proj.bias", "mlp"),
+    TensorRule("layers.mlp.up_bias", "model.layers.{layer}.mlp.up_proj.bias", "mlp"),
+    TensorRule("layers.mlp.down_bias", "model.layers.{layer}.mlp.down_proj.bias", "embed"),
+    TensorRule("final_norm.scale", "model.norm.weight", "embed"),
+    TensorRule("final_norm.bias", "model.norm.bias", "embed"),
+    TensorRule("lm_head", "lm_head.weight", "vocab embed"),
+    TensorRule("lm_head_bias", "lm_head.bias", "vocab"),
 )
 
 
-def _named_otherwise(rows: Sequence[Row], names: Mapping[str, str]) -> tuple[Row, ...]:
+def _named_otherwise(rows: Sequence[TensorRule], names: Mapping[str, str]) -> tuple[TensorRule, ...]:
     """The rows with parts of their tensors' names replaced."""
     for theirs, instead in names.items():
         rows = [replace(row, name=row.name.replace(theirs, instead)) for row in rows]
@@ -66,8 +66,8 @@ PHI3 = _named_otherwise(  # rows of one name lie end to end in it
 )
 GEMMA2 = (
     *_named_otherwise(LLAMA, {".post_attention_layernorm.": ".pre_feedforward_layernorm."}),
-    Row("layers.attn_post_norm.scale", "model.layers.{layer}.post_attention_layernorm.weight", "embed"),
-    Row("layers.mlp_post_norm.scale", "model.layers.{layer}.post_feedforward_layernorm.weight", "embed"),
+    TensorRule("layers.attn_post_norm.scale", "model.layers.{layer}.post_attention_layernorm.weight", "embed"),
+    TensorRule("layers.mlp_post_norm.scale", "model.layers.{layer}.post_feedforward_layernorm.weight", "embed"),
 )
 
 TIED_HEAD = "lm_head.weight"  # some files repeat the embedding table as the head
@@ -146,7 +146,7 @@ class Family:
 
     architecture: str
     fields: tuple[Field, ...]
-    rows: tuple[Row, ...] = LLAMA
+    rows: tuple[TensorRule, ...] = LLAMA
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """what absent fields of config.json mean, where other families have another default or none"""
     implied: Mapping[str, Any] = field(default_factory=dict)

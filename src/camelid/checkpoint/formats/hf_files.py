@@ -11,9 +11,9 @@ from pathlib import Path
 
 from camelid.checkpoint.containers.safetensors import open_safetensors
 from camelid.checkpoint.containers.torch_files import open_torch
-from camelid.checkpoint.folder import read_json
-from camelid.checkpoint.layout import some
+from camelid.checkpoint.layout import summarize
 from camelid.checkpoint.tensors import Tensor, same_values
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 
 Opener = Callable[[Path], dict[str, Tensor]]
@@ -27,7 +27,7 @@ NOT_MISSED = re.compile(r"(lm_head\.weight|.*rotary_emb(_local)?\.\w+)$")
 """what an index may list although no file holds it: a tied head, and buffers that old versions saved"""
 
 
-def looks(folder: Path) -> bool:
+def matches(folder: Path) -> bool:
     """Whether a folder has one of the forms of weights."""
     return any((folder / name).is_file() for file in FILES for name in (file, f"{file}.index.json"))
 
@@ -43,7 +43,7 @@ def open_files(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     held = weights_in(folder)
     raise UserError(
         f"{folder} has neither {' nor '.join(FILES)}, nor an index of one"
-        + (f"; it holds {some(held)}" if held else ""),
+        + (f"; it holds {summarize(held)}" if held else ""),
         "Rename the file of weights, or download the index of its parts, as the case may be."
         if held
         else "Give the folder that holds the weights.",
@@ -58,7 +58,7 @@ def weights_in(folder: Path) -> list[str]:
 def _unread(folder: Path, read: str, names: Collection[str]) -> tuple[str, ...]:
     if not (others := [name for name in weights_in(folder) if name not in names]):
         return ()
-    return (f"the parameters are those of {read}; not read: {some(others)}",)
+    return (f"the parameters are those of {read}; not read: {summarize(others)}",)
 
 
 def _open_shards(index: Path, open_file: Opener) -> tuple[dict[str, Tensor], tuple[str, ...], list[str]]:
@@ -69,7 +69,7 @@ def _open_shards(index: Path, open_file: Opener) -> tuple[dict[str, Tensor], tup
     names = sorted(set(weight_map.values()))
     if gone := [n for n in names if (index.parent / n).parent != index.parent or not (index.parent / n).is_file()]:
         raise UserError(
-            f"{index} names {some(gone)}, which {'are' if gone[1:] else 'is'} not in the folder",
+            f"{index} names {summarize(gone)}, which {'are' if gone[1:] else 'is'} not in the folder",
             "Download what is missing; if the index belongs to other files, remove it.",
         )
     shards = {name: open_file(index.parent / name) for name in names}
@@ -82,13 +82,13 @@ def _open_shards(index: Path, open_file: Opener) -> tuple[dict[str, Tensor], tup
     if copied := [name for name, tensor in tensors.items() if _differs(name, tensor, shards)]:
         chosen, other = (from_[copied[0]].file.name for from_ in (tensors, last))
         notes.append(
-            f"{some(copied)}: several files hold different values; those of the file that the index names are taken "
-            f"({chosen})" + (f", where transformers takes the last file's ({other})" if chosen != other else "")
+            f"{summarize(copied)}: several files hold different values; those of the file that the index names are "
+            f"taken ({chosen})" + (f", where transformers takes the last file's ({other})" if chosen != other else "")
         )
     if absent := [name for name in weight_map if name not in tensors and not NOT_MISSED.match(name)]:
-        notes.append(f"{index.name} lists {some(absent)}, which none of its files holds")
+        notes.append(f"{index.name} lists {summarize(absent)}, which none of its files holds")
     if extra := [name for name in tensors if name not in weight_map and not NOT_MISSED.match(name)]:
-        notes.append(f"{index.name} does not list {some(extra)}; its files hold it, so it is read all the same")
+        notes.append(f"{index.name} does not list {summarize(extra)}; its files hold it, so it is read all the same")
     return tensors, tuple(notes), names
 
 

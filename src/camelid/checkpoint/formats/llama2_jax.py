@@ -25,31 +25,32 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from camelid.checkpoint.checkpoint import Checkpoint, Saving, refuse_beyond, table_for
-from camelid.checkpoint.containers.pickles import run, shown
-from camelid.checkpoint.containers.torch_files import Strided
-from camelid.checkpoint.files import File, Segment
-from camelid.checkpoint.formats import hf
-from camelid.checkpoint.layout import Row, check
-from camelid.checkpoint.tensors import CHUNK, CODES, Planned, Tensor
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, refuse_unsupported, table_for
+from camelid.checkpoint.containers.pickles import printable, run_pickle
+from camelid.checkpoint.containers.torch_files import StridedTensor
+from camelid.checkpoint.files import PlannedFile, TensorPayload
+from camelid.checkpoint.formats.config_source import find_config
+from camelid.checkpoint.layout import TensorRule, check_tensors
+from camelid.checkpoint.tensors import CODES, PlannedTensor, Tensor
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 from camelid.model.config import ModelConfig
 
 FILE = "model.pickle"
-ROWS = (
-    Row("embed", "model.embedding", "vocab_in embed_in"),
-    Row("layers.attn_norm.scale", "model.decoder.input_norm", "layers embed"),
-    Row("layers.attn.q_proj", "model.decoder.attention.q_proj", "layers embed heads head_dim"),
-    Row("layers.attn.k_proj", "model.decoder.attention.k_proj", "layers embed kv_heads head_dim"),
-    Row("layers.attn.v_proj", "model.decoder.attention.v_proj", "layers embed kv_heads head_dim"),
-    Row("layers.attn.o_proj", "model.decoder.attention.out_proj", "layers heads head_dim embed"),
-    Row("layers.mlp_norm.scale", "model.decoder.post_attn_norm", "layers embed"),
-    Row("layers.mlp.gate_proj", "model.decoder.gate_proj", "layers embed mlp"),
-    Row("layers.mlp.up_proj", "model.decoder.up_proj", "layers embed mlp"),
-    Row("layers.mlp.down_proj", "model.decoder.down_proj", "layers mlp embed"),
-    Row("final_norm.scale", "model.norm", "embed"),
-    Row("lm_head", "lm_head", "embed vocab"),
+RULES = (
+    TensorRule("embed", "model.embedding", "vocab_in embed_in"),
+    TensorRule("layers.attn_norm.scale", "model.decoder.input_norm", "layers embed"),
+    TensorRule("layers.attn.q_proj", "model.decoder.attention.q_proj", "layers embed heads head_dim"),
+    TensorRule("layers.attn.k_proj", "model.decoder.attention.k_proj", "layers embed kv_heads head_dim"),
+    TensorRule("layers.attn.v_proj", "model.decoder.attention.v_proj", "layers embed kv_heads head_dim"),
+    TensorRule("layers.attn.o_proj", "model.decoder.attention.out_proj", "layers heads head_dim embed"),
+    TensorRule("layers.mlp_norm.scale", "model.decoder.post_attn_norm", "layers embed"),
+    TensorRule("layers.mlp.gate_proj", "model.decoder.gate_proj", "layers embed mlp"),
+    TensorRule("layers.mlp.up_proj", "model.decoder.up_proj", "layers embed mlp"),
+    TensorRule("layers.mlp.down_proj", "model.decoder.down_proj", "layers mlp embed"),
+    TensorRule("final_norm.scale", "model.norm", "embed"),
+    TensorRule("lm_head", "lm_head", "embed vocab"),
 )
 HEADS = {"model.decoder.attention.q_proj": 2, "model.decoder.attention.out_proj": 1}
 """where R stands, with H after it"""
@@ -75,11 +76,11 @@ AGAIN = "Download or copy the file again."
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a file, or one file of a folder, is such a pickle by its first bytes."""
     try:
         if path.is_dir():
-            return any(looks(file) for file in path.glob("*.pickle") if file.is_file())
+            return any(matches(file) for file in path.glob("*.pickle") if file.is_file())
         with path.open("rb") as file:
             start = file.read(512)
         return start.startswith(b"\x80") and b"lib.llama.llama" in start
@@ -87,28 +88,27 @@ def looks(path: Path) -> bool:
         return False
 
 
-def open_file(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a pickle, or the one in a folder; the model is `config`, or what config.json beside it says."""
     if path.is_dir():
-        files = sorted(file for file in path.glob("*.pickle") if looks(file))
+        files = sorted(file for file in path.glob("*.pickle") if matches(file))
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "none"
             raise UserError(f"{path} should hold one pickle of llama-2-jax, and has {names}", "Give the file itself.")
         path = files[0]
     tree = _unpickle(path)
-    described_by = hf.GIVEN
-    if config is None and (path.parent / "config.json").is_file():
-        config, described_by = hf.understood(path.parent), "config.json"
-    if config is None:
+    source = find_config(config, path.parent)
+    if source is None:
         raise UserError(
             f"{path} does not say which model it holds ({_sizes(tree)}), and has no config.json beside it",
             "Give --config PRESET_OR_JSON, for example llama2_7b.",
         )
-    table = table_for("llama-2-jax", ROWS, config, {})
+    config, described_by = source
+    table = table_for("llama-2-jax", RULES, config, {})
     tensors = {name: _one_heads_axis(tensor, config) for name, tensor in tree.items()}
-    check(table, tensors, "lm_head" if config.tie_embeddings else "", described_by)
+    check_tensors(table, tensors, "lm_head" if config.tie_embeddings else "", described_by)
     if config.tie_embeddings:
-        _check_tied(tensors["model.embedding"], tensors["lm_head"])
+        tensors = without_tied_head(tensors, "model.embedding", "lm_head", described_by, transposed=True)
     return Checkpoint("llama2_jax", path.parent, config, tensors, table, tuple(_notes(config)))
 
 
@@ -137,30 +137,9 @@ def _one_heads_axis(tensor: Tensor, config: ModelConfig) -> Tensor:
             "The file and the config belong to different models.",
         )
     shape = (*tensor.shape[:at], config.num_heads, *tensor.shape[at + 2 :])
-    if isinstance(tensor, Strided):  # Fortran's order, in which R runs faster than H
+    if isinstance(tensor, StridedTensor):  # Fortran's order, in which R runs faster than H
         raise UserError(f"{tensor.name} in {tensor.file} is in Fortran's order", "Save it as a row-major array.")
     return replace(tensor, shape=shape)
-
-
-def _check_tied(embedding: Tensor, head: Tensor) -> None:
-    """Raises UserError unless the head is the table, transposed; its columns are read some at a time."""
-    vocab, embed = embedding.shape
-    step = max(1, 16 * CHUNK // (embed * embedding.dtype.itemsize))
-    if head.shape == (embed, vocab) and head.dtype == embedding.dtype:
-        for start in range(0, vocab, step):
-            cut = slice(start, min(start + step, vocab))
-            a = np.empty((cut.stop - cut.start, embed), embedding.dtype)
-            b = np.empty(a.T.shape, head.dtype)
-            embedding.read_into(a, (cut, slice(0, embed)))
-            head.read_into(b, (slice(0, embed), cut))
-            if not np.array_equal(a.view(f"u{a.itemsize}").T, b.view(f"u{b.itemsize}")):
-                break
-        else:
-            return
-    raise UserError(
-        f"the config ties the head to the embedding table, and lm_head in {head.file} differs from it",
-        "Set tie_word_embeddings to false if the head is to be used.",
-    )
 
 
 # The pickle -----------------------------------------------------------------------------
@@ -224,7 +203,7 @@ def _dtype(name: Any, align: Any, copy: Any) -> np.dtype:
     # A tuple is not asked for its hash: that of a deep one ends Python.
     if not isinstance(name, str | np.dtype) or name not in known:
         raise UserError(
-            f"an array is {shown(name) if isinstance(name, str) else 'strange'}",
+            f"an array is {printable(name) if isinstance(name, str) else 'strange'}",
             "Save the parameters as bfloat16, float16 or float32.",
         )
     return known[name]
@@ -279,7 +258,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             program = Program(file)
-            held = run(
+            held = run_pickle(
                 path,
                 program,
                 GLOBALS,
@@ -289,11 +268,11 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             )
             if program.tell() != program.size:
                 raise ValueError(f"{program.size - program.tell():,} bytes after its end")
-        return {row.name: _tensor(path, row.name, held) for row in ROWS}
+        return {row.name: _tensor(path, row.name, held) for row in RULES}
     except UserError as error:
         raise error if str(path) in error.problem else UserError(f"{path}: {error.problem}", error.advice) from error
     except Exception as error:  # a damaged file fails anywhere in pickletools and below
-        reason = f"{type(error).__name__}: {shown(error)}"
+        reason = f"{type(error).__name__}: {printable(error)}"
         raise UserError(f"{path} is damaged, or is not a checkpoint of llama-2-jax ({reason})", AGAIN) from error
 
 
@@ -305,26 +284,26 @@ def _tensor(path: Path, name: str, tree: Any) -> Tensor:
     shape = tree.shape
     if tree.fortran and len(shape) > 1:
         strides = tuple(math.prod(shape[:i]) for i in range(len(shape)))
-        return Strided(path, name, tree.data.start, shape, tree.dtype, strides)
+        return StridedTensor(path, name, tree.data.start, shape, tree.dtype, strides)
     return Tensor(path, name, tree.data.start, shape, tree.dtype)
 
 
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving) -> list[File]:
+def plan_files(export: ExportSpec) -> list[PlannedFile]:
     """The pickle that llama-2-jax's load_params opens."""
-    config = saving.config
-    refuse_beyond("llama-2-jax", config, {"tie_embeddings"})
+    config = export.config
+    refuse_unsupported("llama-2-jax", config, {"tie_embeddings"})
     if config.rope_theta != THETA:
         raise UserError(
             f"llama-2-jax cannot hold rope_theta = {config.rope_theta!r}; it computes with {THETA}",
             "Use the format hf, which holds every model.",
         )
-    whole = saving.untied()
-    arrays = {held.tensor.name: held for held in whole.segments(table_for("llama-2-jax", ROWS, whole.config, {}))}
+    whole = export.untied()
+    arrays = {held.tensor.name: held for held in whole.payloads(table_for("llama-2-jax", RULES, whole.config, {}))}
 
-    def parts(names: tuple[str, ...]) -> Iterator[bytes | Segment]:
+    def parts(names: tuple[str, ...]) -> Iterator[bytes | TensorPayload]:
         """An object of CLASSES, or an array."""
         if (name := ".".join(names)) in arrays:
             start, end = _around(arrays[name].tensor, config)
@@ -336,7 +315,7 @@ def files(saving: Saving) -> list[File]:
             yield from parts((*names, field))
         yield b"t\x81"  # TUPLE NEWOBJ
 
-    return [File(FILE, [b"\x80\x04", *parts(()), b"."])]  # PROTO 4; frames are optional
+    return [PlannedFile(FILE, [b"\x80\x04", *parts(()), b"."])]  # PROTO 4; frames are optional
 
 
 WHERE: Mapping[tuple[str, ...], tuple[str, str]] = {
@@ -347,7 +326,7 @@ WHERE: Mapping[tuple[str, ...], tuple[str, str]] = {
 }
 
 
-def _around(tensor: Planned, config: ModelConfig) -> tuple[bytes, bytes]:
+def _around(tensor: PlannedTensor, config: ModelConfig) -> tuple[bytes, bytes]:
     """What stands before and after an array's numbers: _reconstruct_array(fun, args, state, aval_state)."""
     shape = tensor.shape
     if (at := HEADS.get(tensor.name)) is not None:

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from camelid.checkpoint.checkpoint import Checkpoint, Saving, assumed, refuse_beyond, table_for
-from camelid.checkpoint.files import File, Segment
-from camelid.checkpoint.formats import hf
-from camelid.checkpoint.formats.meta import ROWS, SIZES
-from camelid.checkpoint.layout import Table, check
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, assumption_note, refuse_unsupported, table_for
+from camelid.checkpoint.files import PlannedFile, TensorPayload
+from camelid.checkpoint.formats.config_source import find_config
+from camelid.checkpoint.formats.meta import RULES, SIZES
+from camelid.checkpoint.layout import Table, check_tensors
 from camelid.checkpoint.tensors import CHUNK, Tensor, cast
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -76,18 +76,18 @@ class Header:
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path, version: int) -> bool:
+def matches(path: Path, version: int) -> bool:
     """Whether a file, or one of a folder, has the header of a version, and of version 0 also the size."""
     try:
         if path.is_dir():
-            return any(looks(file, version) for file in path.glob("*.bin") if file.is_file())
+            return any(matches(file, version) for file in path.glob("*.bin") if file.is_file())
         header = _header(path)
         return header.version == version and (version > 0 or header.bytes == path.stat().st_size)
     except (OSError, UserError):
         return False
 
 
-def open_file(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a file of any version, or the one in a folder; config.json beside it adds what its header cannot say."""
     path = _the_file(path)
     header, size = _header(path), path.stat().st_size
@@ -97,17 +97,16 @@ def open_file(path: Path, config: ModelConfig | None = None) -> Checkpoint:
             f"{path} has {size:,} bytes, and its header speaks of {header.bytes:,}",
             f"It is no llama2.c checkpoint, or is cut short. {AGAIN}",
         )
-    described_by = hf.GIVEN
-    if config is None and (path.parent / "config.json").is_file():
-        config, described_by = hf.understood(path.parent), "config.json"
     notes: tuple[str, ...] = ()
-    if config is None:
+    source = find_config(config, path.parent)
+    if source is None:
         config, described_by = replace(header.config, bos_id=1, eos_ids=(2,), family="llama"), "the header"
         notes = (
             f"llama2.c computes with norm_eps {EPS} and rope_theta {THETA}; its tokenizers have BOS 1 and EOS 2",
-            assumed(path.name, config, "pad_id", "init_std", "family"),
+            assumption_note(path.name, config, "pad_id", "init_std", "family"),
         )
     else:
+        config, described_by = source
         _check_same(path, header.config, config)
         if config.context_length != (length := header.config.context_length):
             notes = (f"context_length is {config.context_length}, of the config, and {length} in {path.name}",)
@@ -117,7 +116,7 @@ def open_file(path: Path, config: ModelConfig | None = None) -> Checkpoint:
         tensor = Tensor(path, name, offset, table.shape(name), FLOAT)
         quantized = header.version == 2 and len(tensor.shape) > 1
         tensors[name] = Quantized(**vars(tensor), group=header.group) if quantized else tensor
-    check(table, tensors, "", described_by)
+    check_tensors(table, tensors, "", described_by)
     name = "llama2c" if header.version == 0 else f"llama2c_v{header.version}"
     return Checkpoint(name, path.parent, config, tensors, table, notes)
 
@@ -127,7 +126,7 @@ def _the_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{path} does not exist", "Give the path of a .bin file of llama2.c.")
-    files = sorted(file for file in path.glob("*.bin") if any(looks(file, version) for version in range(3)))
+    files = sorted(file for file in path.glob("*.bin") if any(matches(file, version) for version in range(3)))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise UserError(f"{path} should hold one checkpoint of llama2.c, and has {names}", "Give the file itself.")
@@ -179,7 +178,7 @@ def _check_same(path: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
 
 def _table(config: ModelConfig, version: int) -> Table:
     """The tensors in the order of a version: versions 1 and 2 have all norms first."""
-    rows = sorted(ROWS, key=lambda row: not row.path.endswith("scale")) if version else ROWS
+    rows = sorted(RULES, key=lambda row: not row.path.endswith("scale")) if version else RULES
     return table_for("llama2.c", rows, config, SIZES)
 
 
@@ -224,23 +223,23 @@ class Quantized(Tensor):
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving, version: int) -> list[File]:
+def plan_files(export: ExportSpec, version: int) -> list[PlannedFile]:
     """What run.c (versions 0 and 1) or runq.c (version 2, which rounds) opens."""
-    config = saving.config
+    config = export.config
     _refuse(config)
     group = math.gcd(GROUP, config.embed_dim, config.mlp_dim) if version == 2 else 1
     header, table = Header(version, config, group), _table(config, version)
-    floats = replace(saving, dtypes=dict.fromkeys(saving.dtypes, FLOAT))
-    segments = [_quantized(held, header) if version == 2 else held for held in floats.segments(table)]
-    before_head = len(segments) - (not config.tie_embeddings)
-    parts = [_header_bytes(header), *segments[:before_head], _angles(header), *segments[before_head:]]
+    floats = replace(export, dtypes=dict.fromkeys(export.dtypes, FLOAT))
+    payloads = [_quantized(held, header) if version == 2 else held for held in floats.payloads(table)]
+    before_head = len(payloads) - (not config.tie_embeddings)
+    parts = [_header_bytes(header), *payloads[:before_head], _angles(header), *payloads[before_head:]]
     assert sum(len(part) if isinstance(part, bytes) else part.size for part in parts) == header.bytes
-    return [File(FILE, parts)]
+    return [PlannedFile(FILE, parts)]
 
 
 def _refuse(config: ModelConfig) -> None:
     """Raises UserError for a model that llama2.c would compute otherwise."""
-    refuse_beyond("llama2.c", config, {"tie_embeddings"})
+    refuse_unsupported("llama2.c", config, {"tie_embeddings"})
     fixed = {"norm_eps": EPS, "rope_theta": THETA, "head_dim": config.embed_dim / config.num_heads}
     for name, value in fixed.items():
         if (ours := getattr(config, name)) != value:
@@ -271,18 +270,18 @@ def _angles(header: Header) -> bytes:
     return np.stack([np.cos(angles), np.sin(angles)]).astype(FLOAT).tobytes()
 
 
-def _quantized(segment: Segment, header: Header) -> Segment:
+def _quantized(payload: TensorPayload, header: Header) -> TensorPayload:
     """The int8 numbers of a matrix, then the scales of its groups: the largest of each becomes 127 or -127."""
-    tensor = segment.tensor
+    tensor = payload.tensor
     if len(tensor.shape) == 1:
-        return segment
-    return Segment(tensor, header.bytes_of(tensor.shape), lambda: _levels(segment, header.group))
+        return payload
+    return TensorPayload(tensor, header.bytes_of(tensor.shape), lambda: _levels(payload, header.group))
 
 
-def _levels(segment: Segment, group: int) -> Iterator[np.ndarray]:
-    tensor = segment.tensor
+def _levels(payload: TensorPayload, group: int) -> Iterator[np.ndarray]:
+    tensor = payload.tensor
     scales = []
-    for part in segment.chunks():
+    for part in payload.chunks():
         assert isinstance(part, np.ndarray)
         groups = part.reshape(-1, group)
         scale = np.abs(groups).max(1) / FLOAT.type(LEVELS)

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from camelid.checkpoint import layout
-from camelid.checkpoint.checkpoint import Checkpoint, Saving, table_for
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, table_for
 from camelid.checkpoint.containers import dcp
-from camelid.checkpoint.containers.pickles import shown
-from camelid.checkpoint.containers.torch_files import Attributes, Strided, torch_file, unverified
-from camelid.checkpoint.files import File
+from camelid.checkpoint.containers.pickles import printable
+from camelid.checkpoint.containers.torch_files import Namespace, StridedTensor, torch_file, unverified_note_for
+from camelid.checkpoint.files import PlannedFile
 from camelid.checkpoint.formats import megatron_distributed as distributed
-from camelid.checkpoint.formats.hf import same_values
 from camelid.checkpoint.formats.megatron_args import WHAT, args_from_config, check_plain, same, told, vocab_step
 from camelid.checkpoint.formats.megatron_files import (
     AGAIN,
@@ -47,8 +46,9 @@ from camelid.checkpoint.formats.megatron_rows import (
     VALUE,
     rows,
 )
-from camelid.checkpoint.tensor_parallel import axis_of, check_divides, part_of, source_of
-from camelid.checkpoint.tensors import Tensor, joined
+from camelid.checkpoint.tensor_parallel import check_divides, shard_reader, shard_spec, sharded_axis
+from camelid.checkpoint.tensors import Tensor, concatenate, same_values
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -57,25 +57,25 @@ from camelid.model.params import named
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a folder tells of its last iteration or holds ranks, or is one, or a file is that of a rank."""
     return (
         (path / TRACKER).is_file()
-        or distributed.looks_like_megatron(path)
+        or distributed.matches_megatron(path)
         or (path.name == FILE and path.is_file())
         or (RANK.fullmatch(path.name) is not None and (path / FILE).is_file())
         or any((path / f"mp_rank_00{stage}" / FILE).is_file() for stage in ("", "_000"))
     )
 
 
-def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a checkpoint's folder, the one of an iteration or of a rank, or its file.
 
     What the model is comes from `config`, from a config.json in the folder or the one around it, or from its settings.
     """
     folder = find_ranks(path)
-    if dcp.looks(folder):
-        return distributed.open_folder(folder, config)
+    if dcp.matches(folder):
+        return distributed.open_checkpoint(folder, config)
     stages = [[Shard(file) for file in files] for files in rank_files(folder)]
     shards = [shard for stage in stages for shard in stage]
     args, version, ways = shards[0].args, shards[0].version, len(stages[0])
@@ -89,13 +89,11 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     if config.num_layers > len(parts):  # before a table is made of them
         raise UserError(f"{folder} has too few tensors for {config.num_layers} layers", "Ranks are missing.")
     tensors = _joined_all(parts, names, config, version, vocab_step(args) * ways)
-    table, known = table_for(WHAT, rows(names, version, split=True), config, _sizes(config)), BUFFERS
-    if config.tie_embeddings and names["lm_head"] in tensors:
-        if not same_values(tensors[names["embed"]], tensors[names["lm_head"]]):
-            raise UserError(f"the model is tied, and {names['lm_head']} in {folder} differs from its table", AGAIN)
-        known += "|" + re.escape(names["lm_head"])
-    layout.check(table, tensors, known, source)
-    notes = (*notes, *unverified(tensors.values()))
+    table = table_for(WHAT, rows(names, version, split=True), config, _sizes(config))
+    if config.tie_embeddings:
+        tensors = without_tied_head(tensors, names["embed"], names["lm_head"], source)
+    layout.check_tensors(table, tensors, BUFFERS, source)
+    notes = (*notes, *unverified_note_for(tensors.values()))
     return Checkpoint("megatron", root, config, tensors, table, notes)
 
 
@@ -126,14 +124,14 @@ def _by_name(stages: Sequence[Sequence[Shard]]) -> dict[str, list[Tensor]]:
             tables = [shard.chunks[chunk] for shard in stage]
             for shard, table in zip(stage, tables, strict=True):
                 if odd := sorted(table.keys() ^ tables[0].keys()):
-                    raise UserError(f"{shard.file} and {stage[0].file} disagree about {shown(odd[0])}", AGAIN)
+                    raise UserError(f"{shard.file} and {stage[0].file} disagree about {printable(odd[0])}", AGAIN)
             layers: set[int] = set()
             for name in tables[0]:
                 if match := re.fullmatch(r"(.*\.layers\.)(\d{1,9})(\..*)", name):
                     layers.add(int(match[2]))
                 own = f"{match[1]}{before + int(match[2])}{match[3]}" if match else name
                 if own in parts:
-                    raise UserError(f"{stage[0].file} has {shown(name)}, as a stage before it has", AGAIN)
+                    raise UserError(f"{stage[0].file} has {printable(name)}, as a stage before it has", AGAIN)
                 parts[own] = [replace(table[name], name=own) for table in tables]
             if layers != {*range(len(layers))}:
                 raise UserError(f"{stage[0].file} lacks some of its layers", AGAIN)
@@ -148,7 +146,7 @@ def _joined_all(
     tensors: dict[str, Tensor] = {}
     for name, shards in parts.items():
         general = re.sub(r"\.layers\.\d+\.", ".layers.{layer}.", name)
-        axis, matrix = axis_of(by_name.get(general), CUT), all(len(shard.shape) == 2 for shard in shards)
+        axis, matrix = sharded_axis(by_name.get(general), CUT), all(len(shard.shape) == 2 for shard in shards)
         if axis is None or not matrix:  # tensors of other forms are refused by name in layout.check
             _check_copies(shards)
             tensors[name] = shards[0]
@@ -156,23 +154,23 @@ def _joined_all(
             words = (GATE, UP) if general == names["fc1"] else (QUERY, KEY, VALUE)
             for i, word in enumerate(words):
                 cuts = [_cut_rows(shard, i, len(words)) for shard in shards]
-                tensors[f"{name} ({word})"] = joined(cuts, 0)
+                tensors[f"{name} ({word})"] = concatenate(cuts, 0)
         elif general in (names["embed"], names["lm_head"]):
-            tensors[name] = joined(_unpadded(shards, config.vocab_size, step), 0)
+            tensors[name] = concatenate(_unpadded(shards, config.vocab_size, step), 0)
         else:
-            tensors[name] = joined(shards, axis)
+            tensors[name] = concatenate(shards, axis)
     return tensors
 
 
 def _check_copies(shards: Sequence[Tensor]) -> None:
     for shard in shards[1:]:
         if not same_values(shard, shards[0]):
-            raise UserError(f"{shown(shard.name)} in {shard.file} differs from that in {shards[0].file}", AGAIN)
+            raise UserError(f"{printable(shard.name)} in {shard.file} differs from that in {shards[0].file}", AGAIN)
 
 
 def _rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Some rows of a matrix, where they lie."""
-    stride = tensor.strides[0] if isinstance(tensor, Strided) else tensor.shape[1]
+    stride = tensor.strides[0] if isinstance(tensor, StridedTensor) else tensor.shape[1]
     offset = tensor.offset + start * stride * tensor.dtype.itemsize
     return replace(tensor, offset=offset, shape=(stop - start, *tensor.shape[1:]))
 
@@ -199,66 +197,68 @@ def _unpadded(shards: Sequence[Tensor], vocab_size: int, step: int) -> list[Tens
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving, names: str = "mcore") -> list[File]:
+def plan_files(export: ExportSpec, names: str = "mcore") -> list[PlannedFile]:
     """iter_0000001 with a file for each rank, and the tracker.
 
     `names` are those of Megatron core's own layers ("mcore"), or of what came before it ("legacy").
     """
-    saving, vocab_size = _padded(saving), saving.config.vocab_size
-    config, ways, stages = saving.config, saving.tensor_parallel, saving.pipeline_parallel
-    args = args_from_config(config, saving.dtypes["embed"], ways, stages) | {
+    export, vocab_size = _padded(export), export.config.vocab_size
+    config, ways, stages = export.config, export.tensor_parallel, export.pipeline_parallel
+    args = args_from_config(config, export.dtypes["embed"], ways, stages) | {
         "vocab_size": vocab_size,
         "make_vocab_size_divisible_by": 1 if vocab_size == config.vocab_size else PADDING,
         "use_mcore_models": names == "mcore",
         "use_legacy_models": names == "legacy",
     }
-    check_divides(saving, CUT)
+    check_divides(export, CUT)
     places = [(way, stage) for stage in range(stages) for way in range(ways)]
     ranks = [
-        _rank_file(saving, NAMES[names], args | {"rank": rank}, way, stage) for rank, (way, stage) in enumerate(places)
+        _rank_file(export, NAMES[names], args | {"rank": rank}, way, stage) for rank, (way, stage) in enumerate(places)
     ]
-    return [*ranks, File(TRACKER, [b"1"])]
+    return [*ranks, PlannedFile(TRACKER, [b"1"])]
 
 
-def _padded(saving: Saving) -> Saving:
+def _padded(export: ExportSpec) -> ExportSpec:
     """The same model with a vocabulary that divides over the ranks; as Megatron does, the last row is repeated."""
-    size, step = saving.config.vocab_size, PADDING * saving.tensor_parallel
-    if size % saving.tensor_parallel == 0:
-        return saving
+    size, step = export.config.vocab_size, PADDING * export.tensor_parallel
+    if size % export.tensor_parallel == 0:
+        return export
 
     def source(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
         rows, *rest = index
         if path not in ("embed", "lm_head") or rows.stop <= size:
-            return saving.source(path, layer, index, dtype)
-        held = saving.source(path, layer, (slice(min(rows.start, size - 1), size), *rest), dtype)
+            return export.source(path, layer, index, dtype)
+        held = export.source(path, layer, (slice(min(rows.start, size - 1), size), *rest), dtype)
         return held[np.minimum(np.arange(rows.stop - rows.start), len(held) - 1)]
 
-    return replace(saving, config=replace(saving.config, vocab_size=-(-size // step) * step), source=source)
+    return replace(export, config=replace(export.config, vocab_size=-(-size // step) * step), source=source)
 
 
-def _rank_file(saving: Saving, names: Mapping[str, str], args: Mapping[str, Any], way: int, stage: int) -> File:
-    name = f"iter_0000001/mp_rank_{way:02}" + f"_{stage:03}" * (saving.pipeline_parallel > 1)
-    config, ways, stages = saving.config, saving.tensor_parallel, saving.pipeline_parallel
+def _rank_file(
+    export: ExportSpec, names: Mapping[str, str], args: Mapping[str, Any], way: int, stage: int
+) -> PlannedFile:
+    name = f"iter_0000001/mp_rank_{way:02}" + f"_{stage:03}" * (export.pipeline_parallel > 1)
+    config, ways, stages = export.config, export.tensor_parallel, export.pipeline_parallel
     last, tied = stage == stages - 1, config.tie_embeddings
     if stages > 1:  # the last one has a copy of a tied table
-        saving = saving.untied()
+        export = export.untied()
     over = dict.fromkeys(CUT, ways) | {"layers": stages}
     specs = {
-        path: part_of(spec, over)
-        for path, spec in named(declare_decoder(saving.config)).items()
+        path: shard_spec(spec, over)
+        for path, spec in named(declare_decoder(export.config)).items()
         if spec.stacked or (stage == 0 if path == "embed" else last)
     }
-    table = layout.table(rows(names), specs, _sizes(config, ways))
-    source = source_of(saving.source, specs, dict.fromkeys(CUT, way) | {"layers": stage})
-    segments = replace(saving, source=source).segments(table)
+    table = layout.make_table(rows(names), specs, _sizes(config, ways))
+    source = shard_reader(export.source, specs, dict.fromkeys(CUT, way) | {"layers": stage})
+    payloads = replace(export, source=source).payloads(table)
     tree = {
-        "args": Attributes(args),
+        "args": Namespace(args),
         "checkpoint_version": 3.0,
         "iteration": 1,
-        "model": _tree({segment.tensor.name: segment.tensor for segment in segments}, names, tied, last),
+        "model": _tree({payload.tensor.name: payload.tensor for payload in payloads}, names, tied, last),
         "num_floating_point_operations_so_far": 0,
     }
-    return torch_file(f"{name}/{FILE}", segments, tree)
+    return torch_file(f"{name}/{FILE}", payloads, tree)
 
 
 def _tree(tensors: Mapping[str, Any], names: Mapping[str, str], tied: bool, last: bool) -> dict[str, Any]:

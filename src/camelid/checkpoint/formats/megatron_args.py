@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from camelid.checkpoint.checkpoint import assumed, refuse_beyond
-from camelid.checkpoint.containers.pickles import shown
+from camelid.checkpoint.checkpoint import assumption_note, refuse_unsupported
+from camelid.checkpoint.containers.pickles import printable
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 
@@ -60,7 +60,7 @@ def same(one: Any, other: Any) -> bool:
 def told(value: Any) -> str:
     """A plain value, or of what kind another is: text of a table within tables may have no end."""
     plain = isinstance(value, str | float | None) or (isinstance(value, int) and abs(value) < 2**63)
-    return shown(value) if plain else f"a {type(value).__name__}"
+    return printable(value) if plain else f"a {type(value).__name__}"
 
 
 def check_plain(file: Path, args: Mapping[str, Any]) -> None:
@@ -117,7 +117,7 @@ def config_from_args(file: Path, args: Mapping[str, Any]) -> tuple[ModelConfig, 
         raise UserError(f"{file} describes no model: {error}", "Give --config PRESET_OR_JSON.") from error
     first = "Megatron does not keep reliably what a model was trained with: "
     trained = (f"{key} = {getattr(config, key):g}" for key in ("norm_eps", "rope_theta", "context_length", "init_std"))
-    silent = assumed(WHAT, config, "bos_id", "eos_ids", "pad_id", "family")
+    silent = assumption_note(WHAT, config, "bos_id", "eos_ids", "pad_id", "family")
     return config, (first + ", ".join(trained) + " are assumed", silent, *notes)
 
 
@@ -152,10 +152,10 @@ def args_from_config(config: ModelConfig, dtype: np.dtype, ways: int, stages: in
     """The settings of a model; raises UserError where Megatron cannot compute it."""
     scaling = config.rope_scaling
     if isinstance(scaling, Llama3Scaling) and all(getattr(scaling, key) == value for key, value in SCALING.items()):
-        refuse_beyond(WHAT, config, ("tie_embeddings", "rope_scaling"))
+        refuse_unsupported(WHAT, config, ("tie_embeddings", "rope_scaling"))
     else:
         scaling = None
-        refuse_beyond(WHAT, config, ("tie_embeddings",))
+        refuse_unsupported(WHAT, config, ("tie_embeddings",))
     args = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
     return args | {
         "encoder_num_layers": config.num_layers,

@@ -15,18 +15,20 @@ from typing import Any
 
 from camelid.checkpoint import layout
 from camelid.checkpoint.checkpoint import Checkpoint, table_for
-from camelid.checkpoint.containers.dcp import Distributed, looks
-from camelid.checkpoint.containers.pickles import Record, shown
-from camelid.checkpoint.containers.torch_files import unpickle, unverified
-from camelid.checkpoint.folder import read_json
+from camelid.checkpoint.containers.dcp import DistributedCheckpoint, matches
+from camelid.checkpoint.containers.pickles import OpaqueObject, printable
+from camelid.checkpoint.containers.torch_files import unpickle, unverified_note_for
 from camelid.checkpoint.formats import hf, meta
+from camelid.checkpoint.formats.config_source import find_config, folder_with_config
 from camelid.checkpoint.formats.hf_wrapped import unwrapped
 from camelid.checkpoint.formats.megatron_args import WHAT, check_plain, told, vocab_step
 from camelid.checkpoint.formats.megatron_files import INERT, described
 from camelid.checkpoint.formats.megatron_rows import BUFFERS as MEGATRON_BUFFERS
 from camelid.checkpoint.formats.megatron_rows import ENGINE, MCORE, rows, stacked
-from camelid.checkpoint.layout import Row, Table
+from camelid.checkpoint.layout import Table, TensorRule
 from camelid.checkpoint.tensors import Tensor
+from camelid.checkpoint.tied_head import without_tied_head
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
@@ -41,46 +43,44 @@ OTHERS = re.compile(
 )
 
 
-def looks_like_megatron(path: Path) -> bool:
+def matches_megatron(path: Path) -> bool:
     """Whether a folder is a distributed checkpoint of Megatron-LM."""
-    return looks(path) and (path / BACKEND).is_file()
+    return matches(path) and (path / BACKEND).is_file()
 
 
-def looks_like_others(path: Path) -> bool:
+def matches_other(path: Path) -> bool:
     """Whether a folder is a distributed checkpoint of another system."""
-    return looks(path) and not (path / BACKEND).is_file()
+    return matches(path) and not (path / BACKEND).is_file()
 
 
-def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens the folder that holds .metadata.
 
     What the model is comes from `config`, from a config.json in the folder or the one around it, or from the settings
     of Megatron-LM. Raises UserError for files that are damaged or incomplete, and for tensors of other models.
     """
-    held = Distributed(path)
+    held = DistributedCheckpoint(path)
     tensors = {name: held.tensor(name) for name in held.items if not OTHERS.fullmatch(name)}
     kind = next((kind for kind, part in KINDS.items() if any(part in name for name in tensors)), None)
     if kind == "megatron":
         return _open_megatron(path, tensors, config)
     if kind is None:
-        some = ", ".join(shown(name) for name in [*tensors][:3]) or "no tensors"
+        some = ", ".join(printable(name) for name in [*tensors][:3]) or "no tensors"
         raise UserError(
             f"{path} has no attention layers ({' or '.join(KINDS.values())} in their names); it holds {some}",
             "camelid opens distributed checkpoints of Megatron-LM and torchtitan, and those with Hugging Face's names.",
         )
-    home = hf.described_in(path)
+    home = folder_with_config(path, path.parent)
     if config is None and home is None:
         raise UserError(
             f"{path} does not say what its model is", "Give --config PRESET_OR_JSON, or put config.json beside it."
         )
     if kind == "hf":
         return hf.open_tensors("dcp", home or path, tensors, config)
-    source = "config.json" if config is None else hf.GIVEN
-    if config is None:
-        assert home is not None
-        config = hf.understood(home)
-    table = table_for("torchtitan", meta.ROWS, config, meta.SIZES)
-    return _checkpoint("dcp", home or path, config, tensors, table, "freqs_cis", source, ())
+    source = find_config(config, path, path.parent)
+    assert source is not None
+    table = table_for("torchtitan", meta.RULES, source.config, meta.SIZES)
+    return _checkpoint("dcp", home or path, source.config, tensors, table, "freqs_cis", source.described_by, ())
 
 
 def _checkpoint(
@@ -93,12 +93,12 @@ def _checkpoint(
     source: str,
     notes: tuple[str, ...],
 ) -> Checkpoint:
-    tensors, from_names = unwrapped(tensors, table.parts["final_norm.scale"].row.name)
+    tensors, from_names = unwrapped(tensors, table.entries["final_norm.scale"].rule.name)
     if config.tie_embeddings:
-        tensors = hf.tied(tensors, table.parts["embed"].row.name, HEADS[format], source)
-    layout.check(table, tensors, known, source)
+        tensors = without_tied_head(tensors, table.entries["embed"].rule.name, HEADS[format], source)
+    layout.check_tensors(table, tensors, known, source)
     used = {name: tensors[name] for name in table.tensors}
-    return Checkpoint(format, root, config, used, table, (*notes, *from_names, *unverified(used.values())))
+    return Checkpoint(format, root, config, used, table, (*notes, *from_names, *unverified_note_for(used.values())))
 
 
 # Megatron-LM ----------------------------------------------------------------------------
@@ -134,15 +134,15 @@ def _args(file: Path) -> Mapping[str, Any]:
     """Megatron-LM's settings; none where other systems, which use its library, wrote the checkpoint."""
     held = unpickle(file, INERT) if file.is_file() else {}
     args = held.get("args") if isinstance(held, dict) else None
-    return args.state if isinstance(args, Record) and isinstance(args.state, dict) else {}
+    return args.state if isinstance(args, OpaqueObject) and isinstance(args.state, dict) else {}
 
 
-def _layers(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, str], tuple[Row, ...]]:
+def _layers(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, str], tuple[TensorRule, ...]]:
     """The names and the rows of the model: with Transformer Engine's names or without, stacked or one by one."""
     forms = [(names, form) for names in (ENGINE, MCORE) for form in (stacked(rows(names)), rows(names))]
     norm = "layers.attn_norm.scale"
 
-    def first(form: tuple[Row, ...]) -> str:
+    def first(form: tuple[TensorRule, ...]) -> str:
         return next(row.name for row in form if row.path == norm).format(layer=0)
 
     return next(((names, form) for names, form in forms if first(form) in tensors), forms[0])

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from camelid.checkpoint.containers.dcp import METADATA
-from camelid.checkpoint.containers.pickles import Record, shown
+from camelid.checkpoint.containers.pickles import OpaqueObject, printable
 from camelid.checkpoint.containers.torch_files import unpickle
-from camelid.checkpoint.formats.hf import GIVEN, described_in, understood
+from camelid.checkpoint.formats.config_source import find_config, folder_with_config
 from camelid.checkpoint.formats.megatron_args import WHAT, check_agree, config_from_args, told
 from camelid.checkpoint.tensors import Tensor
 from camelid.errors import UserError
@@ -51,7 +51,7 @@ def find_ranks(path: Path) -> Path:
     if word == "release":
         return path / "release"
     if not re.fullmatch(r"\d{1,18}", word):
-        raise UserError(f"{path / TRACKER} holds {shown(word)!r} and no number of an iteration", AGAIN)
+        raise UserError(f"{path / TRACKER} holds {printable(word)!r} and no number of an iteration", AGAIN)
     return path / f"iter_{int(word):07}"
 
 
@@ -82,19 +82,16 @@ def described(
     `config` wins, then a config.json in the folder of the iteration or in the one around it, then the settings `args`
     that `file` holds, which must agree with either in every size.
     """
-    home = described_in(folder)
+    home = folder_with_config(folder, folder.parent)
     root = home or (folder.parent if (folder.parent / TRACKER).is_file() else folder)
-    if config is None and home is None:
+    source = find_config(config, folder, folder.parent)
+    if source is None:
         if not args:
             raise UserError(f"{folder} holds no args, as Megatron-LM writes them", "Give --config PRESET_OR_JSON.")
         config, notes = config_from_args(file, args)
         return config, notes, f"args in {file}", root
-    source = "config.json" if config is None else GIVEN
-    if config is None:
-        assert home is not None
-        config = understood(home)
-    check_agree(file, args, config, source)
-    return config, (), source, root
+    check_agree(file, args, *source)
+    return source.config, (), source.described_by, root
 
 
 class Shard:
@@ -102,7 +99,7 @@ class Shard:
 
     def __init__(self, file: Path) -> None:
         held = unpickle(file, INERT)
-        if not isinstance(held, dict) or not isinstance(args := held.get("args"), Record):
+        if not isinstance(held, dict) or not isinstance(args := held.get("args"), OpaqueObject):
             raise UserError(f"{file} holds no args, as Megatron's files do", "Give a checkpoint of Megatron-LM.")
         version = held.get("checkpoint_version", 0)
         if type(version) not in (int, float) or version not in (0, 1, 2, 3):
@@ -124,15 +121,17 @@ class Shard:
             if name.endswith("_extra_state"):
                 continue
             if not isinstance(value, Tensor):
-                raise UserError(f"{shown(name)} in {self.file} is no tensor", "Give a checkpoint of Megatron-LM.")
+                raise UserError(f"{printable(name)} in {self.file} is no tensor", "Give a checkpoint of Megatron-LM.")
             if math.prod(value.shape) * value.dtype.itemsize > size:  # of one number, over and over
-                raise UserError(f"{shown(name)} in {self.file} is larger than the file", "Save the checkpoint again.")
+                raise UserError(
+                    f"{printable(name)} in {self.file} is larger than the file", "Save the checkpoint again."
+                )
             if name.startswith("language_model."):
                 for old, new in OLDER.items():
                     name = name.replace(old, new)
             name = TIED_HEADS.get(name, name)
             if name in tensors:
-                raise UserError(f"{self.file} has {shown(name)} twice", AGAIN)
+                raise UserError(f"{self.file} has {printable(name)} twice", AGAIN)
             tensors[name] = replace(value, name=name)
         return tensors
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from camelid.checkpoint.layout import Row
+from camelid.checkpoint.layout import TensorRule
 
 QUERY, KEY, VALUE, GATE, UP = "query", "key", "value", "gate", "up"
 MCORE = {
@@ -40,7 +40,7 @@ PADDING = 128  # Megatron's make_vocab_size_divisible_by, for each rank
 CUT = frozenset({"heads", "kv_heads", "mlp", "vocab", "vocab_in"})
 
 
-def rows(names: Mapping[str, str], version: float = 3.0, split: bool = False) -> tuple[Row, ...]:
+def rows(names: Mapping[str, str], version: float = 3.0, split: bool = False) -> tuple[TensorRule, ...]:
     """The rows of a shard; with `split`, gate and up lie in tensors of their own, as the reader presents them.
 
     Queries, keys and values lie group by group. Before version 2, where every head had its own keys, they were words
@@ -48,16 +48,16 @@ def rows(names: Mapping[str, str], version: float = 3.0, split: bool = False) ->
     """
     grouped, ours = "(kv_heads slot head_dim) embed", "(kv_heads slot) head_dim embed"
     first = [
-        Row("layers.attn.q_proj", names["qkv"], grouped, ours, along="slot"),
-        Row("layers.attn.k_proj", names["qkv"], grouped, ours, along="slot"),
-        Row("layers.attn.v_proj", names["qkv"], grouped, ours, along="slot"),
+        TensorRule("layers.attn.q_proj", names["qkv"], grouped, ours, along="slot"),
+        TensorRule("layers.attn.k_proj", names["qkv"], grouped, ours, along="slot"),
+        TensorRule("layers.attn.v_proj", names["qkv"], grouped, ours, along="slot"),
     ]
     if version < 2:
         words = (("q_proj", "heads", QUERY), ("k_proj", "kv_heads", KEY), ("v_proj", "kv_heads", VALUE))
         first = [
-            Row(f"layers.attn.{name}", f"{names['qkv']} ({word})", f"({heads} head_dim) embed")
+            TensorRule(f"layers.attn.{name}", f"{names['qkv']} ({word})", f"({heads} head_dim) embed")
             if version < 1
-            else Row(
+            else TensorRule(
                 f"layers.attn.{name}",
                 names["qkv"],
                 f"({heads} head_dim slot) embed",
@@ -67,28 +67,28 @@ def rows(names: Mapping[str, str], version: float = 3.0, split: bool = False) ->
             for name, heads, word in words
         ]
     return (
-        Row("embed", names["embed"], "vocab_in embed_in"),
-        Row("layers.attn_norm.scale", names["attn_norm"], "embed"),
+        TensorRule("embed", names["embed"], "vocab_in embed_in"),
+        TensorRule("layers.attn_norm.scale", names["attn_norm"], "embed"),
         *first,
-        Row("layers.attn.o_proj", names["o_proj"], "embed (heads head_dim)"),
-        Row("layers.mlp_norm.scale", names["mlp_norm"], "embed"),
-        Row("layers.mlp.gate_proj", names["fc1"] + f" ({GATE})" * split, "mlp embed"),
-        Row("layers.mlp.up_proj", names["fc1"] + f" ({UP})" * split, "mlp embed"),
-        Row("layers.mlp.down_proj", names["fc2"], "embed mlp"),
-        Row("final_norm.scale", names["final_norm"], "embed"),
-        Row("lm_head", names["lm_head"], "vocab embed"),
+        TensorRule("layers.attn.o_proj", names["o_proj"], "embed (heads head_dim)"),
+        TensorRule("layers.mlp_norm.scale", names["mlp_norm"], "embed"),
+        TensorRule("layers.mlp.gate_proj", names["fc1"] + f" ({GATE})" * split, "mlp embed"),
+        TensorRule("layers.mlp.up_proj", names["fc1"] + f" ({UP})" * split, "mlp embed"),
+        TensorRule("layers.mlp.down_proj", names["fc2"], "embed mlp"),
+        TensorRule("final_norm.scale", names["final_norm"], "embed"),
+        TensorRule("lm_head", names["lm_head"], "vocab embed"),
     )
 
 
-def stacked(rows: Sequence[Row]) -> tuple[Row, ...]:
+def stacked(rows: Sequence[TensorRule]) -> tuple[TensorRule, ...]:
     """The same rows where one tensor holds all layers, on a leading axis, as distributed checkpoints have them."""
 
-    def one(row: Row) -> Row:
+    def one(row: TensorRule) -> TensorRule:
         if "{layer}" not in row.name:
             return row
         name = row.name.replace(".{layer}", "")
         if row.path in ("layers.mlp.gate_proj", "layers.mlp.up_proj"):
-            return Row(row.path, name, "layers (slot mlp) embed", "(mlp slot) embed", along="slot")
+            return TensorRule(row.path, name, "layers (slot mlp) embed", "(mlp slot) embed", along="slot")
         return replace(row, name=name, axes=f"layers {row.axes}")
 
     return tuple(map(one, rows))

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from camelid.checkpoint import layout
-from camelid.checkpoint.checkpoint import Checkpoint, Saving, table_for
-from camelid.checkpoint.containers.torch_files import open_torch, torch_file, unverified
-from camelid.checkpoint.files import File, json_file
-from camelid.checkpoint.formats.hf import GIVEN, same_values, understood
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, table_for
+from camelid.checkpoint.containers.torch_files import open_torch, torch_file, unverified_note_for
+from camelid.checkpoint.files import PlannedFile, json_file
+from camelid.checkpoint.formats.config_source import CONFIG_JSON, find_config
 from camelid.checkpoint.formats.hf_wrapped import unwrapped
 from camelid.checkpoint.formats.meta_params import (
     KEYS,
@@ -25,39 +25,40 @@ from camelid.checkpoint.formats.meta_params import (
     params_from_config,
     read_params,
 )
-from camelid.checkpoint.layout import Row
-from camelid.checkpoint.tensor_parallel import among, axis_of
-from camelid.checkpoint.tensors import Tensor, joined
+from camelid.checkpoint.layout import TensorRule
+from camelid.checkpoint.tensor_parallel import shard_export, sharded_axis
+from camelid.checkpoint.tensors import Tensor, concatenate, same_values
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 
 # Rotary pairs are neighbours. In the order of Meta's modules, in which llama2.c's files lie.
-ROWS = (
-    Row("embed", "tok_embeddings.weight", "vocab_in embed_in"),
-    Row("layers.attn_norm.scale", "layers.{layer}.attention_norm.weight", "embed"),
-    Row(
+RULES = (
+    TensorRule("embed", "tok_embeddings.weight", "vocab_in embed_in"),
+    TensorRule("layers.attn_norm.scale", "layers.{layer}.attention_norm.weight", "embed"),
+    TensorRule(
         "layers.attn.q_proj", "layers.{layer}.attention.wq.weight", "(heads freq pair) embed", "heads (pair freq) embed"
     ),
-    Row(
+    TensorRule(
         "layers.attn.k_proj",
         "layers.{layer}.attention.wk.weight",
         "(kv_heads freq pair) embed",
         "kv_heads (pair freq) embed",
     ),
-    Row("layers.attn.v_proj", "layers.{layer}.attention.wv.weight", "(kv_heads head_dim) embed"),
-    Row("layers.attn.o_proj", "layers.{layer}.attention.wo.weight", "embed (heads head_dim)"),
-    Row("layers.mlp_norm.scale", "layers.{layer}.ffn_norm.weight", "embed"),
-    Row("layers.mlp.gate_proj", "layers.{layer}.feed_forward.w1.weight", "mlp embed"),
-    Row("layers.mlp.down_proj", "layers.{layer}.feed_forward.w2.weight", "embed mlp"),
-    Row("layers.mlp.up_proj", "layers.{layer}.feed_forward.w3.weight", "mlp embed"),
-    Row("final_norm.scale", "norm.weight", "embed"),
-    Row("lm_head", "output.weight", "vocab embed"),
+    TensorRule("layers.attn.v_proj", "layers.{layer}.attention.wv.weight", "(kv_heads head_dim) embed"),
+    TensorRule("layers.attn.o_proj", "layers.{layer}.attention.wo.weight", "embed (heads head_dim)"),
+    TensorRule("layers.mlp_norm.scale", "layers.{layer}.ffn_norm.weight", "embed"),
+    TensorRule("layers.mlp.gate_proj", "layers.{layer}.feed_forward.w1.weight", "mlp embed"),
+    TensorRule("layers.mlp.down_proj", "layers.{layer}.feed_forward.w2.weight", "embed mlp"),
+    TensorRule("layers.mlp.up_proj", "layers.{layer}.feed_forward.w3.weight", "mlp embed"),
+    TensorRule("final_norm.scale", "norm.weight", "embed"),
+    TensorRule("lm_head", "output.weight", "vocab embed"),
 )
 SIZES = {"pair": 2}
 NORM = "norm.weight"
 TABLE, HEAD, GATE = "tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight"
 BUFFERS = r"rope\.freqs"
-BY_NAME = {row.name: row for row in ROWS}
+BY_NAME = {row.name: row for row in RULES}
 # What the shards cut, beside one axis of the table of embeddings; a parameter has one of these axes at most.
 CUT = frozenset({"heads", "kv_heads", "mlp", "vocab"})
 BY_ROWS, BY_COLUMNS = CUT | {"vocab_in"}, CUT | {"embed_in"}
@@ -66,7 +67,7 @@ BY_ROWS, BY_COLUMNS = CUT | {"vocab_in"}, CUT | {"embed_in"}
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a folder has a first shard, or a file is a shard."""
     return (path / "consolidated.00.pth").is_file() or _is_shard(path)
 
@@ -75,7 +76,7 @@ def _is_shard(path: Path) -> bool:
     return re.fullmatch(r"consolidated\.\d\d+\.pth", path.name) is not None and path.is_file()
 
 
-def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a folder, or the one around a shard.
 
     What the model is comes from `config`, from a config.json beside the shards, or from params.json and guesses.
@@ -83,29 +84,27 @@ def open_folder(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     folder = path.parent if _is_shard(path) else path
     shards, renamed = _open_shards(folder)
     params = read_params(folder / PARAMS) if (folder / PARAMS).is_file() else {}
-    source = GIVEN
-    if config is None and (folder / "config.json").is_file():
-        config, source = understood(folder), "config.json"
-    if config is None and not params:
+    source = find_config(config, folder)
+    if source is None and not params:
         raise UserError(f"{folder} has no {PARAMS}", "Copy it beside the shards, or give --config PRESET_OR_JSON.")
-    tensors = _joined_all(folder, shards, params["dim"] if config is None else config.embed_dim)
+    tensors = _joined_all(folder, shards, params["dim"] if source is None else source.config.embed_dim)
     notes: tuple[str, ...] = ()
-    if config is None:
-        (config, notes), source = _config(folder, params, tensors), PARAMS
+    if source is None:
+        (config, notes), described_by = _config(folder, params, tensors), PARAMS
     else:
-        _check_agree(folder, params, config, source)
+        config, described_by = source
+        _check_agree(folder, params, config, described_by)
     if config.num_layers > len(tensors):  # before a table is made of them
         raise UserError(
             f"{folder} holds {len(tensors)} tensors, too few for {config.num_layers} layers",
-            f"The shards and {source} belong to different models.",
+            f"The shards and {described_by} belong to different models.",
         )
-    table, known = table_for(WHAT, ROWS, config, SIZES), BUFFERS
-    if config.tie_embeddings and HEAD in tensors:
-        _check_tied(folder, tensors)
-        known += "|" + re.escape(HEAD)
-    layout.check(table, tensors, known, source)
+    table = table_for(WHAT, RULES, config, SIZES)
+    if config.tie_embeddings:
+        tensors = without_tied_head(tensors, TABLE, HEAD, described_by)
+    layout.check_tensors(table, tensors, BUFFERS, described_by)
     _check_copies(shards, [name for name in table.tensors if _axis(name, BY_ROWS) is None])
-    notes = (*notes, *renamed, *unverified(tensors.values()))
+    notes = (*notes, *renamed, *unverified_note_for(tensors.values()))
     return Checkpoint("meta", folder, config, tensors, table, notes)
 
 
@@ -134,13 +133,13 @@ def _shard_name(rank: int) -> str:
 
 def _axis(name: str, cut: frozenset[str]) -> int | None:
     """The axis along which the shards of a tensor lie end to end; None where each has all of it."""
-    return axis_of(BY_NAME.get(re.sub(r"^layers\.\d+\.", "layers.{layer}.", name)), cut)
+    return sharded_axis(BY_NAME.get(re.sub(r"^layers\.\d+\.", "layers.{layer}.", name)), cut)
 
 
 def _joined_all(folder: Path, shards: Sequence[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
     first = shards[0].get(TABLE)
     if first is None or len(first.shape) != 2:
-        held = layout.some([*shards[0]])
+        held = layout.summarize([*shards[0]])
         raise UserError(f"{folder} has no matrix {TABLE}; it holds {held}", "Give a folder of Meta's Llama.")
     widths = {first.shape[1]: BY_ROWS, first.shape[1] * len(shards): BY_COLUMNS}
     if dim not in widths:
@@ -154,7 +153,7 @@ def _joined_all(folder: Path, shards: Sequence[dict[str, Tensor]], dim: int) -> 
 def _joined(name: str, parts: list[Tensor], cut: frozenset[str]) -> Tensor:
     axis = _axis(name, cut)
     # Tensors of other forms are refused by name in layout.check.
-    return parts[0] if axis is None or len(parts[0].shape) != 2 else joined(parts, axis)
+    return parts[0] if axis is None or len(parts[0].shape) != 2 else concatenate(parts, axis)
 
 
 def _config(
@@ -175,14 +174,6 @@ def _config(
     return config, notes
 
 
-def _check_tied(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    if not same_values(tensors[TABLE], tensors[HEAD]):
-        raise UserError(
-            f"the head is said to be tied to the embeddings, and {HEAD} in {folder} differs from {TABLE}",
-            "Set tie_word_embeddings to false in config.json if the head is to be used.",
-        )
-
-
 def _check_copies(shards: Sequence[dict[str, Tensor]], names: Sequence[str]) -> None:
     for shard in shards[1:]:
         for name in names:
@@ -193,25 +184,27 @@ def _check_copies(shards: Sequence[dict[str, Tensor]], names: Sequence[str]) -> 
                 )
 
 
-def _check_agree(folder: Path, params: Mapping[str, Any], config: ModelConfig, source: str) -> None:
+def _check_agree(folder: Path, params: Mapping[str, Any], config: ModelConfig, described_by: str) -> None:
     """Sizes agree always; what a user says of the rest wins over the file."""
     pairs = [(key, params[key], getattr(config, ours)) for key, (_, ours) in KEYS.items() if ours and key in params]
     if "use_scaled_rope" in params:
         pairs.append(("use_scaled_rope", params["use_scaled_rope"], isinstance(config.rope_scaling, Llama3Scaling)))
     for key, theirs, ours in pairs:
-        if theirs != ours and (source == "config.json" or KEYS[key][0] is int):
-            raise UserError(f"{folder / PARAMS} has {key} = {theirs!r}, and {source} {ours!r}", "Remove the wrong one.")
+        if theirs != ours and (described_by == CONFIG_JSON or KEYS[key][0] is int):
+            raise UserError(
+                f"{folder / PARAMS} has {key} = {theirs!r}, and {described_by} {ours!r}", "Remove the wrong one."
+            )
 
 
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving) -> list[File]:
+def plan_files(export: ExportSpec) -> list[PlannedFile]:
     """`tensor_parallel` shards, and params.json."""
-    params = params_from_config(saving.config)
-    if saving.pipeline_parallel != 1:
+    params = params_from_config(export.config)
+    if export.pipeline_parallel != 1:
         raise UserError(f"{WHAT} has no pipeline stages", "Leave pipeline_parallel at 1.")
-    cut = BY_ROWS if saving.config.rope_theta == LLAMA3_THETA else BY_COLUMNS
-    table, parts = among(saving.untied(), ROWS, SIZES, cut)
-    shards = [torch_file(_shard_name(rank), part.segments(table)) for rank, part in enumerate(parts)]
+    cut = BY_ROWS if export.config.rope_theta == LLAMA3_THETA else BY_COLUMNS
+    table, parts = shard_export(export.untied(), RULES, SIZES, cut)
+    shards = [torch_file(_shard_name(rank), part.payloads(table)) for rank, part in enumerate(parts)]
     return [*shards, json_file(PARAMS, params)]

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from camelid.checkpoint.checkpoint import assumed, refuse_beyond, refuse_wide_heads
-from camelid.checkpoint.folder import read_json
+from camelid.checkpoint.checkpoint import assumption_note, refuse_unsupported, refuse_wide_heads
+from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 
@@ -102,7 +102,7 @@ def config_from_params(params: Mapping[str, Any], vocab_size: int, tied: bool) -
         eos_ids=eos,
         family="llama",
     )
-    notes.append(assumed(PARAMS, config, "pad_id", "init_std", "family", *([] if tied else ["tie_embeddings"])))
+    notes.append(assumption_note(PARAMS, config, "pad_id", "init_std", "family", *([] if tied else ["tie_embeddings"])))
     return config, tuple(notes)
 
 
@@ -125,7 +125,7 @@ def _mlp_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 def params_from_config(config: ModelConfig) -> dict[str, Any]:
     """params.json for Meta's code; raises UserError for a model that it cannot compute."""
-    refuse_beyond(WHAT, config, ("rope_scaling", "tie_embeddings"))
+    refuse_unsupported(WHAT, config, ("rope_scaling", "tie_embeddings"))
     if config.rope_scaling not in (None, LLAMA3_1, LLAMA3_2):
         raise UserError(f"{WHAT} cannot hold rope_scaling = {config.rope_scaling}", "Use the format hf.")
     refuse_wide_heads(WHAT, config)

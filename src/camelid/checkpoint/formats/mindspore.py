@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Literal
 
 from camelid.checkpoint import layout
-from camelid.checkpoint.checkpoint import Checkpoint, Saving, refuse_beyond, refuse_wide_heads, table_for
+from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, refuse_unsupported, refuse_wide_heads, table_for
 from camelid.checkpoint.containers.mindspore_file import (
     TRAINING,
     cipher,
     ckpt_file,
     ckpts,
-    open_file,
+    open_tensor_file,
     single,
     tensor_files,
     unverified,
 )
 from camelid.checkpoint.containers.safetensors import safetensors_file
-from camelid.checkpoint.files import File
-from camelid.checkpoint.formats import hf
+from camelid.checkpoint.files import PlannedFile
+from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.formats.mindspore_ranks import Split, open_ranks, ranks_in, strategy_bytes
-from camelid.checkpoint.layout import Row, Table, check
-from camelid.checkpoint.tensor_parallel import among, axis_of
-from camelid.checkpoint.tensors import Planned, files_under, unverified_note
+from camelid.checkpoint.layout import Table, TensorRule, check_tensors
+from camelid.checkpoint.tensor_parallel import shard_export, sharded_axis
+from camelid.checkpoint.tensors import PlannedTensor, files_holding, unverified_note
+from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
@@ -36,25 +37,25 @@ RopeLayout = Literal["half", "interleaved"]
 """how the rows of wq and wk lie: first and second halves of pairs, or pair by pair; the names are the same"""
 
 
-def _rows(q: Sequence[str], k: Sequence[str]) -> tuple[Row, ...]:
+def _rows(q: Sequence[str], k: Sequence[str]) -> tuple[TensorRule, ...]:
     # In the order in which MindFormers' converter writes a layer.
     return (
-        Row("embed", "model.tok_embeddings.embedding_weight", "vocab_in embed_in"),
-        Row("layers.attn.q_proj", "model.layers.{layer}.attention.wq.weight", *q),
-        Row("layers.attn.k_proj", "model.layers.{layer}.attention.wk.weight", *k),
-        Row("layers.attn.v_proj", "model.layers.{layer}.attention.wv.weight", "(kv_heads head_dim) embed"),
-        Row("layers.attn.o_proj", "model.layers.{layer}.attention.wo.weight", "embed (heads head_dim)"),
-        Row("layers.mlp.gate_proj", "model.layers.{layer}.feed_forward.w1.weight", "mlp embed"),
-        Row("layers.mlp.up_proj", "model.layers.{layer}.feed_forward.w3.weight", "mlp embed"),
-        Row("layers.mlp.down_proj", "model.layers.{layer}.feed_forward.w2.weight", "embed mlp"),
-        Row("layers.attn_norm.scale", "model.layers.{layer}.attention_norm.weight", "embed"),
-        Row("layers.mlp_norm.scale", "model.layers.{layer}.ffn_norm.weight", "embed"),
-        Row("final_norm.scale", "model.norm_out.weight", "embed"),
-        Row("lm_head", "lm_head.weight", "vocab embed"),
+        TensorRule("embed", "model.tok_embeddings.embedding_weight", "vocab_in embed_in"),
+        TensorRule("layers.attn.q_proj", "model.layers.{layer}.attention.wq.weight", *q),
+        TensorRule("layers.attn.k_proj", "model.layers.{layer}.attention.wk.weight", *k),
+        TensorRule("layers.attn.v_proj", "model.layers.{layer}.attention.wv.weight", "(kv_heads head_dim) embed"),
+        TensorRule("layers.attn.o_proj", "model.layers.{layer}.attention.wo.weight", "embed (heads head_dim)"),
+        TensorRule("layers.mlp.gate_proj", "model.layers.{layer}.feed_forward.w1.weight", "mlp embed"),
+        TensorRule("layers.mlp.up_proj", "model.layers.{layer}.feed_forward.w3.weight", "mlp embed"),
+        TensorRule("layers.mlp.down_proj", "model.layers.{layer}.feed_forward.w2.weight", "embed mlp"),
+        TensorRule("layers.attn_norm.scale", "model.layers.{layer}.attention_norm.weight", "embed"),
+        TensorRule("layers.mlp_norm.scale", "model.layers.{layer}.ffn_norm.weight", "embed"),
+        TensorRule("final_norm.scale", "model.norm_out.weight", "embed"),
+        TensorRule("lm_head", "lm_head.weight", "vocab embed"),
     )
 
 
-ROWS: Mapping[RopeLayout, tuple[Row, ...]] = {
+RULES: Mapping[RopeLayout, tuple[TensorRule, ...]] = {
     "half": _rows(("(heads head_dim) embed",), ("(kv_heads head_dim) embed",)),
     "interleaved": _rows(
         ("(heads freq pair) embed", "heads (pair freq) embed"),
@@ -67,31 +68,33 @@ MATRICES, TABLES = frozenset({"heads", "kv_heads", "mlp"}), frozenset({"vocab", 
 # With qkv_concat, a key head comes after its queries and before its value head, and rows of gate and up take turns.
 QKV, GATE_UP = "model.layers.{layer}.attention.w_qkv.weight", "model.layers.{layer}.feed_forward.w_gate_hidden.weight"
 CONCAT = (
-    Row("layers.attn.q_proj", QKV, "(kv_heads group head_dim) embed", "(kv_heads group) head_dim embed", "group"),
-    Row("layers.attn.k_proj", QKV, "(kv_heads one head_dim) embed", "(kv_heads one) head_dim embed", "one"),
-    Row("layers.attn.v_proj", QKV, "(kv_heads one head_dim) embed", "(kv_heads one) head_dim embed", "one"),
-    Row("layers.mlp.gate_proj", GATE_UP, "(mlp one) embed", "(mlp one) embed", "one"),
-    Row("layers.mlp.up_proj", GATE_UP, "(mlp one) embed", "(mlp one) embed", "one"),
+    TensorRule(
+        "layers.attn.q_proj", QKV, "(kv_heads group head_dim) embed", "(kv_heads group) head_dim embed", "group"
+    ),
+    TensorRule("layers.attn.k_proj", QKV, "(kv_heads one head_dim) embed", "(kv_heads one) head_dim embed", "one"),
+    TensorRule("layers.attn.v_proj", QKV, "(kv_heads one head_dim) embed", "(kv_heads one) head_dim embed", "one"),
+    TensorRule("layers.mlp.gate_proj", GATE_UP, "(mlp one) embed", "(mlp one) embed", "one"),
+    TensorRule("layers.mlp.up_proj", GATE_UP, "(mlp one) embed", "(mlp one) embed", "one"),
 )
 HEAD = "lm_head.weight"
 FORMAT_OF: Mapping[str, str] = {"half": "mindspore-half", "interleaved": "mindspore-interleaved"}
 """what a path or --from says where the layout is known"""
 
 
-def rows_for(names: Iterable[str], rope_layout: RopeLayout) -> tuple[Row, ...]:
+def rows_for(names: Iterable[str], rope_layout: RopeLayout) -> tuple[TensorRule, ...]:
     """The rows of a file with tensors of these names."""
     names = set(names)
     concat = [row for row in CONCAT if row.name.format(layer=0) in names]
     if rope_layout != "half" and any(row.name == QKV for row in concat):
         raise UserError("w_qkv is always half-split", "Open it as mindspore::PATH.")
     paths = {row.path for row in concat}
-    return (*(row for row in ROWS[rope_layout] if row.path not in paths), *concat)
+    return (*(row for row in RULES[rope_layout] if row.path not in paths), *concat)
 
 
 # Reading --------------------------------------------------------------------------------
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a file or a folder is of MindSpore, from names and first bytes."""
     try:
         if not path.is_dir():
@@ -114,7 +117,7 @@ def _looks_file(path: Path) -> bool:
     return begins is not None or cipher(head) is not None
 
 
-def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLayout | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig | None = None, rope_layout: RopeLayout | None = None) -> Checkpoint:
     """Opens a file, a folder with one, or a folder of ranks.
 
     MindSpore's files do not describe their model: `config` does, or a config.json beside them. They also do not say
@@ -125,15 +128,15 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
     if path.is_dir() and ranks_in(path):
         tensors, aside = open_ranks(path)
     else:
-        tensors = open_file(path if path.is_file() else single(path))
+        tensors = open_tensor_file(path if path.is_file() else single(path))
         aside = [name for name in tensors if re.fullmatch(TRAINING, name)]
-    if config is None and not (folder / "config.json").is_file():
+    source = find_config(config, folder)
+    if source is None:
         raise UserError(
             f"{path} does not say which model it holds", "Say it with --config PRESET_OR_JSON, or a config.json beside."
         )
-    described_by = "config.json" if config is None else hf.GIVEN
-    config = config or hf.understood(folder)
-    notes += unverified_note([*filter(unverified, files_under(tensors.values()))], folder)
+    config, described_by = source
+    notes += unverified_note([*filter(unverified, files_holding(tensors.values()))], folder)
     if aside:
         more = ", ..." if len(aside) > 3 else ""
         notes.append(f"values of the training run were left out: {', '.join(aside[:3])}{more}")
@@ -147,50 +150,52 @@ def open_path(path: Path, config: ModelConfig | None = None, rope_layout: RopeLa
         )
     table = table_for(WHAT, rows, config, SIZES)
     if config.tie_embeddings:  # MindFormers holds a tied table twice
-        tensors = hf.tied(tensors, table.parts["embed"].row.name, HEAD, described_by)
-    check(table, tensors, TRAINING, described_by)
+        tensors = without_tied_head(tensors, table.entries["embed"].rule.name, HEAD, described_by)
+    check_tensors(table, tensors, TRAINING, described_by)
     return Checkpoint("mindspore", folder, config, tensors, table, tuple(notes), assumed_layout=layout)
 
 
 # Writing --------------------------------------------------------------------------------
 
 
-def files(saving: Saving, *, rope_layout: RopeLayout = "half", safetensors: bool = False) -> list[File]:
+def plan_files(export: ExportSpec, *, rope_layout: RopeLayout = "half", safetensors: bool = False) -> list[PlannedFile]:
     """model.ckpt as MindFormers' converter writes it, or the same as MindSpore's save_checkpoint(format="safetensors").
 
     Of several ranks, such a file in the folder of each, and the strategy file of each stage of the pipeline. What
     MindFormers has to be told in its YAML: sizes, n_kv_heads, theta, rms_norm_eps, seq_length.
     """
-    refuse_beyond(WHAT, saving.config, ("tie_embeddings",))
-    refuse_wide_heads(WHAT, saving.config)
-    theirs, ways, stages = saving.untied(), saving.tensor_parallel, saving.pipeline_parallel
+    refuse_unsupported(WHAT, export.config, ("tie_embeddings",))
+    refuse_wide_heads(WHAT, export.config)
+    theirs, ways, stages = export.untied(), export.tensor_parallel, export.pipeline_parallel
     cut = MATRICES | TABLES if stages > 1 and theirs.config.vocab_size % ways == 0 else MATRICES
-    table, parts = among(theirs, ROWS[rope_layout], SIZES, cut)
+    table, parts = shard_export(theirs, RULES[rope_layout], SIZES, cut)
     written = []
-    for stage, own in enumerate(_stages(table, layout.plan(table, theirs.dtypes), theirs.config.num_layers, stages)):
+    for stage, own in enumerate(
+        _stages(table, layout.plan_tensors(table, theirs.dtypes), theirs.config.num_layers, stages)
+    ):
         for way, part in enumerate(parts):
             rank = stage * ways + way
             folder = f"rank_{rank}/" if ways * stages > 1 else ""
-            segments = [part.segment(table, tensor) for tensor in own]
+            payloads = [part.payload(table, tensor) for tensor in own]
             if safetensors:
-                written.append(safetensors_file(f"{folder}model.safetensors", segments, framework="ms"))
+                written.append(safetensors_file(f"{folder}model.safetensors", payloads, framework="ms"))
             else:
-                written.append(ckpt_file(f"{folder}model.ckpt", segments))
+                written.append(ckpt_file(f"{folder}model.ckpt", payloads))
             if folder and way == 0:
-                axes = {tensor.name: axis_of(table.tensors[tensor.name][0][0].row, cut) for tensor in own}
-                splits = {tensor.name: Split.among(ways, len(tensor.shape), axes[tensor.name]) for tensor in own}
-                written.append(File(f"strategy/ckpt_strategy_rank_{rank}.ckpt", [strategy_bytes(stage, splits)]))
+                axes = {tensor.name: sharded_axis(table.tensors[tensor.name][0][0].rule, cut) for tensor in own}
+                splits = {tensor.name: Split.over(ways, len(tensor.shape), axes[tensor.name]) for tensor in own}
+                written.append(PlannedFile(f"strategy/ckpt_strategy_rank_{rank}.ckpt", [strategy_bytes(stage, splits)]))
     return written
 
 
-def _stages(table: Table, tensors: Sequence[Planned], layers: int, count: int) -> list[list[Planned]]:
+def _stages(table: Table, tensors: Sequence[PlannedTensor], layers: int, count: int) -> list[list[PlannedTensor]]:
     """The tensors of each stage, layer by layer; the table of the embedding is first, what has no layer last."""
 
-    def place(tensor: Planned) -> int:
+    def place(tensor: PlannedTensor) -> int:
         part, layer = table.tensors[tensor.name][0]
-        return layer if layer is not None else -1 if part.row.path == "embed" else layers
+        return layer if layer is not None else -1 if part.rule.path == "embed" else layers
 
-    stages: list[list[Planned]] = [[] for _ in range(count)]
+    stages: list[list[PlannedTensor]] = [[] for _ in range(count)]
     for tensor in sorted(tensors, key=place):
         stages[min(max(place(tensor), 0), layers - 1) * count // layers].append(tensor)
     return stages

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from camelid.checkpoint.containers import protobuf
-from camelid.checkpoint.containers.mindspore_file import AGAIN, TRAINING, open_file, single
-from camelid.checkpoint.formats.hf import same_values
-from camelid.checkpoint.tensors import Tensor, joined
+from camelid.checkpoint.containers.mindspore_file import AGAIN, TRAINING, open_tensor_file, single
+from camelid.checkpoint.tensors import Tensor, concatenate, same_values
 from camelid.errors import UserError
 
 MAX_STRATEGY = 2**28  # bytes
@@ -40,7 +39,7 @@ class Split:
     """into so many"""
 
     @classmethod
-    def among(cls, ranks: int, ndim: int, axis: int | None) -> "Split":
+    def over(cls, ranks: int, ndim: int, axis: int | None) -> "Split":
         """A tensor that is cut along one axis among the ranks of its stage, or that each of them has whole."""
         return cls((ranks,), tuple(0 if i == axis else -1 for i in range(ndim)))
 
@@ -56,7 +55,7 @@ def open_ranks(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     found = ranks_in(folder)
     if missing := [i for i in range(max(found) + 1) if i not in found]:
         raise UserError(f"{folder} has no rank_{missing[0]}", "Copy the folders of all ranks.")
-    ranks = [open_file(single(found[i])) for i in range(len(found))]
+    ranks = [open_tensor_file(single(found[i])) for i in range(len(found))]
     aside = sorted({name for rank in ranks for name in rank if re.fullmatch(TRAINING, name)})
     ranks = [{name: tensor for name, tensor in rank.items() if name not in aside} for rank in ranks]
     if len(ranks) == 1:
@@ -185,4 +184,4 @@ def _whole(
     if len(place) == len(counts):
         return parts[place]
     along = axes[len(place)]
-    return joined([_whole(parts, (*place, i), axes, counts) for i in range(counts[len(place)])], along)
+    return concatenate([_whole(parts, (*place, i), axes, counts) for i in range(counts[len(place)])], along)

@@ -9,25 +9,25 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from camelid.checkpoint.folder import in_units
-from camelid.checkpoint.integrity import described, path_name, survey
-from camelid.checkpoint.state.stored import (
+from camelid.checkpoint.integrity import checksum_arrays, describe_counts, path_name
+from camelid.checkpoint.state.saved_state import (
     CHECKSUMS,
     ITEM,
-    Address,
-    Damage,
-    Outline,
-    damaged,
+    ArraySpecs,
+    DamagedState,
+    SafePath,
+    array_specs,
+    damage_error,
     find_damage,
-    how_cut,
+    intact_steps_beside,
     newest,
+    on_all_processes,
     on_devices,
     open_arrays,
-    outline,
+    save_args,
     steps_in,
-    together,
-    whole_steps_beside,
 )
+from camelid.disk.space import format_bytes
 from camelid.errors import UserError
 from camelid.parallel.hosts import decided, is_main
 
@@ -45,14 +45,14 @@ class RunCheckpoints:
     def __init__(self, folder: Path, keep: int):
         self._folder, self._keep = folder.resolve(), keep
         self._opened: ocp.CheckpointManager | None = None
-        self._written: tuple[int, Outline] | None = None
+        self._written: tuple[int, ArraySpecs] | None = None
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's own manager, which makes the folder when it is first needed."""
         if self._opened is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._address = Address(self._folder)
+            self._address = SafePath(self._folder)
             # Orbax would remove old checkpoints before the new one is verified: it removes none, `_settle` does.
             options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, create=True)
             handler = ocp.StandardCheckpointHandler()  # without it, item_metadata of earlier processes' steps is empty
@@ -71,10 +71,11 @@ class RunCheckpoints:
         """
         if step == decided(self.latest):
             return
-        checksums, not_finite = survey(state)
+        checksums, not_finite = checksum_arrays(state)
         if not_finite:
             raise UserError(
-                f"the state after step {step} has infinite or NaN values in {described(not_finite)}; it is not saved",
+                f"the state after step {step} has infinite or NaN values in {describe_counts(not_finite)}; "
+                "it is not saved",
                 self.way_on(),
             )
         with _full_disk_told(self._folder):
@@ -83,12 +84,12 @@ class RunCheckpoints:
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             if (free := decided(lambda: shutil.disk_usage(self._folder).free)) < need:
                 raise UserError(
-                    f"{self._folder} has {in_units(free)} free, and a checkpoint of {in_units(need)} is due",
+                    f"{self._folder} has {format_bytes(free)} free, and a checkpoint of {format_bytes(need)} is due",
                     MORE_SPACE,
                 )
-            args = ocp.args.StandardSave(state, jax.tree.map_with_path(how_cut, state))
+            args = ocp.args.StandardSave(state, jax.tree.map_with_path(save_args, state))
             manager.save(step, args=args, custom_metadata={CHECKSUMS: checksums})
-            self._written = step, outline(state)
+            self._written = step, array_specs(state)
 
     def _settle(self) -> None:
         """Waits for the checkpoint that is being written, verifies it, and removes those that are too old."""
@@ -101,7 +102,7 @@ class RunCheckpoints:
         if is_main():
             self._remove_old()
 
-    def _verify(self, step: int, expected: Outline) -> None:
+    def _verify(self, step: int, expected: ArraySpecs) -> None:
         """Raises UserError if the checkpoint of a step does not hold the arrays of `expected`."""
         if (damage := find_damage(self._folder, step, expected)) is None:
             return
@@ -139,16 +140,16 @@ class RunCheckpoints:
         place = self._folder / str(step)
         targets = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(target)}
         try:
-            arrays = together(lambda: open_arrays(place))
+            arrays = on_all_processes(lambda: open_arrays(place))
             theirs = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
-            _check_same(step, theirs, outline(target))
+            _check_same(step, theirs, array_specs(target))
             restored, not_finite = on_devices(arrays, targets)
             if not_finite:
-                raise Damage(f"infinite or NaN values in {described(not_finite)}")
-        except Damage as error:
+                raise DamagedState(f"infinite or NaN values in {describe_counts(not_finite)}")
+        except DamagedState as error:
             # Every process is here, and the main one reads the other steps for all.
-            whole = decided(lambda: whole_steps_beside(place))
-            raise damaged(place, str(error), whole, resuming=True) from error
+            whole = decided(lambda: intact_steps_beside(place))
+            raise damage_error(place, str(error), whole, resuming=True) from error
         return jax.tree.map_with_path(lambda path, _: restored[path_name(path)], target)
 
     def wait(self) -> None:
@@ -173,7 +174,7 @@ def _full_disk_told(folder: Path) -> Iterator[None]:
         raise UserError(f"the disk of {folder} is full", MORE_SPACE) from error
 
 
-def _check_same(step: int, theirs: Outline, ours: Outline) -> None:
+def _check_same(step: int, theirs: ArraySpecs, ours: ArraySpecs) -> None:
     """Raises UserError if a checkpoint is not one of the state that is asked for."""
     if odd := sorted(path for path in theirs.keys() | ours.keys() if theirs.get(path) != ours.get(path)):
         raise UserError(

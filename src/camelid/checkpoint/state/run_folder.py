@@ -8,11 +8,12 @@ Parameters have our own names and axes there, all layers of one in one array; Ad
 
 from pathlib import Path
 
-from camelid.checkpoint.checkpoint import Checkpoint, Training
+from camelid.checkpoint.checkpoint import AdamState, Checkpoint
 from camelid.checkpoint.folder import complete_replacement
 from camelid.checkpoint.formats import hf
-from camelid.checkpoint.layout import Row, Table, check, table
-from camelid.checkpoint.state import stored
+from camelid.checkpoint.formats.config_source import find_config
+from camelid.checkpoint.layout import Table, TensorRule, check_tensors, make_table
+from camelid.checkpoint.state import saved_state
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -24,16 +25,18 @@ RECIPE, STEPS, MODEL = "recipe.toml", "checkpoints", "model"
 def table_of(config: ModelConfig) -> Table:
     """Every parameter of a model under its own path."""
     specs = named(declare_decoder(config))
-    return table([Row(path, path, " ".join(spec.axes)) for path, spec in specs.items()], specs, config.axis_sizes)
+    return make_table(
+        [TensorRule(path, path, " ".join(spec.axes)) for path, spec in specs.items()], specs, config.axis_sizes
+    )
 
 
-def looks(path: Path) -> bool:
+def matches(path: Path) -> bool:
     """Whether a folder is a run's, or one of its steps."""
     path = path.absolute()
     return (path / RECIPE).is_file() or (_is_step(path) and (path.parent.parent / RECIPE).is_file())
 
 
-def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
     """Opens a run at its newest complete step, or one of its steps; `config` takes the place of its config.json."""
     run = path.absolute()
     step = int(run.name) if _is_step(run) else None
@@ -43,31 +46,31 @@ def open_path(path: Path, config: ModelConfig | None = None) -> Checkpoint:
         raise UserError(f"{path} is not the folder of a run", "Give the folder that holds recipe.toml.")
     steps = run / STEPS
     if step is None:
-        step = stored.newest(steps)
+        step = saved_state.newest(steps)
     if step is None:
         complete_replacement(run / MODEL)
-        if not hf.looks(run / MODEL):
+        if not hf.matches(run / MODEL):
             raise UserError(
                 f"{run} has no complete checkpoint yet", "Its recipe says after how many steps one is made."
             )
-        return hf.open_folder(run / MODEL, config)
-    if config is None and not (run / "config.json").is_file():
+        return hf.open_checkpoint(run / MODEL, config)
+    source = find_config(config, run)
+    if source is None:
         raise UserError(
             f"{run} has no config.json, so an older camelid began it",
             "Start the same command again, which writes it, or open its model/.",
         )
-    described_by = "config.json" if config is None else hf.GIVEN
-    config = config or hf.understood(run)
-    arrays = stored.open_step(steps, step)
+    config, described_by = source
+    arrays = saved_state.open_step(steps, step)
     rows = table_of(config)
     params, mu, nu = (
         {name.removeprefix(below): array for name, array in arrays.items() if name.startswith(below)}
         for below in ("params.", "opt_state.0.mu.", "opt_state.0.nu.")
     )
     for held in (params, mu, nu):
-        check(rows, held, "", described_by)
-    return Checkpoint("run", run, config, params, rows, training=Training(step, mu, nu))
+        check_tensors(rows, held, "", described_by)
+    return Checkpoint("run", run, config, params, rows, training=AdamState(step, mu, nu))
 
 
 def _is_step(path: Path) -> bool:
-    return path.parent.name == STEPS and stored.is_step(path.name)
+    return path.parent.name == STEPS and saved_state.is_step(path.name)

@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from camelid.checkpoint import layout
-from camelid.checkpoint.integrity import checksum, count_not_finite, described, path_name, survey
-from camelid.checkpoint.layout import Table, aligned, cuts
+from camelid.checkpoint.integrity import checksum, checksum_arrays, count_not_finite, describe_counts, path_name
+from camelid.checkpoint.layout import Table, aligned, chunk_indices
 from camelid.checkpoint.tensors import Index, Tensor, cast
 from camelid.errors import UserError
 from camelid.parallel.hosts import any_true
@@ -37,21 +37,21 @@ ZARR = "/.zarray"  # after the name of each array, what describes it
 CHUNK = 32 * 2**20  # bytes of an array that lie together on disk, and are read together
 CHANGED = "is not what was saved: its checksum differs"
 
-Outline = Mapping[str, tuple[tuple[int, ...], str]]
+ArraySpecs = Mapping[str, tuple[tuple[int, ...], str]]
 """shape and dtype of each array by path"""
 _T = TypeVar("_T")
 
 
-class Damage(ValueError):
+class DamagedState(ValueError):
     """What is wrong with a checkpoint."""
 
 
 @dataclass(frozen=True)
-class Stored(Tensor):
+class SavedArray(Tensor):
     """An array of a checkpoint, in its folder."""
 
     store: ts.TensorStore
-    address: "Address | None" = None
+    address: "SafePath | None" = None
     """keeps the path of the store valid"""
     checksum: int | None = None
     """of what was saved, as `integrity.checksum` computes it; None for checkpoints of an older camelid"""
@@ -67,8 +67,8 @@ class Stored(Tensor):
             with self.lock:
                 _ = self.not_finite
             self._read(held, index)
-        except Damage as error:
-            raise damaged(self.file, str(error), whole_steps_beside(self.file)) from error
+        except DamagedState as error:
+            raise damage_error(self.file, str(error), intact_steps_beside(self.file)) from error
         if held is not out:
             cast(self, held, out)
 
@@ -76,12 +76,12 @@ class Stored(Tensor):
     def not_finite(self) -> int:
         """How many values are infinite or NaN. Reads the whole array, and raises Damage if its checksum differs."""
         total = count = 0
-        for index in cuts(self.shape) if self.shape else [()]:
+        for index in chunk_indices(self.shape) if self.shape else [()]:
             values = np.empty([s.stop - s.start for s in index], self.dtype)
             self._read(values, index)
             total, count = (total + checksum(values)) % 2**32, count + count_not_finite(values)
         if self.checksum not in (None, total):
-            raise Damage(f"{self.name} {CHANGED}")
+            raise DamagedState(f"{self.name} {CHANGED}")
         return count
 
     def on_devices(self, target: jax.ShapeDtypeStruct) -> jax.Array:
@@ -103,7 +103,7 @@ class Stored(Tensor):
         try:
             ts.array(out).write(self.store[index].translate_to[(0,) * len(index)]).result()
         except (OSError, ValueError) as error:
-            raise Damage(f"{self.name} cannot be read: {first_line(error)}") from error
+            raise DamagedState(f"{self.name} cannot be read: {first_line(error)}") from error
 
 
 def load(
@@ -113,18 +113,18 @@ def load(
 
     Raises UserError if it is damaged.
     """
-    arrays = {path: tensor for path, tensor in tensors.items() if isinstance(tensor, Stored)}
+    arrays = {path: tensor for path, tensor in tensors.items() if isinstance(tensor, SavedArray)}
     if not arrays or any(array.dtype != targets[path].dtype for path, array in arrays.items()):
         return layout.load(table, tensors, targets)  # where it is cast, `Stored.read_into` verifies it
     try:
         return on_devices(arrays, targets)[0]
-    except Damage as error:
+    except DamagedState as error:
         place = next(iter(arrays.values())).file
-        raise damaged(place, str(error), whole_steps_beside(place)) from error
+        raise damage_error(place, str(error), intact_steps_beside(place)) from error
 
 
 def on_devices(
-    arrays: Mapping[str, Stored], targets: Mapping[str, jax.ShapeDtypeStruct]
+    arrays: Mapping[str, SavedArray], targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> tuple[dict[str, jax.Array], dict[str, int]]:
     """The arrays on the devices of `targets`, and how many infinite or NaN values those hold that have any.
 
@@ -136,23 +136,23 @@ def on_devices(
         return {name: array.on_devices(targets[name]) for name, array in arrays.items()}
 
     alone = all(target.sharding.is_fully_addressable for target in targets.values())
-    loaded = read() if alone else together(read)
-    checksums, not_finite = survey(loaded)
+    loaded = read() if alone else on_all_processes(read)
+    checksums, not_finite = checksum_arrays(loaded)
     if odd := [name for name, array in arrays.items() if array.checksum not in (None, checksums[name])]:
-        raise Damage(f"{odd[0]} {CHANGED}")
+        raise DamagedState(f"{odd[0]} {CHANGED}")
     return loaded, not_finite
 
 
-def together(read: Callable[[], _T]) -> _T:
+def on_all_processes(read: Callable[[], _T]) -> _T:
     """What `read` returns; raises Damage in every process where it does so in one. Every process calls this."""
     result: list[_T] = []
     problem = "another process cannot read its part"
     try:
         result.append(read())
-    except Damage as error:
+    except DamagedState as error:
         problem = str(error)
     if any_true(not result):
-        raise Damage(problem)
+        raise DamagedState(problem)
     return result[0]
 
 
@@ -181,25 +181,25 @@ def open_step(folder: Path, step: int) -> Mapping[str, Tensor]:
     place = folder.resolve() / str(step)
     try:
         return open_arrays(place)
-    except Damage as error:
-        raise damaged(place, str(error), whole_steps_beside(place)) from error
+    except DamagedState as error:
+        raise damage_error(place, str(error), intact_steps_beside(place)) from error
 
 
-def open_arrays(place: Path) -> dict[str, Stored]:
+def open_arrays(place: Path) -> dict[str, SavedArray]:
     """The arrays of a step by path; raises Damage if some are missing."""
     checksums = _saved_checksums(place)
     try:
-        address = Address(place / ITEM)
+        address = SafePath(place / ITEM)
         stores = _stores(address, _keys(address), 0)
         # Slices of a layer may cross all of its chunks, which are kept until the next: each is read once.
         layers = [x.dtype.numpy_dtype.itemsize * math.prod(x.shape[1:]) for name, x in stores.items() if _stacked(name)]
         stores = _stores(address, _keys(address), 2 * max([CHUNK, *layers]))
     except (OSError, ValueError) as error:
-        raise Damage(first_line(error)) from error
+        raise DamagedState(first_line(error)) from error
     if missing := checksums.keys() - stores.keys():
-        raise Damage(f"{min(missing)} is missing")
+        raise DamagedState(f"{min(missing)} is missing")
     return {
-        name: Stored(place, name, 0, x.shape, np.dtype(x.dtype.numpy_dtype), x, address, checksums.get(name))
+        name: SavedArray(place, name, 0, x.shape, np.dtype(x.dtype.numpy_dtype), x, address, checksums.get(name))
         for name, x in stores.items()
     }
 
@@ -209,21 +209,21 @@ def _saved_checksums(place: Path) -> dict[str, int]:
     try:
         return json.loads((place / METADATA).read_bytes())["custom_metadata"].get(CHECKSUMS, {})
     except OSError as error:
-        raise Damage(f"{METADATA} cannot be read: {error.strerror}") from error
+        raise DamagedState(f"{METADATA} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damage(f"{METADATA} is not what Orbax wrote: {first_line(error)}") from error
+        raise DamagedState(f"{METADATA} is not what Orbax wrote: {first_line(error)}") from error
 
 
 # Damage -----------------------------------------------------------------------------------
 
 
-def whole_steps_beside(place: Path) -> list[int]:
+def intact_steps_beside(place: Path) -> list[int]:
     """The other steps of a run that are whole, the newest first. Reads all of them, which may take minutes."""
     others = [step for step in reversed(steps_in(place.parent)) if step != int(place.name)]
     return [step for step in others if verify_step(place.parent / str(step)) is None]
 
 
-def damaged(place: Path, problem: str, whole: list[int], resuming: bool = False) -> UserError:
+def damage_error(place: Path, problem: str, whole: list[int], resuming: bool = False) -> UserError:
     """The error for a step that is damaged, where the steps `whole` of the same run are not."""
     if not whole:
         advice = "No other step of this run is whole: copy the folder again, or begin another run."
@@ -245,31 +245,31 @@ def verify_step(place: Path) -> str | None:
     """What is wrong with the checkpoint of a step, of which everything is read; None if it is whole and finite."""
     try:
         counts = {name: array.not_finite for name, array in open_arrays(place).items()}
-    except Damage as error:
+    except DamagedState as error:
         return str(error)
     odd = {name: count for name, count in counts.items() if count}
-    return f"infinite or NaN values in {described(odd)}" if odd else None
+    return f"infinite or NaN values in {describe_counts(odd)}" if odd else None
 
 
 def check_step(place: Path) -> None:
     """Reads everything in the checkpoint of a step, optimizer state included; raises UserError if it is damaged."""
     if (problem := verify_step(place)) is not None:
-        raise damaged(place, problem, whole_steps_beside(place))
+        raise damage_error(place, problem, intact_steps_beside(place))
 
 
-def find_damage(folder: Path, step: int, outline: Outline) -> str | None:
+def find_damage(folder: Path, step: int, array_specs: ArraySpecs) -> str | None:
     """What is wrong with the checkpoint of a step: an array or a part of one is missing, or not as in `outline`.
 
     Returns None if everything is there. No values are read, so this takes well under a second for a model of any size.
     """
     try:
-        address = Address(folder.resolve() / str(step) / ITEM)
+        address = SafePath(folder.resolve() / str(step) / ITEM)
         keys = _keys(address)
         stores = _stores(address, keys, 0)
     except (OSError, ValueError) as error:
         return first_line(error)
     chunks = Counter(key.rpartition("/")[0] for key in keys if not key.endswith(ZARR))
-    for name, (shape, dtype) in outline.items():
+    for name, (shape, dtype) in array_specs.items():
         if (store := stores.get(name)) is None:
             return f"{name} is missing"
         if (found := (store.shape, store.dtype.numpy_dtype.name)) != (shape, dtype):
@@ -284,7 +284,7 @@ def find_damage(folder: Path, step: int, outline: Outline) -> str | None:
 # How Orbax writes -------------------------------------------------------------------------
 
 
-class Address:
+class SafePath:
     """An absolute path of a folder that Orbax and TensorStore can take, whatever the folder's name.
 
     They pass paths to glob and through JSON, and give names such as `[...]`, `..`, `gs:` and `x.__lock` a meaning of
@@ -306,16 +306,16 @@ class Address:
         self.path = str(DESCRIPTORS / str(descriptor))
 
 
-def _keys(address: Address) -> list[str]:
+def _keys(address: SafePath) -> list[str]:
     """The keys of all arrays and of their chunks in a folder that Orbax wrote."""
     return [key.decode() for key in ts.KvStore.open(_files(address)).result().list().result()]
 
 
-def _files(address: Address) -> dict[str, Any]:
+def _files(address: SafePath) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{address.path}/"}}
 
 
-def _stores(address: Address, keys: list[str], cache_bytes: int) -> dict[str, ts.TensorStore]:
+def _stores(address: SafePath, keys: list[str], cache_bytes: int) -> dict[str, ts.TensorStore]:
     """Every array that Orbax wrote into a folder, by its name there."""
     names = [key.removesuffix(ZARR) for key in keys if key.endswith(ZARR)]
     if not names:
@@ -328,7 +328,7 @@ def _stores(address: Address, keys: list[str], cache_bytes: int) -> dict[str, ts
     return {name: future.result() for name, future in opening.items()}
 
 
-def how_cut(path: Any, leaf: Any) -> ocp.SaveArgs:
+def save_args(path: Any, leaf: Any) -> ocp.SaveArgs:
     """How an array is cut on disk: each layer apart, as checkpoints are read."""
     stacked = _stacked(path_name(path))
     return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if stacked else ())
@@ -342,7 +342,7 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def outline(tree: Any) -> Outline:
+def array_specs(tree: Any) -> ArraySpecs:
     """Shape and dtype of each leaf by path, however the tree's nodes are made."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {path_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
