@@ -1,14 +1,16 @@
-"""How fast data is: text to a store beside the tokenizer alone, and a store to rows.
+"""Measures the speed of data preparation, compared with the tokenizer alone, and of batch creation.
 
 `python benchmarks/data.py TOKENIZER_JSON TEXT_FILE...` prints one JSON object.
 
-prepare: the files' text as JSON lines, repeated to --megabytes, is prepared into a store by two processes; their start,
-reading and writing are included. Beside that, `tokenizers` encodes the same documents by itself: encode_batch_fast on
-two threads, from memory, lists of ids included. `ratio` is their time over ours: above 1, camelid is faster. Each take
-is a process of its own, the sides take turns, and the best of all rounds are compared; `ratios` has one a round.
+prepare: the text of the files as JSON Lines, repeated to --megabytes, is prepared into a store by two processes,
+including their start, reading and writing. For comparison, `tokenizers` encodes the same documents: encode_batch_fast
+with two threads, from memory, including the creation of lists of ids. `ratio` is the time of `tokenizers` divided by
+that of camelid. Each measurement is a process of its own, the two alternate, and their best times are compared;
+`ratios` has one per round.
 
-rows: two processes make batches of rows of 2048 (tokens, targets, weights, positions, segments) from a warm store, and
-a third takes them; documents of a few hundred tokens, with weights. Tokens a second, once the processes have started.
+rows: two processes create batches with rows of 2048 tokens (tokens, targets, weights, positions, segments) from a
+store in the page cache, and a third receives them. Documents have a few hundred tokens and loss weights. Tokens per
+second, without the start of the processes.
 """
 
 import argparse
@@ -27,7 +29,7 @@ DOCUMENT = 2000  # characters
 LENGTH = 2048
 ROWS = 32  # of a batch
 BATCHES = 400
-WARM = 40  # batches that are not timed
+WARM = 40  # batches of the warmup
 STORE = 30_000_000  # tokens
 
 
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=int, default=100)
-    parser.add_argument("--folder", type=Path, help="where the temporary files go")
+    parser.add_argument("--folder", type=Path, help="folder for temporary files")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         size = write_text(Path(folder) / "text.jsonl", given.texts, given.megabytes * 10**6)
@@ -55,14 +57,14 @@ def main() -> None:
         ]
     best = {part: min(take[part]["seconds"] for take in takes) for part in ("encode", "prepare")}
     counts = {take[part]["tokens"] for take in takes for part in take}
-    assert len(counts) == 1, f"both sides should give the same tokens: {counts}"
+    assert len(counts) == 1, f"the numbers of tokens differ: {counts}"
     found = {
         "bytes": size,
         "tokens": counts.pop(),
         "tokenizers_s": round(best["encode"], 2),
         "prepare_s": round(best["prepare"], 2),
         "ratio": round(best["encode"] / best["prepare"], 2),
-        # Other work on the machine changes these less; they hold the imports too.
+        # CPU times depend less on other work on the machine; they include imports.
         "cpu_ratio": round(
             min(take["encode"]["cpu"] for take in takes) / min(take["prepare"]["cpu"] for take in takes), 2
         ),
@@ -72,7 +74,7 @@ def main() -> None:
 
 
 def write_text(path: Path, sources: list[Path], size: int) -> int:
-    """Documents of a few paragraphs, repeated; a number in each keeps tokenizers from remembering whole ones."""
+    """Writes documents of a few paragraphs, repeated; a number in each keeps tokenizers from caching entire texts."""
     paragraphs = [part.strip() for source in sources for part in re.split(r"\n\s*\n", source.read_text("utf-8"))]
     text = "\n".join(part for part in paragraphs if part).splitlines()
     written = n = place = 0
@@ -88,7 +90,7 @@ def write_text(path: Path, sources: list[Path], size: int) -> int:
 
 
 def in_a_process(part: str, *words: object) -> Any:
-    """What one of PARTS returns, run by a process of its own."""
+    """Runs one of PARTS in a process of its own and returns its result."""
     command = [sys.executable, __file__, part, *map(str, words)]
     environment = os.environ | {"RAYON_NUM_THREADS": str(THREADS)}
     before = os.times()
@@ -99,11 +101,11 @@ def in_a_process(part: str, *words: object) -> Any:
     return found
 
 
-# What a process does ----------------------------------------------------------------------
+# Parts that run in processes of their own -------------------------------------------------
 
 
 def encode(folder: str, tokenizer: str) -> dict[str, Any]:
-    """The tokenizer alone."""
+    """Measures the tokenizer alone."""
     import tokenizers
 
     engine = tokenizers.Tokenizer.from_file(tokenizer)
@@ -119,7 +121,7 @@ def encode(folder: str, tokenizer: str) -> dict[str, Any]:
 
 
 def prepare(folder: str, tokenizer: str) -> dict[str, Any]:
-    """A store, from a file."""
+    """Measures the preparation of a store."""
     from camelid.data.config import Source
     from camelid.data.preparation.prepare import prepare
     from camelid.text.tokenizer import load_tokenizer
@@ -135,7 +137,7 @@ def prepare(folder: str, tokenizer: str) -> dict[str, Any]:
 
 
 def build(folder: str) -> None:
-    """A store of made-up documents, a third of whose tokens do not count."""
+    """Writes a store of random documents, in which a third of the tokens have no loss."""
     import numpy as np
 
     from camelid.data.preparation.store import Writer
@@ -149,13 +151,14 @@ def build(folder: str) -> None:
 
 
 def rows(folder: str, packing: Any) -> float:
-    """Tokens a second."""
+    """Returns tokens per second."""
     from types import SimpleNamespace
 
     import numpy as np
 
     from camelid.data.config import DataConfig, Source
-    from camelid.data.rows.loader import Loader, prefetched
+    from camelid.data.rows.loader import Loader
+    from camelid.data.rows.prefetch import prefetched
 
     source = Source(files=(str(Path(folder, "store")),), kind="tokens")
     config = DataConfig(
@@ -163,7 +166,7 @@ def rows(folder: str, packing: Any) -> float:
     )
     tokenizer: Any = SimpleNamespace(fingerprint="none", files=("none",), vocab_size=32_000)
     loader = Loader(config, tokenizer)
-    loader.packings[0].store.verify()  # reads all of it
+    loader.packings[0].store.verify()  # loads all of it into the page cache
     began = time.perf_counter()
     for step, batch in enumerate(prefetched(loader, 0, BATCHES + WARM)):
         if step == WARM:

@@ -201,7 +201,7 @@ def test_perplexity_names_the_row_that_is_no_text_and_takes_another_key(stories:
     assert_refused(called(*score), "a.jsonl, line 1: no field 'text', only 'body'")
     assert called(*score, "--text-key", "body").returncode == 0
     (tmp_path / "a.jsonl").write_text('{"text": "One day."}\n{"text": 5}\n')
-    assert_refused(called(*score), "a.jsonl, line 2: field 'text' is 5, no string")
+    assert_refused(called(*score), "a.jsonl, line 2: field 'text' is 5, not a string")
 
 
 def test_inspect_json_describes_every_parameter(stories: Path):

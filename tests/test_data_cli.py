@@ -1,7 +1,6 @@
 """`camelid data prepare` and `camelid data inspect`: what they make, tell and show, and what they refuse."""
 
 import dataclasses
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from camelid.cli import data as commands
-from camelid.data.config import Source
+from camelid.data.config import Source, SourceOptions
 from camelid.data.preparation.store import Store
 from camelid.runs.recipe import read_recipe
 from runs import assert_refused, called, write_recipe_file
@@ -54,11 +52,37 @@ def inspected(*arguments: object) -> dict[str, Any]:
 # prepare --------------------------------------------------------------------------------
 
 
-def test_every_option_of_a_source_is_an_option_of_the_command():
-    parameters = inspect.signature(commands.prepare).parameters
-    for field in dataclasses.fields(Source):
-        if field.name not in ("files", "weight"):
-            assert parameters[field.name].default == field.default, field.name
+def test_help_describes_every_option_of_a_source():
+    shown = called("data", "prepare", "--help").stdout
+    words = " ".join(word for word in shown.split() if word != "│")
+    assert {field.name for field in dataclasses.fields(Source)} == {
+        "files",
+        "weight",
+        *(field.name for field in dataclasses.fields(SourceOptions)),
+    }
+    for field in dataclasses.fields(SourceOptions):
+        option = f"--{field.name.replace('_', '-')} ".replace("--add-eos", "--no-add-eos")
+        assert option in words, field.name
+    assert "fields: alternatively, the key under which each record holds its own list of fields (default" in words
+    assert "--weight" not in words
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "advice"),
+    [
+        ("text", {"messages": []}, "Set --kind chat."),
+        (
+            "chat",
+            {"question": "q", "answer": "a"},
+            "Set --kind fields and --fields '[question],answer', or --kind gsm8k.",
+        ),
+    ],
+)
+def test_advice_is_in_the_options_of_the_command(kind: str, row: dict, advice: str, tokenizer: Path, tmp_path: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", [row])
+    options = ["--template", "chatml"] if kind == "chat" else []
+    done = called("data", "prepare", rows, "--kind", kind, *options, "--tokenizer", tokenizer, "--out", "store")
+    assert done.stderr.splitlines()[-1].strip() == advice
 
 
 @pytest.mark.parametrize(
@@ -124,7 +148,7 @@ def test_the_same_again_is_there_already_and_other_options_are_refused(tokenizer
     assert "tokens a second" in first.stdout
     again = called(*words, "line")
     assert again.stdout.splitlines()[:4] == first.stdout.splitlines()[:4]
-    assert "It was there already" in again.stdout
+    assert "The store exists already" in again.stdout
     assert "tokens a second" not in again.stdout
     assert_refused(called(*words, "blank_line"), "store was prepared before")
     assert called(*words, "file", "--overwrite").returncode == 0
@@ -137,7 +161,7 @@ def test_rows_that_were_left_out_are_named(tokenizer: Path, tmp_path: Path):
     assert_refused(called(*words), "a.jsonl, line 2")
     done = called(*words, "--max-unreadable", 0.5)
     assert done.returncode == 0
-    assert "unreadable  2 of 4 rows" in _unpadded(done.stdout)
+    assert "unreadable  2 of 4 records" in _unpadded(done.stdout)
     assert "a.jsonl, line 2" in done.stdout
     assert "a.jsonl, line 3" in done.stdout
     assert ESCAPE not in done.stdout
@@ -152,7 +176,7 @@ def test_what_mindformers_would_lose_is_said(tokenizer: Path, tmp_path: Path):
     write_rows(tmp_path / "a.jsonl", rows)
     words = ["a.jsonl", "--kind", "chat", "--tokenizer", tokenizer]
     done = called("data", "prepare", *words, "--template", "vicuna_v1.1", "--out", "right")
-    assert "gives up 2 of 3 conversations at 2,048 tokens; 1 more it cannot read" in done.stdout
+    assert "excludes 2 of 3 conversations at 2,048 tokens; it cannot read 1 more" in done.stdout
     assert Store.open("right").num_documents == 4
     assert prepared(*words, "--template", "chatml", "--out", "other")["mindformers"] is None
     write_rows(tmp_path / "a.jsonl", rows[:3])
@@ -209,14 +233,14 @@ def test_help_has_examples():
 @pytest.mark.parametrize(
     ("options", "about"),
     [
-        (["--sequence-length", "9"], "--sequence-length is for --compat mindformers"),
+        (["--sequence-length", "9"], "--sequence-length applies to --compat mindformers"),
         (["--compat", "mindformers"], "--compat mindformers needs a --sequence-length"),
         (["--compat", "mindformers", "--sequence-length", "0"], "--sequence-length 0"),
-        (["--kind", "chat", "--split", "line"], "split = 'line' has no meaning for kind = 'chat'"),
+        (["--kind", "chat", "--split", "line"], "--split line does not apply to --kind chat"),
         (["--workers", "0"], "--workers 0"),
         (["--validation-fraction", "1"], "--validation-fraction 1.0"),
         (["--seed", "-1"], "--seed -1"),
-        (["--out", "full"], "full holds something else than a store"),
+        (["--out", "full"], "full holds something other than a store"),
         (["--tokenizer", "full"], "no tokenizer: looked for full"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -256,7 +280,7 @@ def test_without_colours_marks_tell_what_is_learnt(store: Path):
     shown = done.stdout.split("document 0")[1]
     assert "⟨<s>⟩Ask\\n\n\\u27e6me\\u27e7⟦a\\\\b \\x1b[31m\\u200b</s> ⟨</s>⟩⟧\n" in shown
     assert "document 1" not in done.stdout
-    assert "⟦what is learnt⟧  ⟦⟨special⟩⟧  ⟨special⟩  what is read" in shown
+    assert "⟦loss⟧  ⟦⟨special token⟩⟧  ⟨special token⟩  no loss" in shown
 
 
 def test_colours_tell_what_is_learnt_unless_they_are_refused(store: Path, monkeypatch: pytest.MonkeyPatch):
@@ -280,7 +304,7 @@ def test_what_counts_neither_0_nor_1_says_how_much(tokenizer: Path, monkeypatch:
     prepared("rows.jsonl", *template, "--tokenizer", tokenizer, "--out", "store")
     shown = called("data", "inspect", "store").stdout.split("document 0")[1]
     assert "Ask ASSISTANT:⟦0.5:  half⟨</s>⟩⟧USER: Ask ASSISTANT:⟦ whole⟨</s>⟩⟧\n" in shown
-    assert "what is read  ⟦0.5: what counts so much⟧" in shown
+    assert "no loss  ⟦0.5: loss with this weight⟧" in shown
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     assert "\x1b[1;32m⟦0.5: \x1b[0m\x1b[1;32m half\x1b[0m" in called("data", "inspect", "store").stdout
@@ -344,11 +368,11 @@ def test_what_cannot_be_inspected_is_refused(store: Path, tokenizer: Path):
     Path("recipe.toml").write_text("run = 5")
     for words, about in {
         ("none",): "none does not exist",
-        ("tokenizer",): "tokenizer holds no prepared store",
-        ("recipe.toml", "--tokenizer", "tokenizer"): "--tokenizer is for stores",
+        ("tokenizer",): "tokenizer is not a prepared store",
+        ("recipe.toml", "--tokenizer", "tokenizer"): "--tokenizer applies to stores only",
         ("recipe.toml",): "run: 5 is not of type str",
         ("store", "--rows", "-1"): "--rows -1",
-        ("store", "--histogram", "a.jpg"): "a.jpg is no PNG",
+        ("store", "--histogram", "a.jpg"): "a.jpg is not a PNG file",
         ("store", "--rows", "0", "--histogram", "no/a.png"): "No such file",
     }.items():
         assert_refused(called("data", "inspect", *words), about)

@@ -1,16 +1,13 @@
-import errno
-import os
+import hashlib
+import itertools
 import random
-import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from camelid.data.rows import best_fit
-from camelid.data.rows.best_fit import fill, open_plan
-from camelid.errors import UserError
+from camelid.data.rows.best_fit import fill, make_plan
 
 
 def obvious_rooms(lengths: list[int], size: int) -> list[int]:
@@ -32,72 +29,66 @@ def test_rows_are_as_full_as_one_piece_after_another_makes_them():
         lengths = [chance.randint(1, size) for _ in range(chance.randint(0, 80))]
         patterns = fill(np.bincount(lengths, minlength=size + 1).astype(np.int64))
         rooms = [
-            size - sum(length * n for length, n in pattern.items) for pattern in patterns for _ in range(pattern.rows)
+            size - sum(length * n for length, n in pattern.items)
+            for pattern in patterns
+            for _ in range(pattern.num_rows)
         ]
         assert sorted(rooms) == obvious_rooms(lengths, size)
 
 
-def plan(folder: Path, lengths: np.ndarray, size: int, **how):
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return open_plan(folder, offsets, size, **{"whole_rows": False, "overlong": "split", "fingerprint": "f"} | how)
+def obvious_plan(lengths: list[int], size: int, overlong: str) -> list[tuple[int, int]]:
+    """The start and the length of every fragment, in the order of the documents."""
+    fragments, start = [], 0
+    for length in lengths:
+        places = length - 1
+        if overlong == "split":
+            fragments += [(start + at, min(size, places - at)) for at in range(0, places, size)]
+        elif places > 0 and (places <= size or overlong == "truncate"):
+            fragments.append((start, min(places, size)))
+        start += length
+    return fragments
 
 
-@pytest.mark.parametrize("whole_rows", [False, True])
-def test_a_plan_is_the_same_in_however_small_blocks_it_is_made(tmp_path: Path, monkeypatch, whole_rows: bool):
+@pytest.mark.parametrize("overlong", ["split", "truncate", "drop"])
+def test_every_fragment_is_in_one_row(overlong: best_fit.Overlong):
+    chance = random.Random(0)
+    for _ in range(100):
+        size = chance.choice([1, 7, 255, 256, 65535, 65536])
+        lengths = [chance.randint(1, size * 5 // 2 + 2) for _ in range(chance.randint(0, 60))]
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        plan = make_plan(offsets, size, one_per_row=False, overlong=overlong)
+        expected = obvious_plan(lengths, size, overlong)
+        found = list(zip(plan.starts.tolist(), plan.lengths.tolist(), strict=True))
+        assert sorted(found) == sorted(expected)
+        assert plan.num_places == sum(length for _, length in expected)
+        rows = [found[begin:end] for begin, end in itertools.pairwise(plan.offsets.tolist())]
+        assert all(0 < sum(length for _, length in row) <= size for row in rows)
+        assert sorted(size - sum(length for _, length in row) for row in rows) == obvious_rooms(
+            [length for _, length in expected], size
+        )
+        in_order = make_plan(offsets, size, one_per_row=True, overlong=overlong)
+        assert list(zip(in_order.starts.tolist(), in_order.lengths.tolist(), strict=True)) == expected
+        assert in_order.offsets.tolist() == list(range(len(expected) + 1))
+
+
+def test_the_plan_is_the_same_in_every_release():
+    """A run that is resumed must read the same rows."""
     lengths = np.random.default_rng(0).integers(1, 60, 500)
-    whole = plan(tmp_path / "whole", lengths, 16, whole_rows=whole_rows)
-    monkeypatch.setattr(best_fit, "BLOCK", 7)
-    blocks = plan(tmp_path / "blocks", lengths, 16, whole_rows=whole_rows)
-    assert blocks.counts == whole.counts
-    for name in ("rows", "starts", "lengths"):
-        np.testing.assert_array_equal(getattr(blocks, name), getattr(whole, name))
+    plan = make_plan(np.concatenate([[0], np.cumsum(lengths)]), 16, one_per_row=False, overlong="split")
+    digest = hashlib.sha256()
+    for array in (plan.offsets, plan.starts, plan.lengths):
+        digest.update(array.astype("<i8").tobytes())
+    assert digest.hexdigest() == "0bb933bdc97113102df06a0957f17b8f7a712ff9f7335fc4ab66578ab4bf1436"
 
 
-def test_a_million_documents_are_planned_in_seconds_and_little_memory(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(best_fit, "BLOCK", 2**16)
+def test_a_million_documents_take_memory_for_their_fragments_alone():
     lengths = np.exp(np.random.default_rng(0).normal(5, 1, 1_000_000)).astype(np.int64) + 1
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     del lengths
     tracemalloc.start()
-    began = time.perf_counter()
-    made = open_plan(tmp_path / "p", offsets, 2048, whole_rows=False, overlong="split", fingerprint="f")
-    seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+    plan = make_plan(offsets, 2048, one_per_row=False, overlong="split")
+    kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 20
-    assert peak < 10 * 2**20, "it should grow with the block, not with the documents"
-    assert made.counts["places"] / (made.counts["rows"] * 2048) > 0.99
-
-
-def test_a_plan_that_was_not_finished_is_made_again(tmp_path: Path):
-    left = tmp_path / ".p.incomplete"
-    left.mkdir()
-    (left / "rows.bin").write_bytes(b"half")
-    assert plan(tmp_path / "p", np.array([5, 3, 2]), 4).counts["rows"] == 2
-    assert not left.exists()
-
-
-@pytest.mark.parametrize("damage", ["a file is cut", "a file is gone", "what it says is cut", "it says something else"])
-def test_a_plan_that_was_damaged_is_made_again(tmp_path: Path, damage: str):
-    lengths = np.random.default_rng(0).integers(1, 60, 500)
-    made = plan(tmp_path / "whole", lengths, 16)
-    plan(tmp_path / "p", lengths, 16)
-    starts, manifest = tmp_path / "p" / "starts.bin", tmp_path / "p" / "plan.json"
-    if damage == "a file is cut":
-        starts.write_bytes(starts.read_bytes()[:-8])
-    elif damage == "a file is gone":
-        starts.unlink()
-    else:
-        manifest.write_text("{" if damage == "what it says is cut" else "[]")
-    again = plan(tmp_path / "p", lengths, 16)
-    for name in ("rows", "starts", "lengths"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(made, name))
-
-
-def test_a_disk_that_is_full_is_an_error_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(descriptor: int, start: int, size: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"p cannot be written: .*No space left"):
-        plan(tmp_path / "p", np.array([5, 3, 2]), 4)
-    assert not (tmp_path / "p").exists()
+    assert kept < 12 * 2**20
+    assert peak < 64 * 2**20
+    assert plan.num_places / (plan.num_rows * 2048) > 0.99

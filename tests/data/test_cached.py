@@ -19,15 +19,14 @@ from camelid.data.config import DataConfig, Source
 from camelid.data.preparation import prepare
 from camelid.data.preparation.cached import Cached, beyond, in_use, list_cached, prune, unused_since
 from camelid.data.preparation.store import Store
-from camelid.data.rows import loader
-from camelid.data.rows.best_fit import open_plan
-from camelid.data.rows.loader import data_cache, open_stores
+from camelid.data.rows import stores
+from camelid.data.rows.stores import data_cache, open_stores
 from camelid.disk import hashes
 from camelid.disk.hashes import content_hash, hash_file
 from camelid.disk.locks import locked
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer
-from data.stores import documents_of, write_store
+from data.stores import documents_of
 from runs import called
 
 ROOT = Path("cache/data")
@@ -76,7 +75,7 @@ def test_a_file_that_holds_the_same_is_not_prepared_anew(
 ):
     (before,) = open_stores(config, tokenizer)
     change()
-    monkeypatch.setattr(prepare, "make_parts", None)
+    monkeypatch.setattr(prepare, "make_partial_stores", None)
     (after,) = open_stores(config, tokenizer)
     assert after.folder == before.folder
 
@@ -88,7 +87,7 @@ def test_copies_of_other_names_are_the_same_store_and_are_named(
     Path("elsewhere [2]").mkdir()
     for old, new in (("a.jsonl", "elsewhere [2]/x.y.jsonl"), ("b.txt", "elsewhere [2]/z.TXT")):
         Path(old).rename(new)
-    monkeypatch.setattr(prepare, "make_parts", None)
+    monkeypatch.setattr(prepare, "make_partial_stores", None)
     (after,) = open_stores(with_files(config, "elsewhere [2]/x.y.jsonl", "elsewhere [2]/*.TXT"), tokenizer)
     assert after.folder == before.folder
     assert [Path(path).name for path in after.sources] == ["x.y.jsonl", "z.TXT"]
@@ -231,7 +230,7 @@ def test_a_store_of_a_cache_that_cannot_be_written_is_read(
 ):
     (before,) = open_stores(config, tokenizer)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr(loader, "prepare", lambda *given, **options: Store.open(before.folder))
+    monkeypatch.setattr(stores, "prepare", lambda *given, **options: Store.open(before.folder))
     (after,) = open_stores(config, tokenizer)
     assert after.folder == before.folder
 
@@ -385,16 +384,6 @@ def test_what_a_killed_process_left_is_removed_and_what_another_makes_is_not(con
     assert names() == {".a.incomplete"}
 
 
-def test_plans_of_stores_elsewhere_are_entries_too(tmp_path: Path):
-    store = write_store(tmp_path / "s", [[1, 2, 3], [4, 5]])
-    options = {"whole_rows": False, "overlong": "split", "fingerprint": "x"}
-    plan = open_plan(ROOT / "plans" / "x" / "best_fit-2-split", store.offsets, 2, **options)
-    (entry,) = list_cached(ROOT)
-    assert (entry.kind, in_use(entry)) == ("plans", True)
-    del plan
-    assert list(prune([entry])) == [entry]
-
-
 def test_what_goes_is_chosen_by_age_or_by_size():
     entries = [
         Cached(Path(str(n)), "store", size, (), used) for n, (size, used) in enumerate([(5, 30), (7, 10), (2, 20)])
@@ -415,7 +404,7 @@ def test_the_command_lists_and_prunes(config: DataConfig, tokenizer: Tokenizer):
     assert "in use" in listed.stdout
     lines = called("data", "cache", "--prune", "all").stdout.splitlines()
     assert lines[0].endswith("removed 0, 0 bytes")
-    assert lines[1] == f"kept, in use or not yours to remove: {name[:16]}"
+    assert lines[1] == f"kept, because in use or not permitted to be removed: {name[:16]}"
     del store
     os.utime(ROOT / name, (time.time() - 5 * 86400,) * 2)
     assert json.loads(called("data", "cache", "--prune", "6d", "--json").stdout)["removed"] == []

@@ -26,13 +26,13 @@ GOOD = {"train": (SOURCE,), "sequence_length": 8, "batch_size": 2}
         ({"seed": 2**32}, "seed = 4294967296"),
         ({"workers": -1}, "workers = -1"),
         ({"prepare_workers": 0}, "prepare_workers = 0"),
-        ({"packing": "best_fit", "cross_documents": True}, "cross_documents has no meaning for packing = 'best_fit'"),
-        ({"overlong": "drop"}, "overlong = 'drop' has no meaning for packing = 'stream'"),
-        ({"train": (SOURCE, replace(SOURCE, weight=1.0))}, "some sources have a weight and some have none"),
+        ({"packing": "best_fit", "cross_documents": True}, "cross_documents does not apply to packing = 'best_fit'"),
+        ({"overlong": "drop"}, "overlong = 'drop' does not apply to packing = 'stream'"),
+        ({"train": (SOURCE, replace(SOURCE, weight=1.0))}, "some sources have a weight and others do not"),
         ({"train": (replace(SOURCE, weight=0.0),)}, r"weights \[0\.0\]"),
         ({"train": (replace(SOURCE, weight=1e308),) * 2}, r"weights \[1e\+308, 1e\+308\]"),
         ({"stages": (Stage(first_step=5, weights=(1.0, 1.0)),)}, "from step 5 has 2 weights for 1 sources"),
-        ({"stages": (Stage(first_step=5, weights=(1.0,)),) * 2}, r"stages begin at steps \[5, 5\]"),
+        ({"stages": (Stage(first_step=5, weights=(1.0,)),) * 2}, r"stages start at steps \[5, 5\]"),
     ],
 )
 def test_an_impossible_configuration_is_refused(change: dict, message: str):
@@ -43,9 +43,9 @@ def test_an_impossible_configuration_is_refused(change: dict, message: str):
 
 @pytest.mark.parametrize("share", [1.0, -0.1])
 def test_a_share_of_all_is_refused_as_the_advice_says(share: float):
-    with pytest.raises(UserError, match=f"max_unreadable = {share}\nChoose a share from 0 to below 1"):
+    with pytest.raises(UserError, match=f"max_unreadable = {share}\nChoose a fraction from 0 to below 1"):
         Source(files=("a.txt",), max_unreadable=share)
-    with pytest.raises(UserError, match=f"validation_fraction = {share}\nchoose a share from 0 to below 1"):
+    with pytest.raises(UserError, match=f"validation_fraction = {share}\nChoose a fraction from 0 to below 1"):
         DataConfig(train=(SOURCE,), sequence_length=8, batch_size=2, validation_fraction=share)
 
 

@@ -9,7 +9,7 @@ import camelid
 from camelid.data.config import Source
 from camelid.data.preparation import mindformers
 from camelid.data.preparation.examples import Example, make_encoder
-from camelid.data.readers.sources import Record
+from camelid.data.readers.records import Record
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from text.tiny import BOS, EOS, VOCAB_SIZE, save_byte_tokenizer
@@ -157,7 +157,7 @@ def test_the_default_learns_what_mindformers_learns_and_loses_nothing(llama: Tok
     rows = json.loads((assets / "data/chat/dummy_conversation.json").read_text())[::5]
     theirs = mindformers.qa_samples([mindformers.qa_text(row) for row in rows], llama, 2048)
     for (ours,), sample in zip(encode(llama, rows, kind="chat", template="vicuna_v1.1"), theirs, strict=True):
-        assert learnt(llama, ours) == learnt(llama, Example(sample.tokens, sample.learnt))
+        assert learnt(llama, ours) == learnt(llama, Example(sample.tokens, sample.weights))
     lost = {"conversations": [turn("human", "Who speaks?"), turn("gpt", "Here: ASSISTANT: me.")]}
     assert mindformers.count_lost([lost], llama, 2048) == 1
     ((ours,),) = encode(llama, [lost], kind="chat", template="vicuna_v1.1")
@@ -181,7 +181,7 @@ def test_the_loss_can_be_of_all_words_and_messages_weigh_what_they_say(tokenizer
     (example,) = encode(tokenizer, [row], kind="chat", template="chatml")[0]
     assert set(example.weights.tolist()) == {0.0, 0.25}
     row["messages"][1]["weight"] = 0
-    with pytest.raises(UserError, match=r"x\.jsonl, line 1: nothing to learn"):
+    with pytest.raises(UserError, match=r"x\.jsonl, line 1: none of the .* tokens has a loss"):
         encode(tokenizer, [row], kind="chat", template="chatml")
 
 
@@ -212,13 +212,13 @@ def test_a_chat_without_a_template_or_of_an_unknown_one_says_so_before_any_row(t
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({"messages": [{"role": "user", "content": "x"}] * 2}, "nothing to learn"),
+        ({"messages": [{"role": "user", "content": "x"}] * 2}, "none of the .* tokens has a loss"),
         ({"messages": [{"role": "user", "content": "x", "name": "Tim"}]}, r"messages\[0\] has name = 'Tim'"),
         ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].role is 'robot'"),
         ({"messages": []}, "messages is"),
         ({"text": "x"}, "neither messages nor conversations"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "nothing to learn"),
-        ("x", "'x' is no row"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "none of the .* tokens has a loss"),
+        ("x", "'x' has no keys"),
     ],
 )
 def test_a_bad_chat_is_named_with_its_place(tokenizer: Tokenizer, row: Any, what: str):
@@ -323,9 +323,9 @@ def test_weights_of_ids_are_taken_too(tokenizer: Tokenizer):
 @pytest.mark.parametrize(
     ("value", "what"),
     [
-        ("text", "'text' is no array of ids"),
-        (np.array([1.5]), "no array of ids"),
-        (np.array([[1, 2]]), "no array of ids"),
+        ("text", "'text' is not an array of ids"),
+        (np.array([1.5]), "not an array of ids"),
+        (np.array([[1, 2]]), "not an array of ids"),
         (np.array([1, VOCAB_SIZE]), f"ids from 1 to {VOCAB_SIZE}"),
         (np.array([-1, 2]), "ids from -1 to 2"),
     ],
@@ -343,7 +343,7 @@ def test_a_bad_row_is_named_among_good_ones(tokenizer: Tokenizer):
     for bad, what in (
         ({"question": "a"}, "no key 'answer'"),
         ({"question": "a", "answer": "\udc00"}, "half a char"),
-        (["x"], "no row"),
+        (["x"], "has no keys"),
     ):
         with pytest.raises(UserError, match=f"x.jsonl, line 6: .*{what}"):
             encode(tokenizer, [*rows[:5], bad, *rows[5:]], kind="gsm8k")
@@ -362,5 +362,5 @@ def test_refused_rows_give_no_documents_and_the_others_theirs(tokenizer: Tokeniz
 def test_a_row_that_teaches_nothing_is_named(tokenizer: Tokenizer):
     row = {"question": "a", "answer": ""}
     assert encode(tokenizer, [row], kind="gsm8k")
-    with pytest.raises(UserError, match="line 1: nothing to learn: the loss counts none"):
+    with pytest.raises(UserError, match="line 1: none of the 142 tokens has a loss"):
         encode(tokenizer, [row], kind="gsm8k", add_eos=False)

@@ -7,7 +7,7 @@ import pytest
 
 from camelid.data.config import Source
 from camelid.data.preparation.examples import Example, make_encoder
-from camelid.data.readers.sources import Record
+from camelid.data.readers.records import Record
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from text.tiny import BOS, EOS, VOCAB_SIZE, save_byte_tokenizer
@@ -110,7 +110,7 @@ def test_a_row_brings_its_own_template(tokenizer: Tokenizer):
 
 def test_prepended_text_is_part_of_the_first_text(tokenizer: Tokenizer):
     assert spelt(encode(tokenizer, "[q+a],a", prepend_text="> ")) == ">0  0 a0 b0  0 c0 d0 c1 d1"
-    with pytest.raises(UserError, match=r"the first field of .* is none"):
+    with pytest.raises(UserError, match=r"does not start with a text"):
         encode(tokenizer, "<|bos|>,q", prepend_text="> ")
 
 
@@ -123,13 +123,13 @@ def test_prepended_text_is_part_of_the_first_text(tokenizer: Tokenizer):
         ("q+", 3, "a key is missing"),
         ("[]", 2, "a key is missing"),
         ("{}", 2, "a key is missing"),
-        ("[q,a]", 3, "brackets hold one field"),
+        ("[q,a]", 3, "brackets contain more than one field"),
         ("[q", 3, "closing bracket"),
         ("q]", 2, "a comma or the end"),
         ("[q]a", 4, "a comma or the end"),
         ("{ids", 5, "closing brace"),
-        ("{ids:u9}", 6, "no known type, u9"),
-        ("q,{a:b:int32}", 8, "no known type, int32"),
+        ("{ids:u9}", 6, "unknown type of ids, u9"),
+        ("q,{a:b:int32}", 8, "unknown type of ids, int32"),
         ("{ids}+q", 6, "a comma or the end"),
         ("<|bos|>+q", 8, "a comma or the end"),
         ("q,<|bos", 3, "not closed"),
@@ -138,9 +138,9 @@ def test_prepended_text_is_part_of_the_first_text(tokenizer: Tokenizer):
         ("<|-1|>", 1, r"no <\|-1\|>"),
         (f"<|{'9' * 5000}|>", 1, "the tokenizer has no"),
         ("q,'ab", 3, "not closed"),
-        (r"q,'a\x'", 6, "no such escape"),
-        ("q,'a\\", 6, "no such escape"),
-        ("q,'\ud83d'", 4, "half a character"),
+        (r"q,'a\x'", 6, "unknown escape"),
+        ("q,'a\\", 6, "unknown escape"),
+        ("q,'\ud83d'", 4, "an unpaired surrogate"),
         ("q\n,,a", 4, "a key is missing"),
     ],
 )
@@ -164,16 +164,16 @@ def test_specials_that_the_tokenizer_lacks_are_named(tmp_path: Path):
     ("fields", "row", "what"),
     [
         ("q", {"p": "x"}, "no key 'q', only 'p'"),
-        ("q", {}, "no key 'q', only an empty row"),
-        ("number", ROW, "key 'number' is 7, no string"),
-        ("{q}", {"q": "%%"}, "key 'q' holds no base64 of i4"),
-        ("{q}", {"q": "AAA="}, "key 'q' holds no base64 of i4"),
+        ("q", {}, "no key 'q', only an empty record"),
+        ("number", ROW, "key 'number' is 7, not a string"),
+        ("{q}", {"q": "%%"}, "key 'q' is not base64 of i4"),
+        ("{q}", {"q": "AAA="}, "key 'q' is not base64 of i4"),
         ("{q}", {"q": "/////w=="}, "key 'q' holds id -1"),
         ("{q:u2}", {"q": "AgE="}, "key 'q' holds id 258"),
         ("q", {"q": "\ud83d"}, "half a character"),
-        ("[q]", {"q": "ab"}, "nothing to learn"),
-        ("<|bos|>,[q]", {"q": "ab"}, "nothing to learn"),
-        ("[q],a", {"q": "ab", "a": ""}, "nothing to learn"),
+        ("[q]", {"q": "ab"}, "none of the .* tokens has a loss"),
+        ("<|bos|>,[q]", {"q": "ab"}, "none of the .* tokens has a loss"),
+        ("[q],a", {"q": "ab", "a": ""}, "none of the .* tokens has a loss"),
     ],
 )
 def test_a_bad_row_is_named(tokenizer: Tokenizer, fields: str, row: dict[str, Any], what: str):

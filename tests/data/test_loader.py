@@ -23,7 +23,9 @@ from camelid.data.config import DataConfig, Source, Stage
 from camelid.data.preparation.prepare import prepare
 from camelid.data.preparation.store import VALIDATION
 from camelid.data.rows.batch import Batch
-from camelid.data.rows.loader import Loader, data_cache, open_stores, prefetched
+from camelid.data.rows.loader import Loader
+from camelid.data.rows.prefetch import prefetched
+from camelid.data.rows.stores import data_cache, open_stores
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from text.tiny import BOS, EOS, save_byte_tokenizer
@@ -196,12 +198,12 @@ def test_a_validation_text_may_be_shorter_than_a_row(config: DataConfig, tokeniz
 
 def test_train_and_validation_may_not_share_a_file(config: DataConfig, tokenizer: Tokenizer):
     shared = replace(config, validation=(Source(files=(str(Path("a.jsonl").absolute()),)),))
-    with pytest.raises(UserError, match=r"more than once.*\n.*not trained on"):
+    with pytest.raises(UserError, match=r"more than once.*\n.*not used for training"):
         Loader(shared, tokenizer, "validation")
 
 
 def test_no_validation_is_an_error_when_it_is_asked_for(config: DataConfig, tokenizer: Tokenizer):
-    with pytest.raises(UserError, match="no validation text"):
+    with pytest.raises(UserError, match="no validation data"):
         Loader(config, tokenizer, "validation")
 
 
@@ -249,7 +251,7 @@ def test_too_little_text_is_refused(config: DataConfig, tokenizer: Tokenizer):
     for packing in ("best_fit", "none"):
         assert Loader(replace(config, packing=packing), tokenizer).num_rows == 1
     for packing in ("best_fit", "none"):
-        with pytest.raises(UserError, match=r"every document of the train text is longer than a row of 3\n.*overlong"):
+        with pytest.raises(UserError, match=r"every document of the train data is longer than a row .*\n.*overlong"):
             Loader(replace(config, packing=packing, overlong="drop", sequence_length=3), tokenizer)
     write_documents("a.jsonl", list("abcdefghijk"))
     bare = (replace(A[0], add_bos=False, add_eos=False),)
@@ -337,7 +339,7 @@ def test_a_store_with_ids_beyond_the_vocabulary_is_named(config: DataConfig, tok
     written = (store.folder / "tokens.bin").read_bytes()
     for last in (tokenizer.vocab_size, 65535):
         (store.folder / "tokens.bin").write_bytes(written[:-2] + last.to_bytes(2, "little"))
-        with pytest.raises(UserError, match=f"store holds token id {last}, outside the tokenizer's vocabulary of 258"):
+        with pytest.raises(UserError, match=f"store holds token id {last}, outside of the vocabulary of 258 tokens"):
             list(loader.in_order(8))
     # The first row does not hold this one, but is asked to predict it.
     (store.folder / "tokens.bin").write_bytes(written[:16] + b"\xff\xff" + written[18:])
@@ -352,13 +354,13 @@ def test_text_of_which_nothing_counts_is_refused(config: DataConfig, tokenizer: 
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Source(files=("a.jsonl",), kind="fields", fields="[q],a")
     config = replace(config, train=(source,), packing="best_fit", overlong="truncate", sequence_length=16)
-    with pytest.raises(UserError, match=r"no row of the train text holds a token that the loss counts\n.*longer rows"):
+    with pytest.raises(UserError, match=r"no row of the train data has a token with a loss\n.*sequence_length"):
         Loader(config, tokenizer)
     rows[-1] = {"q": "ask", "a": "answer"}
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert Loader(config, tokenizer).num_rows == 3000
     Path("b.jsonl").write_text(json.dumps(rows[0]))
-    with pytest.raises(UserError, match="no row of the validation text"):
+    with pytest.raises(UserError, match="no row of the validation data"):
         Loader(replace(config, validation=(replace(source, files=("b.jsonl",)),)), tokenizer, "validation")
 
 
@@ -488,7 +490,7 @@ def test_rows_of_instructions_begin_with_a_prompt_by_default(tokenizer: Tokenize
     assert whole.notes == ()
     assert not all(begun(cut))
     (note,) = cut.notes
-    assert note.startswith("packing = 'stream' cuts documents that have prompts")
+    assert note.startswith("packing = 'stream' splits documents that have prompts")
 
 
 def test_a_stream_of_a_prepared_store_with_prompts_is_said(config: DataConfig, tokenizer: Tokenizer):
@@ -604,7 +606,7 @@ def test_a_process_that_was_killed_is_replaced(large: DataConfig, tokenizer: Tok
         time.sleep(1)  # until they wait for their reader, in the midst of a batch
         for worker in workers_of(os.getpid()):
             os.kill(worker, signal.SIGKILL)
-        with pytest.warns(RuntimeWarning, match=r"ended by itself \(code -9\); another one goes on"):
+        with pytest.warns(RuntimeWarning, match=r"ended unexpectedly \(exit code -9\); another one resumes"):
             got += itertools.islice(batches, 10)
     got += batches
     assert len(got) == 37
@@ -626,11 +628,11 @@ def test_a_store_that_was_removed_is_named_where_a_process_opens_it_again(
     os.kill(worker, signal.SIGKILL)
     with (
         pytest.warns(RuntimeWarning) as warned,
-        pytest.raises(UserError, match=f"{folder} holds no prepared store.*\n.*the same command goes on"),
+        pytest.raises(UserError, match=f"{folder} is not a prepared store.*\n.*rerun the command"),
     ):
         list(batches)
     (warning,) = warned
-    assert "ended by itself (code -9); another one goes on" in str(warning.message)
+    assert "ended unexpectedly (exit code -9); another one resumes" in str(warning.message)
     assert "Traceback" not in capfd.readouterr().err
     assert not workers_of(os.getpid())
     assert_equal(Loader(large, tokenizer).batch(2), loader.batch(2))
@@ -648,8 +650,8 @@ class Deadly(Loader):
 def test_a_step_that_ends_every_process_is_an_error_and_no_wait(config: DataConfig, tokenizer: Tokenizer):
     batches = prefetched(Deadly(config, tokenizer), 0, 1000, workers=2)
     with (
-        pytest.warns(RuntimeWarning, match="another one goes on"),
-        pytest.raises(UserError, match=r"makes batches ended by itself \(code 3\)"),
+        pytest.warns(RuntimeWarning, match="another one resumes"),
+        pytest.raises(UserError, match=r"creates batches ended unexpectedly \(exit code 3\)"),
     ):
         list(batches)
     assert not workers_of(os.getpid())
@@ -669,7 +671,8 @@ def test_a_failure_in_a_process_reaches_the_reader_at_its_step(config: DataConfi
 COMMAND = """
 import signal, sys
 from camelid.data.config import DataConfig, Source
-from camelid.data.rows.loader import Loader, prefetched
+from camelid.data.rows.loader import Loader
+from camelid.data.rows.prefetch import prefetched
 from camelid.text.tokenizer import load_tokenizer
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_modes_of_text_are_skipped_and_others_refused():
     save(index([3, 3], [0, 6], [0, 1, 2], more=b"\0\0"))
     assert len(read()) == 2
     save(index([3, 3], [0, 6], [0, 1, 2], more=b"\0\1"))
-    with pytest.raises(UserError, match=r"x\.idx has sequences that are no text"):
+    with pytest.raises(UserError, match=r"x\.idx has sequences that are not text"):
         read()
 
 
@@ -85,17 +85,17 @@ def test_the_type_of_ids_follows_megatron():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"x\.idx is no Megatron index, or is cut short"),
-        (GOOD[:20], r"x\.idx is no Megatron index, or is cut short"),
-        (b"TNTIDX\x00\x00" + GOOD[8:], r"x\.idx is of the older kind"),
+        (b"", r"x\.idx is not a Megatron index, or is truncated"),
+        (GOOD[:20], r"x\.idx is not a Megatron index, or is truncated"),
+        (b"TNTIDX\x00\x00" + GOOD[8:], r"x\.idx is of an older format"),
         (index([6], [0], [0, 1], version=2), r"x\.idx is of version 2"),
         (index([6], [0], [0, 1], code=7), r"x\.bin holds float32"),
         (index([6], [0], [0, 1], code=9), r"x\.bin holds an unknown type, 9"),
         (GOOD[:-1], r"x\.idx has 121 bytes; 4 sequences of 4 documents need 122"),
         (GOOD + b"12345", r"x\.idx has 127 bytes"),
-        (index([6], [0], [0, 2]), r"its documents do not go from the first sequence to the last"),
-        (index([6], [0], [1, 1]), r"its documents do not go from the first sequence to the last"),
-        (index([6], [0], []), r"its documents do not go from the first sequence to the last"),
+        (index([6], [0], [0, 2]), r"its documents do not cover all sequences"),
+        (index([6], [0], [1, 1]), r"its documents do not cover all sequences"),
+        (index([6], [0], []), r"its documents do not cover all sequences"),
         (index([3, 3], [0, 6], [0, 2, 1, 2]), r"x\.idx: document 2 is sequences 2 to 1"),
         (index([7], [0], [0, 1]), r"x\.idx: sequence 1 is bytes 0 to 14 of 12"),
         (index([-1], [0], [0, 1]), r"x\.idx: sequence 1 is bytes 0 to -2 of 12"),
@@ -111,7 +111,7 @@ def test_a_damaged_index_is_named(content: bytes, message: str):
 def test_ids_that_are_none_are_named():
     for code, tokens, wrong in ((3, struct.pack("<2h", 5, -7), "-7"), (5, struct.pack("<2q", 5, 2**31), "2147483648")):
         save(index([2], [0], [0, 1], code=code), tokens)
-        with pytest.raises(UserError, match=rf"x\.bin: document 1 holds {wrong}, which is no token id"):
+        with pytest.raises(UserError, match=rf"x\.bin: document 1 holds {wrong}, which is not a token id"):
             read()
 
 
@@ -151,7 +151,7 @@ def test_any_cut_or_changed_byte_gives_ids_or_an_error_of_ours():
 
 def test_what_cannot_be_written_is_refused_and_leaves_nothing():
     for documents, dtype, message in (
-        ([[1], [70000]], "u2", "x: document 2 holds id 70000; uint16 goes from 0 to 65535"),
+        ([[1], [70000]], "u2", "x: document 2 holds id 70000, but uint16 goes from 0 to 65535"),
         ([[-1]], "i4", "x: document 1 holds id -1"),
         ([[1]], "f4", "cannot hold float32"),
         ([[1]], "u4", "cannot hold uint32"),

@@ -11,7 +11,7 @@ from camelid.data.config import Source
 from camelid.data.preparation import mindformers
 from camelid.data.preparation.examples import make_encoder
 from camelid.data.preparation.mindformers import count_lost, qa_samples, qa_text, wiki_records
-from camelid.data.readers.sources import Record
+from camelid.data.readers.records import Record
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from text.tiny import BOS, EOS
@@ -104,7 +104,7 @@ def test_rounds_keep_their_eos_and_prompts_are_masked(tokenizer: Tokenizer):
     assert sample.tokens.tolist() == [BOS, *first, *b"bc", EOS, *second, *b"e", EOS]
     # The blank before an answer is a byte of its own here, which its masking leaves to the answer.
     weights = [0] * len(first) + [1] * 4 + [0] * (len(second) - 1) + [1] * 3
-    assert sample.learnt.tolist() == weights
+    assert sample.weights.tolist() == weights
     assert not sample.lost
 
 
@@ -113,7 +113,7 @@ def test_answers_and_their_ends_are_learnt_with_the_real_tokenizer(assets: Path,
     samples = qa_samples([qa_text(each) for each in rows], llama, 2048)
     for each, sample in zip(rows, samples, strict=True):
         answers = [message["value"] for message in each["conversations"] if message["from"] == "gpt"]
-        learnt = np.split(sample.tokens, np.flatnonzero(np.diff(sample.learnt)) + 1)[1::2]
+        learnt = np.split(sample.tokens, np.flatnonzero(np.diff(sample.weights)) + 1)[1::2]
         assert [llama.decode(ids) for ids in learnt] == answers
         assert all(ids[-1] == llama.eos_ids[0] for ids in learnt)
         assert not sample.lost
@@ -131,7 +131,7 @@ LOST = [
 def test_its_masking_loses_whole_samples(llama: Tokenizer):
     samples = qa_samples([qa_text(each) for each in LOST], llama, 2048)
     assert [sample.lost for sample in samples] == [True] * len(LOST)
-    assert not any(sample.learnt.any() for sample in samples)
+    assert not any(sample.weights.any() for sample in samples)
     assert count_lost([*LOST, row("a", "b")], llama, 2048) == len(LOST)
 
 
@@ -145,7 +145,7 @@ def test_two_faults_may_outweigh_each_other(tokenizer: Tokenizer):
     (sample,) = qa_samples([qa_text(row("a", "\0" * (len(unanswered) + 1), "c"))], tokenizer, 400)
     assert not sample.lost
     assert sample.tokens[-len(unanswered) - 1 :].tolist() == [*unanswered, EOS]
-    assert not sample.learnt[-len(unanswered) - 1 :].any()
+    assert not sample.weights[-len(unanswered) - 1 :].any()
 
 
 def test_only_tokens_within_the_row_are_counted(tokenizer: Tokenizer):
@@ -158,7 +158,7 @@ def test_only_tokens_within_the_row_are_counted(tokenizer: Tokenizer):
     assert whole.lost
     (cut,) = qa_samples([text], tokenizer, end + 2)
     assert not cut.lost
-    assert cut.learnt.any()
+    assert cut.weights.any()
 
 
 def test_a_sample_that_reaches_beyond_the_row_is_cut_and_kept(tokenizer: Tokenizer):
@@ -168,11 +168,11 @@ def test_a_sample_that_reaches_beyond_the_row_is_cut_and_kept(tokenizer: Tokeniz
     assert len(whole.tokens) == length
     (cut,) = qa_samples([text], tokenizer, length - 4)
     assert cut.tokens.tolist() == whole.tokens[:-3].tolist()
-    assert cut.learnt.tolist() == whole.learnt[:-3].tolist()
+    assert cut.weights.tolist() == whole.weights[:-3].tolist()
     # What would lose it in a longer row does not where the counted tokens fill the row.
     (lucky,) = qa_samples([qa_text(row("a", "x\0y" + "z" * 50))], tokenizer, 200)
     assert not lucky.lost
-    assert lucky.learnt.any()
+    assert lucky.weights.any()
 
 
 @pytest.mark.parametrize(
@@ -220,5 +220,5 @@ def test_what_would_be_ignored_is_refused(tokenizer: Tokenizer):
         make_encoder(Source(files=("x",), compat="mindformers"), tokenizer)
     lines, cleaned = Source(files=("x",), split="line"), Source(files=("x",), clean="wikitext")
     for source in (lines, cleaned):
-        with pytest.raises(UserError, match="leave both out"):
+        with pytest.raises(UserError, match="Leave both out"):
             make_encoder(replace(source, compat="mindformers"), tokenizer, sequence_length=3)

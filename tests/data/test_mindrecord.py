@@ -95,7 +95,7 @@ def test_a_file_of_mindspore_is_read(golden: Path):
     assert [row["input_ids"].tolist() for row in rows] == [list(range(10))] * 3
     assert [row["labels"].tolist() for row in rows] == [[-100] * 10] * 3
     assert {array.dtype for row in rows for array in row.values()} == {np.dtype("int32")}
-    with pytest.raises(UserError, match=r"m2\.mindrecord, row 1: every label is -100, nothing to learn"):
+    with pytest.raises(UserError, match=r"m2\.mindrecord, row 1: every label is -100, so no token has a loss"):
         read("m2.mindrecord")
     golden.with_name("m2.mindrecord.db").unlink()
     assert len([row for page in found.pages for row in found.rows(page)]) == 3
@@ -129,7 +129,9 @@ def test_rows_of_many_pages_are_documents_in_order(monkeypatch: pytest.MonkeyPat
         spans = [span for chunk in chunks(source) for span in chunk]
         assert abs(len(spans) - count) <= 1, "a file is opened for every span"
         assert read() == rows
-        assert [record.place for record in read_records(source)] == [f"x.mindrecord, row {n + 1}" for n in range(100)]
+        assert [record.location for record in read_records(source)] == [
+            f"x.mindrecord, row {n + 1}" for n in range(100)
+        ]
 
 
 def test_labels_become_weights_and_padding_goes():
@@ -164,10 +166,10 @@ def test_the_index_beside_it_must_agree():
     with sqlite3.connect("x.mindrecord.db") as database:
         database.execute("DELETE FROM INDEXES WHERE ROW_ID = 0")
     database.close()
-    with pytest.raises(UserError, match=r"x\.mindrecord\.db tells of other rows of page 1"):
+    with pytest.raises(UserError, match=r"x\.mindrecord\.db describes other rows of page 1"):
         read()
     Path("x.mindrecord.db").write_bytes(b"no database")
-    with pytest.raises(UserError, match=r"x\.mindrecord\.db is no index of a MindRecord"):
+    with pytest.raises(UserError, match=r"x\.mindrecord\.db is not an index of a MindRecord"):
         read()
 
 
@@ -175,7 +177,7 @@ def test_the_index_beside_it_must_agree():
     ("change", "message"),
     [
         (lambda h: h.update(version="4.0"), "is a MindRecord of version '4.0'"),
-        (lambda h: h.pop("schema"), r"is no MindRecord, or is damaged \(KeyError\('schema'\)\)"),
+        (lambda h: h.pop("schema"), r"is not a MindRecord, or is damaged \(KeyError\('schema'\)\)"),
         (
             lambda h: h["schema"][0]["schema"]["input_ids"].update(type="float32"),
             "column 'input_ids' is float32 of shape",
@@ -186,9 +188,9 @@ def test_the_index_beside_it_must_agree():
         ),
         (lambda h: h["schema"][0]["schema"].update(n={"type": "int32"}), "column 'n' is int32 of shape None"),
         (lambda h: h["schema"][0].update(blob_fields=[]), "column 'input_ids' is int32"),
-        (lambda h: h["schema"][0].update(schema=[]), r"is no MindRecord, or is damaged \(AttributeError"),
+        (lambda h: h["schema"][0].update(schema=[]), r"is not a MindRecord, or is damaged \(AttributeError"),
         (lambda h: h["page"][1].update(page_size=10**9), "page 1 ends beyond the file"),
-        (lambda h: h["page"][1].update(page_size=-1), "-1 is no count"),
+        (lambda h: h["page"][1].update(page_size=-1), "-1 is not a count"),
         (lambda h: h["page"][1].update(start_row_id=9), "or holds -7 rows"),
         (lambda h: h["page"][1].update(end_row_id=1), "page 1 holds more than its 1 rows"),
         (lambda h: h["page"][1].update(end_row_id=3), "row 3 ends beyond its page"),
@@ -204,7 +206,7 @@ def test_a_damaged_header_is_named(change: Callable[[dict], Any], message: str):
 
 def test_other_columns_are_refused():
     write("x.mindrecord", [{"input_ids": [1, 2], "attention_mask": [1, 1]}])
-    with pytest.raises(UserError, match=r"x\.mindrecord has columns input_ids, attention_mask"):
+    with pytest.raises(UserError, match=r"x\.mindrecord has the columns input_ids, attention_mask"):
         read()
 
 

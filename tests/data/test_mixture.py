@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from camelid.data.rows import mixture
-from camelid.data.rows.mixture import Mixture, Share, row_shares
+from camelid.data.rows.mixture import Mixture, RowShares, row_shares
 
-SHARES = (Share(0, (1.0, 3.0, 1.0)),)
+SHARES = (RowShares(0, (1.0, 3.0, 1.0)),)
 
 
 def mixed(num_rows=(10, 30, 7), shares=SHARES, shuffle=True, seed=0) -> Mixture:
@@ -20,11 +20,11 @@ def found(mix: Mixture, first: int, stop: int) -> list[tuple[int, int]]:
 
 
 def test_one_source_is_read_row_after_row():
-    assert found(mixed([5], [Share(0, (2.0,))], shuffle=False), 0, 12) == [(0, n % 5) for n in range(12)]
+    assert found(mixed([5], [RowShares(0, (2.0,))], shuffle=False), 0, 12) == [(0, n % 5) for n in range(12)]
 
 
 def test_an_epoch_has_every_row_once_and_the_next_another_order():
-    rows = [row for _, row in found(mixed([50], [Share(0, (1.0,))]), 0, 150)]
+    rows = [row for _, row in found(mixed([50], [RowShares(0, (1.0,))]), 0, 150)]
     epochs = [rows[first : first + 50] for first in (0, 50, 100)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -41,7 +41,7 @@ def test_a_source_of_a_mixture_is_read_epoch_after_epoch():
 
 def test_sources_of_one_size_are_read_in_orders_of_their_own():
     rows = [
-        [row for which, row in found(mixed([40, 40], [Share(0, (1.0, 1.0))]), 0, 400) if which == n] for n in (0, 1)
+        [row for which, row in found(mixed([40, 40], [RowShares(0, (1.0, 1.0))]), 0, 400) if which == n] for n in (0, 1)
     ]
     assert rows[0][:40] != rows[1][:40]
     # Seeds one apart would give the second source the first one's next epoch.
@@ -50,7 +50,7 @@ def test_sources_of_one_size_are_read_in_orders_of_their_own():
 
 @pytest.mark.parametrize("size", [2, mixture.DRAWN_AT_ONCE, mixture.DRAWN_AT_ONCE + 1])
 def test_few_rows_and_many_are_read_once_an_epoch(size: int):
-    mix = mixed([size], [Share(0, (1.0,))])
+    mix = mixed([size], [RowShares(0, (1.0,))])
     rows = mix.find(np.arange(size, 4 * size if size > 2 else 2000))[1].reshape(-1, size)
     assert (np.sort(rows) == np.arange(size)).all()
     assert len({row.tobytes() for row in rows}) == (2 if size == 2 else 3), "each epoch has an order of its own"
@@ -59,7 +59,7 @@ def test_few_rows_and_many_are_read_once_an_epoch(size: int):
 
 @pytest.mark.parametrize("weights", [(1.0, 3.0, 1.0), (0.7, 0.2999, 0.0001), (0.0, 1.0, 1e-9), (1 / 3, 1 / 3, 1 / 3)])
 def test_shares_are_exact_however_long_it_runs(weights: tuple[float, ...]):
-    mix = mixed(shares=[Share(0, weights)])
+    mix = mixed(shares=[RowShares(0, weights)])
     for blocks in (1, 10, 1000, 10**9):
         rows = blocks * mixture.BLOCK
         for taken, weight in zip(mix.taken(rows), weights, strict=True):
@@ -68,12 +68,12 @@ def test_shares_are_exact_however_long_it_runs(weights: tuple[float, ...]):
 
 
 def test_a_source_without_weight_is_never_read():
-    assert {source for source, _ in found(mixed(shares=[Share(0, (1.0, 0.0, 1.0))]), 0, 1500)} == {0, 2}
+    assert {source for source, _ in found(mixed(shares=[RowShares(0, (1.0, 0.0, 1.0))]), 0, 1500)} == {0, 2}
 
 
 def test_hundreds_of_sources_add_up():
     weights = tuple(float(np.exp(-n / 20)) for n in range(200))
-    mix = mixed([3] * 200, [Share(0, weights)])
+    mix = mixed([3] * 200, [RowShares(0, weights)])
     taken = mix.taken(40_000 * 5)
     assert sum(taken) == 200_000
     for count, weight in zip(taken, weights, strict=True):
@@ -82,13 +82,15 @@ def test_hundreds_of_sources_add_up():
 
 
 def test_the_order_within_a_block_is_mixed():
-    sources = [source for source, _ in found(mixed(shares=[Share(0, (1.0, 1.0, 0.0))]), 0, 1024)]
+    sources = [source for source, _ in found(mixed(shares=[RowShares(0, (1.0, 1.0, 0.0))]), 0, 1024)]
     changes = sum(a != b for a, b in itertools.pairwise(sources))
     assert 400 < changes < 620
 
 
 def test_a_place_is_the_same_in_any_order():
-    mix = mixed(shares=[Share(0, (1.0, 3.0, 1.0)), Share(1500, (3.0, 1.0, 1.0)), Share(1501, (0.0, 0.0, 1.0))])
+    mix = mixed(
+        shares=[RowShares(0, (1.0, 3.0, 1.0)), RowShares(1500, (3.0, 1.0, 1.0)), RowShares(1501, (0.0, 0.0, 1.0))]
+    )
     in_order = found(mix, 0, 2100)
     other = pickle.loads(pickle.dumps(mix))
     for place in (2099, 0, 1500, 2048, 1023, 1499, 1501, 77):
@@ -98,9 +100,9 @@ def test_a_place_is_the_same_in_any_order():
 
 
 def test_where_shares_change_sources_go_on_where_they_were():
-    mix = mixed(shares=[Share(0, (1.0, 1.0, 0.0)), Share(777, (0.0, 1.0, 5.0))], shuffle=False)
+    mix = mixed(shares=[RowShares(0, (1.0, 1.0, 0.0)), RowShares(777, (0.0, 1.0, 5.0))], shuffle=False)
     places = found(mix, 0, 1800)
-    assert places[:777] == found(mixed(shares=[Share(0, (1.0, 1.0, 0.0))], shuffle=False), 0, 777)
+    assert places[:777] == found(mixed(shares=[RowShares(0, (1.0, 1.0, 0.0))], shuffle=False), 0, 777)
     for source, size in enumerate((10, 30, 7)):
         rows = [row for which, row in places if which == source]
         assert rows == [n % size for n in range(len(rows))]

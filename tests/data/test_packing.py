@@ -1,5 +1,4 @@
 import itertools
-import os
 import pickle
 import random
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 
 from camelid.data.rows.batch import Batch
 from camelid.data.rows.packing import Method, Packing
-from camelid.errors import UserError
 from data.stores import write_store
 
 FIELDS = ("tokens", "targets", "weights", "positions", "segments")
@@ -197,15 +195,16 @@ def test_every_document_stands_whole_in_a_row_or_as_asked(pack, method: Any, ove
         if method == "none":
             assert found == expected
         assert sorted(found) == sorted(expected)
-        counts = packing.plan.counts
-        assert counts["documents"] == len(documents)
-        assert counts["pieces"] == len(expected)
-        assert counts["rows"] == packing.num_rows == len(rows)
-        assert counts["places"] == packing.num_places == sum(len(weights) for _, weights in expected)
-        assert counts["short"] == sum(len(document) == 1 for document in documents)
+        plan = packing.plan
+        assert plan is not None
+        assert len(plan.starts) == len(expected)
+        assert packing.num_rows == len(rows)
+        assert packing.num_places == sum(len(weights) for _, weights in expected)
         over = sum(len(document) > size + 1 for document in documents)
-        assert counts[{"split": "split", "truncate": "truncated", "drop": "dropped"}[overlong]] == over
-        assert counts["lost"] == sum(len(document) - 1 for document in documents) - counts["places"]
+        expected_counts = {"split": 0, "truncated": 0, "dropped": 0}
+        expected_counts[{"split": "split", "truncate": "truncated", "drop": "dropped"}[overlong]] = over
+        assert {name: getattr(plan, name) for name in expected_counts} == expected_counts
+        assert plan.lost == sum(len(document) - 1 for document in documents) - packing.num_places
 
 
 def test_best_fit_across_documents_is_one_segment(pack):
@@ -217,36 +216,7 @@ def test_best_fit_across_documents_is_one_segment(pack):
     assert batch.segments.tolist() == [[1, 1, 1, 1]]
 
 
-def test_a_plan_is_made_once_and_for_its_store_alone(tmp_path: Path):
-    folder = tmp_path / "s"
-    packing = Packing(write_store(folder, [[1, 2, 3], [4, 5]]), 2, "best_fit")
-    assert packing.num_rows == 2
-    (made,) = (folder / "plans").iterdir()
-    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    assert Packing(packing.store, 2, "best_fit").num_rows == 2
-    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
-    assert Packing(packing.store, 1, "best_fit").num_rows == 3
-    # A plan that was copied into another store's folder is of no use there.
-    other = write_store(tmp_path / "t", [[1, 2], [3, 4], [5, 6], [7, 8]])
-    (tmp_path / "t" / "plans").mkdir()
-    made.rename(tmp_path / "t" / "plans" / made.name)
-    assert Packing(other, 2, "best_fit").num_rows == 2
-    assert not list((tmp_path / "t" / "plans").glob(".*"))
-
-
-def test_the_plan_of_a_store_that_cannot_be_written_lies_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    store = write_store(tmp_path / "s", [[1, 2, 3], [4, 5]])
-    monkeypatch.setattr(os, "access", lambda path, mode: path != store.folder)
-    assert Packing(store, 2, "best_fit", cache=tmp_path / "cache").num_rows == 2
-    assert not (store.folder / "plans").exists()
-    assert (tmp_path / "cache" / "plans" / store.fingerprint[:32] / "best_fit-2-split" / "plan.json").is_file()
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert Packing(store, 2, "best_fit", cache=tmp_path / "cache").num_rows == 2, "what is there is read"
-    with pytest.raises(UserError, match=r"cache .* cannot be written.*\nSet .*CAMELID_CACHE, or data\.cache"):
-        _ = Packing(store, 3, "best_fit", cache=tmp_path / "cache").num_rows
-
-
-def test_a_copy_of_a_packing_maps_the_same_plan(pack):
+def test_a_copy_of_a_packing_has_the_same_plan_and_is_small(pack):
     packing = pack([[1, 2, 3], [4, 5]] * 5000, 8, "best_fit")
     packing.rows(np.array([0]))
     content = pickle.dumps(packing)

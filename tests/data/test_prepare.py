@@ -20,12 +20,12 @@ import pytest
 
 import camelid
 from camelid.data.config import Source
-from camelid.data.preparation import parts
+from camelid.data.preparation import concatenation, partial_stores
 from camelid.data.preparation import prepare as preparing
 from camelid.data.preparation.prepare import prepare
-from camelid.data.preparation.store import MANIFEST, VALIDATION, Store
+from camelid.data.preparation.store import MANIFEST, VALIDATION, VERSION, Store
 from camelid.data.readers import lines
-from camelid.data.readers.formats import Record
+from camelid.data.readers.records import Record
 from camelid.disk.locks import locked
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
@@ -89,7 +89,7 @@ def test_chats_and_fields_keep_their_weights(tokenizer: Tokenizer):
 def test_a_store_that_is_there_is_opened(tokenizer: Tokenizer, sources, monkeypatch: pytest.MonkeyPatch):
     prepare(sources, tokenizer, Path("store"))
     before = contents(Path("store"))
-    monkeypatch.setattr(preparing, "make_parts", None)
+    monkeypatch.setattr(preparing, "make_partial_stores", None)
     assert prepare(sources, tokenizer, Path("store")).num_documents == 301
     os.utime("a.jsonl")  # the same text, written again
     assert prepare(sources, tokenizer, Path("store")).num_documents == 301
@@ -103,7 +103,7 @@ def test_a_changed_source_is_noticed(tokenizer: Tokenizer, sources):
     with pytest.raises(UserError, match=r"store was prepared before, and .*b\.jsonl has changed\nAllow --overwrite"):
         prepare(sources, tokenizer, Path("store"))
     Path("store/diary.txt").write_text("dear")
-    with pytest.raises(UserError, match=r"store holds diary\.txt beside its store"):
+    with pytest.raises(UserError, match=r"store holds diary\.txt in addition to its store"):
         prepare(sources, tokenizer, Path("store"), overwrite=True)
     Path("store/diary.txt").unlink()
     store = prepare(sources, tokenizer, Path("store"), overwrite=True)
@@ -117,9 +117,9 @@ def test_other_options_and_files_are_named(tokenizer: Tokenizer, sources):
     prepare(sources, tokenizer, store)
     changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"sources": sources[:1]}, "sources was"),
-        ({"sources": (sources[0], dataclasses.replace(sources[1], add_bos=True))}, "add_bos was False, and is True"),
+        ({"sources": (sources[0], dataclasses.replace(sources[1], add_bos=True))}, "add_bos was False and is now True"),
         ({"tokenizer": load_tokenizer(save_byte_tokenizer(Path("other"), adds_bos=False))}, "tokenizer was"),
-        ({"validation_fraction": 0.5}, r"validation_fraction was 0\.0, and is 0\.5 now"),
+        ({"validation_fraction": 0.5}, r"validation_fraction was 0\.0 and is now 0\.5"),
     )
     for change, message in changes:
         with pytest.raises(UserError, match=f"prepared before, and {message}"):
@@ -127,11 +127,11 @@ def test_other_options_and_files_are_named(tokenizer: Tokenizer, sources):
     globbed = [Source(files=("*.jsonl",))]
     prepare(globbed, tokenizer, Path("globbed"))
     write_documents("d.jsonl", 1)
-    with pytest.raises(UserError, match=r"d\.jsonl came to its sources"):
+    with pytest.raises(UserError, match=r"d\.jsonl was added to its sources"):
         prepare(globbed, tokenizer, Path("globbed"))
     Path("d.jsonl").unlink()
     Path("b.jsonl").unlink()
-    with pytest.raises(UserError, match=r"b\.jsonl is gone from its sources"):
+    with pytest.raises(UserError, match=r"b\.jsonl was removed from its sources"):
         prepare(globbed, tokenizer, Path("globbed"))
 
 
@@ -149,7 +149,7 @@ def test_weights_of_a_mixture_do_not_change_a_store(tokenizer: Tokenizer):
         (
             MANIFEST,
             lambda path: path.write_text(path.read_text().replace('"path"', '"t"')),
-            "does not say from what",
+            "its manifest does not describe the sources",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_link_stays_one_and_a_disk_is_refused(tokenizer: Tokenizer, sources, m
     assert Store.open("large").num_documents == 301
     Path("disk").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
-    with pytest.raises(UserError, match=r"disk is a disk.*\nChoose .*disk/store"):
+    with pytest.raises(UserError, match=r"disk is a mount point.*\nChoose .*disk/store"):
         prepare(sources, tokenizer, Path("disk"))
 
 
@@ -181,7 +181,7 @@ def test_a_folder_of_something_else_is_left_alone(tokenizer: Tokenizer, sources)
     Path("mine").mkdir()
     Path("mine/diary.txt").write_text("dear")
     for folder in ("mine", "c.txt"):
-        with pytest.raises(UserError, match="holds something else than a store"):
+        with pytest.raises(UserError, match="holds something other than a store"):
             prepare(sources, tokenizer, Path(folder), overwrite=True)
     assert Path("mine/diary.txt").read_text() == "dear"
     Path("empty").mkdir()
@@ -213,7 +213,7 @@ def test_an_error_does_not_wait_for_the_hashes_of_all_files(
 
     monkeypatch.setattr(preparing, "content_hash", hash_slowly)
     Path("a.jsonl").write_text("broken")
-    with pytest.raises(UserError, match=r"a\.jsonl, line 1: no JSON"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: not JSON"):
         prepare(sources, tokenizer, Path("store"))
     assert ends == [True] * 3
     assert not Path(".store.incomplete").exists(), "there was nothing to go on from"
@@ -264,14 +264,14 @@ def test_who_waited_for_another_store_leaves_nothing(tokenizer: Tokenizer, sourc
     prepare(sources[:1], tokenizer, Path("other"))
     work = Path(".store.incomplete").absolute()
     asked = threading.Event()
-    existing = preparing._existing
+    existing = preparing.existing_store
 
     def ask(*arguments: Any) -> Store | None:
         found = existing(*arguments)
         asked.set()
         return found
 
-    monkeypatch.setattr(preparing, "_existing", ask)
+    monkeypatch.setattr(preparing, "existing_store", ask)
     with ThreadPoolExecutor(1) as pool:
         with locked(work):
             waiting = pool.submit(prepare, sources, tokenizer, Path("store"))
@@ -299,14 +299,14 @@ COMMAND = """
 import signal, sys, threading, time
 from multiprocessing import resource_tracker
 from pathlib import Path
-from camelid.data.preparation import parts
+from camelid.data.preparation import partial_stores
 from camelid.data.readers import lines
 from camelid.data.config import Source
 from camelid.data.preparation.prepare import prepare
 from camelid.text.tokenizer import load_tokenizer
 
 if "stuck" in sys.argv:
-    parts._batches = lambda records: time.sleep(600)
+    partial_stores._batches = lambda records: time.sleep(600)
 if "missed" in sys.argv:
     # The kernel gives the signal to the other thread: it does not interrupt what the main one waits in.
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
@@ -442,7 +442,7 @@ def test_a_worker_that_was_killed_is_named(tokenizer: Tokenizer):
     worker = next(pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(worker, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
-    assert "WorkerEnded: a process that prepares data ended by itself (code -9)" in err
+    assert "WorkerEnded: a process that prepares data ended unexpectedly (exit code -9)" in err
     assert process.returncode == 1
 
 
@@ -471,8 +471,8 @@ def test_a_script_without_a_guard_is_told_so(tokenizer: Tokenizer):
     write_documents("a.jsonl", 300)
     process = start(tokenizer, 2, guarded=False)
     _, err = process.communicate(timeout=60)
-    assert "Put what it does behind `if __name__ == '__main__':`" in err
-    assert "a process that prepares data ended by itself (code 1)" in err
+    assert "Put its code behind `if __name__ == '__main__':`" in err
+    assert "a process that prepares data ended unexpectedly (exit code 1)" in err
 
 
 def test_an_error_in_a_worker_is_the_users(tokenizer: Tokenizer):
@@ -480,15 +480,15 @@ def test_an_error_in_a_worker_is_the_users(tokenizer: Tokenizer):
     with Path("a.jsonl").open("a") as file:
         file.write("{broken\n")
     for workers in (0, 2):
-        with pytest.raises(UserError, match=r"a\.jsonl, line 101: no JSON"):
+        with pytest.raises(UserError, match=r"a\.jsonl, line 101: not JSON"):
             prepare([Source(files=("a.jsonl",))], tokenizer, Path("store"), workers=workers)
 
 
 def test_few_tokens_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(parts, "CHARACTERS_AT_ONCE", 10)
+    monkeypatch.setattr(partial_stores, "CHARACTERS_AT_ONCE", 10)
     ids = np.arange(5, dtype=np.int32)
     for value in ("x" * 5, ids, (ids, ids * 1.0), {"a": "xx", "b": ["xxx", 1]}):
-        sizes = [len(batch) for batch in parts._batches([Record(value, "")] * 6)]
+        sizes = [len(batch) for batch in partial_stores._batches([Record(value, "")] * 6)]
         assert sizes == ([1] * 6 if isinstance(value, tuple) else [2, 2, 2])
 
 
@@ -506,7 +506,7 @@ def test_unreadable_rows_are_counted_over_all_chunks(tokenizer: Tokenizer):
     assert (counts["rows"], counts["unreadable"]) == (100, 3)
     assert [problem.split(":")[0] for problem in counts["problems"]] == [f"a.jsonl, line {n}" for n in (4, 51, 98)]
     assert documents_of(store) == ids([text for n, text in enumerate(texts) if n not in (3, 50, 97)])
-    with pytest.raises(UserError, match=r"3 of 100 rows are unreadable.*line 4.*line 51.*line 98"):
+    with pytest.raises(UserError, match=r"3 of 100 records are unreadable.*line 4.*line 51.*line 98"):
         prepare([Source(files=("a.jsonl",), max_unreadable=0.02)], tokenizer, Path("other"))
 
 
@@ -541,7 +541,7 @@ def split(store: Store) -> tuple[list[list[int]], list[list[int]]]:
 @pytest.mark.parametrize(("fraction", "held"), [(0.2, 40), (0.0001, 1), (0.9999, 199)])
 def test_a_share_of_the_documents_is_held_out(tokenizer: Tokenizer, monkeypatch, fraction: float, held: int):
     texts = write_documents("a.jsonl", 200)
-    monkeypatch.setattr(preparing, "TOKENS_AT_ONCE", 100)
+    monkeypatch.setattr(concatenation, "TOKENS_AT_ONCE", 100)
     kept, held_out = split(prepare([Source(files=("a.jsonl",))], tokenizer, Path("s"), validation_fraction=fraction))
     assert len(held_out) == held
     assert sorted(kept + held_out) == sorted(ids(texts))
@@ -557,7 +557,7 @@ def test_a_share_of_the_documents_is_held_out(tokenizer: Tokenizer, monkeypatch,
 def test_a_pair_of_a_preference_is_held_out_together(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     rows = [{"prompt": f"ask {n:02}", "chosen": "yes", "rejected": "no"} for n in range(50)]
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(preparing, "TOKENS_AT_ONCE", 100)
+    monkeypatch.setattr(concatenation, "TOKENS_AT_ONCE", 100)
     source = Source(files=("a.jsonl",), kind="preference", template="vicuna_v1.1")
     kept, held_out = split(prepare([source], tokenizer, Path("s"), validation_fraction=0.2))
     assert (len(kept), len(held_out)) == (80, 20)
@@ -582,7 +582,7 @@ def test_of_a_single_document_the_end_is_held_out(tokenizer: Tokenizer):
 
 def test_too_little_to_hold_out_is_an_error(tokenizer: Tokenizer):
     Path("a.txt").write_text("a")
-    with pytest.raises(UserError, match="a single document of 3 tokens cannot be cut in two"):
+    with pytest.raises(UserError, match="a single document of 3 tokens cannot be divided"):
         prepare([Source(files=("a.txt",))], tokenizer, Path("s"), validation_fraction=0.25)
 
 
@@ -641,7 +641,7 @@ def test_a_store_of_chats_whose_training_flags_were_ignored_is_refused(tokenizer
     manifest = json.loads(Path("store", MANIFEST).read_text())
     assert manifest["prepared"]["options"].pop("version_of_messages") == 2
     Path("store", MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="version_of_messages was None, and is 2 now"):
+    with pytest.raises(UserError, match="version_of_messages was None and is now 2"):
         prepare(chats, tokenizer, Path("store"))
 
 
@@ -652,4 +652,4 @@ def test_the_manifest_says_where_everything_came_from(tokenizer: Tokenizer, sour
     assert second["bytes"] == Path("b.jsonl").stat().st_size
     assert len(second["sha256"]) == 64
     assert manifest["prepared"]["options"]["sources"][1]["add_bos"] is False
-    assert manifest["version"] == parts.VERSION
+    assert manifest["version"] == VERSION

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from camelid.data import report
+from camelid.data import report, samples
 from camelid.data.config import DataConfig, Source, Stage
 from camelid.data.preparation.prepare import prepare
 from camelid.data.preparation.store import VALIDATION, Store
@@ -204,7 +204,7 @@ def test_sources_that_are_stores_have_their_names(tokenizer: Tokenizer, tmp_path
 
 def test_the_rows_shown_are_the_first_of_the_training(loader: Loader, tokenizer: Tokenizer):
     batch = loader.batch(0)
-    shown = report.rows(loader, tokenizer, 6)
+    shown = samples.rows_as_text(loader, tokenizer, 6)
     sources, rows = loader.mixture.find(np.arange(6))
     assert [(row["source"], row["row"]) for row in shown] == list(zip(sources.tolist(), rows.tolist(), strict=True))
     for n, row in enumerate(shown[:4]):
@@ -232,19 +232,19 @@ def test_rows_of_a_stream_end_where_the_next_begins(tokenizer: Tokenizer, tmp_pa
     def told(row: dict) -> list[str]:
         return ["".join(f"({p['text']})" if p["weight"] else p["text"] for p in pieces) for pieces in row["documents"]]
 
-    rows = report.rows(loader, tokenizer, 3)
+    rows = samples.rows_as_text(loader, tokenizer, 3)
     assert [told(row) for row in rows] == [["<s>(abcd)"], ["d(</s>)", "<s>(ef)"], ["f(</s>)"]]
     across = Loader(replace(config, cross_documents=True), tokenizer)
-    assert told(report.rows(across, tokenizer, 3)[1]) == ["d(</s>)<s>(ef)"]
+    assert told(samples.rows_as_text(across, tokenizer, 3)[1]) == ["d(</s>)<s>(ef)"]
 
 
 # --- text
 
 
 def test_documents_are_shown_up_to_a_length(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(report, "SHOWN", 4)
+    monkeypatch.setattr(samples, "SHOWN", 4)
     write_store(tmp_path / "s", [[BOS, *b"abcdef", EOS], [BOS, *b"g", EOS], [BOS]], [[1.0] * 8, [1.0, 0, 2], [0]], 258)
-    first, second = report.documents(Store.open(tmp_path / "s"), tokenizer, 2)
+    first, second = samples.documents_as_text(Store.open(tmp_path / "s"), tokenizer, 2)
     assert (first["document"], first["tokens"], first["left_out"]) == (0, 8, 4)
     assert first["documents"] == [
         [
@@ -258,4 +258,4 @@ def test_documents_are_shown_up_to_a_length(tokenizer: Tokenizer, tmp_path: Path
         ("g", 0),
         ("</s>", 2),
     ]
-    assert len(report.documents(Store.open(tmp_path / "s"), tokenizer, 9)) == 3
+    assert len(samples.documents_as_text(Store.open(tmp_path / "s"), tokenizer, 9)) == 3

@@ -17,15 +17,14 @@ import pytest
 from camelid.data.config import Source
 from camelid.data.preparation.store import Writer
 from camelid.data.readers import lines
-from camelid.data.readers.formats import Record
+from camelid.data.readers.file_names import list_files, refuse_repeated
 from camelid.data.readers.megatron_data import write_indexed
+from camelid.data.readers.records import Record
 from camelid.data.readers.sources import (
     Tally,
     chunks,
-    list_files,
     read_chunk,
     read_records,
-    refuse_repeated,
     source_files,
 )
 from camelid.errors import UserError
@@ -40,7 +39,7 @@ def read(*files: str, **options: Any) -> list[Any]:
 
 
 def places(*files: str, **options: Any) -> list[str]:
-    return [record.place for record in records(*files, **options)]
+    return [record.location for record in records(*files, **options)]
 
 
 def write_lines(name: str, *content: str | bytes) -> None:
@@ -204,10 +203,10 @@ def test_a_field_of_a_csv_file_may_be_long():
     ("content", "message"),
     [
         (b"text,text\na,b\n", r"a\.csv has 2 columns named 'text'\nRename"),
-        (b"text,n\na,1\nb\n", r"a\.csv, line 3: 1 cells, the header names 2"),
-        (b"text,n\na,1\nb,2,3\n", r"a\.csv, line 3: 3 cells, the header names 2"),
+        (b"text,n\na,1\nb\n", r"a\.csv, line 3: 1 cells, but the header has 2"),
+        (b"text,n\na,1\nb,2,3\n", r"a\.csv, line 3: 3 cells, but the header has 2"),
         (b'text\na\n"b\nc\n', r"a\.csv, line 3: unexpected end of data"),
-        (b'text\n"a"b\n', r"a\.csv, line 2: .*\nRepair this row: quotes"),
+        (b'text\n"a"b\n', r"a\.csv, line 2: .*\nFix this row: double the quotes"),
         (b"body;text\na;b\n", r"a\.csv, line 2: no field 'text', only 'body;text'"),
         (b"text\na\nb\xff\n", r"a\.csv, from line \d on: not UTF-8"),
         (b"text\n", r"a\.csv is empty"),
@@ -239,14 +238,14 @@ def test_a_key_that_stands_twice_makes_a_row_unreadable(name: str, monkeypatch: 
     small_blocks(monkeypatch)
     rows = ['{"text": "a"}', '{"text": "b", "text": "c"}', '{"text": "d", "more": [{"k": 1, "k": 1}]}', '{"text": "e"}']
     Path(name).write_text("\n".join(rows) if name == "a.jsonl" else f"[{', '.join(rows)}]")
-    with pytest.raises(UserError, match=r"(line|entry) 2.*: the key 'text' stands twice in one object"):
+    with pytest.raises(UserError, match=r"(line|entry) 2.*: the key 'text' appears twice in one object"):
         read(name)
     tally = Tally(0.5)
     source = Source(files=(name,), max_unreadable=0.5)
     found = [record.value for chunk in chunks(source) for record in read_chunk(source, chunk, tally)]
     assert found == ["a", "e"]
     assert (tally.rows, tally.unreadable) == (4, 2)
-    assert "'k' stands twice" in tally.problems[1]
+    assert "'k' appears twice" in tally.problems[1]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +336,7 @@ def test_zstandard_is_read_in_frames(monkeypatch: pytest.MonkeyPatch):
     assert read("a.jsonl.zst") == [str(number) for number in range(3000)]
     assert places("a.jsonl.zst")[-1] == "a.jsonl.zst, line 3000"
     Path("a.jsonl.zst").write_bytes(b"".join(packed)[:-5])
-    with pytest.raises(UserError, match=r"a\.jsonl\.zst cannot be read: it is cut short"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst cannot be read: it is truncated"):
         read("a.jsonl.zst")
     Path("a.jsonl.zst").write_bytes(packed[0] + b"no frame")
     with pytest.raises(UserError, match=r"a\.jsonl\.zst cannot be read"):
@@ -369,7 +368,7 @@ def test_a_json_array_is_read_entry_by_entry(block: int, monkeypatch: pytest.Mon
 def test_a_number_is_no_entry_even_where_a_block_ends_in_it(monkeypatch: pytest.MonkeyPatch):
     small_blocks(monkeypatch, 1)
     Path("a.json").write_text("[123, {}]")
-    with pytest.raises(UserError, match=r"entry 1 \(line 1\): 123 is no object"):
+    with pytest.raises(UserError, match=r"entry 1 \(line 1\): 123 is not an object"):
         read("a.json", kind="chat")
 
 
@@ -381,13 +380,13 @@ def test_a_json_file_may_hold_lines():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"a": 1},\n{"a": }]', r"a\.json, entry 2 \(line 2\): no JSON"),
-        (b'[{"a": 1}\n{"a": 2}]', r"""a\.json, line 2: '{"a": 2}\]' where ',' should be"""),
-        (b'[{"a": 1},\n{"a": 2}', r"a\.json, line 2: its end where ',' should be"),
-        (b'[{"a": 1}]\n[]', r"a\.json, line 2: more stands after the array"),
-        (b'[{"a": 1},\n3]', r"a\.json, entry 2 \(line 2\): 3 is no object"),
+        (b'[{"a": 1},\n{"a": }]', r"a\.json, entry 2 \(line 2\): not JSON"),
+        (b'[{"a": 1}\n{"a": 2}]', r"""a\.json, line 2: expected ',', found '{"a": 2}\]'"""),
+        (b'[{"a": 1},\n{"a": 2}', r"a\.json, line 2: expected ',', found the end"),
+        (b'[{"a": 1}]\n[]', r"a\.json, line 2: text follows the array"),
+        (b'[{"a": 1},\n3]', r"a\.json, entry 2 \(line 2\): 3 is not an object"),
         (b'[{"a": 1},\n{"a": "\xff"}]', r"a\.json, line 2: not UTF-8"),
-        (b"[" * 100_000, r"a\.json, entry 1 \(line 1\): no JSON"),
+        (b"[" * 100_000, r"a\.json, entry 1 \(line 1\): not JSON"),
     ],
 )
 def test_a_broken_json_array_is_named(content: bytes, message: str):
@@ -399,15 +398,15 @@ def test_a_broken_json_array_is_named(content: bytes, message: str):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"a\.jsonl, line 3: no JSON in UTF-8"),
-        ("[" * 100_000, r"a\.jsonl, line 3: no JSON in UTF-8"),
-        ('"text"', r"a\.jsonl, line 3: 'text' is no object"),
+        ("{", r"a\.jsonl, line 3: not JSON in UTF-8"),
+        ("[" * 100_000, r"a\.jsonl, line 3: not JSON in UTF-8"),
+        ('"text"', r"a\.jsonl, line 3: 'text' is not an object"),
         ('{"body": 1, "id": 2}', r"a\.jsonl, line 3: no field 'text', only 'body', 'id'"),
-        ('{"text": null}', r"a\.jsonl, line 3: field 'text' is None, no string"),
-        (b'{"text": "\xff"}', r"a\.jsonl, line 3: no JSON in UTF-8"),
-        (b'{"text": "\0"}', r"a\.jsonl, line 3: no JSON in UTF-8"),
+        ('{"text": null}', r"a\.jsonl, line 3: field 'text' is None, not a string"),
+        (b'{"text": "\xff"}', r"a\.jsonl, line 3: not JSON in UTF-8"),
+        (b'{"text": "\0"}', r"a\.jsonl, line 3: not JSON in UTF-8"),
         ('{"text": "\\u0000"}', r"a\.jsonl, line 3: field 'text' has a NUL character"),
-        ('{"text": "\\ud83d"}', r"a\.jsonl, line 3: field 'text' has half a character"),
+        ('{"text": "\\ud83d"}', r"a\.jsonl, line 3: field 'text' has an unpaired surrogate"),
     ],
 )
 def test_a_bad_line_is_named(line: str | bytes, message: str):
@@ -418,9 +417,9 @@ def test_a_bad_line_is_named(line: str | bytes, message: str):
 
 def test_a_bad_string_anywhere_in_a_row_is_named():
     for line, message in (
-        ('{"messages": [{"content": "\\ud83d"}]}', "half a character"),
+        ('{"messages": [{"content": "\\ud83d"}]}', "an unpaired surrogate"),
         ('{"a": {"\\u0000": 1}}', "a NUL character"),
-        ('{"a": ' + "[" * 100 + "]" * 100 + "}", "lists and objects in one another, more than 100 deep"),
+        ('{"a": ' + "[" * 100 + "]" * 100 + "}", "lists and objects are nested more than 100 deep"),
     ):
         write_lines("a.jsonl", line)
         with pytest.raises(UserError, match=rf"a\.jsonl, line 1: {message}"):
@@ -455,13 +454,13 @@ def test_parquet_is_read_by_row_groups(monkeypatch: pytest.MonkeyPatch):
         read("b.parquet")
     assert read("b.parquet", max_unreadable=0.5) == ["a", "c"]
     parquet.write_table(pyarrow.table({"text": ["a", None]}), "c.parquet")
-    with pytest.raises(UserError, match=r"c\.parquet, row 2: field 'text' is None, no string"):
+    with pytest.raises(UserError, match=r"c\.parquet, row 2: field 'text' is None, not a string"):
         read("c.parquet")
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), "d.parquet")
     with pytest.raises(UserError, match=r"d\.parquet is empty"):
         read("d.parquet")
     Path("e.parquet").write_bytes(Path("a.parquet").read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"e\.parquet is no Parquet file, or is damaged"):
+    with pytest.raises(UserError, match=r"e\.parquet is not a Parquet file, or is damaged"):
         read("e.parquet")
 
 
@@ -475,7 +474,7 @@ def test_text_of_any_parquet_type_is_read_by_its_name():
         assert read("a.parquet") == ["a", "b", "a"]
     dates = pyarrow.array([1, 2**30], pyarrow.date32())
     parquet.write_table(pyarrow.table({"text": ["a", "b"], "date": dates}), "b.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet, row 2: no value that Python has"):
+    with pytest.raises(UserError, match=r"b\.parquet, row 2: a value out of range"):
         read("b.parquet", kind="fields", fields="text")
     parquet.write_table(pyarrow.table([texts, texts], names=["text", "text"]), "c.parquet")
     for kind in ("text", "chat"):
@@ -504,7 +503,7 @@ def test_a_data_set_of_hugging_face_is_read_from_its_folder():
     assert read("d/test", kind="fields", fields="text") == rows[:3]
     assert places("d/test") == [f"d/test, row {number}" for number in (1, 2, 3)]
     assert [file.suffix for file in source_files(Source(files=("d/train",)))] == [".arrow"]
-    with pytest.raises(UserError, match="d has several splits: train, test\nName one, say d/train"):
+    with pytest.raises(UserError, match="d has several splits: train, test\nName one, as d/train"):
         read("d")
     with pytest.raises(UserError, match="d/test: no field 'body', only 'text', 'n'"):
         read("d/test", text_key="body")
@@ -535,7 +534,7 @@ def test_ids_of_megatron_are_documents():
     write_indexed(Path("d/x"), [np.array([1, 2, 3]), np.array([], int), np.array([60000])], np.dtype("u2"))
     for name in ("d/x", "d/x.bin", "d/x.idx", "d/*"):
         found = records(name, kind="tokens")
-        assert [(record.value.tolist(), record.place) for record in found] == [
+        assert [(record.value.tolist(), record.location) for record in found] == [
             ([1, 2, 3], "d/x, document 1"),
             ([60000], "d/x, document 3"),
         ]
@@ -557,7 +556,7 @@ def test_a_store_is_a_source_of_its_tokens_and_weights():
         ([1, 2, 300], [0, 0, 1]),
         ([4, 5], [0, 0.5]),
     ]
-    assert [record.place for record in found] == ["s, document 1", "s, document 2"]
+    assert [record.location for record in found] == ["s, document 1", "s, document 2"]
 
 
 def test_a_kind_that_a_file_cannot_hold_is_refused():
@@ -567,7 +566,7 @@ def test_a_kind_that_a_file_cannot_hold_is_refused():
     for files, kind, message in (
         ("a.txt", "chat", r"a\.txt is plain text, without the keys that kind = 'chat' needs"),
         ("a.jsonl", "tokens", r"a\.jsonl holds no token ids"),
-        ("x", "text", "x holds token ids, not kind = 'text'"),
+        ("x", "text", "x holds token ids, which do not fit kind = 'text'"),
     ):
         with pytest.raises(UserError, match=message):
             read(files, kind=kind)
@@ -580,7 +579,7 @@ def test_unreadable_rows_are_counted_up_to_a_share():
     write_lines("a.jsonl", *["{}", '{"text": "x"}'] * 10)
     assert read("a.jsonl", max_unreadable=0.5) == ["x"] * 10
     with pytest.raises(
-        UserError, match=r"10 of 20 rows are unreadable, max_unreadable is 0\.4: a\.jsonl, line 1: no field"
+        UserError, match=r"10 of 20 records are unreadable, and max_unreadable = 0\.4: a\.jsonl, line 1: no field"
     ):
         read("a.jsonl", max_unreadable=0.4)
 
@@ -588,7 +587,7 @@ def test_unreadable_rows_are_counted_up_to_a_share():
 def test_a_share_is_what_is_written_not_what_is_near_it():
     write_lines("a.jsonl", *["{}"] * 29, *['{"text": "x"}'] * 71)
     assert len(read("a.jsonl", max_unreadable=0.29)) == 71
-    with pytest.raises(UserError, match="29 of 100 rows are unreadable"):
+    with pytest.raises(UserError, match="29 of 100 records are unreadable"):
         read("a.jsonl", max_unreadable=0.289)
 
 
@@ -679,7 +678,7 @@ def test_a_file_that_became_shorter_is_named():
     source = Source(files=("a.jsonl",))
     [chunk] = chunks(source)
     write_lines("a.jsonl", '{"text": "x"}')
-    with pytest.raises(UserError, match=r"a\.jsonl became shorter"):
+    with pytest.raises(UserError, match=r"a\.jsonl was truncated while it was read"):
         list(read_chunk(source, chunk))
 
 
@@ -755,7 +754,7 @@ def test_documents_are_read_one_at_a_time():
     write_lines("a.jsonl", '{"text": "x"}', "broken")
     found = read_records(Source(files=("a.jsonl",)))
     assert next(found).value == "x"
-    with pytest.raises(UserError, match=r"^a\.jsonl, line 2: no JSON"):
+    with pytest.raises(UserError, match=r"^a\.jsonl, line 2: not JSON"):
         next(found)
 
 
@@ -771,12 +770,12 @@ def test_what_is_no_file_is_named_and_never_skipped(monkeypatch: pytest.MonkeyPa
     Path("a.txt").write_text("x")
     Path("b.txt").symlink_to("gone")
     Path("folder.txt").mkdir()
-    with pytest.raises(UserError, match=r"b\.txt is a link to nothing"):
+    with pytest.raises(UserError, match=r"b\.txt is a broken link"):
         list_files(["*.txt"])
     Path("b.txt").unlink()
     os.mkfifo("b.txt")
     for name in ("*.txt", "b.txt"):
-        with pytest.raises(UserError, match=r"b\.txt is no file, but a pipe or a device"):
+        with pytest.raises(UserError, match=r"b\.txt is not a file, but a pipe or a device"):
             list_files([name])
     Path("b.txt").unlink()
     assert list_files(["*.txt"]) == [Path("a.txt")]
@@ -798,13 +797,13 @@ def test_a_folder_that_is_closed_is_named_and_never_skipped(pattern: str, monkey
     assert list_files([pattern])
     closed = "a/" if pattern == "*/*.txt" else "a/closed/"
     monkeypatch.setattr(os, "access", lambda path, mode: path != closed)
-    with pytest.raises(UserError, match=f"{closed} cannot be looked into"):
+    with pytest.raises(UserError, match=f"{closed} cannot be listed"):
         list_files([pattern])
 
 
 def test_an_unknown_kind_of_file_is_named():
     Path("a.tsx").write_text("x")
-    with pytest.raises(UserError, match=r"a\.tsx is of no known kind\n.*\.txt, \.jsonl, .*\.csv, .*\.parquet"):
+    with pytest.raises(UserError, match=r"a\.tsx is of an unknown type\n.*\.txt, \.jsonl, .*\.csv, .*\.parquet"):
         list_files(["a.tsx"])
 
 

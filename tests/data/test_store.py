@@ -68,7 +68,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, tokens: list[int
 
 @pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
 def test_weights_that_mean_nothing_are_refused(tmp_path: Path, weight: float):
-    with pytest.raises(UserError, match="weight in the loss is"):
+    with pytest.raises(UserError, match="a token has the loss weight"):
         write_store(tmp_path / "s", [[1, 2]], [[0, weight]])
 
 
@@ -76,7 +76,7 @@ def test_more_weights_than_codes_are_refused(tmp_path: Path):
     kept = np.arange(256, dtype=np.float32) / 7
     store = write_store(tmp_path / "s", [[1] * 256], [kept.tolist()])
     np.testing.assert_array_equal(store.weights(0, 256), kept)
-    with pytest.raises(UserError, match="more than 256 different weights"):
+    with pytest.raises(UserError, match="more than 256 different loss weights"):
         write_store(tmp_path / "t", [[1] * 257], [[n / 7 + 0.01 for n in range(257)]])
 
 
@@ -87,11 +87,11 @@ def test_a_damaged_store_is_named(tmp_path: Path, name: str):
     path = tmp_path / "s" / name
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(UserError, match=rf"{name} has {len(content) - 1} bytes, the manifest says {len(content)}"):
+    with pytest.raises(UserError, match=rf"{name} has {len(content) - 1} bytes, but the manifest lists {len(content)}"):
         Store.open(tmp_path / "s")
     middle = len(content) // 2
     path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    with pytest.raises(UserError, match=f"{name} is not what was written"):
+    with pytest.raises(UserError, match=f"{name} does not have the checksum in the manifest"):
         Store.open(tmp_path / "s").verify()
     path.unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
@@ -103,7 +103,7 @@ def test_a_folder_of_something_else_is_no_store(tmp_path: Path):
     for content in ("{", "[]", '{"format": "other"}'):
         (tmp_path / MANIFEST).write_text(content)
         assert not is_store(tmp_path)
-        with pytest.raises(UserError, match="holds no prepared store"):
+        with pytest.raises(UserError, match="is not a prepared store"):
             Store.open(tmp_path)
 
 
@@ -139,7 +139,7 @@ def test_another_version_is_refused(tmp_path: Path):
 def test_a_manifest_that_cannot_be_true_is_named(tmp_path: Path, change: Callable[[dict[str, Any]], Any], problem: str):
     store = write_store(tmp_path / "s", [[1, 2], [3]])
     change_manifest(store, change)
-    with pytest.raises(UserError, match=r"manifest\.json says something impossible") as caught:
+    with pytest.raises(UserError, match=r"manifest\.json is inconsistent") as caught:
         Store.open(store.folder)
     assert problem in caught.value.problem
 

@@ -125,7 +125,7 @@ def test_the_template_that_is_learnt_is_found_in_the_folder(
     learnt = {file.name: file.read_bytes() for file in (run / "model").glob("*template*")}
     shutil.rmtree(folder)
     if cached:  # nothing is tokenized again, though the run's folder has other files beside its tokenizer
-        monkeypatch.setattr("camelid.data.rows.loader.prepare", None)
+        monkeypatch.setattr("camelid.data.rows.stores.prepare", None)
     else:
         table = lay_over(table, {"data__cache": str(tmp_path / "cache")})
         shutil.rmtree(json.loads((run / "data.json").read_text())["train"][0]["folder"])

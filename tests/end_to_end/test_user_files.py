@@ -108,9 +108,9 @@ def test_files_beside_a_store_are_named_and_the_store_stays(tmp_path: Path):
     assert called("data", "prepare", *data(tmp_path)).returncode == 0
     store = tmp_path / "a store"
     for name, about in {
-        "validation/notes.txt": "holds validation/notes.txt beside",
-        "plans/notes.txt": "holds plans/notes.txt and 1 more beside",
-        "mine": "holds mine and 2 more beside",
+        "validation/notes.txt": "holds validation/notes.txt in addition",
+        "plans/notes.txt": "holds plans/notes.txt and 1 more in addition",
+        "mine": "holds mine and 2 more in addition",
     }.items():
         (store / name).parent.mkdir(exist_ok=True)
         (store / name).write_text("mine")

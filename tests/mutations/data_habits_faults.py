@@ -46,14 +46,14 @@ FAULTS = (
     ),
     Fault(
         "a folder with brackets is a choice of letters",
-        "data/readers/sources.py",
+        "data/readers/file_names.py",
         "return glob.escape(folder) + rest",
         "return folder + rest",
         f"{SOURCES}test_a_folder_that_exists_is_that_folder_in_a_glob",
     ),
     Fault(
         "of two equal keys the last one is taken",
-        "data/readers/lines.py",
+        "data/readers/json_text.py",
         "    if len(found) < len(pairs):\n",
         "    if len(found) > len(pairs):\n",
         f"{SOURCES}test_a_key_that_stands_twice_makes_a_row_unreadable",
@@ -61,8 +61,8 @@ FAULTS = (
     Fault(
         "a row of a table with too few cells is filled up",
         "data/readers/separated.py",
-        "if len(cells) == len(header):\n                yield place, dict(zip(header, cells, strict=True))",
-        "if len(cells) <= len(header):\n                yield place, dict(zip(header, cells, strict=False))",
+        "if len(cells) == len(header):\n                yield location, dict(zip(header, cells, strict=True))",
+        "if len(cells) <= len(header):\n                yield location, dict(zip(header, cells, strict=False))",
         f"{SOURCES}test_a_bad_csv_file_is_named",
     ),
     Fault(
@@ -95,15 +95,15 @@ FAULTS = (
     ),
     Fault(
         "a store is known by the names of its sources",
-        "data/preparation/parts.py",
-        '[[_ending(file["path"]), hashes[file["path"]]] for',
+        "data/preparation/task.py",
+        '[[_suffix(file["path"]), hashes[file["path"]]] for',
         '[[file["path"], hashes[file["path"]]] for',
         f"{CACHED}test_copies_of_other_names_are_the_same_store_and_are_named",
     ),
     Fault(
         "the ending of a file does not matter",
-        "data/preparation/parts.py",
-        '[[_ending(file["path"]), hashes[file["path"]]] for',
+        "data/preparation/task.py",
+        '[[_suffix(file["path"]), hashes[file["path"]]] for',
         '[[hashes[file["path"]]] for',
         f"{CACHED}test_what_is_read_otherwise_is_another_store",
     ),
@@ -179,8 +179,8 @@ FAULTS = (
     ),
     Fault(
         "one file that cannot be read waits for the hashes of all others",
-        "data/preparation/parts.py",
-        "            stop.set()  # the others are not read to their ends\n",
+        "data/preparation/task.py",
+        "            stop.set()  # do not read the others to the end\n",
         "",
         f"{CACHED}test_a_file_that_cannot_be_read_ends_the_reading_of_the_others",
     ),

@@ -164,7 +164,7 @@ FAULTS = (
     ),
     Fault(
         "the user's files below a store are not looked for",
-        "data/preparation/prepare.py",
+        "data/preparation/existing.py",
         'for path in folder.rglob("*") if path.is_symlink()',
         'for path in folder.glob("*") if path.is_symlink()',
         f"{USER}test_files_beside_a_store_are_named_and_the_store_stays",

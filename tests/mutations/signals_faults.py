@@ -108,7 +108,7 @@ FAULTS = (
     ),
     Fault(
         "a wait for workers misses an interrupt",
-        "data/preparation/parts.py",
+        "data/preparation/partial_stores.py",
         "wait(list(connections), timeout=INTERRUPT_S)",
         "wait(list(connections))",
         "data/test_prepare.py::test_an_interrupt_that_does_not_wake_the_main_thread_ends_it_too",

@@ -156,7 +156,7 @@ FAULTS = (
     ),
     Fault(
         "a store of chats whose training flags were ignored is taken as prepared",
-        "data/preparation/parts.py",
+        "data/preparation/task.py",
         'options |= {"version_of_messages": 2, "named',
         'options |= {"named',
         "data/test_prepare.py::test_a_store_of_chats_whose_training_flags_were_ignored_is_refused",

@@ -1,46 +1,41 @@
-"""Commands for data: sources to a prepared store, and a look at what a store or a recipe gives."""
+"""`camelid data prepare` and `camelid data inspect`."""
 
+import contextlib
+import dataclasses
+import re
+import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from camelid.cli.shared import print_json, progress_bar, tell
-from camelid.data.config import Kind, Source
+from camelid.data.config import Source, SourceOptions
 from camelid.errors import UserError
 
 if TYPE_CHECKING:
     from camelid.text.tokenizer import Tokenizer
 
-MINDFORMERS_LENGTH = 2048  # its own --seq_length
+MINDFORMERS_LENGTH = 2048  # the default of its own --seq_length
 VICUNA = "vicuna_v1.1"
-"""the template of MindFormers' conversations"""
+"""The template that MindFormers uses for conversations."""
 
 Files = Annotated[
     Positional[tuple[str, ...]],
-    arg(metavar="SOURCE...", help="files or globs of .txt, .jsonl, .parquet and so on; docs/data.md lists them"),
+    arg(metavar="SOURCE...", help="files or globs of .txt, .jsonl, .parquet and other types (see docs/data.md)"),
 ]
-Loaded = Annotated[str, arg(metavar="MODEL", help="a checkpoint's folder, or a tokenizer.json or tokenizer.model")]
+TokenizerSource = Annotated[
+    str, arg(metavar="MODEL", help="the folder of a checkpoint, or a tokenizer.json or tokenizer.model")
+]
 
 
 def prepare(
     sources: Files,
-    tokenizer: Loaded,
+    source: Annotated[SourceOptions, OmitArgPrefixes],
+    tokenizer: TokenizerSource,
     out: Annotated[Path, arg(metavar="DIR")],
-    kind: Kind = "text",
-    text_key: str = "text",
-    split: Annotated[str, arg(metavar="file|line|blank_line|marker:STRING")] = "file",
-    clean: Literal["none", "wikitext"] = "none",
-    add_bos: bool | None = None,
-    add_eos: Annotated[bool, arg(help_behavior_hint="")] = True,
-    fields: str | None = None,
-    fields_from_example: str | None = None,
-    prepend_text: str = "",
-    template: str | None = None,
-    loss: Literal["assistant", "all"] = "assistant",
-    compat: Literal["none", "mindformers"] = "none",
-    max_unreadable: float = 0.0,
     sequence_length: int | None = None,
     validation_fraction: float = 0.0,
     seed: int = 0,
@@ -48,66 +43,57 @@ def prepare(
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Tokenize sources into a store, which training maps into memory; the same command goes on where it was killed.
+    """Tokenize files into a store for training; rerun the command to resume after an interruption.
 
     camelid data prepare 'wiki/*.txt' --tokenizer ./TinyLlama --out stores/wiki --split blank_line --workers 8
     camelid data prepare chats.jsonl --kind chat --template vicuna_v1.1 --tokenizer ./TinyLlama --out stores/chats
     camelid data prepare rows.jsonl --kind fields --fields '[prompt],answer' --tokenizer ./TinyLlama --out stores/rows
 
     Args:
-        out: the store's folder
-        kind: what a row of the sources is
-        text_key: text: the key of the text in a row
-        split: text: the documents of a .txt file
-        clean: text: wikitext takes WikiText's tokenization back
-        add_bos: whether a document begins with BOS; left out, as the tokenizer does
-        add_eos: documents end without EOS
-        fields: fields: what is laid end to end, as in EasyLM
-        fields_from_example: fields: instead, the key of a row that holds its fields
-        prepend_text: fields: stands before the first field
-        template: chats: the name of a template; left out, the tokenizer's own
-        loss: chats: whose words are learnt
-        compat: mindformers: records as its llama_preprocess.py makes them, faults included
-        max_unreadable: the share of rows that may be unreadable; they are counted, and left out
-        sequence_length: of MindFormers' records, which have one token more
-        validation_fraction: the share of the documents that is held out, for recipes with the same fraction
-        seed: decides which ones
-        workers: processes that tokenize; 1 is this one, whose tokenizer may use all cores
+        out: folder of the store
+        sequence_length: for --compat mindformers; its records are one token longer
+        validation_fraction: fraction of the documents to hold out, for recipes with the same validation_fraction
+        seed: seed of the choice of held-out documents
+        workers: number of processes that tokenize; 1 uses this process, whose tokenizer may use all cores
         overwrite: replace a store of other sources or options
         json: print one JSON object
     """
-    source = Source(
-        files=sources,
-        kind=kind,
-        text_key=text_key,
-        split=split,
-        clean=clean,
-        add_bos=add_bos,
-        add_eos=add_eos,
-        fields=fields,
-        fields_from_example=fields_from_example,
-        prepend_text=prepend_text,
-        template=template,
-        loss=loss,
-        compat=compat,
-        max_unreadable=max_unreadable,
-    )
-    _check(source, sequence_length, validation_fraction, seed, workers)
+    with _in_options():
+        text = Source(files=sources, **vars(source))
+        _check(text, sequence_length, validation_fraction, seed, workers)
+        summary = _prepare(text, tokenizer, out, sequence_length, validation_fraction, seed, workers, overwrite)
+    if json:
+        return print_json(summary)
 
     from camelid.cli.data_view import show_prepared
+
+    return show_prepared(summary)
+
+
+def _prepare(
+    source: Source,
+    tokenizer: str,
+    out: Path,
+    sequence_length: int | None,
+    validation_fraction: float,
+    seed: int,
+    workers: int,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Prepares a store and returns what `data prepare --json` prints."""
     from camelid.data import report
     from camelid.data.preparation.prepare import prepare
     from camelid.text.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     tell(loaded.notes)
-    began, done_before = time.perf_counter(), []
-    with progress_bar("prepare") as progress:
+    start, done_before = time.perf_counter(), []
+    with progress_bar("prepare") as show_progress:
 
-        def told(done: int, total: int) -> None:
+        def progress(done: int, total: int) -> None:
             if not done_before:
                 done_before.append(done / max(1, total))
-            progress(done, total)
+            show_progress(done, total)
 
         store = prepare(
             [source],
@@ -117,93 +103,115 @@ def prepare(
             seed=seed,
             sequence_length=sequence_length if source.compat == "mindformers" else None,
             workers=workers if workers > 1 else 0,
-            progress=told,
+            progress=progress,
             overwrite=overwrite,
         )
-    seconds = time.perf_counter() - began
-    whole = report.of_store(store)
-    # Where nothing was done, the store was there; what a killed process had done took no time of this one.
-    made = None if not done_before else (whole["tokens"] + (whole["held_out"] or {"tokens": 0})["tokens"])
-    whole |= {
-        "seconds": seconds,
-        "tokens_per_second": None if made is None else made * (1 - done_before[0]) / seconds,
-        "mindformers": _lost(source, loaded, sequence_length),
-    }
-    return print_json(whole) if json else show_prepared(whole)
+    seconds = time.perf_counter() - start
+    summary = report.of_store(store)
+    # No progress was reported if the store existed. What an interrupted process had tokenized took no time of this one.
+    speed = None
+    if done_before:
+        tokens = summary["tokens"] + (summary["held_out"] or {"tokens": 0})["tokens"]
+        speed = tokens * (1 - done_before[0]) / seconds
+    lost = _count_lost(source, loaded, sequence_length)
+    return summary | {"seconds": seconds, "tokens_per_second": speed, "mindformers": lost}
+
+
+@contextlib.contextmanager
+def _in_options() -> Iterator[None]:
+    """Errors name the options of the command line: `--text-key body` for `text_key = 'body'` of a recipe."""
+    names = "|".join(field.name for field in dataclasses.fields(SourceOptions))
+    setting = re.compile(rf"""\b({names}) = ("[^"]*"|'[^']*'|[^\s,;]+)""")
+
+    def option(match: re.Match[str]) -> str:
+        value = match[2]
+        if value[0] in "'\"":
+            value = shlex.quote(value[1:-1])
+        return f"--{match[1].replace('_', '-')} {value}"
+
+    try:
+        yield
+    except UserError as error:
+        raise UserError(setting.sub(option, error.problem), setting.sub(option, error.advice)) from error
 
 
 def inspect(
-    data: Annotated[Positional[Path], arg(metavar="RECIPE_OR_STORE", help="a recipe's .toml, or a store's folder")],
+    data: Annotated[
+        Positional[Path], arg(metavar="RECIPE_OR_STORE", help="a recipe's .toml, or the folder of a store")
+    ],
     rows: int = 2,
     tokenizer: Annotated[str | None, arg(metavar="MODEL")] = None,
     histogram: Annotated[Path | None, arg(metavar="FILE.png")] = None,
     json: bool = False,
 ) -> None:
-    """What training would read: counts, lengths, shares and repeats, rows without loss, and the first rows as text.
+    """Show what training reads: counts, lengths, mixture shares and repeats, rows without loss, the first rows as text.
 
     camelid data inspect recipes/finetune.toml --rows 4
     camelid data inspect stores/chats --histogram lengths.png
 
-    Sources of a recipe that are not prepared yet are, as training would do it.
+    Sources of a recipe that are not prepared yet are prepared first, as in training.
 
     Args:
-        rows: so many of the first rows of the training, or documents of the store, are shown as text
-        tokenizer: for a store whose tokenizer is not where it was
-        histogram: draw the documents' lengths into this file too
+        rows: number of rows of training, or of documents of a store, to show as text
+        tokenizer: tokenizer of a store, if it was moved since the store was prepared
+        histogram: also plot the lengths of the documents to this file
         json: print one JSON object
     """
     if rows < 0:
         raise UserError(f"--rows {rows}", "Choose 0 or more.")
     if histogram is not None and histogram.suffix != ".png":
-        raise UserError(f"--histogram {histogram} is no PNG", "Give a name that ends in .png.")
+        raise UserError(f"--histogram {histogram} is not a PNG file", "Give a name that ends in .png.")
     if not data.exists():
         raise UserError(f"{data} does not exist", "Give a recipe's .toml, or the folder of a store.")
     if not data.is_dir() and tokenizer is not None:
-        raise UserError("--tokenizer is for stores", "The recipe names its own.")
+        raise UserError("--tokenizer applies to stores only", "Leave it out: the recipe sets its tokenizer.")
 
-    from camelid.cli.data_view import draw_lengths, show
+    from camelid.cli.data_plot import draw_lengths
+    from camelid.cli.data_view import show
 
-    whole = _of_store(data, rows, tokenizer) if data.is_dir() else _of_recipe(data, rows)
+    summary = _of_store(data, rows, tokenizer) if data.is_dir() else _of_recipe(data, rows)
     if histogram is not None:
-        draw_lengths(whole, histogram)
-    return print_json(whole) if json else show(whole)
+        draw_lengths(summary, histogram)
+    return print_json(summary) if json else show(summary)
 
 
 def _check(source: Source, sequence_length: int | None, fraction: float, seed: int, workers: int) -> None:
-    """Refuses options that mean nothing, or nothing together."""
+    """Raises UserError for values out of range and for options that do not go together."""
     if source.compat == "mindformers" and sequence_length is None:
-        raise UserError("--compat mindformers needs a --sequence-length", "Its own default is 2048.")
+        raise UserError(
+            "--compat mindformers needs a --sequence-length", f"The default of MindFormers is {MINDFORMERS_LENGTH}."
+        )
     if sequence_length is not None and not _counts_lost(source):
         raise UserError(
-            "--sequence-length is for --compat mindformers, and for --kind chat --template vicuna_v1.1",
-            "Leave it out: a store has no rows yet, a recipe cuts them.",
+            "--sequence-length applies to --compat mindformers, and to --kind chat --template vicuna_v1.1",
+            "Leave it out: documents are packed into rows in training, as the recipe sets.",
         )
     for name, number in (("--sequence-length", sequence_length), ("--workers", workers)):
         if number is not None and number < 1:
             raise UserError(f"{name} {number}", "Choose 1 or more.")
     if not 0 <= fraction < 1:
-        raise UserError(f"--validation-fraction {fraction}", "Choose a share from 0 to below 1.")
+        raise UserError(f"--validation-fraction {fraction}", "Choose a fraction from 0 to below 1.")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}", "Choose a seed from 0 to 4294967295.")
 
 
 def _counts_lost(source: Source) -> bool:
-    """Whether it has a meaning to ask what MindFormers' masking would lose."""
+    """Whether to count the conversations that MindFormers' masking loses."""
     return source.compat == "mindformers" or (source.kind == "chat" and source.template == VICUNA)
 
 
-def _lost(source: Source, tokenizer: "Tokenizer", sequence_length: int | None) -> dict[str, int] | None:
-    """How many conversations MindFormers' masking gives up without a word; None where it makes none of such rows."""
+def _count_lost(source: Source, tokenizer: "Tokenizer", sequence_length: int | None) -> dict[str, int] | None:
+    """Counts the conversations that MindFormers' masking silently excludes from the loss; None if it does not apply."""
     from camelid.data.preparation.mindformers import count_lost, qa_text
     from camelid.data.readers.sources import Tally, chunks, read_chunk
 
     if source.kind != "chat" or not _counts_lost(source) or tokenizer.bos_id is None or not tokenizer.eos_ids:
         return None
     counts = {"sequence_length": sequence_length or MINDFORMERS_LENGTH, "conversations": 0, "lost": 0, "refused": 0}
-    pieces = chunks(source)
+    parts = chunks(source)
     with progress_bar("compare") as progress:
-        for done, chunk in enumerate(pieces):
-            progress(done, len(pieces))
+        for done, chunk in enumerate(parts):
+            progress(done, len(parts))
             for record in read_chunk(source, chunk, Tally(1.0)):
                 try:
                     qa_text(record.value)
@@ -218,13 +226,14 @@ def _lost(source: Source, tokenizer: "Tokenizer", sequence_length: int | None) -
 def _of_store(folder: Path, rows: int, tokenizer: str | None) -> dict[str, Any]:
     from camelid.data import report
     from camelid.data.preparation.store import Store
+    from camelid.data.samples import documents_as_text
 
     store = Store.open(folder)
     shown = []
     if rows:
         loaded = _tokenizer_of(store.manifest, folder, tokenizer)
         store.check_tokenizer(loaded.fingerprint, loaded.files[0])
-        shown = report.documents(store, loaded, rows)
+        shown = documents_as_text(store, loaded, rows)
     return {"sources": [report.of_store(store)], "histogram": report.histogram([store]), "shown": shown}
 
 
@@ -235,36 +244,37 @@ def _tokenizer_of(manifest: dict[str, Any], folder: Path, given: str | None) -> 
         return load_tokenizer(given)
     path = manifest.get("tokenizer_file")
     if path is None or not Path(path).is_file():
-        where = "does not say where its tokenizer is" if path is None else f"was prepared with {path}, which is gone"
-        raise UserError(f"{folder} {where}", "Name it with --tokenizer, or show no text with --rows 0.")
+        problem = "does not record its tokenizer" if path is None else f"was prepared with {path}, which does not exist"
+        raise UserError(f"{folder} {problem}", "Name it with --tokenizer, or show no text with --rows 0.")
     return load_tokenizer(path)
 
 
 def _of_recipe(path: Path, rows: int) -> dict[str, Any]:
     from camelid.data import report
     from camelid.data.rows.loader import Loader
+    from camelid.data.samples import rows_as_text
     from camelid.runs.recipe import completed, read_recipe
     from camelid.runs.run_folder import kept_recipe
     from camelid.text.tokenizer import load_tokenizer
 
     recipe = read_recipe(path)
     recipe = completed(recipe, kept_recipe(Path(recipe.run)))
-    where = recipe.tokenizer
-    if where is None:
+    location = recipe.tokenizer
+    if location is None:
         from camelid.checkpoint.registry import open_checkpoint
 
         assert recipe.init is not None  # a Recipe has init, or model and tokenizer
-        where = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore).tokenizer_folder
-    tokenizer = load_tokenizer(where)
+        location = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore).tokenizer_folder
+    tokenizer = load_tokenizer(location)
     with progress_bar("prepare") as progress:
         loaders = {"train": Loader(recipe.data, tokenizer, "train", progress)}
         if recipe.data.validation or recipe.data.validation_fraction:
             loaders["validation"] = Loader(recipe.data, tokenizer, "validation", progress)
     tell(loaders["train"].notes)
-    with progress_bar("look") as progress:
-        whole = report.of_loader(loaders["train"], recipe.train.steps, progress)
+    with progress_bar("inspect") as progress:
+        summary = report.of_loader(loaders["train"], recipe.train.steps, progress)
     if "validation" in loaders:
-        whole["validation"] = report.of_loader(loaders["validation"])["sources"]
-    whole["histogram"] = report.histogram([packing.store for packing in loaders["train"].packings])
-    whole["shown"] = report.rows(loaders["train"], tokenizer, rows)
-    return whole | {"steps": recipe.train.steps, "batch_size": recipe.data.batch_size}
+        summary["validation"] = report.of_loader(loaders["validation"])["sources"]
+    summary["histogram"] = report.histogram([packing.store for packing in loaders["train"].packings])
+    summary["shown"] = rows_as_text(loaders["train"], tokenizer, rows)
+    return summary | {"steps": recipe.train.steps, "batch_size": recipe.data.batch_size}

@@ -1,4 +1,4 @@
-"""The command for the folder in which recipes' sources are kept as prepared stores."""
+"""`camelid data cache`."""
 
 import re
 import time
@@ -22,33 +22,33 @@ def cache(
     folder: Annotated[Path | None, arg(metavar="DIR")] = None,
     json: bool = False,
 ) -> None:
-    """List the stores that recipes' sources were prepared to, or remove those that are not needed any more.
+    """List the stores that the sources of recipes were prepared into, or remove those that are not needed any more.
 
     camelid data cache
     camelid data cache --prune 30d
     camelid data cache --prune 100GB
 
-    A store that a process has open is never removed, nor is one that you may not remove: they are listed as kept. What
-    is removed is prepared again where a recipe needs it.
+    A store that a process has open is never removed, nor is one that you have no permission to remove: these are listed
+    as kept. A store that was removed is prepared again when a recipe needs it.
 
     Args:
-        prune: all, what was not used for so many days (30d), or the least recently used until so much is left (100GB)
-        folder: the data.cache of a recipe; left out, $CAMELID_CACHE/data or the user's cache folder
+        prune: all, those not used for N days (30d), or the least recently used until a size remains (100GB)
+        folder: the data.cache of a recipe; by default, $CAMELID_CACHE/data or the cache folder of the user
         json: print one JSON object
     """
     from camelid.data.preparation import cached
-    from camelid.data.rows.loader import default_cache
+    from camelid.data.rows.stores import default_cache
 
     root = default_cache() if folder is None else folder
     entries = cached.list_cached(root)
-    whole = {"folder": str(root), "bytes": sum(entry.bytes for entry in entries)}
+    summary = {"folder": str(root), "bytes": sum(entry.bytes for entry in entries)}
     if prune is None:
-        whole["entries"] = [_describe(entry) | {"in_use": cached.in_use(entry)} for entry in entries]
+        summary["entries"] = [_describe(entry) | {"in_use": cached.in_use(entry)} for entry in entries]
     else:
         kept: list[Cached] = []
-        whole["removed"] = [_describe(entry) for entry in cached.prune(_chosen(prune, entries), kept.append)]
-        whole["kept"] = [_describe(entry) for entry in kept]
-    return print_json(whole) if json else _show(whole)
+        summary["removed"] = [_describe(entry) for entry in cached.prune(_chosen(prune, entries), kept.append)]
+        summary["kept"] = [_describe(entry) for entry in kept]
+    return print_json(summary) if json else _show(summary)
 
 
 def _chosen(prune: str, entries: "list[Cached]") -> "list[Cached]":
@@ -60,7 +60,7 @@ def _chosen(prune: str, entries: "list[Cached]") -> "list[Cached]":
         return unused_since(entries, time.time() - int(match[1]) * DAY_S)
     if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|TB)", prune):
         return beyond(entries, round(float(match[1]) * UNITS[match[2]]))
-    raise UserError(f"--prune {prune}", "Choose all, an age in days (30d), or the size that may stay (100GB).")
+    raise UserError(f"--prune {prune}", "Choose all, an age in days (30d), or a size to keep (100GB).")
 
 
 def _describe(entry: "Cached") -> dict:
@@ -73,7 +73,7 @@ def _describe(entry: "Cached") -> dict:
     }
 
 
-def _show(whole: dict) -> None:
+def _show(summary: dict) -> None:
     from camelid.cli.data_view import show_cache
 
-    show_cache(whole)
+    show_cache(summary)

@@ -1,9 +1,5 @@
-"""How data looks in a terminal, and as a picture; what is told comes from data/report.py.
+"""Shows the statistics of data/report.py in a terminal."""
 
-Beside the command and not beside the facts: data/ is numpy alone, and describe.py needs the checkpoints' code.
-"""
-
-import io
 import itertools
 import os
 import sys
@@ -15,109 +11,82 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from camelid.disk.atomic import write_atomically
+from camelid.cli.data_text import escaped, print_legend, print_row
 from camelid.disk.space import format_bytes
 
-WIDTH = 120  # of a line, where no terminal tells
+WIDTH = 120  # of a line, if the output is not a terminal
 BAR = 50  # characters of the longest bar
-COLOURS = 10  # that matplotlib has
-LABEL = 20  # characters of a source's name in tables
-FILES = 5  # of a source, that are named
+LABEL = 20  # characters of the name of a source in tables
+FILES = 5  # files of a source that are named
 NAME, SOURCES = 16, 60  # characters of the name and of the files of a store in the cache
 
-LEARNT, SPECIAL, RULE = "bold green", "cyan", "dim"
-MARKS = "⟦⟧⟨⟩"
-"""around what is learnt, and around specials, where there is no colour; in the text itself they are escaped"""
 
-
-def show_prepared(whole: Mapping[str, Any]) -> None:
-    """What `data prepare` has made."""
+def show_prepared(summary: Mapping[str, Any]) -> None:
+    """Prints the result of `data prepare`."""
     console = _console()
-    console.print(_counts(whole))
-    if (speed := whole["tokens_per_second"]) is None:
-        console.print("\nIt was there already, of these sources and options.")
+    console.print(_counts(summary))
+    if (speed := summary["tokens_per_second"]) is None:
+        console.print("\nThe store exists already, with the same sources and options.")
     else:
-        console.print(f"\n{whole['seconds']:.1f} s, {speed:,.0f} tokens a second")
-    if (counted := whole["mindformers"]) is not None:
-        told = f"\nMindFormers' masking gives up {counted['lost']:,} of {counted['conversations']:,} conversations"
-        refused = f"; {counted['refused']:,} more it cannot read" if counted["refused"] else ""
-        console.print(f"{told} at {counted['sequence_length']:,} tokens{refused}")
+        console.print(f"\n{summary['seconds']:.1f} s, {speed:,.0f} tokens a second")
+    if (counted := summary["mindformers"]) is not None:
+        message = f"\nMindFormers' masking excludes {counted['lost']:,} of {counted['conversations']:,} conversations"
+        refused = f"; it cannot read {counted['refused']:,} more" if counted["refused"] else ""
+        console.print(f"{message} at {counted['sequence_length']:,} tokens{refused}")
 
 
-def show(whole: Mapping[str, Any]) -> None:
-    """What `data inspect` has found."""
+def show(summary: Mapping[str, Any]) -> None:
+    """Prints the result of `data inspect`."""
     console = _console()
-    if "rows" in whole:
-        for line in (*_names(whole), "", _sources(whole), "", _packing(whole), *_lost(whole), *_silent(whole), ""):
+    if "rows" in summary:
+        for line in (
+            *_names(summary),
+            "",
+            _sources(summary),
+            "",
+            _packing(summary),
+            *_lost(summary),
+            *_silent(summary),
+            "",
+        ):
             console.print(line, soft_wrap=isinstance(line, str))
-        for stage in _stages(whole):
+        for stage in _stages(summary):
             console.print(stage)
             console.print()
     else:
-        console.print(_counts(whole["sources"][0]))
+        console.print(_counts(summary["sources"][0]))
         console.print()
-    console.print(_lengths(whole))
-    for row in whole["shown"]:
+    console.print(_lengths(summary))
+    for row in summary["shown"]:
         console.print()
-        _show_row(console, row, whole)
-    if whole["shown"]:
+        source = source_label(row["source"] + 1, summary["sources"][row["source"]]) if "row" in row else None
+        print_row(console, row, source)
+    if summary["shown"]:
         console.print()
-        console.print(_legend(_has_colour(console), whole["sources"]))
+        print_legend(console, summary["sources"])
 
 
-def show_cache(whole: Mapping[str, Any]) -> None:
-    """What `data cache` has found, or removed."""
-    console, removed = _console(), "removed" in whole
-    entries = whole["removed" if removed else "entries"]
+def show_cache(summary: Mapping[str, Any]) -> None:
+    """Prints the result of `data cache`."""
+    console, removed = _console(), "removed" in summary
+    entries = summary["removed" if removed else "entries"]
     size = sum(entry["bytes"] for entry in entries)
     console.print(
-        f"{whole['folder']}: {'removed ' if removed else ''}{len(entries):,}, {format_bytes(size)}", soft_wrap=True
+        f"{summary['folder']}: {'removed ' if removed else ''}{len(entries):,}, {format_bytes(size)}", soft_wrap=True
     )
     if entries:
         grid = _grid("name", ">size", "last used", "sources")
         for entry in entries:
             state = ", in use" if entry.get("in_use") else ""
-            about = _shortened(", ".join(map(_escaped, entry["sources"])), SOURCES) or entry["kind"]
-            size, used = format_bytes(entry["bytes"]), entry["used"][:10] + state
-            grid.add_row(_escaped(entry["name"][:NAME]), size, used, about)
+            about = _shortened(", ".join(map(escaped, entry["sources"])), SOURCES) or entry["kind"]
+            grid.add_row(escaped(entry["name"][:NAME]), format_bytes(entry["bytes"]), entry["used"][:10] + state, about)
         console.print(grid)
-    if whole.get("kept"):
-        names = ", ".join(_escaped(entry["name"][:NAME]) for entry in whole["kept"])
-        console.print(f"kept, in use or not yours to remove: {names}", soft_wrap=True)
+    if summary.get("kept"):
+        names = ", ".join(escaped(entry["name"][:NAME]) for entry in summary["kept"])
+        console.print(f"kept, because in use or not permitted to be removed: {names}", soft_wrap=True)
 
 
-def draw_lengths(whole: Mapping[str, Any], path: Path) -> None:
-    """The histogram as a PNG, sources stacked."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    edges, below = whole["histogram"]["edges"], [0] * (len(whole["histogram"]["edges"]) - 1)
-    # The last bar may be open, and is drawn as wide as the others.
-    width = edges[1] - edges[0]
-    names = [_label(n, source) for n, source in enumerate(whole["sources"], start=1)]
-    parts = whole["histogram"]["documents"]
-    if len(parts) > COLOURS:
-        names, parts = [f"{len(parts)} sources"], [[sum(counts) for counts in zip(*parts, strict=True)]]
-    for name, counts in zip(names, parts, strict=True):
-        plain = name.replace("$", r"\$")  # which would begin a formula
-        axes.bar(edges[:-1], counts, width, bottom=below, align="edge", label=plain)
-        below = [low + count for low, count in zip(below, counts, strict=True)]
-    labels = _labels(edges)
-    if labels[-1].startswith("from"):
-        axes.set_xticks([*edges[:-4:4], edges[-2]], [*(f"{edge:,}" for edge in edges[:-4:4]), labels[-1]])
-    axes.set(xlabel="tokens", ylabel="documents", title="Lengths of documents")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    write_atomically(path, png.getvalue())
-
-
-# Parts ----------------------------------------------------------------------------------
+# Tables ---------------------------------------------------------------------------------
 
 
 def _console() -> Console:
@@ -125,12 +94,8 @@ def _console() -> Console:
     return Console(highlight=False, markup=False, width=None if known else WIDTH)
 
 
-def _has_colour(console: Console) -> bool:
-    return console.color_system is not None and not console.no_color
-
-
 def _grid(*columns: str) -> Table:
-    """A table without lines; columns that begin with > are flush right."""
+    """A table without lines; columns whose names start with > are right-aligned."""
     grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in columns:
         grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
@@ -138,7 +103,7 @@ def _grid(*columns: str) -> Table:
 
 
 def _counts(source: Mapping[str, Any]) -> Table:
-    """A store by itself."""
+    """The counts of one store."""
     grid = Table.grid(padding=(0, 2))
     grid.add_row("store", f"{source['store']}  ({source['bytes']:,} bytes)")
     if source["files"]:
@@ -152,19 +117,19 @@ def _counts(source: Mapping[str, Any]) -> Table:
     if (held_out := source["held_out"]) is not None:
         grid.add_row("held out", f"{held_out['documents']:,} documents, {held_out['tokens']:,} tokens")
     if source["unreadable"]:
-        grid.add_row("unreadable", f"{source['unreadable']:,} of {source['rows_read']:,} rows")
+        grid.add_row("unreadable", f"{source['unreadable']:,} of {source['rows_read']:,} records")
         for problem in source["problems"]:
-            grid.add_row("", _escaped(problem))
+            grid.add_row("", escaped(problem))
     return grid
 
 
 def _documents(source: Mapping[str, Any]) -> str:
     lengths = source["lengths"]
-    told = f"{lengths['shortest']:,} to {lengths['longest']:,} tokens, median {lengths['median']:,}"
+    text = f"{lengths['shortest']:,} to {lengths['longest']:,} tokens, median {lengths['median']:,}"
     if lengths["shortest"] == lengths["longest"]:
-        told = f"{lengths['longest']:,} tokens"
-    empty = f"; {source['empty']:,} rows without text" if source["empty"] else ""
-    return f"{source['documents']:,} of {told}{empty}"
+        text = f"{lengths['longest']:,} tokens"
+    empty = f"; {source['empty']:,} records without text" if source["empty"] else ""
+    return f"{source['documents']:,} of {text}{empty}"
 
 
 def _share_of_loss(source: Mapping[str, Any]) -> str:
@@ -176,49 +141,51 @@ def _first(found: Mapping[str, Any]) -> str:
     return ", ".join(f"{number:,}" for number in found["first"]) + more
 
 
-def _numbered(whole: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Training's sources by their labels, then validation's."""
-    train = [(_label(n, source), source) for n, source in enumerate(whole["sources"], start=1)]
-    stores = [source["store"] for source in whole["sources"]]
+def _numbered(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The sources of training and validation, with their labels."""
+    train = [(source_label(n, source), source) for n, source in enumerate(summary["sources"], start=1)]
+    stores = [source["store"] for source in summary["sources"]]
     validation = []
-    for n, source in enumerate(whole.get("validation", ()), start=1):
+    for n, source in enumerate(summary.get("validation", ()), start=1):
         of = str(Path(source["store"]).parent)
-        validation.append((f"{stores.index(of) + 1} held out" if of in stores else _label(f"v{n}", source), source))
+        validation.append(
+            (f"{stores.index(of) + 1} held out" if of in stores else source_label(f"v{n}", source), source)
+        )
     return [*train, *validation]
 
 
-def _label(number: int | str, source: Mapping[str, Any]) -> str:
-    """A number, and as much of the name as tables have room for; _names tells the rest."""
-    first, *others = _whole_names(source)
+def source_label(number: int | str, source: Mapping[str, Any]) -> str:
+    """The number of a source, and its name, shortened to fit in tables; _names shows it in full."""
+    first, *others = _full_names(source)
     name, more = Path(first).name, f" and {len(others):,} more" if others else ""
     room = LABEL - len(more)
     return f"{number} {name if len(name) <= room else f'{name[: room - 3]}...'}{more}"
 
 
-def _whole_names(source: Mapping[str, Any]) -> Sequence[str]:
-    """The files of a source, or the store that it is."""
+def _full_names(source: Mapping[str, Any]) -> Sequence[str]:
+    """The files of a source, or its store."""
     return source["files"] if source["name"] == ", ".join(source["files"]) else [source["name"]]
 
 
-def _names(whole: Mapping[str, Any]) -> Iterator[str]:
-    """Where each source comes from, and where it was prepared to."""
-    stores = {source["store"] for source in whole["sources"]}
-    for label, source in _numbered(whole):
+def _names(summary: Mapping[str, Any]) -> Iterator[str]:
+    """The files of each source, and the store that it was prepared into."""
+    stores = {source["store"] for source in summary["sources"]}
+    for label, source in _numbered(summary):
         if str(Path(source["store"]).parent) in stores:
-            continue  # held out of a source that is named
-        number, files = label.split()[0], _whole_names(source)
+            continue  # held out from a source that is listed
+        number, files = label.split()[0], _full_names(source)
         more = f" and {len(files) - FILES:,} more" if len(files) > FILES else ""
         what = "source" if number.isdigit() else "validation"
-        yield f"{what} {number}: {', '.join(map(_escaped, files[:FILES]))}{more}"
+        yield f"{what} {number}: {', '.join(map(escaped, files[:FILES]))}{more}"
         for part in source["made_of"] if len(source["made_of"]) > 1 else ():
-            template = f", template {_escaped(part['template'])}" if part["template"] else ""
-            yield f"  {', '.join(map(_escaped, part['files']))}: {part['kind']}{template}"
+            template = f", template {escaped(part['template'])}" if part["template"] else ""
+            yield f"  {', '.join(map(escaped, part['files']))}: {part['kind']}{template}"
         if source["store"] != source["name"]:
-            yield f"  prepared in {_escaped(source['store'])}"
+            yield f"  prepared in {escaped(source['store'])}"
 
 
-def _sources(whole: Mapping[str, Any]) -> Table:
-    named = _numbered(whole)
+def _sources(summary: Mapping[str, Any]) -> Table:
+    named = _numbered(summary)
     unreadable = [">unreadable"] if any(source["unreadable"] for _, source in named) else []
     grid = _grid("source", ">documents", ">tokens", ">with loss", ">median", ">longest", *unreadable)
     for label, source in named:
@@ -234,11 +201,11 @@ def _sources(whole: Mapping[str, Any]) -> Table:
     return grid
 
 
-def _packing(whole: Mapping[str, Any]) -> Table:
-    method = whole["sources"][0]["packing"]
+def _packing(summary: Mapping[str, Any]) -> Table:
+    method = summary["sources"][0]["packing"]
     title = f"{method['method']}, rows of {method['sequence_length']:,}"
     grid = _grid(title, ">rows", ">filled", ">split", ">truncated", ">dropped", ">no loss")
-    for label, source in _numbered(whole):
+    for label, source in _numbered(summary):
         packing = source["packing"]
         grid.add_row(
             label,
@@ -250,33 +217,33 @@ def _packing(whole: Mapping[str, Any]) -> Table:
     return grid
 
 
-def _lost(whole: Mapping[str, Any]) -> Iterator[str]:
-    for label, source in _numbered(whole):
+def _lost(summary: Mapping[str, Any]) -> Iterator[str]:
+    for label, source in _numbered(summary):
         if lost := source["packing"]["lost"]:
             share = lost / source["tokens"]
             yield f"tokens truncated or dropped of source {label}: {lost:,} of {source['tokens']:,} ({share:.1%})"
 
 
-def _silent(whole: Mapping[str, Any]) -> Iterator[str]:
-    for label, source in _numbered(whole):
+def _silent(summary: Mapping[str, Any]) -> Iterator[str]:
+    for label, source in _numbered(summary):
         if (silent := source["packing"]["rows_without_loss"])["count"]:
             yield f"rows without loss of source {label}: {_first(silent)}"
 
 
-def _stages(whole: Mapping[str, Any]) -> list[Table]:
-    """Shares of the tokens by stage, and how often sources are read."""
+def _stages(summary: Mapping[str, Any]) -> list[Table]:
+    """The shares of the tokens in each stage, and how often sources are read."""
     tables = []
-    for stage in whole["stages"]:
+    for stage in summary["stages"]:
         last = stage["first_step"] + stage["steps"]
         title = (
             f"steps {stage['first_step']:,} to {last:,}"
             if stage["steps"]
-            else f"from step {stage['first_step']:,}: never"
+            else f"from step {stage['first_step']:,}: not reached"
         )
-        grid = _grid(title, ">asked", ">given", ">rows", ">repeats")
-        for n, source in enumerate(whole["sources"]):
+        grid = _grid(title, ">requested", ">actual", ">rows", ">repeats")
+        for n, source in enumerate(summary["sources"]):
             grid.add_row(
-                _label(n + 1, source),
+                source_label(n + 1, source),
                 f"{stage['asked'][n]:.2%}",
                 f"{stage['given'][n]:.2%}",
                 f"{stage['rows'][n]:,}",
@@ -284,89 +251,34 @@ def _stages(whole: Mapping[str, Any]) -> list[Table]:
             )
         tables.append(grid)
     if len(tables) > 1:
-        grid = _grid(f"all {whole['steps']:,} steps", ">repeats")
-        for n, repeats in enumerate(whole["repeats"]):
-            grid.add_row(_label(n + 1, whole["sources"][n]), f"{repeats:.2f}")
+        grid = _grid(f"all {summary['steps']:,} steps", ">repeats")
+        for n, repeats in enumerate(summary["repeats"]):
+            grid.add_row(source_label(n + 1, summary["sources"][n]), f"{repeats:.2f}")
         tables.append(grid)
     return tables
 
 
-def _lengths(whole: Mapping[str, Any]) -> Table:
-    """Bars of the documents' lengths, all sources together."""
-    counts = [sum(each) for each in zip(*whole["histogram"]["documents"], strict=True)]
+def _lengths(summary: Mapping[str, Any]) -> Table:
+    """A histogram of the lengths of documents, over all sources."""
+    counts = [sum(each) for each in zip(*summary["histogram"]["documents"], strict=True)]
     grid = _grid(">tokens", ">documents", "")
-    for label, count in zip(_labels(whole["histogram"]["edges"]), counts, strict=True):
-        # Something is seen of whatever is there.
+    for label, count in zip(bar_labels(summary["histogram"]["edges"]), counts, strict=True):
+        # A bar that is not empty is visible.
         bar = max(round(BAR * count / max(counts)), 1 if count else 0)
         grid.add_row(label, f"{count:,}", Text("█" * bar, "green"))
     return grid
 
 
-def _labels(edges: Sequence[int]) -> list[str]:
+def bar_labels(edges: Sequence[int]) -> list[str]:
+    """Returns the range of lengths of each bar of a histogram."""
     width = edges[1] - edges[0]
 
-    def label(first: int, after: int) -> str:
+    def of_bar(first: int, after: int) -> str:
         if after - first > width:
             return f"from {first:,}"
         return f"{first:,}" if after - first == 1 else f"{first:,} to {after - 1:,}"
 
-    return [label(first, after) for first, after in itertools.pairwise(edges)]
-
-
-# Rows as text ---------------------------------------------------------------------------
-
-
-def _show_row(console: Console, row: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-    if "row" in row:
-        label = _label(row["source"] + 1, whole["sources"][row["source"]])
-        padding = f", {row['padding']:,} of padding" if row["padding"] else ""
-        console.rule(f"row {row['row']:,} of source {label}{padding}", style=RULE, characters="─")
-    else:
-        console.rule(f"document {row['document']:,}, {row['tokens']:,} tokens", style=RULE, characters="─")
-    for number, pieces in enumerate(row["documents"]):
-        if number:
-            console.print("┄" * 40, style=RULE)
-        console.print(_text(pieces, _has_colour(console)), soft_wrap=True)
-    if row.get("left_out"):
-        console.print(f"... {row['left_out']:,} tokens more", style=RULE)
-
-
-def _text(pieces: Sequence[Mapping[str, Any]], colour: bool) -> Text:
-    """Learnt and read, specials and text, told apart by colour, or else by marks; what counts otherwise, by marks."""
-    text = Text()
-    for weight, run in itertools.groupby(pieces, key=lambda piece: piece["weight"]):
-        style = LEARNT if weight and colour else ""
-        marked = weight not in (0, 1) or (weight and not colour)
-        text.append("" if not marked else MARKS[0] if weight == 1 else f"{MARKS[0]}{weight:g}: ", style)
-        for piece in run:
-            shown, special = _escaped(piece["text"]), piece["special"]
-            if colour:
-                text.append(shown, f"{style} {SPECIAL if special else ''}".strip())
-            else:
-                text.append(f"{MARKS[2]}{shown}{MARKS[3]}" if special else shown)
-        text.append(MARKS[1] if marked else "", style)
-    return text
-
-
-def _legend(colour: bool, sources: Sequence[Mapping[str, Any]]) -> Text:
-    words = [("what is learnt", 1, False), ("special", 1, True), ("special", 0, True), ("what is read", 0, False)]
-    other = sorted({weight for source in sources for weight in source["weights"]} - {0, 1})
-    words += [("what counts so much", weight, False) for weight in other[:1]]
-    pieces = [{"text": text, "weight": weight, "special": special} for text, weight, special in words]
-    return Text("  ").join(_text([piece], colour) for piece in pieces)
-
-
-def _escaped(text: str) -> str:
-    """Text without control characters and other unseen ones; a line break is shown, and breaks the line."""
-    return "".join(map(_escape, text))
-
-
-def _escape(char: str) -> str:
-    if char == "\n":
-        return "\\n\n"
-    if char == "\\" or char in MARKS or not char.isprintable():
-        return char.encode("unicode_escape").decode("ascii")
-    return char
+    return [of_bar(first, after) for first, after in itertools.pairwise(edges)]
 
 
 def _shortened(name: str, most: int) -> str:

@@ -137,9 +137,9 @@ def perplexity(
 def _texts(file: str, text_key: str) -> list[str]:
     """The texts of rows, as training reads them; of a file of any other kind the whole."""
     from camelid.data.config import Source
-    from camelid.data.readers.sources import holds_rows, read_records
+    from camelid.data.readers.sources import holds_records, read_records
 
-    if not holds_rows(path := Path(expand_home(file))):
+    if not holds_records(path := Path(expand_home(file))):
         return [read_text(path)]
     return [record.value for record in read_records(Source(files=(file,), text_key=text_key))]
 

@@ -1,4 +1,4 @@
-"""Which text becomes which rows; declared without numpy, so that the command line starts fast."""
+"""The data section of a recipe; declared without numpy, so that the command line starts fast."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ ONLY: dict[str, tuple[Kind, ...]] = {
     "add_bos": ("text", "fields", "gsm8k"),
     "add_eos": ("text", "fields", "gsm8k"),
 }
-"""the kinds to which a field of Source has a meaning"""
+"""The kinds to which a field of SourceOptions applies; fields that are not listed apply to all."""
 
 KEYS: tuple[tuple[Kind, frozenset[str], str], ...] = (
     ("chat", frozenset({"messages"}), 'kind = "chat"'),
@@ -34,189 +34,202 @@ KEYS: tuple[tuple[Kind, frozenset[str], str], ...] = (
     ("fields", frozenset({"prompt", "response"}), 'kind = "fields" and fields = "[prompt],response"'),
     ("text", frozenset({"text"}), 'kind = "text"'),
 )
-"""the keys by which rows of a kind are recognized, and what a source of such rows sets"""
+"""A kind, the keys by which its records are recognized, and the options that a source of such records sets."""
 
 
 def better_kind(kind: Kind, keys: Iterable[str]) -> str | None:
-    """What to set for a row with these keys, where it cannot be of the given kind and is clearly of another.
+    """Returns the options to set for a record with these keys if it is clearly of another kind than `kind`.
 
-    None where the row may be of the kind, or nothing is known of its keys. Rows of `fields` may have any keys, and the
-    caller knows that a row of `text` lacks its key.
+    None if the record may be of this kind, or if its keys are of no known kind. Records of `fields` may have any keys.
+    For `text`, the caller has checked that the record lacks the key of its text.
     """
-    has = set(keys)
+    present = set(keys)
     own = [needed for known, needed, _ in KEYS if known == kind]
-    if kind == "fields" or (kind != "text" and any(needed <= has for needed in own)):
+    if kind == "fields" or (kind != "text" and any(needed <= present for needed in own)):
         return None
-    return next((advice for known, needed, advice in KEYS if known != kind and needed <= has), None)
+    return next((options for known, needed, options in KEYS if known != kind and needed <= present), None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where documents come from, and what becomes of them. In a recipe, a plain string is a Source of these files."""
+class SourceOptions:
+    """How the records of the source are read and tokenized."""
 
-    files: tuple[str, ...]
-    """names or globs: .txt, .jsonl, .csv (or .gz, .zst of it), .parquet, .mindrecord, the prefix of Megatron's .bin and
-    .idx, a prepared store, a dataset's folder, or hf:NAME of the Hugging Face Hub"""
     kind: Kind = "text"
-    """what a row of them is"""
-    weight: float | None = None
-    """share of the tokens in the mixture; left out, every source is read as often as the others"""
+    """type of the records; the other options say to which kinds they apply"""
     text_key: str = "text"
-    """text: the key of the text in a row"""
+    """text: name of the key or column that holds the text"""
     split: str = "file"
-    """text: the documents of a .txt file: file, line, blank_line, or marker:STRING"""
+    """text: how a .txt file is split into documents: file, line, blank_line, or marker:STRING"""
     clean: Literal["none", "wikitext"] = "none"
-    """text: wikitext takes WikiText's tokenization back"""
+    """text: wikitext reverses the tokenization of WikiText"""
     add_bos: bool | None = None
-    """whether a document begins with BOS; left out, as the tokenizer does"""
+    """text, fields, gsm8k: whether documents start with BOS; by default, as the tokenizer does"""
     add_eos: bool = True
-    """whether a document ends with EOS"""
+    """text, fields, gsm8k: whether documents end with EOS"""
     fields: str | None = None
-    """fields: what is laid end to end, as in EasyLM: <|bos|>,[instruction+input],output,<|eos|>"""
+    """fields: the fields to concatenate, as in EasyLM: <|bos|>,[instruction+input],output,<|eos|>"""
     fields_from_example: str | None = None
-    """fields: instead, the key of a row that holds its fields"""
+    """fields: alternatively, the key under which each record holds its own list of fields"""
     prepend_text: str = ""
-    """fields: stands before the first field, which must be a text"""
+    """fields: text before the first field, which must be a text"""
     template: str | None = None
-    """chats: the name of a template; left out, the checkpoint's own"""
+    """instruct, chat, preference: name of the chat template; by default, the template of the checkpoint"""
     loss: Literal["assistant", "all"] = "assistant"
-    """chats: whose words are learnt"""
+    """instruct, chat: compute the loss on the messages of the assistant, or on all messages"""
     compat: Literal["none", "mindformers"] = "none"
-    """mindformers: records as its llama_preprocess.py makes them, faults included"""
+    """text, chat: mindformers reproduces the records of its llama_preprocess.py, including its faults"""
     max_unreadable: float = 0.0
-    """the share of rows that may be unreadable; they are counted, and left out"""
-
-    def __post_init__(self):
-        object.__setattr__(self, "files", tuple(map(expand_home, self.files)))
-        if not self.files:
-            raise UserError("a source names no file", "Give files = a name, a glob, or a list of them.")
-        for field in fields(self):
-            if field.name in ONLY and getattr(self, field.name) != field.default and self.kind not in ONLY[field.name]:
-                raise UserError(
-                    f"{field.name} = {getattr(self, field.name)!r} has no meaning for kind = {self.kind!r}",
-                    f"It is for {', '.join(ONLY[field.name])}.",
-                )
-        if self.compat == "mindformers" and (self.loss != "assistant" or self.template is not None):
-            raise UserError(
-                "compat = 'mindformers' has a template and a loss of its own", "Leave loss and template out."
-            )
-        if self.kind == "fields" and (self.fields is None) == (self.fields_from_example is None):
-            raise UserError(
-                "kind = 'fields' needs one of fields and fields_from_example", "Write fields = 'text', for example."
-            )
-        if self.split not in ("file", "line", "blank_line") and not self.split.removeprefix("marker:"):
-            raise UserError("split = 'marker:' names no marker", "Write marker:<|endoftext|>, for example.")
-        if self.split not in ("file", "line", "blank_line") and not self.split.startswith("marker:"):
-            raise UserError(f"split = {self.split!r}", "Choose file, line, blank_line, or marker:STRING.")
-        if not 0 <= self.max_unreadable < 1:
-            raise UserError(f"max_unreadable = {self.max_unreadable}", "Choose a share from 0 to below 1.")
-        if self.weight is not None and not 0 <= self.weight < math.inf:
-            raise UserError(f"weight = {self.weight}", "Choose 0 or more; weights need not add up to 1.")
+    """maximum fraction of records that may be unreadable; they are counted and skipped"""
 
     @property
     def has_prompts(self) -> bool:
-        """Whether its documents begin with something to answer, which is no use without the answer."""
+        """Whether documents start with a prompt, which is useless in a row that lacks the answer."""
         if self.kind == "fields":
             return self.fields_from_example is not None or "[" in (self.fields or "")
         return self.kind in ("instruct", "chat", "gsm8k", "preference")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source(SourceOptions):
+    """Files, and how their records are read and tokenized. In a recipe, a string is a source of text."""
+
+    files: tuple[str, ...]
+    """Names or globs: .txt, .jsonl, .csv (each also with .gz or .zst), .parquet, .mindrecord, the prefix of Megatron's
+    .bin and .idx, a prepared store, the folder of a dataset, or hf:NAME of the Hugging Face Hub."""
+    weight: float | None = None
+    """Fraction of the tokens in the mixture; by default, each source is read equally often."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "files", tuple(map(expand_home, self.files)))
+        if not self.files:
+            raise UserError("a source names no file", "Give files = a name, a glob, or a list of them.")
+        self._check_options()
+        if self.weight is not None and not 0 <= self.weight < math.inf:
+            raise UserError(f"weight = {self.weight}", "Choose 0 or more; weights need not add up to 1.")
+
+    def _check_options(self) -> None:
+        for field in fields(self):
+            if field.name in ONLY and getattr(self, field.name) != field.default and self.kind not in ONLY[field.name]:
+                raise UserError(
+                    f"{field.name} = {getattr(self, field.name)!r} does not apply to kind = {self.kind!r}",
+                    f"It applies to {', '.join(ONLY[field.name])}.",
+                )
+        if self.compat == "mindformers" and (self.loss != "assistant" or self.template is not None):
+            raise UserError(
+                "compat = 'mindformers' cannot be combined with template or loss",
+                "Leave both out: MindFormers has a fixed template and loss.",
+            )
+        if self.kind == "fields" and (self.fields is None) == (self.fields_from_example is None):
+            raise UserError(
+                "kind = 'fields' needs either fields or fields_from_example", "Set fields = 'text', for example."
+            )
+        if self.split not in ("file", "line", "blank_line") and not self.split.removeprefix("marker:"):
+            raise UserError("split = 'marker:' has no marker", "Set split = 'marker:<|endoftext|>', for example.")
+        if self.split not in ("file", "line", "blank_line") and not self.split.startswith("marker:"):
+            raise UserError(f"split = {self.split!r} is unknown", "Choose file, line, blank_line, or marker:STRING.")
+        if not 0 <= self.max_unreadable < 1:
+            raise UserError(f"max_unreadable = {self.max_unreadable}", "Choose a fraction from 0 to below 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Weights of the sources from a step on."""
+    """A change of the mixture weights at a step."""
 
     first_step: int
+    """First step with these weights."""
     weights: tuple[float, ...]
-    """one for each source of data.train, in that order"""
+    """One weight for each source of data.train, in that order."""
 
     def __post_init__(self):
         _check_weights(self.weights)
         if self.first_step < 1:
             raise UserError(
-                f"a stage begins at step {self.first_step}", "The first steps have the sources' own weights."
+                f"a stage starts at step {self.first_step}",
+                "The first steps use the weights of the sources themselves.",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which text becomes which rows."""
+    """Which data a run is trained on, and how it is packed into rows."""
 
     train: tuple[Source, ...]
-    """Where documents come from; a plain string is a source of text."""
+    """Training data: files, or tables with options; a string is a source of text."""
     validation: tuple[Source, ...] = ()
-    """The same, for validation."""
+    """Validation data, in the same form."""
     validation_fraction: float = 0.0
-    """Instead: this share of train's documents, chosen by the seed; of a single document, its end."""
+    """Alternatively: fraction of training documents to hold out, chosen by the seed; of a single document, its end."""
     stages: tuple[Stage, ...] = ()
-    """Later weights of the sources."""
+    """Scheduled changes of the mixture weights."""
     packing: Literal["stream", "best_fit", "none"] | None = None
-    """How documents share rows: laid end to end and cut, kept whole and fitted together, or each in rows of its own.
+    """How documents are packed into rows: concatenated and cut (stream), kept whole and combined (best_fit), or one
+    document per row (none).
 
-    Left out, it is that of the run's folder where the run goes on, and otherwise `packing_method`.
+    By default, a resumed run keeps its packing; for other runs see `packing_method`.
     """
     overlong: Literal["split", "truncate", "drop"] = "split"
-    """What becomes of a document longer than a row where documents are kept whole."""
+    """best_fit, none: what to do with a document longer than a row."""
     cross_documents: bool = False
-    """With stream: whether attention, positions and predictions run on from one document of a row to the next."""
+    """stream: whether attention, positions and predictions continue across the borders of the documents in a row."""
     sequence_length: int
-    """Tokens in a row."""
+    """Tokens per row."""
     batch_size: int
-    """Rows in a step, over all processes."""
+    """Rows per step, over all processes."""
     shuffle: bool = True
-    """Whether every epoch sees the rows in an order of its own."""
+    """Whether to read the rows of every epoch in a different random order."""
     seed: int = 0
-    """Decides the order of the rows and the documents held out."""
+    """Seed of the order of the rows and of the choice of held-out documents."""
     workers: int = 0
-    """Processes that make batches; 0 is a thread."""
+    """Number of processes that create batches; 0 uses a thread of the training process."""
     prepare_workers: int = 1
-    """Processes that tokenize, where a source is not prepared yet."""
+    """Number of processes that tokenize sources that are not prepared yet."""
     cache: str | None = None
-    """Where sources are prepared to; left out, the user's cache folder."""
+    """Folder in which tokenized sources are cached; by default, in the cache folder of the user."""
 
     def __post_init__(self):
         if self.cache is not None:
             object.__setattr__(self, "cache", expand_home(self.cache))
         if not self.train:
-            raise UserError("data.train names no file", "name at least one file")
+            raise UserError("data.train names no file", "Name at least one file.")
         if self.validation and self.validation_fraction:
             raise UserError(
                 f"both validation files and validation_fraction = {self.validation_fraction} are given",
-                "keep one of the two",
+                "Keep one of the two.",
             )
         if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"validation_fraction = {self.validation_fraction}", "choose a share from 0 to below 1")
+            raise UserError(f"validation_fraction = {self.validation_fraction}", "Choose a fraction from 0 to below 1.")
         for name in ("sequence_length", "batch_size", "prepare_workers"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}", f"{name} counts things: choose 1 or more")
+                raise UserError(f"{name} = {getattr(self, name)}", "Choose 1 or more.")
         if self.workers < 0:
-            raise UserError(f"workers = {self.workers}", "choose 0 or more")
+            raise UserError(f"workers = {self.workers}", "Choose 0 or more.")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed = {self.seed}", "choose a seed from 0 to 4294967295")
+            raise UserError(f"seed = {self.seed}", "Choose a seed from 0 to 4294967295.")
         if self.cross_documents and self.packing_method != "stream":
-            raise UserError(f"cross_documents has no meaning for packing = {self.packing!r}", "use packing = 'stream'")
+            raise UserError(f"cross_documents does not apply to packing = {self.packing!r}", "Use packing = 'stream'.")
         if self.overlong != "split" and self.packing_method == "stream":
-            raise UserError(f"overlong = {self.overlong!r} has no meaning for packing = 'stream'", "leave it out")
+            raise UserError(f"overlong = {self.overlong!r} does not apply to packing = 'stream'", "Leave it out.")
         given = [source.weight for source in self.train if source.weight is not None]
         if given and len(given) < len(self.train):
-            raise UserError("some sources have a weight and some have none", "give each a weight, or none of them")
+            raise UserError("some sources have a weight and others do not", "Give a weight to all of them, or to none.")
         _check_weights(given or [1.0])
         firsts = [stage.first_step for stage in self.stages]
         if firsts != sorted(set(firsts)):
-            raise UserError(f"stages begin at steps {firsts}", "list them in order, each step once")
+            raise UserError(f"stages start at steps {firsts}", "List them in ascending order, each step once.")
         for stage in self.stages:
             if len(stage.weights) != len(self.train):
                 weights, sources = len(stage.weights), len(self.train)
                 raise UserError(
                     f"the stage from step {stage.first_step} has {weights} weights for {sources} sources",
-                    "give one for each source of data.train",
+                    "Give one weight for each source of data.train.",
                 )
 
     @property
     def packing_method(self) -> Literal["stream", "best_fit", "none"]:
-        """The packing, with its default.
+        """The packing, or its default if none is set.
 
-        The default is best_fit where a source of train has prompts, since a row of a stream may begin in the midst of
-        one, and stream otherwise.
+        The default is `best_fit` if a training source has prompts, because a row of `stream` may start in the middle of
+        a document, after its prompt; otherwise `stream`.
         """
         if self.packing is not None:
             return self.packing
@@ -226,4 +239,6 @@ class DataConfig:
 
 def _check_weights(weights: Sequence[float]) -> None:
     if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
-        raise UserError(f"weights {list(weights)}", "weights are 0 or more, and not all 0; they need not add up to 1")
+        raise UserError(
+            f"weights {list(weights)}", "Weights must be 0 or more and not all 0; they need not add up to 1."
+        )

@@ -1,4 +1,4 @@
-"""What a store, or the data of a recipe, holds and gives: as plain values for JSON, read a block at a time."""
+"""Statistics of stores and of the data of a recipe, as plain values for JSON; stores are read a block at a time."""
 
 import itertools
 import math
@@ -7,28 +7,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, Integer
+from jaxtyping import Bool, Int64
 
 from camelid.data.preparation.store import VALIDATION, Store, is_store
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.packing import Packing
-from camelid.text.tokenizer import Tokenizer
 
-# S tokens of a row
-
-BLOCK = 2**20  # tokens, or documents, that are looked at at once
-FIRST = 5  # places that are named of what is found more often
-BARS = 20  # of a histogram, the last of which may be open
-SHOWN = 2048  # tokens of a document that are shown as text
+BLOCK = 2**20  # tokens or documents that are in memory at once
+FIRST = 5  # examples that are named of a finding
+BARS = 20  # of a histogram
 
 Progress = Callable[[int, int], None]
 
 
 class Lengths(NamedTuple):
-    """How many documents there are of each length."""
+    """The number of documents of each length."""
 
     tokens: Int64[np.ndarray, " lengths"]
-    """rising"""
+    """Different lengths, ascending."""
     documents: Int64[np.ndarray, " lengths"]
 
 
@@ -36,7 +32,7 @@ class Lengths(NamedTuple):
 
 
 def of_store(store: Store) -> dict[str, Any]:
-    """Counts of a store; `with_loss` are the tokens that a row of whole documents learns to predict."""
+    """Returns the counts of a store; `with_loss` counts the tokens with a loss in rows of entire documents."""
     lengths = count_lengths(store.offsets)
     with_loss, silent, first = _count_loss(store, lengths)
     prepared = store.manifest.get("prepared") or {"options": {"sources": []}}
@@ -57,35 +53,36 @@ def of_store(store: Store) -> dict[str, Any]:
         "empty": counts.get("empty", 0),
         "unreadable": counts.get("unreadable", 0),
         "problems": counts.get("problems", []),
-        "lengths": _told(lengths),
+        "lengths": _summary(lengths),
         "documents_without_loss": {"count": silent, "first": first},
         "held_out": _held_out(store),
     }
 
 
 def count_lengths(offsets: Int64[np.ndarray, " offsets"]) -> Lengths:
-    """Of documents that begin at the offsets; the memory grows with the number of different lengths alone."""
+    """Counts the lengths of documents with these offsets; memory grows with the number of different lengths only."""
     tokens, documents = np.empty(0, np.int64), np.empty(0, np.int64)
     for first in range(0, len(offsets) - 1, BLOCK):
-        found, numbers = np.unique(np.diff(offsets[first : first + BLOCK + 1]), return_counts=True)
+        found, counts = np.unique(np.diff(offsets[first : first + BLOCK + 1]), return_counts=True)
         tokens, which = np.unique(np.concatenate([tokens, found]), return_inverse=True)
-        together = np.zeros(len(tokens), np.int64)
-        np.add.at(together, which, np.concatenate([documents, numbers]))
-        documents = together
+        merged = np.zeros(len(tokens), np.int64)
+        np.add.at(merged, which, np.concatenate([documents, counts]))
+        documents = merged
     return Lengths(tokens, documents)
 
 
 def histogram(stores: Sequence[Store]) -> dict[str, Any]:
-    """Documents of each store by length: bar b counts those of edges[b] up to, and without, edges[b + 1] tokens.
+    """Returns a histogram of the lengths of documents, by store: bar b counts lengths in [edges[b], edges[b + 1]).
 
-    Bars are equally wide, but for the last: it holds the longest hundredth of the documents, where that is far off.
+    Bars are equally wide, except for the last one: if the longest hundredth of the documents is much longer than the
+    others, it counts them.
     """
     of_stores = [count_lengths(store.offsets) for store in stores]
     tokens = np.concatenate([lengths.tokens for lengths in of_stores])
     order = np.argsort(tokens)
-    together = Lengths(tokens[order], np.concatenate([lengths.documents for lengths in of_stores])[order])
-    shortest, longest = int(together.tokens[0]), int(together.tokens[-1])
-    most = _quantile(together, 0.99)
+    merged = Lengths(tokens[order], np.concatenate([lengths.documents for lengths in of_stores])[order])
+    shortest, longest = int(merged.tokens[0]), int(merged.tokens[-1])
+    most = _quantile(merged, 0.99)
     width = _round_number((most - shortest + 1) / (BARS - 2))
     edges = list(range(shortest // width * width, most + width, width))
     edges = [*edges, longest + 1] if longest >= edges[-1] else edges
@@ -94,13 +91,13 @@ def histogram(stores: Sequence[Store]) -> dict[str, Any]:
 
 
 def _count_loss(store: Store, lengths: Lengths) -> tuple[int, int, list[int]]:
-    """Tokens with loss; documents without any, and the first of these."""
+    """The number of tokens with a loss; the number of documents without any, and the first of them."""
     if store.codes is None:
         single = int(lengths.documents[lengths.tokens == 1].sum())
         return store.num_tokens - store.num_documents, single, _first_single(store) if single else []
     with_loss, silent, named = 0, 0, []
-    for first, starts, learnt in _blocks(store):
-        of_document = np.add.reduceat(learnt, starts, dtype=np.int64)
+    for first, starts, has_loss in _blocks(store):
+        of_document = np.add.reduceat(has_loss, starts, dtype=np.int64)
         with_loss += int(of_document.sum())
         empty = np.flatnonzero(of_document == 0)
         silent += len(empty)
@@ -109,7 +106,7 @@ def _count_loss(store: Store, lengths: Lengths) -> tuple[int, int, list[int]]:
 
 
 def _first_single(store: Store) -> list[int]:
-    """The first documents of one token."""
+    """The first documents of a single token."""
     named: list[int] = []
     for first in range(0, store.num_documents, BLOCK):
         named += (first + np.flatnonzero(np.diff(store.offsets[first : first + BLOCK + 1]) == 1)[:FIRST]).tolist()
@@ -119,16 +116,16 @@ def _first_single(store: Store) -> list[int]:
 
 
 def _blocks(store: Store) -> Iterator[tuple[int, np.ndarray, Bool[np.ndarray, " tokens"]]]:
-    """Some documents at a time: the number of the first, where each starts in the block, which tokens are learnt."""
+    """Yields some documents at a time: index of the first, start of each in the block, and which tokens have a loss."""
     first = 0
     while first < store.num_documents:
         enough = int(np.searchsorted(store.offsets, store.offsets[first] + BLOCK))
         stop = min(max(enough, first + 1), store.num_documents)
         begin, end = int(store.offsets[first]), int(store.offsets[stop])
         starts = store.offsets[first:stop] - begin
-        learnt = store.weights(begin, end) > 0
-        learnt[starts] = False  # nothing stands before a first token
-        yield first, starts, learnt
+        has_loss = store.weights(begin, end) > 0
+        has_loss[starts] = False  # a first token is not predicted
+        yield first, starts, has_loss
         first = stop
 
 
@@ -139,7 +136,7 @@ def _held_out(store: Store) -> dict[str, int] | None:
     return {"documents": held_out.num_documents, "tokens": held_out.num_tokens}
 
 
-def _told(lengths: Lengths) -> dict[str, int | float]:
+def _summary(lengths: Lengths) -> dict[str, int | float]:
     documents = int(lengths.documents.sum())
     quantiles = {"median": 0.5, "p90": 0.9, "p99": 0.99}
     return {
@@ -151,13 +148,13 @@ def _told(lengths: Lengths) -> dict[str, int | float]:
 
 
 def _quantile(lengths: Lengths, share: float) -> int:
-    """The least length that this share of the documents does not exceed."""
+    """The smallest length that this fraction of the documents does not exceed."""
     below = np.cumsum(lengths.documents)
     return int(lengths.tokens[np.searchsorted(below, math.ceil(share * below[-1]))])
 
 
 def _round_number(least: float) -> int:
-    """The first of 1, 2, 5, 10, 20, 50, ... that is no less."""
+    """The first of 1, 2, 5, 10, 20, 50, ... that is at least this large."""
     return next(number for power in itertools.count() for digit in (1, 2, 5) if (number := digit * 10**power) >= least)
 
 
@@ -165,23 +162,26 @@ def _round_number(least: float) -> int:
 
 
 def of_loader(loader: Loader, steps: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """Sources, rows, and what so many steps take of each; `progress(done, total)` hears of rows that are looked at.
+    """Returns the statistics of the sources and rows of a recipe, and what a number of steps reads of each source.
 
-    Sources of a recipe that share a store are one here.
+    Sources that share a store are one source here. `progress` is called with the rows examined and all rows.
     """
     done, sources = 0, []
     given = {Path(source.files[0]) for source in (*loader.config.train, *loader.config.validation)}
     for packing in loader.packings:
 
-        def told(seen: int, before: int = done) -> None:
+        def report_progress(seen: int, before: int = done) -> None:
             if progress is not None:
                 progress(before + seen, sum(_rows(packing) for packing in loader.packings))
 
         about = of_store(packing.store)
-        own = given & {packing.store.folder, packing.store.folder.parent}  # the parent of what was held out
-        # What is in the cache has a name that says nothing.
+        own = given & {
+            packing.store.folder,
+            packing.store.folder.parent,
+        }  # the parent holds the store of which this one was held out
+        # The name of a folder in the cache is a hash.
         name = about["name"] if own or not about["files"] else ", ".join(about["files"])
-        sources.append(about | {"name": name, "packing": of_packing(packing, told)})
+        sources.append(about | {"name": name, "packing": of_packing(packing, report_progress)})
         done += _rows(packing)
     return {
         "sources": sources,
@@ -192,13 +192,13 @@ def of_loader(loader: Loader, steps: int | None = None, progress: Progress | Non
 
 
 def of_packing(packing: Packing, progress: Callable[[int], None] = lambda rows: None) -> dict[str, Any]:
-    """How a store's documents lie in rows: how full they are, what was cut or left out, and rows without any loss."""
+    """Returns how documents are packed: fill rate, documents split, truncated and dropped, and rows without a loss."""
     silent, first = _rows_without_loss(packing, progress)
     if packing.plan is None:
         lost = dict.fromkeys(("truncated", "dropped", "lost"), 0)
         counts = {"split": _split_by_stream(packing), **lost}
     else:
-        counts = {name: packing.plan.counts[name] for name in ("split", "truncated", "dropped", "lost")}
+        counts = {name: getattr(packing.plan, name) for name in ("split", "truncated", "dropped", "lost")}
     return {
         "method": packing.method,
         "sequence_length": packing.sequence_length,
@@ -210,12 +210,12 @@ def of_packing(packing: Packing, progress: Callable[[int], None] = lambda rows: 
 
 
 def _rows(packing: Packing) -> int:
-    """In which every document stands once; looped, the last of them is full of what stands in the first."""
+    """The number of rows in which every document appears once."""
     return math.ceil(packing.rows_per_epoch)
 
 
 def _split_by_stream(packing: Packing) -> int:
-    """Documents that lie in more rows than one."""
+    """The number of documents that are in more than one row."""
     offsets, split = packing.store.offsets, 0
     for first in range(0, len(offsets) - 1, BLOCK):
         bounds = offsets[first : first + BLOCK + 1]
@@ -226,8 +226,8 @@ def _split_by_stream(packing: Packing) -> int:
 
 
 def _rows_without_loss(packing: Packing, progress: Callable[[int], None]) -> tuple[int, list[int]]:
-    """How many rows teach nothing, and the first of them."""
-    if _always_learnt(packing):
+    """The number of rows without a loss, and the first of them."""
+    if _always_has_loss(packing):
         return 0, []
     count, named = 0, []
     at_once = max(1, BLOCK // packing.sequence_length)
@@ -240,18 +240,18 @@ def _rows_without_loss(packing: Packing, progress: Callable[[int], None]) -> tup
     return count, named[:FIRST]
 
 
-def _always_learnt(packing: Packing) -> bool:
-    """Whether every row has some loss for a reason that needs no look at them: large text need not be read for it."""
+def _always_has_loss(packing: Packing) -> bool:
+    """Whether every row must have a loss, so that a large text need not be read to find out."""
     if packing.store.codes is not None:
         return False
     if packing.plan is not None:
         return True
-    # A row of two tokens or more has one that does not end its document, unless documents are single tokens.
+    # In a row of at least two tokens, one is not the last of its document, unless documents are single tokens.
     return packing.sequence_length > 1 and bool(count_lengths(packing.store.offsets).tokens[0] > 1)
 
 
 def _stages(loader: Loader, steps: int) -> list[dict[str, Any]]:
-    """What each source is asked to give and gives, of the tokens of each stage."""
+    """The requested and the actual share of each source in the tokens of each stage."""
     size, mixture = loader.config.batch_size, loader.mixture
     tokens_per_row = np.array([packing.num_places / packing.num_rows for packing in loader.packings])
     firsts = [0, *(stage.first_step for stage in loader.config.stages)]
@@ -271,61 +271,3 @@ def _stages(loader: Loader, steps: int) -> list[dict[str, Any]]:
             }
         )
     return stages
-
-
-# Text -----------------------------------------------------------------------------------
-
-
-def documents(store: Store, tokenizer: Tokenizer, count: int) -> list[dict[str, Any]]:
-    """The first documents of a store as text, each up to SHOWN tokens."""
-    shown = []
-    for number in range(min(count, store.num_documents)):
-        begin, end = store.offsets[number : number + 2].tolist()
-        cut = min(end, begin + SHOWN)
-        loss = store.weights(begin, cut)
-        loss[:1] = 0
-        pieces = _pieces(store.tokens[begin:cut], loss, tokenizer)
-        shown.append({"document": number, "tokens": end - begin, "left_out": end - cut, "documents": [pieces]})
-    return shown
-
-
-def rows(loader: Loader, tokenizer: Tokenizer, count: int) -> list[dict[str, Any]]:
-    """The first rows of the training as text, in the order in which it reads them."""
-    shown = []
-    for source, row in zip(*loader.mixture.find(np.arange(count)), strict=True):
-        batch = loader.packings[source].rows(np.array([row]))
-        tokens, targets, weights, segments = (
-            each[0] for each in (batch.tokens, batch.targets, batch.weights, batch.segments)
-        )
-        pieces = []
-        for segment in range(1, int(segments.max()) + 1):
-            here = segments == segment
-            # What the row learns to predict, also where it is no token of the row itself.
-            last = weights[here][-1:] > 0
-            whole = np.concatenate([tokens[here], targets[here][-1:][last]])
-            loss = np.concatenate([[0], weights[here][:-1], weights[here][-1:][last]])
-            pieces.append(_pieces(whole, loss, tokenizer))
-        padding = int(np.count_nonzero(segments == 0))
-        shown.append({"source": int(source), "row": int(row), "padding": padding, "documents": pieces})
-    return shown
-
-
-def _pieces(
-    tokens: Integer[np.ndarray, " n"], loss: Float[np.ndarray, " n"], tokenizer: Tokenizer
-) -> list[dict[str, Any]]:
-    """Runs of tokens of one weight as text; each special is a piece of its own, by its name."""
-    specials = tokenizer.engine.special_ids
-    ids = tokenizer.checked(tokens)
-    keys = [
-        (weight, n if token in specials else None)
-        for n, (token, weight) in enumerate(zip(ids, loss.tolist(), strict=True))
-    ]
-    pieces = []
-    for (weight, special), run in itertools.groupby(range(len(ids)), key=keys.__getitem__):
-        of_run = [ids[n] for n in run]
-        if special is None:
-            text = tokenizer.decode_after_text(of_run)
-        else:
-            text = tokenizer.engine.decode(of_run) or f"<|{of_run[0]}|>"
-        pieces.append({"text": text, "tokens": len(of_run), "weight": weight, "special": special is not None})
-    return pieces

@@ -16,7 +16,8 @@ from camelid.checkpoint.registry import open_checkpoint
 from camelid.data.config import Source
 from camelid.data.preparation.store import Store, is_store
 from camelid.data.readers.sources import source_files
-from camelid.data.rows.loader import Loader, Split, mark_used
+from camelid.data.rows.loader import Loader
+from camelid.data.rows.stores import Split, mark_used
 from camelid.disk.json_files import hf_json
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig

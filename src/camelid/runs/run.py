@@ -15,7 +15,8 @@ from camelid.api import Model
 from camelid.checkpoint.folder import check_destination
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.data.rows.batch import Batch
-from camelid.data.rows.loader import Loader, prefetched
+from camelid.data.rows.loader import Loader
+from camelid.data.rows.prefetch import prefetched
 from camelid.errors import UserError
 from camelid.model.decoder import Decoder
 from camelid.model.flops import peak_flops, training_flops

@@ -1,7 +1,7 @@
-"""What MindFormers' llama_preprocess.py makes of WikiText and of conversations, token for token, faults included.
+"""Reproduces MindFormers' llama_preprocess.py for WikiText and conversations, token for token, including its faults.
 
-Its tokenizer is sentencepiece alone, as in its first Llama release: `<unk>` in a text is five characters. Its records
-have sequence_length + 1 tokens, because training takes inputs and targets from one record.
+Its tokenizer is sentencepiece without special tokens, as in its first Llama release: `<unk>` in a text is five
+characters. Its records have sequence_length + 1 tokens, because training takes inputs and targets from one record.
 """
 
 import re
@@ -29,7 +29,7 @@ def _stripped(found: re.Match[str]) -> str:
     return found[1] + found[2].strip() + found[3]
 
 
-# In this order, because later ones see what earlier ones wrote. The second finds only what stands between slashes.
+# In this order, because later rules apply to the output of earlier ones. The second matches only between slashes.
 WIKITEXT = (
     ("s '", "s'"),
     (re.compile(r"/' [0-9]/"), "/'[0-9]/"),
@@ -37,7 +37,7 @@ WIKITEXT = (
     (" @,@ ", ","),
     (" @.@ ", "."),
     *((f" {sign} ", f"{sign} ") for sign in ":;.!?,"),
-    # It strips by the pattern, which takes cubic time where nothing closes.
+    # MindFormers strips within the pattern, which takes cubic time if nothing closes.
     *((re.compile(rf"(\{left})([^\{right}]*)(\{right})"), _stripped) for left, right in ("()", "[]", "{}", '""', "''")),
     ("= = = =", "===="),
     ("= = =", "==="),
@@ -52,25 +52,25 @@ WIKITEXT = (
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A conversation as MindFormers trains on it, without its padding."""
+    """A conversation as MindFormers trains on it, without padding."""
 
     tokens: Int32[np.ndarray, " n"]
-    learnt: Float32[np.ndarray, " n"]
-    """1 where its labels keep the token, else 0."""
+    weights: Float32[np.ndarray, " n"]
+    """1 for tokens that MindFormers' labels keep, otherwise 0."""
     lost: bool
-    """Whether its masking gave the whole sample up."""
+    """Whether its masking excludes the entire sample from the loss."""
 
 
 def wiki_records(
     text: str, tokenizer: Tokenizer, sequence_length: int, repeat: int = 1
 ) -> Int32[np.ndarray, "records n"]:
-    """A WikiText file as records of sequence_length + 1 tokens, its `--dataset_type wiki`.
+    """Returns a WikiText file as records of sequence_length + 1 tokens, as `--dataset_type wiki` does.
 
-    Every paragraph stands between BOS and EOS, all are laid end to end `repeat` times, and a last part of a record is
-    dropped.
+    Each paragraph is enclosed in BOS and EOS, all paragraphs are concatenated `repeat` times, and an incomplete last
+    record is dropped.
     """
     size = sequence_length + 1
-    # It opened the file as text, where every kind of line break is one.
+    # MindFormers opens the file as text, in which every line break becomes \n.
     paragraphs = _cleaned(text.replace("\r\n", "\n").replace("\r", "\n")).split("\n\n")
     kept = [paragraph for paragraph in paragraphs if paragraph and not paragraph.strip().startswith("=")]
     encoded = [np.array(ids, np.int32) for ids in tokenizer.encode_batch(kept, bos=True, eos=True)]
@@ -78,30 +78,30 @@ def wiki_records(
     return tokens[: len(tokens) // size * size].reshape(-1, size)
 
 
-def qa_text(row: Mapping[str, Any]) -> str:
-    """The one text that it makes of a ShareGPT row, as fastchat's vicuna_v1.1; the message at fault is named."""
-    messages = row.get("conversations")
+def qa_text(record: Mapping[str, Any]) -> str:
+    """Returns the text of a ShareGPT record in fastchat's vicuna_v1.1; raises UserError for an invalid message."""
+    messages = record.get("conversations")
     if not isinstance(messages, list) or not messages:
-        raise UserError("no conversations", "give each row a list of messages under the key 'conversations'")
+        raise UserError("no conversations", "Give each record a list of messages under the key 'conversations'.")
     turns = [_turn(message, index) for index, message in enumerate(messages)]
     skipped = 0 if turns[0][0] == "USER" else 1
     text = f"{SYSTEM} "
     for index, (role, words) in enumerate(turns[skipped:]):
         if role != ("USER", "ASSISTANT")[index % 2]:
             raise UserError(
-                f"message {index + skipped} of conversations is from {role} where the other should speak",
-                "let human and gpt take turns",
+                f"message {index + skipped} of conversations is from {role}, but roles must alternate",
+                "Let human and gpt take turns.",
             )
         text += f"{role}: {words}{END if index % 2 else ' '}" if words else f"{role}:"
     return text
 
 
 def qa_samples(texts: Sequence[str], tokenizer: Tokenizer, sequence_length: int) -> list[Sample]:
-    """Its `--dataset_type qa`: samples of at most sequence_length + 1 tokens, with the labels of its own masking.
+    """Returns samples of at most sequence_length + 1 tokens with MindFormers' masking, as `--dataset_type qa` does.
 
-    That masking gives a whole sample up where its two ways of counting tokens disagree: an answer that says
-    " ASSISTANT: " or "</s>", a last turn without an answer, a token of id 0. Longer samples are cut, as of release 1.0;
-    the first one stopped at them.
+    The masking excludes an entire sample if its two ways of counting tokens disagree: if an answer contains
+    " ASSISTANT: " or "</s>", the last turn has no answer, or a token has id 0. Longer samples are truncated, as since
+    release 1.0; the first release failed for them.
     """
     rounds = [_rounds(text) for text in texts]
     prompts = [[_prompt(part) for part in parts] for parts in rounds]
@@ -113,9 +113,9 @@ def qa_samples(texts: Sequence[str], tokenizer: Tokenizer, sequence_length: int)
     return [_sample(bos, *pair, sequence_length + 1) for pair in zip(answered, lengths, strict=True)]
 
 
-def count_lost(rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, sequence_length: int) -> int:
-    """How many of these ShareGPT rows its masking gives up without a word."""
-    return sum(qa_samples([qa_text(row)], tokenizer, sequence_length)[0].lost for row in rows)
+def count_lost(records: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, sequence_length: int) -> int:
+    """Counts the ShareGPT records that its masking silently excludes from the loss."""
+    return sum(qa_samples([qa_text(record)], tokenizer, sequence_length)[0].lost for record in records)
 
 
 def _cleaned(text: str) -> str:
@@ -132,7 +132,7 @@ def _turn(message: Any, index: int) -> tuple[str, str]:
     if not isinstance(role, str) or role not in ROLES or not isinstance(words, str):
         raise UserError(
             f"message {index} of conversations is {message!r:.60}",
-            "write {'from': 'human' or 'gpt', 'value': text}; compat = 'mindformers' knows no other roles",
+            "Write {'from': 'human' or 'gpt', 'value': text}; compat = 'mindformers' supports no other roles.",
         )
     return ROLES[role], words
 
@@ -144,23 +144,23 @@ def _rounds(text: str) -> list[str]:
 
 
 def _prompt(part: str) -> str | None:
-    """What stands before the answer; None if there is not exactly one answer."""
+    """The text before the answer; None if there is not exactly one answer."""
     halves = part.split(ANSWERS)
     return halves[0] + ANSWERS if len(halves) == 2 else None
 
 
 def _sample(bos: int, rounds: Sequence[list[int]], prompts: Sequence[int | None], size: int) -> Sample:
     tokens = np.array([bos, *(token for ids in rounds for token in ids)], np.int32)
-    learnt = np.ones(len(tokens), np.float32)
-    learnt[0] = 0
+    weights = np.ones(len(tokens), np.float32)
+    weights[0] = 0
     end = 1
     for ids, prompt in zip(rounds, prompts, strict=True):
         if prompt is None:
             break
-        # One less, for the blank that ends the prompt by itself but begins the answer here.
-        learnt[end : end + prompt - 1] = 0
+        # One less: the space that ends the prompt, tokenized by itself, is part of the first token of the answer here.
+        weights[end : end + prompt - 1] = 0
         end += len(ids)
-    learnt[end:] = 0
-    tokens, learnt = tokens[:size], learnt[:size]
+    weights[end:] = 0
+    tokens, weights = tokens[:size], weights[:size]
     lost = end < size and end != np.count_nonzero(tokens != PADDING)
-    return Sample(tokens, learnt * (not lost), bool(lost))
+    return Sample(tokens, weights * (not lost), bool(lost))

@@ -1,4 +1,4 @@
-"""Prepared documents in a folder: arrays that are mapped into memory, never read whole."""
+"""A store: tokenized documents in a folder of arrays that are memory-mapped."""
 
 import contextlib
 import fcntl
@@ -21,28 +21,29 @@ from camelid.errors import UserError
 FORMAT, VERSION = "camelid store", 1
 MANIFEST, TOKENS, OFFSETS, WEIGHTS = "manifest.json", "tokens.bin", "offsets.bin", "weights.bin"
 VALIDATION = "validation"
-"""the folder, in that of a store, of the documents that were held out of it"""
+"""Folder, in that of a store, of the store of its held-out documents."""
 AGAIN = "The store is damaged: copy it again, or remove it and prepare it again."
 
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """Documents' tokens end to end, and how much each of them counts in the loss where it is predicted."""
+    """The tokens of all documents, concatenated, and the weight of each in the loss when it is predicted."""
 
     folder: Path
     manifest: dict[str, Any]
     tokens: Integer[np.ndarray, " tokens"]
-    """uint16 or uint32: the smallest that holds the vocabulary"""
+    """uint16, or uint32 if the vocabulary needs it."""
     offsets: Int64[np.ndarray, " offsets"]
-    """where each document begins, and the end; no document is empty"""
+    """Index of the first token of each document, and the number of tokens; no document is empty."""
     codes: UInt8[np.ndarray, " tokens"] | None
-    """of each token, the place of its weight in `levels`; None: documents' first tokens weigh `first`, all others 1"""
+    """For each token, the index of its weight in `levels`. None if the first token of each document has weight `first`,
+    and all others have weight 1."""
     levels: Float32[np.ndarray, " levels"]
     first: float
 
     @classmethod
     def open(cls, folder: str | Path) -> "Store":
-        """Maps the arrays of a folder; raises UserError where it is no store, or a damaged one."""
+        """Maps the arrays in a folder; raises UserError if it is not a store, or damaged."""
         folder = Path(folder)
         manifest = read_manifest(folder)
         tokens, documents, weights = manifest["num_tokens"], manifest["num_documents"], manifest["weights"]
@@ -50,7 +51,7 @@ class Store:
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != about["bytes"]:
                 state = "is missing" if found is None else f"has {found} bytes"
-                raise UserError(f"{folder / name} {state}, the manifest says {about['bytes']}", AGAIN)
+                raise UserError(f"{folder / name} {state}, but the manifest lists {about['bytes']}", AGAIN)
         offsets = map_array(folder / OFFSETS, np.dtype("<i8"), documents + 1)
         if offsets[0] != 0 or offsets[-1] != tokens:
             raise UserError(f"{folder / OFFSETS} goes from {offsets[0]} to {offsets[-1]}, not 0 to {tokens}", AGAIN)
@@ -78,24 +79,24 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that it holds."""
+        """Hash of the content of the store."""
         files = self.manifest["files"]
         return hashlib.sha256(json.dumps([files, self.manifest["weights"]], sort_keys=True).encode()).hexdigest()
 
     @property
     def sources(self) -> dict[str, str]:
-        """By path: the hashes of the files that it was prepared from."""
+        """The hashes of the files that it was prepared from, by path."""
         files = (self.manifest.get("prepared") or {"files": []})["files"]
         return {file["path"]: file["sha256"] for group in files for file in group}
 
     @property
     def templates(self) -> set[str | None]:
-        """The names of the templates that its chats are written in; None is the tokenizer's own."""
+        """Names of the templates of its chats; None is the default of the tokenizer."""
         sources = (self.manifest.get("prepared") or {"options": {"sources": []}})["options"]["sources"]
         return {source["template"] for source in sources if source["kind"] in ("chat", "instruct")}
 
     def weights(self, start: int, stop: int) -> Float32[np.ndarray, " tokens"]:
-        """How much tokens [start, stop) count where they are predicted."""
+        """Returns the loss weights of tokens [start, stop)."""
         if self.codes is not None:
             return self.levels[self.codes[start:stop]]
         weights = np.ones(stop - start, np.float32)
@@ -104,18 +105,18 @@ class Store:
         return weights
 
     def check_tokenizer(self, fingerprint: str, name: object) -> None:
-        """Refuses a store of other tokens than this tokenizer's."""
+        """Raises UserError if the store was prepared with another tokenizer."""
         if self.manifest.get("tokenizer") != fingerprint:
             raise UserError(
                 f"{self.folder} was prepared with another tokenizer than {name}",
-                "Prepare its sources again with this one, or name the store of this tokenizer.",
+                "Prepare its sources again with this tokenizer, or use the store that was prepared with it.",
             )
 
     def verify(self) -> None:
-        """Reads everything; raises UserError where a file is not what was written."""
+        """Reads all files; raises UserError if one does not have its checksum."""
         for name, about in self.manifest["files"].items():
             if hash_file(self.folder / name) != about.get("sha256"):
-                raise UserError(f"{self.folder / name} is not what was written", AGAIN)
+                raise UserError(f"{self.folder / name} does not have the checksum in the manifest", AGAIN)
 
 
 def _open(folder: Path) -> Store:
@@ -123,7 +124,7 @@ def _open(folder: Path) -> Store:
 
 
 def is_store(folder: str | Path) -> bool:
-    """Whether a folder's manifest says that it is a store."""
+    """Whether a folder has the manifest of a store."""
     try:
         content = json.loads((Path(folder) / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -132,24 +133,24 @@ def is_store(folder: str | Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a store says of itself; raises UserError where there is none, a damaged one, or one of another version."""
+    """Reads the manifest of a store; raises UserError if it is missing, damaged, or of another version."""
     if not is_store(folder):
-        raise UserError(f"{folder} holds no prepared store", "Make one with `camelid data prepare`.")
+        raise UserError(f"{folder} is not a prepared store", "Create one with `camelid data prepare`.")
     manifest = json.loads((folder / MANIFEST).read_bytes())
     if (version := manifest.get("version")) != VERSION:
         raise UserError(
-            f"{folder} is a store of version {version}, this camelid reads {VERSION}",
-            "Prepare its sources again, or use the camelid that made it.",
+            f"{folder} is a store of version {version}, but this release of camelid reads version {VERSION}",
+            "Prepare its sources again, or use the release that created it.",
         )
     try:
         _check_manifest(manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / MANIFEST} says something impossible ({error!r})", AGAIN) from error
+        raise UserError(f"{folder / MANIFEST} is inconsistent ({error!r})", AGAIN) from error
     return manifest
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raises an error of some kind where something is missing, or files have not the sizes that the counts ask for."""
+    """Raises an error (of several types) if an entry is missing, or the sizes of files do not match the counts."""
     tokens, documents, vocab_size = (manifest[name] for name in ("num_tokens", "num_documents", "vocab_size"))
     if not all(type(count) is int and count >= 0 for count in (tokens, documents, vocab_size)):
         raise ValueError(f"{documents} documents of {tokens} tokens, each one of {vocab_size}")
@@ -163,10 +164,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 
 
 class Writer:
-    """Writes a new store into a folder, documents in the order in which they come; the manifest last.
-
-    A context that closes the files.
-    """
+    """Writes a new store into a folder, the manifest last; a context manager that closes the files."""
 
     def __init__(self, folder: Path, vocab_size: int):
         folder.mkdir()
@@ -185,7 +183,7 @@ class Writer:
         lengths: Int64[np.ndarray, " documents"],
         weights: Float32[np.ndarray, " tokens"],
     ) -> None:
-        """Adds documents that lie end to end; raises UserError for ids and weights that no store can hold."""
+        """Appends concatenated documents; raises UserError for ids and weights that a store cannot hold."""
         if not len(lengths):
             return
         assert lengths.min() > 0
@@ -193,8 +191,8 @@ class Writer:
         for token in (int(tokens.min()), int(tokens.max())):
             if not 0 <= token < self.vocab_size:
                 raise UserError(
-                    f"token id {token} is outside the tokenizer's vocabulary of {self.vocab_size}",
-                    "Use the tokenizer that these ids were made with.",
+                    f"token id {token} is outside of the vocabulary of {self.vocab_size} tokens",
+                    "Use the tokenizer that created these ids.",
                 )
         ends = np.cumsum(lengths)
         firsts = weights[ends - lengths]
@@ -208,7 +206,7 @@ class Writer:
         self.num_documents += len(lengths)
 
     def finish(self, about: dict[str, Any]) -> None:
-        """Writes the manifest, with `about` in it; the folder is a store now."""
+        """Writes the manifest, with the entries of `about`, which completes the store."""
         uniform = self._others_are_1 and len(self._firsts) < 2
         self.__exit__()
         if uniform:
@@ -242,15 +240,15 @@ class Writer:
 
     def _code(self, weight: float) -> int:
         if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"a token's weight in the loss is {weight}", "Weights are 0 or more, and finite.")
+            raise UserError(f"a token has the loss weight {weight}", "Weights must be finite and 0 or more.")
         code = self._levels.setdefault(weight, len(self._levels))
         if code > 255:
-            raise UserError("there are more than 256 different weights in the loss", "Round them.")
+            raise UserError("there are more than 256 different loss weights", "Round them.")
         return code
 
 
 class _Hashed:
-    """A file that is written from its beginning, and the checksum of what was."""
+    """A file that is being written, and its checksum."""
 
     def __init__(self, path: Path):
         self.size = 0
@@ -272,33 +270,33 @@ class _Hashed:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds every id."""
+    """Returns the smallest dtype that holds every id of a vocabulary."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def map_array(path: Path, dtype: np.dtype, count: int, at_random: bool = False) -> np.ndarray:
-    """Numbers of a file, read when they are looked at."""
+    """Maps `count` elements of a file into memory."""
     if not count:
         return np.empty(0, dtype)  # an empty file cannot be mapped
     with path.open("rb") as file:
-        # Tells who would prune a cache that this is in use; waits only while another process looks whether it is. The
-        # map keeps a copy of the open file, and so the lock. Not all file systems have locks.
+        # The lock shows `camelid data cache --prune` that the store is in use; it waits only while another process
+        # tests for it. The map keeps a copy of the open file, and so the lock. Not all file systems have locks.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_SH)
         mapped = mmap.mmap(file.fileno(), count * dtype.itemsize, access=mmap.ACCESS_READ)
     if at_random:
-        # Otherwise the system reads much more around each row than the row.
+        # Otherwise the system reads ahead, much more than a row.
         mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, dtype)
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Whatever the system refuses meanwhile is a UserError that names the folder."""
+    """Errors of the system within this context become a UserError that names the folder."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error}",
-            "Check the disk's room and the folder's permissions; the same command goes on where it was.",
+            "Check the free space of the disk and the permissions of the folder; rerun the command to resume.",
         ) from error

@@ -1,7 +1,6 @@
-"""Processes that work for this one, each at the other end of a pipe.
+"""Worker processes, each connected by a pipe.
 
-Not a pool of the library or of Grain: these leave processes behind where the parent is killed, or wait for ever for one
-that was.
+Not a pool of the standard library, which leaves processes behind if the parent is killed, and hangs if a worker is.
 """
 
 import multiprocessing
@@ -18,20 +17,20 @@ Worker = tuple[Connection, BaseProcess]
 
 
 class WorkerEnded(UserError):
-    """A process that was killed, or failed before it could say why."""
+    """A worker was killed, or failed before it could report the reason."""
 
 
 def start_worker(
     work: Callable[..., None], *arguments: object, duplex: bool = True, blocked: Iterable[signal.Signals] = ()
 ) -> Worker:
-    """A process that runs `work(connection, *arguments)`, with its pipe; duplex False: it only sends.
+    """Starts a process that runs `work(connection, *arguments)`; with `duplex` False, it only sends.
 
-    It never hears of Ctrl-C, which is the parent's to answer, nor of the signals that are `blocked`.
+    It ignores Ctrl-C, which the parent handles, and the signals in `blocked`.
     """
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe(duplex)
     process = spawn.Process(target=work, args=(theirs, *arguments), daemon=True)
-    resource_tracker.ensure_running()  # its start, otherwise within, would let signals through again
+    resource_tracker.ensure_running()  # otherwise process.start() starts it, which unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *blocked})
     try:
         process.start()
@@ -42,20 +41,20 @@ def start_worker(
 
 
 def receive(worker: Worker, does: str, option: str) -> Any:
-    """What a worker sends; raises WorkerEnded by what it does and the option that says how many there are."""
+    """Returns what a worker sends; raises WorkerEnded, with what it does and the option that sets their number."""
     connection, process = worker
     try:
         return connection.recv()
-    except (EOFError, OSError):  # between two answers, or within one
+    except (EOFError, OSError):  # between two messages, or within one
         process.join()
         raise WorkerEnded(
-            f"a process that {does} ended by itself (code {process.exitcode})",
-            f"Use fewer {option} if memory ran out; else it has said above what went wrong.",
+            f"a process that {does} ended unexpectedly (exit code {process.exitcode})",
+            f"Use fewer {option} if memory ran out; otherwise see its messages above.",
         ) from None
 
 
 def end_workers(workers: Collection[Worker]) -> None:
-    """Ends the processes, whatever they do."""
+    """Kills the processes."""
     for _, process in workers:
         process.kill()
     for connection, process in workers:

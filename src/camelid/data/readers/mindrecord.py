@@ -1,12 +1,12 @@
-"""MindSpore's MindRecord files, read without MindSpore.
+"""Reads MindSpore's MindRecord files without MindSpore.
 
-    uint64 length of the header, the header (JSON), nothing up to header_size; then pages of page_size bytes
-    page of BLOB_DATA   rows end to end: uint64 length of the row, and its columns
-    columns             the bytes of the one there is, or for each, big-endian, uint64 length and the bytes
-    integers            big-endian uint32 count, two bits an element that say its width (1, 2, 4, 8), the elements
+    file                uint64 length of the header, the header (JSON), padding to header_size, pages of page_size bytes
+    page of BLOB_DATA   rows, concatenated: uint64 length of the row, and its columns
+    columns             the bytes of a single column, or for each column its big-endian uint64 length and its bytes
+    integers            big-endian uint32 count, two bits per element for its width (1, 2, 4, 8 bytes), the elements
 
-Little-endian but where said. Pages of RAW_DATA hold columns of single values, which tokens never are. FILE.db beside it
-is MindSpore's index of the rows (SQLite): it is not needed, but where it is there, it must tell of the same rows.
+Integers are little-endian unless noted. Pages of RAW_DATA hold scalar columns, which token ids never are. FILE.db in
+the same folder is MindSpore's index of the rows (SQLite); it is optional, but must describe the same rows.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from jaxtyping import Integer
 
 from camelid.errors import UserError
 
-NAME = re.compile(r"\.mindrecord\d*$", re.IGNORECASE)  # a file that was written in parts has a number at its end
-AGAIN = "Copy the file again, or make it anew."
+NAME = re.compile(r"\.mindrecord\d*$", re.IGNORECASE)  # the files of a sharded data set end with a number
+AGAIN = "Copy the file again, or create it again."
 MAX_HEADER = 2**26
 INTEGERS = {name: np.dtype(name) for name in ("int32", "int64")}
 WIDTHS = ("<i1", "<i2", "<i4", "<i8")
@@ -33,7 +33,7 @@ WIDTHS = ("<i1", "<i2", "<i4", "<i8")
 
 @dataclass(frozen=True)
 class Page:
-    """Rows that lie end to end."""
+    """Consecutive rows of a file."""
 
     number: int
     begin: int
@@ -44,13 +44,13 @@ class Page:
 
 @dataclass(frozen=True)
 class MindRecord:
-    """An open file: what its header says."""
+    """An open file, as its header describes it."""
 
     path: Path
     columns: dict[str, str]
-    """the type of every column"""
+    """Data type of every column."""
     blobs: tuple[str, ...]
-    """the columns that are arrays, in the order of the file"""
+    """Columns that are arrays, in the order in which rows store them."""
     pages: tuple[Page, ...]
 
     @property
@@ -58,20 +58,20 @@ class MindRecord:
         return sum(page.num_rows for page in self.pages)
 
     def rows(self, page: Page) -> Iterator[dict[str, Integer[np.ndarray, " n"]]]:
-        """The arrays of every row of a page, one row at a time; raises UserError where the page is damaged."""
-        borders = self._borders(page)
-        if (indexed := self._indexed(page)) is not None and indexed != borders:
+        """Yields the arrays of every row of a page, by column; raises UserError if the page is damaged."""
+        ranges = self._row_ranges(page)
+        if (indexed := self._indexed(page)) is not None and indexed != ranges:
             raise UserError(
-                f"{self.path.name}.db tells of other rows of page {page.number} than {self.path} holds",
-                "Copy both again; or remove the .db, which is not needed.",
+                f"{self.path.name}.db describes other rows of page {page.number} than {self.path} holds",
+                "Copy both again, or remove the .db file, which is optional.",
             )
         with self.path.open("rb") as file:
-            for number, (begin, end) in enumerate(borders, start=page.first_row + 1):
+            for number, (begin, end) in enumerate(ranges, start=page.first_row + 1):
                 file.seek(page.begin + begin + 8)
                 yield self._arrays(file.read(end - begin - 8), f"{self.path}, row {number}")
 
-    def _borders(self, page: Page) -> list[tuple[int, int]]:
-        borders = []
+    def _row_ranges(self, page: Page) -> list[tuple[int, int]]:
+        ranges = []
         begin = 0
         with self.path.open("rb") as file:
             for number in range(page.num_rows):
@@ -79,14 +79,14 @@ class MindRecord:
                 end = begin + 8 + int.from_bytes(file.read(8), "little")
                 if end > page.size:
                     raise UserError(f"{self.path}, row {page.first_row + number + 1} ends beyond its page", AGAIN)
-                borders.append((begin, end))
+                ranges.append((begin, end))
                 begin = end
         if begin != page.size:
             raise UserError(f"{self.path}: page {page.number} holds more than its {page.num_rows} rows", AGAIN)
-        return borders
+        return ranges
 
     def _indexed(self, page: Page) -> list[tuple[int, int]] | None:
-        """The same by the file beside it, where there is one."""
+        """The same from the index file; None if there is none."""
         database = index_file(self.path)
         if not database.is_file():
             return None
@@ -96,28 +96,28 @@ class MindRecord:
             with contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
                 return connection.execute(query, (page.number,)).fetchall()
         except sqlite3.Error as error:
-            raise UserError(f"{database} is no index of a MindRecord ({error})", AGAIN) from error
+            raise UserError(f"{database} is not an index of a MindRecord ({error})", AGAIN) from error
 
-    def _arrays(self, row: bytes, place: str) -> dict[str, np.ndarray]:
+    def _arrays(self, row: bytes, location: str) -> dict[str, np.ndarray]:
         arrays, begin = {}, 0
         for name in self.blobs:
             end = len(row)
             if len(self.blobs) > 1:
                 begin, end = begin + 8, begin + 8 + int.from_bytes(row[begin : begin + 8], "big")
             if end > len(row):
-                raise UserError(f"{place}: column {name!r} ends beyond its row", AGAIN)
+                raise UserError(f"{location}: column {name!r} ends beyond its row", AGAIN)
             try:
                 arrays[name] = decode_integers(row[begin:end], INTEGERS[self.columns[name]])
             except ValueError as error:
-                raise UserError(f"{place}: column {name!r} is damaged: {error}", AGAIN) from error
+                raise UserError(f"{location}: column {name!r} is damaged: {error}", AGAIN) from error
             begin = end
         if begin != len(row):
-            raise UserError(f"{place} holds more than its columns {', '.join(self.blobs)}", AGAIN)
+            raise UserError(f"{location} holds more than its columns {', '.join(self.blobs)}", AGAIN)
         return arrays
 
 
 def open_mindrecord(path: Path) -> MindRecord:
-    """What is in a file; raises UserError where it is damaged, or holds anything but one-dimensional integers."""
+    """Reads the header of a file; raises UserError if it is damaged, or has columns other than 1-D integer arrays."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -130,16 +130,16 @@ def open_mindrecord(path: Path) -> MindRecord:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is no MindRecord, or is damaged ({error!r})", AGAIN) from error
+        raise UserError(f"{path} is not a MindRecord, or is damaged ({error!r})", AGAIN) from error
 
 
 def index_file(path: Path) -> Path:
-    """The SQLite file that MindSpore writes beside a MindRecord."""
+    """The path of the SQLite index that MindSpore writes for a MindRecord."""
     return path.with_name(f"{path.name}.db")
 
 
 def decode_integers(content: bytes, dtype: np.dtype) -> Integer[np.ndarray, " n"]:
-    """What MindSpore's writer made of an array of int32 or int64; raises ValueError where it is damaged."""
+    """Decodes an array of int32 or int64 as MindSpore's writer encodes it; raises ValueError if it is damaged."""
     #  00000003  24  01  00 02  00 00 01 00        3 elements: one, two and four bytes wide (00 01 10 ..)
     count = int.from_bytes(content[:4], "big")
     begin = 4 + -(-count // 4)
@@ -164,16 +164,16 @@ def decode_integers(content: bytes, dtype: np.dtype) -> Integer[np.ndarray, " n"
 
 def _described(path: Path, header: dict[str, Any]) -> MindRecord:
     if header["version"] != "3.0":
-        raise UserError(f"{path} is a MindRecord of version {header['version']!r}; only 3.0 is known", AGAIN)
+        raise UserError(f"{path} is a MindRecord of version {header['version']!r}; only 3.0 is supported", AGAIN)
     [schema] = header["schema"]
     columns = {name: column["type"] for name, column in schema["schema"].items()}
     blobs = tuple(schema["blob_fields"])
-    for name, kind in columns.items():
+    for name, dtype in columns.items():
         shape = schema["schema"][name].get("shape")
-        if name not in blobs or kind not in INTEGERS or not isinstance(shape, list) or len(shape) != 1:
+        if name not in blobs or dtype not in INTEGERS or not isinstance(shape, list) or len(shape) != 1:
             raise UserError(
-                f"{path}: column {name!r} is {kind} of shape {shape}, no array of token ids",
-                "Write input_ids, and labels if there are any, as int32 of shape [-1].",
+                f"{path}: column {name!r} is {dtype} of shape {shape}, not an array of token ids",
+                "Write input_ids, and optionally labels, as int32 of shape [-1].",
             )
     if not blobs or not set(blobs) <= columns.keys() or len(set(blobs)) != len(blobs):
         raise ValueError(f"blob_fields {blobs} of columns {tuple(columns)}")
@@ -192,5 +192,5 @@ def _described(path: Path, header: dict[str, Any]) -> MindRecord:
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value

@@ -1,4 +1,4 @@
-"""Rows of Parquet files and of Hugging Face data sets, a range at a time; the extra `data` has their libraries."""
+"""Rows of Parquet files and Hugging Face data sets, one range at a time; the extra `data` installs their libraries."""
 
 import functools
 import math
@@ -7,40 +7,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from camelid.data.config import better_kind
 from camelid.data.readers.lines import BLOCK
+from camelid.data.readers.records import missing_text
 from camelid.errors import UserError
 from camelid.extras import install_hint
 
 HUB = "hf:"
-SEPARATOR = re.compile(r":(?![^\[]*\])")  # not the one of a slice: train[:10%]
-ROWS = 1000  # at once, where a row has no size that is known
+SEPARATOR = re.compile(r":(?![^\[]*\])")  # but not the colon of a slice: train[:10%]
+ROWS = 1000  # that are read at once
 AGAIN = "Download or copy it again."
 
 # Parquet --------------------------------------------------------------------------------
 
 
 def parquet_groups(path: Path) -> list[tuple[int, int]]:
-    """The rows and the bytes of each row group; raises UserError where it is no Parquet."""
+    """Returns the numbers of rows and bytes of each row group; raises UserError if it is not a Parquet file."""
     metadata = _parquet(path).metadata
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
 def parquet_rows(path: Path, start: int, stop: int, column: str | None) -> Iterator[Any]:
-    """The rows of row groups [start, stop), or a column of them; a UserError in place of what is no value.
+    """Yields the rows of row groups [start, stop), or their values of one column; a UserError for invalid values.
 
-    Raises UserError where the file is damaged, has no such column, or several of one name.
+    Raises UserError if the file is damaged, or does not have exactly one column of this name.
     """
     import pyarrow
 
     file = _parquet(path)
     names = file.schema_arrow.names
     if column is not None and column not in names:
-        raise no_column(path, column, names)
+        raise missing_text(path, column, names)
     for name in names if column is None else [column]:
         if names.count(name) > 1:
-            raise UserError(f"{path} has {names.count(name)} columns of the name {name!r}", "Rename all but one.")
+            raise UserError(f"{path} has {names.count(name)} columns named {name!r}", "Rename all but one.")
     try:
         batches = file.iter_batches(ROWS, row_groups=list(range(start, stop)), columns=column and [column])
         for batch in batches:
@@ -49,25 +49,17 @@ def parquet_rows(path: Path, start: int, stop: int, column: str | None) -> Itera
         raise UserError(f"{path} cannot be read: {error}", AGAIN) from error
 
 
-def no_column(name: object, column: str, names: list[str]) -> UserError:
-    better = better_kind("text", names)
-    return UserError(
-        f"{name}: no field {column!r}, only {', '.join(map(repr, names)) or 'none'}",
-        "Set text_key to the field that holds the text." if better is None else f"Set {better}.",
-    )
-
-
 def _values(array: Any) -> Iterator[Any]:
     try:
         yield from array.to_pylist()
-    except (ValueError, OverflowError):  # text that is no UTF-8, dates beyond Python's
+    except (ValueError, OverflowError):  # invalid UTF-8, or a date out of Python's range
         for value in array:
             try:
                 yield value.as_py()
             except UnicodeDecodeError as error:
                 yield UserError(f"not UTF-8 ({error.reason})", "Store text as UTF-8.")
             except (ValueError, OverflowError) as error:
-                yield UserError(f"no value that Python has ({error})", "Store it as text, or leave it out.")
+                yield UserError(f"a value out of range ({error})", "Store it as text, or remove it.")
 
 
 def _parquet(path: Path) -> Any:
@@ -79,19 +71,19 @@ def _parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no Parquet file, or is damaged ({error})", AGAIN) from error
+        raise UserError(f"{path} is not a Parquet file, or is damaged ({error})", AGAIN) from error
 
 
 # Hugging Face data sets -----------------------------------------------------------------
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder is what save_to_disk of a data set writes, or one with several splits."""
+    """Whether a folder was written by save_to_disk of a data set or of a dictionary of splits."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def dataset_ranges(name: str) -> list[tuple[int, int]]:
-    """Ranges of rows, [start, stop) each, of about BLOCK bytes; raises UserError where there is no such data set."""
+    """Returns ranges [start, stop) of rows of about BLOCK bytes; raises UserError if there is no such data set."""
     rows = open_dataset(name)
     if not len(rows):
         return []
@@ -100,11 +92,11 @@ def dataset_ranges(name: str) -> list[tuple[int, int]]:
 
 
 def dataset_rows(name: str, start: int, stop: int, column: str | None) -> Iterator[Any]:
-    """Rows [start, stop), or a column of them; raises UserError where there is no such column."""
+    """Yields rows [start, stop), or their values of one column; raises UserError if there is no such column."""
     rows = open_dataset(name)
     if column is not None:
         if column not in rows.column_names:
-            raise no_column(name, column, rows.column_names)
+            raise missing_text(name, column, rows.column_names)
         rows = rows.select_columns([column])
     for first in range(start, stop, ROWS):
         table = rows[first : min(first + ROWS, stop)]
@@ -112,17 +104,17 @@ def dataset_rows(name: str, start: int, stop: int, column: str | None) -> Iterat
 
 
 def dataset_files(name: str) -> list[Path]:
-    """The files that hold its rows."""
+    """Lists the files that hold the rows of a data set."""
     return sorted({Path(file["filename"]) for file in open_dataset(name).cache_files})
 
 
 def open_dataset(name: str) -> Any:
-    """The data set of a folder, or of hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT."""
+    """Opens the data set in a folder, or hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT; the default split is train."""
     state = Path(name).absolute() / "state.json"
     return _loaded(name, state, state.stat().st_mtime_ns if state.is_file() else 0)
 
 
-@functools.lru_cache(4)  # a process reads many ranges of it
+@functools.lru_cache(4)  # a process reads many ranges of one data set
 def _loaded(name: str, state: Path, changed: int) -> Any:
     try:
         import datasets
@@ -135,18 +127,18 @@ def _loaded(name: str, state: Path, changed: int) -> Any:
             found = datasets.load_dataset(hub, *options, split=split)
         else:
             found = datasets.load_from_disk(name)
-    except Exception as error:  # the library raises errors of many others
+    except Exception as error:  # the library passes on errors of many others
         raise UserError(f"{name} cannot be loaded: {error}", _advice(name)) from error
     if isinstance(found, datasets.DatasetDict):
         splits = [str(split) for split in found]
-        raise UserError(f"{name} has several splits: {', '.join(splits)}", f"Name one, say {Path(name) / splits[0]}.")
-    # The library's own rows have pictures and sounds unpacked, with more libraries.
+        raise UserError(f"{name} has several splits: {', '.join(splits)}", f"Name one, as {Path(name) / splits[0]}.")
+    # Rows in the library's default format have images and audio decoded, which needs more libraries.
     return found.with_format("arrow")
 
 
 def _advice(name: str) -> str:
     if name.startswith(HUB):
-        return "Write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, as the Hub has them."
+        return "Write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with the names of the Hub."
     return "Save it again with save_to_disk."
 
 

@@ -1,6 +1,6 @@
-"""WikiText's tokenization taken back, so that its text looks as written.
+"""Reverses the tokenization of WikiText.
 
-What was written cannot be told with certainty. These are the rules, in their order, of one line:
+The original text cannot be recovered with certainty. These rules are applied to each line, in this order:
 
     0 @-@ 7 , 1 @,@ 000 , 2 @.@ 5      0-7, 1,000, 2.5
     men 's , did n't , I 'll           men's, didn't, I'll
@@ -8,11 +8,11 @@ What was written cannot be told with certainty. These are the rules, in their or
     ( 24 in ) , [ 1 ]                  (24 in), [1]
     $ 5 , £ 5 , 50 % , 45 ° F          $5, £5, 50%, 45 °F; 45 ° north   45° north
     5 – 6 , 12 : 30 , km / h           5–6, 12:30, km/h
-    word , . ; : ! ?                   no space before
+    word , . ; : ! ?                   no space before the mark
     = = Heading = =                    == Heading ==
 
-Spaces at both ends of a line go, and so do blank lines at both ends of a document; <unk> stays. A .txt file with
-split = "file" is cut into its articles, before each heading of the first level (` = Title = `).
+Spaces at both ends of a line and blank lines at both ends of a document are removed; <unk> is kept. A .txt file with
+split = "file" is split into its articles, before each level-1 heading (` = Title = `).
 """
 
 import re
@@ -40,7 +40,7 @@ RULES = [
 
 
 def clean(text: str) -> str:
-    """The text of one document, line by line, without blank lines at its ends."""
+    """Returns the text of one document with its tokenization reversed."""
     return "\n".join(map(_clean_line, text.split("\n"))).strip("\n")
 
 

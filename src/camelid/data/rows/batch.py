@@ -1,4 +1,4 @@
-"""What one training step reads."""
+"""The input of a training step."""
 
 from dataclasses import dataclass
 
@@ -13,17 +13,17 @@ class Batch:
     """Rows of packed documents."""
 
     # tokens     <s>  a   b  </s> <s>  c   d   .       . padding
-    # targets     a   b  </s>  .   c   d   .   .       d goes on in another row or ends here
+    # targets     a   b  </s>  .   c   d   .   .       d continues in another row, or ends here
     # weights     1   1   1   0   1   1   0   0
     # positions   0   1   2   3   0   1   2   .
     # segments    1   1   1   1   2   2   2   .
 
     tokens: Int32[np.ndarray, "B S"]
     targets: Int32[np.ndarray, "B S"]
-    """The next token of the same document, also when that begins the next row; of a row across documents, of any."""
+    """The next token of the same document, which may be in the next row; in rows across documents, the next token."""
     weights: Float32[np.ndarray, "B S"]
-    """How much the loss counts each target: 0 where there is none, mostly 1 where there is."""
+    """Weight of each target in the loss: 0 if there is no target, usually 1 otherwise."""
     positions: Int32[np.ndarray, "B S"]
-    """Places within the document's part in this row."""
+    """Positions within the part of the document that is in this row, from 0."""
     segments: Int32[np.ndarray, "B S"]
-    """Documents of a row, numbered from 1; 0 is padding."""
+    """Number of the document within the row, from 1; 0 is padding."""

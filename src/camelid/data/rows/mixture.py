@@ -1,4 +1,4 @@
-"""Which row of which source stands at a place of an endless sequence of rows."""
+"""The endless sequence of rows that training reads: which row of which source comes when."""
 
 import functools
 import itertools
@@ -12,74 +12,72 @@ from jaxtyping import Int64
 
 from camelid.data.randomness import draw, permute, seed_of
 
-BLOCK = 1024  # rows whose order is drawn at once; more where there are very many sources
+BLOCK = 1024  # rows over which the shares are exact; more if there are very many sources
 DRAWN_AT_ONCE = 4096  # rows; the order of an epoch of at most this many is drawn at once, that of more is computed
 FEISTEL = "feistel"
 
 
-class Share(NamedTuple):
-    """How much of the rows come from each source, from a place on."""
+class RowShares(NamedTuple):
+    """The shares of the sources in the rows, from an index on."""
 
     first: int
-    """a place in the sequence of rows"""
+    """Index in the sequence of rows."""
     weights: tuple[float, ...]
-    """of rows, one a source; they need not add up to 1"""
+    """One weight for each source; they need not add up to 1."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """An endless sequence of rows, read anywhere at once.
+    """An endless sequence of rows with random access.
 
-    After any number of blocks each source has given its share of the rows, to half a row; the one with the largest
-    share gives what is left. Within a block the order is drawn. Where the shares change, sources go on where they were.
-    Each source is read epoch after epoch, in an order of its own in each.
+    It is divided into blocks. After any number of blocks, each source has contributed its share of the rows, rounded;
+    the source with the largest share contributes the rest. The order within a block is random. If the shares change,
+    every source continues with its next row. Each source is read epoch after epoch, each in a different order.
     """
 
     num_rows: tuple[int, ...]
-    """of each source's epoch"""
-    shares: tuple[Share, ...]
-    """the first from place 0, the others in rising order"""
+    """Rows in an epoch of each source."""
+    shares: tuple[RowShares, ...]
+    """The first starts at index 0, the others in ascending order."""
     shuffle: bool
     seed: int
 
-    def find(
-        self, places: Int64[np.ndarray, " places"]
-    ) -> tuple[Int64[np.ndarray, " places"], Int64[np.ndarray, " places"]]:
-        """Returns the source at each place of the sequence, and which of the source's rows stands there."""
-        sources, counts = np.empty_like(places), np.empty_like(places)
-        for n, place in enumerate(places.tolist()):
-            stage, block, within = self._split(place)
+    def find(self, indices: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """Returns the source at each index of the sequence, and the number of the row in this source."""
+        sources, counts = np.empty_like(indices), np.empty_like(indices)
+        for n, index in enumerate(indices.tolist()):
+            stage, block, within = self._split(index)
             before, order, nth = self._block_of(stage, block)
             source = sources[n] = order[within]
             counts[n] = self._starts[stage][source] + before[source] + int(nth[within])
-        rows = np.empty_like(places)
+        rows = np.empty_like(indices)
         for source in np.unique(sources).tolist():
             here = sources == source
             rows[here] = self._rows(source, counts[here])
         return sources, rows
 
-    def taken(self, places: int) -> tuple[int, ...]:
-        """How many rows each source has given before this place."""
-        stage = self._split(places)[0]
-        return _sum(self._starts[stage], self._given(stage, places - self.shares[stage].first))
+    def taken(self, index: int) -> tuple[int, ...]:
+        """Returns the number of rows of each source before an index of the sequence."""
+        stage = self._split(index)[0]
+        return _sum(self._starts[stage], self._given(stage, index - self.shares[stage].first))
 
-    def _split(self, place: int) -> tuple[int, int, int]:
-        """The stage of a place, the block of the stage, and where in the block."""
-        stage = sum(share.first <= place for share in self.shares) - 1
-        return stage, *divmod(place - self.shares[stage].first, self._block)
+    def _split(self, index: int) -> tuple[int, int, int]:
+        """The stage of an index, the block in the stage, and the index in the block."""
+        stage = sum(share.first <= index for share in self.shares) - 1
+        return stage, *divmod(index - self.shares[stage].first, self._block)
 
     @property
     def _block(self) -> int:
-        # Large enough for the largest share to make up for the rounding of all others.
+        # Large enough for the largest share to compensate for the rounding of all others.
         return max(BLOCK, len(self.num_rows) ** 2)
 
     @functools.cached_property
     def _block_of(self):
-        # Places come one after another: the last blocks are asked for again and again.
+        # Consecutive indices are in the same block.
         return functools.lru_cache(8)(self._draw_block)
 
     def _draw_block(self, stage: int, block: int) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
-        """What sources gave before a block; the source of each of its rows, and how many of it came before in it."""
+        """The rows of each source before a block; the source of each row of the block, and its index in this source."""
         before, after = (self._in_blocks(stage, blocks) for blocks in (block, block + 1))
         counts = np.subtract(after, before)
         order = np.repeat(np.arange(len(counts)), counts)
@@ -90,43 +88,43 @@ class Mixture:
         return before, order, nth
 
     def _in_blocks(self, stage: int, blocks: int) -> tuple[int, ...]:
-        """Rows of each source in the first blocks of a stage."""
+        """The number of rows of each source in the first blocks of a stage."""
         weights = list(map(Fraction, self.shares[stage].weights))
-        whole, total = sum(weights), blocks * self._block
-        given = [int(total * weight / whole + Fraction(1, 2)) for weight in weights]
+        weight_sum, total = sum(weights), blocks * self._block
+        given = [int(total * weight / weight_sum + Fraction(1, 2)) for weight in weights]
         given[weights.index(max(weights))] += total - sum(given)
         return tuple(given)
 
     def _given(self, stage: int, rows: int) -> tuple[int, ...]:
-        """Rows of each source among the first of a stage."""
+        """The number of rows of each source among the first rows of a stage."""
         block, within = divmod(rows, self._block)
         before, order, _ = self._block_of(stage, block)
         return _sum(before, np.bincount(order[:within], minlength=len(before)).tolist())
 
     @functools.cached_property
     def _starts(self) -> list[tuple[int, ...]]:
-        """What each source has given when a stage begins."""
+        """The number of rows of each source before each stage."""
         starts = [(0,) * len(self.num_rows)]
         for stage, (share, following) in enumerate(itertools.pairwise(self.shares)):
             starts.append(_sum(starts[-1], self._given(stage, following.first - share.first)))
         return starts
 
     def _rows(self, source: int, counts: np.ndarray) -> np.ndarray:
-        """The rows that a source gives after it has given `counts` rows."""
-        epochs, places = np.divmod(counts, self.num_rows[source])
+        """The numbers of the rows that a source contributes after `counts` rows."""
+        epochs, indices = np.divmod(counts, self.num_rows[source])
         if not self.shuffle:
-            return places
-        rows = np.empty_like(places)
+            return indices
+        rows = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            rows[here] = self._shuffled(source, epoch, places[here])
+            rows[here] = self._shuffled(source, epoch, indices[here])
         return rows
 
-    def _shuffled(self, source: int, epoch: int, places: np.ndarray) -> np.ndarray:
-        """The rows at these places of an epoch."""
+    def _shuffled(self, source: int, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """The numbers of the rows at these indices of an epoch."""
         if self.row_orders[source] is None:
-            return self._order_of(source, epoch)[places]
-        return permute(places, self.num_rows[source], seed_of(self.seed, "rows", source, epoch))
+            return self._order_of(source, epoch)[indices]
+        return permute(indices, self.num_rows[source], seed_of(self.seed, "rows", source, epoch))
 
     @property
     def row_orders(self) -> tuple[str | None, ...]:
@@ -149,7 +147,7 @@ class Mixture:
 
 
 def row_shares(weights: Sequence[float], tokens_per_row: Sequence[float]) -> tuple[float, ...]:
-    """Shares of rows from shares of tokens: a source whose rows hold fewer tokens gives more of them."""
+    """Converts shares of tokens to shares of rows: a source with fewer tokens per row contributes more rows."""
     return tuple(weight / tokens for weight, tokens in zip(weights, tokens_per_row, strict=True))
 
 
