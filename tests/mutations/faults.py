@@ -617,7 +617,7 @@ FAULTS = (
         "generate/decode.py",
         "token[:, None] == eos",
         "token[:, None] == eos[:1]",
-        "generate/test_decode.py::test_a_row_ends_before_its_first_eos_and_the_others_go_on[sampled]",
+        "generate/test_decode.py::test_a_row_ends_before_its_first_eos_and_the_others_continue[sampled]",
     ),
     Fault(
         "every row draws with the same seed",
