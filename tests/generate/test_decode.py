@@ -1,4 +1,4 @@
-"""Whole generations: in batches, with a cache, to an end. tests/parity compares greedy ones with transformers."""
+"""Complete generations. tests/parity compares greedy ones with transformers."""
 
 import re
 
@@ -44,7 +44,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone(run, options: Sampling):
 
 
 def test_a_mesh_generates_what_one_device_does(run, params: Decoder):
-    """Three prompts on four parts of a batch: one part has none."""
+    """Three prompts on four data-parallel shards: one shard has only a padding row."""
     mesh, compute = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), Compute(replicate=("vocab", "vocab_in"))
     specs = abstract(declare_decoder(CONFIG), jnp.float32, mesh, compute.replicate)
     cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
@@ -54,7 +54,7 @@ def test_a_mesh_generates_what_one_device_does(run, params: Decoder):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "tensor"), [(16, 2, 4), (8, 2, 8)])
 def test_replicated_key_heads_generate_what_one_device_does(heads: int, kv_heads: int, tensor: int):
-    """More devices share the query heads than there are key/value heads; the cache is whole on each of them."""
+    """There are more tensor-parallel devices than key/value heads, so each device holds the complete cache."""
     config = tiny_config(vocab_size=96, num_heads=heads, num_kv_heads=kv_heads)
     params, compute = tiny_params(config), Compute(replicate=("kv_heads",))
     mesh = make_mesh(MeshConfig(tensor=tensor))
@@ -82,7 +82,7 @@ def test_seeds_differ_and_repeat(run):
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_row_ends_before_its_first_eos_and_the_others_go_on(run, options: Sampling):
+def test_a_row_ends_before_its_first_eos_and_the_others_continue(run, options: Sampling):
     free = run(PROMPTS, SEEDS, options)
     # Any of several ids ends a row; these two are the last that are new to theirs.
     eos = [max(row, key=row.index) for row in free[:2]]

@@ -13,6 +13,7 @@ import torch
 from camelid.generate.decode import generate
 from camelid.generate.sampling import Sampling, sampling, select
 from camelid.generate.state import DecodeState, admit, advance, prefill, release, reorder, rollback
+from camelid.model import attention
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder
 from camelid.model.kv_cache import empty_cache
@@ -92,6 +93,35 @@ def test_a_loop_in_python_gives_the_tokens_of_the_device_loop(steps: Steps, opti
     ours, _ = generate(steps.params, prompts, SEEDS, options, 20, (), steps.config, Compute(), one_device())
     _, tokens = steps.decode(*steps.prefill(prompts, options=options), 20)
     assert tokens.tolist() == ours
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["blockwise", "cudnn"])
+def test_a_prompt_attends_to_its_own_keys_and_not_to_the_empty_cache(fused: bool, monkeypatch):
+    """So it may use the fused kernel of a device, here cuDNN's call as XLA computes it. The logits are the same."""
+    config = CONFIGS["mistral"]
+    steps, prompts = Steps(config, tiny_params(config)), prompts_of(config)
+    # From the first token on, the cache is read.
+    expected = []
+    for prompt in prompts:
+        state, logits = steps.prefill([prompt[:1]])
+        expected.append(logits[0] if len(prompt) == 1 else steps.advance(state, [prompt[1:]])[1][0, -1])
+    chosen, plain = [], jax.nn.dot_product_attention
+
+    def choose(*_, own_keys: bool, **__) -> str:
+        chosen.append(own_keys)
+        return "cudnn" if own_keys and fused else "blockwise"
+
+    monkeypatch.setattr(attention, "choose_kernel", choose)
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *qkv, implementation, **how: plain(*qkv, implementation="xla", **how)
+    )
+    jax.clear_caches()
+    state, logits = steps.prefill(prompts)
+    assert set(chosen) == {True}
+    np.testing.assert_allclose(logits, np.stack(expected), **CLOSE)
+    steps.advance(state, [[1], [1], [1]])
+    assert set(chosen) == {True, False}
+    jax.clear_caches()
 
 
 def test_several_tokens_at_once_are_as_many_single_ones(steps: Steps):

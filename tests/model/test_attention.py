@@ -1,4 +1,4 @@
-"""Every kernel against dense attention, and that against a plain loop in float64."""
+"""Every kernel is compared with dense attention, and dense attention with a plain loop in float64."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 
 
 def model(**of_attention) -> ModelConfig:
-    """A config that says to attention what is given; the rest it does not read."""
+    """A config with the given fields of attention; attention does not read the others."""
     sizes = dict.fromkeys(("vocab_size", "embed_dim", "mlp_dim", "num_layers", "head_dim", "context_length"), 2)
     return ModelConfig(**sizes, num_heads=1, num_kv_heads=1, norm_eps=1e-5, rope_theta=1e4, **of_attention)
 
@@ -59,7 +59,7 @@ def inputs(queries: int, keys: int | None = None, dtype=np.float32, **sizes: int
 
 
 def documents(length: int) -> jax.Array:
-    """Segments of a packed row: two documents and padding, and a second row that is cut elsewhere."""
+    """Segments of two packed rows: two documents and padding, and two documents of other lengths."""
     at = np.arange(length)
     first = np.where(at < length // 3, 1, np.where(at < length - 4, 2, 0))
     second = np.where(at < length // 2, 1, 2)
@@ -67,7 +67,7 @@ def documents(length: int) -> jax.Array:
 
 
 def plain_loop(q, k, v, order, segments, config: ModelConfig = PLAIN, local: bool = True) -> np.ndarray:
-    """Attention as its definition says, one query at a time; consecutive query heads share a key head."""
+    """Attention by its definition, one query at a time; consecutive query heads share a key/value head."""
     window = config.sliding_window if local else None
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
@@ -101,7 +101,7 @@ def with_gradients(
 
 @pytest.fixture
 def block(monkeypatch) -> int:
-    """Blocks so small that short rows have several."""
+    """Blocks small enough that short rows have several."""
     monkeypatch.setattr(blockwise, "BLOCK", 8)
     return 8
 
@@ -126,7 +126,7 @@ def test_a_query_sees_as_many_tokens_as_the_window_its_own_the_last(compute: Com
     np.testing.assert_allclose(out, np.stack(means, 1), **CLOSE)
 
 
-# Of blocks of 8: a part of one, several, several and a part.
+# In blocks of 8: part of one, several, several and a part.
 @pytest.mark.parametrize(("length", "packed"), [(5, False), (24, True), (29, False), (29, True)])
 def test_blockwise_equals_dense_in_outputs_and_gradients(length: int, packed: bool, block):
     arrays = inputs(length)
@@ -326,7 +326,7 @@ def test_blockwise_survives_blocks_whose_scores_differ_by_hundreds(config: Model
 
 
 def test_what_a_query_does_not_see_leaves_no_trace_of_rounding(block):
-    """A query whose first blocks are all hidden sums them for a while; not one bit of that may stay."""
+    """A query that sees nothing in its first blocks averages them at first; not one bit of that may remain."""
     q, k, v, g = inputs(32)
     segments = jnp.asarray(np.arange(32) // 20 + jnp.asarray([[1], [0]]), jnp.int32)  # also: segment 0 is padding
     seen = np.arange(32) >= 20
@@ -342,7 +342,7 @@ def test_what_a_query_does_not_see_leaves_no_trace_of_rounding(block):
 @pytest.mark.parametrize("local", [False, True, jnp.asarray(True)], ids=["all tokens", "local", "traced"])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 29), (11, 40), (1, 29)])
 def test_queries_over_a_cache_see_their_own_slots_and_earlier(queries: int, keys: int, local, config, block):
-    """Rows are at different places; what lies in later slots is garbage that nobody may see."""
+    """Rows have different lengths; later slots contain garbage that no query may see."""
     q, k, v, _ = inputs(queries, keys)
     order = np.stack([np.arange(queries) + 3, np.arange(queries) + keys - queries]).astype(np.int32)
     beyond = np.arange(keys) > order[:, -1:]
@@ -382,7 +382,7 @@ CPU, TPU = ("cpu", "cpu", None), ("tpu", "TPU v5e", None)
 
 @pytest.fixture
 def on_device(monkeypatch):
-    """Lets choose_kernel believe that this process has devices of a kind."""
+    """Makes choose_kernel see devices of the given kind in this process."""
 
     def on_device(platform: str, kind: str, capability: str | None) -> None:
         about = {"platform": platform, "device_kind": kind}
@@ -471,7 +471,7 @@ LOCAL = pytest.mark.parametrize(
 def test_splash_equals_dense_in_outputs_and_gradients(
     packed: bool, mesh: MeshConfig | None, cap: float | None, config: ModelConfig, local, monkeypatch
 ):
-    """TPU's kernel, as Pallas interprets it on other devices."""
+    """The kernel of TPUs, interpreted by Pallas on other devices."""
     monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_, **__: asked)
     monkeypatch.setattr(attention, "splash", partial(attention.splash, interpret=True))
     length = 256
@@ -487,7 +487,7 @@ def test_splash_equals_dense_in_outputs_and_gradients(
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    """Devices' kernels on every device: splash as Pallas interprets it, cuDNN's call as XLA computes it."""
+    """Fused kernels on any device: splash interpreted by Pallas, and cuDNN's call computed by XLA."""
     plain = jax.nn.dot_product_attention
     monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_, **__: asked)
     monkeypatch.setattr(attention, "splash", partial(attention.splash, interpret=True))
@@ -514,7 +514,7 @@ RATIOS = [(16, 2, 4), (8, 2, 8), (4, 1, 4), (12, 6, 4), (8, 4, 4)]
 def test_replicated_heads_read_the_keys_that_they_read_on_one_device(
     kernel: str, heads: int, kv_heads: int, tensor: int, replicate: tuple[str, ...], everywhere
 ):
-    """Outputs and gradients, of a packed batch whose rows are cut over the other devices."""
+    """Outputs and gradients of a packed batch whose rows are sharded over the other devices."""
     length = 128
     arrays = inputs(length, heads=heads, kv_heads=kv_heads, head_dim=128)
     alone = with_gradients(*arrays, None, documents(length), DENSE)
@@ -528,7 +528,7 @@ def test_replicated_heads_read_the_keys_that_they_read_on_one_device(
 @LOCAL
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 def test_what_cudnn_is_asked_for_is_dense_attention(packed: bool, config: ModelConfig, local, monkeypatch):
-    """The call of cuDNN's kernel, as JAX computes it on devices that have none."""
+    """The call of cuDNN's kernel, computed by JAX on devices without cuDNN."""
     monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_, **__: asked)
     plain, asked = jax.nn.dot_product_attention, []
 

@@ -29,10 +29,10 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedCache:
-    """Pages of PAGE tokens in one pool, and for each row a table of its pages. Rows that are equal share pages, which
-    are copied when one of the rows is written.
+    """Pages of PAGE tokens in one pool, and for each row a table of its pages.
 
-    A toy: new pages are never freed, and views list pages last to first, as no other cache does.
+    Views list the pages of a row from last to first, so that keys are not in order. A toy: `reorder` copies pages at
+    once, where a real cache would share them and copy a page in `update`.
     """
 
     k: Array

@@ -107,6 +107,13 @@ FAULTS = (
     ),
     # Steps
     Fault(
+        "a prompt reads the empty cache",
+        "model/decoder.py",
+        'if context.phase != "prefill":',
+        "if True:",
+        f"{STATE}test_a_prompt_attends_to_its_own_keys_and_not_to_the_empty_cache",
+    ),
+    Fault(
         "a rollback is not checked against what was overwritten before",
         "generate/state.py",
         "written = jnp.maximum(state.written, lengths)",

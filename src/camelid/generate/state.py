@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from camelid.generate.sampling import Sampling
@@ -84,6 +85,7 @@ def prefill(
     x, cache = params.hidden(
         prompts, positions, None, config, compute, context=context, cache=cache, lengths=final_lengths
     )
+    assert cache is not None
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], 1)
     rows = Sampling(*(jnp.broadcast_to(x, (batch,)) for x in (sampling.temperature, sampling.top_k, sampling.top_p)))
     state = DecodeState(cache, lengths, lengths, lengths, final_lengths, lengths > 0, rows, seeds)
@@ -100,6 +102,7 @@ def advance(
     logits, cache = params(
         tokens, positions, None, config, compute, context=context, cache=state.cache, lengths=state.final_lengths
     )
+    assert cache is not None
     lengths = jnp.where(state.active, state.lengths + count, state.lengths)
     written = jnp.maximum(state.written, lengths)
     return dataclasses.replace(state, cache=cache, lengths=lengths, written=written), logits
@@ -117,11 +120,14 @@ def rollback(state: DecodeState, lengths: Int[Array, " B"]) -> DecodeState:
     that the remaining ones see: with the `max_rollback` of `prefill`, rows can be cut to `written` - max_rollback.
     Under jax.jit lengths have no values yet, and this is the caller's responsibility.
     """
-    if not isinstance(lengths, jax.core.Tracer) and not isinstance(state.lengths, jax.core.Tracer):
-        shortest = np.maximum(state.cache.shortest_rollback(state.written), 1)
-        for row, (wanted, least, now) in enumerate(zip(np.asarray(lengths), shortest, state.lengths, strict=True)):
-            if bool(state.active[row]) and not least <= wanted <= now:
-                raise ValueError(f"row {row} has {now} tokens and cannot be rolled back to {wanted}: at least {least}")
+    if not any(isinstance(x, Tracer) for x in (lengths, state.lengths)):
+        shortest = jnp.maximum(state.cache.shortest_rollback(state.written), 1)
+        impossible = state.active & ((lengths < shortest) | (lengths > state.lengths))
+        for row in np.flatnonzero(impossible):
+            raise ValueError(
+                f"row {row} has {state.lengths[row]} tokens and cannot be rolled back to {lengths[row]}: at least "
+                f"{shortest[row]}"
+            )
     prompt_lengths = jnp.minimum(state.prompt_lengths, lengths)
     return dataclasses.replace(state, lengths=lengths, prompt_lengths=prompt_lengths)
 

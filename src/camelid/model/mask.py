@@ -60,9 +60,17 @@ class Mask:
 
     def block(self, i: Int[Array, ""], q_block: int, j: Int[Array, ""], k_block: int) -> "Mask":
         """The mask of the i-th block of `q_block` queries and the j-th block of `k_block` keys."""
-        query_positions, query_segments = (_slice(x, i, q_block) for x in (self.query_positions, self.query_segments))
-        key_positions, key_segments = (_slice(x, j, k_block) for x in (self.key_positions, self.key_segments))
-        return Mask(query_positions, key_positions, query_segments, key_segments, self.window)
+
+        def cut(x: Array, block: Int[Array, ""], size: int) -> Array:
+            return lax.dynamic_slice_in_dim(x, block * size, size, 1)
+
+        return Mask(
+            cut(self.query_positions, i, q_block),
+            cut(self.key_positions, j, k_block),
+            None if self.query_segments is None else cut(self.query_segments, i, q_block),
+            None if self.key_segments is None else cut(self.key_segments, j, k_block),
+            self.window,
+        )
 
     def pad(self, queries: int, keys: int) -> "Mask":
         """The mask with as many queries and keys added at the end. No query sees the added keys."""
@@ -87,10 +95,6 @@ class Mask:
             last = jnp.where(keys == NEVER, -1, keys).max(-1)
             visible = visible & (last > queries.min(-1) - self.window)
         return visible.any(0)
-
-
-def _slice(x: Array | None, block: Int[Array, ""], size: int) -> Array | None:
-    return None if x is None else lax.dynamic_slice_in_dim(x, block * size, size, 1)
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""Token ids from outside, checked before anything is computed with them: XLA clamps an index that is out of range.
+"""Checks of token ids given by a caller. Without them XLA would clamp an id that is out of range, without an error.
 
 Axes: B batch, S tokens.
 """
@@ -20,13 +20,14 @@ ROWS = "Give a list of rows, each a list or a one-dimensional integer array of i
 
 
 def token_row(ids: Any, name: str, vocab_size: int) -> Int[np.ndarray, " S"]:
-    """A row of ids as int32; `ids` is a sequence of integers or an array of any integer dtype.
+    """A row of token ids as int32; `ids` is a sequence of integers or an array of any integer dtype.
 
-    Raises UserError, which calls the row `name`, where it is empty or no row of ids, or has an id out of range.
+    Raises UserError if the row is empty, is not a row of integers, or has an id outside of [0, vocab_size). The message
+    refers to the row by `name`.
     """
     row = _integers(ids, name)
     if not len(row):
-        raise UserError(f"{name} is empty", "Give at least one token; BOS is enough.")
+        raise UserError(f"{name} is empty", "Give at least one token, such as BOS.")
     if outside := [token for token in (row.min(), row.max()) if not 0 <= token < vocab_size]:
         raise UserError(
             f"{name} has token {outside[0]}, and the vocabulary has {vocab_size}",
@@ -36,13 +37,14 @@ def token_row(ids: Any, name: str, vocab_size: int) -> Int[np.ndarray, " S"]:
 
 
 def token_rows(ids: Any, config: ModelConfig) -> Int[np.ndarray, "B S"]:
-    """Rows of ids of one length as int32.
+    """Rows of token ids, all of the same length, as int32.
 
-    Raises UserError as `token_row` does, and for rows of different lengths or beyond the model's context.
+    Raises UserError as `token_row` does, and if there is no row, if lengths differ or if they exceed config.max_length.
     """
     if isinstance(ids, Tracer):
         raise UserError(
-            "the token ids are traced and have no values yet", "The call is compiled already: make it outside jax.jit."
+            "the token ids are traced and have no values yet",
+            "Call this function outside jax.jit: it is compiled already.",
         )
     if isinstance(ids, jax.Array):
         ids = to_host(ids)
@@ -51,11 +53,11 @@ def token_rows(ids: Any, config: ModelConfig) -> Int[np.ndarray, "B S"]:
     rows = [token_row(row, f"row {number}", config.vocab_size) for number, row in enumerate(ids)]
     lengths = sorted({len(row) for row in rows})
     if not rows:
-        raise UserError("there is no row of token ids", ROWS)
+        raise UserError("there are no token ids", ROWS)
     if len(lengths) > 1:
         raise UserError(
             f"the rows have different lengths, from {lengths[0]} to {lengths[-1]} tokens",
-            "Give rows of one length, or one row at a time; a longer row does not change what comes before its end.",
+            "Give rows of equal lengths, or one row at a time; padding at the end does not change earlier logits.",
         )
     if lengths[0] > config.max_length:
         raise UserError(
@@ -66,7 +68,7 @@ def token_rows(ids: Any, config: ModelConfig) -> Int[np.ndarray, "B S"]:
 
 
 def _integers(ids: Any, name: str) -> np.ndarray:
-    """A row as an array of integers, as large as they may be."""
+    """A row as an array of integers: of its own dtype, or of Python integers of any size."""
     if isinstance(ids, jax.Array):
         ids = to_host(ids)
     if hasattr(ids, "dtype"):
@@ -84,11 +86,11 @@ def _integers(ids: Any, name: str) -> np.ndarray:
                 raise TypeError
             row.append(operator.index(item))
         except TypeError:
-            raise UserError(f"{name} holds {_shown(item)}, which is not a token id", ROWS) from None
+            raise UserError(f"{name} contains {_shown(item)}, which is not a token id", ROWS) from None
     return np.array(row, object)
 
 
 def _shown(value: Any) -> str:
-    """A value for a message, on one line."""
+    """The value as text for a message, shortened and on one line."""
     text = " ".join(repr(value).split())
     return f"{text[:60]}..." if len(text) > 60 else text
