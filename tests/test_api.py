@@ -222,7 +222,7 @@ def test_numbers_that_are_not_whole_are_refused(model: camelid.Model, options, m
 
 def test_the_advice_on_room_can_be_followed(model: camelid.Model):
     ids = [1] * 60
-    with pytest.raises(camelid.UserError, match="ask for at most 4 new tokens"):
+    with pytest.raises(camelid.UserError, match="request at most 4 new tokens"):
         model.generate([ids], max_new_tokens=5)
     assert len(model.generate([ids], max_new_tokens=4)[0].tokens) <= 4
     with pytest.raises(camelid.UserError, match="no room for new ones in the context of 64") as refused:

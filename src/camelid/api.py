@@ -24,7 +24,7 @@ from camelid.checkpoint.state import stored
 from camelid.checkpoint.tensors import dtype_named, rounded
 from camelid.errors import UserError, in_python
 from camelid.generate.decode import generate
-from camelid.generate.sample import sampling, whole_number
+from camelid.generate.sampling import sampling, whole_number
 from camelid.interrupts import cleaned_up
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder

@@ -9,7 +9,7 @@ import pytest
 
 from camelid.errors import UserError
 from camelid.generate.decode import generate
-from camelid.generate.sample import Sampling, choose, sampling
+from camelid.generate.sampling import Sampling, sampling, select
 from camelid.model.config import Compute
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import abstract
@@ -29,18 +29,18 @@ def params() -> Decoder:
 
 @pytest.fixture(scope="module")
 def run(params: Decoder):
-    def run(prompts, seeds, how: Sampling, max_new_tokens: int = 30, eos_ids=()) -> list[list[int]]:
-        return generate(params, prompts, seeds, how, max_new_tokens, eos_ids, CONFIG, Compute(), one_device())[0]
+    def run(prompts, seeds, options: Sampling, max_new_tokens: int = 30, eos_ids=()) -> list[list[int]]:
+        return generate(params, prompts, seeds, options, max_new_tokens, eos_ids, CONFIG, Compute(), one_device())[0]
 
     return run
 
 
-@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_row_of_a_batch_is_what_it_is_alone(run, how: Sampling):
-    together = run(PROMPTS, SEEDS, how)
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_row_of_a_batch_is_what_it_is_alone(run, options: Sampling):
+    together = run(PROMPTS, SEEDS, options)
     assert [len(row) for row in together] == [30] * len(PROMPTS)
     for prompt, seed, row in zip(PROMPTS, SEEDS, together, strict=True):
-        assert run([prompt], [seed], how) == [row]
+        assert run([prompt], [seed], options) == [row]
 
 
 def test_a_mesh_generates_what_one_device_does(run, params: Decoder):
@@ -71,7 +71,7 @@ def test_sampled_tokens_are_those_of_full_forwards_without_a_cache(run, params: 
         row = np.zeros((1, 64), np.int32)
         row[0, : len(tokens)] = tokens
         last = logits(row)[:, len(tokens) - 1]
-        tokens += choose(last, jnp.uint32([SEEDS[1] % 2**32]), jnp.int32(step), SAMPLED).tolist()
+        tokens += select(last, SAMPLED, jnp.uint32([SEEDS[1] % 2**32]), jnp.int32([step])).tolist()
     assert run(PROMPTS[1:2], SEEDS[1:2], SAMPLED, 12) == [tokens[len(PROMPTS[1]) :]]
 
 
@@ -81,14 +81,14 @@ def test_seeds_differ_and_repeat(run):
     assert len({tuple(row) for row in other}) == 4
 
 
-@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_row_ends_before_its_first_eos_and_the_others_go_on(run, how: Sampling):
-    free = run(PROMPTS, SEEDS, how)
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_row_ends_before_its_first_eos_and_the_others_go_on(run, options: Sampling):
+    free = run(PROMPTS, SEEDS, options)
     # Any of several ids ends a row; these two are the last that are new to theirs.
     eos = [max(row, key=row.index) for row in free[:2]]
     ends = [next((i for i, token in enumerate(row) if token in eos), len(row)) for row in free]
     assert len(set(ends)) > 2, "rows are to end at different steps"
-    assert run(PROMPTS, SEEDS, how, eos_ids=eos) == [row[:end] for row, end in zip(free, ends, strict=True)]
+    assert run(PROMPTS, SEEDS, options, eos_ids=eos) == [row[:end] for row, end in zip(free, ends, strict=True)]
 
 
 def test_a_row_may_end_at_once(run):
@@ -113,8 +113,8 @@ def test_a_prompt_may_fill_the_context_to_the_last_token(run):
         (
             [[1] * 40],
             25,
-            "prompt 0 has 40 tokens, and 25 new ones are asked for: more than the context of 64\nShorten the "
-            "prompt, or ask for at most 24 new tokens.",
+            "prompt 0 has 40 tokens, which with max_new_tokens = 25 exceeds the context of 64\nShorten the prompt, or "
+            "request at most 24 new tokens.",
         ),
     ],
 )

@@ -14,13 +14,16 @@ import pytest
 from jax import lax
 
 from camelid.errors import UserError
-from camelid.model import attention
-from camelid.model.attention import attend
+from camelid.model import attention, blockwise
+from camelid.model.attention import View
 from camelid.model.config import Compute, ModelConfig
-from camelid.model.kernels import choose_kernel
+from camelid.model.context import Context
+from camelid.model.kernels import Scoring, choose_kernel
+from camelid.model.mask import Mask
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from programs import largest_array
 
+SCORING = Context()
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 6, 3, 10
 DENSE, BLOCKWISE = Compute(attention="dense"), Compute(attention="blockwise")
 # Sums of some dozens of float32 products, in another order; values and gradients are of scale 1.
@@ -38,6 +41,11 @@ PLAIN = model()
 CAPPED = model(attn_softcap=2.0, query_pre_attn_scalar=7)
 WINDOW = model(sliding_window=5)
 CAPPED_WINDOW = model(attn_softcap=2.0, query_pre_attn_scalar=7, sliding_window=11)
+
+
+def attend(q, k, v, query_positions, segments, windowed, config: ModelConfig, compute: Compute, context=SCORING):
+    """attention.attend over keys in order."""
+    return attention.attend(q, View(k, v, segments=segments), query_positions, windowed, config, compute, context)
 
 
 def inputs(queries: int, keys: int | None = None, dtype=np.float32, **sizes: int) -> tuple[jax.Array, ...]:
@@ -94,7 +102,7 @@ def with_gradients(
 @pytest.fixture
 def block(monkeypatch) -> int:
     """Blocks so small that short rows have several."""
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(blockwise, "BLOCK", 8)
     return 8
 
 
@@ -146,19 +154,92 @@ def test_blockwise_equals_dense_for_every_window_and_with_a_cap(config: ModelCon
 @pytest.mark.parametrize("config", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
 @pytest.mark.parametrize("starts", [[2], [0, 11]], ids=["one order for all rows", "an order a row"])
 def test_blockwise_equals_dense_wherever_the_queries_are(starts: list[int], config: ModelConfig, monkeypatch, block):
-    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_: asked)
+    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_, **__: asked)
     q, k, v, g = inputs(29, 40)
     order = jnp.asarray(starts, jnp.int32)[:, None] + jnp.arange(29)
     grouped = q.reshape(BATCH, 29, KV_HEADS, -1, HEAD_DIM).transpose(0, 2, 3, 1, 4)
-    scoring = attention.Scoring(1 / math.sqrt(7), config.attn_softcap)
-    window = config.sliding_window and jnp.int32(config.sliding_window)
+    scoring = Scoring(1 / math.sqrt(7), config.attn_softcap)
+    mask = Mask(order, jnp.arange(40)[None], None, None, config.sliding_window and jnp.int32(config.sliding_window))
 
     def run(kernel):
-        out, pullback = jax.vjp(lambda *qkv: kernel(*qkv, order, None, window, scoring), grouped, k, v)
+        out, pullback = jax.vjp(lambda *qkv: kernel(*qkv, mask, None, scoring), grouped, k, v)
         return out, *pullback(g.reshape(grouped.shape))
 
-    for ours, reference in zip(run(attention.blockwise), run(attention.dense), strict=True):
+    for ours, reference in zip(run(blockwise.blockwise), run(attention.dense), strict=True):
         np.testing.assert_allclose(ours, reference, **CLOSE)
+
+
+def in_any_order(kernel: str, order: np.ndarray, config: ModelConfig, arrays, segments, valid) -> list[np.ndarray]:
+    """Output and gradients in the original order, from queries and keys that are both stored in `order`."""
+    q, k, v, g = arrays
+    back = np.argsort(order)
+    view = View(
+        k[:, :, order],
+        v[:, :, order],
+        jnp.asarray(order)[None],
+        None if segments is None else segments[:, order],
+        None if valid is None else valid[:, order],
+    )
+    q, g = (x[:, order].reshape(BATCH, len(order), KV_HEADS, -1, HEAD_DIM).transpose(0, 2, 3, 1, 4) for x in (q, g))
+    mask = attention._mask(view, None, config.sliding_window and jnp.int32(config.sliding_window))
+    scoring = Scoring(1 / math.sqrt(7), config.attn_softcap)
+    run = {"dense": attention.dense, "blockwise": blockwise.blockwise}[kernel]
+    out, pullback = jax.vjp(lambda *qkv: run(*qkv, mask, None, scoring), q, view.keys, view.values)
+    dq, dk, dv = pullback(g)
+    return [np.asarray(x) for x in (out[:, :, :, back], dq[:, :, :, back], dk[:, :, back], dv[:, :, back])]
+
+
+# Chunks of 8 tokens in the order of context parallelism, where each device has an early and a late one; other orders.
+ORDERS = {
+    "chunks": np.concatenate([np.arange(32).reshape(4, 8)[i] for i in (0, 3, 1, 2)]),
+    "backwards": np.arange(29)[::-1].copy(),
+    "shuffled": np.random.default_rng(0).permutation(29),
+}
+
+
+@pytest.mark.parametrize("config", [PLAIN, WINDOW, CAPPED_WINDOW], ids=["plain", "window", "capped window"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_the_order_of_keys_makes_no_difference(order: np.ndarray, packed: bool, config: ModelConfig, block):
+    length = len(order)
+    segments = documents(length) if packed else None
+    valid = jnp.asarray(np.random.default_rng(1).random((BATCH, length)) < 0.7).at[:, 0].set(True)
+    q, k, v, g = inputs(length)
+    for keys in (None, valid):
+        at = np.arange(length)
+        visible = (at <= at[:, None]) & (at > at[:, None] - (config.sliding_window or length))
+        if segments is not None:
+            visible = visible & (np.asarray(segments)[:, :, None] == np.asarray(segments)[:, None])
+        if keys is not None:
+            visible = visible & np.asarray(keys)[:, None]
+        # What queries that see no key return is not defined.
+        seen = np.broadcast_to(visible, (BATCH, length, length)).any(-1)
+        arrays = (q, k, v, jnp.where(seen[..., None, None], g, 0))
+        expected = in_any_order("dense", at, config, arrays, segments, keys)
+        for kernel in ("dense", "blockwise"):
+            out, *gradients = in_any_order(kernel, order, config, arrays, segments, keys)
+            np.testing.assert_allclose(
+                *(np.where(seen[:, None, None, :, None], x, 0) for x in (out, expected[0])), **CLOSE
+            )
+            for ours, reference in zip(gradients, expected[1:], strict=True):
+                np.testing.assert_allclose(ours, reference, **CLOSE)
+
+
+def test_blocks_are_skipped_in_any_order(block):
+    """Keys in chunks of another order: a block that no query of a block sees is not read, forward or backward."""
+    order = ORDERS["chunks"]  # positions 0-7, 24-31, 8-15, 16-23
+    q, k, v, g = inputs(32)
+    config = model(sliding_window=9)
+    # The keys at 0-7 are seen by queries at 0-15, and those at 24-31 by queries there.
+    good = in_any_order("dense", order, config, (q, k, v, g), None, None)
+    for bad, spoiled in ((slice(0, 8), slice(0, 16)), (slice(24, 32), slice(24, 32))):
+        bad_k, bad_v = (x.at[:, :, bad].set(jnp.nan) for x in (k, v))
+        found = in_any_order("blockwise", order, config, (q, bad_k, bad_v, g), None, None)
+        for axis, ours, reference in zip((3, 3), found[:2], good[:2], strict=True):
+            ours, reference = (np.moveaxis(x, axis, 0) for x in (ours, reference))
+            clean = np.setdiff1d(np.arange(32), np.arange(32)[spoiled])
+            assert np.isnan(ours[spoiled]).any((1, 2, 3, 4)).all()
+            np.testing.assert_allclose(ours[clean], reference[clean], **CLOSE)
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -273,7 +354,7 @@ def test_queries_over_a_cache_see_their_own_slots_and_earlier(queries: int, keys
 @pytest.mark.parametrize("config", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
 def test_only_dense_makes_an_array_of_queries_by_keys(compute: Compute, config: ModelConfig):
-    length = 8 * attention.BLOCK
+    length = 8 * blockwise.BLOCK
     q, k = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in ((length, 1, 2), (1, length, 2)))
     segments = jnp.zeros((1, length), jnp.int32)
 
@@ -290,7 +371,7 @@ def test_only_dense_makes_an_array_of_queries_by_keys(compute: Compute, config: 
 def test_a_kernel_that_the_device_lacks_is_refused(kernel: str):
     q, k, v, _ = inputs(13)
     device = jax.default_backend()
-    with pytest.raises(UserError, match=f"attention = '{kernel}' .* needs .* here are {device}, float32"):
+    with pytest.raises(UserError, match=f"attention = '{kernel}' .* requires .* this run has {device}, float32"):
         attend(q, k, v, None, None, False, PLAIN, Compute(attention=kernel))
 
 
@@ -315,10 +396,10 @@ def on_device(monkeypatch):
 
 def test_capped_scores_are_not_for_cudnn(on_device):
     on_device(*H200)
-    with pytest.raises(UserError, match=r"'cudnn' .* no attn_softcap; here are gpu .* attn_softcap = 50\.0"):
-        choose_kernel("cudnn", "bfloat16", 512, 64, True, 50.0)
+    with pytest.raises(UserError, match=r"'cudnn' .* no attn_softcap .* this run has gpu .* attn_softcap = 50\.0"):
+        choose_kernel("cudnn", "bfloat16", 512, 64, own_keys=True, cap=50.0, dropout=0.0)
     on_device(*TPU)
-    assert choose_kernel("auto", "bfloat16", 512, 128, True, 50.0) == "splash"
+    assert choose_kernel("auto", "bfloat16", 512, 128, own_keys=True, cap=50.0, dropout=0.0) == "splash"
 
 
 @pytest.mark.parametrize(
@@ -338,7 +419,7 @@ def test_capped_scores_are_not_for_cudnn(on_device):
 )
 def test_auto_takes_the_kernel_that_fits(on_device, device, dtype, length, head_dim, own, kernel):
     on_device(*device)
-    assert choose_kernel("auto", dtype, length, head_dim, own, None) == kernel
+    assert choose_kernel("auto", dtype, length, head_dim, own_keys=own, cap=None, dropout=0.0) == kernel
 
 
 @pytest.mark.parametrize(
@@ -361,11 +442,13 @@ def test_auto_falls_back_with_one_line_and_the_kernel_itself_is_refused(
 ):
     on_device(*device)
     with pytest.warns(UserWarning, match=re.escape(here)) as noted:
-        assert choose_kernel("auto", dtype, length, head_dim, True, cap) == "blockwise"
+        assert choose_kernel("auto", dtype, length, head_dim, own_keys=True, cap=cap, dropout=0.0) == "blockwise"
     (note,) = noted
     assert "\n" not in str(note.message)
     with pytest.raises(UserError, match=re.escape(here)):
-        choose_kernel({"gpu": "cudnn", "tpu": "splash"}[device[0]], dtype, length, head_dim, True, cap)
+        choose_kernel(
+            {"gpu": "cudnn", "tpu": "splash"}[device[0]], dtype, length, head_dim, own_keys=True, cap=cap, dropout=0.0
+        )
 
 
 # Static, and traced as in a scan over layers.
@@ -389,7 +472,7 @@ def test_splash_equals_dense_in_outputs_and_gradients(
     packed: bool, mesh: MeshConfig | None, cap: float | None, config: ModelConfig, local, monkeypatch
 ):
     """TPU's kernel, as Pallas interprets it on other devices."""
-    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_: asked)
+    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_, **__: asked)
     monkeypatch.setattr(attention, "splash", partial(attention.splash, interpret=True))
     length = 256
     config = dataclasses.replace(config, attn_softcap=cap)
@@ -406,7 +489,7 @@ def test_splash_equals_dense_in_outputs_and_gradients(
 def everywhere(monkeypatch):
     """Devices' kernels on every device: splash as Pallas interprets it, cuDNN's call as XLA computes it."""
     plain = jax.nn.dot_product_attention
-    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_: asked)
+    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_, **__: asked)
     monkeypatch.setattr(attention, "splash", partial(attention.splash, interpret=True))
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *qkv, implementation, **how: plain(*qkv, implementation="xla", **how)
@@ -446,7 +529,7 @@ def test_replicated_heads_read_the_keys_that_they_read_on_one_device(
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 def test_what_cudnn_is_asked_for_is_dense_attention(packed: bool, config: ModelConfig, local, monkeypatch):
     """The call of cuDNN's kernel, as JAX computes it on devices that have none."""
-    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_: asked)
+    monkeypatch.setattr(attention, "choose_kernel", lambda asked, *_, **__: asked)
     plain, asked = jax.nn.dot_product_attention, []
 
     def without_cudnn(*qkv, implementation: str, **how):

@@ -133,7 +133,7 @@ def assert_cached_equals_full(config: ModelConfig, compute: Compute, close: floa
         logits, cache = step(np.take_along_axis(tokens, positions, 1), positions, cache)
         for row in range(3):
             got[row].append((lengths[row] + i, logits[row, 0]))
-    assert cache.k.dtype == cache.v.dtype == compute.dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(compute.dtype)}
     for row, pairs in enumerate(got):
         for position, values in pairs:
             np.testing.assert_allclose(values, full[row, position], rtol=0, atol=close * np.abs(full).max())
@@ -142,11 +142,11 @@ def assert_cached_equals_full(config: ModelConfig, compute: Compute, close: floa
 def test_a_write_beyond_the_last_slot_is_dropped():
     cache = empty_cache(CONFIG, 2, 5, jnp.dtype("float32"), ())
     new = jnp.ones((2, 1, CONFIG.num_kv_heads, CONFIG.head_dim))
-    cache = cache.write(jnp.int32(1), new, 2 * new, jnp.array([[5], [4]]))
-    expected = np.zeros(cache.k.shape, np.float32)
+    cache, _ = cache.update(False, jnp.int32(1), new, 2 * new, jnp.array([[5], [4]]))
+    expected = np.zeros(cache.full.k.shape, np.float32)
     expected[1, 1, :, 4] = 1
-    np.testing.assert_array_equal(cache.k, expected)
-    np.testing.assert_array_equal(cache.v, 2 * expected)
+    np.testing.assert_array_equal(cache.full.k, expected)
+    np.testing.assert_array_equal(cache.full.v, 2 * expected)
 
 
 # Rematerialization --------------------------------------------------------------------------------------------------

@@ -48,21 +48,21 @@ FAULTS = (
     Fault(
         "replicated key heads are paired with query heads by their local numbers",
         "model/kernels.py",
-        "first = 0 if heads_cut is None else lax.axis_index(heads_cut) * heads",
+        "first = 0 if heads_axes is None else lax.axis_index(heads_axes) * heads",
         "first = 0",
         f"{HEADS}[splash-16-2-4-replicate0]",
     ),
     Fault(
         "query heads across the border of a key head share one",
         "model/kernels.py",
-        "share = math.gcd(heads, group)",
-        "share = min(heads, group)",
+        "shared = math.gcd(heads, group)",
+        "shared = min(heads, group)",
         f"{HEADS}[splash-12-6-4-replicate3]",
     ),
     Fault(
         "whole query heads meet the key heads of one device",
         "model/kernels.py",
-        'partition(tuple(axes.split()), COMPUTE, (*replicate, "kv_heads") if apart else replicate)',
+        'partition(tuple(axes.split()), COMPUTE, (*replicate, "kv_heads") if sharded_differently else replicate)',
         "partition(tuple(axes.split()), COMPUTE, replicate)",
         f"{HEADS}[splash-8-4-4-replicate5]",
     ),
@@ -119,7 +119,7 @@ FAULTS = (
     # NaN and infinity
     Fault(
         "logits that are NaN are drawn from",
-        "generate/sample.py",
+        "generate/sampling.py",
         "return ~jnp.any(jnp.isnan(logits) | (logits == jnp.inf), -1)",
         "return jnp.ones(len(logits), bool)",
         BROKEN,
@@ -132,10 +132,10 @@ FAULTS = (
         BROKEN,
     ),
     Fault(
-        "logits that nobody needs end a row",
+        "one forward pass more than needed ends a row",
         "generate/decode.py",
-        "finite & (done | sound | (step + 1 == limit))",
-        "finite & (done | sound)",
+        "return (step < limit) & jnp.any(state.active)",
+        "return (step <= limit) & jnp.any(state.active)",
         f"{API}test_a_row_keeps_what_came_before_its_logits_broke",
     ),
     Fault(

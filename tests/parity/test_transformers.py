@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from camelid.generate.decode import generate
-from camelid.generate.sample import sampling
+from camelid.generate.sampling import sampling
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder
 from camelid.model.params import named

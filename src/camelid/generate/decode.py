@@ -1,8 +1,9 @@
-"""Prefill and decode: one compiled program a shape, one dispatch a call.
+"""Generation: one compiled program per shape processes a batch of prompts and continues it, in one dispatch.
 
 Axes: B batch, P prompt, N new tokens, V vocab.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,25 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from camelid.errors import UserError
-from camelid.generate.sample import Sampling, all_finite, choose
+from camelid.generate.sampling import Sampling, all_finite, select
+from camelid.generate.state import DecodeState, advance, prefill
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import Decoder, decode_params
-from camelid.model.kv_cache import empty_cache
 from camelid.model.tokens import token_row
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
 from camelid.parallel.hosts import to_host
 
-BUCKET = 64  # prompts and new tokens are padded to multiples, so that few shapes are compiled
+BUCKET = 64  # lengths of prompts and of new tokens are rounded up to multiples, so that few shapes are compiled
 
 
 def generate(
     params: Decoder,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
-    how: Sampling,
+    sampling: Sampling,
     max_new_tokens: int,
     eos_ids: Sequence[int],
     config: ModelConfig,
@@ -37,44 +38,42 @@ def generate(
     mesh: Mesh,
     drawable: Bool[np.ndarray, " V"] | None = None,
 ) -> tuple[list[list[int]], list[bool]]:
-    """New tokens after each prompt, up to and without the first EOS; a row's tokens do not depend on the other rows.
+    """Returns the new tokens of each prompt, up to and without the first EOS, and whether its logits stayed finite.
 
-    `drawable` says which ids may be drawn (None: all). The second list says for each row whether its logits stayed
-    finite: a row ends at the first that are not. Raises UserError where a prompt is empty, has an id beyond the
-    vocabulary, or leaves no room in the context.
+    A row's tokens do not depend on the other rows. `sampling` has settings for each prompt or for all; `drawable` marks
+    the ids that may be generated (None: all). A row ends at its first logits that are NaN or infinite. Raises UserError
+    if a prompt is empty, has an id outside of the vocabulary, or leaves no room in the context.
     """
     _check(prompts, max_new_tokens, config)
-    longest = max(len(prompt) for prompt in prompts)
-    length = min(_round_up(longest), config.max_length)
-    room = min(_round_up(max_new_tokens), config.max_length)
-    rows = -len(prompts) % data_parallel_size(mesh) + len(prompts)
-    tokens = np.zeros((rows, length), np.int32)
-    lengths = np.ones((rows, 1), np.int32)
-    row_seeds = np.zeros((rows, 1), np.uint32)
+    count, longest = len(prompts), max(len(prompt) for prompt in prompts)
+    rows = -count % data_parallel_size(mesh) + count
+    tokens = np.zeros((rows, min(_round_up(longest), config.max_length)), np.int32)
+    batch = {"lengths": np.zeros((rows, 1), np.int32), "seeds": np.zeros((rows, 1), np.uint32)}
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        tokens[i, : len(prompt)], lengths[i], row_seeds[i] = prompt, len(prompt), seed % 2**32
-    batch = BatchSharding(rows, mesh).place({"tokens": tokens, "lengths": lengths, "seeds": row_seeds})
-    eos = np.array(eos_ids, np.int32)
+        tokens[i, : len(prompt)], batch["lengths"][i], batch["seeds"][i] = prompt, len(prompt), seed % 2**32
+    for name in ("temperature", "top_k", "top_p"):
+        setting = np.asarray(getattr(sampling, name))
+        batch[name] = np.zeros((rows, 1), setting.dtype)
+        batch[name][:count, 0] = setting
     with jax.set_mesh(mesh):
         found = _generate(
             params,
             decode_params(params),
-            batch,
-            how,
-            eos,
+            BatchSharding(rows, mesh).place({"tokens": tokens} | batch),
+            np.array(eos_ids, np.int32),
             drawable,
             np.int32(max_new_tokens),
-            room,
+            min(_round_up(max_new_tokens), config.max_length),
             config,
             compute,
         )
-        out, counts, finite = (x[: len(prompts)] for x in to_host(found))
-    return [row[:count].tolist() for row, count in zip(out, counts, strict=True)], finite.tolist()
+        out, counts, finite = (x[:count] for x in to_host(found))
+    return [row[:n].tolist() for row, n in zip(out, counts, strict=True)], finite.tolist()
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens = {max_new_tokens} is below 1", "Ask for at least one token.")
+        raise UserError(f"max_new_tokens = {max_new_tokens} is below 1", "Request at least one token.")
     if not prompts:
         raise UserError("there is no prompt", "Give at least one.")
     for number, prompt in enumerate(prompts):
@@ -82,15 +81,15 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelC
         room = config.max_length - length
         if room < 1:
             raise UserError(
-                f"prompt {number} has {length} tokens, which leave no room for new ones in the context of "
+                f"prompt {number} has {length} tokens, which leaves no room for new ones in the context of "
                 f"{config.max_length}",
                 f"Shorten the prompt to at most {config.max_length - 1} tokens.",
             )
         if room < max_new_tokens:
             raise UserError(
-                f"prompt {number} has {length} tokens, and {max_new_tokens} new ones are asked for: more than the "
+                f"prompt {number} has {length} tokens, which with max_new_tokens = {max_new_tokens} exceeds the "
                 f"context of {config.max_length}",
-                f"Shorten the prompt, or ask for at most {room} new token{'s' if room > 1 else ''}.",
+                f"Shorten the prompt, or request at most {room} new token{'s' if room > 1 else ''}.",
             )
 
 
@@ -101,9 +100,8 @@ def _round_up(n: int) -> int:
 @partial(jax.jit, static_argnames=("room", "config", "compute"))
 def _generate(
     params: Decoder,
-    one_by_one: Decoder,
-    rows: dict[str, Array],
-    how: Sampling,
+    step_params: Decoder,
+    batch: dict[str, Array],
     eos: Int[Array, " ids"],
     drawable: Bool[Array, " V"] | None,
     limit: Int[Array, ""],
@@ -111,47 +109,38 @@ def _generate(
     config: ModelConfig,
     compute: Compute,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"], Bool[Array, " B"]]:
-    """At most `limit` new tokens of each row, in a buffer of `room`, how many come before its end, and `finite`.
+    """Up to `limit` new tokens of each row in a buffer of `room`, how many precede its end, and `finite`.
 
-    `params` read the prompt; `one_by_one` are the same, as decoding wants them.
+    `params` process the prompts; `step_params` are the same parameters in the form that is fast for single tokens.
     """
-    tokens: Int[Array, "B P"] = rows["tokens"]
-    lengths: Int[Array, " B"] = rows["lengths"][:, 0]
-    seeds: UInt32[Array, " B"] = rows["seeds"][:, 0]
-    batch, length = tokens.shape
-    cache = empty_cache(config, batch, length + room, jnp.dtype(compute.dtype), compute.replicate)
-    # A prompt's padding fills slots that its new tokens overwrite before any query can see them.
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    # Where rotations depend on how long a row gets, that is decided here: keys in the cache are not turned again.
-    ends = lengths + limit
-    x, cache = params.hidden(tokens, positions, None, config, compute, cache=cache, lengths=ends)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)
+    tokens: Int[Array, "B P"] = batch["tokens"]
+    rows = {name: x[:, 0] for name, x in batch.items() if name != "tokens"}
+    sampling = Sampling(rows["temperature"], rows["top_k"], rows["top_p"])
+    lengths, slots = rows["lengths"], tokens.shape[1] + room
+    state, logits = prefill(
+        params, tokens, lengths, lengths + limit, sampling, rows["seeds"], config, compute, slots=slots
+    )
 
-    def next_token(logits: Array, step: Array) -> tuple[Array, Array]:
+    def next_tokens(state: DecodeState, logits: Float[Array, "B V"], finite: Array) -> tuple[DecodeState, Array, Array]:
         allowed = logits if drawable is None else jnp.where(drawable, logits, -jnp.inf)
-        return choose(allowed, seeds, step, how), all_finite(logits)
+        token = select(allowed, state.sampling, state.seeds, state.steps)
+        finite = finite & (~state.active | all_finite(logits))
+        ended = jnp.any(token[:, None] == eos, -1) | ~finite
+        return dataclasses.replace(state, active=state.active & ~ended), token, finite
 
-    first, finite = next_token(params.logits(last, config, compute)[:, 0], jnp.int32(0))
-    out = jnp.zeros((batch, room), jnp.int32)
+    def proceeds(carry) -> Array:
+        step, state, *_ = carry
+        return (step < limit) & jnp.any(state.active)
 
-    def goes_on(carry) -> Array:
-        step, _, _, _, done, _, _ = carry
-        return (step < limit) & ~jnp.all(done)
-
-    def one_token(carry):
-        step, out, cache, token, done, finite, counts = carry
+    def one_step(carry):
+        step, state, token, out, counts, finite = carry
+        state, logits = advance(step_params, state, token[:, None], config, compute)
+        state, token, finite = next_tokens(state, logits[:, 0], finite)
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], step, 1)
-        counts = counts + jnp.where(done, 0, 1)
-        positions = (lengths + step)[:, None]
-        logits, cache = one_by_one(token[:, None], positions, None, config, compute, cache=cache, lengths=ends)
-        token, sound = next_token(logits[:, 0], step + 1)
-        # The logits after the last token are computed, and nobody needs them.
-        finite = finite & (done | sound | (step + 1 == limit))
-        return step + 1, out, cache, token, done | ends_at(token, finite), finite, counts
+        return step + 1, state, token, out, counts + state.active.astype(jnp.int32), finite
 
-    def ends_at(token: Array, finite: Array) -> Array:
-        return jnp.any(token[:, None] == eos, -1) | ~finite
-
-    start = (jnp.int32(0), out, cache, first, ends_at(first, finite), finite, jnp.zeros(batch, jnp.int32))
-    _, out, _, _, _, finite, counts = lax.while_loop(goes_on, one_token, start)
+    state, token, finite = next_tokens(state, logits, jnp.ones(len(tokens), bool))
+    out = jnp.zeros((len(tokens), room), jnp.int32).at[:, 0].set(token)
+    start = (jnp.int32(1), state, token, out, state.active.astype(jnp.int32), finite)
+    *_, out, counts, finite = lax.while_loop(proceeds, one_step, start)
     return out, counts, finite

@@ -1,211 +1,123 @@
-"""Attention, grouped-query, with its kernels behind one function.
+"""Grouped-query attention (arXiv:2305.13245): one function, `attend`, in front of several kernels.
 
-Axes: B batch, S queries, T keys, H query heads, K key/value heads, G query heads per K, D head_dim, C block.
+Axes: B batch, S queries, T keys, H query heads, K key/value heads, G query heads per key/value head, D head_dim.
 
-Every query knows its `order`: the index, among the keys, of its own token. It sees it and earlier ones of its segment,
-in a layer with a window no more than so many:
-
-    segments  1 1 1 1 2 2     sees   x . . . . .
-                                     x x . . . .
-                                     x x x . . .
-                                     . x x x . .      a window of 3
-                                     . . . . x .      each document starts again
-                                     . . . . x x
+Query heads k G to (k + 1) G - 1 read key/value head k. Attention knows no cache: it reads a View, whether the keys were
+computed by the same forward pass or are stored in a cache of any kind.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from camelid.model.blockwise import blockwise
 from camelid.model.config import Compute, ModelConfig
-from camelid.model.kernels import Scoring, choose_kernel, cudnn, either, splash, visible
-from camelid.model.weights import KEPT, dot
+from camelid.model.context import Context
+from camelid.model.kernels import Scoring, choose_kernel, cudnn, either, splash
+from camelid.model.mask import NEVER, UNLIMITED, AttentionDropout, Mask, attention_dropout
+from camelid.model.weights import dot
 
-BLOCK = 256  # tokens; the scores of one pair of blocks stay in a CPU's cache, and products are still large
-HIDDEN = -1e30  # finite: a row whose first blocks are all hidden must not become NaN
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class View:
+    """The keys and values that the queries of one layer may attend to, in any order."""
+
+    keys: Float[Array, "B K T D"]
+    """rotated to their positions"""
+    values: Float[Array, "B K T D"]
+    positions: Int[Array, "#B T"] | None = None
+    """the place of each key within its row, which is not reset where a packed row starts a new document; None: key t is
+    at position t"""
+    segments: Int[Array, "B T"] | None = None
+    """the document of each key within a packed row; None: each row is one document"""
+    valid: Bool[Array, "B T"] | None = None
+    """whether there is a key; what is stored in the other places is never seen. None: all are keys"""
+
+
+@dataclass(frozen=True)
+class ViewByKind:
+    """The view of a layer whose kind is known only at run time, in a scan over layers with and without a window."""
+
+    windowed: Bool[Array, ""]
+    """whether this layer has the sliding window"""
+    read: Callable[[bool], View]
+    """returns the view of a layer with (True) or without the window; called within a conditional, so that the keys of
+    the other kind are not read"""
 
 
 def attend(
     q: Float[Array, "B S H D"],
-    k: Float[Array, "B K T D"],
-    v: Float[Array, "B K T D"],
-    order: Int[Array, "B S"] | None,
-    segments: Int[Array, "B S"] | None,
-    local: bool | Bool[Array, ""],
+    view: View | ViewByKind,
+    query_positions: Int[Array, "B S"] | None,
+    windowed: bool | Bool[Array, ""],
     config: ModelConfig,
     compute: Compute,
+    context: Context,
 ) -> Float[Array, "B S H D"]:
-    """Softmax(scores of q and k) v over the visible keys, scores and softmax in float32.
+    """softmax(scores of the queries and the keys that they see) times the values; scores and softmax are float32.
 
-    `order` None: the keys are the queries' own tokens (training, scoring). `segments` None: each row is one document.
-    `local`: whether this layer has config.sliding_window; traced where one program serves layers that differ.
-    Raises UserError where a kernel was asked for that the device, the model or the shapes do not allow.
+    A query sees the keys of its segment up to its own position, and within the window if the layer has one (see Mask).
+    `query_positions` are compared with `view.positions`; negative ones belong to padding, which sees nothing. None: the
+    queries are of the same tokens as the keys, in the same order (training, scoring, the first chunk of a prompt).
+    `windowed`: whether this layer has config.sliding_window; a traced value if one program serves layers of both kinds.
+    Raises UserError if compute.attention requests a kernel that the device, the model, the shapes or dropout rule out.
     """
+    if isinstance(view, ViewByKind):
+
+        def of_kind(windowed: bool) -> Array:
+            return attend(q, view.read(windowed), query_positions, windowed, config, compute, context)
+
+        return lax.cond(view.windowed, lambda: of_kind(True), lambda: of_kind(False))
+
     B, S, H, D = q.shape
-    T = k.shape[2]
+    K, T = view.keys.shape[1:3]
     width = D if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar
     scoring = Scoring(1 / math.sqrt(width), config.attn_softcap)
     window = config.sliding_window
-    if window is not None and (local is False or window >= T):
-        window = None  # it hides nothing
-    kernel = choose_kernel(compute.attention, q.dtype, S, D, order is None, scoring.cap)
+    if windowed is False or (window is not None and view.positions is None and window >= T):
+        window = None  # it would exclude nothing
+    dropout = attention_dropout(context, K, H // K)
+    own_keys = query_positions is None and view.positions is None
+    rate = 0.0 if dropout is None else dropout.rate
+    kernel = choose_kernel(compute.attention, q.dtype, S, D, own_keys=own_keys, cap=scoring.cap, dropout=rate)
     if kernel == "cudnn":
-        run = partial(cudnn, segments=segments, scale=scoring.scale, replicate=compute.replicate)
-        return either(run, local, window, q, k, v)
+        run = partial(cudnn, segments=view.segments, scale=scoring.scale, replicate=compute.replicate)
+        return either(run, windowed, window, q, view.keys, view.values)
     if kernel == "splash":
-        run = partial(splash, segments=segments, scoring=scoring, replicate=compute.replicate)
-        return either(run, local, window, q, k, v)
-    grouped = q.reshape(B, S, k.shape[1], -1, D).transpose(0, 2, 3, 1, 4)
-    if order is None:
-        order = jnp.arange(S)[None]
-    reach = None if window is None else jnp.where(local, window, T)
-    out = {"dense": dense, "blockwise": blockwise}[kernel](grouped, k, v, order, segments, reach, scoring)
+        run = partial(splash, segments=view.segments, scoring=scoring, replicate=compute.replicate)
+        return either(run, windowed, window, q, view.keys, view.values)
+    grouped = q.reshape(B, S, K, -1, D).transpose(0, 2, 3, 1, 4)
+    mask = _mask(view, query_positions, None if window is None else jnp.where(windowed, window, UNLIMITED))
+    out = {"dense": dense, "blockwise": blockwise}[kernel](grouped, view.keys, view.values, mask, dropout, scoring)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, D)
 
 
-def _scores(q: Float[Array, "B K G S D"], k: Float[Array, "B K T D"], scoring: Scoring) -> Float[Array, "B K G S T"]:
-    scores = dot("BKGSD,BKTD->BKGST", q, k) * scoring.scale
-    return scores if scoring.cap is None else scoring.cap * jnp.tanh(scores / scoring.cap)
-
-
-def _slope(scores: Float[Array, "B K G S T"], scoring: Scoring) -> float | Float[Array, "B K G S T"]:
-    """The derivative of scores by the products that they were made of."""
-    return scoring.scale if scoring.cap is None else scoring.scale * (1 - jnp.square(scores / scoring.cap))
-
-
-def _hide(scores: Float[Array, "B K G S T"], mask: Bool[Array, "#B S T"]) -> Float[Array, "B K G S T"]:
-    return jnp.where(mask[:, None, None], scores, HIDDEN)
+def _mask(view: View, query_positions: Int[Array, "B S"] | None, window: Int[Array, ""] | None) -> Mask:
+    positions = jnp.arange(view.keys.shape[2])[None] if view.positions is None else view.positions
+    visible = positions if view.valid is None else jnp.where(view.valid, positions, NEVER)
+    if query_positions is None:
+        return Mask(positions, visible, view.segments, view.segments, window)
+    assert view.segments is None, "a row that is decoded is one document"
+    return Mask(query_positions, visible, None, None, window)
 
 
 def dense(
     q: Float[Array, "B K G S D"],
     k: Float[Array, "B K T D"],
     v: Float[Array, "B K T D"],
-    order: Int[Array, "#B S"],
-    segments: Int[Array, "B S"] | None,
-    window: Int[Array, ""] | None,
+    mask: Mask,
+    dropout: AttentionDropout | None,
     scoring: Scoring,
 ) -> Float[Array, "B K G S D"]:
-    """The reference: every score at once."""
-    mask = visible(order, jnp.arange(k.shape[2]), segments, segments, window)
-    scores = _hide(_scores(q, k, scoring), mask)
-    return dot("BKGST,BKTD->BKGSD", jax.nn.softmax(scores, -1).astype(v.dtype), v).astype(q.dtype)
-
-
-def blockwise(
-    q: Float[Array, "B K G S D"],
-    k: Float[Array, "B K T D"],
-    v: Float[Array, "B K T D"],
-    order: Int[Array, "#B S"],
-    segments: Int[Array, "B S"] | None,
-    window: Int[Array, ""] | None,
-    scoring: Scoring,
-) -> Float[Array, "B K G S D"]:
-    """Scores one block of queries by one block of keys at a time, with a running softmax (arXiv:2205.14135).
-
-    Blocks of keys that no query of the block sees are skipped. Memory grows with the length, not with its square.
-    """
-    S, T = q.shape[3], k.shape[2]
-    q_block, k_block = min(BLOCK, S), min(BLOCK, T)
-    more_q, more_k = -S % q_block, -T % k_block
-    if more_q or more_k:
-        # Padded keys come after every order, so nothing sees them; what padded queries see is cut off below.
-        q = jnp.pad(q, ((0, 0),) * 3 + ((0, more_q), (0, 0)))
-        k, v = (jnp.pad(x, ((0, 0),) * 2 + ((0, more_k), (0, 0))) for x in (k, v))
-        order = jnp.pad(order, ((0, 0), (0, more_q)), mode="edge")
-        segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, more_q)))
-    out: Array = _blockwise(q, k, v, order, segments, window, scoring, q_block, k_block)
-    return out[:, :, :, :S]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _blockwise(q, k, v, order, segments, window, scoring, q_block, k_block):
-    return _blockwise_forward(q, k, v, order, segments, window, scoring, q_block, k_block)[0]
-
-
-def _blockwise_forward(q, k, v, order, segments, window, scoring, q_block, k_block):
-    def one_query_block(_, i):
-        q_i, order_i, segments_i = _query_block(q, order, segments, i, q_block)
-
-        def one_key_block(j, running):
-            top, total, mixed = running
-            k_j, v_j, mask = _key_block(k, v, order_i, segments_i, segments, window, j, k_block)
-            scores = _hide(_scores(q_i, k_j, scoring), mask)
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.exp(scores - new_top[..., None])
-            fade = jnp.exp(top - new_top)
-            mixed = mixed * fade[..., None] + dot("BKGST,BKTD->BKGSD", weights.astype(v.dtype), v_j)
-            return new_top, total * fade + weights.sum(-1), mixed
-
-        flat = q_i.shape[:-1]
-        start = (jnp.full(flat, HIDDEN), jnp.zeros(flat), jnp.zeros(q_i.shape, jnp.float32))
-        # A query that sees nothing in its first blocks averages them; its first visible key fades that to exactly 0.
-        first = 0 if window is None else jnp.maximum(order_i.min() - window + 1, 0) // k_block
-        top, total, mixed = lax.fori_loop(first, order_i.max() // k_block + 1, one_key_block, start)
-        return None, ((mixed / total[..., None]).astype(q.dtype), top + jnp.log(total))
-
-    blocks = jnp.arange(q.shape[3] // q_block)
-    _, (out, log_total) = lax.scan(one_query_block, None, blocks)
-    out, log_total = (checkpoint_name(_join(x), KEPT) for x in (out, log_total))
-    return out, (q, k, v, order, segments, window, out, log_total)
-
-
-def _blockwise_backward(scoring, q_block, k_block, saved, g):
-    q, k, v, order, segments, window, out, log_total = saved
-    drop = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)  # sum over keys of weight x its gradient
-    blocks = q.shape[3] // q_block
-    orders = order.reshape(order.shape[0], blocks, q_block)  # they grow along the row
-    last_seen = orders.max((0, 2))
-    first_seen = None if window is None else orders.min((0, 2)) - window + 1
-
-    def one_key_block(dq, j):
-        def one_query_block(i, running):
-            dq, dk, dv = running
-            q_i, order_i, segments_i = _query_block(q, order, segments, i, q_block)
-            g_i, drop_i, log_total_i = (_cut(x, i, q_block, 3) for x in (g, drop, log_total))
-            k_j, v_j, mask = _key_block(k, v, order_i, segments_i, segments, window, j, k_block)
-            scores = _scores(q_i, k_j, scoring)
-            weights = jnp.exp(_hide(scores, mask) - log_total_i[..., None])
-            dv = dv + dot("BKGST,BKGSD->BKTD", weights.astype(v.dtype), g_i)
-            dweights = dot("BKGSD,BKTD->BKGST", g_i, v_j)
-            dscores = (weights * (dweights - drop_i[..., None]) * _slope(scores, scoring)).astype(q.dtype)
-            dk = dk + dot("BKGST,BKGSD->BKTD", dscores, q_i)
-            dq_i = _cut(dq, i, q_block, 3) + dot("BKGST,BKTD->BKGSD", dscores, k_j)
-            return lax.dynamic_update_slice_in_dim(dq, dq_i, i * q_block, 3), dk, dv
-
-        zeros = jnp.zeros((*k.shape[:2], k_block, k.shape[3]), jnp.float32)
-        first = jnp.sum(last_seen < j * k_block)
-        stop = blocks if first_seen is None else jnp.sum(first_seen < (j + 1) * k_block)
-        dq, dk, dv = lax.fori_loop(first, stop, one_query_block, (dq, zeros, zeros))
-        return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
-
-    dq, (dk, dv) = lax.scan(one_key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(k.shape[2] // k_block))
-    return dq.astype(q.dtype), _join(dk, 2), _join(dv, 2), None, None, None
-
-
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
-
-
-def _cut(x: Array, block: Array, size: int, axis: int) -> Array:
-    return lax.dynamic_slice_in_dim(x, block * size, size, axis)
-
-
-def _join(blocks: Float[Array, "n ..."], axis: int = 3) -> Array:
-    """Blocks stacked by a scan, laid end to end along `axis` of each."""
-    x = jnp.moveaxis(blocks, 0, axis)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _query_block(q, order, segments, i, size):
-    return _cut(q, i, size, 3), _cut(order, i, size, 1), None if segments is None else _cut(segments, i, size, 1)
-
-
-def _key_block(k, v, order_i, segments_i, segments, window, j, size):
-    segments_j = None if segments is None else _cut(segments, j, size, 1)
-    mask = visible(order_i, j * size + jnp.arange(size), segments_i, segments_j, window)
-    return _cut(k, j, size, 2), _cut(v, j, size, 2), mask
+    """The reference kernel, which stores the scores of all queries and keys."""
+    weights = jax.nn.softmax(mask.apply(scoring.scores(q, k)), -1)
+    if dropout is not None:
+        weights = weights * dropout.factors(mask)
+    return dot("BKGST,BKTD->BKGSD", weights.astype(v.dtype), v).astype(q.dtype)

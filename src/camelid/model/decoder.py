@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from camelid.model.attention import attend
+from camelid.model.attention import View, attend
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.context import Context, dropout
 from camelid.model.kv_cache import KVCache
@@ -78,13 +78,13 @@ class Attention:
         q = shard(rotate(q, inputs.rotation), "batch seq heads head_dim", compute.replicate)
         k = shard(rotate(k, inputs.rotation), "batch seq kv_heads head_dim", compute.replicate)
         v = shard(v, "batch seq kv_heads head_dim", compute.replicate)
-        positions, segments, local = inputs.positions, inputs.segments, inputs.local
-        if cache is None:
-            own_k, own_v = (y.transpose(0, 2, 1, 3) for y in (k, v))
-            out = attend(q, own_k, own_v, None, segments, local, config, compute)
-        else:
-            cache, layer = cache.write(inputs.index, k, v, positions), inputs.index
-            out = attend(q, cache.k[layer], cache.v[layer], positions, None, local, config, compute)
+        view, query_positions = View(*(y.transpose(0, 2, 1, 3) for y in (k, v)), segments=inputs.segments), None
+        if cache is not None:
+            cache, stored = cache.update(inputs.local, inputs.index, k, v, inputs.positions)
+            # The first chunk of a prompt sees no keys but its own, for which devices have fused kernels.
+            if context.phase != "prefill":
+                view, query_positions = stored, inputs.positions
+        out = attend(q, view, query_positions, inputs.local, config, compute, context)
         return add_bias(einsum("BSHD,EHD->BSE", out, self.o_proj, context), self.o_bias), cache
 
 

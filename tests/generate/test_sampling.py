@@ -1,4 +1,4 @@
-"""How the next token is chosen, against plain numpy, transformers, and the laws of chance."""
+"""The selection of the next token, compared with NumPy, transformers and the distributions that draws must follow."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from camelid.errors import UserError
-from camelid.generate.sample import Sampling, choose, keep, sampling
+from camelid.generate.sampling import Sampling, filter_logits, sampling, select
 
 ROWS, VOCAB = 40, 61
 
@@ -39,7 +39,8 @@ KEEP = [(1.0, None, None), (1.0, 5, None), (1.0, VOCAB + 9, None), (1.0, None, 0
 def test_kept_tokens_are_those_of_the_definition(logits, temperature: float, top_k: int | None, top_p: float | None):
     """Temperature first, then top-k, then top-p among what is left; the token that crosses top-p is kept."""
     scaled = jnp.asarray(logits) / jnp.float32(temperature)
-    kept = keep(scaled, top_k, None if top_p is None else jnp.float32(top_p))
+    options = sampling(temperature, top_k, top_p)
+    kept = filter_logits(scaled, options.top_k, options.top_p)
     expected = np.stack([kept_in_numpy(row, temperature, top_k, top_p) for row in logits])
     np.testing.assert_array_equal(np.isfinite(kept), expected)
     np.testing.assert_array_equal(kept, np.where(expected, scaled, -np.inf))
@@ -50,29 +51,29 @@ def test_kept_tokens_are_those_of_transformers(logits, temperature: float, top_k
     theirs = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(logits))
     theirs = theirs if top_k is None else TopKLogitsWarper(top_k)(None, theirs)
     theirs = theirs if top_p is None else TopPLogitsWarper(top_p)(None, theirs)
-    how = sampling(temperature, top_k, top_p)
-    ours = keep(jnp.asarray(logits) / how.temperature, how.top_k, how.top_p)
+    options = sampling(temperature, top_k, top_p)
+    ours = filter_logits(jnp.asarray(logits) / options.temperature, options.top_k, options.top_p)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
 
 
 def test_the_best_token_is_always_kept(logits):
-    kept = keep(jnp.asarray(logits), None, jnp.float32(1e-6))
+    kept = filter_logits(jnp.asarray(logits), np.int32([0]), np.float32([1e-6]))
     np.testing.assert_array_equal(np.isfinite(kept).sum(-1), np.ones(ROWS))
     np.testing.assert_array_equal(np.argmax(kept, -1), logits.argmax(-1))
 
 
 def test_top_p_of_one_keeps_every_token():
     """Of a large vocabulary too, whose probabilities add up to a bit more than 1 in float32."""
-    how = sampling(1.0, None, 1.0)
+    options = sampling(1.0, None, 1.0)
     for seed in range(8):
         logits = jax.random.normal(jax.random.key(seed), (4, 32000))
-        assert np.isfinite(keep(logits, how.top_k, how.top_p)).all()
+        assert np.isfinite(filter_logits(logits, options.top_k, options.top_p)).all()
 
 
-def drawn(logits: np.ndarray, seeds, step: int, how: Sampling) -> np.ndarray:
+def drawn(logits: np.ndarray, seeds, step: int, options: Sampling) -> np.ndarray:
     """A draw from one row's distribution for each seed."""
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (len(seeds), len(logits)))
-    return np.asarray(jax.jit(choose)(rows, jnp.asarray(seeds, jnp.uint32), jnp.int32(step), how))
+    return np.asarray(jax.jit(select)(rows, options, jnp.asarray(seeds, jnp.uint32), jnp.full(len(seeds), step)))
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
@@ -91,38 +92,66 @@ LOGITS = np.float32([0.0, 1.0, 2.0, 0.5, -1.0, 1.5, -0.5])
 def test_draws_follow_the_distribution(temperature: float, top_k: int | None, top_p: float | None):
     """Over seeds at one step, and over steps with one seed."""
     weights = np.exp(LOGITS / temperature) * kept_in_numpy(LOGITS, temperature, top_k, top_p)
-    how = sampling(temperature, top_k, top_p)
-    over_seeds = drawn(LOGITS, np.arange(DRAWS), 0, how)
+    options = sampling(temperature, top_k, top_p)
+    over_seeds = drawn(LOGITS, np.arange(DRAWS), 0, options)
     one_row = jnp.asarray(LOGITS)[None]
-    steps = jax.jit(jax.vmap(lambda step: choose(one_row, jnp.uint32([3]), step, how)[0]))
+    steps = jax.jit(jax.vmap(lambda step: select(one_row, options, jnp.uint32([3]), step[None])[0]))
     for draws in (over_seeds, np.asarray(steps(jnp.arange(DRAWS)))):
         # For 3 to 6 degrees of freedom, 5 a degree is passed by chance once in a thousand; seeds are fixed.
         assert chi_square(np.bincount(draws, minlength=len(LOGITS)), weights / weights.sum()) < 5
 
 
 def test_one_draw_says_nothing_about_the_next_step_or_the_next_seed():
-    how, size = sampling(1.0, None, None), len(LOGITS)
+    options, size = sampling(1.0, None, None), len(LOGITS)
     own = np.exp(LOGITS) / np.exp(LOGITS).sum()
-    first, next_step = (drawn(LOGITS, np.arange(DRAWS), step, how) for step in (0, 1))
+    first, next_step = (drawn(LOGITS, np.arange(DRAWS), step, options) for step in (0, 1))
     for second in (next_step, np.roll(first, 1)):
         pairs = np.bincount(first * size + second, minlength=size**2)
         assert chi_square(pairs, np.outer(own, own).ravel()) < 2  # 48 degrees of freedom
 
 
 def test_a_rows_draws_depend_on_its_seed_and_step_alone(logits):
-    how = sampling(1.3, 20, 0.95)
+    options = sampling(1.3, 20, 0.95)
     seeds = jnp.arange(ROWS, dtype=jnp.uint32) + 7
-    together = choose(jnp.asarray(logits), seeds, jnp.int32(4), how)
+    together = select(jnp.asarray(logits), options, seeds, jnp.full(ROWS, 4))
     others = np.random.default_rng(1).permutation(ROWS)[:13]
     np.testing.assert_array_equal(
-        choose(jnp.asarray(logits[others]), seeds[others], jnp.int32(4), how), together[others]
+        select(jnp.asarray(logits[others]), options, seeds[others], jnp.full(13, 4)), together[others]
     )
 
 
 def test_temperature_zero_is_greedy(logits):
-    how = sampling(0.0, 5, 0.5)
-    chosen = choose(jnp.asarray(logits), jnp.zeros(ROWS, jnp.uint32), jnp.int32(0), how)
+    options = sampling(0.0, 5, 0.5)
+    chosen = select(jnp.asarray(logits), options, jnp.zeros(ROWS, jnp.uint32), jnp.zeros(ROWS, jnp.int32))
     np.testing.assert_array_equal(chosen, logits.argmax(-1))
+
+
+def test_each_row_has_its_own_settings(logits):
+    """A row's token in a mixed batch is the one that it gets where all rows have its settings."""
+    settings = [(0.0, None, None), *KEEP, (0.7, None, None)]
+    each = [sampling(*settings[row % len(settings)]) for row in range(ROWS)]
+    mixed = jax.tree.map(lambda *x: np.concatenate(x), *each)
+    seeds, steps = jnp.arange(ROWS, dtype=jnp.uint32), jnp.arange(ROWS) % 5
+    together = select(jnp.asarray(logits), mixed, seeds, steps)
+    for row, options in enumerate(each):
+        assert select(jnp.asarray(logits), options, seeds, steps)[row] == together[row]
+
+
+def test_programs_do_not_depend_on_the_settings(logits):
+    run = jax.jit(lambda *args: select(*args))
+    for options in (sampling(0.0, None, None), sampling(1.0, 5, None), sampling(0.5, None, 0.9)):
+        run(jnp.asarray(logits), options, jnp.zeros(ROWS, jnp.uint32), jnp.zeros(ROWS, jnp.int32))
+    assert run._cache_size() == 1
+
+
+def test_greedy_rows_neither_sort_nor_draw(logits):
+    """What is only needed for rows that draw is in a branch of a conditional."""
+    jaxpr = jax.make_jaxpr(select)(
+        jnp.asarray(logits), sampling(0.0, None, None), jnp.zeros(ROWS, jnp.uint32), jnp.zeros(ROWS, jnp.int32)
+    )
+    outside = {equation.primitive.name for equation in jaxpr.jaxpr.eqns}
+    assert "cond" in outside
+    assert not outside & {"sort", "cumsum", "random_bits", "exp"}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +166,6 @@ def test_temperature_zero_is_greedy(logits):
         ((1.0, None, float("nan")), "top_p = nan"),
     ],
 )
-def test_numbers_out_of_range_are_refused(numbers: tuple, message: str):
+def test_values_out_of_range_are_refused(numbers: tuple, message: str):
     with pytest.raises(UserError, match=message):
         sampling(*numbers)

@@ -1,0 +1,147 @@
+"""The state of decoding, and the steps between which a caller acts.
+
+    state, logits = prefill(params, prompts, lengths, ...)
+    while ...:
+        tokens = select(logits, state.sampling, state.seeds, state.steps)
+        state, logits = advance(params, state, tokens[:, None], config, compute)
+        logits = logits[:, -1]
+
+Everything specific acts between `advance` and `select`: streaming, stopping, a mask of the allowed tokens. Beam search
+selects rows with `reorder`; speculative decoding advances by several tokens and takes back those that are rejected with
+`rollback`; a server frees a row with `release` and fills it with another prompt with `admit`. All are pure functions of
+arrays, for use inside or outside jax.jit.
+
+Axes: B batch, P tokens of the longest prompt, S tokens of a step, V vocab.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from camelid.generate.sampling import Sampling
+from camelid.model.config import Compute, ModelConfig
+from camelid.model.context import Context
+from camelid.model.decoder import Decoder
+from camelid.model.kv_cache import KVCache, empty_cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Rows in the course of decoding."""
+
+    cache: KVCache
+    """keys and values of the tokens of each row"""
+    lengths: Int[Array, " B"]
+    """the number of tokens of each row in the cache, which is the position of its next token"""
+    prompt_lengths: Int[Array, " B"]
+    """how many of these are the prompt"""
+    written: Int[Array, " B"]
+    """the largest value that `lengths` has had; after a rollback, larger than `lengths`"""
+    final_lengths: Int[Array, " B"]
+    """the length that each row will have reached at the end: some rope scalings depend on it, and keys in the cache are
+    not rotated again"""
+    active: Bool[Array, " B"]
+    """whether the row is in use. Nothing is written for the others, and their logits have no meaning"""
+    sampling: Sampling
+    """settings of each row; fields of shape (B,)"""
+    seeds: UInt32[Array, " B"]
+    """the seed of each row"""
+
+    @property
+    def steps(self) -> Int[Array, " B"]:
+        """The number of tokens after the prompt, which `select` takes: a row that is rolled back repeats its draws."""
+        return self.lengths - self.prompt_lengths
+
+
+def prefill(
+    params: Decoder,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    final_lengths: Int[Array, " B"],
+    sampling: Sampling,
+    seeds: UInt32[Array, " B"],
+    config: ModelConfig,
+    compute: Compute,
+    *,
+    slots: int,
+    max_rollback: int | None = 1,
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """Processes prompts, and returns the state and the logits (float32) of each row's next token.
+
+    Row b of `prompts` has `lengths[b]` tokens, then padding; a row of length 0 is inactive. No row may become longer
+    than `slots`. `max_rollback` bounds `rollback`, and thereby the memory of layers with a sliding window (see
+    empty_cache); None: no bound.
+    """
+    batch, padded = prompts.shape
+    cache = empty_cache(config, batch, slots, jnp.dtype(compute.dtype), compute.replicate, max_rollback)
+    positions = jnp.where(jnp.arange(padded) < lengths[:, None], jnp.arange(padded), -1)
+    context = Context(phase="prefill")
+    x, cache = params.hidden(
+        prompts, positions, None, config, compute, context=context, cache=cache, lengths=final_lengths
+    )
+    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], 1)
+    rows = Sampling(*(jnp.broadcast_to(x, (batch,)) for x in (sampling.temperature, sampling.top_k, sampling.top_p)))
+    state = DecodeState(cache, lengths, lengths, lengths, final_lengths, lengths > 0, rows, seeds)
+    return state, params.logits(last, config, compute)[:, 0]
+
+
+def advance(
+    params: Decoder, state: DecodeState, tokens: Int[Array, "B S"], config: ModelConfig, compute: Compute
+) -> tuple[DecodeState, Float[Array, "B S V"]]:
+    """Appends tokens to each active row, and returns the logits (float32) of the token after each of them."""
+    count = tokens.shape[1]
+    positions = jnp.where(state.active[:, None], state.lengths[:, None] + jnp.arange(count), -1)
+    context = Context(phase="decode")
+    logits, cache = params(
+        tokens, positions, None, config, compute, context=context, cache=state.cache, lengths=state.final_lengths
+    )
+    lengths = jnp.where(state.active, state.lengths + count, state.lengths)
+    written = jnp.maximum(state.written, lengths)
+    return dataclasses.replace(state, cache=cache, lengths=lengths, written=written), logits
+
+
+def reorder(state: DecodeState, rows: Int[Array, " N"]) -> DecodeState:
+    """The state whose row i is row `rows[i]` of this one; rows may be repeated or left out."""
+    return DecodeState(cache=state.cache.reorder(rows), **jax.tree.map(lambda x: x[rows], _but_cache(state)))
+
+
+def rollback(state: DecodeState, lengths: Int[Array, " B"]) -> DecodeState:
+    """The state with each row cut to `lengths[b]` tokens, at least 1.
+
+    Raises ValueError if a row is not so long, or if the rings of layers with a sliding window do not hold the tokens
+    that the remaining ones see: with the `max_rollback` of `prefill`, rows can be cut to `written` - max_rollback.
+    Under jax.jit lengths have no values yet, and this is the caller's responsibility.
+    """
+    if not isinstance(lengths, jax.core.Tracer) and not isinstance(state.lengths, jax.core.Tracer):
+        shortest = np.maximum(state.cache.shortest_rollback(state.written), 1)
+        for row, (wanted, least, now) in enumerate(zip(np.asarray(lengths), shortest, state.lengths, strict=True)):
+            if bool(state.active[row]) and not least <= wanted <= now:
+                raise ValueError(f"row {row} has {now} tokens and cannot be rolled back to {wanted}: at least {least}")
+    prompt_lengths = jnp.minimum(state.prompt_lengths, lengths)
+    return dataclasses.replace(state, lengths=lengths, prompt_lengths=prompt_lengths)
+
+
+def release(state: DecodeState, row: int | Int[Array, ""]) -> DecodeState:
+    """The state with one row free."""
+    return dataclasses.replace(state, active=state.active.at[row].set(False))
+
+
+def admit(
+    state: DecodeState, row: int | Int[Array, ""], other: DecodeState, other_row: int | Int[Array, ""] = 0
+) -> DecodeState:
+    """The state with one row replaced by a row of another state, whose cache was created with the same `slots` and
+    `max_rollback`.
+    """
+    rows = jax.tree.map(lambda x, y: x.at[row].set(y[other_row]), _but_cache(state), _but_cache(other))
+    return DecodeState(cache=state.cache.insert(row, other.cache, other_row), **rows)
+
+
+def _but_cache(state: DecodeState) -> dict[str, Any]:
+    """The fields whose arrays have one element per row."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if name != "cache"}

@@ -1,0 +1,256 @@
+"""The steps of decoding, called from Python, compared with the device loop, fresh runs and transformers."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from camelid.generate.decode import generate
+from camelid.generate.sampling import Sampling, sampling, select
+from camelid.generate.state import DecodeState, admit, advance, prefill, release, reorder, rollback
+from camelid.model.config import Compute, ModelConfig
+from camelid.model.decoder import Decoder
+from camelid.model.kv_cache import empty_cache
+from camelid.parallel.mesh import one_device
+from families import FAMILIES
+from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
+
+SLOTS, MAX_ROLLBACK = 64, 4
+GREEDY, SAMPLED = sampling(0.0, None, None), sampling(0.8, 40, 0.95)
+SEEDS = [3, 2**32 + 5, -7]
+# Without a window every cache is dense; the layers of Gemma 2 have, in turns, a window of 7 tokens and none.
+CONFIGS = {
+    "llama": tiny_config(),
+    "mistral": FAMILIES["mistral, sliding window"].ours,
+    "gemma2": FAMILIES["gemma2"].ours,
+}
+# Sums over the same products in another order, in float32; the logits are of scale 1 to 10.
+CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The functions of generate/state.py for one model, compiled."""
+
+    config: ModelConfig
+    params: Decoder
+    max_rollback: int | None = MAX_ROLLBACK
+
+    def prefill(
+        self, prompts, seeds=SEEDS, options: Sampling = SAMPLED, new: int = 30
+    ) -> tuple[DecodeState, jax.Array]:
+        padded = np.zeros((len(prompts), 32), np.int32)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = prompt
+        lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+        seeds = jnp.asarray([seed % 2**32 for seed in seeds[: len(prompts)]], jnp.uint32)
+        return _prefill(
+            self.params, padded, lengths, lengths + new, options, seeds, self.config, Compute(), self.max_rollback
+        )
+
+    def advance(self, state: DecodeState, tokens) -> tuple[DecodeState, jax.Array]:
+        return _advance(self.params, state, jnp.asarray(tokens, jnp.int32), self.config, Compute())
+
+    def decode(self, state: DecodeState, logits, count: int) -> tuple[DecodeState, np.ndarray]:
+        """`count` tokens of each row (B, count), whose last is not yet appended."""
+        tokens = [_select(logits, state.sampling, state.seeds, state.steps)]
+        for _ in range(count - 1):
+            state, logits = self.advance(state, tokens[-1][:, None])
+            tokens.append(_select(logits[:, -1], state.sampling, state.seeds, state.steps))
+        return state, np.stack(tokens, 1)
+
+
+@partial(jax.jit, static_argnums=(6, 7, 8))
+def _prefill(params, prompts, lengths, final, options, seeds, config, compute, max_rollback):
+    return prefill(
+        params, prompts, lengths, final, options, seeds, config, compute, slots=SLOTS, max_rollback=max_rollback
+    )
+
+
+_advance = jax.jit(advance, static_argnames=("config", "compute"))
+_select = jax.jit(select)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def steps(request) -> Steps:
+    config = CONFIGS[request.param]
+    return Steps(config, tiny_params(config))
+
+
+def prompts_of(config: ModelConfig) -> list[list[int]]:
+    return [tiny_tokens(config, 1, length, seed=length)[0].tolist() for length in (1, 9, 30)]
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_loop_in_python_gives_the_tokens_of_the_device_loop(steps: Steps, options: Sampling):
+    prompts = prompts_of(steps.config)
+    ours, _ = generate(steps.params, prompts, SEEDS, options, 20, (), steps.config, Compute(), one_device())
+    _, tokens = steps.decode(*steps.prefill(prompts, options=options), 20)
+    assert tokens.tolist() == ours
+
+
+def test_several_tokens_at_once_are_as_many_single_ones(steps: Steps):
+    state, _ = steps.prefill(prompts_of(steps.config))
+    tokens = tiny_tokens(steps.config, 3, 12, seed=4)
+    one, single = state, []
+    for i in range(12):
+        one, logits = steps.advance(one, tokens[:, i : i + 1])
+        single.append(logits[:, 0])
+    # 3 and 4 fit into a ring beside the window, 5 do not.
+    several, parts = state, []
+    for part in (tokens[:, :3], tokens[:, 3:7], tokens[:, 7:]):
+        several, logits = steps.advance(several, part)
+        parts.append(logits)
+    np.testing.assert_allclose(np.concatenate(parts, 1), np.stack(single, 1), **CLOSE)
+    np.testing.assert_array_equal(several.lengths, one.lengths)
+    following = [steps.advance(each, tokens[:, :1])[1] for each in (several, one)]
+    np.testing.assert_allclose(*following, **CLOSE)
+
+
+def test_a_row_that_was_rolled_back_is_as_if_nothing_had_happened(steps: Steps):
+    """Rejected tokens, as in speculation: for each row another number, up to what the rings hold."""
+    state, logits = steps.prefill(prompts_of(steps.config))
+    state, tokens = steps.decode(state, logits, 14)
+    state, logits = steps.advance(state, tokens[:, -1:])
+    fresh, expected = steps.decode(state, logits[:, -1], 9)
+    wrong, _ = steps.advance(state, tiny_tokens(steps.config, 3, MAX_ROLLBACK, seed=9))
+    back = rollback(wrong, state.lengths + jnp.asarray([0, 1, 2]))
+    np.testing.assert_array_equal(back.lengths, state.lengths + jnp.asarray([0, 1, 2]))
+    back = rollback(back, state.lengths)
+    back, ours = steps.decode(back, logits[:, -1], 9)
+    np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(back.lengths, fresh.lengths)
+
+
+def test_a_rollback_into_the_prompt_is_a_shorter_prompt():
+    """The shared beginning of two prompts is processed once; any length is allowed without rings."""
+    for config in CONFIGS.values():
+        steps = Steps(config, tiny_params(config), max_rollback=None)
+        first, second = (tiny_tokens(config, 1, 20, seed)[0].tolist() for seed in (1, 2))
+        second[:12] = first[:12]
+        expected = steps.decode(*steps.prefill([second], [8]), 9)[1]
+        state, _ = steps.prefill([first], [8])
+        state, logits = steps.advance(rollback(state, jnp.asarray([12])), [second[12:]])
+        state = dataclasses.replace(state, prompt_lengths=state.lengths)
+        assert steps.decode(state, logits[:, -1], 9)[1].tolist() == expected.tolist()
+
+
+def test_a_rollback_that_is_too_long_is_refused(steps: Steps):
+    state, logits = steps.prefill(prompts_of(steps.config))
+    state, _ = steps.decode(state, logits, 10)
+    with pytest.raises(ValueError, match=re.escape("row 1 has 18 tokens and cannot be rolled back to 19")):
+        rollback(state, jnp.asarray([10, 19, 39]))
+    too_far = jnp.asarray([5, 9, 38])
+    if steps.config.sliding_window is None:
+        assert rollback(state, too_far).lengths.tolist() == too_far.tolist()
+    else:  # the ring of row 0, with 10 slots, is not full and still has every token
+        with pytest.raises(ValueError, match="row 1 has 18 tokens and cannot be rolled back to 9: at least 14"):
+            rollback(state, too_far)
+        again = rollback(state, jnp.asarray([5, 14, 35]))
+        with pytest.raises(ValueError, match="row 1 has 14 tokens and cannot be rolled back to 13: at least 14"):
+            rollback(again, jnp.asarray([5, 13, 35]))
+
+
+def test_a_second_rollback_counts_from_the_longest_length():
+    """What was overwritten stays overwritten, also when the row grows again."""
+    steps = Steps(CONFIGS["mistral"], tiny_params(CONFIGS["mistral"]))
+    state, logits = steps.prefill(prompts_of(steps.config))
+    state, tokens = steps.decode(state, logits, 11)
+    np.testing.assert_array_equal(state.lengths, [11, 19, 40])
+    state = rollback(state, state.lengths - 4)
+    state, _ = steps.advance(state, tokens[:, :1])
+    np.testing.assert_array_equal(state.written, [11, 19, 40])
+    with pytest.raises(ValueError, match="row 0 has 8 tokens and cannot be rolled back to 6: at least 7"):
+        rollback(state, state.lengths - 2)
+
+
+def test_reordered_rows_continue_as_fresh_ones(steps: Steps):
+    """Rows that are repeated, moved and left out, as in beam search; they then take different tokens."""
+    prompts, rows = prompts_of(steps.config), [2, 0, 2, 1]
+    state, logits = steps.prefill(prompts)
+    state, tokens = steps.decode(state, logits, 11)
+    chosen = tiny_tokens(steps.config, 4, 3, seed=5)
+    _, ours = steps.advance(reorder(state, jnp.asarray(rows)), chosen)
+    sequences = [[*prompts[row], *tokens[row, :-1], *chosen[i]] for i, row in enumerate(rows)]
+    for i, sequence in enumerate(sequences):
+        fresh, _ = steps.prefill([sequence[:1]])
+        _, alone = steps.advance(fresh, [sequence[1:]])
+        np.testing.assert_allclose(ours[i], alone[0, -3:], **CLOSE)
+
+
+def test_a_row_that_is_admitted_later_gives_what_it_gives_alone(steps: Steps):
+    """Continuous batching: row 1 is released, and another prompt continues in its place beside the others."""
+    prompts = prompts_of(steps.config)
+    late = tiny_tokens(steps.config, 1, 17, seed=6)[0].tolist()
+    _, expected = steps.decode(*steps.prefill(prompts), 24)
+    _, alone = steps.decode(*steps.prefill([late], [11]), 12)
+    state, logits = steps.prefill(prompts)
+    state, first = steps.decode(state, logits, 8)
+    state, logits = steps.advance(state, first[:, -1:])
+    state = release(state, 1)
+    held = [np.asarray(leaf) for leaf in jax.tree.leaves(state.cache)]
+    state, idle = steps.decode(state, logits[:, -1], 4)
+    for before, after in zip(held, jax.tree.leaves(state.cache), strict=True):
+        np.testing.assert_array_equal(after[:, 1], before[:, 1])  # nothing is written for a free row
+    state, logits = steps.advance(state, idle[:, -1:])
+    other, its_logits = steps.prefill([late], [11])
+    state = admit(state, 1, other)
+    state, rest = steps.decode(state, logits[:, -1].at[1].set(its_logits[0]), 12)
+    assert rest[1].tolist() == alone[0].tolist()
+    for row in (0, 2):
+        assert [*first[row], *idle[row], *rest[row]] == expected[row].tolist()
+
+
+# Layers with and without a window -----------------------------------------------------------------------------------
+
+
+def test_gemma2_with_a_ring_for_its_local_layers_equals_transformers():
+    """Logits and greedy tokens past the window of 7, layers scanned and unrolled."""
+    family = FAMILIES["gemma2"]
+    config, params = family.ours, tiny_params(family.ours)
+    twin = transformers_twin(config, params, family.theirs())
+    steps, prompts = Steps(config, params, max_rollback=1), tiny_tokens(config, 2, 9)
+    state, logits = steps.prefill(prompts.tolist(), options=GREEDY)
+    assert state.cache.windowed.k.shape[3] == 7
+    ours = [logits]
+    for _ in range(31):
+        state, logits = steps.advance(state, select(ours[-1], state.sampling, state.seeds, state.steps)[:, None])
+        ours.append(logits[:, 0])
+    ours = np.stack(ours, 1)
+    tokens = ours.argmax(-1)
+    with torch.no_grad():
+        whole = torch.from_numpy(np.concatenate([prompts, tokens[:, :-1]], 1).astype(np.int64))
+        theirs = twin(whole).logits.numpy()[:, 8:]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    unrolled, _ = generate(params, prompts.tolist(), [0, 0], GREEDY, 32, (), config, Compute(), one_device())
+    assert unrolled == tokens.tolist() == theirs.argmax(-1).tolist()
+
+
+def test_a_ring_takes_the_memory_of_its_window():
+    config, dtype = CONFIGS["gemma2"], jnp.dtype("bfloat16")
+    slot = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize  # bytes of a key and a value in one layer
+    local, rows = sum(config.windowed), 3
+    assert (local, config.num_layers, config.sliding_window) == (3, 5, 7)
+
+    def nbytes(max_rollback: int | None) -> int:
+        cache = empty_cache(config, rows, SLOTS, dtype, (), max_rollback)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+    assert nbytes(None) == slot * rows * SLOTS * config.num_layers
+    for back in (1, 4):
+        assert nbytes(back) == slot * rows * (local * (7 - 1 + back) + (5 - local) * SLOTS)
+
+
+def test_a_prompt_longer_than_the_ring_may_come_in_chunks(steps: Steps):
+    """Not only a first chunk may be longer than the ring: 1, then 29 tokens beside a ring of 10 slots."""
+    prompt = prompts_of(steps.config)[2]
+    _, expected = steps.decode(*steps.prefill([prompt]), 10)
+    state, _ = steps.prefill([prompt[:1]])
+    state, logits = steps.advance(state, [prompt[1:]])
+    state = dataclasses.replace(state, prompt_lengths=state.lengths)
+    assert steps.decode(state, logits[:, -1], 10)[1].tolist() == expected.tolist()
