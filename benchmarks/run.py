@@ -128,7 +128,7 @@ def our_step(checkpoint: Path, dtype: str, tokens: np.ndarray) -> Callable[[], N
     model = camelid.load(checkpoint)
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
     optimizer = make_optimizer(OPTIMIZER, 1000, decay)
-    objective = NextTokenLoss(CONFIG, Compute(dtype=dtype))
+    objective = NextTokenLoss(config=CONFIG, compute=Compute(dtype=dtype))
     train_step = TrainStep(objective, optimizer, learning_rate(OPTIMIZER, 1000), OPTIMIZER.clip_norm)
     step = jax.jit(train_step, donate_argnums=0)
     state = [jax.jit(lambda params: start_state(params, optimizer))(model.params)]

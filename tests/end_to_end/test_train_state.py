@@ -74,7 +74,7 @@ def easylm_trainer(theirs: Path, golden: dict[str, Any]) -> TrainStep:
     adamw = optax.adamw(schedule, told["b1"], told["b2"], told["eps"], weight_decay=told["weight_decay"])
 
     config = open_checkpoint(theirs / STATE).config
-    return TrainStep(NextTokenLoss(config, Compute()), adamw, schedule, told["clip_gradient"])
+    return TrainStep(NextTokenLoss(config=config, compute=Compute()), adamw, schedule, told["clip_gradient"])
 
 
 def easylm_batches(assets: Path, stories: Path, golden: dict[str, Any]) -> Iterator[dict[str, jax.Array]]:

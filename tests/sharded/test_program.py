@@ -26,7 +26,9 @@ def test_no_device_gathers_the_activations_of_others(sizes):
     config = tiny_config(vocab_size=96, embed_dim=48, mlp_dim=80, num_heads=6, num_kv_heads=2, head_dim=10)
     mesh, specs, optimizer = make_mesh(MeshConfig(**sizes)), declare_decoder(config), OptimizerConfig()
     adam = make_optimizer(optimizer, 10, map_specs(lambda spec: spec.is_matrix, specs))
-    step = TrainStep(NextTokenLoss(config, Compute(dtype="bfloat16")), adam, learning_rate(optimizer, 10), 1.0)
+    step = TrainStep(
+        NextTokenLoss(config=config, compute=Compute(dtype="bfloat16")), adam, learning_rate(optimizer, 10), 1.0
+    )
     cut = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32) | {"weights": jnp.float32}
     batch = {name: jax.ShapeDtypeStruct((ROWS, LENGTH), dtype, sharding=cut) for name, dtype in dtypes.items()}

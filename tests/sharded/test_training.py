@@ -64,6 +64,24 @@ def test_microbatches_on_a_mesh_change_nothing(assets: Path, alone: list[dict], 
     assert_same_training(losses(tmp_path / "run"), alone, rtol=1e-4)
 
 
+DROPOUT = {"train__steps": 8, "train__residual_dropout": 0.1, "train__embedding_dropout": 0.1}
+DROPOUT |= {"train__attention_dropout": 0.1}
+
+
+def test_dropout_depends_on_no_mesh_and_no_microbatch(
+    assets: Path, alone: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tables = [stories_run(tmp_path, assets, run=str(tmp_path / name), **DROPOUT) for name in ("one", "eight")]
+    tables[1] |= {"mesh": MESHES["all"]}
+    tables[1]["train"]["accumulate"] = 2
+    camelid.runs.run.run(recipe(tables[1]))
+    on_one_device(monkeypatch)
+    camelid.runs.run.run(recipe(tables[0]))
+    one, eight = (losses(tmp_path / name) for name in ("one", "eight"))
+    assert_same_training(one, eight, rtol=1e-4)
+    assert np.abs(column(one, "loss") - column(alone, "loss")[:8]).min() > 1e-3, "nothing is dropped"
+
+
 class StopAfterEight(StopSignal):
     def at(self, step: int) -> bool:
         return step == 8

@@ -76,7 +76,7 @@ def created(optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
 
 def continued(optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState, steps: range):
     """The state after some steps, and their losses."""
-    step = TrainStep(NextTokenLoss(CONFIG, Compute()), optimizer, lambda count: 1.0, 1.0)
+    step = TrainStep(NextTokenLoss(config=CONFIG, compute=Compute()), optimizer, lambda count: 1.0, 1.0)
     places = jax.tree.map(lambda x: x.sharding, target(optimizer, mesh))
     compiled, losses = jax.jit(step, out_shardings=(places, None)), []
     for number in steps:

@@ -32,20 +32,22 @@ def trainer(
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
     accumulate: int = 1,
     compute: Compute = Compute(),  # noqa: B008
+    seed: int = 0,
 ) -> TrainStep:
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
     return TrainStep(
-        NextTokenLoss(CONFIG, compute),
+        NextTokenLoss(config=CONFIG, compute=compute),
         make_optimizer(optimizer, STEPS, decay),
         learning_rate(optimizer, STEPS),
         optimizer.clip_norm,
         accumulate,
+        seed,
     )
 
 
 def plain_descent(clip_norm: float) -> TrainStep:
     """params - gradient: what is applied can be read from the parameters."""
-    return TrainStep(NextTokenLoss(CONFIG, Compute()), optax.sgd(1.0), lambda count: 1.0, clip_norm)
+    return TrainStep(NextTokenLoss(config=CONFIG, compute=Compute()), optax.sgd(1.0), lambda count: 1.0, clip_norm)
 
 
 def batch(seed: int, rows: int = 8, length: int = 12) -> dict[str, jax.Array]:
@@ -186,8 +188,67 @@ def test_updates_of_bfloat16_parameters_are_computed_in_float32():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params(CONFIG))
     masters = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     rounded, _ = train(step, params, 1)
-    exact, _ = train(dataclasses.replace(step, objective=NextTokenLoss(CONFIG, Compute())), masters, 1)
+    exact, _ = train(dataclasses.replace(step, objective=NextTokenLoss(config=CONFIG, compute=Compute())), masters, 1)
     for path, leaf in named(rounded.trainable).items():
         # One rounding of the parameter, and that of its gradient, which moves it by less than 1e-2.
         reference = named(exact.trainable)[path]
         np.testing.assert_allclose(leaf.astype(jnp.float32), reference, rtol=2**-8, atol=1e-4, err_msg=path)
+
+
+# Objectives and randomness ---------------------------------------------------------------------
+
+
+def weighted_tokens(params: Decoder, rows: dict[str, jax.Array], key: jax.Array | None):
+    """An objective whose metrics can be computed by hand."""
+    total, weight, _ = NextTokenLoss(config=CONFIG, compute=Compute())(params, rows, None)
+    assert key is not None
+    numbers = rows["rows"][:, None] + jnp.zeros_like(rows["tokens"])
+    metrics = {
+        "token": (jnp.sum(rows["weights"] * rows["tokens"].astype(jnp.float32)), weight),
+        "row_times_token": (jnp.sum(numbers * rows["tokens"]).astype(jnp.float32), jnp.float32(numbers.size)),
+        "draw": (jax.random.uniform(key), jnp.float32(1)),
+    }
+    return total, weight, metrics
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_metrics_of_an_objective_are_means_that_no_microbatch_changes(accumulate: int):
+    step = dataclasses.replace(trainer(accumulate=accumulate, seed=7), objective=weighted_tokens)
+    state = start_state(tiny_params(CONFIG), step.optimizer)
+    given = batch(3)
+    tokens, weights = np.asarray(given["tokens"]), np.asarray(given["weights"], np.float64)
+    for number in range(2):
+        state, metrics = jax.jit(step)(state, given)
+        assert float(metrics["token"]) == pytest.approx((weights * tokens).sum() / weights.sum(), rel=1e-5)
+        # A row keeps its number within the global batch, in whichever microbatch it is.
+        expected = (np.arange(8)[:, None] * tokens).mean()
+        assert float(metrics["row_times_token"]) == pytest.approx(expected, rel=1e-6)
+        key = jax.random.fold_in(jax.random.key(7), number)
+        assert float(metrics["draw"]) == pytest.approx(float(jax.random.uniform(key)), rel=1e-6)
+
+
+RATES = ("embedding_dropout", "attention_dropout", "residual_dropout")
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_dropout_changes_the_loss_of_training_from_step_to_step_and_never_that_of_validation(rate: str):
+    params, given = tiny_params(CONFIG), batch(0) | {"rows": jnp.arange(8)}
+    plain = NextTokenLoss(config=CONFIG, compute=Compute())
+    drops = dataclasses.replace(plain, **{rate: 0.3})
+    first, second = (float(drops(params, given, jax.random.key(step))[0]) for step in range(2))
+    without = float(plain(params, given, jax.random.key(0))[0])
+    assert len({first, second, without}) == 3
+    assert float(drops(params, given, None)[0]) == without
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_dropout_is_the_same_for_any_number_of_microbatches(rate: str):
+    params = tiny_params(CONFIG)
+    optimizer = OptimizerConfig(learning_rate=1e-3, eps=EPS)
+    seen = []
+    for accumulate in (1, 2):
+        step = trainer(optimizer, accumulate)
+        step = dataclasses.replace(step, objective=dataclasses.replace(step.objective, **{rate: 0.3}))
+        seen.append(train(step, params, 3)[1])
+    for one, other in zip(*seen, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)

@@ -223,8 +223,15 @@ def _check_training(source: Checkpoint, recipe: Recipe) -> None:
 
 def _train_step(recipe: Recipe, config: ModelConfig) -> TrainStep:
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(config))
+    objective = NextTokenLoss(
+        config=config,
+        compute=recipe.compute,
+        embedding_dropout=recipe.train.embedding_dropout,
+        attention_dropout=recipe.train.attention_dropout,
+        residual_dropout=recipe.train.residual_dropout,
+    )
     return TrainStep(
-        objective=NextTokenLoss(config, recipe.compute),
+        objective=objective,
         optimizer=make_optimizer(recipe.optimizer, recipe.train.steps, decay),
         schedule=learning_rate(recipe.optimizer, recipe.train.steps),
         clip_norm=recipe.optimizer.clip_norm,

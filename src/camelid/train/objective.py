@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 
 from camelid.model.config import Compute, ModelConfig
+from camelid.model.context import Context
 from camelid.model.decoder import Decoder
 
 Arrays = dict[str, jax.Array]
@@ -32,16 +33,34 @@ class Objective(Protocol):
     ) -> tuple[jax.Array, jax.Array, Mapping[str, Sum]]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NextTokenLoss:
-    """The objective of language models: the cross-entropy of each target, in nats, times its weight."""
+    """The objective of language models: the cross-entropy of each target, in nats, times its weight.
+
+    With a key, elements are dropped with the three probabilities, which `Context` describes.
+    """
 
     config: ModelConfig
     compute: Compute
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
 
     def __call__(
         self, params: Decoder, batch: Arrays, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Mapping[str, Sum]]:
-        x, _ = params.hidden(batch["tokens"], batch["positions"], batch["segments"], self.config, self.compute)
+        context = Context("scoring") if key is None else self._training_context(key, batch["rows"])
+        tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
+        x, _ = params.hidden(tokens, positions, segments, self.config, self.compute, context=context)
         total, weight = params.loss(x, batch["targets"], batch["weights"], self.config)
         return total, weight, {}
+
+    def _training_context(self, key: jax.Array, rows: jax.Array) -> Context:
+        return Context(
+            phase="training",
+            embedding_dropout=self.embedding_dropout,
+            attention_dropout=self.attention_dropout,
+            residual_dropout=self.residual_dropout,
+            dropout_key=key,
+            rows=rows,
+        )
