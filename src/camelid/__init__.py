@@ -1,7 +1,7 @@
 """camelid: the Llama family end to end in JAX.
 
-The public API: `load` returns a `Model`; `Compute`, `MeshConfig` and `ModelConfig` configure it; `Model.generate` returns
-`Completion`s; errors that a user can fix are raised as `UserError`.
+The public API: `load` returns a `Model`, which `Compute`, `MeshConfig` and `ModelConfig` configure. `Model.generate`
+returns `Completion`s. Errors that a user can fix are raised as `UserError`.
 """
 
 from importlib import import_module

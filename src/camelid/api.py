@@ -58,7 +58,7 @@ class Completion:
     tokens: list[int]
     """ids of the generated tokens, without EOS"""
     finish_reason: Literal["stop", "length", "error"]
-    """"stop": the model generated EOS; "length": max_new_tokens was reached; "error": the logits became NaN or infinite"""
+    """"stop": EOS was generated; "length": max_new_tokens was reached; "error": the logits became NaN or infinite"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -338,7 +338,9 @@ def _each(prompts: object) -> list:
     try:
         return list(prompts)  # pyright: ignore[reportArgumentType]
     except TypeError:
-        raise UserError(f"prompts = {prompts!r} is neither a text nor a sequence of texts or rows of token ids", ROWS) from None
+        raise UserError(
+            f"prompts = {prompts!r} is neither a text nor a sequence of texts or rows of token ids", ROWS
+        ) from None
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))

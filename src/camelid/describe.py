@@ -34,8 +34,8 @@ def report(model: str, config: ModelConfig | None = None, ignore: Sequence[str] 
     """The report on a preset or a checkpoint, as `of_config` with what else is known.
 
     Args:
-      model: The name of a preset, a checkpoint folder or file, or the name of a Hugging Face Hub repository. An existing
-        path takes precedence over a preset of that name.
+      model: The name of a preset, a checkpoint folder or file, or the name of a Hugging Face Hub repository. A path
+        that exists takes precedence over a preset of that name.
       config: The architecture, for checkpoints that do not contain it.
       ignore: Fields of config.json to treat as absent.
 

@@ -122,7 +122,7 @@ def assert_cached_equals_full(config: ModelConfig, compute: Compute, close: floa
     params = tiny_params(config)
     length, lengths, slots = 20, np.array([9, 4, 1], np.int32), 24
     tokens, ends = tiny_tokens(config, 3, length), jnp.full(3, length)
-    step = jax.jit(lambda *args: params(*args[:2], None, config, compute, args[2], ends))
+    step = jax.jit(lambda *args: params(*args[:2], None, config, compute, cache=args[2], lengths=ends))
     full, _ = jax.jit(lambda tokens: params(tokens, counted(length, 3), None, config, compute))(tokens)
     cache = empty_cache(config, 3, slots, jnp.dtype(compute.dtype), compute.replicate)
     prompt = np.where(np.arange(lengths.max()) < lengths[:, None], tokens[:, : lengths.max()], 5)

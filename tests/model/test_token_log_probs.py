@@ -130,7 +130,9 @@ def test_gradients_of_any_function_equal_torch(arrays, objective: Callable, bias
     for name in names:
         reference = exact[name].grad.numpy()
         assert gradients[name].dtype == jnp.float32
-        np.testing.assert_allclose(gradients[name], reference, rtol=0, atol=5e-6 * np.abs(reference).max(), err_msg=name)
+        np.testing.assert_allclose(
+            gradients[name], reference, rtol=0, atol=5e-6 * np.abs(reference).max(), err_msg=name
+        )
 
 
 def test_label_smoothing_equals_torchs_own(arrays):

@@ -325,22 +325,22 @@ FAULTS = (
     Fault(
         "the gate and what it gates are swapped",
         "model/decoder.py",
-        'hidden = activation(add_bias(einsum("BSE,ME->BSM", x, self.gate_proj), self.gate_bias)) * hidden',
-        'hidden = add_bias(einsum("BSE,ME->BSM", x, self.gate_proj), self.gate_bias) * activation(hidden)',
+        "hidden = activation(gate) * hidden",
+        "hidden = gate * activation(hidden)",
         f"{PARITY}[phi3, sliding window]",
     ),
     Fault(
         "the bias of values is left out",
         "model/decoder.py",
-        'add_bias(einsum("BSE,KDE->BSKD", x, self.v_proj), self.v_bias)',
-        'einsum("BSE,KDE->BSKD", x, self.v_proj)',
+        'add_bias(einsum("BSE,KDE->BSKD", x, self.v_proj, context), self.v_bias)',
+        'einsum("BSE,KDE->BSKD", x, self.v_proj, context)',
         f"{PARITY}[qwen2, tied]",
     ),
     Fault(
         "the bias of the head is left out",
         "model/loss.py",
-        "logits = logits if bias is None else logits + bias.astype(jnp.float32)",
-        "logits = logits",
+        "return logits if bias is None else logits + bias.astype(jnp.float32)",
+        "return logits",
         f"{PARITY}[phi]",
     ),
     Fault(
@@ -374,8 +374,8 @@ FAULTS = (
     Fault(
         "the cap of the logits does not slow their gradient",
         "model/loss.py",
-        "dlogits = dlogits * (1 - (logits / softcap) ** 2)",
-        "pass",
+        "return gradient if softcap is None else gradient * (1 - (self.logits / softcap) ** 2)",
+        "return gradient",
         f"{GRADIENTS}[gemma2]",
     ),
     Fault(
@@ -395,8 +395,8 @@ FAULTS = (
     Fault(
         "the embedding is scaled, as in Gemma",
         "model/decoder.py",
-        "x = self.embed[tokens].astype(compute.dtype)",
-        "x = self.embed[tokens].astype(compute.dtype) * config.embed_dim**0.5",
+        "x = lookup(self.embed, tokens, context, compute.dtype)",
+        "x = lookup(self.embed, tokens, context, compute.dtype) * config.embed_dim**0.5",
         f"{PARITY}{PLAIN}",
     ),
     Fault(
@@ -409,8 +409,8 @@ FAULTS = (
     Fault(
         "the residual stream is cut before the MLP",
         "model/decoder.py",
-        "x = x + out",
-        "x = out",
+        "x = x + dropout(out, context",
+        "x = dropout(out, context",
         f"{PARITY}{PLAIN}",
     ),
     Fault(
@@ -423,15 +423,15 @@ FAULTS = (
     Fault(
         "the embedding table is the head of every model",
         "model/decoder.py",
-        "return self.embed if self.lm_head is None else self.lm_head",
-        "return self.embed",
+        "head = table if self.lm_head is None else self.lm_head",
+        "head = table",
         f"{PARITY}{PLAIN}",
     ),
     Fault(
         "the table of a tied model learns from its use as a head only",
         "model/decoder.py",
-        "x = self.embed[tokens].astype(compute.dtype)",
-        "x = lax.stop_gradient(self.embed)[tokens].astype(compute.dtype)",
+        "x = lookup(self.embed, tokens, context, compute.dtype)",
+        "x = lookup(lax.stop_gradient(self.embed), tokens, context, compute.dtype)",
         f"{GRADIENTS}[llama, one key head for all, tied]",
     ),
     Fault(
@@ -444,8 +444,8 @@ FAULTS = (
     Fault(
         "remat: products are computed twice",
         "model/weights.py",
-        "return checkpoint_name(y, KEPT)",
-        "return y",
+        "y = checkpoint_name(_base_product(flat, weight, dtype), KEPT)",
+        "y = _base_product(flat, weight, dtype)",
         "model/test_decoder.py::test_remat_elementwise_keeps_products_and_attention_but_not_what_lies_between",
     ),
     Fault(
@@ -459,35 +459,35 @@ FAULTS = (
     Fault(
         "the loss is divided by each row's own weight",
         "model/loss.py",
-        "return jnp.sum(losses * weights),",
-        "return jnp.sum(losses * weights / jnp.maximum(weights.sum(-1, keepdims=True), 1)),",
+        "total + jnp.sum(softmax.log_prob * c.log_prob)",
+        "total + jnp.sum(softmax.log_prob * c.log_prob / jnp.maximum(-c.log_prob.sum(-1, keepdims=True), 1))",
         LOSS,
     ),
     Fault(
         "gradients forget the weights",
         "model/loss.py",
-        "- hit.astype(exp.dtype)) * weights[..., None]",
-        "- hit.astype(exp.dtype))",
+        "- probabilities) * log_prob",
+        "- probabilities) * -jnp.ones_like(log_prob)",
         LOSS,
     ),
     Fault(
         "the head learns from the last chunk only",
         "model/loss.py",
-        "dhead + weight_gradient(",
-        "weight_gradient(",
+        "jax.tree.map(jnp.add, sums, dhead)",
+        "dhead",
         LOSS,
     ),
     Fault(
         "what is done with the loss afterwards does not reach the gradients",
         "model/loss.py",
-        "x * g.astype(x.dtype) for x in saved",
-        "x for x in saved",
+        "lambda x: x * g.astype(x.dtype), gradients",
+        "lambda x: x, gradients",
         LOSS,
     ),
     Fault(
         "large logits overflow",
         "model/loss.py",
-        "top = lax.stop_gradient(logits.max(-1, keepdims=True))",
+        "top = logits.max(-1, keepdims=True)",
         "top = jnp.zeros_like(logits[..., :1])",
         "model/test_loss.py::test_logits_of_any_size_give_a_finite_loss",
     ),

@@ -13,7 +13,7 @@ import pytest
 
 import camelid
 from camelid.errors import UserError
-from camelid.generate.decode import unstacked
+from camelid.model.decoder import decode_params
 from camelid.model.kv_cache import empty_cache
 from camelid.parallel import backend
 from camelid.parallel.backend import FLAG, fuses_reductions, prepare_backend
@@ -173,13 +173,13 @@ def test_a_rows_logits_do_not_depend_on_the_length_of_its_cache(stories: Path):
     @jax.jit
     def step(params, tokens, positions, cache):
         ends = jnp.full(len(tokens), 60)
-        return params(tokens, positions, None, model.config, model.compute, cache, ends)
+        return params(tokens, positions, None, model.config, model.compute, cache=cache, lengths=ends)
 
     def last(rows: int, slots: int) -> np.ndarray:
         cache = empty_cache(model.config, rows, slots, jnp.dtype("float32"), ())
         positions = jnp.broadcast_to(jnp.arange(50), (rows, 50))
         _, cache = step(model.params, tokens[:rows, :50], positions, cache)
-        logits, _ = step(unstacked(model.params), tokens[:rows, 50:], jnp.full((rows, 1), 50), cache)
+        logits, _ = step(decode_params(model.params), tokens[:rows, 50:], jnp.full((rows, 1), 50), cache)
         return np.asarray(logits)[0]
 
     with jax.set_mesh(model.mesh):

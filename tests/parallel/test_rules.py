@@ -22,7 +22,7 @@ def test_replicated_words_stay_whole():
 
 
 def test_a_mesh_axis_cannot_cut_one_array_twice():
-    with pytest.raises(ValueError, match="a mesh axis can cut an array only once"):
+    with pytest.raises(ValueError, match="a mesh axis can shard an array only once"):
         partition(("heads", "mlp"), STORE)
 
 
@@ -39,7 +39,7 @@ def test_outside_a_mesh_there_is_nothing_to_cut():
         (
             {"fsdp": 2, "tensor": 4},
             ("vocab", "vocab_in", "heads"),
-            "kv_heads = 2 does not divide over tensor = 4\nUse tensor = 2, or keep the axis whole with "
+            "kv_heads = 2 does not divide over tensor = 4\nUse tensor = 2, or leave the axis unsharded with "
             'compute.replicate = ["kv_heads"].',
         ),
         ({"fsdp": 4, "tensor": 2}, (), "vocab = 97 does not divide over tensor = 2\nUse tensor = 1,"),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int, UInt32
 from camelid.errors import UserError
 from camelid.generate.sample import Sampling, all_finite, choose
 from camelid.model.config import Compute, ModelConfig
-from camelid.model.decoder import Decoder, unstacked
+from camelid.model.decoder import Decoder, decode_params
 from camelid.model.kv_cache import empty_cache
 from camelid.model.tokens import token_row
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
@@ -58,7 +58,7 @@ def generate(
     with jax.set_mesh(mesh):
         found = _generate(
             params,
-            unstacked(params),
+            decode_params(params),
             batch,
             how,
             eos,
@@ -124,7 +124,7 @@ def _generate(
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     # Where rotations depend on how long a row gets, that is decided here: keys in the cache are not turned again.
     ends = lengths + limit
-    x, cache = params.hidden(tokens, positions, None, config, compute, cache, ends)
+    x, cache = params.hidden(tokens, positions, None, config, compute, cache=cache, lengths=ends)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)
 
     def next_token(logits: Array, step: Array) -> tuple[Array, Array]:
@@ -143,7 +143,7 @@ def _generate(
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], step, 1)
         counts = counts + jnp.where(done, 0, 1)
         positions = (lengths + step)[:, None]
-        logits, cache = one_by_one(token[:, None], positions, None, config, compute, cache, ends)
+        logits, cache = one_by_one(token[:, None], positions, None, config, compute, cache=cache, lengths=ends)
         token, sound = next_token(logits[:, 0], step + 1)
         # The logits after the last token are computed, and nobody needs them.
         finite = finite & (done | sound | (step + 1 == limit))

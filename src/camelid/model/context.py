@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
-from jaxtyping import Array, Int, Key
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 Phase = Literal["training", "scoring", "prefill", "decode"]
 
@@ -27,21 +28,33 @@ class Context:
     residual_dropout: float = field(default=0.0, metadata={"static": True})
     """probability with which an element that attention or the MLP adds to the residual stream is dropped"""
     dropout_key: Key[Array, ""] | None = None
-    """the PRNG key of this training step, in a layer that of the layer; None: nothing is dropped"""
+    """the PRNG key of this training step, or of one of its layers; None: nothing is dropped"""
     rows: Int[Array, " B"] | None = None
-    """the number of each row within the global batch: its dropout depends on no microbatch, mesh or packing"""
+    """the number of each row within the global batch, needed for dropout"""
     adapters: Int[Array, " B"] | None = None
-    """for each row the index of its adapter, where weights hold several"""
+    """for each row the index of its adapter if weights hold several; -1: none of them"""
 
     def layer(self, index: int | Int[Array, ""]) -> "Context":
-        """The context of one layer."""
-        return (
-            self if self.dropout_key is None else replace(self, dropout_key=jax.random.fold_in(self.dropout_key, index))
-        )
+        """The context of one layer, which has a dropout key of its own."""
+        if self.dropout_key is None:
+            return self
+        return replace(self, dropout_key=jax.random.fold_in(self.dropout_key, index))
 
     def row_keys(self, purpose: str) -> Key[Array, " B"]:
-        """A key for each row, another for each purpose, say "attention"."""
+        """A key for each row of the batch, which differs between purposes such as "attention"."""
         assert self.dropout_key is not None
         assert self.rows is not None, "dropout is drawn for each row by its number within the global batch"
         key = jax.random.fold_in(self.dropout_key, zlib.crc32(purpose.encode()))
         return jax.vmap(jax.random.fold_in, (None, 0))(key, self.rows)
+
+
+def dropout(x: Float[Array, "B S E"], rate: float, purpose: str, context: Context) -> Float[Array, "B S E"]:
+    """Sets elements of `x` to 0 with probability `rate` and divides the others by 1 - rate (arXiv:1207.0580).
+
+    Which elements are dropped depends on the context's key, the row's number within the global batch, the purpose, and
+    the element's place in the row. Microbatches, the mesh and the rows beside it make no difference.
+    """
+    if rate == 0.0 or context.dropout_key is None:
+        return x
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(context.row_keys(purpose))
+    return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))

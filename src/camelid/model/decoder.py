@@ -4,6 +4,7 @@ Axes: B batch, S tokens, E embed, H query heads, K key/value heads, D head_dim, 
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import jax
@@ -14,17 +15,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from camelid.model.attention import attend
 from camelid.model.config import Compute, ModelConfig
+from camelid.model.context import Context, dropout
 from camelid.model.kv_cache import KVCache
-from camelid.model.loss import cross_entropy, project
+from camelid.model.loss import TokenLogProbs, cross_entropy, project, token_log_probs
 from camelid.model.params import child, declare, module, param
 from camelid.model.rope import rotate, rotations
-from camelid.model.weights import KEPT, add_bias, einsum
+from camelid.model.weights import KEPT, Adapted, Weight, add_bias, einsum, lookup
 from camelid.parallel.rules import shard
 
 
 @module
 class Norm:
-    """Root mean square or layer normalisation over the last axis, in float32."""
+    """RMS or layer normalization over the last axis, in float32."""
 
     scale: Array = param("embed", init="norm")
     bias: Array | None = param("embed", init="zeros", when=lambda c: c.norm == "layer")
@@ -40,7 +42,7 @@ class Norm:
 
 @module
 class HeadNorm(Norm):
-    """The same over the features of each head."""
+    """Normalization over the features of each head."""
 
     scale: Array = param("head_dim", init="norm")
     bias: Array | None = param("head_dim", init="zeros", when=lambda c: c.norm == "layer")
@@ -48,10 +50,10 @@ class HeadNorm(Norm):
 
 @module
 class Attention:
-    q_proj: Array = param("embed -> heads head_dim")
-    k_proj: Array = param("embed -> kv_heads head_dim")
-    v_proj: Array = param("embed -> kv_heads head_dim")
-    o_proj: Array = param("heads head_dim -> embed", init="residual")
+    q_proj: Weight = param("embed -> heads head_dim")
+    k_proj: Weight = param("embed -> kv_heads head_dim")
+    v_proj: Weight = param("embed -> kv_heads head_dim")
+    o_proj: Weight = param("heads head_dim -> embed", init="residual")
     q_bias: Array | None = param("heads head_dim", init="zeros", when=lambda c: c.qkv_bias)
     k_bias: Array | None = param("kv_heads head_dim", init="zeros", when=lambda c: c.qkv_bias)
     v_bias: Array | None = param("kv_heads head_dim", init="zeros", when=lambda c: c.qkv_bias)
@@ -62,27 +64,28 @@ class Attention:
     def __call__(
         self,
         x: Float[Array, "B S E"],
-        place: "Place",
+        inputs: "LayerInputs",
         cache: KVCache | None,
-        layer: Int[Array, ""],
         config: ModelConfig,
         compute: Compute,
+        context: Context,
     ) -> tuple[Float[Array, "B S E"], KVCache | None]:
-        q = add_bias(einsum("BSE,HDE->BSHD", x, self.q_proj), self.q_bias)
-        k = add_bias(einsum("BSE,KDE->BSKD", x, self.k_proj), self.k_bias)
-        v = add_bias(einsum("BSE,KDE->BSKD", x, self.v_proj), self.v_bias)
+        q = add_bias(einsum("BSE,HDE->BSHD", x, self.q_proj, context), self.q_bias)
+        k = add_bias(einsum("BSE,KDE->BSKD", x, self.k_proj, context), self.k_bias)
+        v = add_bias(einsum("BSE,KDE->BSKD", x, self.v_proj, context), self.v_bias)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, config), self.k_norm(k, config)
-        q = shard(rotate(q, place.rotation), "batch seq heads head_dim", compute.replicate)
-        k = shard(rotate(k, place.rotation), "batch seq kv_heads head_dim", compute.replicate)
+        q = shard(rotate(q, inputs.rotation), "batch seq heads head_dim", compute.replicate)
+        k = shard(rotate(k, inputs.rotation), "batch seq kv_heads head_dim", compute.replicate)
         v = shard(v, "batch seq kv_heads head_dim", compute.replicate)
+        positions, segments, local = inputs.positions, inputs.segments, inputs.local
         if cache is None:
             own_k, own_v = (y.transpose(0, 2, 1, 3) for y in (k, v))
-            out = attend(q, own_k, own_v, None, place.segments, place.local, config, compute)
+            out = attend(q, own_k, own_v, None, segments, local, config, compute)
         else:
-            cache = cache.write(layer, k, v, place.positions)
-            out = attend(q, cache.k[layer], cache.v[layer], place.positions, None, place.local, config, compute)
-        return add_bias(einsum("BSHD,EHD->BSE", out, self.o_proj), self.o_bias), cache
+            cache, layer = cache.write(inputs.index, k, v, positions), inputs.index
+            out = attend(q, cache.k[layer], cache.v[layer], positions, None, local, config, compute)
+        return add_bias(einsum("BSHD,EHD->BSE", out, self.o_proj, context), self.o_bias), cache
 
 
 ACTIVATIONS = {
@@ -94,35 +97,41 @@ ACTIVATIONS = {
 
 @module
 class MLP:
-    """activation(gate) x up, brought back down; without a gate, activation(up)."""
+    """down(activation(gate(x)) x up(x)); without a gate, down(activation(up(x)))."""
 
-    gate_proj: Array | None = param("embed -> mlp", when=lambda c: c.gated_mlp)
-    up_proj: Array = param("embed -> mlp")
-    down_proj: Array = param("mlp -> embed", init="residual")
+    gate_proj: Weight | None = param("embed -> mlp", when=lambda c: c.gated_mlp)
+    up_proj: Weight = param("embed -> mlp")
+    down_proj: Weight = param("mlp -> embed", init="residual")
     gate_bias: Array | None = param("mlp", init="zeros", when=lambda c: c.mlp_bias and c.gated_mlp)
     up_bias: Array | None = param("mlp", init="zeros", when=lambda c: c.mlp_bias)
     down_bias: Array | None = param("embed", init="zeros", when=lambda c: c.mlp_bias)
 
-    def __call__(self, x: Float[Array, "B S E"], config: ModelConfig, compute: Compute) -> Float[Array, "B S E"]:
+    def __call__(
+        self, x: Float[Array, "B S E"], config: ModelConfig, compute: Compute, context: Context
+    ) -> Float[Array, "B S E"]:
         activation = ACTIVATIONS[config.activation]
-        hidden = add_bias(einsum("BSE,ME->BSM", x, self.up_proj), self.up_bias)
+        hidden = add_bias(einsum("BSE,ME->BSM", x, self.up_proj, context), self.up_bias)
         if self.gate_proj is None:
             hidden = activation(hidden)
         else:
-            hidden = activation(add_bias(einsum("BSE,ME->BSM", x, self.gate_proj), self.gate_bias)) * hidden
+            gate = add_bias(einsum("BSE,ME->BSM", x, self.gate_proj, context), self.gate_bias)
+            hidden = activation(gate) * hidden
         hidden = shard(hidden, "batch seq mlp", compute.replicate)
-        return add_bias(einsum("BSM,EM->BSE", hidden, self.down_proj), self.down_bias)
+        return add_bias(einsum("BSM,EM->BSE", hidden, self.down_proj, context), self.down_bias)
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where the tokens stand, as one layer sees it."""
+class LayerInputs:
+    """What a layer needs besides the hidden state, the cache and the context."""
 
+    index: Int[Array, ""]
+    """the number of the layer within the model"""
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"] | None
     rotation: tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
+    """cosine and sine of the rotary angles"""
     local: bool | Bool[Array, ""]
-    """whether the layer has the sliding window"""
+    """whether the layer uses the sliding window"""
 
 
 @module
@@ -137,34 +146,34 @@ class Layer:
     def __call__(
         self,
         x: Float[Array, "B S E"],
-        place: Place,
+        inputs: LayerInputs,
         cache: KVCache | None,
-        layer: Int[Array, ""],
         config: ModelConfig,
         compute: Compute,
+        context: Context,
     ) -> tuple[Float[Array, "B S E"], KVCache | None]:
         with jax.named_scope("attention"):
             normed = self.attn_norm(x, config)
-            attended, cache = self.attn(normed, place, cache, layer, config, compute)
+            attended, cache = self.attn(normed, inputs, cache, config, compute, context)
             if self.attn_post_norm is not None:
                 attended = self.attn_post_norm(attended, config)
-            x = x + attended
+            x = x + dropout(attended, context.residual_dropout, "attention output", context)
         with jax.named_scope("mlp"):
             # A parallel block has one norm for both.
-            out = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x, config), config, compute)
+            out = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x, config), config, compute, context)
             if self.mlp_post_norm is not None:
                 out = self.mlp_post_norm(out, config)
-            x = x + out
+            x = x + dropout(out, context.residual_dropout, "mlp output", context)
         return shard(x, "batch seq embed", compute.replicate), cache
 
 
 @module
 class Decoder:
-    # Declared in the direction of the head that may share it: one row a token.
-    embed: Array = param("embed_in -> vocab_in")
+    # Declared in the direction of the head, which may share it: one row per token.
+    embed: Weight = param("embed_in -> vocab_in")
     layers: Layer | tuple[Layer, ...] = child(Layer, stack="layers")
     final_norm: Norm = child(Norm)
-    lm_head: Array | None = param("embed -> vocab", when=lambda c: not c.tie_embeddings)
+    lm_head: Weight | None = param("embed -> vocab", when=lambda c: not c.tie_embeddings)
     lm_head_bias: Array | None = param("vocab", init="zeros", when=lambda c: c.head_bias)
 
     def __call__(
@@ -174,12 +183,16 @@ class Decoder:
         segments: Int[Array, "B S"] | None,
         config: ModelConfig,
         compute: Compute,
+        *,
+        context: Context = Context(),
         cache: KVCache | None = None,
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B S V"], KVCache | None]:
-        """Logits in float32 for the token after each, and the cache with these tokens written."""
-        x, cache = self.hidden(tokens, positions, segments, config, compute, cache, lengths)
-        return self.logits(x, config, compute), cache
+        """Float32 logits of the token after each, and the cache with the keys and values of `tokens` added."""
+        x, cache = self.hidden(
+            tokens, positions, segments, config, compute, context=context, cache=cache, lengths=lengths
+        )
+        return self.logits(x, config, compute, context=context), cache
 
     def hidden(
         self,
@@ -188,43 +201,52 @@ class Decoder:
         segments: Int[Array, "B S"] | None,
         config: ModelConfig,
         compute: Compute,
+        *,
+        context: Context = Context(),
         cache: KVCache | None = None,
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B S E"], KVCache | None]:
-        """What the head reads: the last layer's output, normed.
+        """The normalized output of the last layer, which the head reads, in `compute.dtype`; and the updated cache.
 
-        `segments` number the documents of a packed row (0 is padding); None means that each row is one document.
-        `lengths` say how long each row will become, for rope scalings that ask; None: as long as it is now.
+        Args:
+          tokens: Ids of the tokens.
+          positions: Position of each token within its document, from 0.
+          segments: Number of each token's document within a packed row, 0 for padding. None: each row is one document.
+          config: The model.
+          compute: Its precision, kernels and rematerialization.
+          context: Dropout and the choice of adapters.
+          cache: Keys and values of the tokens before these. None: there are none.
+          lengths: Number of tokens that each row will have in the end, for rope scalings that depend on it. None: those
+            that it has now.
         """
-        x = self.embed[tokens].astype(compute.dtype)
-        if config.embed_scale != 1.0:
-            x = x * jnp.asarray(config.embed_scale, compute.dtype)
-        x = shard(x, "batch seq embed", compute.replicate)
-        cos, sin = rotations(positions, segments, lengths, config)
-
-        def one_layer(x, cache, index, local, layer):
-            kind = 0 if config.local_rope_theta is None else jnp.int32(local)
-            place = Place(positions, segments, (cos[kind], sin[kind]), local)
-            return layer(x, place, cache, index, config, compute)
-
-        if isinstance(self.layers, tuple):
-            for index, (local, layer) in enumerate(zip(config.windowed, self.layers, strict=True)):
-                x, cache = one_layer(x, cache, jnp.int32(index), local, layer)
-            return self.final_norm(x, config), cache
-
-        alike = len(set(config.windowed)) == 1
-
-        def scanned(carry, item):
-            (x, cache), (index, local, layer) = carry, item
-            return one_layer(x, cache, index, config.windowed[0] if alike else local, layer), None
-
-        # The cache rides in the carry, where XLA updates it in place; as a scan output it would be copied whole.
-        layers = (jnp.arange(config.num_layers), jnp.array(config.windowed), self.layers)
-        (x, cache), _ = lax.scan(rematerialized(scanned, compute), (x, cache), layers)
+        x = self.embed_tokens(tokens, config, compute, context)
+        x, cache = run_layers(
+            self.layers,
+            x,
+            positions,
+            segments,
+            lengths,
+            config=config,
+            compute=compute,
+            context=context,
+            cache=cache,
+        )
         return self.final_norm(x, config), cache
 
-    def logits(self, x: Float[Array, "B S E"], config: ModelConfig, compute: Compute) -> Float[Array, "B S V"]:
-        logits = project(x, self.head, self.lm_head_bias, config.logits_softcap)
+    def embed_tokens(
+        self, tokens: Int[Array, "B S"], config: ModelConfig, compute: Compute, context: Context
+    ) -> Float[Array, "B S E"]:
+        """The embeddings of the tokens: the input of the first layer."""
+        x = lookup(self.embed, tokens, context, compute.dtype)
+        if config.embed_scale != 1.0:
+            x = x * jnp.asarray(config.embed_scale, compute.dtype)
+        return shard(dropout(x, context.embedding_dropout, "embedding", context), "batch seq embed", compute.replicate)
+
+    def logits(
+        self, x: Float[Array, "B S E"], config: ModelConfig, compute: Compute, *, context: Context = Context()
+    ) -> Float[Array, "B S V"]:
+        """Float32 logits from the output of `hidden`."""
+        logits = project(x, self.head, self.lm_head_bias, config.logits_softcap, context)
         return shard(logits, "batch seq vocab", compute.replicate)
 
     def loss(
@@ -233,36 +255,110 @@ class Decoder:
         targets: Int[Array, "B S"],
         weights: Float[Array, "B S"],
         config: ModelConfig,
+        *,
+        context: Context = Context(),
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The sum of weight x -log p(target) for what `hidden` gave, and the sum of weights; logits are never whole."""
+        """The sum of weight x -log p(target), from the output of `hidden`, and the sum of the weights.
+
+        The logits of the complete batch are never stored.
+        """
         cap = config.logits_softcap
-        return cross_entropy(x, self.head, targets, weights, bias=self.lm_head_bias, softcap=cap)
+        return cross_entropy(x, self.head, targets, weights, bias=self.lm_head_bias, softcap=cap, context=context)
+
+    def token_log_probs(
+        self,
+        x: Float[Array, "B S E"],
+        targets: Int[Array, "B S"],
+        config: ModelConfig,
+        *,
+        context: Context = Context(),
+        top_k: int = 0,
+    ) -> TokenLogProbs:
+        """The log-probability of each target and other statistics of the logits, from the output of `hidden`.
+
+        The logits of the complete batch are never stored. `top_k` > 0 adds the most probable tokens.
+        """
+        cap, bias = config.logits_softcap, self.lm_head_bias
+        return token_log_probs(x, self.head, targets, bias=bias, softcap=cap, context=context, top_k=top_k)
 
     @property
-    def head(self) -> Float[Array, "V E"]:
-        return self.embed if self.lm_head is None else self.lm_head
+    def head(self) -> Weight:
+        """The weight of the output head, (V, E).
+
+        With tied embeddings it is the embedding table. An adapter belongs to one use of the table, as in PEFT: that of
+        `embed` is for lookups alone, and one of the head is an `lm_head` whose base is None.
+        """
+        table = self.embed.base if isinstance(self.embed, Adapted) else self.embed
+        head = table if self.lm_head is None else self.lm_head
+        if isinstance(head, Adapted) and head.base is None:
+            head = dataclasses.replace(head, base=table)
+        assert head is not None
+        return head
 
 
-def unstacked(params: Decoder) -> Decoder:
-    """The same parameters, layer by layer, for decoding; on one CPU in the same memory, elsewhere as they are.
+def run_layers(
+    layers: Layer | Iterable[Layer],
+    x: Float[Array, "B S E"],
+    positions: Int[Array, "B S"],
+    segments: Int[Array, "B S"] | None,
+    lengths: Int[Array, " B"] | None,
+    *,
+    config: ModelConfig,
+    compute: Compute,
+    context: Context,
+    cache: KVCache | None = None,
+    first: int = 0,
+    observer: Callable[[int, Float[Array, "B S E"]], None] | None = None,
+) -> tuple[Float[Array, "B S E"], KVCache | None]:
+    """The hidden state after some layers of a model, and the updated cache.
 
-    XLA's CPU backend copies each layer's weights out of the stack before it uses them, at twice the cost of the
-    products of a single token.
+    Args:
+      layers: A stacked Layer, which runs as one `lax.scan`, or an iterable of Layers, which are unrolled. An iterable
+        may read each layer when it is needed; only one is held at a time.
+      x: The hidden state before the first of these layers.
+      positions, segments, lengths: See `Decoder.hidden`.
+      config: The model of which these are layers.
+      compute: Its precision, kernels and rematerialization.
+      context: The context of the forward pass; each layer gets its own from it.
+      cache: The cache of all layers of the model.
+      first: The number of the first of these layers within the model.
+      observer: Called with the number of each layer and the hidden state after it; for unrolled layers only.
+
+    Raises:
+      ValueError: If `layers` are stacked and there is an observer.
     """
-    devices = params.embed.devices()
-    if len(devices) > 1 or next(iter(devices)).platform != "cpu":
-        return params
+    cos, sin = rotations(positions, segments, lengths, config)
 
-    def views(stack: Array) -> list[Array]:
-        return [jax.device_put(layer, next(iter(devices))) for layer in np.asarray(stack)]
+    def one_layer(x, cache, index, local, layer):
+        kind = 0 if config.local_rope_theta is None else jnp.int32(local)
+        inputs = LayerInputs(index, positions, segments, (cos[kind], sin[kind]), local)
+        return layer(x, inputs, cache, config, compute, context.layer(index))
 
-    stacks, tree = jax.tree.flatten(params.layers)
-    layers = [jax.tree.unflatten(tree, parts) for parts in zip(*map(views, stacks), strict=True)]
-    return dataclasses.replace(params, layers=tuple(layers))
+    if not isinstance(layers, Layer):
+        for index, layer in enumerate(layers, first):
+            x, cache = one_layer(x, cache, jnp.int32(index), config.windowed[index], layer)
+            if observer is not None:
+                observer(index, x)
+        return x, cache
+
+    if observer is not None:
+        raise ValueError("stacked layers cannot be observed one by one; unstack them first")
+    count = jax.tree.leaves(layers)[0].shape[0]
+    windowed = config.windowed[first : first + count]
+    alike = len(set(windowed)) == 1
+
+    def scanned(carry, item):
+        (x, cache), (index, local, layer) = carry, item
+        return one_layer(x, cache, index, windowed[0] if alike else local, layer), None
+
+    # The cache is part of the carry, which XLA updates in place; as an output of the scan it would be copied.
+    items = (jnp.arange(first, first + count), jnp.array(windowed), layers)
+    (x, cache), _ = lax.scan(rematerialized(scanned, compute), (x, cache), items)
+    return x, cache
 
 
-def rematerialized(one_layer, compute: Compute):
-    """`one_layer`, saving for the backward pass what Compute.remat says."""
+def rematerialized(one_layer: Callable, compute: Compute) -> Callable:
+    """`one_layer`, which saves for the backward pass what `compute.remat` specifies."""
     if compute.remat == "none":
         return one_layer
     policies = jax.checkpoint_policies
@@ -270,6 +366,30 @@ def rematerialized(one_layer, compute: Compute):
     return jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
 
 
+def decode_params(params: Decoder) -> Decoder:
+    """The parameters as decoding uses them: on a single CPU with unstacked layers that share their memory.
+
+    XLA's CPU backend copies the weights of each layer out of the stack before it uses them, which takes twice the time
+    of the products of a single token. On other devices the parameters are returned as they are. A backend that needs
+    weights in a layout of its own would repack them here.
+    """
+    devices = jax.tree.leaves(params)[0].devices()
+    if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+        return params
+
+    def views(stack: Array) -> list[Array]:
+        return [jax.device_put(layer, next(iter(devices))) for layer in np.asarray(stack)]
+
+    stacks, tree = jax.tree.flatten(params.layers)
+    layers = [jax.tree.unflatten(tree, arrays) for arrays in zip(*map(views, stacks), strict=True)]
+    return dataclasses.replace(params, layers=tuple(layers))
+
+
 def declare_decoder(config: ModelConfig) -> Decoder:
     """The decoder's parameters as Specs."""
     return declare(Decoder, config)
+
+
+def specs_of(params: Decoder, config: ModelConfig) -> Decoder:
+    """The specs of every entry of `params`: those of the model, and of the `lm_head` that adapts a tied head."""
+    return declare_decoder(config if params.lm_head is None else dataclasses.replace(config, tie_embeddings=False))

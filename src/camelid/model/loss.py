@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from camelid.model.context import Context
-from camelid.model.weights import dot, weight_gradient
+from camelid.model.weights import Weight, einsum
 from camelid.parallel.rules import COMPUTE
 
 MAX_LOGITS = 2**24  # logits of one chunk: 64 MiB in float32
@@ -31,7 +31,7 @@ class TokenLogProbs(NamedTuple):
     log_prob: Float[Array, "B S"]
     """natural logarithm of the probability of the target"""
     logsumexp: Float[Array, "B S"]
-    """logarithm of the sum of the exponentials of the logits, the softmax's normalizer; a z-loss penalizes its square"""
+    """logarithm of the sum of the exponentials of the logits: the log of the softmax's normalizer"""
     mean_log_prob: Float[Array, "B S"]
     """mean of the log-probabilities of all tokens of the vocabulary, for label smoothing"""
     is_argmax: Bool[Array, "B S"]
@@ -44,7 +44,7 @@ class TokenLogProbs(NamedTuple):
 
 def project(
     x: Float[Array, "B S E"],
-    head: Float[Array, "V E"],
+    head: Weight,
     bias: Float[Array, " V"] | None,
     softcap: float | None,
     context: Context = Context(),
@@ -55,7 +55,7 @@ def project(
 
 def cross_entropy(
     hidden: Float[Array, "B S E"],
-    head: Float[Array, "V E"],
+    head: Weight,
     targets: Int[Array, "B S"],
     weights: Float[Array, "B S"],
     chunk: int | None = None,
@@ -73,7 +73,7 @@ def cross_entropy(
 
     Args:
       hidden: Output of the last layer, after the final norm.
-      head: Matrix that maps `hidden` to logits.
+      head: Weight of the output head, (V, E), of any type.
       targets: Ids of the tokens to predict.
       weights: Weight of each target in the loss; 0 excludes it.
       chunk: Tokens of a row in one chunk. None chooses the largest with at most MAX_LOGITS logits.
@@ -82,12 +82,13 @@ def cross_entropy(
       context: Context of the forward pass.
     """
     (hidden, targets, weights), chunk = _chunked(chunk, head.shape[0], hidden, targets, weights)
-    return _weighted_loss((hidden, head, bias, context), targets, weights, chunk, softcap), weights.sum()
+    leaves, tree = jax.tree.flatten((hidden, head, bias, context))
+    return _weighted_loss(tree, softcap, chunk, leaves, targets, weights), weights.sum()
 
 
 def token_log_probs(
     hidden: Float[Array, "B S E"],
-    head: Float[Array, "V E"],
+    head: Weight,
     targets: Int[Array, "B S"],
     chunk: int | None = None,
     bias: Float[Array, " V"] | None = None,
@@ -108,7 +109,8 @@ def token_log_probs(
     """
     length = targets.shape[1]
     (hidden, targets), chunk = _chunked(chunk, head.shape[0], hidden, targets)
-    result = _statistics_of_tokens((hidden, head, bias, context), targets, chunk, softcap, top_k)
+    leaves, tree = jax.tree.flatten((hidden, head, bias, context))
+    result = _statistics_of_tokens(tree, softcap, chunk, top_k, leaves, targets)
     return jax.tree.map(lambda x: x[:, :length], result)
 
 
@@ -116,7 +118,7 @@ def token_log_probs(
 
 
 def _uncapped(x, head, bias, context) -> Array:
-    logits = _product(x, head)
+    logits = einsum("BSE,VE->BSV", x, head, context, jnp.float32)
     return logits if bias is None else logits + bias.astype(jnp.float32)
 
 
@@ -164,7 +166,7 @@ class _Coefficients(NamedTuple):
 
 
 def _softmax(logits: Array, targets: Array) -> _Softmax:
-    top = lax.stop_gradient(logits.max(-1, keepdims=True))
+    top = logits.max(-1, keepdims=True)
     exp = jnp.exp(logits - top)
     # A comparison, not a gather: each device compares its own part of a sharded vocabulary.
     hit = targets[..., None] == jnp.arange(logits.shape[-1])
@@ -190,8 +192,9 @@ def _top(logits: Array, count: int) -> list[Array]:
 
 # Chunks of the sequence --------------------------------------------------------------------------------
 #
-# `operands` are (hidden, head, bias, context), the arguments that may be differentiated. JAX marks which ones are
-# (`symbolic_zeros`); as a trained and a frozen tree, each None where the other has the array, they say so statically.
+# The arguments of `_uncapped` are passed as a list of their arrays, the hidden states first, and their tree structure.
+# JAX marks the arrays that are differentiated (`symbolic_zeros`); `trained` and `frozen` are lists of the same length,
+# each None where the other has the array.
 
 
 def _chunked(chunk: int | None, vocab: int, *arrays: Array) -> tuple[list[Array], int]:
@@ -214,7 +217,7 @@ def _scan(one_chunk, start, chunk: int, arrays: Any):
         return one_chunk(carry, jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1), arrays))
 
     carry, stacked = lax.scan(body, start, jnp.arange(count))
-    return carry, jax.tree.map(lambda x: _joined(x), stacked)
+    return carry, jax.tree.map(_joined, stacked)
 
 
 def _joined(x: Array) -> Array:
@@ -222,28 +225,27 @@ def _joined(x: Array) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _partition(primals: Any) -> tuple[Any, Any]:
-    """The arrays of a rule with symbolic zeros: those that are differentiated, and the others."""
-    trained = jax.tree.map(lambda x: x.value if x.perturbed else None, primals)
-    return trained, jax.tree.map(lambda x: None if x.perturbed else x.value, primals)
+def _partition(primals: list) -> tuple[list, list]:
+    """The values of arrays that are differentiated, and those of the others."""
+    return [x.value if x.perturbed else None for x in primals], [None if x.perturbed else x.value for x in primals]
 
 
-def _combine(trained: Any, frozen: Any) -> Any:
-    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+def _combine(trained: list, frozen: list) -> list:
+    return [b if a is None else a for a, b in zip(trained, frozen, strict=True)]
 
 
-def _differentiate(trained: Any, frozen: Any, targets: Array, coefficients: _Coefficients, softcap, chunk: int):
+def _differentiate(tree, softcap, chunk: int, trained: list, frozen: list, targets: Array, coefficients: _Coefficients):
     """The sum of coefficient x log_prob over all tokens, and the gradients of sum(coefficient x statistic).
 
-    The gradients have the structure of `trained`, and its dtypes; they are accumulated in float32.
+    The gradients are those of `trained`, in its dtypes; they are accumulated in float32.
     """
     (hidden, *head), (frozen_hidden, *frozen_head) = trained, frozen
 
     def one_chunk(carry, arrays):
-        (total, sums), (x, fixed_x, y, c) = carry, arrays
+        (total, sums), (x, frozen_x, y, c) = carry, arrays
 
         def uncapped(x, head):
-            return _uncapped(*_combine((x, *head), (fixed_x, *frozen_head)))
+            return _uncapped(*tree.unflatten(_combine([x, *head], [frozen_x, *frozen_head])))
 
         # Through float32, so that the gradients of a chunk are float32; XLA removes the conversion of the values.
         logits, pull_back = jax.vjp(uncapped, x, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), head))
@@ -254,76 +256,57 @@ def _differentiate(trained: Any, frozen: Any, targets: Array, coefficients: _Coe
 
     start = jnp.zeros(()), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
     (total, sums), dx = _scan(one_chunk, start, chunk, (hidden, frozen_hidden, targets, coefficients))
-    return total, (dx, *jax.tree.map(lambda leaf, own: own.astype(leaf.dtype), head, sums))
+    return total, [dx, *jax.tree.map(lambda leaf, own: own.astype(leaf.dtype), head, sums)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _weighted_loss(operands, targets, weights, chunk: int, softcap: float | None) -> Array:
-    hidden, *head = operands
-
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _weighted_loss(tree, softcap: float | None, chunk: int, leaves: list, targets: Array, weights: Array) -> Array:
     def one_chunk(total, arrays):
         x, y, w = arrays
-        return total + jnp.sum(-_softmax(_capped(_uncapped(x, *head), softcap), y).log_prob * w), None
+        logits = _capped(_uncapped(*tree.unflatten([x, *leaves[1:]])), softcap)
+        return total + jnp.sum(-_softmax(logits, y).log_prob * w), None
 
-    return _scan(one_chunk, jnp.zeros(()), chunk, (hidden, targets, weights))[0]
-
-
-def _weighted_loss_forward(operands, targets, weights, chunk, softcap):
-    return _differentiate(*_partition(operands), targets.value, _Coefficients(-weights.value), softcap, chunk)
+    return _scan(one_chunk, jnp.zeros(()), chunk, (leaves[0], targets, weights))[0]
 
 
-def _weighted_loss_backward(chunk, softcap, gradients, g):
+def _weighted_loss_forward(tree, softcap, chunk, leaves, targets, weights):
+    coefficients = _Coefficients(-weights.value)
+    return _differentiate(tree, softcap, chunk, *_partition(leaves), targets.value, coefficients)
+
+
+def _weighted_loss_backward(tree, softcap, chunk, gradients, g):
     return jax.tree.map(lambda x: x * g.astype(x.dtype), gradients), None, None
 
 
 _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward, symbolic_zeros=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _statistics_of_tokens(operands, targets, chunk: int, softcap: float | None, top_k: int) -> TokenLogProbs:
-    hidden, *head = operands
-
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _statistics_of_tokens(
+    tree, softcap: float | None, chunk: int, top_k: int, leaves: list, targets: Array
+) -> TokenLogProbs:
     def one_chunk(_, arrays):
         x, y = arrays
-        softmax = _softmax(_capped(_uncapped(x, *head), softcap), y)
+        softmax = _softmax(_capped(_uncapped(*tree.unflatten([x, *leaves[1:]])), softcap), y)
         logsumexp, mean = softmax.logsumexp, softmax.logits.mean(-1)
-        best = jnp.argmax(softmax.logits, -1) == y
+        is_argmax = jnp.argmax(softmax.logits, -1) == y
         values, ids = _top(softmax.logits, top_k) if top_k else (None, None)
         top_log_probs = None if values is None else values - logsumexp[..., None]
-        return None, TokenLogProbs(softmax.log_prob, logsumexp, mean - logsumexp, best, ids, top_log_probs)
+        return None, TokenLogProbs(softmax.log_prob, logsumexp, mean - logsumexp, is_argmax, ids, top_log_probs)
 
-    return _scan(one_chunk, None, chunk, (hidden, targets))[1]
-
-
-def _statistics_forward(operands, targets, chunk, softcap, top_k):
-    trained, frozen = _partition(operands)
-    values = _combine(trained, frozen)
-    return _statistics_of_tokens(values, targets.value, chunk, softcap, top_k), (trained, frozen, targets.value)
+    return _scan(one_chunk, None, chunk, (leaves[0], targets))[1]
 
 
-def _statistics_backward(chunk, softcap, top_k, saved, g: TokenLogProbs):
+def _statistics_forward(tree, softcap, chunk, top_k, leaves, targets):
+    trained, frozen = _partition(leaves)
+    result = _statistics_of_tokens(tree, softcap, chunk, top_k, _combine(trained, frozen), targets.value)
+    return result, (trained, frozen, targets.value)
+
+
+def _statistics_backward(tree, softcap, chunk, top_k, saved, g: TokenLogProbs):
     cotangents = g.log_prob, g.logsumexp, g.mean_log_prob
     coefficients = _Coefficients(*(None if isinstance(c, SymbolicZero) else c for c in cotangents))
-    return _differentiate(*saved, coefficients, softcap, chunk)[1], None
+    return _differentiate(tree, softcap, chunk, *saved, coefficients)[1], None
 
 
 _statistics_of_tokens.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=True)
-
-
-@jax.custom_vjp
-def _product(x: Array, head: Array) -> Array:
-    return dot("BSE,VE->BSV", x, head.astype(x.dtype))
-
-
-def _product_forward(x, head):
-    return _product(x, head), (x, head)
-
-
-def _product_backward(saved, g):
-    x, head = saved
-    g = g.astype(x.dtype)
-    dx = dot("BSO,OI->BSI", g, head.astype(x.dtype)).astype(x.dtype)
-    return dx, weight_gradient(g, x).astype(head.dtype)
-
-
-_product.defvjp(_product_forward, _product_backward)

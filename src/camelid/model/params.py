@@ -1,11 +1,13 @@
-"""Parameters as declarations.
+"""Declarations of parameters.
 
-A parameter is declared by one line naming its axes, inputs to the left of the arrow and outputs to the right:
+A parameter is declared by one line that names its axes, inputs to the left of the arrow and outputs to the right:
 
-    q_proj: Array = param("embed -> heads head_dim")
+    q_proj: Weight = param("embed -> heads head_dim")
 
-Its shape, sharding, initial scale, LoRA factors, decay and checkpoint layout all follow from that line. It is stored
-outputs first, (heads, head_dim, embed), as the field's checkpoint files are: most tensors are read without a transpose.
+Its shape, sharding, initialization, weight decay, adapters and checkpoint layout follow from that line. It is stored
+outputs first, (heads, head_dim, embed), as in most checkpoint files, so that most tensors are read without a transpose.
+
+Whatever a declared parameter holds, an array or another type of weight (model/weights.py), it is one entry of `named`.
 """
 
 import dataclasses
@@ -16,15 +18,17 @@ from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from camelid.model.config import ModelConfig
-from camelid.parallel.rules import placement
+from camelid.model.pytree import from_fields, register_pytree
+from camelid.model.weights import Adapted, Quantized
+from camelid.parallel.rules import num_shards, placement
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One parameter of one model: its named axes with their sizes, and how it starts."""
+    """A declared parameter of a model: its named axes with their sizes, and its initialization."""
 
     stacked: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -39,22 +43,22 @@ class Spec:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def is_matrix(self) -> bool:
-        """Matrices decay and take adapters; norms and biases do neither."""
+        """Whether it is a matrix. Weight decay and adapters are for matrices, not for norms and biases."""
         return bool(self.inputs)
 
 
 def param(axes: str, *, init: str = "normal", when: Callable[[ModelConfig], bool] = lambda config: True) -> Any:
-    """Declares an array field: "inputs -> outputs" for a matrix, plain axes otherwise; None when `when` says no."""
+    """Declares a parameter: "inputs -> outputs" for a matrix, plain axes otherwise; None if `when` is false."""
     return dataclasses.field(metadata={"axes": axes, "init": init, "when": when})
 
 
 def child(cls: type, *, stack: str | None = None, when: Callable[[ModelConfig], bool] = lambda config: True) -> Any:
-    """Declares a module field, None when `when` says no; `stack` puts that axis in front of each of its arrays."""
+    """Declares a child module, None if `when` is false; `stack` is an axis in front of each of its arrays."""
     return dataclasses.field(metadata={"child": cls, "stack": stack, "when": when})
 
 
@@ -63,38 +67,18 @@ def module(cls: type) -> type:
     """Makes `cls` a frozen dataclass whose fields are parameters or child modules, and a JAX pytree."""
     cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
     cls.__repr__ = _repr  # pyright: ignore[reportAttributeAccessIssue]
-    names = tuple(field.name for field in dataclasses.fields(cls))
-    keys = tuple(jax.tree_util.GetAttrKey(name) for name in names)
-    jax.tree_util.register_pytree_with_keys(
-        cls,
-        flatten_with_keys=lambda tree: (tuple(zip(keys, _fields(tree, names), strict=True)), None),
-        flatten_func=lambda tree: (_fields(tree, names), None),
-        unflatten_func=lambda _, leaves: _build(cls, dict(zip(names, leaves, strict=True))),
-    )
-    return cls
+    return register_pytree(cls)
 
 
 def _repr(tree: Any) -> str:
-    """One line, where the arrays themselves would be thousands."""
+    """One line instead of every element of every array."""
     leaves = jax.tree.leaves(tree)
-    return f"{type(tree).__name__}({len(leaves)} arrays, {sum(getattr(x, 'size', 0) for x in leaves):,} numbers)"
-
-
-def _fields(tree: Any, names: tuple[str, ...]) -> tuple:
-    return tuple(getattr(tree, name) for name in names)
-
-
-def _build(cls: type, values: dict[str, Any]) -> Any:
-    """An instance without __init__: a tree may hold specs or shardings where its annotations say arrays."""
-    tree = object.__new__(cls)
-    for name, value in values.items():
-        object.__setattr__(tree, name, value)
-    return tree
+    return f"{type(tree).__name__}({len(leaves)} arrays, {sum(getattr(x, 'size', 0) for x in leaves):,} elements)"
 
 
 def declare(cls: type, config: ModelConfig, stacked: tuple[str, ...] = ()) -> Any:
-    """The tree of `cls` for `config`, with a Spec in place of each array."""
-    return _build(cls, {field.name: _declare(field, config, stacked) for field in dataclasses.fields(cls)})
+    """The tree of `cls` for `config`, with a Spec in place of each parameter."""
+    return from_fields(cls, {field.name: _declare(field, config, stacked) for field in dataclasses.fields(cls)})
 
 
 def _declare(field: dataclasses.Field, config: ModelConfig, stacked: tuple[str, ...]) -> Any:
@@ -108,40 +92,83 @@ def _declare(field: dataclasses.Field, config: ModelConfig, stacked: tuple[str, 
     return Spec(stacked, outputs, inputs, shape, meta["init"])
 
 
-def is_spec(x: Any) -> bool:
-    return isinstance(x, Spec)
+def is_entry(x: Any) -> bool:
+    """Whether `x` stands for a declared parameter without being an array: a Spec, or a weight of another type."""
+    return isinstance(x, Spec | Adapted | Quantized)
 
 
 def map_specs(f: Callable, specs: Any, *rest: Any) -> Any:
-    """jax.tree.map that stops at specs."""
-    return jax.tree.map(f, specs, *rest, is_leaf=is_spec)
+    """`jax.tree.map` over the declared parameters: `f` receives a Spec, and from each other tree what is there."""
+    return jax.tree.map(f, specs, *rest, is_leaf=is_entry)
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by dotted path, say `layers.attn.q_proj`."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)
+    """The declared parameters of a tree by dotted path, for example `layers.attn.q_proj`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_entry)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
 
 
 def build(specs: Any, leaves: Iterable[Any]) -> Any:
-    """A tree shaped as `specs` with these leaves, in the order of `named`."""
-    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), list(leaves))
+    """The tree with the structure of `specs` and these leaves, in the order of `named`."""
+    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_entry), list(leaves))
 
 
 def abstract(specs: Any, dtype: Any, mesh: Mesh, replicate: tuple[str, ...] = ()) -> Any:
-    """Shapes, dtypes and shardings of the parameters, nothing allocated."""
+    """Shapes, dtypes and shardings of parameters that are plain arrays; nothing is allocated."""
     return map_specs(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=placement(spec.axes, mesh, replicate)), specs
     )
 
 
+def shardings(specs: Any, params: Any, mesh: Mesh, replicate: tuple[str, ...] = ()) -> Any:
+    """The sharding of every array of `params`, whatever the types of its weights, as a tree of the same structure.
+
+    An adapter's factors are sharded like the inputs and outputs of its weight, with the rank unsharded. The scales of a
+    quantized weight are sharded like its outputs, and their groups like the first axis of the inputs if they divide.
+
+    Args:
+      specs: The declared parameters; see `decoder.specs_of`.
+      params: Arrays, or their shapes.
+      mesh: The mesh.
+      replicate: Axis words that are not sharded.
+    """
+
+    def place(*axes: str) -> NamedSharding:
+        return placement(axes, mesh, replicate)
+
+    def one(spec: Spec, leaf: Any) -> Any:
+        match leaf:
+            case None:
+                return None
+            case Quantized(scale=scale):
+                first = spec.inputs[0]
+                divides = scale.shape[-1] % num_shards(first, mesh, replicate) == 0
+                groups = first if divides else "groups"
+                scale = place(*spec.stacked, *spec.outputs, groups)
+                return from_fields(Quantized, {"codes": place(*spec.axes), "scale": scale})
+            case Adapted(base=base, scale=scale, magnitude=magnitude):
+                lead = spec.stacked if scale.ndim == len(spec.stacked) else (*spec.stacked, "adapters")
+                fields = {
+                    "base": one(spec, base),
+                    "a": place(*lead, "rank", *spec.inputs),
+                    "b": place(*lead, *spec.outputs, "rank"),
+                    "scale": place(*lead),
+                    "magnitude": None if magnitude is None else place(*lead, *spec.outputs),
+                }
+                return from_fields(Adapted, fields)
+        return place(*spec.axes)
+
+    return map_specs(one, specs, params)
+
+
 def initialize(specs: Any, config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Any:
-    """Fresh parameters; the same on any mesh, and each the same whatever others the model has."""
+    """Fresh parameters. They do not depend on the mesh, and none depends on which others the model has."""
 
     def leaf(path: str, spec: Spec) -> jax.Array:
         if spec.init in ("zeros", "norm"):
             return jnp.full(spec.shape, 0.0 if spec.init == "zeros" else 1.0 - config.norm_offset, dtype)
-        # What adds to the residual stream starts smaller, so that depth does not widen it (GPT-2, section 2.3).
+        # Projections into the residual stream start smaller, so that its variance does not grow with the number of
+        # layers (GPT-2, section 2.3).
         std = config.init_std / math.sqrt(2 * config.num_layers) if spec.init == "residual" else config.init_std
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         return (std * jax.random.normal(own, spec.shape, jnp.float32)).astype(dtype)

@@ -1,53 +1,256 @@
-"""The one place that knows what a weight is and how a product with it is computed fast."""
+"""Weights: what a matrix parameter may hold, and the two operations that use it.
 
+`einsum` multiplies activations by a weight, and `lookup` reads rows of an embedding table. Nothing else in the model
+uses a matrix, so a new kind of weight is a class with the members `shape`, `dense`, `product` and `rows`, added to
+`Weight`. That is also how a backend supplies a kernel of its own: `decoder.decode_params` converts the weights.
+
+A weight is stored outputs first, (outputs..., inputs...), as in most checkpoint files. Weights of repeated layers are
+stacked along an additional first axis, which `lax.scan` removes before a product is computed.
+
+Axes: B batch, S tokens, I inputs and O outputs of a matrix (flattened), R rank, N adapters, V vocab, E embed.
+"""
+
+import dataclasses
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int
 
-KEPT = "kept"  # the name of what Compute.remat = "elementwise" keeps for the backward pass
+from camelid.model.context import Context
+from camelid.model.pytree import register_pytree
+
+KEPT = "kept"  # the name of what Compute.remat = "elementwise" saves for the backward pass
 
 
-def einsum(equation: str, x: Array, weight: Array) -> Array:
-    """`jnp.einsum` of activations and a stored weight, in the dtype of `x`, accumulated in float32.
+@register_pytree
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A matrix of integer codes, whose values are codes x scale: symmetric quantization, for example to int8 or int4.
 
-    The weight is stored outputs first, and what is summed over comes last in both: "BSE,HDE->BSHD".
+    The inputs of each output, flattened, are divided into groups of equal size, and each group has a scale.
+    """
+
+    codes: Int[Array, "..."]
+    """(outputs..., inputs...)"""
+    scale: Float[Array, "..."]
+    """(outputs..., groups)"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix."""
+        return self.codes.shape
+
+    def dense(self) -> Float32[Array, "..."]:
+        """The matrix in float32."""
+        grouped = self.codes.reshape(*self.scale.shape, -1).astype(jnp.float32)
+        return (grouped * self.scale[..., None].astype(jnp.float32)).reshape(self.codes.shape)
+
+    def product(self, x: Float[Array, "B S I"], dtype: Any, context: Context) -> Float[Array, "B S O"]:
+        """x times the transposed matrix, in `dtype`."""
+        return checkpoint_name(_base_product(x, self, dtype), KEPT)
+
+    def rows(self, tokens: Int[Array, "B S"], context: Context) -> Float32[Array, "B S E"]:
+        """The rows of the table for these tokens, in float32."""
+        return Quantized(self.codes[tokens], self.scale[tokens]).dense()
+
+
+@register_pytree
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A matrix with a low-rank update, LoRA (arXiv:2106.09685): base + scale x (b a).
+
+    With a magnitude it is DoRA (arXiv:2402.09353): for each output, the row of that sum is rescaled to the length
+    `magnitude`. The length that it has before is not differentiated.
+
+    A leaf may hold N adapters of one base, of which `context.adapters` selects one for each row of the batch. Then `a`,
+    `b`, `scale` and `magnitude` have an axis N in front of the axes given below, after the axis of stacked layers.
+    Factors of different ranks are stacked by padding the shorter ones with zeros.
+    """
+
+    base: Array | Quantized | None
+    """(outputs..., inputs...). None in `Decoder.lm_head` of a model with tied embeddings: the embedding table; and in
+    trees that hold only some of the parameters, such as gradients"""
+    a: Float[Array, "..."]
+    """(rank, inputs...)"""
+    b: Float[Array, "..."]
+    """(outputs..., rank)"""
+    scale: Float[Array, "..."]
+    """(): a constant, usually alpha / rank"""
+    magnitude: Float[Array, "..."] | None = None
+    """(outputs...)"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix."""
+        return self._base.shape
+
+    def dense(self) -> Float32[Array, "..."]:
+        """The matrix in float32, adapter included. Raises ValueError if there are several adapters."""
+        if self.scale.ndim:
+            raise ValueError("a weight that holds several adapters has no single dense equivalent")
+        dense = self._merged()
+        if self.magnitude is not None:
+            dense = dense * self._ratio()[:, None]
+        return dense.reshape(self.shape)
+
+    def product(self, x: Float[Array, "B S I"], dtype: Any, context: Context) -> Float[Array, "B S O"]:
+        """x times the transposed matrix, in `dtype`."""
+        a, b, scale = self._factors()
+        index = self._index(context)
+        if index is not None:
+            a, b, scale = a[index], b[index], jnp.where(index < 0, 0.0, scale[index])[:, None, None]
+        h = checkpoint_name(_rowwise_product(x, a, x.dtype), KEPT).astype(jnp.float32) * scale
+        delta = _rowwise_product(h.astype(x.dtype), b, dtype)
+        # Saved before it is rescaled: the gradient of the magnitude needs this value.
+        y = checkpoint_name(_base_product(x, self._base, dtype) + delta, KEPT)
+        if self.magnitude is None:
+            return y
+        ratio = checkpoint_name(self._ratio(), KEPT)
+        if index is not None:
+            ratio = jnp.where(index[:, None] < 0, 1.0, ratio[index])[:, None]
+        return (y.astype(jnp.float32) * ratio).astype(dtype)
+
+    def rows(self, tokens: Int[Array, "B S"], context: Context) -> Float32[Array, "B S E"]:
+        """The rows of the table for these tokens, in float32."""
+        a, b, scale = self._factors()
+        index, at = self._index(context), (tokens,)
+        if index is not None:
+            a, scale = a[index], jnp.where(index < 0, 0.0, scale[index])[:, None, None]
+            at = (index[:, None], tokens)
+        delta = _rowwise_product(b[at].astype(jnp.float32), a.swapaxes(-1, -2), jnp.float32)
+        rows = lookup(self._base, tokens, context, jnp.float32) + scale * delta
+        if self.magnitude is None:
+            return rows
+        ratio = self.magnitude[at].astype(jnp.float32) / _length(rows)
+        if index is not None:
+            ratio = jnp.where(index[:, None] < 0, 1.0, ratio)
+        return rows * ratio[..., None]
+
+    @property
+    def _base(self) -> Array | Quantized:
+        assert self.base is not None, "the base of a tied head is the embedding table: use Decoder.head"
+        return self.base
+
+    def _factors(self) -> tuple[Float[Array, "*N R I"], Float[Array, "*N O R"], Float32[Array, "*N"]]:
+        """`a`, `b` and `scale` with flattened inputs and outputs."""
+        adapters = self.scale.shape
+        a = self.a.reshape(*adapters, self.a.shape[len(adapters)], -1)
+        b = self.b.reshape(*adapters, -1, self.b.shape[-1])
+        return a, b, lax.stop_gradient(self.scale.astype(jnp.float32))
+
+    def _index(self, context: Context) -> Int[Array, " B"] | None:
+        """The adapter of each row, if there are several; -1 is the base alone."""
+        if not self.scale.ndim:
+            return None
+        if context.adapters is None:
+            raise ValueError("the weights hold several adapters, and context.adapters does not select any")
+        return context.adapters
+
+    def _merged(self) -> Float32[Array, "*N O I"]:
+        a, b, scale = self._factors()
+        delta = dot("...OR,...RI->...OI", b.astype(jnp.float32), a.astype(jnp.float32))
+        return dense(self._base).reshape(b.shape[-2], -1) + scale[..., None, None] * delta
+
+    def _ratio(self) -> Float32[Array, "*N O"]:
+        """What DoRA multiplies each output by: its magnitude over the length of its row of the merged matrix."""
+        assert self.magnitude is not None
+        lengths = _length(self._merged())
+        return self.magnitude.reshape(lengths.shape).astype(jnp.float32) / lengths
+
+
+Weight = Array | Adapted | Quantized
+
+
+def einsum(equation: str, x: Array, weight: Weight, context: Context, dtype: Any = None) -> Array:
+    """`jnp.einsum` of activations and a weight, accumulated in float32 and returned in `dtype` (None: that of `x`).
+
+    The axes that are summed over come last in both operands: "BSE,HDE->BSHD". The gradient of a float32 weight is
+    computed and accumulated in float32; if the weight is not differentiated, it is not computed at all.
     """
     operands, out = equation.split("->")
     x_axes, w_axes = operands.split(",")
     inputs = "".join(axis for axis in w_axes if axis in x_axes)
     batch, outputs = x_axes.removesuffix(inputs), w_axes.removesuffix(inputs)
     assert (x_axes, w_axes, out) == (batch + inputs, outputs + inputs, batch + outputs), equation
-    # Two plain axes: XLA's CPU backend copies a weight of three before it multiplies.
     width = math.prod(weight.shape[len(outputs) :])
-    flat = product(x.reshape(*x.shape[: len(batch)], width), weight.reshape(-1, width))
-    y = flat.reshape(*x.shape[: len(batch)], *weight.shape[: len(outputs)])
-    return checkpoint_name(y, KEPT)
+    flat = x.reshape(*x.shape[: len(batch)], width)
+    dtype = x.dtype if dtype is None else dtype
+    if isinstance(weight, Array):
+        y = checkpoint_name(_base_product(flat, weight, dtype), KEPT)
+    else:
+        y = weight.product(flat, dtype, context)
+    return y.reshape(*x.shape[: len(batch)], *weight.shape[: len(outputs)])
+
+
+def lookup(weight: Weight, tokens: Int[Array, "B S"], context: Context, dtype: Any) -> Float[Array, "B S E"]:
+    """The rows of an embedding table for these tokens, in `dtype`; no other row is dequantized or adapted."""
+    rows = weight[tokens] if isinstance(weight, Array) else weight.rows(tokens, context)
+    return rows.astype(dtype)
+
+
+def dense(weight: Weight) -> Array:
+    """The array that gives the same products: an array as it is, any other weight in float32."""
+    return weight if isinstance(weight, Array) else weight.dense()
 
 
 def add_bias(y: Float[Array, "*rows"], bias: Float[Array, "*outputs"] | None) -> Float[Array, "*rows"]:
-    """`y` with the bias of a product, if it has one; added, and its gradient summed over the tokens, in float32."""
+    """`y` plus the bias of a product, if there is one; added, and its gradient summed over the tokens, in float32."""
     return y if bias is None else (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+
+
+# Products of arrays -------------------------------------------------------------------------------
+
+
+def _base_product(x: Float[Array, "B S I"], weight: Array | Quantized, dtype: Any) -> Float[Array, "B S O"]:
+    width = x.shape[-1]
+    if isinstance(weight, Array):
+        # Two axes: XLA's CPU backend copies a weight with three before it multiplies.
+        return product(x, weight.reshape(-1, width), dtype)
+
+    # Dequantized again in the backward pass, which would otherwise keep the dense matrices of all layers.
+    @jax.checkpoint
+    def dequantized_product(x: Array, weight: Quantized) -> Array:
+        return product(x, weight.dense().astype(x.dtype).reshape(-1, width), dtype)
+
+    return dequantized_product(x, weight)
+
+
+def _rowwise_product(
+    x: Float[Array, "B S I"], weight: Float[Array, "O I"] | Float[Array, "B O I"], dtype: Any
+) -> Float[Array, "B S O"]:
+    """x times the transposed weight, which is the same for all rows of the batch or differs from row to row."""
+    if weight.ndim == 2:
+        return product(x, weight, dtype)
+    return dot("BSI,BOI->BSO", x, weight.astype(x.dtype)).astype(dtype)
+
+
+def _length(rows: Float[Array, "*rows I"]) -> Float[Array, "*rows"]:
+    """The Euclidean norm of each row, not differentiated; 1 for a row of zeros."""
+    norm = lax.stop_gradient(jnp.linalg.norm(rows, axis=-1))
+    return jnp.where(norm > 0, norm, 1.0)
 
 
 # The default gradient of a bfloat16 product mixes float32 and bfloat16 operands, for which CPUs have no fast kernel,
 # and rounds the weight's gradient to bfloat16; this one casts the cotangent once and keeps the gradient in float32.
-@jax.custom_vjp
-def product(x: Float[Array, "B S I"], weight: Float[Array, "O I"]) -> Float[Array, "B S O"]:
-    """x times the weight's transpose, in the dtype of `x`."""
-    return dot("BSI,OI->BSO", x, weight.astype(x.dtype)).astype(x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Float[Array, "B S I"], weight: Float[Array, "O I"], dtype: Any) -> Float[Array, "B S O"]:
+    """x times the transposed weight, in `dtype`; the weight is cast to the dtype of `x`."""
+    return dot("BSI,OI->BSO", x, weight.astype(x.dtype)).astype(dtype)
 
 
-def _forward(x: Array, weight: Array):
-    return product(x, weight), (x, weight)
+def _forward(x: Array, weight: Array, dtype: Any):
+    return product(x, weight, dtype), (x, weight)
 
 
-def _backward(saved: tuple[Array, Array], g: Array):
+def _backward(dtype: Any, saved: tuple[Array, Array], g: Array):
     x, weight = saved
+    g = g.astype(x.dtype)
     dx = dot("BSO,OI->BSI", g, weight.astype(x.dtype)).astype(x.dtype)
     return dx, weight_gradient(g, x).astype(weight.dtype)
 
@@ -56,22 +259,22 @@ product.defvjp(_forward, _backward)
 
 
 def weight_gradient(g: Float[Array, "B S O"], x: Float[Array, "B S I"]) -> Float[Array, "O I"]:
-    """The gradient of a weight from those of its outputs, summed over all tokens, in float32."""
+    """The gradient of a weight from that of its outputs `g` and its inputs `x`, summed over all tokens, in float32."""
 
     def plain(g: Array, x: Array) -> Array:
         return dot("BSO,BSI->OI", g, x)
 
-    def rows_first(g: Array, x: Array) -> Array:
+    def transposed_first(g: Array, x: Array) -> Array:
         # XLA's CPU backend folds the transpose of `g` into the product, which then runs at a third of its speed in
-        # bfloat16; written out first, the transpose costs far less than it saves.
-        turned = with_layout_constraint(g.reshape(-1, g.shape[-1]).T, Layout(major_to_minor=(0, 1)))
-        return dot("ON,NI->OI", turned, x.reshape(-1, x.shape[-1]))
+        # bfloat16; computing the transpose beforehand costs far less than it saves.
+        transposed = with_layout_constraint(g.reshape(-1, g.shape[-1]).T, Layout(major_to_minor=(0, 1)))
+        return dot("ON,NI->OI", transposed, x.reshape(-1, x.shape[-1]))
 
     if jax.sharding.get_abstract_mesh().size > 1:
         return plain(g, x)  # the partitioner cannot see through a layout: it would gather all tokens on every device
-    return lax.platform_dependent(g, x, cpu=rows_first, default=plain)
+    return lax.platform_dependent(g, x, cpu=transposed_first, default=plain)
 
 
 def dot(equation: str, a: Array, b: Array) -> Array:
-    """A product of two arrays of one dtype, accumulated and returned in float32."""
+    """`jnp.einsum` of two arrays of one dtype, accumulated and returned in float32."""
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
