@@ -6,6 +6,7 @@ forward pass reduces them to a few values per token, and the backward pass compu
 Axes: B batch, S tokens of a row, C tokens of a row in one chunk, E embed, V vocab, K candidates.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -173,21 +174,20 @@ def _softmax(logits: Array, targets: Array) -> _Softmax:
     return _Softmax(logits, top, exp, exp.sum(-1, keepdims=True), hit)
 
 
-def _top(logits: Array, count: int) -> list[Array]:
+def _top(logits: Array, count: int) -> tuple[Array, Array]:
     """The `count` largest logits and their ids; of equal ones the lower id comes first.
 
     Where the vocabulary is sharded, each device selects from its own part first: only candidates are communicated.
     """
     mesh, vocab = jax.sharding.get_abstract_mesh(), logits.shape[-1]
-    parts = 1
-    for axis in () if mesh.empty else COMPUTE["vocab"]:
-        parts *= mesh.shape[axis]
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in COMPUTE["vocab"])
     if parts == 1 or vocab % parts or count > vocab // parts:
-        return lax.top_k(logits, count)
+        values, ids = lax.top_k(logits, count)
+        return values, ids
     values, ids = lax.top_k(logits.reshape(*logits.shape[:-1], parts, vocab // parts), count)
     ids = ids + jnp.arange(parts)[:, None] * (vocab // parts)
     values, chosen = lax.top_k(values.reshape(*logits.shape[:-1], -1), count)
-    return [values, jnp.take_along_axis(ids.reshape(*logits.shape[:-1], -1), chosen, -1)]
+    return values, jnp.take_along_axis(ids.reshape(*logits.shape[:-1], -1), chosen, -1)
 
 
 # Chunks of the sequence --------------------------------------------------------------------------------
@@ -306,7 +306,8 @@ def _statistics_forward(tree, softcap, chunk, top_k, leaves, targets):
 def _statistics_backward(tree, softcap, chunk, top_k, saved, g: TokenLogProbs):
     cotangents = g.log_prob, g.logsumexp, g.mean_log_prob
     coefficients = _Coefficients(*(None if isinstance(c, SymbolicZero) else c for c in cotangents))
-    return _differentiate(tree, softcap, chunk, *saved, coefficients)[1], None
+    trained, frozen, targets = saved
+    return _differentiate(tree, softcap, chunk, trained, frozen, targets, coefficients)[1], None
 
 
 _statistics_of_tokens.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=True)
