@@ -383,7 +383,7 @@ def test_a_row_keeps_what_came_before_its_logits_broke(folder: Path, model: came
 
 def test_an_overflow_of_float16_says_so(folder: Path, tmp_path: Path):
     path = broken(folder, tmp_path / "broken", "model.layers.1.mlp.down_proj.weight", 3e4)
-    with pytest.raises(camelid.UserError, match="all weights are: numbers above 65,504 overflow float16") as refused:
+    with pytest.raises(camelid.UserError, match="all weights are: values above 65,504 overflow float16") as refused:
         camelid.load(path, dtype="float16").generate("ab", max_new_tokens=5)
     assert 'dtype="float32"' in str(refused.value)
     assert "--dtype float32" in refused.value.advice
@@ -405,10 +405,10 @@ def test_what_users_print_is_one_short_line(folder: Path, model: camelid.Model):
     [
         (
             {"mesh": {"fsdp": 2}},
-            "mesh = {'fsdp': 2} is not a mesh\nGive camelid.MeshConfig, for example MeshConfig(fsdp=2)",
+            "mesh = {'fsdp': 2} is not a mesh\nGive a camelid.MeshConfig, for example MeshConfig(fsdp=2)",
         ),
         ({"mesh": 2}, "mesh = 2 is not a mesh"),
-        ({"mesh": Mesh(jax.devices(), "x")}, "the mesh has axes ('x',), and lacks 'data'"),
+        ({"mesh": Mesh(jax.devices(), "x")}, "the mesh has axes ('x',) but not 'data'"),
         ({"mesh": camelid.MeshConfig(fsdp=16)}, "mesh data 1 x fsdp 16 x tensor 1 needs 16 devices; 8 are available"),
         ({"compute": {"remat": "layer"}}, "compute = {'remat': 'layer'} is not camelid.Compute"),
         ({"config": {"vocab_size": 3}}, "config = {'vocab_size': 3} is not camelid.ModelConfig"),

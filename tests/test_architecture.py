@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "camelid"
@@ -37,7 +38,8 @@ FAST = ("camelid", "camelid.cli", "camelid.runs.recipe")
 SLOW = {"jax", "jaxlib", "numpy", "optax", "orbax", "torch", "transformers"}
 
 
-def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
+@cache
+def imports(path: Path) -> list[tuple[int, str, bool]]:
     """Each import of a file: its line, the full dotted name, and whether importing the file runs it."""
     package = ("camelid", *path.relative_to(SOURCE).parts[:-1])
 
@@ -59,7 +61,7 @@ def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child, runs)
 
-    return visit(ast.parse(path.read_text()), True)
+    return list(visit(ast.parse(path.read_text()), True))
 
 
 def files() -> Iterator[tuple[str, Path]]:

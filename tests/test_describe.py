@@ -144,7 +144,7 @@ def test_fields_are_shown_where_they_are_not_llamas(capsys: pytest.CaptureFixtur
     scaling = LongRopeScaling(short_factor=numbers, long_factor=numbers, original_context=64, factor=2.0)
     printed = shown(tiny_config(head_dim=64, rope_scaling=scaling), capsys)
     line = next(line for line in printed.splitlines() if line.startswith("rope_scaling"))
-    rope = "longrope: short_factor (32 numbers), long_factor (32 numbers), original_context 64, factor 2.0"
+    rope = "longrope: short_factor (32 values), long_factor (32 values), original_context 64, factor 2.0"
     assert line.split() == ["rope_scaling", *rope.split()]
 
 

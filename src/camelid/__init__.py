@@ -1,4 +1,8 @@
-"""camelid: the Llama family end to end in JAX."""
+"""camelid: the Llama family end to end in JAX.
+
+The public API: `load` returns a `Model`, which `Compute`, `MeshConfig` and `ModelConfig` configure. `Model.generate`
+returns `Completion`s. Errors that a user can fix are raised as `UserError`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "Compute", "MeshConfig", "Model", "ModelConfig", "UserError", "load"]
 
-_WHERE = {
+_MODULES = {
     "Completion": "api",
     "Compute": "model.config",
     "MeshConfig": "parallel.mesh",
@@ -22,13 +26,13 @@ _WHERE = {
 }
 
 
-# PEP 562: `import camelid` must not pay for JAX; `camelid --help` answers at once.
+# Public names are imported on first use (PEP 562), so that `camelid --help` does not wait for the import of JAX.
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("importlib.metadata").version("camelid")
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'camelid' has no attribute {name!r}")
-    return getattr(import_module(f"camelid.{_WHERE[name]}"), name)
+    return getattr(import_module(f"camelid.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,10 +1,10 @@
-"""The process of the command `camelid`, also as `python -m camelid`."""
+"""The entry point of the command `camelid` and of `python -m camelid`."""
 
 from camelid.interrupts import run_command
 
 
 def main() -> None:
-    """Runs the command of sys.argv and exits with its status."""
+    """Runs the command in `sys.argv` and exits with its status."""
     run_command(_command)
 
 

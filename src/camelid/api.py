@@ -1,4 +1,4 @@
-"""What Python users see: `camelid.load` and the Model that it returns."""
+"""The Python API: `camelid.load`, and the Model that it returns."""
 
 import collections
 import tempfile
@@ -49,29 +49,39 @@ from camelid.text.tokenizer import (
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt."""
+    """The continuation of one prompt."""
 
     prompt: str
+    """the prompt as text; empty for a model without a tokenizer"""
     text: str
+    """the generated text, without the prompt; empty for a model without a tokenizer"""
     tokens: list[int]
-    """the new ids, without EOS"""
+    """ids of the generated tokens, without EOS"""
     finish_reason: Literal["stop", "length", "error"]
-    """"stop": the model ended the text; "length": max_new_tokens did; "error": its logits were NaN or infinite"""
+    """"stop": EOS was generated; "length": max_new_tokens was reached; "error": the logits became NaN or infinite"""
 
 
 @dataclass(frozen=True, repr=False)
 class Model:
-    """A decoder with its parameters, its tokenizer, and the way it is computed."""
+    """A decoder with its parameters and tokenizer, on the devices of a mesh. `camelid.load` returns one.
+
+    Models are immutable; `with_tokenizer` returns a new one that shares the parameters.
+    """
 
     config: ModelConfig
+    """the architecture"""
     params: Decoder
+    """the parameters, a JAX pytree"""
     tokenizer: Tokenizer | None
+    """None: the checkpoint has none, and prompts must be token ids"""
     compute: Compute
+    """precision, kernels and memory"""
     mesh: Mesh
+    """the devices that hold the parameters"""
     companions: tuple[Path, ...] = ()
-    """files that `save` carries along"""
+    """files that `save` copies, such as those of the tokenizer and the license"""
     notes: tuple[str, ...] = ()
-    """what had to be guessed when the checkpoint was opened, and what was left out"""
+    """assumptions made when the checkpoint was opened, and contents that were ignored"""
 
     def __repr__(self) -> str:
         config = self.config
@@ -81,7 +91,14 @@ class Model:
         return f"Model({config.family or 'llama'}: {size}; {self.compute.dtype} on {devices}; {tokenizer})"
 
     def with_tokenizer(self, tokenizer: Tokenizer | str | Path) -> "Model":
-        """The same model with another tokenizer, or with that of a folder or file."""
+        """Returns the same model with another tokenizer.
+
+        Args:
+          tokenizer: A Tokenizer, or the path of a tokenizer file or of a folder that has one.
+
+        Raises:
+          UserError: If the path has no tokenizer that camelid can read.
+        """
         found = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
         companions = companions_with(self.companions, found)
         notes = (*self.notes, *found.notes, *vocabulary_notes(found, self.config.vocab_size))
@@ -89,9 +106,17 @@ class Model:
 
     @in_python
     def logits(self, tokens: Sequence[Sequence[int]] | Int[Array | np.ndarray, "B S"]) -> Float[Array, "B S V"]:
-        """For each token, the float32 logits of the one after it.
+        """Returns the logits of the next token at every position, in float32.
 
-        Raises UserError for ids outside the vocabulary, rows of different lengths, and rows beyond the context.
+        Args:
+          tokens: Token ids: B rows of S ids each. BOS is not added.
+
+        Returns:
+          An array of shape (B, S, vocab_size). `logits[b, s]` are the logits of the token after `tokens[b, : s + 1]`.
+
+        Raises:
+          UserError: If an id is not in the vocabulary, the rows have different lengths, or they are longer than the
+            model's context.
         """
         rows = token_rows(tokens, self.config)
         with jax.set_mesh(self.mesh):
@@ -108,22 +133,38 @@ class Model:
         top_p: float | None = None,
         seed: int = 0,
     ) -> list[Completion]:
-        """One completion a prompt, in order. A prompt is text, or token ids that already hold their BOS.
+        """Generates a continuation of each prompt.
 
-        Temperature 0 is greedy; otherwise temperature, then top_k, then top_p. Row i draws with seed + i, whatever else
-        is in the batch. Ids for which the tokenizer has no token are never drawn. Raises UserError for prompts that do
-        not fit the context, numbers out of range, and a model whose logits are NaN or infinite; where that is so for
-        some of the prompts, it warns and their completions end there.
+        Args:
+          prompts: One text, or a sequence of texts or of rows of token ids. Texts are encoded with the tokenizer's
+            special tokens; rows of ids are used as they are, so they must already start with BOS.
+          max_new_tokens: Number of tokens after which generation stops if the model has not generated EOS.
+          temperature: The logits are divided by it before sampling; 0 selects the most probable token (greedy).
+          top_k: Sample from the K most probable tokens only. None: from all.
+          top_p: Sample from the smallest set of tokens whose probabilities add up to at least this (nucleus sampling,
+            arXiv:1904.09751); applied after temperature and top_k. None: from all.
+          seed: Seed of the random numbers. Prompt i uses `seed + i`, so its completion does not depend on the others.
+
+        Returns:
+          One Completion for each prompt, in order. Ids that the tokenizer does not define are never generated.
+
+        Raises:
+          UserError: If a prompt does not fit the context, an argument is out of range, or the logits of every prompt
+            are NaN or infinite.
+
+        Warns:
+          UserWarning: If the logits of some prompts become NaN or infinite; the completions of those end there, with
+            finish_reason "error".
         """
         each = [prompts] if isinstance(prompts, str) else _each(prompts)
         ids = [self._encode(prompt, number) for number, prompt in enumerate(each)]
         seed = whole_number("seed", seed)
         seeds = [seed + i for i in range(len(each))]
-        how = sampling(temperature, top_k, top_p)
+        settings = sampling(temperature, top_k, top_p)
         limit = whole_number("max_new_tokens", max_new_tokens)
         eos_ids = self.config.eos_ids if self.tokenizer is None else self.tokenizer.eos_ids
         rows, finite = generate(
-            self.params, ids, seeds, how, limit, eos_ids, self.config, self.compute, self.mesh, self._drawable
+            self.params, ids, seeds, settings, limit, eos_ids, self.config, self.compute, self.mesh, self._drawable
         )
         if not any(finite):
             raise not_finite(self.params, self.compute, "the logits are")
@@ -139,12 +180,15 @@ class Model:
             ids = token_row(prompt, f"prompt {number}", self.config.vocab_size).tolist()
             return ids if self.tokenizer is None else self.tokenizer.checked(ids)
         if self.tokenizer is None:
-            raise UserError("the checkpoint has no tokenizer", "Give token ids, or name a tokenizer with --tokenizer.")
+            raise UserError("the checkpoint has no tokenizer", "Give token ids, or a tokenizer with --tokenizer.")
         return self.tokenizer.encode(prompt, specials=True)
 
     @cached_property
     def _drawable(self) -> np.ndarray | None:
-        """Which ids may be drawn: those of the tokenizer's tokens, and any that ends a text. None: every id."""
+        """A mask over the vocabulary of the ids that may be generated. None: all of them.
+
+        They are the ids that the tokenizer defines, and EOS.
+        """
         if self.tokenizer is None:
             return None
         drawable = np.isin(np.arange(self.config.vocab_size), [*self.tokenizer.token_ids, *self.tokenizer.eos_ids])
@@ -169,29 +213,37 @@ class Model:
         overwrite: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Writes a folder in a format of checkpoint/registry.py; `dtype` None keeps that of the parameters.
+        """Saves the model as a checkpoint folder. In a multi-process run, every process must call this.
 
-        `overwrite` replaces the files of a checkpoint that is there, and leaves all other files of the folder alone.
-        Raises UserError if the destination exists and is not to be overwritten, or is not a checkpoint, if files of
-        others are in the way, if the disk is full, or if the format cannot hold the model; nothing is changed then.
+        Args:
+          path: The folder to create.
+          format: A checkpoint format, for example "hf", "meta" or "gguf"; `camelid convert --help` lists them.
+          dtype: Dtype of the saved parameters, for example "bfloat16". None: the dtype that they have.
+          overwrite: Replace the files of an existing checkpoint. Other files in the folder are not touched.
+          progress: Called with the number of bytes written so far and the total.
+
+        Raises:
+          UserError: If the folder exists and `overwrite` is False, it is not a checkpoint, other files have names that
+            would be written, the format or `dtype` is unknown or cannot represent the model, or the disk is full. The
+            destination is unchanged in each case.
         """
         leaves = named(self.params)
         dtypes = {path: np.dtype(leaf.dtype) if dtype is None else dtype_named(dtype) for path, leaf in leaves.items()}
 
         @lru_cache(WORKERS)
-        def whole(path: str, layer: int | None) -> np.ndarray:
+        def fetched(path: str, layer: int | None) -> np.ndarray:
             return _host_layer(leaves[path], layer, self.mesh)
 
         def source(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
-            return rounded(path, whole(path, layer)[index], dtype)
+            return rounded(path, fetched(path, layer)[index], dtype)
 
         saving = ExportSpec(self.config, dtypes, source, self.companions)
-        # Fetching a layer is a collective: every process takes part in each, one after another in the same order.
+        # Fetching a layer is a collective operation: every process takes part in each, in the same order.
         if is_main():
             workers = WORKERS if jax.process_count() == 1 else 1
-            with cleaned_up(), tempfile.TemporaryDirectory() as made:
-                # Meta's own code reads no other tokenizer than ranks.
-                companions = portable(self.companions, Path(made), keep_ranks=format == "meta")
+            with cleaned_up(), tempfile.TemporaryDirectory() as converted:
+                # Meta's own code reads only tiktoken rank files.
+                companions = portable(self.companions, Path(converted), keep_ranks=format == "meta")
                 saving = replace(saving, companions=companions)
                 write_checkpoint(Path(path), saving, format, overwrite=overwrite, progress=progress, workers=workers)
         else:
@@ -213,22 +265,34 @@ def load(
     ignore: Sequence[str] = (),
     tokenizer: str | Path | None = None,
 ) -> Model:
-    """Opens a checkpoint of any format where it lies, or a repository of the Hugging Face Hub by its name.
+    """Loads a checkpoint of any supported format, without converting it first.
 
-    `format` None asks the files; `config` describes a model whose files do not; the fields in `ignore`, such as
-    "rope_scaling.alpha", are as if config.json did not have them; `tokenizer` is a folder or a file, None the
-    checkpoint's own. `dtype` is that of parameters and products (None: that of the files); `mesh` None is the first
-    device alone; `compute` sets the rest: kernels, rematerialization, replicated axes. Raises UserError for files that
-    are damaged, incomplete or not understood.
+    Args:
+      path: A checkpoint folder or file, or the name of a Hugging Face Hub repository such as
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0".
+      dtype: Dtype of the parameters and of matrix products. None: the dtype of the files.
+      mesh: The devices that hold the parameters, for example `MeshConfig(fsdp=2)`. None: the first device.
+      compute: Kernels, rematerialization and replicated axes; its dtypes are replaced by `dtype`.
+      format: The checkpoint format, for example "easylm". None: detected from the files.
+      config: The architecture, for checkpoints that do not contain it.
+      ignore: Fields of config.json to treat as absent, for example "rope_scaling.alpha".
+      tokenizer: A folder or file to read the tokenizer from. None: the checkpoint's own.
+
+    Returns:
+      The model. Each device has read only its own shards of the parameters.
+
+    Raises:
+      UserError: If the checkpoint is damaged, incomplete, or has fields or tensors that camelid does not know; if the
+        axes of the model do not divide over the mesh; or if an argument is not valid.
     """
-    _check_kind("compute", compute, Compute, "camelid.Compute")
-    _check_kind("config", config, ModelConfig, "camelid.ModelConfig")
-    _check_kind("tokenizer", tokenizer, str | Path, "the path of a folder or file")
+    _check_type("compute", compute, Compute, "camelid.Compute")
+    _check_type("config", config, ModelConfig, "camelid.ModelConfig")
+    _check_type("tokenizer", tokenizer, str | Path, "the path of a folder or file")
     checkpoint = open_checkpoint(path, format, config, ignore)
     if dtype is None:
         found = {dtype.name for dtype in checkpoint.dtypes.values()}
         if len(found) > 1:
-            raise UserError(f"the files mix {', '.join(sorted(found))}", "Choose one with --dtype.")
+            raise UserError(f"the files contain several dtypes: {', '.join(sorted(found))}", "Choose one with --dtype.")
         dtype = found.pop()
     dtype = dtype_named(dtype).name
     compute = replace(compute or Compute(), dtype=dtype, param_dtype=dtype)
@@ -242,7 +306,7 @@ def load(
 
 
 def load_params(checkpoint: Checkpoint, compute: Compute, mesh: Mesh) -> Decoder:
-    """The parameters of an opened checkpoint, in Compute.param_dtype, each device's part read for that device."""
+    """The parameters of a checkpoint in `compute.param_dtype`; each device reads only its own shards."""
     specs = declare_decoder(checkpoint.config)
     targets = named(abstract(specs, jnp.dtype(compute.param_dtype), mesh, compute.replicate))
     arrays = saved_state.load(checkpoint.table, checkpoint.tensors, targets)
@@ -254,27 +318,29 @@ def _mesh(mesh: Mesh | MeshConfig | None) -> Mesh:
         return one_device()
     if isinstance(mesh, MeshConfig):
         return make_mesh(mesh)
-    advice = "Give camelid.MeshConfig, for example MeshConfig(fsdp=2); None is one device."
+    advice = "Give a camelid.MeshConfig, for example MeshConfig(fsdp=2), or None for one device."
     if not isinstance(mesh, Mesh):
         raise UserError(f"mesh = {mesh!r} is not a mesh", advice)
     axes = [field.name for field in fields(MeshConfig)]
     if missing := [axis for axis in axes if axis not in mesh.shape]:
-        raise UserError(f"the mesh has axes {tuple(mesh.shape)}, and lacks {missing[0]!r}", advice)
+        raise UserError(f"the mesh has axes {tuple(mesh.shape)} but not {missing[0]!r}", advice)
     prepare_backend()
     return mesh
 
 
-def _check_kind(name: str, value: object, kind: type | UnionType, wanted: str) -> None:
-    if value is not None and not isinstance(value, kind):
+def _check_type(name: str, value: object, expected: type | UnionType, wanted: str) -> None:
+    if value is not None and not isinstance(value, expected):
         raise UserError(f"{name} = {value!r} is not {wanted}", f"Give {wanted}, or leave {name} out.")
 
 
 def _each(prompts: object) -> list:
-    """The prompts of a batch."""
+    """The prompts as a list."""
     try:
         return list(prompts)  # pyright: ignore[reportArgumentType]
     except TypeError:
-        raise UserError(f"prompts = {prompts!r} are neither texts nor rows of token ids", ROWS) from None
+        raise UserError(
+            f"prompts = {prompts!r} is neither a text nor a sequence of texts or rows of token ids", ROWS
+        ) from None
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
@@ -284,12 +350,12 @@ def _logits(params: Decoder, tokens: Array, config: ModelConfig, compute: Comput
 
 
 def _host_layer(leaf: Array, layer: int | None, mesh: Mesh) -> np.ndarray:
-    """One layer of a parameter (None: all of it) as numpy, in every process."""
+    """One layer of a parameter (None: the entire parameter) as a NumPy array in every process."""
     if layer is not None:
         leaf = _take(leaf, jnp.int32(layer), NamedSharding(mesh, PartitionSpec()))
     return to_host(leaf)
 
 
 @partial(jax.jit, static_argnums=2)
-def _take(stacked: Array, layer: Array, whole: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False), whole)
+def _take(stacked: Array, layer: Array, replicated: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False), replicated)

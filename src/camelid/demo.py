@@ -1,6 +1,6 @@
-"""The main job on an embedded default: the English manual that every CPython carries becomes a corpus and a Llama.
+"""`camelid demo`: trains a tokenizer and a small Llama on the Python manual that is part of CPython, and uses them.
 
-Nothing is downloaded. With a checkpoint of the user's, that is finetuned on the same corpus instead.
+Nothing is downloaded. Given a checkpoint, it finetunes that instead.
 """
 
 import json
@@ -27,7 +27,7 @@ from camelid.train.loggers import read_metrics
 from camelid.train.optimizer import OptimizerConfig
 
 VOCAB = 2048
-HELD_OUT = 0.08  # of the topics
+HELD_OUT = 0.08  # fraction of the topics used for validation
 PROMPTS = ("The statement", "If the object is a class,", "A list of")
 MODEL = ModelConfig(
     vocab_size=VOCAB,
@@ -46,71 +46,84 @@ MODEL = ModelConfig(
 
 
 def main(folder: Path, model: str | None, steps: int, ignore: tuple[str, ...] = ()) -> bool:
-    """Corpus, tokenizer, training, measurement, text, saving, opening again; all under `folder`.
+    """Runs the demo and prints its results. Everything is written to `folder`.
 
-    Returns False if a signal stopped the training.
+    Args:
+      folder: Folder for the corpus, the tokenizer and the run.
+      model: Checkpoint to finetune. None: a new model is trained from scratch.
+      steps: Number of training steps.
+      ignore: Fields of the checkpoint's config.json to treat as absent.
+
+    Returns:
+      False if training was stopped by a signal.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     if model:
-        open_checkpoint(model, ignore=ignore)  # what cannot be opened is refused before anything is written
+        open_checkpoint(model, ignore=ignore)  # raises UserError before anything is written
     train, held_out = write_corpus(folder)
-    _say(f"corpus     {train.parent}: the manual of Python {sys.version_info.major}.{sys.version_info.minor}")
+    _say(f"corpus          {train.parent}: the manual of Python {sys.version_info.major}.{sys.version_info.minor}")
     data = {"train": (Source(files=(str(train),)),), "validation": (Source(files=(str(held_out),)),)}
     recipe = finetuning(folder, model, ignore, data, steps) if model else from_scratch(folder, train, data, steps)
     outcome = run(recipe)
     if not outcome.finished:
-        _say(f"stopped after step {outcome.steps} of {steps}; the same command goes on from there")
+        _say(f"stopped after step {outcome.steps} of {steps}; run the same command again to resume")
         return False
     losses = [row for row in read_metrics(outcome.folder / "metrics.jsonl") if "validation_loss" in row]
-    _summarize(outcome, losses[0]["validation_loss"], losses[-1]["validation_loss"], began)
+    _summarize(outcome, losses[0]["validation_loss"], losses[-1]["validation_loss"], start)
     return True
 
 
-def _summarize(outcome: Outcome, before: float, after: float, began: float) -> None:
-    place = Path(os.path.relpath(outcome.folder))
-    saved = place / "model"
+def _summarize(outcome: Outcome, before: float, after: float, start: float) -> None:
+    folder = Path(os.path.relpath(outcome.folder))
+    saved = folder / "model"
     _say("")
-    _say(f"held-out text   perplexity {math.exp(before):,.1f} before training, {math.exp(after):,.2f} after")
+    _say(f"validation      perplexity {math.exp(before):,.1f} before training, {math.exp(after):,.2f} after")
     for completion in outcome.model.generate(PROMPTS, max_new_tokens=40, temperature=0.7, top_p=0.95):
-        _say(f"it writes       {completion.prompt}|{' '.join(completion.text.split())}")
+        _say(f"generated       {completion.prompt}|{' '.join(completion.text.split())}")
     tokens = np.arange(32)[None] % outcome.model.config.vocab_size
-    again = load(saved, dtype=outcome.model.compute.dtype)
-    difference = float(np.max(np.abs(np.asarray(again.logits(tokens)) - np.asarray(outcome.model.logits(tokens)))))
-    _say(f"opened again    {saved}: logits differ by at most {difference:.1e}")
-    _say(f"loss curve      {place / 'loss.png'}")
-    _say(f"recipe          {place / 'recipe.toml'}")
-    _say(f"took            {time.perf_counter() - began:.0f} s")
+    loaded = load(saved, dtype=outcome.model.compute.dtype)
+    difference = float(np.max(np.abs(np.asarray(loaded.logits(tokens)) - np.asarray(outcome.model.logits(tokens)))))
+    _say(f"saved           {saved}; logits after loading it differ by at most {difference:.1e}")
+    _say(f"loss curve      {folder / 'loss.png'}")
+    _say(f"recipe          {folder / 'recipe.toml'}")
+    _say(f"time            {time.perf_counter() - start:.0f} s")
     _say("")
-    _say("try next")
-    here = Path(os.path.relpath(sys.executable)).with_name("camelid")
-    camelid = "camelid" if shutil.which("camelid") else here
+    _say("next steps")
+    own = Path(os.path.relpath(sys.executable)).with_name("camelid")
+    camelid = "camelid" if shutil.which("camelid") else own
     _say(f'  {camelid} generate {saved} "The statement" --temperature 0.7')
     _say(f"  {camelid} evaluate perplexity {saved} README.md")
     _say(f"  {camelid} inspect {saved}")
-    _say("  make demo MODEL=path/to/a/checkpoint      finetunes one of your own on the same text")
+    _say(f"  {camelid} demo --model path/to/a/checkpoint      # finetune a checkpoint of yours on the same text")
 
 
 def write_corpus(folder: Path) -> tuple[Path, Path]:
-    """The topics of `pydoc_data.topics` as JSON lines, whole topics held out; those contained in others are dropped."""
-    from pydoc_data.topics import topics
+    """Writes the topics of `pydoc_data.topics` as JSON lines, and returns the files for training and for validation.
 
-    texts = sorted({text.strip() for text in topics.values()}, key=len)
-    whole = [text for i, text in enumerate(texts) if not any(text in longer for longer in texts[i + 1 :])]
-    random.Random(0).shuffle(whole)
-    cut = max(1, round(len(whole) * HELD_OUT))
+    A topic is in one of the two files; topics that are contained in others are left out.
+
+    Raises:
+      UserError: If a file exists with other contents, for example of another version of Python.
+    """
+    from pydoc_data.topics import topics as manual
+
+    texts = sorted({text.strip() for text in manual.values()}, key=len)
+    topics = [text for i, text in enumerate(texts) if not any(text in longer for longer in texts[i + 1 :])]
+    random.Random(0).shuffle(topics)
+    count = max(1, round(len(topics) * HELD_OUT))
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     files = corpus / "train.jsonl", corpus / "held_out.jsonl"
-    for file, part in zip(files, (whole[cut:], whole[:cut]), strict=True):
-        content = "".join(json.dumps({"text": text}) + "\n" for text in part)
+    for file, split in zip(files, (topics[count:], topics[:count]), strict=True):
+        content = "".join(json.dumps({"text": text}) + "\n" for text in split)
         if file.exists() and file.read_text("utf-8") != content:
-            raise UserError(f"{file} holds something else than the manual of this Python", "Choose another --folder.")
+            raise UserError(f"{file} exists and does not contain the manual of this Python", "Choose another --folder.")
         file.write_text(content, "utf-8")
     return files
 
 
 def train_tokenizer(folder: Path, corpus: Path) -> Path:
-    """A byte-level BPE tokenizer of the corpus, in the files of a Hugging Face checkpoint."""
+    """Trains a byte-level BPE tokenizer on the corpus and saves it in Hugging Face format; returns `folder`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -136,7 +149,7 @@ def train_tokenizer(folder: Path, corpus: Path) -> Path:
 
 
 def from_scratch(folder: Path, corpus: Path, data: dict, steps: int) -> Recipe:
-    """A small Llama and its tokenizer, both new."""
+    """The recipe of a small new Llama, whose tokenizer is trained here."""
     return Recipe(
         run=str(folder / "run"),
         model=MODEL,
@@ -148,7 +161,7 @@ def from_scratch(folder: Path, corpus: Path, data: dict, steps: int) -> Recipe:
 
 
 def finetuning(folder: Path, checkpoint: str, ignore: tuple[str, ...], data: dict, steps: int) -> Recipe:
-    """The user's checkpoint, gently."""
+    """The recipe that finetunes `checkpoint` with a small learning rate."""
     length = min(256, open_checkpoint(checkpoint, ignore=ignore).config.context_length)
     return Recipe(
         run=str(folder / Path(checkpoint).resolve().name),

@@ -1,4 +1,4 @@
-"""What `camelid inspect` tells: a report as plain values, and how it looks in a terminal. No array is allocated."""
+"""The reports of `camelid inspect`, as JSON-compatible values and as tables. No array is allocated."""
 
 import dataclasses
 import os
@@ -27,27 +27,38 @@ from camelid.model.params import Spec, named
 from camelid.model.presets import ALIASES, PRESETS, preset
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-WIDTH = 120  # of a line, where no terminal tells
+WIDTH = 120  # columns of a line if the output is not a terminal
 
 
 def report(model: str, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> dict[str, Any]:
-    """What a preset is, or what a checkpoint holds: its folder, or its name on the Hub.
+    """The report on a preset or a checkpoint, as `of_config` with what else is known.
 
-    `config` describes a model whose files do not; the fields in `ignore` are as if config.json did not have them.
+    Args:
+      model: The name of a preset, a checkpoint folder or file, or the name of a Hugging Face Hub repository. A path
+        that exists takes precedence over a preset of that name.
+      config: The architecture, for checkpoints that do not contain it.
+      ignore: Fields of config.json to treat as absent.
+
+    Returns:
+      The report; for a preset also its name, for a checkpoint the notes of opening it, the total number of bytes of its
+      parameters, and the dtype and bytes of each.
+
+    Raises:
+      UserError: If there is no such preset or checkpoint, or the checkpoint cannot be opened.
     """
     if "/" not in model and not Path(expand_home(model)).exists():
         return {"preset": ALIASES.get(model, model)} | of_config(_preset(model))
     checkpoint = open_checkpoint(model, config=config, ignore=ignore)
-    whole = of_config(checkpoint.config)
+    result = of_config(checkpoint.config)
     for path, dtype in checkpoint.dtypes.items():
-        entry = whole["tree"][path]
+        entry = result["tree"][path]
         entry |= {"dtype": dtype.name, "bytes": entry["parameters"] * dtype.itemsize}
-    total = sum(entry["bytes"] for entry in whole["tree"].values())
-    return {"notes": list(checkpoint.notes), "bytes": total} | whole
+    total = sum(entry["bytes"] for entry in result["tree"].values())
+    return {"notes": list(checkpoint.notes), "bytes": total} | result
 
 
 def of_config(config: ModelConfig) -> dict[str, Any]:
-    """All that follows from the config alone."""
+    """The report that needs only the config: parameters, bytes, FLOPs per token, and the shape of every parameter."""
     specs: dict[str, Spec] = named(declare_decoder(config))
     tree = {
         path: {"axes": list(spec.axes), "shape": list(spec.shape), "parameters": spec.size}
@@ -72,7 +83,7 @@ def of_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def presets() -> dict[str, Any]:
-    """Every preset: its sizes and its other names."""
+    """The size and the aliases of every preset, by its name."""
     return {
         name: {
             "family": config.family,
@@ -92,33 +103,33 @@ def _preset(name: str) -> ModelConfig:
         raise UserError(f"{name} does not exist, and {error.problem}", error.advice) from None
 
 
-# In a terminal --------------------------------------------------------------------------------
+# Tables --------------------------------------------------------------------------------
 
 
-def show(whole: Mapping[str, Any]) -> None:
-    """A report for people: what differs from Llama's defaults, the parameters, and what they cost."""
+def show(report: Mapping[str, Any]) -> None:
+    """Prints a report as tables: fields that differ from the defaults, parameters, bytes and FLOPs."""
     console = _console()
-    if "preset" in whole:
-        console.print(f"{whole['preset']}\n", style="bold")
-    for part in (_fields, _tree, _bytes, _flops):
-        console.print(part(whole))
+    if "preset" in report:
+        console.print(f"{report['preset']}\n", style="bold")
+    for table in (_fields, _tree, _bytes, _flops):
+        console.print(table(report))
         console.print()
-    if (formula := whole["formula"]) is not None:
+    if (formula := report["formula"]) is not None:
         console.print(f"{formula['text']} = {formula['parameters']:,}")
-    held = f", {whole['bytes']:,} bytes" if "bytes" in whole else ""
-    console.print(f"{whole['parameters']:,} parameters{held}")
+    stored = f", {report['bytes']:,} bytes" if "bytes" in report else ""
+    console.print(f"{report['parameters']:,} parameters{stored}")
 
 
 def show_presets(table: Mapping[str, Any]) -> None:
-    """The presets for people."""
+    """Prints the presets as a table."""
     console = _console()
     grid = _grid("preset", "family", ">parameters", ">context", ">vocabulary")
     for name, entry in table.items():
         grid.add_row(
-            name, entry["family"], *_numbers(entry[key] for key in ("parameters", "context_length", "vocab_size"))
+            name, entry["family"], *_grouped(entry[key] for key in ("parameters", "context_length", "vocab_size"))
         )
     console.print(grid)
-    console.print("\nOther systems' names work too: docs/migrating/index.md.")
+    console.print("\nNames used by other systems are accepted too; docs/migrating/index.md lists them.")
 
 
 def _console() -> Console:
@@ -127,21 +138,21 @@ def _console() -> Console:
 
 
 def _grid(*columns: str) -> Table:
-    """A table without lines; columns that begin with > are flush right."""
+    """A table without lines; columns whose names start with > are right-aligned."""
     grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in columns:
         grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return grid
 
 
-def _numbers(values: Iterable[int | float]) -> list[str]:
+def _grouped(values: Iterable[int | float]) -> list[str]:
     return [f"{value:,.0f}" for value in values]
 
 
-def _fields(whole: Mapping[str, Any]) -> Table:
+def _fields(report: Mapping[str, Any]) -> Table:
     grid = Table.grid(padding=(0, 2))
     for field in dataclasses.fields(ModelConfig):
-        value = whole["config"][field.name]
+        value = report["config"][field.name]
         if field.default is dataclasses.MISSING or value != field.default:
             grid.add_row(field.name, _value(value))
     return grid
@@ -152,29 +163,29 @@ def _value(value: Any) -> str:
         given = {name: item for name, item in value.items() if item is not None and name != "kind"}
         return f"{value['kind']}: " + ", ".join(f"{name} {_value(item)}" for name, item in given.items())
     if isinstance(value, tuple):
-        return " ".join(map(str, value)) if len(value) <= 8 else f"({len(value)} numbers)"
+        return " ".join(map(str, value)) if len(value) <= 8 else f"({len(value)} values)"
     return str(value)
 
 
-def _tree(whole: Mapping[str, Any]) -> Table:
-    dtype = ["dtype"] if "bytes" in whole else []
+def _tree(report: Mapping[str, Any]) -> Table:
+    dtype = ["dtype"] if "bytes" in report else []
     grid = _grid("parameter", "axes", "shape", *dtype, ">count")
-    for path, entry in whole["tree"].items():
+    for path, entry in report["tree"].items():
         shape, held = "x".join(map(str, entry["shape"])), [entry[name] for name in dtype]
         grid.add_row(path, " ".join(entry["axes"]), shape, *held, f"{entry['parameters']:,}")
     return grid
 
 
-def _bytes(whole: Mapping[str, Any]) -> Table:
+def _bytes(report: Mapping[str, Any]) -> Table:
     grid = _grid("bytes", *(f">{dtype}" for dtype in ITEMSIZE))
-    grid.add_row("parameters", *_numbers(whole["bytes_in"].values()))
-    grid.add_row("cache, one token", *_numbers(whole["cache_bytes_per_token"].values()))
-    grid.add_row(f"cache, {whole['config']['context_length']:,} tokens", *_numbers(whole["cache_bytes"].values()))
+    grid.add_row("parameters", *_grouped(report["bytes_in"].values()))
+    grid.add_row("cache, per token", *_grouped(report["cache_bytes_per_token"].values()))
+    grid.add_row(f"cache, {report['config']['context_length']:,} tokens", *_grouped(report["cache_bytes"].values()))
     return grid
 
 
-def _flops(whole: Mapping[str, Any]) -> Table:
-    flops = whole["flops_per_token"]
+def _flops(report: Mapping[str, Any]) -> Table:
+    flops = report["flops_per_token"]
     grid = _grid("FLOPs", ">forward", ">training")
-    grid.add_row(f"a token, in rows of {flops['length']:,}", *_numbers((flops["forward"], flops["training"])))
+    grid.add_row(f"per token, rows of {flops['length']:,}", *_grouped((flops["forward"], flops["training"])))
     return grid

@@ -22,7 +22,7 @@ from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.cli.shared import model_config
 from camelid.errors import UserError
-from camelid.evaluate.parity import logits, loss
+from camelid.evaluate.parity import mean_loss, streamed_logits
 from camelid.model.presets import preset
 from runs import assert_refused, called
 from tiny import LLAMA3, save_hf, tiny_config, tiny_params, transformers_twin
@@ -189,11 +189,11 @@ def test_verify_tells_what_was_rounded_and_what_only_config_json_says(stories: P
 def test_the_streamed_logits_are_those_of_the_whole_model(stories: Path):
     checkpoint, tokens = open_checkpoint(stories), np.arange(40) * 7 % 512
     whole = np.asarray(camelid.load(stories).logits(tokens[None]))[0]
-    streamed = logits(checkpoint, tokens)
+    streamed = streamed_logits(checkpoint, tokens)
     np.testing.assert_allclose(streamed, whole, atol=1e-5 * np.abs(whole).max())
     log_probs = torch.log_softmax(torch.tensor(whole[:-1]), -1)
     expected = -log_probs[np.arange(39), tokens[1:]].mean()
-    assert loss(checkpoint, tokens) == pytest.approx(float(expected), rel=1e-5)
+    assert mean_loss(checkpoint, tokens) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_check_reads_everything_and_writes_nothing(model: Path, tmp_path: Path):

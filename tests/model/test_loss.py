@@ -90,8 +90,8 @@ def test_logits_of_any_size_give_a_finite_loss(arrays):
 
 
 def test_all_logits_are_never_held_at_once(monkeypatch):
-    """Neither with a chunk, nor with the one that it chooses to hold at most LOGITS."""
-    monkeypatch.setattr(loss, "LOGITS", 12_000)
+    """Neither with a chunk, nor with the one that it chooses to hold at most MAX_LOGITS."""
+    monkeypatch.setattr(loss, "MAX_LOGITS", 12_000)
     rows, length, vocab = 2, 32, 600
     hidden, head = jnp.zeros((rows, length, 8)), jnp.zeros((vocab, 8))
     targets, weights = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length))

@@ -164,8 +164,8 @@ FAULTS = (
     Fault(
         "a model is saved with infinities that it did not have",
         "api.py",
-        "rounded(path, whole(path, layer)[index], dtype)",
-        "whole(path, layer)[index].astype(dtype)",
+        "rounded(path, fetched(path, layer)[index], dtype)",
+        "fetched(path, layer)[index].astype(dtype)",
         f"{FINITE}test_a_model_is_not_saved_in_a_dtype_that_cannot_hold_it",
     ),
     # Precision

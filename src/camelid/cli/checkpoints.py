@@ -192,10 +192,10 @@ def _rope_layout(
         raise UserError("--rope-layout auto needs a text", "Give one with --reference TEXTFILE.")
     import numpy as np
 
-    from camelid.evaluate.parity import MOST, loss
+    from camelid.evaluate.parity import SAMPLE_TOKENS, mean_loss
     from camelid.text.tokenizer import load_tokenizer
 
-    tokens = np.array(load_tokenizer(found.folder).encode(read_text(reference))[: 4 * MOST])
+    tokens = np.array(load_tokenizer(found.folder).encode(read_text(reference))[: 4 * SAMPLE_TOKENS])
     if len(tokens) and (largest := int(tokens.max())) >= found.config.vocab_size:
         raise UserError(
             f"{reference} needs token id {largest}, and the model's vocabulary has {found.config.vocab_size}",
@@ -203,7 +203,9 @@ def _rope_layout(
         )
     if len(tokens) < 2:
         raise UserError(f"{reference} has nothing to predict", "Give a text of some sentences.")
-    losses = {layout: loss(open_checkpoint(path, name, config, ignore), tokens) for layout, name in FORMAT_OF.items()}
+    losses = {
+        layout: mean_loss(open_checkpoint(path, name, config, ignore), tokens) for layout, name in FORMAT_OF.items()
+    }
     best = min(losses, key=losses.__getitem__)
     told = ", ".join(f"{value:.3f} {layout}" for layout, value in losses.items())
     note(f"the rotary layout is {best}: a token of {reference} costs {told} (nats)")
@@ -408,9 +410,9 @@ def _verify(source: str, written: Path, format: str | None, config, ignore: tupl
     tokens = sample_tokens(find_tokenizer(pair[0].tokenizer_folder), pair[0].config.vocab_size)
     parity = compare_logits(*pair, tokens)
     note(
-        f"logits of {parity.tokens} tokens, up to {parity.scale:.3g}, are at most {parity.largest:.3g} apart; "
-        f"{parity.agreement:.0%} agree on the next token"
-        if math.isfinite(parity.largest)
+        f"logits of {parity.tokens} tokens, up to {parity.max_logit:.3g}, are at most {parity.max_difference:.3g} "
+        f"apart; {parity.agreement:.0%} agree on the next token"
+        if math.isfinite(parity.max_difference)
         else "warning: the logits are infinite or NaN, so they could not be compared"
     )
     if (layout := pair[0].assumed_layout) is not None:

@@ -1,4 +1,4 @@
-"""How well a model predicts a text: every token is scored once, in windows."""
+"""Perplexity of a model on a text, which is scored in consecutive windows."""
 
 import math
 from collections.abc import Callable
@@ -18,21 +18,27 @@ from camelid.model.tokens import token_row
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
 from camelid.parallel.hosts import to_host
 
-ROWS = 16  # windows that a device scores at once
+ROWS = 16  # windows per device in one forward pass
 
 
 @dataclass(frozen=True)
 class Perplexity:
+    """The result of `perplexity`."""
+
     perplexity: float
+    """exp(loss); infinity if that overflows"""
     loss: float
-    """nats a token"""
+    """mean cross-entropy, in nats per token"""
     bits_per_byte: float
+    """total cross-entropy in bits, divided by the number of bytes of the text"""
     tokens: int
-    """that were scored"""
+    """number of tokens that were scored"""
 
 
 def windows(tokens: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """Rows of `length` tokens and their targets, the tokens one later; each token but the first is a target once.
+    """Rows of `length` tokens, the next token of each as its target, and weights that are 0 for padding.
+
+    Every token except the first is a target once:
 
     tokens  a b c d e f      rows  a b c    targets  b c d
                                    d e .             e f .     (length 3)
@@ -59,16 +65,30 @@ def perplexity(
     mesh: Mesh,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
-    """Scores `tokens`, which stand for `text_bytes` bytes of UTF-8, in windows of `length`.
+    """The perplexity of a model on a text.
 
-    Raises UserError where there is nothing to score, an id is beyond the vocabulary, a window is longer than the
-    model's context, or the loss is not finite.
+    The text is divided into consecutive windows that do not overlap: a token is predicted from those before it in its
+    window. In a multi-process run, every process must call this with the same text.
+
+    Args:
+      params: Parameters of the model.
+      tokens: Token ids of the text.
+      text_bytes: Number of bytes of the text in UTF-8, for bits per byte.
+      length: Number of tokens in a window.
+      config: Configuration of the model.
+      compute: Precision and kernels.
+      mesh: The devices that hold `params`.
+      progress: Called with the number of windows scored so far and the total.
+
+    Raises:
+      UserError: If there are fewer than two tokens, an id is not in the vocabulary, `length` is not between 1 and the
+        model's context, or the loss is NaN or infinite.
     """
     if len(tokens):
         tokens = token_row(tokens, "the text", config.vocab_size)
     if len(tokens) < 2:
         what = f"the text has {len(tokens) or 'no'} token"
-        raise UserError(what, "At least two are needed: one to see, one to score.")
+        raise UserError(what, "At least two are needed: the first token is only read, not scored.")
     if not 1 <= length <= config.max_length:
         raise UserError(
             f"sequence length {length} does not fit the context of {config.max_length}",
@@ -95,13 +115,17 @@ def perplexity(
 
 
 def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
-    """`count` rows from `start` on, filled up with zeros (weight 0) after the last."""
-    part = x[start : start + count]
-    return np.concatenate([part, np.zeros((count - len(part), x.shape[1]), x.dtype)])
+    """`count` rows starting at `start`, padded with rows of zeros (weight 0)."""
+    found = x[start : start + count]
+    return np.concatenate([found, np.zeros((count - len(found), x.shape[1]), x.dtype)])
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
-def _score(params: Decoder, rows: dict[str, jax.Array], config: ModelConfig, compute: Compute):
+def _score(
+    params: Decoder, rows: dict[str, jax.Array], config: ModelConfig, compute: Compute
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of weight x -log p(target) over all tokens, and the sum of the weights."""
     positions = jnp.broadcast_to(jnp.arange(rows["tokens"].shape[1]), rows["tokens"].shape)
     x, _ = params.hidden(rows["tokens"], positions, None, config, compute)
-    return params.loss(x, rows["targets"], rows["weights"], config)
+    log_prob = params.token_log_probs(x, rows["targets"], config).log_prob
+    return -jnp.sum(log_prob * rows["weights"]), jnp.sum(rows["weights"])

@@ -17,7 +17,7 @@ from camelid.model.attention import View, attend
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.context import Context, dropout
 from camelid.model.kv_cache import KVCache
-from camelid.model.loss import cross_entropy, project
+from camelid.model.loss import TokenLogProbs, cross_entropy, project, token_log_probs
 from camelid.model.params import child, declare, module, param
 from camelid.model.rope import rotate, rotations
 from camelid.model.weights import KEPT, Adapted, Weight, add_bias, einsum, lookup
@@ -255,13 +255,31 @@ class Decoder:
         targets: Int[Array, "B S"],
         weights: Float[Array, "B S"],
         config: ModelConfig,
+        *,
+        context: Context = Context(),
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """The sum of weight x -log p(target), from the output of `hidden`, and the sum of the weights.
 
         The logits of the complete batch are never stored.
         """
         cap = config.logits_softcap
-        return cross_entropy(x, self.head, targets, weights, bias=self.lm_head_bias, softcap=cap)
+        return cross_entropy(x, self.head, targets, weights, bias=self.lm_head_bias, softcap=cap, context=context)
+
+    def token_log_probs(
+        self,
+        x: Float[Array, "B S E"],
+        targets: Int[Array, "B S"],
+        config: ModelConfig,
+        *,
+        context: Context = Context(),
+        top_k: int = 0,
+    ) -> TokenLogProbs:
+        """The log-probability of each target and other statistics of the logits, from the output of `hidden`.
+
+        The logits of the complete batch are never stored. `top_k` > 0 adds the most probable tokens.
+        """
+        cap, bias = config.logits_softcap, self.lm_head_bias
+        return token_log_probs(x, self.head, targets, bias=bias, softcap=cap, context=context, top_k=top_k)
 
     @property
     def head(self) -> Weight:

@@ -1,4 +1,4 @@
-"""What is wrong with a model whose results are NaN or infinite."""
+"""Diagnosis of a model whose results are NaN or infinite."""
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,18 @@ from camelid.parallel.hosts import to_host
 
 
 def not_finite(params: Decoder, compute: Compute, what: str) -> UserError:
-    """The error that says that `what` is not finite, and which weight is the reason; every process calls this."""
-    if (name := _weight_that_is_not_finite(params)) is not None:
+    """The error to raise if `what`, for example "the logits are", not finite. It names the first weight that is not.
+
+    In a multi-process run, every process must call this: it reads sharded parameters.
+    """
+    if (name := _first_not_finite(params)) is not None:
         return UserError(
             f"{what} not finite, because weights are NaN or infinite: {name}",
             "The checkpoint is damaged, or its training diverged: use an earlier one.",
         )
     if compute.dtype == "float16":
         return UserError(
-            f"{what} not finite, although all weights are: numbers above 65,504 overflow float16",
+            f"{what} not finite, although all weights are: values above 65,504 overflow float16",
             "Use --dtype bfloat16 or --dtype float32.",
         )
     return UserError(
@@ -29,8 +32,8 @@ def not_finite(params: Decoder, compute: Compute, what: str) -> UserError:
     )
 
 
-def _weight_that_is_not_finite(params: Decoder) -> str | None:
-    """The first parameter that holds NaN or infinity, with its layer."""
+def _first_not_finite(params: Decoder) -> str | None:
+    """The path, and the layer if it is stacked, of the first parameter that has a NaN or infinite element."""
     for path, leaf in named(params).items():
         layers = np.atleast_1d(to_host(_finite(leaf, path.startswith("layers."))))
         if not layers.all():

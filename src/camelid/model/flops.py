@@ -1,4 +1,7 @@
-"""What a model costs: parameters, memory of its cache, arithmetic; all from its declaration."""
+"""The number of parameters, cache memory and floating-point operations of a model, computed from its config.
+
+Nothing is allocated.
+"""
 
 import jax.numpy as jnp
 
@@ -8,7 +11,7 @@ from camelid.model.params import named
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Every stored number."""
+    """The number of parameters; a tied output head is counted once, as the embedding table."""
     return sum(spec.size for spec in named(declare_decoder(config)).values())
 
 
@@ -17,7 +20,7 @@ LLAMA_FORMULA = "2CM + (2N+1)M + 2NMRHK + 2NMHK + 3NMF"
 
 
 def llama_formula(config: ModelConfig) -> int | None:
-    """LLAMA_FORMULA, the number of parameters of a plain Llama; None for a model with parts that it does not count."""
+    """The number of parameters by LLAMA_FORMULA; None for a model with parameters that the formula does not count."""
     biased = config.qkv_bias or config.o_bias or config.mlp_bias or config.head_bias or config.norm == "layer"
     normed_otherwise = config.qk_norm or config.post_norms or config.parallel_block
     if biased or normed_otherwise or config.tie_embeddings or not config.gated_mlp:
@@ -29,37 +32,41 @@ def llama_formula(config: ModelConfig) -> int | None:
 
 
 def cache_bytes(config: ModelConfig, dtype: str) -> int:
-    """What a token takes in the cache: its keys and values in every layer."""
+    """Bytes per token of the key/value cache: keys and values of all layers, in `dtype`."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 def forward_flops(config: ModelConfig, length: int) -> float:
-    """Floating-point operations a token, on average over rows of `length`.
+    """Floating-point operations per token of a forward pass, averaged over a row of `length` tokens.
 
-    Two for each weight of a product and for each product with a key or a value that is seen
-    (arXiv:2204.02311, appendix B); norms, biases and rotations are left out.
+    Two for each element of a matrix, and two for each element of the keys and values that a query attends to (PaLM,
+    arXiv:2204.02311, appendix B). The causal mask and the sliding window are taken into account; norms, biases,
+    rotations and the softmax are not counted.
     """
     specs = named(declare_decoder(config))
     weights = sum(spec.size for path, spec in specs.items() if spec.is_matrix and path != "embed")
     if config.tie_embeddings:
         weights += config.vocab_size * config.embed_dim
-    return 2 * (weights + 2 * config.num_heads * config.head_dim * _keys_seen(config, length))
+    return 2 * (weights + 2 * config.num_heads * config.head_dim * _attended_keys(config, length))
 
 
 def training_flops(config: ModelConfig, length: int) -> float:
-    """The same for a training step: the backward pass takes twice what the forward pass does."""
+    """Floating-point operations per token of a training step: the backward pass takes twice those of the forward pass.
+
+    Recomputation due to rematerialization is not counted, as usual for model FLOPs utilization.
+    """
     return 3 * forward_flops(config, length)
 
 
-def _keys_seen(config: ModelConfig, length: int) -> float:
-    """How many keys a query sees, summed over the layers, on average over a row of `length`."""
-    # Query i sees min(i + 1, window) keys: the window is full but for its first steps.
+def _attended_keys(config: ModelConfig, length: int) -> float:
+    """The number of keys that a query attends to, summed over layers and averaged over a row of `length` tokens."""
+    # Query i attends to min(i + 1, window) keys.
     window = min(config.sliding_window or length, length)
-    seen = {True: window - window * (window - 1) / (2 * length), False: (length + 1) / 2}
-    return sum(seen[local] for local in config.windowed)
+    keys = {True: window - window * (window - 1) / (2 * length), False: (length + 1) / 2}
+    return sum(keys[local] for local in config.windowed)
 
 
-# Peak products a second in 16 bits, dense, from the makers' data sheets; by a part of JAX's device_kind.
+# Peak FLOPs per second of dense 16-bit matrix products, from the vendors' data sheets, by a substring of device_kind.
 PEAK = {
     "H200": 989e12,
     "H100": 989e12,
@@ -74,5 +81,5 @@ PEAK = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """What one device can do in 16 bits, where it is known."""
+    """Peak FLOPs per second of one device in 16 bits, given its JAX `device_kind`; None for an unknown device."""
     return next((peak for name, peak in PEAK.items() if name in device_kind), None)

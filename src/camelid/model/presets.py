@@ -1,4 +1,4 @@
-"""Released sizes by name, for training from scratch; a loaded checkpoint brings its own config."""
+"""Named architectures of released models, for training from scratch. Checkpoints contain their own configuration."""
 
 import difflib
 import math
@@ -32,7 +32,7 @@ _LLAMA3 = _LLAMA2 | {
 
 
 def _longer(factor: float) -> dict[str, Any]:
-    """Llama 3, stretched to 128K tokens."""
+    """Llama 3 with its context extended to 131,072 tokens by RoPE scaling."""
     scaling = Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
     return _LLAMA3 | {"context_length": 131072, "rope_scaling": scaling}
 
@@ -160,10 +160,10 @@ def _gemma(family: Fields, embed: int, mlp: int, layers: int, heads: int, kv_hea
     return _sized(family, embed, mlp, layers, heads, kv_heads, **own)
 
 
-# As released: the numbers of each checkpoint's own config.json.
+# The values of each released checkpoint's config.json.
 PRESETS: Mapping[str, ModelConfig] = {
     #                                           embed    mlp  layers heads kv_heads
-    "debug": _sized(_LLAMA1, 128, 256, 2, 4, 4),  # this and llama_1b are EasyLM's own; nobody released them
+    "debug": _sized(_LLAMA1, 128, 256, 2, 4, 4),  # this and llama_1b are EasyLM's; no checkpoints were released
     "llama_1b": _sized(_LLAMA1, 2048, 5504, 22, 16, 16),
     "llama_7b": _sized(_LLAMA1, 4096, 11008, 32, 32, 32),
     "llama_13b": _sized(_LLAMA1, 5120, 13824, 40, 40, 40),
@@ -225,7 +225,7 @@ PRESETS: Mapping[str, ModelConfig] = {
     "stablelm_3b": _sized(_STABLELM, 2560, 6912, 32, 32, 32),
 }
 
-# Names of other systems; docs/migrating/index.md says whose they are, and where they meant other numbers.
+# Names used by other systems. docs/migrating/index.md lists which system each is from, and differences of values.
 ALIASES: Mapping[str, str] = {
     "llama_3b": "openllama_3b",
     "1b": "llama_1b",
@@ -256,7 +256,11 @@ ALIASES: Mapping[str, str] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The config of a preset, by its name or an alias; raises UserError with the nearest names."""
+    """The config of a preset, given its name or an alias.
+
+    Raises:
+      UserError: If there is no such preset; the advice contains the most similar names.
+    """
     if (known := ALIASES.get(name, name)) in PRESETS:
         return PRESETS[known]
     names = {own.lower().replace("-", "_"): own for own in [*ALIASES, *PRESETS]}
