@@ -119,7 +119,10 @@ DAMAGES: dict[str, tuple[DamagedState, tuple[str, ...]]] = {
     "fewer layers in config": (config(num_hidden_layers=1), ("no place for: model.layers.1.",)),
     "unknown config field": (config(alibi=True), ("alibi = True",)),
     "config not JSON": (lambda folder: (folder / "config.json").write_text('{"a": '), ("config.json is not JSON",)),
-    "config a list": (lambda folder: (folder / "config.json").write_text("[]"), ("config.json does not hold a JSON object",)),
+    "config a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        ("config.json does not hold a JSON object",),
+    ),
     "no config": (without("config.json"), ("has no config.json",)),
     "no weights": (without("model.safetensors"), ("neither model.safetensors nor",)),
     "index without map": (index({"metadata": {}}), ("model.safetensors.index.json has no weight_map",)),
@@ -157,7 +160,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(folder: Path):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:4000])
     with pytest.raises(UserError, match="ended while it was read"):
-        list(tensor_chunks(checkpoint.table, "lm_head.weight", np.dtype(np.float32), checkpoint.source))
+        list(tensor_chunks(checkpoint.table, "lm_head.weight", np.dtype(np.float32), checkpoint.read_slice))
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./no/where", "/no/where", "a/b/c"])
