@@ -1026,7 +1026,7 @@ FAULTS = (
         "--check does not ask zip files for their checksums",
         "checkpoint/compare.py",
         "matches = torch_zip.verify_checksums(file)",
-        "held = None",
+        "matches = None",
         "checkpoint/test_compare.py::test_check_verifies_what_files_say_of_themselves_however_large_they_are",
     ),
     Fault(

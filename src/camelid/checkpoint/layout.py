@@ -3,14 +3,14 @@
     TensorRule("layers.attn.q_proj", "model.layers.{layer}.self_attn.q_proj.weight", "(heads head_dim) embed")
 
 means that the layers of our parameter are the tensors of that name; their axes are ours, and the first two are
-flattened into one. If the file splits an axis more finely than we do, the rule lists the axes of both sides. Here the elements of
-a rotary pair are neighbors in the file, and in separate halves of the axis in our layout:
+flattened into one. If the file splits an axis more finely than we do, the rule lists the axes of both sides. Here the
+elements of a rotary pair are neighbors in the file, and in separate halves of the axis in our layout:
 
     TensorRule("layers.attn.q_proj", "...attention.wq.weight", "(heads freq pair) embed", "heads (pair freq) embed")
 
 A file that stacks all layers in one tensor has `layers` among its axes. Parameters whose rules have the same tensor
-name are concatenated in that tensor, in the order of the table: along its first axis, or along the axis that the rules name.
-Every rule is used for both reading and writing. A tensor without a rule and a rule without a tensor are errors.
+name are concatenated in that tensor, in the order of the table: along its first axis, or along the axis that the rules
+name. Every rule is used for both reading and writing. A tensor without a rule and a rule without a tensor are errors.
 """
 
 import functools
