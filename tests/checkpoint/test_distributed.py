@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 
 from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.compare import compare
-from camelid.checkpoint.containers import dcp, torch_files
+from camelid.checkpoint.containers import dcp, torch_files, torch_zip
 from camelid.checkpoint.formats import hf
 from camelid.checkpoint.formats import megatron_distributed as distributed
 from camelid.checkpoint.registry import detect, open_checkpoint
@@ -172,7 +172,7 @@ def test_checksums_of_many_files_are_not_read_at_every_open(of_ranks: Path, monk
     files = [*(of_ranks / "4").glob("*.distcp")]
     config = open_checkpoint(SOURCE).config
     read = []
-    monkeypatch.setattr(torch_files, "_crc", lambda file, start, count: read.append(count))
+    monkeypatch.setattr(torch_zip, "_crc", lambda file, start, count: read.append(count))
     for limit in (sum(file.stat().st_size for file in files) - 1, max(file.stat().st_size for file in files)):
         monkeypatch.setattr(torch_files, "CRC_BYTES", limit)
         monkeypatch.setattr(dcp, "CRC_BYTES", limit)
@@ -313,14 +313,14 @@ def test_a_missing_or_shortened_file_is_named(damaged: Path):
 
 def test_a_changed_number_is_found_by_its_checksum(damaged: Path, torchtitan: dict[str, torch.Tensor]):
     file = damaged / "__1_0.distcp"
-    assert torch_files.verify_checksums(file)
+    assert torch_zip.verify_checksums(file)
     whole = bytearray(file.read_bytes())
     values = torchtitan["output.weight"].numpy()
     at = whole.find(values[-1].tobytes())
     assert at > 0
     whole[at] ^= 1
     file.write_bytes(whole)
-    assert torch_files.verify_checksums(file) is False
+    assert torch_zip.verify_checksums(file) is False
     with pytest.raises(UserError, match="does not have its checksum"):
         open_checkpoint(damaged)
 

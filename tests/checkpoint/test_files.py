@@ -315,6 +315,6 @@ def test_layers_of_different_dtypes_lose_nothing(model: Path, tmp_path: Path):
     save_file(tensors, file, metadata={"format": "pt"})
     mixed = open_checkpoint(tmp_path / "mixed")
     assert [note for note in mixed.notes if "q_proj" in note] == list(mixed.notes)
-    assert "layers.attn.q_proj are bfloat16 and float32; it is taken as float32" in mixed.notes[0]
+    assert "layers.attn.q_proj are bfloat16 and float32; it is read as float32" in mixed.notes[0]
     convert(tmp_path / "mixed", tmp_path / "meta", to="meta")
     assert all(each.equal for each in compare(mixed, open_checkpoint(tmp_path / "meta")))

@@ -187,7 +187,7 @@ def logits_of(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
 def saving_of(source: Path | Checkpoint, dtype: str | None = None) -> ExportSpec:
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     dtypes = checkpoint.dtypes if dtype is None else dict.fromkeys(checkpoint.dtypes, dtype_named(dtype))
-    return ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
+    return ExportSpec(checkpoint.config, dtypes, checkpoint.read_slice, checkpoint.companions)
 
 
 def written(folder: Path, source: Path | Checkpoint, dtype: str | None = None, kind: str | None = None) -> Path:

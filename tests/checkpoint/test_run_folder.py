@@ -211,21 +211,21 @@ def test_without_a_complete_step_the_model_is_opened(run: Path, tmp_path: Path):
 
 def test_a_run_becomes_a_checkpoint_of_another_format(sound: Path, tmp_path: Path):
     (note,) = convert(sound, tmp_path / "hf")
-    assert note == "its step and the moments of its optimizer are left out; --to easylm-trainstate keeps them"
+    assert note == "the step and the optimizer's moments are left out; --to easylm-trainstate keeps them"
     theirs = hf.open_checkpoint(tmp_path / "hf")
     params = named(state_of(10, one_device()).trainable)
     for path, part in theirs.table.entries.items():
         layer = 2 if part.spec.stacked else None
         leaf = np.asarray(params[path])[() if layer is None else layer]
         index = tuple(slice(0, n) for n in leaf.shape)
-        np.testing.assert_array_equal(theirs.source(path, layer, index, leaf.dtype), leaf, err_msg=path)
+        np.testing.assert_array_equal(theirs.read_slice(path, layer, index, leaf.dtype), leaf, err_msg=path)
     assert (tmp_path / "hf" / "tokenizer_config.json").is_file()
 
 
 def test_it_is_not_written(sound: Path, tmp_path: Path):
     checkpoint = open_checkpoint(sound)
-    export = ExportSpec(checkpoint.config, checkpoint.dtypes, checkpoint.source)
-    with pytest.raises(UserError, match="'run' is a format that is only read"):
+    export = ExportSpec(checkpoint.config, checkpoint.dtypes, checkpoint.read_slice)
+    with pytest.raises(UserError, match="the format 'run' can only be read"):
         write_checkpoint(tmp_path / "new", export, "run")
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,8 @@ import camelid
 from camelid.checkpoint.containers import mindspore_file
 from camelid.checkpoint.containers.mindspore_file import ckpt_file, open_ckpt
 from camelid.checkpoint.containers.safetensors import open_safetensors
-from camelid.checkpoint.containers.torch_files import StridedTensor, open_torch
+from camelid.checkpoint.containers.torch_files import open_torch
+from camelid.checkpoint.containers.torch_tensors import StridedTensor
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import write_files
 from camelid.checkpoint.registry import open_checkpoint

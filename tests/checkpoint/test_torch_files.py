@@ -20,17 +20,16 @@ import numpy as np
 import pytest
 import torch
 
-from camelid.checkpoint.containers import torch_files
+from camelid.checkpoint.containers import torch_files, torch_tensors, torch_zip
 from camelid.checkpoint.containers.torch_files import (
     MAGIC,
     PROTOCOL,
-    StridedTensor,
     open_torch,
-    torch_file,
     unpickle,
     unverified_note_for,
-    verify_checksums,
 )
+from camelid.checkpoint.containers.torch_tensors import StridedTensor, dump_pickle
+from camelid.checkpoint.containers.torch_zip import torch_file, verify_checksums
 from camelid.checkpoint.files import write_files
 from camelid.checkpoint.tensors import PlannedTensor, Tensor
 from camelid.errors import UserError
@@ -141,7 +140,7 @@ def test_nested_objects_keep_their_form_and_their_tensors(tmp_path: Path, zipped
     opened = unpickle(saved(value, tmp_path, zipped))
     np.testing.assert_array_equal(read(opened["model"].pop("w")), count(2, 3).numpy())
     np.testing.assert_array_equal(read(opened[7].pop()), [0, 1])
-    assert opened.pop("dtype") == torch_files.DTYPES["BFloat16"]
+    assert opened.pop("dtype") == torch_tensors.DTYPES["BFloat16"]
     assert opened == {"model": {}, 7: [], "size": (2, 3), **plain}
 
 
@@ -472,7 +471,8 @@ def test_no_more_of_a_pickle_is_read_than_a_checkpoint_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
 ):
     path = write(tmp_path / "model.bin", zipped, GOOD)
-    monkeypatch.setattr(torch_files, "MAX_PICKLE", len(GOOD) - 1)
+    for module in (torch_files, torch_zip):
+        monkeypatch.setattr(module, "MAX_PICKLE", len(GOOD) - 1)
     assert "is damaged" in refused(path).problem
 
 
@@ -556,7 +556,7 @@ def test_objects_of_other_libraries_are_refused_by_name(assets: Path):
 def written(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state that torch_file planned, a few numbers at a time, as torch reads it."""
     arrays = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in state.items()}
-    dtypes = {name: torch_files.DTYPES[tensor.type()[6:].removesuffix("Tensor")] for name, tensor in state.items()}
+    dtypes = {name: torch_tensors.DTYPES[tensor.type()[6:].removesuffix("Tensor")] for name, tensor in state.items()}
     planned = [PlannedTensor(name, tuple(tensor.shape), dtypes[name]) for name, tensor in state.items()]
     whole = (arrays[name].view(dtype) for name, dtype in dtypes.items())
     payloads = [in_pieces(tensor, numbers, 5) for tensor, numbers in zip(planned, whole, strict=True)]
@@ -641,7 +641,7 @@ def test_torch_opens_what_is_written(
     tmp_path: Path, state: Callable[[], dict[str, torch.Tensor]], large: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if large:  # as if these files were beyond what a plain zip file can say
-        monkeypatch.setattr(torch_files, "LIMIT", 20)
+        monkeypatch.setattr(torch_zip, "LIMIT", 20)
     held, path = state(), tmp_path / "consolidated.00.pth"
     for tensors in (written(path, held), torch.load(path, weights_only=True, mmap=True) if held else {}):
         assert list(tensors) == list(held)
@@ -664,7 +664,7 @@ def test_torch_opens_what_is_written(
 
 def test_sizes_beyond_32_bits_are_told_as_they_are():
     planned = [PlannedTensor("w", (2**33, 3), np.dtype(np.int8))]
-    sizes = [value for _, value, _ in pickletools.genops(torch_files._program(planned)) if isinstance(value, int)]
+    sizes = [value for _, value, _ in pickletools.genops(dump_pickle(planned)) if isinstance(value, int)]
     assert sizes.count(3 * 2**33) == 1
     assert sizes.count(2**33) == 1
 

@@ -16,7 +16,8 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from camelid.checkpoint.containers.pickles import OpaqueKey, OpaqueObject, printable, run_pickle
-from camelid.checkpoint.containers.torch_files import CRC_BYTES, DISTRIBUTED, DTYPES, open_embedded_tensor
+from camelid.checkpoint.containers.torch_files import CRC_BYTES, DISTRIBUTED, open_embedded_tensor
+from camelid.checkpoint.containers.torch_tensors import DTYPES
 from camelid.checkpoint.tensors import Index, Tensor
 from camelid.errors import UserError
 

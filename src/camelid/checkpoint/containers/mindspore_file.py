@@ -79,11 +79,11 @@ def single(folder: Path) -> Path:
 def open_ckpt(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, checked against its size; raises UserError where it is damaged, encrypted or not one.
 
-    Its checksum, where it has one, is verified up to CRC_BYTES; see checksum_holds for larger ones.
+    Its checksum, where it has one, is verified up to CRC_BYTES; see verify_checksum for larger ones.
     """
     refuse_stand_in(path)
     size = path.stat().st_size
-    if size <= CRC_BYTES and checksum_holds(path) is False:
+    if size <= CRC_BYTES and verify_checksum(path) is False:
         raise UserError(f"{path} does not have the checksum at its end", AGAIN)
     with path.open("rb") as file:
         if how := cipher(file.read(4)):
@@ -110,7 +110,7 @@ def unverified(path: Path) -> bool:
         return (size := path.stat().st_size) > CRC_BYTES and _trailer(file, size) is not None
 
 
-def checksum_holds(path: Path) -> bool | None:
+def verify_checksum(path: Path) -> bool | None:
     """Whether a file is what it was when its checksum was made; None for one without. Reads all of it."""
     size, crc = path.stat().st_size, 0
     with path.open("rb") as file:
