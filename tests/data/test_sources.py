@@ -478,7 +478,7 @@ def test_text_of_any_parquet_type_is_read_by_its_name():
         read("b.parquet", kind="fields", fields="text")
     parquet.write_table(pyarrow.table([texts, texts], names=["text", "text"]), "c.parquet")
     for kind in ("text", "chat"):
-        with pytest.raises(UserError, match=r"c\.parquet has 2 columns of the name 'text'"):
+        with pytest.raises(UserError, match=r"c\.parquet has 2 columns named 'text'"):
             read("c.parquet", kind=kind)
 
 

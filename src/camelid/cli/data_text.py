@@ -54,7 +54,7 @@ def print_legend(console: Console, sources: Sequence[Mapping[str, Any]]) -> None
 
 
 def escaped(text: str) -> str:
-    """Returns a text with control and other invisible characters escaped; a line break is also shown as \\\\n."""
+    """Returns a text with control and other invisible characters escaped; a line break is also shown as \\n."""
     return "".join(map(_escape, text))
 
 

@@ -37,7 +37,7 @@ def rows_as_text(loader: Loader, tokenizer: Tokenizer, count: int) -> list[dict[
         documents = []
         for segment in range(1, int(segments.max()) + 1):
             here = segments == segment
-            # The last target has a loss here, too, although its token is not in the row.
+            # Include the last target if it has a loss, although it may not be a token of the row.
             last = weights[here][-1:] > 0
             ids = np.concatenate([tokens[here], targets[here][-1:][last]])
             loss = np.concatenate([[0], weights[here][:-1], weights[here][-1:][last]])
