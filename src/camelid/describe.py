@@ -1,13 +1,10 @@
 """What `camelid inspect` tells: a report as plain values, and how it looks in a terminal. No array is allocated."""
 
 import dataclasses
-import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from camelid.checkpoint.registry import open_checkpoint
@@ -25,9 +22,10 @@ from camelid.model.flops import (
 )
 from camelid.model.params import Spec, named
 from camelid.model.presets import ALIASES, PRESETS, preset
+from camelid.tables import console as _console
+from camelid.tables import grid as _grid
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-WIDTH = 120  # of a line, where no terminal tells
 
 
 def report(model: str, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -119,19 +117,6 @@ def show_presets(table: Mapping[str, Any]) -> None:
         )
     console.print(grid)
     console.print("\nOther systems' names work too: docs/migrating/index.md.")
-
-
-def _console() -> Console:
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, markup=False, width=None if known else WIDTH)
-
-
-def _grid(*columns: str) -> Table:
-    """A table without lines; columns that begin with > are flush right."""
-    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    for column in columns:
-        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    return grid
 
 
 def _numbers(values: Iterable[int | float]) -> list[str]:

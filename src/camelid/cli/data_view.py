@@ -5,8 +5,6 @@ Beside the command and not beside the facts: data/ is numpy alone, and describe.
 
 import io
 import itertools
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from rich.text import Text
 
 from camelid.checkpoint.folder import in_units
 from camelid.disk.atomic import write_atomically
+from camelid.tables import console as _console
+from camelid.tables import grid as _grid
 
-WIDTH = 120  # of a line, where no terminal tells
 BAR = 50  # characters of the longest bar
 COLOURS = 10  # that matplotlib has
 LABEL = 20  # characters of a source's name in tables
@@ -119,21 +118,8 @@ def draw_lengths(whole: Mapping[str, Any], path: Path) -> None:
 # Parts ----------------------------------------------------------------------------------
 
 
-def _console() -> Console:
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, markup=False, width=None if known else WIDTH)
-
-
 def _has_colour(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
-
-
-def _grid(*columns: str) -> Table:
-    """A table without lines; columns that begin with > are flush right."""
-    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    for column in columns:
-        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    return grid
 
 
 def _counts(source: Mapping[str, Any]) -> Table:

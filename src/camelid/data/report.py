@@ -314,7 +314,7 @@ def _pieces(
     tokens: Integer[np.ndarray, " n"], loss: Float[np.ndarray, " n"], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """Runs of tokens of one weight as text; each special is a piece of its own, by its name."""
-    specials = tokenizer.engine.special_ids
+    specials = tokenizer.backend.special_ids
     ids = tokenizer.checked(tokens)
     keys = [
         (weight, n if token in specials else None)
@@ -326,6 +326,6 @@ def _pieces(
         if special is None:
             text = tokenizer.decode_after_text(of_run)
         else:
-            text = tokenizer.engine.decode(of_run) or f"<|{of_run[0]}|>"
+            text = tokenizer.backend.decode(of_run) or f"<|{of_run[0]}|>"
         pieces.append({"text": text, "tokens": len(of_run), "weight": weight, "special": special is not None})
     return pieces

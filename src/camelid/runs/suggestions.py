@@ -51,4 +51,4 @@ def suggest(field: str, known: Iterable[str]) -> str:
     if near := difflib.get_close_matches(name, known, 1):
         nearest = f"{table}.{near[0]}" if table else near[0]
         return f"Did you mean {nearest!r}?"
-    return f"The fields of {table or 'a recipe'} are {', '.join(known)}."
+    return f"It has {', '.join(known)}."

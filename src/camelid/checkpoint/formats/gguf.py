@@ -151,7 +151,7 @@ def files(saving: Saving, kind: str | None = None) -> list[File]:
 def _named_eos(tokenizer: Tokenizer) -> int | None:
     """The token that chat templates know as eos_token."""
     text = tokenizer.named_specials.get("eos_token")
-    return None if text is None else tokenizer.engine.token_id(text)
+    return None if text is None else tokenizer.backend.token_id(text)
 
 
 def _code(tensor: Planned, kind: str | None) -> int:

@@ -20,7 +20,7 @@ from camelid.checkpoint.folder import read_json
 from camelid.checkpoint.formats.gguf_pretokenizers import PRE_TOKENIZERS, patterns_of
 from camelid.errors import UserError
 from camelid.interrupts import cleaned_up
-from camelid.text.backends import TokenizersEngine
+from camelid.text.backends import TokenizersBackend
 from camelid.text.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer
 
 # Types of tokens (llama.h, llama_token_type).
@@ -86,22 +86,22 @@ def _loaded(companions: Sequence[Path]) -> Iterator[Tokenizer | None]:
 
 
 def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    engine, file = tokenizer.engine, _vocabulary_file(tokenizer)
-    described = json.loads(engine.serialized) if isinstance(engine, TokenizersEngine) else None
+    backend, file = tokenizer.backend, _vocabulary_file(tokenizer)
+    described = json.loads(backend.serialized) if isinstance(backend, TokenizersBackend) else None
     if file.suffix == ".model" and (pieces := _opened(file)) is not None:
-        ids = sorted(engine.special_ids)
-        specials = [{"id": token, "content": engine.decode([token]), "special": True} for token in ids]
+        ids = sorted(backend.special_ids)
+        specials = [{"id": token, "content": backend.decode([token]), "special": True} for token in ids]
         return _of_sentencepiece(pieces, specials if described is None else described["added_tokens"], file)
-    assert isinstance(engine, TokenizersEngine)
+    assert isinstance(backend, TokenizersBackend)
     assert described is not None
     model = described["model"]
-    kind = "byte-level BPE" if engine.is_byte_level else "BPE"
+    kind = "byte-level BPE" if backend.is_byte_level else "BPE"
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         kind = str(model["type"])
-    elif engine.is_byte_level and not model.get("byte_fallback"):
-        return _of_byte_level(engine, described, file)
+    elif backend.is_byte_level and not model.get("byte_fallback"):
+        return _of_byte_level(backend, described, file)
     elif model.get("byte_fallback"):
-        return _of_byte_fallback(engine, described, file)
+        return _of_byte_fallback(backend, described, file)
     raise UserError(f"{file} is a tokenizer of a kind that llama.cpp does not have for Llamas: {kind}", WITHOUT)
 
 
@@ -126,7 +126,7 @@ def _opened(file: Path) -> Any:
 # Byte-level BPE -------------------------------------------------------------------------
 
 
-def _of_byte_level(engine: TokenizersEngine, described: Mapping[str, Any], file: Path) -> Vocabulary:
+def _of_byte_level(backend: TokenizersBackend, described: Mapping[str, Any], file: Path) -> Vocabulary:
     model = described["model"]
     patterns, ignores = patterns_of(described["pre_tokenizer"]), bool(model.get("ignore_merges"))
     known = [pre for pre in PRE_TOKENIZERS if pre.patterns == patterns and pre.ignore_merges == ignores]
@@ -141,14 +141,14 @@ def _of_byte_level(engine: TokenizersEngine, described: Mapping[str, Any], file:
     vocabulary = Vocabulary("gpt2", known[0].name, texts, dict.fromkeys(texts, NORMAL))
     vocabulary.merges = [" ".join(pair) for pair in pairs]
     _add(vocabulary, described["added_tokens"])
-    _note_normalization(vocabulary, {text: engine.normalized(text) for text in PROBES.values()}, "", file)
+    _note_normalization(vocabulary, {text: backend.normalized(text) for text in PROBES.values()}, "", file)
     return vocabulary
 
 
 # Sentencepiece's BPE --------------------------------------------------------------------
 
 
-def _of_byte_fallback(engine: TokenizersEngine, described: Mapping[str, Any], file: Path) -> Vocabulary:
+def _of_byte_fallback(backend: TokenizersBackend, described: Mapping[str, Any], file: Path) -> Vocabulary:
     """Of a tokenizer.json that was made of sentencepiece's file."""
     model, pre_tokenizer = described["model"], described["pre_tokenizer"] or {}
     splits = pre_tokenizer.get("split", True) if pre_tokenizer.get("type") == "Metaspace" else bool(pre_tokenizer)
@@ -168,10 +168,10 @@ def _of_byte_fallback(engine: TokenizersEngine, described: Mapping[str, Any], fi
     _add(vocabulary, described["added_tokens"])
     if (unknown := model["vocab"].get(model.get("unk_token"))) is not None:
         vocabulary.types[unknown] = UNKNOWN
-    _describe_spaces(vocabulary, {text: engine.normalized(text) for text in ("a", *PROBES.values())}, file)
+    _describe_spaces(vocabulary, {text: backend.normalized(text) for text in ("a", *PROBES.values())}, file)
     special = next((text for text, kind in _added(vocabulary) if kind == CONTROL), None)
     if special is not None:
-        [apart], [alone] = engine.encode([f"{special}ab"], True), engine.encode(["ab"], True)
+        [apart], [alone] = backend.encode([f"{special}ab"], True), backend.encode(["ab"], True)
         if apart[1:] != alone:
             vocabulary.notes.append(
                 f"llama.cpp puts a space in front of a text that follows a special token, and {file.name} does not: "
@@ -323,7 +323,7 @@ def _metadata(vocabulary: Vocabulary, tokenizer: Tokenizer, vocab_size: int) -> 
         held["scores"] = ARRAY, (FLOAT32, [vocabulary.scores[token] for token in ids])
     else:
         held["merges"] = ARRAY, (TEXT, vocabulary.merges)
-    named = {name: tokenizer.engine.token_id(text) for name, text in tokenizer.named_specials.items()}
+    named = {name: tokenizer.backend.token_id(text) for name, text in tokenizer.named_specials.items()}
     unknown = next((token for token, kind in vocabulary.types.items() if kind == UNKNOWN), named.get("unk_token"))
     for name, token in (("unknown", unknown), ("padding", named.get("pad_token"))):
         if token is not None and token < vocab_size:

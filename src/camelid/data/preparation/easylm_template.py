@@ -264,7 +264,7 @@ class _Reader:
         if name == "eos":
             return self.tokenizer.eos_id
         if not re.fullmatch(r" *[0-9]{1,9} *", name):
-            return self.tokenizer.engine.token_id(spelt)
+            return self.tokenizer.backend.token_id(spelt)
         return int(name) if int(name) < self.tokenizer.vocab_size else None
 
     def _skip_blanks(self) -> None:
