@@ -297,7 +297,7 @@ def test_the_command_line_draws_and_scores_like_python(padded: Path, tmp_path: P
 def test_a_gap_between_tokens_is_never_drawn(padded: Path, monkeypatch):
     wide = camelid.load(padded)
     has = frozenset(range(0, VOCAB_SIZE, 3))
-    monkeypatch.setattr(wide.tokenizer.engine, "token_ids", has)
+    monkeypatch.setattr(wide.tokenizer.backend, "token_ids", has)
     found = wide.generate([[1, 2]] * 5, max_new_tokens=20, temperature=3.0)
     drawn = {token for completion in found for token in completion.tokens}
     assert drawn <= has | set(wide.tokenizer.eos_ids)

@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -287,7 +287,7 @@ def test_the_numbers_of_processes_belong_together(recipe: Path, tmp_path: Path):
     [
         (["trian", "r.toml"], "there is no command 'trian'", "Did you mean 'camelid train'?"),
         (["evaluate", "perplexty"], "there is no command 'evaluate perplexty'", "Did you mean 'camelid evaluate perpl"),
-        (["--verbose"], "there is no command '--verbose'", "Commands: generate, evaluate perplexity, train"),
+        (["--verbose"], "there is no command '--verbose'", "The commands are generate, evaluate perplexity, train"),
     ],
 )
 def test_an_unknown_command_is_refused_with_the_nearest(arguments: list[str], problem: str, advice: str):
@@ -400,3 +400,55 @@ def test_an_empty_path_and_the_root_are_refused(stories: Path):
         assert about in done.stderr
     with pytest.raises(UserError, match="a path is empty"):
         camelid.load("")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("eval", "evaluate perplexity"), ("finetune", "train"), ("pretrain", "train"), ("tokenize", "data prepare")],
+)
+def test_the_name_of_a_command_in_other_systems_is_refused_with_ours(name: str, suggestion: str):
+    done = called(name, "model")
+    assert_refused(done, f"there is no command {name!r}")
+    assert f"Did you mean 'camelid {suggestion}'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "field"),
+    [
+        ("--lr", "optimizer.learning_rate"),
+        ("--optimizer.lr", "optimizer.learning_rate"),
+        ("--max_length", "data.sequence_length"),
+        ("--per_device_train_batch_size", "data.batch_size"),
+        ("--train.batch-size", "data.batch_size"),
+        ("--gradient_accumulation_steps", "train.accumulate"),
+        ("--epochs", "train.steps"),
+        ("--train.num_train_epochs", "train.steps"),
+    ],
+)
+def test_the_name_of_a_field_in_other_systems_is_refused_with_ours(recipe: Path, option: str, field: str):
+    done = called("train", recipe, option, "3")
+    assert_refused(done, f"the recipe has no field {option[2:].replace('-', '_')!r}")
+    assert field in done.stderr.splitlines()[1]
+
+
+def test_every_suggested_field_and_command_exists():
+    from camelid.runs.recipe import _type_of
+    from camelid.runs.suggestions import OTHER_NAMES
+
+    assert not [field for field in OTHER_NAMES if _type_of(field) is object]
+    assert set(cli.OTHER_NAMES.values()) <= cli.COMMANDS.keys()
+
+
+def test_the_formats_offered_for_writing_are_those_of_the_registry():
+    from camelid.checkpoint.registry import FORMATS
+    from camelid.cli.shared import WritableFormat
+
+    assert get_args(WritableFormat) == tuple(name for name, format in FORMATS.items() if format.files is not None)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_shows_no_none_and_no_empty_default(name: str):
+    shown = called(*name.split(), "--help").stdout
+    assert "None" not in shown
+    assert "(default: )" not in shown
+    assert "(default: False)" not in shown

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import camelid
-from camelid.cli.failures import LESS_MEMORY, explained
+from camelid.cli.failures import LESS_MEMORY, as_user_error
 from camelid.errors import UserError
 from runs import assert_refused, called, command, tiny_run, write_recipe_file
 
@@ -47,9 +47,9 @@ def test_exhausted_memory_in_training_is_explained(tmp_path: Path):
 
 
 def test_other_errors_keep_their_traceback():
-    assert explained(RuntimeError("INTERNAL: odd"), "train") is None
-    assert explained(ValueError("RESOURCE_EXHAUSTED"), "train") is None
-    assert explained(OSError("no file is named"), "train") is None
+    assert as_user_error(RuntimeError("INTERNAL: odd"), "train") is None
+    assert as_user_error(ValueError("RESOURCE_EXHAUSTED"), "train") is None
+    assert as_user_error(OSError("no file is named"), "train") is None
 
 
 def test_advice_is_for_commands_that_there_are():

@@ -1,13 +1,10 @@
 """The reports of `camelid inspect`, as JSON-compatible values and as tables. No array is allocated."""
 
 import dataclasses
-import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from camelid.checkpoint.registry import open_checkpoint
@@ -25,9 +22,10 @@ from camelid.model.flops import (
 )
 from camelid.model.params import Spec, named
 from camelid.model.presets import ALIASES, PRESETS, preset
+from camelid.tables import console as _console
+from camelid.tables import grid as _grid
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-WIDTH = 120  # columns of a line if the output is not a terminal
 
 
 def report(model: str, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -130,19 +128,6 @@ def show_presets(table: Mapping[str, Any]) -> None:
         )
     console.print(grid)
     console.print("\nNames used by other systems are accepted too; docs/migrating/index.md lists them.")
-
-
-def _console() -> Console:
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, markup=False, width=None if known else WIDTH)
-
-
-def _grid(*columns: str) -> Table:
-    """A table without lines; columns whose names start with > are right-aligned."""
-    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    for column in columns:
-        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    return grid
 
 
 def _grouped(values: Iterable[int | float]) -> list[str]:

@@ -116,7 +116,7 @@ def end() -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-def advise(advice: str) -> None:
+def set_advice(advice: str) -> None:
     """Appends advice to the line that says that the command was interrupted."""
     global _advice
     _advice = f"; {advice}"

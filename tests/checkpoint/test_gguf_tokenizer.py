@@ -307,7 +307,7 @@ def test_flags_and_special_tokens_of_the_file_are_followed(llama2: Path, tmp_pat
     tokenizer = tokenizer_of(write_sentencepiece(tmp_path / "a.gguf", llama2, special=special))
     assert (tokenizer.bos_id, tokenizer.adds_bos, tokenizer.eos_ids) == (5, False, (6, 7))
     assert tokenizer.named_specials["pad_token"] == "<unk>"
-    assert tokenizer.encode("a") == [load_tokenizer(llama2).engine.token_id("a")]
+    assert tokenizer.encode("a") == [load_tokenizer(llama2).backend.token_id("a")]
     assert tokenizer.decode(tokenizer.encode(" a")) == " a"
 
 

@@ -624,7 +624,7 @@ def test_a_store_of_the_same_vocabulary_without_the_declared_tokens_is_refused()
     new = load_tokenizer(save_byte_tokenizer(Path("new"), config=CHATML))
     plain = load_tokenizer(save_byte_tokenizer(Path("plain")))
     assert plain.fingerprint == plain.vocabulary_hash == new.vocabulary_hash
-    old = dataclasses.replace(new, engine=plain.engine, fingerprint=new.vocabulary_hash)
+    old = dataclasses.replace(new, backend=plain.backend, fingerprint=new.vocabulary_hash)
     letters = prepare(chats, old, Path("store"))
     with pytest.raises(UserError, match=r"store was prepared before, and tokenizer was '"):
         prepare(chats, new, Path("store"))

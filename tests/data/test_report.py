@@ -216,7 +216,7 @@ def test_the_rows_shown_are_the_first_of_the_training(loader: Loader, tokenizer:
             ends = bool(weights[here][-1] > 0)
             ids = [*batch.tokens[n][here].tolist(), *batch.targets[n][here][-1:].tolist() * ends]
             loss = [0, *weights[here][: None if ends else -1].tolist()]
-            assert "".join(piece["text"] for piece in pieces) == tokenizer.engine.decode(ids)
+            assert "".join(piece["text"] for piece in pieces) == tokenizer.backend.decode(ids)
             assert [piece["weight"] for piece in pieces for _ in range(piece["tokens"])] == loss
             assert [piece["text"] for piece in pieces if piece["special"]] == [
                 {BOS: "<s>", EOS: "</s>"}[token] for token in ids if token >= BOS

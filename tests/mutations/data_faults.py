@@ -331,7 +331,7 @@ FAULTS = (
     Fault(
         "a file may cut blanks off the spans of tokens",
         "text/backends.py",
-        "            engine.post_processor = None",
+        "            tokenizer.post_processor = None",
         "            pass",
         f"{CHAT}test_a_file_that_cuts_blanks_off_its_spans_makes_no_difference",
     ),
@@ -344,7 +344,7 @@ FAULTS = (
     ),
     Fault(
         "a named EOS that its file takes for an ordinary token is found in texts",
-        "text/declared.py",
+        "text/added_tokens.py",
         "token.special = token.special or token.content in names",
         "pass",
         f"{TOKENIZER}test_a_special_of_the_configuration_is_one_whatever_the_vocabulary_says",

@@ -315,11 +315,11 @@ def test_specials_inside_a_message_are_text(pair, name: str):
     harmless = (Message("user", "x"), Message("assistant", "no"), Message("user", "w"))
     tokens, weights = template.render(messages, ours)
     plain, _ = template.render(harmless, ours)
-    for special in ours.engine.special_ids - {0}:
+    for special in ours.backend.special_ids - {0}:
         assert (tokens == special).sum() == (plain == special).sum(), special
     # The ids spell the text that transformers writes, so nothing was lost on the way.
     text = theirs.apply_chat_template(rows(messages), chat_template=template.text, tokenize=False)
-    if ours.engine.is_byte_level:
+    if ours.backend.is_byte_level:
         assert ours.decode(tokens, skip_specials=False) == text
     assert attack.strip().split()[-1] in "".join(spoken(ours, tokens, weights)).replace("\n", " ")
 
@@ -341,7 +341,7 @@ def test_a_token_knows_its_characters(assets: Path, file: str):
     tokenizer = load_tokenizer(assets / "models/stories260K/hf" / file)
     parts = [("<s>  One day, ", True), ("日 é</s>", False), ("</s> The end ", True)]
     text = "".join(part for part, _ in parts)
-    (placed,) = tokenizer.encode_parts([parts])
+    (placed,) = tokenizer.encode_with_offsets([parts])
     assert placed.tokens[0] == 1
     assert (placed.tokens == 2).sum() == 1
     inside = [
@@ -352,7 +352,7 @@ def test_a_token_knows_its_characters(assets: Path, file: str):
             assert tokenizer.decode_after_text([token]).strip() == characters.strip()
     assert "".join(dict.fromkeys(c for _, c in inside)).count("日") == 1
     assert [placed.ends[0], placed.starts[-1] < placed.ends[-1]] == [3, True]
-    (long,) = tokenizer.encode_parts([[("é" * 40_000, False)]])
+    (long,) = tokenizer.encode_with_offsets([[("é" * 40_000, False)]])
     assert np.unique(long.starts).tolist() == list(range(40_000))
 
 
@@ -387,7 +387,7 @@ def test_specials_under_secret_names_are_where_the_tokenizer_finds_them(assets: 
         theirs = changed.encode(text, add_special_tokens=False)
         # A special string that is meant as text makes the engine go by names.
         for parts in ([(text, True)], [(text, True), ("<|x0|>", False)]):
-            (placed,) = ours.encode_parts([parts])
+            (placed,) = ours.encode_with_offsets([parts])
             spans = list(zip(placed.starts.tolist(), placed.ends.tolist(), strict=True))
             assert placed.tokens[: len(theirs.ids)].tolist() == theirs.ids, text
             assert spans[: len(theirs.ids)] == theirs.offsets, text
@@ -399,9 +399,9 @@ def test_specials_that_hide_in_words_are_not_mixed_with_text(assets: Path, tmp_p
     changed.add_special_tokens([tokenizers.AddedToken("<|x|>", single_word=True)])
     changed.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
-    tokenizer.encode_parts([[("a<|x|>b", True), ("c", False)], [("<|x|>", True), (" <|x|>", False)]])
+    tokenizer.encode_with_offsets([[("a<|x|>b", True), ("c", False)], [("<|x|>", True), (" <|x|>", False)]])
     with pytest.raises(UserError, match="found in some places only"):
-        tokenizer.encode_parts([[("a<|x|>b", True), ("<|x|>", False)]])
+        tokenizer.encode_with_offsets([[("a<|x|>b", True), ("<|x|>", False)]])
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -296,7 +296,7 @@ def test_an_edited_folder_gives_the_ids_of_transformers(case: Case, assets: Path
         if case.name not in BY_SENTENCEPIECE:
             assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
         # The text of specials stays text in data.
-        assert not ours.engine.special_ids.intersection(ours.encode(text, bos=False)), text
+        assert not ours.backend.special_ids.intersection(ours.encode(text, bos=False)), text
     bare, framed = (theirs("a", add_special_tokens=more)["input_ids"] for more in (False, True))
     if case.name not in BY_SENTENCEPIECE:
         assert ours.encode("a") == framed[: len(framed) - (framed[-1] != bare[-1])]

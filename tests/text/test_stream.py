@@ -81,7 +81,7 @@ def test_text_comes_as_soon_as_it_is_certain(tokenizer: Tokenizer):
     seen = ""
     for count, token in enumerate(ids, start=1):
         seen += text.push(token)
-        in_a_run = tokenizer.engine.token_bytes(token) is not None and not tokenizer.engine.is_byte_level
+        in_a_run = tokenizer.backend.token_bytes(token) is not None and not tokenizer.backend.is_byte_level
         if not in_a_run:
             assert seen == tokenizer.decode(ids[:count]).rstrip("\ufffd")
 
@@ -99,8 +99,8 @@ def test_a_prompt_may_end_inside_a_character(bytewise: Tokenizer):
 
 def test_an_id_costs_the_same_however_long_the_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     decoded: list[int] = []
-    decode = tokenizer.engine.decode
-    monkeypatch.setattr(tokenizer.engine, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    decode = tokenizer.backend.decode
+    monkeypatch.setattr(tokenizer.backend, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
     ids = tokenizer.encode("word 日本 " * 300)
     stream(tokenizer, ids, ids)
     assert sum(decoded) < 8 * len(ids)

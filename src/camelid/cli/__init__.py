@@ -1,10 +1,9 @@
-"""The command line. Each command is a function; JAX is imported where a command needs it."""
+"""The command line. Each command is a function, which imports JAX only when it needs it."""
 
 import difflib
 import functools
 import inspect as inspect_module
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +16,8 @@ from camelid.cli.checkpoints import convert, delta_apply, delta_make, diff
 from camelid.cli.data import inspect as data_inspect
 from camelid.cli.data import prepare as data_prepare
 from camelid.cli.data_cache import cache as data_cache
-from camelid.cli.failures import explained
+from camelid.cli.failures import as_user_error
+from camelid.cli.help import help_text, summary, with_plain_help
 from camelid.cli.models import generate, inspect, perplexity
 from camelid.cli.shared import path_options
 from camelid.cli.training import demo, train
@@ -39,30 +39,58 @@ COMMANDS: dict[str, Callable] = {
 }
 
 RESUMABLE = ("train", "demo", "data prepare")
-"""commands that, when they are interrupted, need not begin again"""
+"""Commands that continue where they were interrupted."""
 
-QUIET = (tyro.conf.FlagCreatePairsOff,)  # --json, and no --no-json
+OTHER_NAMES = {
+    "finetune": "train",
+    "fine-tune": "train",
+    "pretrain": "train",
+    "fit": "train",
+    "sft": "train",
+    "eval": "evaluate perplexity",
+    "ppl": "evaluate perplexity",
+    "perplexity": "evaluate perplexity",
+    "infer": "generate",
+    "inference": "generate",
+    "sample": "generate",
+    "complete": "generate",
+    "export": "convert",
+    "quantize": "convert",
+    "verify": "convert",
+    "compare": "diff",
+    "merge": "delta apply",
+    "preprocess": "data prepare",
+    "tokenize": "data prepare",
+    "prepare": "data prepare",
+    "info": "inspect",
+    "show": "inspect",
+    "quickstart": "demo",
+}
+"""What other systems call the commands; suggested, never accepted."""
 
 
 def main() -> None:
-    """Runs a command; errors of the user or the system are one line and one line of advice, with exit status 2."""
-    warnings.formatwarning = _one_line
-    words = sys.argv[1:]
+    """Runs the command of sys.argv.
+
+    Errors of the user and of the system are reported in one line, with one line of advice, and exit status 2.
+    """
+    warnings.formatwarning = _format_warning
+    arguments = sys.argv[1:]
     try:
-        _run(words)
+        _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody to tell, and nothing to flush at exit.
+        # The reader of our output is gone: there is nobody to tell, and nothing to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if (told := explained(error, _name(words) or "")) is None:
+        if (explained := as_user_error(error, _command_name(arguments) or "")) is None:
             raise
-        _fail(told.problem, told.advice)
+        _fail(explained.problem, explained.advice)
 
 
-def _one_line(message: Warning | str, *about: object) -> str:
-    """A warning for people, who do not read where in the code it was raised."""
+def _format_warning(message: Warning | str, *location: object) -> str:
+    """A warning in one line, without the location in the code."""
     return f"warning: {' '.join(str(message).split())}\n"
 
 
@@ -71,46 +99,46 @@ def _fail(problem: str, advice: str) -> NoReturn:
     sys.exit(2)
 
 
-def _run(words: list[str]) -> None:
-    if not words or words[0] in ("-h", "--help", "help"):
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         return print(_overview())
-    if words[0] == "--version":
+    if arguments[0] == "--version":
         from camelid import __version__
 
         return print(f"camelid {__version__}")
-    name = _name(words)
+    name = _command_name(arguments)
     if name is None:
-        if words[1:] in ([], ["-h"], ["--help"], ["help"]) and (group := _group(words[0])):
+        if arguments[1:] in ([], ["-h"], ["--help"], ["help"]) and (group := _group(arguments[0])):
             return print(_overview(group))
-        return _unknown(words)
+        raise _unknown_command(arguments)
     if name in RESUMABLE:
-        interrupts.advise("the same command goes on from where it was")
-    command, rest = COMMANDS[name], words[len(name.split()) :]
+        interrupts.set_advice("run the same command again to resume")
+    rest, overrides = arguments[len(name.split()) :], []
     if name == "train":
         rest, overrides = _split_overrides(rest)
-        command = functools.partial(train, overrides=tuple(overrides))
+    command = with_plain_help(COMMANDS[name])
     return tyro.cli(
-        command,
+        functools.partial(command, overrides=tuple(overrides)) if overrides else command,
         prog=f"camelid {name}",
-        description=_paragraphs(COMMANDS[name]),
+        description=help_text(COMMANDS[name]),
         args=rest,
-        config=QUIET,
+        config=(tyro.conf.FlagCreatePairsOff,),  # --json has no --no-json
         registry=path_options(),
     )
 
 
-def _name(words: list[str]) -> str | None:
-    """The command among the words of a command line."""
-    return next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+def _command_name(arguments: list[str]) -> str | None:
+    """The command that the arguments begin with, if there is one."""
+    return next((name for name in COMMANDS if arguments[: len(name.split())] == name.split()), None)
 
 
 def _group(word: str) -> dict[str, Callable]:
-    """The commands that begin with a word of their own, such as `data`."""
+    """The commands that begin with a common word, such as `data`."""
     return {name: function for name, function in COMMANDS.items() if name.startswith(f"{word} ")}
 
 
 def _overview(commands: Mapping[str, Callable] = COMMANDS) -> str:
-    lines = [f"  {name:20} {command_help(function).splitlines()[0]}" for name, function in commands.items()]
+    lines = [f"  {name:20} {summary(function)}" for name, function in commands.items()]
     return "\n".join(
         [
             "camelid: the Llama family end to end in JAX",
@@ -119,38 +147,30 @@ def _overview(commands: Mapping[str, Callable] = COMMANDS) -> str:
             "",
             *lines,
             "",
-            "  camelid COMMAND --help shows its options with examples; camelid --version prints the version.",
+            "  camelid COMMAND --help shows examples and options; camelid --version prints the version.",
         ]
     )
 
 
-def _paragraphs(function: Callable) -> str:
-    """A command's help with a line of its own for each example."""
-    return re.sub(r"\n+", "\n\n", command_help(function))
+def _unknown_command(arguments: list[str]) -> UserError:
+    name = " ".join(arguments[:2] if _group(arguments[0]) else arguments[:1])
+    nearest = difflib.get_close_matches(name, COMMANDS, 1)
+    suggestion = OTHER_NAMES.get(name.lower()) or next(iter(nearest), None)
+    advice = f"Did you mean 'camelid {suggestion}'?" if suggestion else f"The commands are {', '.join(COMMANDS)}."
+    return UserError(f"there is no command {name!r}", advice)
 
 
-def command_help(function: Callable) -> str:
-    """What a command's docstring says before its arguments."""
-    return inspect_module.cleandoc(function.__doc__ or "").split("\nArgs:")[0].strip()
-
-
-def _unknown(words: list[str]) -> None:
-    asked = " ".join(words[:2] if _group(words[0]) else words[:1])
-    near = difflib.get_close_matches(asked, COMMANDS, 1)
-    advice = f"Did you mean 'camelid {near[0]}'?" if near else f"Commands: {', '.join(COMMANDS)}."
-    raise UserError(f"there is no command {asked!r}", advice)
-
-
-def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """The words that are train's own, and the recipe fields among them with their values."""
-    own = {f"--{name.replace('_', '-')}" for name in inspect_module.signature(train).parameters} | {"--help", "-h"}
-    mine, overrides, rest = [], [], list(words)
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Separates the options of `train` itself from overrides of recipe fields, `--table.field VALUE`."""
+    parameters = inspect_module.signature(train).parameters
+    own = {f"--{name.replace('_', '-')}" for name in parameters} | {"--help", "-h"}
+    options, overrides, rest = [], [], list(arguments)
     while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or word.partition("=")[0].replace("_", "-") in own:
-            mine.append(word)
+        argument = rest.pop(0)
+        if not argument.startswith("--") or argument.partition("=")[0].replace("_", "-") in own:
+            options.append(argument)
         else:
-            overrides.append(word)
-            if "=" not in word and rest:
+            overrides.append(argument)
+            if "=" not in argument and rest:
                 overrides.append(rest.pop(0))
-    return mine, overrides
+    return options, overrides

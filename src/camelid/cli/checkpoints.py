@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from camelid.cli.shared import (
     Ignore,
+    WritableFormat,
     model_config,
     note,
     print_json,
@@ -53,7 +54,7 @@ def convert(
         Positional[Path | None],
         arg(metavar="DESTINATION", help="a folder that does not exist yet; a name that ends in .gguf is one file"),
     ] = None,
-    to: Format | None = None,
+    to: WritableFormat | None = None,
     from_format: Annotated[Format | None, arg(name="from")] = None,
     config: str | None = None,
     ignore_config_field: Ignore = (),
@@ -351,7 +352,7 @@ def delta_apply(
     base: Annotated[Positional[str], arg(metavar="BASE", help="the checkpoint from which the delta was made")],
     delta: Annotated[Positional[str], arg(metavar="DELTA", help="a delta's folder, or a PEFT adapter")],
     destination: Annotated[Positional[Path], arg(metavar="DESTINATION", help="a folder that does not exist yet")],
-    to: Format = "hf",
+    to: WritableFormat = "hf",
     summed: Annotated[bool, arg(name="sum")] = False,
     config: str | None = None,
     ignore_config_field: Ignore = (),

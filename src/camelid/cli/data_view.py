@@ -1,20 +1,18 @@
 """Shows the statistics of data/report.py in a terminal."""
 
 import itertools
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from camelid.cli.data_text import escaped, print_legend, print_row
 from camelid.disk.space import format_bytes
+from camelid.tables import console as _console
+from camelid.tables import grid as _grid
 
-WIDTH = 120  # of a line, if the output is not a terminal
 BAR = 50  # characters of the longest bar
 LABEL = 20  # characters of the name of a source in tables
 FILES = 5  # files of a source that are named
@@ -87,19 +85,6 @@ def show_cache(summary: Mapping[str, Any]) -> None:
 
 
 # Tables ---------------------------------------------------------------------------------
-
-
-def _console() -> Console:
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, markup=False, width=None if known else WIDTH)
-
-
-def _grid(*columns: str) -> Table:
-    """A table without lines; columns whose names start with > are right-aligned."""
-    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    for column in columns:
-        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    return grid
 
 
 def _counts(source: Mapping[str, Any]) -> Table:

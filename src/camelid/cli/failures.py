@@ -14,7 +14,7 @@ LESS_MEMORY = {
 """by command: what needs less memory"""
 
 
-def explained(error: Exception, command: str) -> UserError | None:
+def as_user_error(error: Exception, command: str) -> UserError | None:
     """The error as a problem and advice; None if it is neither the user's nor the system's."""
     if isinstance(error, UserError):
         return error

@@ -1,4 +1,4 @@
-"""Commands for a model: what it is, what it says, how well it predicts."""
+"""Commands that use a model: generate, evaluate perplexity, inspect."""
 
 import dataclasses
 import math
@@ -27,11 +27,14 @@ from camelid.inputs import expand_home, read_text
 
 Prompts = Annotated[
     Positional[tuple[str, ...]],
-    arg(metavar="PROMPT...", help="texts to go on from; without one, standard input is the prompt"),
+    arg(metavar="PROMPT...", help="texts to continue; if none is given, the prompt is read from standard input"),
 ]
 Texts = Annotated[
     Positional[tuple[str, ...]],
-    arg(metavar="FILE...", help="rows with texts (.jsonl, .json, .parquet; .gz or .zst), or plain UTF-8 text"),
+    arg(
+        metavar="FILE...",
+        help="files of examples (.jsonl, .json, .parquet; also .gz, .zst) or of plain UTF-8 text",
+    ),
 ]
 
 
@@ -49,24 +52,24 @@ def generate(
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
-    """Write on after each prompt.
+    """Generate a continuation of each prompt.
 
     camelid generate ./TinyLlama "Once upon a time" --max-new-tokens 100
     camelid generate ./TinyLlama "Hello" "Bonjour" --temperature 0.8 --top-p 0.95 --seed 1 --json
     cat prompt.txt | camelid generate ./TinyLlama
 
     Args:
-        max_new_tokens: end after so many tokens
-        temperature: 0 is greedy; higher is more random
-        top_k: draw from the K best tokens only
-        top_p: draw from the fewest tokens whose probabilities reach P
-        seed: of the draws; prompt i uses seed + i
-        json: print one JSON object
+        max_new_tokens: generate up to this number of tokens
+        temperature: 0 for greedy decoding; higher values are more random
+        top_k: sample from the K most probable tokens only
+        top_p: sample from the smallest set of tokens whose probabilities sum to P (nucleus sampling)
+        seed: seed of the random numbers; prompt i uses seed + i
+        json: print the result as one JSON object
     """
     texts = list(prompts) or [sys.stdin.read().removesuffix("\n")]
     loaded = load(model, dtype, config, ignore_config_field, tokenizer)
     if loaded.tokenizer is not None and loaded.tokenizer.has_chat_template:
-        note("this model was tuned to chat; prompts here are plain text, without its chat template")
+        note("this model was finetuned for chats; prompts are used as they are, without its chat template")
     completions = loaded.generate(
         texts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
@@ -91,20 +94,20 @@ def perplexity(
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
-    """How well a model predicts text: perplexity, loss (nats a token), bits per byte.
+    """Compute the perplexity of text: also loss (nats per token) and bits per byte.
 
     camelid evaluate perplexity ./TinyLlama test.txt
     camelid evaluate perplexity ./TinyLlama test.txt --sequence-length 256 --max-tokens 100000 --json
     camelid evaluate perplexity ./TinyLlama held_out.jsonl --text-key body
 
-    A text is a row of .jsonl, .json or .parquet, as training reads it, or the whole of any other file.
-    The texts are joined, without BOS, and scored in windows; every token but the first is scored once.
+    A text is one example of a .jsonl, .json or .parquet file, as training reads it, or the entire content of any other
+    file. The texts are concatenated without BOS and scored in windows; every token except the first is scored once.
 
     Args:
-        sequence_length: tokens in a window; the model's context, at most 2048, if left out
-        max_tokens: score only so many tokens from the beginning
-        text_key: the key of the text in a row
-        json: print one JSON object
+        sequence_length: tokens per window (default: the context length of the model, at most 2048)
+        max_tokens: score only up to this number of tokens
+        text_key: name of the field that holds the text of an example
+        json: print the result as one JSON object
     """
     import numpy as np
 
@@ -129,13 +132,13 @@ def perplexity(
         shown = result if math.isfinite(result.perplexity) else dataclasses.replace(result, perplexity=None)
         return print_json(dataclasses.asdict(shown))
     print(f"perplexity     {result.perplexity:.4f}")
-    print(f"loss           {result.loss:.4f} nats a token")
+    print(f"loss           {result.loss:.4f} nats per token")
     print(f"bits per byte  {result.bits_per_byte:.4f}")
     print(f"tokens         {result.tokens:,}")
 
 
 def _texts(file: str, text_key: str) -> list[str]:
-    """The texts of rows, as training reads them; of a file of any other kind the whole."""
+    """The texts of a file's examples, as training reads them; the entire content of a file of any other kind."""
     from camelid.data.config import Source
     from camelid.data.readers.sources import holds_records, read_records
 
@@ -146,25 +149,26 @@ def _texts(file: str, text_key: str) -> list[str]:
 
 def inspect(
     model: Annotated[
-        Positional[str | None], arg(metavar="MODEL", help="a checkpoint's folder, its name on the Hub, or a preset")
+        Positional[str | None],
+        arg(metavar="MODEL", help="folder of a checkpoint, repository on the Hugging Face Hub, or preset"),
     ] = None,
     config: Config = None,
     ignore_config_field: Ignore = (),
     presets: bool = False,
     json: bool = False,
 ) -> None:
-    """What a model is: configuration, parameters with their axes, count, bytes, FLOPs.
+    """Show the configuration, parameters, memory and FLOPs of a model.
 
     camelid inspect ./TinyLlama
     camelid inspect llama2_70b
     camelid inspect --presets
 
     Args:
-        presets: list the presets: names of released models, for training from scratch
-        json: print one JSON object
+        presets: list the presets: configurations of released models, for training from scratch
+        json: print the result as one JSON object
     """
     if presets == (model is not None):
-        raise UserError("inspect takes a MODEL, or --presets", "camelid inspect --help shows examples.")
+        raise UserError("inspect takes either a MODEL or --presets", "camelid inspect --help shows examples.")
     from camelid import describe
 
     report = (

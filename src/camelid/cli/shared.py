@@ -1,4 +1,4 @@
-"""What several commands share: words of their options, progress, notes, files."""
+"""Options, progress bars and output that several commands share."""
 
 import contextlib
 import json as json_module
@@ -14,29 +14,50 @@ from camelid.errors import UserError
 from camelid.inputs import expand_home, named_path
 from camelid.parallel.compilation_cache import keep_compiled
 
-Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="of parameters and products")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="dtype of weights and matrix products")]
+WritableFormat = Literal[
+    "hf",
+    "meta",
+    "easylm",
+    "easylm-flax",
+    "easylm-trainstate",
+    "mindspore",
+    "mindspore-safetensors",
+    "mindspore-interleaved",
+    "megatron",
+    "megatron-legacy",
+    "llama2-jax",
+    "llama2c",
+    "llama2c-v1",
+    "llama2c-v2",
+    "gguf",
+    "gguf-q8_0",
+    "gguf-q4_0",
+]
+"""Values of --to. The registry of formats imports JAX, for which `--help` does not wait; a test compares the two."""
 Checkpoint = Annotated[
-    Positional[str], arg(metavar="MODEL", help="a checkpoint's folder, or its name on the Hugging Face Hub")
+    Positional[str],
+    arg(metavar="MODEL", help="folder of a checkpoint, or repository on the Hugging Face Hub"),
 ]
 Config = Annotated[
     str | None,
     arg(
-        help="what MODEL is, where its files do not say: a preset, a config.json, or a folder that has one, whose "
-        "tokenizer is taken where MODEL has none"
+        help="configuration of MODEL, if its files do not contain it: a preset, a config.json, or a folder with one, "
+        "whose tokenizer is used if MODEL has none"
     ),
 ]
 Ignore = Annotated[
     tuple[str, ...],
     UseAppendAction,
-    arg(metavar="NAME", help="open config.json as if it had no field NAME; may be given several times"),
+    arg(metavar="NAME", help="ignore the field NAME of config.json; can be given several times"),
 ]
 TokenizerPath = Annotated[
-    str | None, arg(name="tokenizer", help="a folder or file with one; the checkpoint's own if left out")
+    str | None, arg(name="tokenizer", help="folder or file of a tokenizer (default: that of the checkpoint)")
 ]
 
 
 def load(model: str, dtype: str, config: str | None, ignore: tuple[str, ...], tokenizer: str | None):
-    """The model, with its notes told."""
+    """Loads the model and prints its notes."""
     keep_compiled()
     from camelid.api import load
 
@@ -48,7 +69,7 @@ def load(model: str, dtype: str, config: str | None, ignore: tuple[str, ...], to
 
 
 def tokenizer_of_config(config: str | None, has_one: bool) -> str | None:
-    """The folder that --config names, if it holds a tokenizer and the checkpoint does not."""
+    """The folder given by --config, if it contains a tokenizer and the checkpoint does not."""
     from camelid.text.tokenizer import VOCABULARIES
 
     if config is None or has_one:
@@ -60,7 +81,7 @@ def tokenizer_of_config(config: str | None, has_one: bool) -> str | None:
 
 
 def model_config(text: str | None, ignore: tuple[str, ...] = ()):
-    """A preset by name, or what a config.json without some fields describes, in a folder or by its own name."""
+    """The configuration given by --config: a preset, or a config.json without the fields `ignore`, or its folder."""
     if text is None:
         return None
     from camelid.model.presets import ALIASES, PRESETS, preset
@@ -75,12 +96,12 @@ def model_config(text: str | None, ignore: tuple[str, ...] = ()):
 
         return config_from_hf(without(read_json(path), ignore))
     if path.suffix == ".json" or len(path.parts) > 1:
-        raise UserError(f"{path} does not exist", "Give --config a preset, a config.json, or a folder that has one.")
+        raise UserError(f"{path} does not exist", "Set --config to a preset, a config.json, or a folder with one.")
     return preset(text)
 
 
 def path_options() -> ConstructorRegistry:
-    """How every option and argument of type Path is read: `~` is the home folder, also in `--out=~/x`."""
+    """The parser of options and arguments of type Path, which expands `~`, also in `--out=~/x`."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
@@ -99,30 +120,30 @@ def path_options() -> ConstructorRegistry:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[..., None]]:
-    """A bar on standard error where that is a terminal; `progress(done, total)` moves it.
+def progress_bar(label: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error, if it is a terminal; `progress(done, total)` updates it.
 
-    A third argument replaces the word in front of the bar.
+    A third argument replaces the label of the bar.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total, stage=what: bar.update(task, description=stage, completed=done, total=total)
+        task = bar.add_task(label, total=None)
+        yield lambda done, total, stage=label: bar.update(task, description=stage, completed=done, total=total)
 
 
 def print_json(value: object) -> None:
-    """One JSON object on standard output."""
+    """Prints one JSON object."""
     try:
         print(json_module.dumps(value, ensure_ascii=False))
-    except UnicodeEncodeError:  # names of files may be no UTF-8
+    except UnicodeEncodeError:  # file names need not be UTF-8
         print(json_module.dumps(value))
 
 
 def print_text(text: str) -> None:
-    """A text on standard output; characters that its encoding lacks are escaped."""
+    """Prints a text; characters that the encoding of standard output lacks are escaped."""
     try:
         print(text)
     except UnicodeEncodeError as error:
@@ -130,11 +151,11 @@ def print_text(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A line for people, on standard error."""
+    """Prints a line to standard error."""
     print(text, file=sys.stderr)
 
 
 def tell(notes: Iterable[str]) -> None:
-    """What was guessed or left out, a line each."""
+    """Prints notes on what was assumed or left out, one per line."""
     for text in notes:
         note(f"note: {text}")

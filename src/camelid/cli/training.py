@@ -6,14 +6,14 @@ from typing import Annotated
 
 from tyro.conf import Positional, Suppress, arg
 
-from camelid.cli.failures import explained
+from camelid.cli.failures import as_user_error
 from camelid.cli.shared import Ignore, note
 from camelid.interrupts import STOPPED
 from camelid.parallel.compilation_cache import keep_compiled
 
 
 def train(
-    recipe: Annotated[Positional[Path], arg(metavar="RECIPE.toml", help="docs/recipes.md lists its fields")],
+    recipe: Annotated[Positional[Path], arg(metavar="RECIPE.toml", help="docs/recipes.md describes its fields")],
     print_recipe: bool = False,
     from_step: int | None = None,
     coordinator: str | None = None,
@@ -22,22 +22,22 @@ def train(
     detect: bool = False,
     overrides: Suppress[tuple[str, ...]] = (),
 ) -> None:
-    """Train as a recipe says; the same command goes on where a stopped run was.
+    """Train from a recipe; rerun the command to resume.
 
     camelid train recipes/finetune.toml
     camelid train recipes/finetune.toml --train.steps 500 --optimizer.learning-rate 1e-4 --run runs/second
     camelid train recipes/finetune.toml --print-recipe
 
-    Any field of the recipe may follow as --table.field VALUE. At Ctrl-C or SIGTERM training finishes its step, saves a
-    checkpoint and exits with status 75; a second Ctrl-C ends it at once.
+    Any field of the recipe can be overridden by --table.field VALUE. On Ctrl-C or SIGTERM, training finishes the
+    current step, saves a checkpoint and exits with status 75; a second Ctrl-C exits immediately.
 
     Args:
-        print_recipe: print the recipe with every field resolved, and end
-        from_step: go on from this older checkpoint; those of later steps are moved aside, not deleted
-        coordinator: host:port of process 0, where several processes train together
-        processes: how many they are
-        process_id: which of them this is, from 0
-        detect: join the processes that SLURM, MPI or a TPU pod tells of
+        print_recipe: print the recipe with the values of all fields, and exit
+        from_step: resume from the checkpoint of this step; checkpoints of later steps are moved aside, not deleted
+        coordinator: address of process 0, host:port, for training with several processes
+        processes: number of processes
+        process_id: index of this process, from 0
+        detect: take the three options above from the environment of SLURM, MPI or a TPU pod
     """
     from camelid.runs.recipe import completed, read_recipe, write_recipe
 
@@ -54,7 +54,7 @@ def train(
     from camelid.parallel import hosts
 
     hosts.start(hosts.Processes(coordinator=coordinator, count=processes, id=process_id, detect=detect))
-    with hosts.ended_together(lambda error: explained(error, "train")):
+    with hosts.ended_together(lambda error: as_user_error(error, "train")):
         from camelid.runs.run import run
 
         outcome = run(resolved, from_step)
@@ -62,7 +62,7 @@ def train(
         note(
             f"model {outcome.folder / 'model'}   losses {outcome.folder / 'loss.png'}"
             if outcome.finished
-            else f"stopped after step {outcome.steps} of {resolved.train.steps}; the same command goes on from there"
+            else f"stopped after step {outcome.steps} of {resolved.train.steps}; run the same command again to resume"
         )
     if not outcome.finished:
         sys.exit(STOPPED)
@@ -74,15 +74,15 @@ def demo(
     steps: int = 200,
     ignore_config_field: Ignore = (),
 ) -> None:
-    """Train a tokenizer and a small Llama from scratch, measure it, write with it, save it: offline, in minutes.
+    """Train a tokenizer and a small Llama from scratch, evaluate it, generate text and save it, offline.
 
     camelid demo
     camelid demo --model ./TinyLlama
 
     Args:
         model: finetune this checkpoint instead of training from scratch
-        folder: where everything goes
-        steps: of training
+        folder: folder for everything that is written
+        steps: number of training steps
     """
     keep_compiled()
     from camelid.demo import main

@@ -51,7 +51,7 @@ def _runs(
     tokens: Integer[np.ndarray, " n"], loss: Float[np.ndarray, " n"], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """Runs of tokens of equal weight as text; each special token is a run of its own."""
-    specials = tokenizer.engine.special_ids
+    specials = tokenizer.backend.special_ids
     ids = tokenizer.checked(tokens)
     keys = [
         (weight, n if token in specials else None)
@@ -63,6 +63,6 @@ def _runs(
         if special is None:
             text = tokenizer.decode_after_text(run)
         else:
-            text = tokenizer.engine.decode(run) or f"<|{run[0]}|>"
+            text = tokenizer.backend.decode(run) or f"<|{run[0]}|>"
         runs.append({"text": text, "tokens": len(run), "weight": weight, "special": special is not None})
     return runs

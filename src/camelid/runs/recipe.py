@@ -2,7 +2,6 @@
 
 import builtins
 import dataclasses
-import difflib
 import tomllib
 import types
 import typing
@@ -19,6 +18,7 @@ from camelid.inputs import expand_home, named_path, read_text
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
+from camelid.runs.suggestions import suggest
 from camelid.train.config import TrainConfig
 from camelid.train.optimizer import OptimizerConfig
 
@@ -223,9 +223,7 @@ def _refuse_unknown(table: Mapping[str, Any], cls: type, prefix: str) -> None:
     known = [*hints, PRESET] if cls is ModelConfig else hints
     for key, value in table.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, known, 1)
-            ask = f"did you mean {prefix + near[0]!r}?" if near else f"it has {', '.join(known)}."
-            raise UserError(f"the recipe has no field {prefix + key!r}", ask[0].upper() + ask[1:])
+            raise UserError(f"the recipe has no field {prefix + key!r}", suggest(prefix + key, known))
         for name, item, hint in _items(f"{prefix}{key}", value, hints[key]):
             if inner := _table_class(hint, item, name):
                 _refuse_unknown(item, inner, f"{name}.")

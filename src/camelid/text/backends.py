@@ -1,8 +1,8 @@
-"""The two libraries that read vocabularies, in two classes alike: what the vocabulary's file alone can answer.
+"""The two libraries that tokenize, `tokenizers` and `sentencepiece`, behind two classes with one interface.
 
-`encode` adds neither BOS nor EOS. `decode` spells specials out. `token_bytes` gives the bytes of a token that can be
-part of a character, and None for one that is text by itself. `encode_parts` takes texts whose parts say whether special
-strings in them are specials, and tells which characters each token stands for.
+`encode` adds neither BOS nor EOS. `decode` includes special tokens. `token_bytes` returns the bytes of a token that can
+be part of a character, and None for a token that is text by itself. `encode_with_offsets` takes texts in fragments, each
+with a flag that decides whether strings of special tokens in it are parsed, and returns the span of each token.
 """
 
 import functools
@@ -22,27 +22,27 @@ from camelid.inputs import refuse_stand_in
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Part = tuple[str, bool]
-"""a piece of a text, and whether special strings in it are specials"""
+Fragment = tuple[str, bool]
+"""A fragment of a text, and whether strings of special tokens in it are parsed as special tokens."""
 
 
 @dataclass(frozen=True, eq=False)
-class Placed:
-    """Tokens, and where they lie in their text."""
+class Encoding:
+    """The tokens of a text, and the span of characters of each."""
 
     tokens: np.ndarray
     """int32 (n,)"""
     starts: np.ndarray
-    """int64 (n,): the first character of each; bytes of one character share it"""
+    """int64 (n,): index of the first character of each token; the same for several tokens of one character"""
     ends: np.ndarray
-    """int64 (n,): one past the last; equal to the start where the tokenizer inserted a token of its own"""
+    """int64 (n,): index after the last character; equal to the start for a token that the tokenizer inserted"""
 
 
-class TokenizersEngine:
-    """tokenizer.json, read by Hugging Face's `tokenizers`."""
+class TokenizersBackend:
+    """A tokenizer of Hugging Face's `tokenizers`."""
 
     def __init__(self, file: Path, serialized: str):
-        """`serialized` is the tokenizer as tokenizer.json holds it, with all added tokens; `file` is for messages."""
+        """`serialized` is the content of a tokenizer.json with all added tokens; `file` is named in messages."""
         self._file = file
         self.serialized = serialized
         self._plain = self._load(specials=False)
@@ -55,20 +55,24 @@ class TokenizersEngine:
         self.is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
 
     def __reduce__(self):
-        # The library's own pickles forget whether specials are parsed.
+        # The library's own pickles forget whether specials are parse_tokenizer_json.
         return type(self), (self._file, self.serialized)
 
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
-        engine = self._parsing if specials else self._plain
-        return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
+        tokenizer = self._parsing if specials else self._plain
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_parts(self, texts: Sequence[Sequence[Part]]) -> list[Placed]:
-        strays = [self._has_stray_special(parts) for parts in texts]
-        plain = ["".join(text for text, _ in parts) for parts, stray in zip(texts, strays, strict=True) if not stray]
+    def encode_with_offsets(self, texts: Sequence[Sequence[Fragment]]) -> list[Encoding]:
+        strays = [self._has_stray_special(fragments) for fragments in texts]
+        plain = [
+            "".join(text for text, _ in fragments) for fragments, stray in zip(texts, strays, strict=True) if not stray
+        ]
         encodings = iter(self._parsing.encode_batch(plain, add_special_tokens=False))
         return [
-            self._placed_by_name(parts) if stray else _placed((found := next(encodings)).ids, found.offsets)
-            for parts, stray in zip(texts, strays, strict=True)
+            self._encode_with_secret_names(fragments)
+            if stray
+            else _encoding((found := next(encodings)).ids, found.offsets)
+            for fragments, stray in zip(texts, strays, strict=True)
         ]
 
     def has_special(self, text: str) -> bool:
@@ -81,7 +85,7 @@ class TokenizersEngine:
         return self._plain.token_to_id(token)
 
     def normalized(self, text: str) -> str:
-        """A text as the vocabulary sees it, before it is split."""
+        """A text after normalization."""
         normalizer, split = self._plain.normalizer, self._plain.pre_tokenizer
         text = text if normalizer is None else normalizer.normalize_str(text)
         return (
@@ -98,77 +102,77 @@ class TokenizersEngine:
 
     @functools.cached_property
     def _parsing(self):
-        # Parsing specials is a switch of the whole object: a second one keeps threads apart.
+        # Parsing of special tokens is a setting of the object: with a second object, threads do not interfere.
         return self._load(specials=True, framed=False)
 
-    def _has_stray_special(self, parts: Sequence[Part]) -> bool:
-        """Whether the text as a whole holds other special strings than the parts that may hold them."""
+    def _has_stray_special(self, fragments: Sequence[Fragment]) -> bool:
+        """Whether the text contains strings of special tokens elsewhere than in the fragments where they are parsed."""
         meant, at = [], 0
-        for text, specials in parts:
+        for text, specials in fragments:
             if specials:
                 meant += [(at + found.start(), found[0]) for found in self._special.finditer(text)]
             at += len(text)
-        whole = "".join(text for text, _ in parts)
+        whole = "".join(text for text, _ in fragments)
         return [(found.start(), found[0]) for found in self._special.finditer(whole)] != meant
 
-    def _placed_by_name(self, parts: Sequence[Part]) -> Placed:
-        """As if only those specials existed that the parts may hold: under their secret names."""
-        engine, names, ids = self._renamed
+    def _encode_by_names(self, fragments: Sequence[Fragment]) -> Encoding:
+        """Encodes a text in which some strings of special tokens are text: secret names replace the others first."""
+        tokenizer, names, ids = self._with_secret_names
         texts: list[str] = []
-        # Where runs of the text begin, with names in it and without.
+        # Starts of the fragments in the text with secret names, and in the original text.
         here, there = [0], [0]
         renamed = 0
-        for text, specials in parts:
+        for text, specials in fragments:
             for piece in self._special.split(text) if specials else [text]:
                 name = names.get(piece, piece) if specials else piece
                 texts.append(name)
                 renamed += specials and piece in names
                 here.append(here[-1] + len(name))
                 there.append(there[-1] + len(piece))
-        found = engine.encode("".join(texts), add_special_tokens=False)
-        placed = _placed(found.ids, found.offsets)
+        found = tokenizer.encode("".join(texts), add_special_tokens=False)
+        placed = _encoding(found.ids, found.offsets)
         if (placed.tokens != ids[placed.tokens]).sum() != renamed:
             raise UserError(
-                f"{self._file} has specials that are found in some places only (single_word or normalized is set), and "
-                "a text holds special strings that are meant as text",
-                "take the special strings out of the text, or set both to false in the tokenizer's added_tokens",
+                f"{self._file} has special tokens that are found in some places only (single_word or normalized is "
+                "set), and a text contains strings of special tokens that are meant as text",
+                "Remove these strings from the text, or set both flags to false in the added_tokens of the tokenizer.",
             )
         spans = np.stack([placed.starts, placed.ends])
         run = np.searchsorted(here, spans, side="right") - 1
         starts, ends = spans + np.take(there, run) - np.take(here, run)
-        return Placed(ids[placed.tokens], starts, ends)
+        return Encoding(ids[placed.tokens], starts, ends)
 
     @functools.cached_property
-    def _renamed(self):
-        """An engine where specials go by names that nobody can guess, these names, and what its ids are in ours."""
+    def _with_secret_names(self):
+        """A tokenizer whose special tokens have secret names, these names, and a map of its ids to the original ids."""
         import tokenizers
 
-        engine = self._load(specials=False, framed=False)
-        added = engine.get_added_tokens_decoder()
+        tokenizer = self._load(specials=False, framed=False)
+        added = tokenizer.get_added_tokens_decoder()
         secret = secrets.token_hex(8)
         names = {added[token].content: f"<{secret}{token}>" for token in self.special_ids}
         for entry in map(added.__getitem__, self.special_ids):
-            how = {"single_word": entry.single_word, "lstrip": entry.lstrip, "rstrip": entry.rstrip}
-            engine.add_tokens([tokenizers.AddedToken(names[entry.content], normalized=entry.normalized, **how)])
-        vocab = engine.get_vocab(with_added_tokens=True)
+            flags = {"single_word": entry.single_word, "lstrip": entry.lstrip, "rstrip": entry.rstrip}
+            tokenizer.add_tokens([tokenizers.AddedToken(names[entry.content], normalized=entry.normalized, **flags)])
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
         ids = np.arange(1 + max(vocab.values()), dtype=np.int32)
         ids[[vocab[name] for name in names.values()]] = [vocab[special] for special in names]
-        return engine, names, ids
+        return tokenizer, names, ids
 
     def _load(self, *, specials: bool, framed: bool = True):
-        engine = parsed(self._file, self.serialized)
-        # Some files were saved with the last caller's truncation or padding still on.
-        engine.no_truncation()
-        engine.no_padding()
-        engine.encode_special_tokens = not specials
+        tokenizer = parse_tokenizer_json(self._file, self.serialized)
+        # Some files were saved with truncation or padding enabled.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = not specials
         if not framed:
-            # What puts BOS in front may also cut blanks off the spans of tokens.
-            engine.post_processor = None
-        return engine
+            # The post-processor that prepends BOS may also trim spaces from the spans of tokens.
+            tokenizer.post_processor = None
+        return tokenizer
 
 
-def parsed(file: Path, serialized: str) -> "Tokenizer":
-    """The library's tokenizer of a file in the form of tokenizer.json; raises UserError if it cannot be read."""
+def parse_tokenizer_json(file: Path, serialized: str) -> "Tokenizer":
+    """The tokenizer of the content of a tokenizer.json; raises UserError if `tokenizers` cannot read it."""
     import tokenizers
 
     try:
@@ -176,13 +180,13 @@ def parsed(file: Path, serialized: str) -> "Tokenizer":
     except Exception as error:  # the library raises nothing narrower
         refuse_stand_in(file)
         raise UserError(
-            f"{file} is no tokenizer that tokenizers {tokenizers.__version__} can read: {error}",
-            "name a tokenizer.json, or update tokenizers",
+            f"{file} is not a tokenizer that tokenizers {tokenizers.__version__} can read: {error}",
+            "Give a tokenizer.json, or update tokenizers.",
         ) from error
 
 
-class SentencePieceEngine:
-    """tokenizer.model, read by `sentencepiece`, for models that `tokenizers` cannot encode with equal ids."""
+class SentencePieceBackend:
+    """A model of `sentencepiece`, if `tokenizers` cannot encode with the same ids."""
 
     is_byte_level = False
 
@@ -199,8 +203,8 @@ class SentencePieceEngine:
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
         return [self._parse(text) for text in texts] if specials else self._model.encode(texts)
 
-    def encode_parts(self, texts: Sequence[Sequence[Part]]) -> list[Placed]:
-        return [self._placed(list(self._runs(parts))) for parts in texts]
+    def encode_with_offsets(self, texts: Sequence[Sequence[Fragment]]) -> list[Encoding]:
+        return [self._encoding(list(self._runs(fragments))) for fragments in texts]
 
     def has_special(self, text: str) -> bool:
         return self._special.search(text) is not None
@@ -211,7 +215,7 @@ class SentencePieceEngine:
             if special:
                 text += "".join(self._texts[token] for token in run)
             else:
-                # The first piece of a text loses its leading space; pieces after a special keep theirs.
+                # decode() strips the space in front of the first piece; after a special token it has to stay.
                 before = self._letter if text else []
                 text += self._model.decode([*before, *run])[len(before) :]
         return text
@@ -229,14 +233,14 @@ class SentencePieceEngine:
         return self._model.is_control(token) or self._model.is_unknown(token)
 
     def _parse(self, text: str) -> list[int]:
-        parts = self._special.split(text)
-        ids = ([self._specials[part]] if part in self._specials else self._model.encode(part) for part in parts)
+        substrings = self._special.split(text)
+        ids = ([self._specials[part]] if part in self._specials else self._model.encode(part) for part in substrings)
         return list(itertools.chain.from_iterable(ids))
 
-    def _runs(self, parts: Sequence[Part]) -> Iterator[tuple[str, bool]]:
-        """The specials of a text, and what lies between them, each with whether it is a special."""
+    def _runs(self, fragments: Sequence[Fragment]) -> Iterator[tuple[str, bool]]:
+        """Splits a text at its special tokens: (substring, whether it is a special token)."""
         plain = ""
-        for text, specials in parts:
+        for text, specials in fragments:
             for piece in self._special.split(text) if specials else [text]:
                 if specials and piece in self._specials:
                     yield from [(plain, False)] if plain else []
@@ -246,7 +250,7 @@ class SentencePieceEngine:
                     plain += piece
         yield from [(plain, False)] if plain else []
 
-    def _placed(self, runs: list[tuple[str, bool]]) -> Placed:
+    def _encoding(self, runs: list[tuple[str, bool]]) -> Encoding:
         tokens: list[int] = []
         spans: list[tuple[int, int]] = []
         at = 0
@@ -259,23 +263,23 @@ class SentencePieceEngine:
                 tokens += found["ids"]
                 spans += [(at + start, at + end) for start, end in found["offsets"]]
             at += len(text)
-        return _placed(tokens, spans)
+        return _encoding(tokens, spans)
 
 
-def _placed(tokens: Sequence[int], spans: Sequence[tuple[int, int]]) -> Placed:
+def _encoding(tokens: Sequence[int], spans: Sequence[tuple[int, int]]) -> Encoding:
     flat = np.fromiter(itertools.chain.from_iterable(spans), np.int64, 2 * len(spans))
-    return Placed(np.array(tokens, np.int32), flat[::2], flat[1::2])
+    return Encoding(np.array(tokens, np.int32), flat[::2], flat[1::2])
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """What finds any of the strings, the longest where several begin, and splits a text around them."""
+    """A pattern that matches any of the strings, the longest first, in a group for `split`."""
     longest_first = sorted(strings, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 @functools.cache
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: the printable ones as themselves, the others from U+0100 on."""
+    """GPT-2's characters for bytes: printable bytes stand for themselves, the others start at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

@@ -23,7 +23,7 @@ import numpy as np
 
 from camelid.errors import UserError
 from camelid.text import rendering
-from camelid.text.backends import Part, Placed
+from camelid.text.backends import Encoding, Fragment
 from camelid.text.messages import Message
 from camelid.text.messages import read_chat as read_chat  # users import it from here
 from camelid.text.templates import NAMED
@@ -81,7 +81,7 @@ class ChatTemplate:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """`render` of every chat, on all cores. Its UserErrors do not say which chat: `render` them one by one then."""
         laid = [_laid_out(self, tuple(chat), tokenizer, add_generation_prompt) for chat in chats]
-        placed = tokenizer.encode_parts([text.parts for text in laid])
+        placed = tokenizer.encode_with_offsets([text.parts for text in laid])
         return [
             (tokens.tokens, _weights(text, tokens, tokenizer, loss)) for text, tokens in zip(laid, placed, strict=True)
         ]
@@ -115,8 +115,8 @@ class _Laid:
     """spans that count as a message's words; the assistant's have what ends their turn"""
 
     @property
-    def parts(self) -> list[Part]:
-        parts: list[Part] = []
+    def parts(self) -> list[Fragment]:
+        parts: list[Fragment] = []
         at = 0
         for start, end, _ in self.contents:
             parts += [(self.text[at:start], True), (self.text[start:end], False)]
@@ -266,7 +266,7 @@ def _by_prefixes(writer: _Writer, messages: tuple[Message, ...], index: int, tex
     tail = _turn_end(writer, messages[0].role == "system")
     end = so_far.rfind(tail) if tail else len(so_far)
     # A special in there may be the template's or the message's own: nobody can tell.
-    if end < len(prompted) or writer.tokenizer.engine.has_special(so_far[len(prompted) : end]):
+    if end < len(prompted) or writer.tokenizer.backend.has_special(so_far[len(prompted) : end]):
         raise _hidden(index, messages)
     return len(prompted), end, index
 
@@ -327,7 +327,7 @@ def _speaker(contents: Sequence[tuple[int, int, int]], start: int, end: int) -> 
     return next((index for first, last, index in contents if first < end and last > start), None)
 
 
-def _weights(laid: _Laid, placed: Placed, tokenizer: Tokenizer, loss: Loss) -> np.ndarray:
+def _weights(laid: _Laid, placed: Encoding, tokenizer: Tokenizer, loss: Loss) -> np.ndarray:
     """The largest weight among a token's characters; that of the next one, if it stands for none."""
     chars = np.full(len(laid.text) + 2, loss == "all", np.float32)
     for start, end, index in laid.said:

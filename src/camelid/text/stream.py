@@ -1,4 +1,4 @@
-"""Text while its ids are still coming: whole characters only, at a constant cost per id."""
+"""Incremental decoding: complete characters only, at a constant cost per token."""
 
 import codecs
 import os.path
@@ -9,25 +9,27 @@ from camelid.text.tokenizer import Tokenizer
 
 
 class TextStream:
-    """The pieces, joined, are what decode(prompt + ids) adds to decode(prompt)."""
+    """Decodes tokens one by one; the concatenated results are what decode(prompt + ids) adds to decode(prompt)."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[SupportsIndex] = ()):
         self._tokenizer = tokenizer
-        self._assembler = _Bytes(tokenizer) if tokenizer.engine.is_byte_level else _Pieces(tokenizer)
+        self._decoder = (
+            _ByteLevelDecoder(tokenizer) if tokenizer.backend.is_byte_level else _ByteFallbackDecoder(tokenizer)
+        )
         self._shown = ""
         for token in prompt_ids:
             self.push(token)
-        # A prompt that ends inside a character shows U+FFFD there, until the next id completes it.
-        self._shown = self._assembler.rest()
+        # The text of a prompt that ends inside a character ends with U+FFFD, until the next token completes it.
+        self._shown = self._decoder.remaining()
 
     def push(self, token: SupportsIndex) -> str:
-        """Take one id; give the text that is now certain, often none."""
+        """Adds a token and returns the text that is now certain, which may be empty."""
         (known,) = self._tokenizer.checked([token])
-        return "" if known in self._tokenizer.engine.special_ids else self._unseen(self._assembler.push(known))
+        return "" if known in self._tokenizer.backend.special_ids else self._unseen(self._decoder.push(known))
 
     def flush(self) -> str:
-        """What is left at the end; call it once, after the last id."""
-        return self._unseen(self._assembler.rest())
+        """The remaining text; call it once, after the last token."""
+        return self._unseen(self._decoder.remaining())
 
     def _unseen(self, text: str) -> str:
         if not text:
@@ -37,40 +39,42 @@ class TextStream:
         return text[seen:]
 
 
-class _Bytes:
-    """Byte-level BPE: every token is bytes, and characters may begin and end inside tokens."""
+class _ByteLevelDecoder:
+    """Byte-level BPE: every token is a sequence of bytes, and a character may span several tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        return self._utf8.decode(self._tokenizer.engine.token_bytes(token) or b"")
+        return self._utf8.decode(self._tokenizer.backend.token_bytes(token) or b"")
 
-    def rest(self) -> str:
+    def remaining(self) -> str:
         pending, _ = self._utf8.getstate()
         return pending.decode("utf-8", "replace")
 
 
-class _Pieces:
-    """Pieces of text with a byte fallback: `▁caf <0xC3> <0xA9> ▁!`."""
+class _ByteFallbackDecoder:
+    """SentencePieceModel of text with a byte fallback: `▁caf <0xC3> <0xA9> ▁!`."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._held: list[int] = []
-        self._begun = False
+        self._pending: list[int] = []
+        self._started = False
 
     def push(self, token: int) -> str:
-        self._held.append(token)
-        # One wrong byte turns its whole run into U+FFFD, so the text of a run is certain only at its end.
-        if self._tokenizer.engine.token_bytes(token) is not None:
+        self._pending.append(token)
+        # One invalid byte turns its entire run into U+FFFD, so the text of a run is certain only at its end.
+        if self._tokenizer.backend.token_bytes(token) is not None:
             return ""
-        text = self.rest()
-        self._begun = self._begun or bool(text)
-        # Blanks that the decoder strips from the beginning still decide what it strips next.
-        if self._begun:
-            self._held.clear()
+        text = self.remaining()
+        self._started = self._started or bool(text)
+        # Spaces that the decoder strips from the start still determine what it strips next.
+        if self._started:
+            self._pending.clear()
         return text
 
-    def rest(self) -> str:
-        return self._tokenizer.decode_after_text(self._held) if self._begun else self._tokenizer.decode(self._held)
+    def remaining(self) -> str:
+        return (
+            self._tokenizer.decode_after_text(self._pending) if self._started else self._tokenizer.decode(self._pending)
+        )

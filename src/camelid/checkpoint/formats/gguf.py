@@ -166,7 +166,7 @@ def plan_files(export: ExportSpec, quantization: str | None = None) -> list[Plan
 def _named_eos(tokenizer: Tokenizer) -> int | None:
     """Returns the token that chat templates know as eos_token."""
     text = tokenizer.named_specials.get("eos_token")
-    return None if text is None else tokenizer.engine.token_id(text)
+    return None if text is None else tokenizer.backend.token_id(text)
 
 
 def _code(tensor: PlannedTensor, quantization: str | None) -> int:

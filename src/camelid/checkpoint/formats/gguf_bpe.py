@@ -26,12 +26,12 @@ from camelid.checkpoint.formats.gguf_tokens import (
     Vocabulary,
 )
 from camelid.errors import UserError
-from camelid.text.backends import TokenizersEngine
+from camelid.text.backends import TokenizersBackend
 
 # Byte-level BPE -------------------------------------------------------------------------
 
 
-def from_byte_level(engine: TokenizersEngine, described: Mapping[str, Any], file: Path) -> Vocabulary:
+def from_byte_level(backend: TokenizersBackend, described: Mapping[str, Any], file: Path) -> Vocabulary:
     """Returns the vocabulary of a byte-level tokenizer.json (`described`).
 
     Raises UserError if llama.cpp has no pre-tokenizer that splits texts in the same way.
@@ -50,14 +50,14 @@ def from_byte_level(engine: TokenizersEngine, described: Mapping[str, Any], file
     vocabulary = Vocabulary("gpt2", known[0].name, texts, dict.fromkeys(texts, NORMAL))
     vocabulary.merges = [" ".join(pair) for pair in pairs]
     vocabulary.add(described["added_tokens"])
-    vocabulary.note_normalization({text: engine.normalized(text) for text in PROBES.values()}, "", file)
+    vocabulary.note_normalization({text: backend.normalized(text) for text in PROBES.values()}, "", file)
     return vocabulary
 
 
 # SentencePiece BPE ----------------------------------------------------------------------
 
 
-def from_byte_fallback(engine: TokenizersEngine, described: Mapping[str, Any], file: Path) -> Vocabulary:
+def from_byte_fallback(backend: TokenizersBackend, described: Mapping[str, Any], file: Path) -> Vocabulary:
     """Returns the vocabulary of a tokenizer.json that was converted from a SentencePiece model.
 
     Raises UserError if it splits texts before merging, or does not merge all pairs that llama.cpp would merge.
@@ -80,11 +80,11 @@ def from_byte_fallback(engine: TokenizersEngine, described: Mapping[str, Any], f
     vocabulary.add(described["added_tokens"])
     if (unknown := model["vocab"].get(model.get("unk_token"))) is not None:
         vocabulary.types[unknown] = UNKNOWN
-    _describe_spaces(vocabulary, {text: engine.normalized(text) for text in ("a", *PROBES.values())}, file)
+    _describe_spaces(vocabulary, {text: backend.normalized(text) for text in ("a", *PROBES.values())}, file)
     control = (token for token, token_type in vocabulary.types.items() if token_type == CONTROL)
     special = next((vocabulary.texts[token] for token in control), None)
     if special is not None:
-        [apart], [alone] = engine.encode([f"{special}ab"], True), engine.encode(["ab"], True)
+        [apart], [alone] = backend.encode([f"{special}ab"], True), backend.encode(["ab"], True)
         if apart[1:] != alone:
             vocabulary.notes.append(
                 f"llama.cpp prepends a space to a text after a special token, and {file.name} does not: the ids of "

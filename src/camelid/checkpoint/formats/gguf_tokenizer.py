@@ -16,7 +16,7 @@ from camelid.checkpoint.formats.gguf_tokens import ADVICE, UNKNOWN, UNUSED, Voca
 from camelid.disk.json_files import read_json
 from camelid.errors import UserError
 from camelid.interrupts import cleaned_up
-from camelid.text.backends import TokenizersEngine
+from camelid.text.backends import TokenizersBackend
 from camelid.text.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer
 
 NO_VOCABULARY: Mapping[str, tuple[int, Any]] = {"tokenizer.ggml.model": (TEXT, "no_vocab")}
@@ -53,22 +53,22 @@ def _loaded(companions: Sequence[Path]) -> Iterator[Tokenizer | None]:
 
 
 def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    engine, file = tokenizer.engine, _vocabulary_file(tokenizer)
-    described = json.loads(engine.serialized) if isinstance(engine, TokenizersEngine) else None
+    backend, file = tokenizer.backend, _vocabulary_file(tokenizer)
+    described = json.loads(backend.serialized) if isinstance(backend, TokenizersBackend) else None
     if file.suffix == ".model" and (processor := _sentencepiece(file)) is not None:
-        ids = sorted(engine.special_ids)
-        specials = [{"id": token, "content": engine.decode([token]), "special": True} for token in ids]
+        ids = sorted(backend.special_ids)
+        specials = [{"id": token, "content": backend.decode([token]), "special": True} for token in ids]
         return from_sentencepiece(processor, specials if described is None else described["added_tokens"], file)
-    assert isinstance(engine, TokenizersEngine)
+    assert isinstance(backend, TokenizersBackend)
     assert described is not None
     model = described["model"]
-    name = "byte-level BPE" if engine.is_byte_level else "BPE"
+    name = "byte-level BPE" if backend.is_byte_level else "BPE"
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         name = str(model["type"])
-    elif engine.is_byte_level and not model.get("byte_fallback"):
-        return from_byte_level(engine, described, file)
+    elif backend.is_byte_level and not model.get("byte_fallback"):
+        return from_byte_level(backend, described, file)
     elif model.get("byte_fallback"):
-        return from_byte_fallback(engine, described, file)
+        return from_byte_fallback(backend, described, file)
     raise UserError(f"{file} is a {name} tokenizer, which llama.cpp does not support for Llamas", ADVICE)
 
 
@@ -127,7 +127,7 @@ def _metadata(vocabulary: Vocabulary, tokenizer: Tokenizer, vocab_size: int) -> 
         metadata["scores"] = ARRAY, (FLOAT32, [vocabulary.scores[token] for token in ids])
     else:
         metadata["merges"] = ARRAY, (TEXT, vocabulary.merges)
-    named = {name: tokenizer.engine.token_id(text) for name, text in tokenizer.named_specials.items()}
+    named = {name: tokenizer.backend.token_id(text) for name, text in tokenizer.named_specials.items()}
     unknown = next((token for token, type_ in vocabulary.types.items() if type_ == UNKNOWN), named.get("unk_token"))
     for name, token in (("unknown", unknown), ("padding", named.get("pad_token"))):
         if token is not None and token < vocab_size:

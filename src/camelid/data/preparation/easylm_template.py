@@ -264,7 +264,7 @@ class _Parser:
         if name == "eos":
             return self.tokenizer.eos_id
         if not re.fullmatch(r" *[0-9]{1,9} *", name):
-            return self.tokenizer.engine.token_id(special)
+            return self.tokenizer.backend.token_id(special)
         return int(name) if int(name) < self.tokenizer.vocab_size else None
 
     def _skip_spaces(self) -> None:

@@ -1,6 +1,6 @@
-"""sentencepiece's tokenizer.model as data: its pieces with their scores and types, and its settings.
+"""The content of a tokenizer.model of sentencepiece: its pieces with their scores and types, and its settings.
 
-Source: sentencepiece_model.proto of github.com/google/sentencepiece. Only the fields that decide ids are read.
+Source: sentencepiece_model.proto of github.com/google/sentencepiece. Only the fields that determine ids are read.
 """
 
 import struct
@@ -22,7 +22,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class SentencePieceModel:
     """A sentencepiece model."""
 
     pieces: tuple[Piece, ...]
@@ -30,7 +30,7 @@ class Pieces:
     model_type: int
     byte_fallback: bool
     add_dummy_prefix: bool
-    """Whether every text begins with a space."""
+    """Whether a space is prepended to every text."""
     remove_extra_whitespaces: bool
     """Whether spaces at both ends of a text, and all but one of several spaces, are removed."""
     charsmap: bytes
@@ -44,11 +44,11 @@ class Pieces:
     def merges(self) -> list[tuple[str, str]]:
         """The merges of a BPE model, from the first to be applied to the last.
 
-        sentencepiece merges two neighbors if both together are a piece, the best score first, and of equal scores the
-        leftmost. The pieces of equal scores are Llama's and Mistral's runs of spaces: there the leftmost is the one
-        whose left part is the longest.
+        sentencepiece merges two neighbors if their concatenation is a piece, in the order of descending scores, and
+        leftmost first for equal scores. In Llama's and Mistral's models, runs of spaces have equal scores; the
+        leftmost merge is then the one with the longest left part.
         """
-        # Control pieces, such as <s>, are never made of text.
+        # Control pieces, such as <s>, never result from text.
         plain = [piece for piece in self.pieces if piece.type in (NORMAL, USER_DEFINED)]
         texts = {piece.text for piece in plain}
         found = [
@@ -60,8 +60,8 @@ class Pieces:
         return [(left, right) for *_, left, right in sorted(found)]
 
 
-def read_pieces(proto: bytes) -> Pieces:
-    """A serialized model, as `SentencePieceProcessor.serialized_model_proto` gives it."""
+def read_sentencepiece_model(proto: bytes) -> SentencePieceModel:
+    """Parses a serialized model, as returned by `SentencePieceProcessor.serialized_model_proto`."""
     pieces: list[Piece] = []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
@@ -78,7 +78,7 @@ def read_pieces(proto: bytes) -> Pieces:
             normalizer = dict(_fields(value))
     charsmap = normalizer.get(2, b"")
     assert isinstance(charsmap, bytes)
-    return Pieces(
+    return SentencePieceModel(
         tuple(pieces),
         model_type=int(trainer.get(3, UNIGRAM)),
         byte_fallback=bool(trainer.get(35, False)),
@@ -89,7 +89,7 @@ def read_pieces(proto: bytes) -> Pieces:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protobuf message: their numbers, and their values as numbers or bytes."""
+    """The fields of a protobuf message: (field number, value as an integer or bytes)."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -107,7 +107,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and where it ends."""
+    """A varint (seven bits per byte, least significant first), and the offset after it."""
     value = shift = 0
     while True:
         byte = message[at]

@@ -1,4 +1,4 @@
-"""The tokens that the files beside a vocabulary declare, in the order in which transformers 5 adds them.
+"""Added and special tokens that the files of a tokenizer declare, in the order in which transformers 5 adds them.
 
 A token is declared in up to four files. Where tokenizer_config.json has `added_tokens_decoder`, transformers reads no
 other file; otherwise special_tokens_map.json overrides tokenizer_config.json, and the added tokens are those of
@@ -26,21 +26,21 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 @dataclass(frozen=True)
-class Declared:
-    """The tokens that the files of a folder declare, and the fields that say how texts are encoded."""
+class DeclaredTokens:
+    """The tokens that the files of a folder declare, and the fields of tokenizer_config.json."""
 
     folder: Path
     config: Mapping[str, Any] = field(default_factory=dict)
     """tokenizer_config.json"""
     named: Mapping[str, "AddedToken | None"] = field(default_factory=dict)
-    """Tokens by the names that they go by (bos_token, ...); None where a file says null."""
+    """Special tokens by name (bos_token, ...); None for a name that a file sets to null."""
     extra: "tuple[AddedToken, ...] | None" = None
-    """Special tokens without a name; None where no file lists any."""
+    """Special tokens without a name; None if no file has a list of them."""
     added: Mapping[int, "AddedToken"] = field(default_factory=dict)
     """Added tokens by their declared ids."""
 
     def new_tokens(self, present: Iterable[str]) -> "list[AddedToken]":
-        """The tokens that are not among the `present` added tokens, in the order in which their ids are given out."""
+        """The tokens that are not among the added tokens `present`, in the order in which they get ids."""
         tokens = [token for _, token in sorted(self.added.items())]
         names = {str(token) for token in self.named.values() if token is not None}
         for token in tokens:
@@ -63,20 +63,20 @@ def read_object(file: Path) -> dict[str, Any]:
         refuse_stand_in(file)
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object", "mend or remove the file")
+        raise UserError(f"{file} does not contain a JSON object", "Correct or remove the file.")
     return content
 
 
-def read_declared(folder: Path, in_vocabulary: "Mapping[int, AddedToken] | None" = None) -> Declared:
-    """What the files of a folder declare; `in_vocabulary` are the added tokens of its tokenizer.json.
+def read_declared_tokens(folder: Path, in_vocabulary: "Mapping[int, AddedToken] | None" = None) -> DeclaredTokens:
+    """Reads the declarations in the files of a folder; `in_vocabulary` are the added tokens of its tokenizer.json.
 
-    Raises UserError that names the file and the field if a declaration cannot be understood.
+    Raises UserError that names the file and the field of an invalid declaration.
     """
     config = read_object(folder / CONFIG)
     if config.get("split_special_tokens"):
         raise UserError(
             f"{folder / CONFIG} has split_special_tokens = {config['split_special_tokens']!r}, which is not supported",
-            "Set it to false: strings of special tokens are text wherever they come from data.",
+            "Set it to false: strings of special tokens in data are always text.",
         )
     named, extra = _special_tokens(folder / CONFIG, config)
     if config.get("added_tokens_decoder") is not None:
@@ -89,17 +89,17 @@ def read_declared(folder: Path, in_vocabulary: "Mapping[int, AddedToken] | None"
     by_text = {token.content: token for token in added.values()}
     named = {key: token if token is None else by_text.get(token.content, token) for key, token in named.items()}
     order = [*STANDARD, *(key for key in named if key not in STANDARD)]
-    return Declared(folder, config, {key: named[key] for key in order if key in named}, extra, added)
+    return DeclaredTokens(folder, config, {key: named[key] for key in order if key in named}, extra, added)
 
 
 def _special_tokens(
     file: Path, fields: Mapping[str, Any]
 ) -> "tuple[dict[str, AddedToken | None], tuple[AddedToken, ...] | None]":
-    """The tokens that a file names, and those that it lists."""
+    """The named special tokens of a file, and the list of those without a name."""
     named = {
         key: None if value is None else _token(f"{key} in {file}", value, special=True)
         for key, value in fields.items()
-        # add_bos_token and add_eos_token are switches.
+        # add_bos_token and add_eos_token are booleans.
         if key in STANDARD or (key.endswith("_token") and isinstance(value, str | dict))
     }
     key = "extra_special_tokens" if fields.get("extra_special_tokens") else "additional_special_tokens"
@@ -121,7 +121,7 @@ def _merged(*lists: "tuple[AddedToken, ...] | None") -> "tuple[AddedToken, ...] 
 
 
 def _token(place: str, value: Any, **flags: bool) -> "AddedToken":
-    """A token that is given by its string, or by an object with its string and flags."""
+    """A token given by its string, or by an object with its string and flags."""
     from tokenizers import AddedToken
 
     if isinstance(value, dict):
@@ -161,7 +161,9 @@ def _added_by_text(
     added = {}
     for text, token in read_object(file).items():
         if not text or type(token) is not int or token < 0:
-            raise UserError(f"{file} gives {text!r} the id {token!r}", "map texts to ids from 0 on, or remove the file")
+            raise UserError(
+                f"{file} gives {text!r} the id {token!r}", "Map strings to ids of 0 or more, or remove the file."
+            )
         is_special = text in special
         added[token] = AddedToken(text, normalized=not is_special, special=is_special)
     return added

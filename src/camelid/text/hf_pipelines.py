@@ -1,8 +1,8 @@
-"""Tokenizers as the classes of transformers 5 build them from their files.
+"""The pipelines (normalizer, pre-tokenizer, decoder) of the tokenizer classes of transformers 5.
 
-Some classes use tokenizer.json as it is. Others take only its vocabulary, merges and post-processor, and bring their
-own normalizer, pre-tokenizer and decoder; those are the ones below. Source: transformers 5.23,
-models/*/tokenization_*.py and models/auto/tokenization_auto.py.
+Some classes use tokenizer.json unchanged. Others take only its vocabulary, merges and post-processor, and have their
+own pipeline; these classes are below. Source: transformers 5.23, models/*/tokenization_*.py and
+models/auto/tokenization_auto.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camelid.errors import UserError
-from camelid.text.declared import CONFIG, read_object
-from camelid.text.pieces import BPE, SPACE, UNKNOWN, Pieces
+from camelid.text.added_tokens import CONFIG, read_object
+from camelid.text.sentencepiece_model import BPE, SPACE, UNKNOWN, SentencePieceModel
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,7 +25,7 @@ QWEN2 = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GENERIC = "TokenizersBackend"
-"""The class that takes tokenizer.json as it is."""
+"""The class that uses tokenizer.json unchanged."""
 BY_MODEL_TYPE = {
     **dict.fromkeys(("qwen2", "qwen3", "qwen3_moe", "qwen2_moe"), "Qwen2Tokenizer"),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
@@ -33,30 +33,30 @@ BY_MODEL_TYPE = {
     **dict.fromkeys(("mistral", "mixtral", "ministral", "phi3"), GENERIC),
 }
 OVERRULED = ("qwen2", "phi3")
-"""Model types whose class holds whatever tokenizer_config.json says."""
+"""Model types whose class takes precedence over tokenizer_config.json."""
 
 
 @dataclass(frozen=True)
-class TokenizerClass:
-    """A class of transformers that brings its own pipeline."""
+class Pipeline:
+    """A tokenizer class of transformers with its own pipeline."""
 
     build: "Callable[[Vocabulary, Mapping[str, Any]], Tokenizer]"
-    """The tokenizer of a vocabulary, by the fields of tokenizer_config.json; without added tokens."""
+    """Builds the tokenizer of a vocabulary and the fields of tokenizer_config.json, without added tokens."""
     named: Mapping[str, str | None]
-    """Special tokens that no file needs to name."""
+    """Default special tokens."""
     reads_sentencepiece: bool = False
-    """Whether it reads tokenizer.model; the others read vocab.json with merges.txt."""
+    """Whether the class reads tokenizer.model; the others read vocab.json with merges.txt."""
 
 
 def class_name(folder: Path, config: Mapping[str, Any], *, byte_level: bool) -> str:
-    """The class with which transformers' AutoTokenizer opens a folder; `byte_level` is that of its tokenizer.json."""
+    """The class that AutoTokenizer of transformers uses for a folder; `byte_level` describes its tokenizer.json."""
     model = read_object(folder / "config.json")
     model_type = model.get("model_type")
     declared = config.get("tokenizer_class") or model.get("tokenizer_class")
     if declared is not None and not isinstance(declared, str):
         raise UserError(f"{folder / CONFIG} has tokenizer_class = {declared!r:.60}", "Name a class of transformers.")
     if declared is not None:
-        # Except for PreTrainedTokenizerFast, which is the generic class, the suffix says nothing since transformers 5.
+        # Since transformers 5 the suffix means nothing, except in PreTrainedTokenizerFast, the generic class.
         declared = declared.removesuffix("Fast")
     known = BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
     if declared == "LlamaTokenizer" and byte_level and model_type not in OVERRULED:
@@ -65,7 +65,7 @@ def class_name(folder: Path, config: Mapping[str, Any], *, byte_level: bool) -> 
         return known or GENERIC
     if known == GENERIC:
         return GENERIC
-    return declared if declared in CLASSES else GENERIC
+    return declared if declared in PIPELINES else GENERIC
 
 
 def read_json_vocabulary(file: Path, described: Mapping[str, Any]) -> Vocabulary:
@@ -73,8 +73,8 @@ def read_json_vocabulary(file: Path, described: Mapping[str, Any]) -> Vocabulary
     model = described.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise UserError(
-            f"{file} holds no BPE model, which the tokenizer_class of {CONFIG} needs",
-            f"Set tokenizer_class in {CONFIG} to PreTrainedTokenizerFast to use the file as it is.",
+            f"{file} does not contain a BPE model, which the tokenizer_class of {CONFIG} needs",
+            f"Set tokenizer_class in {CONFIG} to PreTrainedTokenizerFast to use the file unchanged.",
         )
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
     return model["vocab"], [(left, right) for left, right in pairs]
@@ -89,7 +89,7 @@ def read_vocab_and_merges(folder: Path) -> Vocabulary:
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}", "Copy it beside vocab.json.") from error
+        raise UserError(f"{file} cannot be read: {error}", "Copy it to the folder of vocab.json.") from error
     merges = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#version"):
@@ -97,7 +97,7 @@ def read_vocab_and_merges(folder: Path) -> Vocabulary:
         pair = line.split(" ")
         if len(pair) != 2 or not all(pair):
             raise UserError(
-                f"{file}:{number} is {line!r:.60}, not two tokens", "Take the file from the checkpoint again."
+                f"{file}:{number} is {line!r:.60}, not two tokens", "Copy the file from the original checkpoint again."
             )
         merges.append((pair[0], pair[1]))
     return vocab, merges
@@ -111,12 +111,12 @@ def _bpe(vocabulary: Vocabulary, **options: Any) -> "Tokenizer":
         return tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, **options))
     except Exception as error:  # the library raises nothing narrower
         raise UserError(
-            f"the vocabulary and its merges do not fit together: {error}", "Take both from one model."
+            f"the vocabulary and the merges do not match: {error}", "Take both from the same model."
         ) from error
 
 
-def like_sentencepiece(pieces: Pieces) -> "Tokenizer":
-    """A tokenizer that encodes and decodes as sentencepiece does, of a model that `is_bpe`."""
+def sentencepiece_pipeline(pieces: SentencePieceModel) -> "Tokenizer":
+    """A tokenizer that encodes and decodes as sentencepiece does; the model must satisfy `is_bpe`."""
     from tokenizers import Regex, decoders, normalizers
 
     unknown = next((pieces.pieces[i].text for i in pieces.ids(UNKNOWN)), None)
@@ -130,18 +130,18 @@ def like_sentencepiece(pieces: Pieces) -> "Tokenizer":
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if pieces.add_dummy_prefix:
-        # sentencepiece strips every leading space of a text if it removes them from what it encodes.
+        # sentencepiece strips all leading spaces of a decoded text if it removes them when it encodes.
         decoding.append(decoders.Strip(" ", 1024 if pieces.remove_extra_whitespaces else 1, 0))
     tokenizer.decoder = decoders.Sequence(decoding)
     return tokenizer
 
 
-def is_bpe(pieces: Pieces) -> bool:
-    """Whether `tokenizers` can encode as this sentencepiece model does: BPE of bytes, no replacements of characters."""
+def is_bpe(pieces: SentencePieceModel) -> bool:
+    """Whether `tokenizers` can encode as this model does: BPE with byte fallback and without character replacements."""
     return pieces.model_type == BPE and pieces.byte_fallback and not pieces.charsmap
 
 
-def vocabulary_of(pieces: Pieces) -> Vocabulary:
+def vocabulary_of(pieces: SentencePieceModel) -> Vocabulary:
     """The vocabulary and merges of a sentencepiece model."""
     return {piece.text: i for i, piece in enumerate(pieces.pieces)}, pieces.merges
 
@@ -151,7 +151,7 @@ def _llama(vocabulary: Vocabulary, config: Mapping[str, Any]) -> "Tokenizer":
 
     tokenizer = _bpe(vocabulary, fuse_unk=True, byte_fallback=True)
     prefixed = config.get("add_prefix_space") is not False
-    # With `legacy`, the text after every special token begins with a space, not only the whole text.
+    # With `legacy`, a space is also prepended to the text after each special token.
     scheme = ("always" if config.get("legacy") else "first") if prefixed else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -184,13 +184,15 @@ def _gpt2(vocabulary: Vocabulary, config: Mapping[str, Any]) -> "Tokenizer":
 def _qwen2(vocabulary: Vocabulary, config: Mapping[str, Any]) -> "Tokenizer":
     from tokenizers import normalizers
 
-    tokenizer = split_bytes(vocabulary, QWEN2, bool(config.get("add_prefix_space")))
+    tokenizer = byte_level_pipeline(vocabulary, QWEN2, bool(config.get("add_prefix_space")))
     tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
-def split_bytes(vocabulary: Vocabulary, pattern: str, add_prefix_space: bool = False, **options: Any) -> "Tokenizer":
-    """Byte-level BPE within the pieces into which a regular expression splits a text."""
+def byte_level_pipeline(
+    vocabulary: Vocabulary, pattern: str, add_prefix_space: bool = False, **options: Any
+) -> "Tokenizer":
+    """Byte-level BPE of a text that a regular expression has split."""
     from tokenizers import Regex, decoders, pre_tokenizers
 
     tokenizer = _bpe(vocabulary, continuing_subword_prefix="", end_of_word_suffix="", **options)
@@ -202,11 +204,11 @@ def split_bytes(vocabulary: Vocabulary, pattern: str, add_prefix_space: bool = F
 
 
 _END = "<|endoftext|>"
-CLASSES = {
-    "LlamaTokenizer": TokenizerClass(
+PIPELINES = {
+    "LlamaTokenizer": Pipeline(
         _llama, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, reads_sentencepiece=True
     ),
-    "GemmaTokenizer": TokenizerClass(
+    "GemmaTokenizer": Pipeline(
         _gemma,
         {
             "bos_token": "<bos>",
@@ -217,7 +219,7 @@ CLASSES = {
         },
         reads_sentencepiece=True,
     ),
-    "GPT2Tokenizer": TokenizerClass(_gpt2, {"bos_token": _END, "eos_token": _END, "unk_token": _END}),
-    "CodeGenTokenizer": TokenizerClass(_gpt2, {"bos_token": _END, "eos_token": _END, "unk_token": _END}),
-    "Qwen2Tokenizer": TokenizerClass(_qwen2, {"eos_token": _END, "unk_token": _END, "pad_token": _END}),
+    "GPT2Tokenizer": Pipeline(_gpt2, {"bos_token": _END, "eos_token": _END, "unk_token": _END}),
+    "CodeGenTokenizer": Pipeline(_gpt2, {"bos_token": _END, "eos_token": _END, "unk_token": _END}),
+    "Qwen2Tokenizer": Pipeline(_qwen2, {"eos_token": _END, "unk_token": _END, "pad_token": _END}),
 }

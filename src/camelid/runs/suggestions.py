@@ -1,0 +1,54 @@
+"""Suggestions for a recipe field that does not exist: other systems call many fields by other names."""
+
+import difflib
+from collections.abc import Iterable
+
+OTHER_NAMES = {
+    # axolotl, LitGPT, torchtune and transformers.TrainingArguments; without "-", "_" and the case of letters.
+    "optimizer.learning_rate": "lr learningrate maxlearningrate peaklr",
+    "optimizer.warmup_steps": "warmup numwarmupsteps lrwarmupsteps lrwarmupiters warmupiters",
+    "optimizer.beta1": "adambeta1",
+    "optimizer.beta2": "adambeta2",
+    "optimizer.eps": "adamepsilon adameps epsilon",
+    "optimizer.weight_decay": "wd weightdecay",
+    "optimizer.clip_norm": "maxgradnorm maxnorm gradclip clipgrad clipgradnorm gradientclipping gradientclipval",
+    "optimizer.final_fraction": "minlr minlrratio cosineminlrratio",
+    "optimizer.decay_steps": "lrdecayiters lrdecaysteps",
+    "data.batch_size": "batchsize bs globalbatchsize trainbatchsize perdevicetrainbatchsize microbatchsize mbs",
+    "data.sequence_length": "maxlength maxseqlength maxseqlen seqlength seqlen sequencelen maxlen blocksize cutofflen",
+    "data.train": "dataset datasets datasetname dataspath datapath datafiles trainfile traindata",
+    "data.validation": "evaldataset validationfile validationdata testdatasets",
+    "data.packing": "samplepacking packed packsequences",
+    "train.steps": "steps maxsteps numsteps totalsteps trainiters maxiters maxstepsperepoch trainingsteps",
+    "train.accumulate": "gradientaccumulationsteps gradaccum accumulategradbatches gradientaccumulation",
+    "train.log_every": "loggingsteps loginterval logeverynsteps logfreq",
+    "train.checkpoint_every": "savesteps saveinterval saveeverynsteps checkpointinterval savefreq",
+    "train.keep_checkpoints": "savetotallimit keepcheckpoints",
+    "train.evaluate_every": "evalsteps evalinterval valinterval evaluatesteps",
+    "train.trackers": "reportto logger usewandb wandb",
+    "compute.dtype": "dtype bf16 fp16 precision mixedprecision torchdtype",
+    "compute.remat": "remat gradientcheckpointing activationcheckpointing activationcheckpoint recompute",
+    "compute.attention": "flashattention flashattn useflashattention attnimplementation",
+    "mesh.tensor": "tensorparallel tensormodelparallelsize tensorparallelsize tp",
+    "mesh.data": "dataparallel dataparallelsize dp",
+    "init": "basemodel modelnameorpath modelname checkpointdir pretrainedmodel loadcheckpoint",
+    "run": "outputdir outdir outputfolder savedir",
+    "tokenizer": "tokenizername tokenizerpath tokenizernameorpath",
+}
+FIELD_OF = {name: field for field, names in OTHER_NAMES.items() for name in names.split()}
+EPOCHS = frozenset(["epochs", "epoch", "numepochs", "numtrainepochs", "trainepochs", "maxepochs"])
+
+
+def suggest(field: str, known: Iterable[str]) -> str:
+    """Advice for the unknown field `field`, a dotted name, in a table whose fields are `known`."""
+    table, _, name = field.rpartition(".")
+    plain = name.replace("_", "").replace("-", "").lower()
+    if plain in EPOCHS:
+        return "A run is measured in steps: set train.steps. `camelid data inspect RECIPE.toml` shows the repeats."
+    if plain in FIELD_OF and table.partition(".")[0] != "model":
+        return f"Did you mean {FIELD_OF[plain]!r}?"
+    known = list(known)
+    if near := difflib.get_close_matches(name, known, 1):
+        nearest = f"{table}.{near[0]}" if table else near[0]
+        return f"Did you mean {nearest!r}?"
+    return f"It has {', '.join(known)}."
