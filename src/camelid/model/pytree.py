@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 import jax
 
-
 T = TypeVar("T")
 
 
