@@ -27,11 +27,12 @@ from camelid.generate.decode import generate
 from camelid.generate.sampling import sampling, whole_number
 from camelid.interrupts import cleaned_up
 from camelid.model.config import Compute, ModelConfig
-from camelid.model.decoder import Decoder, declare_decoder
+from camelid.model.decoder import Decoder, declare_decoder, untied
 from camelid.model.finite import not_finite
 from camelid.model.flops import count_parameters
 from camelid.model.params import abstract, build, named
 from camelid.model.tokens import ROWS, token_row, token_rows
+from camelid.model.weights import Weight, dense
 from camelid.parallel.backend import prepare_backend
 from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
@@ -227,7 +228,8 @@ class Model:
             would be written, the format or `dtype` is unknown or cannot represent the model, or the disk is full. The
             destination is unchanged in each case.
         """
-        leaves = named(self.params)
+        params, config = untied(self.params, self.config)
+        leaves = named(params)
         dtypes = {path: np.dtype(leaf.dtype) if dtype is None else dtype_named(dtype) for path, leaf in leaves.items()}
 
         @lru_cache(WORKERS)
@@ -237,7 +239,7 @@ class Model:
         def source(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
             return rounded(path, fetched(path, layer)[index], dtype)
 
-        saving = ExportSpec(self.config, dtypes, source, self.companions)
+        saving = ExportSpec(config, dtypes, source, self.companions)
         # Fetching a layer is a collective operation: every process takes part in each, in the same order.
         if is_main():
             workers = WORKERS if jax.process_count() == 1 else 1
@@ -349,13 +351,17 @@ def _logits(params: Decoder, tokens: Array, config: ModelConfig, compute: Comput
     return params(tokens, positions, None, config, compute)[0]
 
 
-def _host_layer(leaf: Array, layer: int | None, mesh: Mesh) -> np.ndarray:
-    """One layer of a parameter (None: the entire parameter) as a NumPy array in every process."""
-    if layer is not None:
-        leaf = _take(leaf, jnp.int32(layer), NamedSharding(mesh, PartitionSpec()))
-    return to_host(leaf)
+def _host_layer(leaf: Weight, layer: int | None, mesh: Mesh) -> np.ndarray:
+    """One layer of a parameter (None: the entire parameter) as a NumPy array in every process.
+
+    Adapters are merged, and quantized weights are dequantized.
+    """
+    if layer is None:
+        return to_host(leaf if isinstance(leaf, Array) else jax.jit(dense)(leaf))
+    return to_host(_take(leaf, jnp.int32(layer), NamedSharding(mesh, PartitionSpec())))
 
 
 @partial(jax.jit, static_argnums=2)
-def _take(stacked: Array, layer: Array, replicated: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False), replicated)
+def _take(stacked: Weight, layer: Array, replicated: NamedSharding) -> Array:
+    one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacked)
+    return jax.lax.with_sharding_constraint(dense(one), replicated)

@@ -8,7 +8,7 @@ from tiny import tiny_config
     ("field", "message"),
     [
         ({"num_heads": 5}, "num_heads = 5 is not a multiple of num_kv_heads = 2"),
-        ({"head_dim": 7}, "of head_dim = 7, 7 are rotary"),
+        ({"head_dim": 7}, "head_dim = 7 has 7 rotary features"),
     ],
 )
 def test_a_config_that_no_model_can_have_is_refused(field: dict[str, int], message: str):

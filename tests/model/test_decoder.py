@@ -1,5 +1,6 @@
 """What the decoder promises beyond the numbers of one plain row, which tests/parity compares with transformers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from camelid.model.config import Compute, ModelConfig
-from camelid.model.decoder import Decoder
+from camelid.model.context import Context
+from camelid.model.decoder import Decoder, Layer, run_layers
 from camelid.model.kv_cache import empty_cache
 from camelid.model.params import named
 from families import FAMILIES
@@ -185,3 +187,66 @@ def test_remat_elementwise_keeps_products_and_attention_but_not_what_lies_betwee
     attention = q + CONFIG.num_heads  # the output, and the sum of exponentials
     assert kept_numbers("elementwise") == CONFIG.embed_dim + products + attention
     assert kept_numbers("none") > kept_numbers("elementwise") + 2 * CONFIG.mlp_dim
+
+
+# Layers ---------------------------------------------------------------------------------
+
+
+def layers_one_by_one(params: Decoder) -> list[Layer]:
+    assert isinstance(params.layers, Layer)
+    return [jax.tree.map(lambda x, i=i: x[i], params.layers) for i in range(CONFIG.num_layers)]
+
+
+def hidden_states(config: ModelConfig) -> tuple[Decoder, jax.Array, dict]:
+    params = tiny_params(config)
+    x = params.embed_tokens(jnp.asarray(tiny_tokens(config, 2, 20)), config, Compute(), Context())
+    inputs = {"positions": counted(20, 2), "segments": None, "lengths": None}
+    return params, x, inputs | {"config": config, "compute": Compute(), "context": Context()}
+
+
+def test_slices_of_the_layers_run_in_turn_give_what_all_layers_give(kind: ModelConfig):
+    """A pipeline's stages: each knows the numbers of its layers, and with them which have the window."""
+    params, x, inputs = hidden_states(kind)
+    whole, _ = run_layers(params.layers, x, **inputs)
+    for first, stop in ((0, 1), (1, 3), (3, kind.num_layers)):
+        stage = jax.tree.map(lambda leaf, span=slice(first, stop): leaf[span], params.layers)
+        x, _ = run_layers(stage, x, **inputs, first=first)
+    assert_close(x, whole)
+
+
+def test_an_observer_sees_the_state_after_each_layer_and_only_one_layer_is_read_at_a_time(params: Decoder):
+    _, x, inputs = hidden_states(CONFIG)
+    events = []
+
+    def read_in_turn():
+        for index, layer in enumerate(layers_one_by_one(params)):
+            events.append(("read", index))
+            yield layer
+
+    def observe(index: int, state: jax.Array) -> None:
+        events.append(("seen", index))
+        expected, _ = run_layers(jax.tree.map(lambda leaf: leaf[: index + 1], params.layers), x, **inputs)
+        assert_close(state, expected)
+
+    run_layers(read_in_turn(), x, **inputs, observer=observe)
+    assert events == [(what, index) for index in range(CONFIG.num_layers) for what in ("read", "seen")]
+    with pytest.raises(ValueError, match="stacked layers cannot be observed"):
+        run_layers(params.layers, x, **inputs, observer=observe)
+
+
+def test_unrolled_layers_are_rematerialized_as_stacked_ones_are(params: Decoder):
+    tokens = jnp.asarray(tiny_tokens(CONFIG, 2, 20))
+    unrolled = dataclasses.replace(params, layers=tuple(layers_one_by_one(params)))
+
+    def saved(params: Decoder, remat: str) -> int:
+        """Elements that are saved for the backward pass, in all layers."""
+
+        def pullback(params):
+            compute = Compute(remat=remat)
+            return jax.vjp(lambda p: p.hidden(tokens, counted(20, 2), None, CONFIG, compute)[0], params)[1]
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(pullback, params)))
+
+    for remat in ("layer", "elementwise"):
+        assert abs(saved(unrolled, remat) / saved(params, remat) - 1) < 0.01
+    assert saved(unrolled, "none") > 1.2 * saved(unrolled, "layer")

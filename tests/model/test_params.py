@@ -1,5 +1,6 @@
 """Parameters follow from their declarations: shapes, first values, places on the mesh."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -10,9 +11,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import abstract, initialize, named
+from camelid.model.params import abstract, build, initialize, named, shardings
 from camelid.parallel.mesh import MeshConfig, make_mesh
-from tiny import tiny_config
+from leaves import adapted, quantized
+from tiny import tiny_config, tiny_params
 
 CONFIG = tiny_config(embed_dim=64, init_std=0.03)
 SPECS = declare_decoder(CONFIG)
@@ -89,3 +91,45 @@ def test_parameters_are_stored_cut_over_fsdp_and_tensor(fresh):
         "lm_head": PartitionSpec(("tensor",), ("fsdp",)),
     }
     assert all(place.shape == fresh[path].shape for path, place in places.items())
+
+
+def test_the_arrays_of_every_type_of_weight_are_sharded_like_its_inputs_and_outputs():
+    """Ranks are unsharded; groups of inputs are sharded like the inputs if their number divides."""
+    mesh, config = make_mesh(MeshConfig(fsdp=4, tensor=2)), tiny_config(vocab_size=96)
+    specs, params = declare_decoder(config), tiny_params(config)
+    declared, arrays, ranks = named(specs), named(params), [3, 1, 2, 2]
+    q, o, up, down = ("layers.attn.q_proj", "layers.attn.o_proj", "layers.mlp.up_proj", "layers.mlp.down_proj")
+    many = adapted(declared[up], arrays[up], ranks)
+    leaves = {
+        q: adapted(declared[q], quantized(declared[q], arrays[q], 8), ranks, magnitude=True),
+        o: quantized(declared[o], arrays[o], 3),
+        up: dataclasses.replace(
+            many, **{name: jnp.stack([getattr(many, name)] * 2, 1) for name in ("a", "b", "scale")}
+        ),
+        down: adapted(declared[down], arrays[down], ranks),
+    }
+    places = named(shardings(specs, build(specs, (arrays | leaves).values()), mesh))
+    found = {
+        f"{path}.{jax.tree_util.keystr(inner, simple=True, separator='.')}": place.spec
+        for path in leaves
+        for inner, place in jax.tree_util.tree_flatten_with_path(places[path])[0]
+    }
+    fsdp, tensor = ("fsdp",), ("tensor",)
+    assert found == {
+        f"{q}.base.codes": PartitionSpec(None, tensor, None, fsdp),
+        f"{q}.base.scale": PartitionSpec(None, tensor, None, fsdp),
+        f"{q}.a": PartitionSpec(None, None, fsdp),
+        f"{q}.b": PartitionSpec(None, tensor, None, None),
+        f"{q}.scale": PartitionSpec(None),
+        f"{q}.magnitude": PartitionSpec(None, tensor, None),
+        f"{o}.codes": PartitionSpec(None, fsdp, tensor, None),
+        f"{o}.scale": PartitionSpec(None, fsdp, None),
+        f"{up}.base": PartitionSpec(None, tensor, fsdp),
+        f"{up}.a": PartitionSpec(None, None, None, fsdp),
+        f"{up}.b": PartitionSpec(None, None, tensor, None),
+        f"{up}.scale": PartitionSpec(None, None),
+        f"{down}.base": PartitionSpec(None, fsdp, tensor),
+        f"{down}.a": PartitionSpec(None, None, tensor),
+        f"{down}.b": PartitionSpec(None, fsdp, None),
+        f"{down}.scale": PartitionSpec(None),
+    }

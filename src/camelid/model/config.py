@@ -1,4 +1,4 @@
-"""What a model is, and how a run computes it: ModelConfig names no machine, Compute no model."""
+"""ModelConfig, the architecture of a model, and Compute, the precision, memory and kernels with which it is run."""
 
 import functools
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Position interpolation: every rotation is `factor` times slower (arXiv:2306.15595)."""
+    """Position interpolation: all rotary frequencies are divided by `factor` (arXiv:2306.15595)."""
 
     kind: Literal["linear"] = "linear"
     factor: float
@@ -16,7 +16,7 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicScaling:
-    """NTK-aware scaling: beyond context_length, rope_theta grows with the length of the document."""
+    """Dynamic NTK-aware scaling: beyond context_length, rope_theta grows with the length of the document."""
 
     kind: Literal["dynamic"] = "dynamic"
     factor: float
@@ -24,16 +24,16 @@ class DynamicScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's: slow rotations are stretched by `factor`, fast ones kept (arXiv:2407.21783)."""
+    """Llama 3.1's scaling: low frequencies are divided by `factor`, high ones are unchanged (arXiv:2407.21783)."""
 
     kind: Literal["llama3"] = "llama3"
     factor: float
     low_freq_factor: float
-    """rotations that turn fewer times than this over the original context are stretched in full"""
+    """frequencies with fewer rotations than this over the original context are divided by the full factor"""
     high_freq_factor: float
-    """rotations that turn more often than this are left alone; between the two, the stretch fades out"""
+    """frequencies with more rotations than this are unchanged; between the two, the divisor is interpolated"""
     original_context: int
-    """tokens the model was first trained on"""
+    """context length before scaling, in tokens"""
 
     def __post_init__(self) -> None:
         if self.high_freq_factor <= self.low_freq_factor:
@@ -42,37 +42,38 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN: slow rotations are stretched by `factor`, fast ones kept, and scores grow a little (arXiv:2309.00071)."""
+    """YaRN: low frequencies are divided by `factor`, high ones are not, and scores grow (arXiv:2309.00071)."""
 
     kind: Literal["yarn"] = "yarn"
     factor: float | None = None
     """None: context_length / original_context"""
     original_context: int
     beta_fast: float = 32.0
-    """rotations that turn more often than this over the original context are left alone"""
+    """frequencies with more rotations than this over the original context are unchanged"""
     beta_slow: float = 1.0
-    """rotations that turn fewer times than this are stretched in full"""
+    """frequencies with fewer rotations than this are divided by the full factor"""
     truncate: bool = True
-    """whether the two borders are rounded outwards to whole features"""
+    """whether the two bounds are rounded outward to integers"""
     attention_factor: float | None = None
-    """of queries and of keys; None: 0.1 ln(factor) + 1, or what the two mscales say"""
+    """factor of queries and of keys; None: 0.1 ln(factor) + 1, or the value that follows from the two mscales"""
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongRopeScaling:
-    """LongRoPE: each rotation has a divisor of its own, one for short documents and one for long (arXiv:2402.13753)."""
+    """LongRoPE: a divisor for each frequency, one for short documents and one for long ones (arXiv:2402.13753)."""
 
     kind: Literal["longrope"] = "longrope"
     short_factor: tuple[float, ...]
-    """for documents of at most original_context tokens"""
+    """divisors for documents of at most original_context tokens"""
     long_factor: tuple[float, ...]
+    """divisors for longer documents"""
     original_context: int
     factor: float | None = None
     """None: context_length / original_context"""
     attention_factor: float | None = None
-    """of queries and of keys; None: sqrt(1 + ln(factor) / ln(original_context))"""
+    """factor of queries and of keys; None: sqrt(1 + ln(factor) / ln(original_context))"""
 
 
 RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
@@ -80,7 +81,7 @@ RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | Lon
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder of the Llama kind. Sizes are an axis word and what it counts; defaults are Llama's."""
+    """The architecture of a Llama-like decoder. Defaults are those of Llama."""
 
     vocab_size: int
     embed_dim: int
@@ -91,84 +92,86 @@ class ModelConfig:
     """keys and values are shared by num_heads / num_kv_heads query heads (grouped-query attention, arXiv:2305.13245)"""
     head_dim: int
     context_length: int
-    """the longest sequence the model was trained for"""
+    """the longest sequence that the model was trained on, in tokens"""
 
     norm: Literal["rms", "layer"] = "rms"
-    """root mean square (arXiv:1910.07467), or mean and variance with a bias (arXiv:1607.06450)"""
+    """RMSNorm (arXiv:1910.07467), or LayerNorm with a bias (arXiv:1607.06450)"""
     norm_eps: float
     norm_offset: float = 0.0
-    """added to every norm's scale; Gemma's scales are stored as the difference from 1"""
+    """added to the scale of every norm; Gemma stores scales as differences from 1"""
     post_norms: bool = False
-    """norms also after attention and MLP, before their outputs join the residual stream"""
+    """additional norms of the outputs of attention and MLP, before they are added to the residual stream"""
     parallel_block: bool = False
-    """attention and MLP read the same norm, and both add to its input"""
+    """attention and MLP both read the output of one norm, and both outputs are added to the residual stream"""
 
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    """of the MLP; gelu is exact, gelu_tanh its approximation (arXiv:1606.08415)"""
+    """activation of the MLP; gelu is exact, gelu_tanh its tanh approximation (arXiv:1606.08415)"""
     gated_mlp: bool = True
-    """activation(gate) x up (arXiv:2002.05202), or activation(up) alone"""
+    """whether the MLP computes activation(gate) x up (arXiv:2002.05202), or activation(up)"""
 
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
-    """queries and keys are normed head by head before they are rotated"""
+    """queries and keys are normalized per head before they are rotated"""
     query_pre_attn_scalar: int | None = None
-    """scores are divided by its root; None: head_dim"""
+    """attention scores are divided by its square root; None: head_dim"""
     attn_softcap: float | None = None
-    """scores x become cap tanh(x / cap) (arXiv:2408.00118)"""
+    """attention scores x become cap tanh(x / cap) (arXiv:2408.00118)"""
     logits_softcap: float | None = None
+    """logits x become cap tanh(x / cap)"""
     sliding_window: int | None = None
-    """a query sees so many tokens, its own and those just before it (arXiv:2310.06825)"""
+    """number of tokens that a query attends to: its own and those just before it (arXiv:2310.06825)"""
     window_pattern: tuple[bool, ...] = (True,)
-    """which layers have the window, repeated over the layers; the others see everything"""
+    """whether a layer has the sliding window, repeated over the layers; the others attend to all earlier tokens"""
 
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     rotary_fraction: float = 1.0
-    """the first part of a head's features that is rotated"""
+    """fraction of the features of a head that is rotated; the first ones"""
     local_rope_theta: float | None = None
-    """rope_theta of layers with the window, where it is their own; they are not scaled then"""
+    """rope_theta of the layers with a sliding window, to which rope_scaling then does not apply; None: rope_theta"""
 
     embed_scale: float = 1.0
-    """token embeddings are multiplied by it"""
+    """factor of the token embeddings"""
     tie_embeddings: bool = False
-    """the output head is the embedding table"""
+    """whether the output head is the embedding table"""
     init_std: float = 0.02
-    """standard deviation of fresh weights"""
+    """standard deviation of newly initialized weights"""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     family: str | None = field(default=None, compare=False)
-    """the model_type it is saved as (None: the first that can say all of this); nothing computed depends on it"""
+    """model_type with which the model is saved; None: the first that can express it. The results do not depend on it"""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
-                f"of head_dim = {self.head_dim}, {self.rotary_dim} are rotary; rotary embeddings turn pairs of features"
+                f"head_dim = {self.head_dim} has {self.rotary_dim} rotary features; an even number from 2 to "
+                f"{self.head_dim} is needed"
             )
         if self.tie_embeddings and self.head_bias:
-            raise ValueError("head_bias needs a head of its own, and tie_embeddings says there is none")
+            raise ValueError("head_bias cannot be combined with tie_embeddings: the model has no separate head")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window = {self.sliding_window} is below 1")
         if not self.window_pattern or (self.sliding_window is None and self.window_pattern != (True,)):
-            raise ValueError("window_pattern says which layers have the sliding_window, and there is none")
+            raise ValueError("window_pattern is set without a sliding_window")
         if self.local_rope_theta is not None and self.sliding_window is None:
-            raise ValueError("local_rope_theta is for layers with a sliding_window, and there is none")
+            raise ValueError("local_rope_theta is set without a sliding_window")
         if isinstance(scaling := self.rope_scaling, LongRopeScaling):
             for name in ("short_factor", "long_factor"):
                 if len(getattr(scaling, name)) != self.rotary_dim // 2:
                     raise ValueError(
-                        f"rope_scaling.{name} has {len(getattr(scaling, name))} numbers, and {self.rotary_dim // 2} "
+                        f"rope_scaling.{name} has {len(getattr(scaling, name))} values, and {self.rotary_dim // 2} "
                         "pairs of features are rotated"
                     )
 
     @functools.cached_property
     def axis_sizes(self) -> Mapping[str, int]:
-        """Sizes by axis word, for parameter declarations and checkpoint tables."""
+        """The size of each axis word in the declarations of parameters."""
         return {
             "vocab": self.vocab_size,
             "vocab_in": self.vocab_size,
@@ -183,18 +186,18 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many features of a head are rotated."""
+        """The number of features of a head that are rotated."""
         return int(self.head_dim * self.rotary_fraction)
 
     @property
     def windowed(self) -> tuple[bool, ...]:
-        """For each layer, whether it sees the sliding window only."""
+        """For each layer, whether it has the sliding window."""
         pattern = self.window_pattern
         return tuple(self.sliding_window is not None and pattern[i % len(pattern)] for i in range(self.num_layers))
 
     @property
     def max_length(self) -> int:
-        """The longest sequence the model takes: its context, or what its rope scaling stretches that to."""
+        """The longest sequence that the model accepts: its context, as extended by its rope scaling."""
         match self.rope_scaling:
             case LinearScaling(factor=factor) | DynamicScaling(factor=factor):
                 return int(self.context_length * factor)
@@ -205,16 +208,16 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How a run computes a model; it changes speed, memory and rounding, never what the model is."""
+    """Precision, memory and kernels of a computation; they never change the model."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of products and activations; norms, rotary angles, softmax, logits and loss are float32 always; not float16 in
-    training, which would need loss scaling"""
+    """dtype of matrix products and activations; norms, rotary angles, softmax, logits and loss are always float32.
+    Training does not support float16, which would need loss scaling"""
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of stored parameters; float32 in training, since most updates are smaller than the rounding of 16 bits"""
+    """dtype of stored parameters; float32 in training, because 16 bits would round most updates away"""
     remat: Literal["none", "elementwise", "layer"] = "elementwise"
-    """what the backward pass computes again: nothing, all but products and attention (the fastest), or whole layers"""
+    """what the backward pass computes again: nothing, all but products and attention (the fastest), or entire layers"""
     attention: Literal["auto", "dense", "blockwise", "cudnn", "splash"] = "auto"
-    """the kernel; auto takes what the device offers"""
+    """attention kernel; auto chooses the fastest that the device supports"""
     replicate: tuple[str, ...] = ()
-    """axis words that every device keeps whole, say kv_heads where they are fewer than the mesh's tensor axis"""
+    """axis words that are not sharded, for example kv_heads if there are fewer than devices along the tensor axis"""

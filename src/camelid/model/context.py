@@ -36,9 +36,13 @@ class Context:
 
     def layer(self, index: int | Int[Array, ""]) -> "Context":
         """The context of one layer, which has a dropout key of its own."""
-        if self.dropout_key is None:
+        if self.dropout_key is None or not self._drops:
             return self
         return replace(self, dropout_key=jax.random.fold_in(self.dropout_key, index))
+
+    @property
+    def _drops(self) -> bool:
+        return any((self.embedding_dropout, self.attention_dropout, self.residual_dropout))
 
     def row_keys(self, purpose: str) -> Key[Array, " B"]:
         """A key for each row of the batch, which differs between purposes such as "attention"."""

@@ -336,7 +336,8 @@ def run_layers(
 
     if not isinstance(layers, Layer):
         for index, layer in enumerate(layers, first):
-            x, cache = one_layer(x, cache, jnp.int32(index), config.windowed[index], layer)
+            unrolled = partial(one_layer, index=jnp.int32(index), local=config.windowed[index])
+            x, cache = rematerialized(unrolled, compute, prevent_cse=True)(x, cache, layer=layer)
             if observer is not None:
                 observer(index, x)
         return x, cache
@@ -353,17 +354,20 @@ def run_layers(
 
     # The cache is part of the carry, which XLA updates in place; as an output of the scan it would be copied.
     items = (jnp.arange(first, first + count), jnp.array(windowed), layers)
-    (x, cache), _ = lax.scan(rematerialized(scanned, compute), (x, cache), items)
+    (x, cache), _ = lax.scan(rematerialized(scanned, compute, prevent_cse=False), (x, cache), items)
     return x, cache
 
 
-def rematerialized(one_layer: Callable, compute: Compute) -> Callable:
-    """`one_layer`, which saves for the backward pass what `compute.remat` specifies."""
+def rematerialized(one_layer: Callable, compute: Compute, prevent_cse: bool) -> Callable:
+    """`one_layer`, which saves for the backward pass what `compute.remat` specifies.
+
+    `prevent_cse` keeps the compiler from merging what is computed again with the forward pass; a scan does not need it.
+    """
     if compute.remat == "none":
         return one_layer
     policies = jax.checkpoint_policies
     policy = policies.nothing_saveable if compute.remat == "layer" else policies.save_only_these_names(KEPT)
-    return jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
+    return jax.checkpoint(one_layer, policy=policy, prevent_cse=prevent_cse)
 
 
 def decode_params(params: Decoder) -> Decoder:
@@ -388,6 +392,13 @@ def decode_params(params: Decoder) -> Decoder:
 def declare_decoder(config: ModelConfig) -> Decoder:
     """The decoder's parameters as Specs."""
     return declare(Decoder, config)
+
+
+def untied(params: Decoder, config: ModelConfig) -> tuple[Decoder, ModelConfig]:
+    """The same model with a head of its own, if an adapter makes the head of a tied model differ from the table."""
+    if not config.tie_embeddings or (params.lm_head is None and not isinstance(params.embed, Adapted)):
+        return params, config
+    return dataclasses.replace(params, lm_head=params.head), dataclasses.replace(config, tie_embeddings=False)
 
 
 def specs_of(params: Decoder, config: ModelConfig) -> Decoder:

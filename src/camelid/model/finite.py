@@ -34,10 +34,11 @@ def not_finite(params: Decoder, compute: Compute, what: str) -> UserError:
 
 def _first_not_finite(params: Decoder) -> str | None:
     """The path, and the layer if it is stacked, of the first parameter that has a NaN or infinite element."""
-    for path, leaf in named(params).items():
-        layers = np.atleast_1d(to_host(_finite(leaf, path.startswith("layers."))))
-        if not layers.all():
-            return f"{path} of layer {layers.argmin()}" if len(layers) > 1 else path
+    for path, weight in named(params).items():
+        for leaf in jax.tree.leaves(weight):
+            layers = np.atleast_1d(to_host(_finite(leaf, path.startswith("layers."))))
+            if not layers.all():
+                return f"{path} of layer {layers.argmin()}" if len(layers) > 1 else path
     return None
 
 

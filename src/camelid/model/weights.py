@@ -1,8 +1,8 @@
 """Weights: what a matrix parameter may hold, and the two operations that use it.
 
 `einsum` multiplies activations by a weight, and `lookup` reads rows of an embedding table. Nothing else in the model
-uses a matrix, so a new kind of weight is a class with the members `shape`, `dense`, `product` and `rows`, added to
-`Weight`. That is also how a backend supplies a kernel of its own: `decoder.decode_params` converts the weights.
+uses a matrix, so a new type of weight is a class with the members of `Quantized`, added to `Weight`. That is also how a
+backend supplies a kernel of its own: `decoder.decode_params` converts weights to the type that uses it.
 
 A weight is stored outputs first, (outputs..., inputs...), as in most checkpoint files. Weights of repeated layers are
 stacked along an additional first axis, which `lax.scan` removes before a product is computed.
@@ -45,6 +45,11 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         """The shape of the matrix."""
         return self.codes.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype in which the matrix is saved as an array."""
+        return self.scale.dtype
 
     def dense(self) -> Float32[Array, "..."]:
         """The matrix in float32."""
@@ -89,6 +94,11 @@ class Adapted:
     def shape(self) -> tuple[int, ...]:
         """The shape of the matrix."""
         return self._base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype in which the matrix is saved as an array: that of the base."""
+        return self._base.dtype
 
     def dense(self) -> Float32[Array, "..."]:
         """The matrix in float32, adapter included. Raises ValueError if there are several adapters."""
