@@ -187,7 +187,7 @@ def test_ids_of_other_libraries_are_the_same_ids(model: camelid.Model, as_users_
 
 
 def test_a_jit_around_logits_is_refused(model: camelid.Model):
-    with pytest.raises(camelid.UserError, match=r"make it outside jax\.jit"):
+    with pytest.raises(camelid.UserError, match=r"Call this function outside jax\.jit"):
         jax.jit(model.logits)(tiny_tokens(CONFIG, 2, 7))
 
 
@@ -195,8 +195,8 @@ def test_a_jit_around_logits_is_refused(model: camelid.Model):
     ("ids", "message"),
     [
         ([1, -1], "the text has token -1"),
-        ([1.0, 2.0], "the text holds 1.0"),
-        ([[1, 2]], "the text holds [1, 2]"),
+        ([1.0, 2.0], "the text contains 1.0"),
+        ([[1, 2]], "the text contains [1, 2]"),
         (np.ones(5, bool), "the text is an array of bool"),
         ([], "the text has no token"),
     ],

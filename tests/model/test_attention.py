@@ -189,6 +189,15 @@ def in_any_order(kernel: str, order: np.ndarray, config: ModelConfig, arrays, se
     return [np.asarray(x) for x in (out[:, :, :, back], dq[:, :, :, back], dk[:, :, back], dv[:, :, back])]
 
 
+def by_definition(q, k, v, visible: np.ndarray, cap: float | None) -> np.ndarray:
+    """Outputs (B K G S D) in float64, 0 for queries that see no key."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q = q.reshape(BATCH, q.shape[1], KV_HEADS, -1, HEAD_DIM).transpose(0, 2, 3, 1, 4)
+    scores = q @ k[:, :, None].swapaxes(3, 4) / math.sqrt(7)
+    weights = np.exp(scores if cap is None else cap * np.tanh(scores / cap)) * visible[:, None, None]
+    return weights @ v[:, :, None] / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+
+
 # Chunks of 8 tokens in the order of context parallelism, where each device has an early and a late one; other orders.
 ORDERS = {
     "chunks": np.concatenate([np.arange(32).reshape(4, 8)[i] for i in (0, 3, 1, 2)]),
@@ -216,6 +225,8 @@ def test_the_order_of_keys_makes_no_difference(order: np.ndarray, packed: bool, 
         seen = np.broadcast_to(visible, (BATCH, length, length)).any(-1)
         arrays = (q, k, v, jnp.where(seen[..., None, None], g, 0))
         expected = in_any_order("dense", at, config, arrays, segments, keys)
+        plain = by_definition(q, k, v, np.broadcast_to(visible, (BATCH, length, length)), config.attn_softcap)
+        np.testing.assert_allclose(np.where(seen[:, None, None, :, None], expected[0], 0), plain, **CLOSE)
         for kernel in ("dense", "blockwise"):
             out, *gradients = in_any_order(kernel, order, config, arrays, segments, keys)
             np.testing.assert_allclose(
