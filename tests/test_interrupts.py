@@ -388,7 +388,7 @@ def test_the_first_ctrl_c_saves_and_says_so(recipe: Path, tmp_path: Path, user_e
     step = losses(folder)[-1]["step"]
     lines = run.err.splitlines()
     assert sum(map(stopping, lines)) == 1, run.err
-    assert lines[-1] == f"stopped after step {step} of 1000000; the same command goes on from there"
+    assert lines[-1] == f"stopped after step {step} of 1000000; the same command resumes the run"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(step)]
 
 

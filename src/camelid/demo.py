@@ -59,7 +59,7 @@ def main(folder: Path, model: str | None, steps: int, ignore: tuple[str, ...] = 
     recipe = finetuning(folder, model, ignore, data, steps) if model else from_scratch(folder, train, data, steps)
     outcome = run(recipe)
     if not outcome.finished:
-        _say(f"stopped after step {outcome.steps} of {steps}; the same command goes on from there")
+        _say(f"stopped after step {outcome.steps} of {steps}; the same command resumes the run")
         return False
     losses = [row for row in read_metrics(outcome.folder / "metrics.jsonl") if "validation_loss" in row]
     _summarize(outcome, losses[0]["validation_loss"], losses[-1]["validation_loss"], began)

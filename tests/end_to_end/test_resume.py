@@ -107,7 +107,8 @@ def test_a_run_asked_to_stop_saves_ends_well_and_goes_on_to_the_same_bits_and_ro
     code, reached = interrupt(recipe, user_env, 14, signal.SIGTERM)
     assert code == STOPPED
     assert (
-        f"stopped after step {reached} of {STEPS}; the same command goes on" in recipe.with_name("14.log").read_text()
+        f"stopped after step {reached} of {STEPS}; the same command resumes the run"
+        in recipe.with_name("14.log").read_text()
     )
     done = command("train", recipe, env=user_env)
     assert done.returncode == 0, done.stderr

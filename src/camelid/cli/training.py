@@ -1,4 +1,4 @@
-"""Commands that train."""
+"""Commands for training."""
 
 import sys
 from pathlib import Path
@@ -22,22 +22,22 @@ def train(
     detect: bool = False,
     overrides: Suppress[tuple[str, ...]] = (),
 ) -> None:
-    """Train as a recipe says; the same command goes on where a stopped run was.
+    """Train from a recipe; rerun the command to resume.
 
     camelid train recipes/finetune.toml
     camelid train recipes/finetune.toml --train.steps 500 --optimizer.learning-rate 1e-4 --run runs/second
     camelid train recipes/finetune.toml --print-recipe
 
-    Any field of the recipe may follow as --table.field VALUE. At Ctrl-C or SIGTERM training finishes its step, saves a
-    checkpoint and exits with status 75; a second Ctrl-C ends it at once.
+    Any field of the recipe can be set with --table.field VALUE. On Ctrl-C or SIGTERM, training finishes the current
+    step, saves a checkpoint and exits with status 75; a second Ctrl-C ends it at once.
 
     Args:
-        print_recipe: print the recipe with every field resolved, and end
-        from_step: go on from this older checkpoint; those of later steps are moved aside, not deleted
-        coordinator: host:port of process 0, where several processes train together
-        processes: how many they are
-        process_id: which of them this is, from 0
-        detect: join the processes that SLURM, MPI or a TPU pod tells of
+        print_recipe: print the recipe with the values of all fields, and exit
+        from_step: resume from this older checkpoint; checkpoints of later steps are moved aside, not deleted
+        coordinator: host:port of process 0, if several processes train together
+        processes: number of processes
+        process_id: number of this process, from 0
+        detect: find the other processes from the environment of SLURM, MPI or a TPU pod
     """
     from camelid.runs.recipe import completed, read_recipe, write_recipe
 
@@ -45,7 +45,7 @@ def train(
     if print_recipe:
         kept = None
         if (folder := Path(resolved.run)).is_dir():
-            from camelid.runs.run_folder import kept_recipe  # imports JAX, for which a new run need not wait
+            from camelid.runs.run_folder import kept_recipe  # imports JAX, which is not needed for a new run
 
             kept = kept_recipe(folder)
         print(write_recipe(completed(resolved, kept)), end="")
@@ -62,7 +62,7 @@ def train(
         note(
             f"model {outcome.folder / 'model'}   losses {outcome.folder / 'loss.png'}"
             if outcome.finished
-            else f"stopped after step {outcome.steps} of {resolved.train.steps}; the same command goes on from there"
+            else f"stopped after step {outcome.steps} of {resolved.train.steps}; the same command resumes the run"
         )
     if not outcome.finished:
         sys.exit(STOPPED)
@@ -74,15 +74,15 @@ def demo(
     steps: int = 200,
     ignore_config_field: Ignore = (),
 ) -> None:
-    """Train a tokenizer and a small Llama from scratch, measure it, write with it, save it: offline, in minutes.
+    """Train a tokenizer and a small Llama from scratch, evaluate it, generate text and save it, offline in minutes.
 
     camelid demo
     camelid demo --model ./TinyLlama
 
     Args:
         model: finetune this checkpoint instead of training from scratch
-        folder: where everything goes
-        steps: of training
+        folder: folder for all files
+        steps: number of training steps
     """
     keep_compiled()
     from camelid.demo import main
