@@ -23,6 +23,7 @@ from camelid.model.config import (
     YarnScaling,
 )
 from camelid.model.presets import PRESETS, preset
+from camelid.runs.components import _train_step
 from camelid.runs.recipe import Recipe, completed, read_recipe, structure, write_recipe
 from camelid.runs.run_folder import check_folder, kept_recipe
 from runs import called
@@ -398,7 +399,7 @@ def test_an_override_is_laid_over_the_file(file: Path, words: list[str], path: s
         (["--train.steps", "many"], r"train\.steps: 'many' is not of type int"),
         (["--train", "3"], r"train = 3 is not a table"),
         (["--data.shuffle", "2024"], r"data\.shuffle: 2024 is not of type bool"),
-        (["--train.trackers", "7"], r"trackers: '7' is none of 'tensorboard', 'wandb'"),
+        (["--train.trackers", "7"], r"trackers: '7' is not one of 'tensorboard', 'wandb'"),
         (["--model.preset", "7"], r"preset.*'7'|'7'.*preset"),
     ],
 )
@@ -431,20 +432,23 @@ def test_an_override_that_fits_nowhere_is_refused(file: Path, words: list[str], 
         ({"data": DATA | {"train": ["a", 5]}}, r"data\.train\[1\] = 5 is not a table"),
         (
             {"data": DATA | {"train": {"files": "a", "kind": "Text"}}},
-            r"^data\.train\.kind: 'Text' is none of 'text', 'fields', 'instruct',[^\[]*'tokens'\n",
+            r"^data\.train\.kind: 'Text' is not one of 'text', 'fields', 'instruct',[^\[]*'tokens'\n",
         ),
         ({"data": DATA | {"stages": [{"first_step": 5, "weights": [1]}]}}, r"1 weights for 2 sources"),
         ({"data": DATA | {"stages": [{"first": 5, "weights": [1, 1]}]}}, r"no field 'data\.stages\[0\]\.first'"),
         ({"optimizer": {"learning_rate": "1e-4"}}, r"optimizer\.learning_rate: '1e-4' is not of type float"),
         ({"optimizer": {"learning_rate": -1.0}}, r"optimizer\.learning_rate = -1\.0\nChoose a number above 0"),
         ({"run": 5}, r"run: 5 is not of type str"),
-        ({"compute": {"dtype": "int8"}}, r"^compute\.dtype: 'int8' is none of 'float32', [^\[]*\n"),
-        ({"compute": {"dtype": ["float32"]}}, r"^compute\.dtype: \['float32'\] is none of 'float32', "),
+        ({"compute": {"dtype": "int8"}}, r"^compute\.dtype: 'int8' is not one of 'float32', [^\[]*\n"),
+        ({"compute": {"dtype": ["float32"]}}, r"^compute\.dtype: \['float32'\] is not one of 'float32', "),
         ({"compute": {"attention": "flash"}}, r"compute\.attention: .*flash"),
         ({"compute": {"replicate": [1]}}, r"compute\.replicate.*1 is not of type str"),
         ({"compute": {"replicate": {"a": 1}}}, r"compute\.replicate.*is not a list"),
         ({"train": {"steps": 0}}, r"train\.steps = 0\n.*1 or more"),
         ({"train": {"steps": 5, "evaluate_every": 0}}, r"train\.evaluate_every = 0"),
+        ({"train": {"steps": 5, "residual_dropout": 1.0}}, r"train\.residual_dropout = 1\.0\nIt is a probability"),
+        ({"train": {"steps": 5, "attention_dropout": -0.1}}, r"train\.attention_dropout = -0\.1\nIt is a probability"),
+        ({"train": {"steps": 5, "embedding_dropout": math.nan}}, r"train\.embedding_dropout = nan\nIt is a prob"),
         ({"train": {"steps": 5, "checkpoint_every": -1}}, r"train\.checkpoint_every = -1"),
         ({"init": None}, r"neither init nor model"),
         ({"init": None, "model": MODEL}, r"has a model and no tokenizer"),
@@ -457,6 +461,15 @@ def test_a_recipe_that_is_not_understood_is_refused_with_the_field_and_a_way_out
     with pytest.raises(UserError, match=message) as refusal:
         structure(table(**change))
     assert refusal.value.advice
+
+
+def test_dropout_rates_reach_the_objective():
+    rates = {"embedding_dropout": 0.1, "attention_dropout": 0.2, "residual_dropout": 0.3}
+    recipe = structure(table(init=None, tokenizer="tok", model=MODEL, train={"steps": 5, "seed": 3, **rates}))
+    assert recipe.model is not None
+    step = _train_step(recipe, recipe.model)
+    assert {name: getattr(step.objective, name) for name in rates} == rates
+    assert step.seed == 3
 
 
 def test_a_boolean_is_a_boolean():

@@ -174,7 +174,7 @@ def test_text_that_came_is_refused_by_name(tmp_path: Path):
     table["data"]["train"] = [str(tmp_path / "*.jsonl")]
     assert train(tmp_path, table, 2).returncode == 0
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
-    assert_refused(train(tmp_path, table, 4), f"{tmp_path / 'b.jsonl'} changed since {tmp_path / 'run'} began")
+    assert_refused(train(tmp_path, table, 4), f"{tmp_path / 'b.jsonl'} changed since {tmp_path / 'run'} was started")
 
 
 def test_a_store_that_is_another_now_is_not_taken(tmp_path: Path):

@@ -139,7 +139,7 @@ def test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it(tmp_path:
     assert train(tmp_path, train__steps=1).returncode == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = contents(tmp_path / "run")
-    assert_refused(train(tmp_path, train__steps=1), "holds the model of a run whose checkpoints are gone")
+    assert_refused(train(tmp_path, train__steps=1), "has the model of a run without checkpoints")
     assert contents(tmp_path / "run") == before
     shutil.rmtree(tmp_path / "run" / "model")
     mended = train(tmp_path, train__steps=1, data__seed=1)
@@ -200,7 +200,7 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused(tmp_path: Path, mo
 def test_a_folder_of_something_else_is_refused_and_stays(tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert_refused(train(tmp_path), "holds something else than a run")
+    assert_refused(train(tmp_path), "has files and is not the folder of a run")
     assert contents(tmp_path / "run") == {"notes.txt": b"mine"}
 
 
@@ -218,7 +218,7 @@ def test_text_that_changed_since_the_run_began_is_refused_by_name(tmp_path: Path
     before, kept = contents(tmp_path / "run"), text.read_bytes()
     more = write_recipe_file(lay_over(table, {"train__steps": 4}), tmp_path / "recipe.toml")
     text.write_bytes(kept + b'{"text": "more"}\n')
-    assert_refused(called("train", more), f"{text} changed since {tmp_path / 'run'} began")
+    assert_refused(called("train", more), f"{text} changed since {tmp_path / 'run'} was started")
     assert contents(tmp_path / "run") == before
     text.write_bytes(kept)
     assert called("train", more).returncode == 0
@@ -230,7 +230,7 @@ def test_a_run_that_another_process_trains_is_refused(finished: Path):
     before = contents(finished / "run")
     with (finished / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert_refused(train(finished), "another process trains in")
+        assert_refused(train(finished), "another process is training in")
     assert contents(finished / "run") == before
 
 

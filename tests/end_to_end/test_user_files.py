@@ -135,8 +135,8 @@ def test_what_the_user_put_in_the_place_of_the_model_is_found_before_training(tm
     ("words", "about"),
     [
         (["--train.steps", 1], "the run has already made 2 steps"),
-        (["--optimizer.learning_rate", 1], "holds a run with another recipe"),
-        (["--train.steps", 3, "--data.train", "other.jsonl"], "holds a run with another recipe"),
+        (["--optimizer.learning_rate", 1], "has a run with another recipe"),
+        (["--train.steps", 3, "--data.train", "other.jsonl"], "has a run with another recipe"),
         (["--train.steps", 3, "--mesh.data", 2, "--data.batch_size", 7], "7"),
         (["--train.steps", 3, "--train.trackers", '["wandb"]'], "asks for wandb"),
     ],

@@ -537,7 +537,7 @@ FAULTS = (
     Fault(
         "a preset is laid over the table, not under it",
         "runs/recipe.py",
-        "under | {key: _over(value, under.get(key)) for key, value in own.items()}",
+        "under | {key: _with_defaults(value, under.get(key)) for key, value in own.items()}",
         "own | under",
         "test_recipe.py::test_what_the_table_says_is_laid_over_the_preset",
     ),

@@ -1,4 +1,4 @@
-"""Commands that train."""
+"""Commands for training."""
 
 import sys
 from pathlib import Path
@@ -45,7 +45,7 @@ def train(
     if print_recipe:
         kept = None
         if (folder := Path(resolved.run)).is_dir():
-            from camelid.runs.run_folder import kept_recipe  # imports JAX, for which a new run need not wait
+            from camelid.runs.run_folder import kept_recipe  # imports JAX, which is not needed for a new run
 
             kept = kept_recipe(folder)
         print(write_recipe(completed(resolved, kept)), end="")

@@ -1,4 +1,4 @@
-"""A recipe: which run it is. Strict TOML, with dotted overrides."""
+"""Recipes: the description of a training run, as strict TOML with dotted overrides."""
 
 import builtins
 import dataclasses
@@ -22,27 +22,27 @@ from camelid.runs.suggestions import suggest
 from camelid.train.config import TrainConfig
 from camelid.train.optimizer import OptimizerConfig
 
-PRESET = "preset"  # in [model]: the others are laid over its fields
+PRESET = "preset"  # in [model]: the name of a model whose fields are the defaults of the others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole training run: `init` goes on from a checkpoint, `model` and `tokenizer` begin from scratch.
+    """A training run, which starts from the checkpoint `init`, or from scratch with `model` and `tokenizer`.
 
-    With both, `model` is what the checkpoint's files hold, where they do not say it or are to be taken otherwise.
+    With both `init` and `model`, `model` describes the checkpoint, in place of what its files specify.
     """
 
     run: str
-    """the folder of the run: recipe, metrics, checkpoints, and the model in the end"""
+    """folder of the run, for recipe, metrics, checkpoints and the final model"""
     init: str | None = None
-    """a checkpoint of any format, or its name on the Hub: model, tokenizer and parameters"""
+    """checkpoint to start from, in any format, or its name on the Hugging Face Hub: model, tokenizer and parameters"""
     init_ignore: tuple[str, ...] = ()
-    """fields of its config.json that are as if they were absent, such as "rope_scaling.alpha\""""
+    """fields of its config.json to ignore, such as "rope_scaling.alpha\""""
     init_optimizer: bool = False
-    """also take its step and AdamW's moments, as EasyLM's train states and runs' folders have them"""
+    """also continue from its step and AdamW moments, which train states of EasyLM and folders of runs have"""
     model: ModelConfig | None = None
     tokenizer: str | None = None
-    """a folder with tokenizer.json or tokenizer.model; with `init`, its own is the default"""
+    """folder with tokenizer.json or tokenizer.model; default: the tokenizer of `init`"""
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -52,47 +52,48 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("run", "init", "tokenizer"):
             if (path := getattr(self, name)) is not None:
-                named_path(path)  # which refuses an empty one
+                named_path(path)  # raises UserError for an empty path
                 object.__setattr__(self, name, expand_home(path))
         if self.init is None and self.model is None:
             raise UserError(
                 "the recipe has neither init nor model",
-                "Give init = a checkpoint to finetune it, or a [model] table to train from scratch.",
+                "Set init to a checkpoint to finetune it, or add a [model] table to train from scratch.",
             )
         if self.init is None and self.init_optimizer:
             raise UserError(
-                "the recipe has init_optimizer and no init", "Give init = a train state of EasyLM or a run's folder."
+                "the recipe has init_optimizer and no init",
+                "Set init to a train state of EasyLM or to the folder of a run.",
             )
         if self.init is None and self.tokenizer is None:
-            raise UserError("the recipe has a model and no tokenizer", "Give tokenizer = a folder with tokenizer.json.")
+            raise UserError("the recipe has a model and no tokenizer", "Set tokenizer to a folder with tokenizer.json.")
         if self.compute.param_dtype != "float32":
             raise UserError(
                 f"compute.param_dtype = {self.compute.param_dtype!r} loses updates in training: most are smaller than "
-                "the rounding of a 16-bit parameter",
-                "Leave it out, so that parameters are float32. compute.dtype = 'bfloat16' makes products of 16 bits.",
+                "the rounding error of a 16-bit parameter",
+                "Leave it out, so that parameters are float32. compute.dtype = 'bfloat16' multiplies in 16 bits.",
             )
         if self.compute.dtype == "float16":
             raise UserError(
                 "compute.dtype = 'float16' needs loss scaling in training, which camelid does not have: small "
-                "gradients become zero",
+                "gradients would become zero",
                 "Use 'bfloat16', which has the range of float32.",
             )
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a TOML file, with `--a.b value` pairs laid over it; raises UserError for what is not understood."""
+    """The recipe in a TOML file, in which `--a.b value` pairs replace fields; raises UserError for anything unknown."""
     try:
         table = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not TOML: {error}", "docs/recipes.md shows one.") from error
+        raise UserError(f"{path} is not TOML: {error}", "docs/recipes.md has an example.") from error
     for key, text in _pairs(overrides):
-        _lay_over(table, key, _value(text, _type_of(key)))
+        _set(table, key, _value(text, _type_of(key)))
     return structure(table)
 
 
 def structure(table: Mapping[str, Any]) -> Recipe:
-    """A recipe from a table; raises UserError that names the first field at fault."""
-    table = _preset_laid_under(table)
+    """The recipe of a table; raises UserError that names the first invalid field."""
+    table = _with_preset(table)
     _refuse_unknown(table, Recipe, "")
     try:
         return _converter().structure(table, Recipe)
@@ -101,20 +102,21 @@ def structure(table: Mapping[str, Any]) -> Recipe:
 
 
 def write_recipe(recipe: Recipe) -> str:
-    """The recipe as TOML, every field resolved; absent ones are left out."""
+    """The recipe as TOML, with the value of every field; those that are None are left out."""
     import tomli_w
 
     return tomli_w.dumps(_without_none(dataclasses.asdict(recipe)))
 
 
 def completed(recipe: Recipe, kept: Recipe | None) -> Recipe:
-    """The recipe of a run that goes on by the recipe `kept`, or begins where that is None, with what it leaves out.
+    """The recipe with the fields that depend on how the run was started.
 
-    These are taken from `kept`, because their defaults may be others now:
+    `kept` is the recipe in the folder of a run that is resumed, and None for a new run. These fields are taken from it
+    if they are not set, because their defaults may have changed:
 
-    - `optimizer.decay_steps`, so that a run which is asked for more steps keeps its learning rates. It stays None where
-      it is `train.steps`.
-    - `data.packing`, whose default was `stream` for all kinds of sources when some runs began.
+    - `optimizer.decay_steps`, so that a run that is resumed with more steps keeps its learning rates. It stays None if
+      it is equal to `train.steps`.
+    - `data.packing`, whose default was `stream` for all kinds of sources when some runs were started.
     """
     steps, data = recipe.optimizer.decay_steps, recipe.data
     if steps is None and kept is not None:
@@ -127,7 +129,7 @@ def completed(recipe: Recipe, kept: Recipe | None) -> Recipe:
 
 
 def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
-    """`--a.b value` or `--a.b=value`."""
+    """Keys and values of words such as `--a.b value` or `--a.b=value`."""
     pairs, rest = [], list(words)
     while rest:
         word = rest.pop(0)
@@ -143,20 +145,20 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _value(text: str, hint: Any) -> Any:
-    """The value of an override: TOML of a type that the field takes, and the plain text otherwise.
+    """The value of an override: parsed as TOML if that gives a type that the field accepts, and the text otherwise.
 
-    A text field so gets `2024`, `true` and `nan` as they are written; quotes around a text are still TOML's.
+    So a string field gets `2024`, `true` and `nan` as they are written; quotes around a string are removed.
     """
     try:
         table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
-    value = table["value"] if len(table) == 1 else text  # the text has lines of its own
+    value = table["value"] if len(table) == 1 else text  # the text has several lines
     return text if _takes(hint, text) and not _takes(hint, value) else value
 
 
 def _takes(hint: Any, value: Any) -> bool:
-    """Whether a value of this Python type may stand for a field of type `hint`."""
+    """Whether a field of type `hint` accepts a value of this Python type."""
     match typing.get_origin(hint):
         case typing.Literal:
             return isinstance(value, str)
@@ -171,7 +173,7 @@ def _takes(hint: Any, value: Any) -> bool:
 
 
 def _type_of(key: str) -> Any:
-    """The type of the field that a dotted key names; `object`, which takes anything, for keys that no table has."""
+    """The type of the field that a dotted key names; `object`, which accepts anything, for unknown keys."""
     hint: Any = Recipe
     for name in key.split("."):
         arms = [arm for arm in _arms(hint) if dataclasses.is_dataclass(arm)]
@@ -181,7 +183,7 @@ def _type_of(key: str) -> Any:
 
 
 def _arms(hint: Any) -> Iterator[Any]:
-    """The plain types that a union or a list is made of."""
+    """The types that a union or a list consists of."""
     if typing.get_origin(hint) in (types.UnionType, tuple):
         for arm in typing.get_args(hint):
             yield from _arms(arm)
@@ -189,7 +191,7 @@ def _arms(hint: Any) -> Iterator[Any]:
         yield hint
 
 
-def _lay_over(table: dict, key: str, value: Any) -> None:
+def _set(table: dict, key: str, value: Any) -> None:
     *parents, name = key.split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
@@ -198,8 +200,8 @@ def _lay_over(table: dict, key: str, value: Any) -> None:
     table[name] = value
 
 
-def _preset_laid_under(table: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`table` with the fields of model.preset in its place, under those that the model has of its own."""
+def _with_preset(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`table` with the fields of model.preset as defaults of those of the model."""
     model = table.get("model")
     if not isinstance(model, Mapping) or PRESET not in model:
         return table
@@ -207,11 +209,11 @@ def _preset_laid_under(table: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(name := model[PRESET], str):
         raise UserError(f"model.preset = {name!r} is not a name", "`camelid inspect --presets` lists them.")
     under = _without_none(dataclasses.asdict(preset(name)))
-    return {**table, "model": under | {key: _over(value, under.get(key)) for key, value in own.items()}}
+    return {**table, "model": under | {key: _with_defaults(value, under.get(key)) for key, value in own.items()}}
 
 
-def _over(value: Any, below: Any) -> Any:
-    """A table laid over the one below it, where the two are of one kind; anything else takes its place."""
+def _with_defaults(value: Any, below: Any) -> Any:
+    """`value`, with the entries of `below` as defaults if both are tables of the same kind."""
     kind = below.get("kind") if isinstance(below, Mapping) else None
     if isinstance(value, Mapping) and isinstance(below, Mapping) and value.get("kind", kind) == kind:
         return {**below, **value}
@@ -230,7 +232,7 @@ def _refuse_unknown(table: Mapping[str, Any], cls: type, prefix: str) -> None:
 
 
 def _items(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
-    """A field's value, or the items of a list, with their names and types; sources that are plain strings left out."""
+    """The value of a field, or the items of a list, with names and types; sources that are strings are left out."""
     if typing.get_origin(hint) is not tuple:
         yield name, value, hint
         return
@@ -241,7 +243,7 @@ def _items(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _table_class(hint: Any, value: Any, name: str) -> type | None:
-    """The dataclass that `value` is to become, of several the one of its kind; None where `hint` has none."""
+    """The dataclass for `value`, of several the one with its `kind`; None if `hint` has no dataclass."""
     classes: list[Any] = [arm for arm in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(arm)]
     if not classes:
         return None
@@ -258,7 +260,7 @@ def _table_class(hint: Any, value: Any, name: str) -> type | None:
 
 
 def _converter() -> cattrs.Converter:
-    """Structures without the silent conversions: 3.7 is no int, and "false" is not true."""
+    """A converter without implicit conversions: 3.7 is not an int, and "false" is not true."""
     converter = cattrs.Converter(forbid_extra_keys=True)
 
     def exactly(*kinds: type):
@@ -271,7 +273,7 @@ def _converter() -> cattrs.Converter:
 
     def choice(value: Any, kind: Any) -> Any:
         if value not in (choices := typing.get_args(kind)):
-            raise ValueError(f"{value!r} is none of {', '.join(map(repr, choices))}")
+            raise ValueError(f"{value!r} is not one of {', '.join(map(repr, choices))}")
         return value
 
     converter.register_structure_hook_func(lambda kind: typing.get_origin(kind) is typing.Literal, choice)
@@ -303,7 +305,7 @@ def _converter() -> cattrs.Converter:
 
 
 def _explain(error: BaseException) -> UserError:
-    """The innermost fault, with the path to it."""
+    """The innermost error, with the path of its field."""
     path = []
     while isinstance(error, cattrs.BaseValidationError):
         error = error.exceptions[0]

@@ -1,4 +1,4 @@
-"""The folder of a run: one process trains in it at a time, and only by the recipe that began it."""
+"""The folder of a run: one process at a time trains in it, with the recipe and the text that the run started with."""
 
 import contextlib
 import json
@@ -19,37 +19,38 @@ FREE = {
     f"train.{name}"
     for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
 } | {"run", "data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
-"""The fields that may change when a run goes on, beside the mesh. A folder may have been moved since."""
-
-
+"""Recipe fields that may change when a run is resumed, apart from the mesh; `run`, because a folder may be moved."""
 STEPS = "checkpoints"
-"""The folder of the checkpoints."""
+"""name of the folder of the checkpoints"""
 MODEL = "model"
-"""the folder of the finished model"""
+"""name of the folder of the finished model"""
 DATA = "data.json"
-"""The file that describes what the batches were made of."""
+"""name of the file that describes the stores from which batches are read"""
 FILES = "files"
-"""Its entry, beside those of the splits, of the files of text."""
+"""its entry for the files of text; the other entries are splits"""
 
 
-def has_begun(folder: Path) -> bool:
-    """Whether a run has checkpoints to go on from."""
+def has_started(folder: Path) -> bool:
+    """Whether a run has checkpoints to resume from."""
     return bool(steps_in(folder / STEPS))
 
 
 def kept_recipe(folder: Path) -> Recipe | None:
-    """The recipe of a run that has checkpoints; None for a run that has none yet. Every process calls this."""
+    """The recipe of a run that has checkpoints, and None for any other; every process calls this."""
     text = decided(lambda: _kept_text(folder))
     return None if text is None else structure(tomllib.loads(text))
 
 
 def _kept_text(folder: Path) -> str | None:
     kept = folder / "recipe.toml"
-    return kept.read_text("utf-8") if kept.is_file() and has_begun(folder) else None
+    return kept.read_text("utf-8") if kept.is_file() and has_started(folder) else None
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Refuses a folder of something else, and a run that has begun with another recipe, which must be `completed`."""
+    """Raises UserError if the folder is not that of a run, or of a run that was started with another recipe.
+
+    `recipe` is one that `completed` returned.
+    """
     kept = folder / "recipe.toml"
     if not _is_utf8(str(folder)):
         raise UserError(f"{str(folder)!a} is not UTF-8, as the names in recipe.toml are", "Choose another --run.")
@@ -57,21 +58,21 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         raise UserError(f"{folder} is a file", "Choose another folder with --run.")
     if not kept.is_file():
         if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
-            raise UserError(f"{folder} holds something else than a run", "Choose another folder with --run.")
+            raise UserError(f"{folder} has files and is not the folder of a run", "Choose another folder with --run.")
         return
     if (text := _kept_text(folder)) is None:
         if (folder / MODEL).exists():
             raise UserError(
-                f"{folder} holds the model of a run whose checkpoints are gone: training would begin again at step 0, "
-                "and replace it",
+                f"{folder} has the model of a run without checkpoints: training would start again at step 0 and "
+                "replace it",
                 "Choose another --run, or move the model away if it is not needed.",
             )
         return
     before = structure(tomllib.loads(text))
     if changed := _changed(write_recipe(completed(before, None)), write_recipe(recipe)):
         raise UserError(
-            f"{folder} holds a run with another recipe: {changed}",
-            "Choose another --run, or start with the recipe that the folder keeps.",
+            f"{folder} has a run with another recipe: {changed}",
+            "Choose another --run, or use the recipe in the folder.",
         )
 
 
@@ -84,17 +85,15 @@ def _is_utf8(text: str) -> bool:
 
 
 Data = Mapping[str, Sequence[Mapping[str, Any]]]
-"""By split: of each store that it is read from, its `folder`, `fingerprint`, the hashes of its `sources`, and the
-`row_order` of its rows (see Mixture.row_orders).
-
-Under FILES: the path, size and time of each file of text."""
+"""For each split, of each store that it is read from: its `folder`, its `fingerprint`, the hashes of its `sources`, and
+the `row_order` of its rows (see Mixture.row_orders). Under FILES: path, size and modification time of each text file."""
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
-    """The run's folder, locked. Nothing else is written until `record` is called, and nothing is left if it never is.
+    """Locks the folder of a run for the block. If `record` is not called in the block, nothing is left in the folder.
 
-    Raises UserError where another process has it, or the run has begun with another recipe or other data.
+    Raises UserError if another process has locked it, or if the run was started with another recipe or other data.
     """
     if not is_main():
         wait_for_all("run folder")
@@ -105,10 +104,12 @@ def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
         try:
             stack.enter_context(locked(folder, wait=False))
         except BlockingIOError as error:
-            raise UserError(f"another process trains in {folder}", "Wait for it, or choose another --run.") from error
+            raise UserError(
+                f"another process is training in {folder}", "Wait for it, or choose another --run."
+            ) from error
         stack.callback(_remove_lock_alone, folder)
         check_folder(folder, recipe)
-        if has_begun(folder):
+        if has_started(folder):
             kept = kept_data(folder) or {}
             _check_data(folder, kept, data)
             _check_row_orders(folder, kept, data)
@@ -117,12 +118,12 @@ def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
 
 
 def kept_data(folder: Path) -> Data | None:
-    """What a run is trained on; None for a run of an older camelid, which did not write it."""
+    """The data that a run is trained on; None if the run was started by an older camelid, which did not write it."""
     return json.loads((folder / DATA).read_text("utf-8")) if (folder / DATA).is_file() else None
 
 
 def new_aside(folder: Path) -> Path:
-    """A new folder, set_aside_1 or the next one, in that of a run; it holds a copy of metrics.jsonl."""
+    """Creates the folder set_aside_1, or the next free number, in that of a run, with a copy of metrics.jsonl."""
     number = 1
     while (aside := folder / f"set_aside_{number}").exists():
         number += 1
@@ -133,13 +134,13 @@ def new_aside(folder: Path) -> Path:
 
 
 def record(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data) -> None:
-    """Writes what a run is into its folder, once nothing can refuse it any more.
+    """Writes the recipe, the data and `files` into the folder of a run, when all checks have passed.
 
-    Files of a run that has begun are not written again: they are the same, or were changed by the user.
+    Of a run that has started, existing files are not replaced: they are the same, or the user has changed them.
     """
     if not is_main():
         return
-    kept = {name for name in files if has_begun(folder) and (folder / name).exists()}
+    kept = {name for name in files if has_started(folder) and (folder / name).exists()}
     # The recipe first: it distinguishes the folder of a run from others.
     about = {"recipe.toml": write_recipe(recipe).encode(), DATA: (json.dumps(data, indent=1) + "\n").encode()}
     for name, content in {**about, **files}.items():
@@ -148,22 +149,22 @@ def record(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data)
 
 
 def _remove_lock_alone(folder: Path) -> None:
-    """Removes the lock from a folder that has nothing else in it."""
+    """Removes the lock if there is nothing else in the folder."""
     if [file.name for file in folder.iterdir()] == [LOCK]:
         (folder / LOCK).unlink()
 
 
 def _check_data(folder: Path, before: Data, now: Data) -> None:
-    """Raises UserError where what is trained on is not what it was: the batches of all steps would be others."""
+    """Raises UserError if the prepared text has changed, so that the batches of all steps would be different."""
     for split, stores in before.items():
         if split == FILES:
-            continue  # only the tokens count
+            continue  # only the tokens matter
         for was, store in zip(stores, now.get(split, []), strict=False):
             if was["fingerprint"] != store["fingerprint"]:
                 names = sorted({path for path, _ in was["sources"].items() ^ store["sources"].items()})
                 raise UserError(
-                    f"{names[0] if names else f'the tokens of the {split} text'} changed since {folder} began",
-                    f"Bring back what was there, or begin another run: init = {str(folder)!r}, init_optimizer = true.",
+                    f"{names[0] if names else f'the tokens of the {split} text'} changed since {folder} was started",
+                    f"Restore it, or start another run: init = {str(folder)!r}, init_optimizer = true.",
                 )
 
 
@@ -182,7 +183,7 @@ def _check_row_orders(folder: Path, before: Data, now: Data) -> None:
 
 
 def _changed(kept: str, new: str) -> str | None:
-    """The first field in which two recipes differ, other than those that may change."""
+    """Describes the first field in which two recipes differ, apart from those that may change."""
     old_fields, new_fields = (_flat(tomllib.loads(text)) for text in (kept, new))
     for field in sorted(old_fields.keys() | new_fields.keys()):
         before, now = old_fields.get(field), new_fields.get(field)
@@ -193,7 +194,7 @@ def _changed(kept: str, new: str) -> str | None:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """The values within a table by their places, say data.train[0].kind."""
+    """The values of a nested table by name, such as data.train[0].kind."""
     if isinstance(value, dict):
         inner = {f"{name}.{key}" if name else key: item for key, item in value.items()}
     elif isinstance(value, list):

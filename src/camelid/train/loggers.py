@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, the terminal, and a picture at the end."""
+"""Outputs for the metrics of a run: metrics.jsonl, the terminal, and a plot of the losses."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-WORTH_SAYING = 0.1  # of a step's time
+SHOWN_WAIT = 0.1  # fraction of a step's time from which waiting for data is shown
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line; lines after the step that training resumes from are dropped (0: all).
+    """metrics.jsonl, with one JSON object per line. Lines after the step `resume_from` are removed; 0 removes all.
 
-    An infinite or NaN number is written as null, since JSON has none; pandas and Polars read that as a missing number.
+    An infinite or NaN value is written as null, since JSON has neither; pandas and Polars read it as a missing value.
     """
 
     def __init__(self, path: Path, resume_from: int):
@@ -47,7 +47,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut short by a killed process is left out."""
+    """The rows of a metrics file, without a last line that is incomplete because the process was killed."""
     rows = []
     for line in path.read_text("utf-8").splitlines():
         try:
@@ -58,26 +58,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def tokenizing(every: float = 10.0) -> Callable[..., None]:
-    """Prints the stage, the share of the bytes that is done, and the bytes in all to standard error every so often.
+    """A function that prints the progress of reading text to standard error, at most once in `every` seconds.
 
-    `every` is in seconds. The result is called with bytes done, bytes in all and, optionally, the stage's name.
+    It is called with the number of bytes read, the total number, and optionally the name of the stage.
     """
-    said = time.monotonic()
+    printed = time.monotonic()
 
     def progress(done: int, total: int, stage: str = "tokenizing", /) -> None:
-        nonlocal said
-        if (now := time.monotonic()) - said >= every:
-            said = now
+        nonlocal printed
+        if (now := time.monotonic()) - printed >= every:
+            printed = now
             print(f"{stage} the text: {done / max(1, total):.0%} of {total / 1e6:,.0f} MB", file=sys.stderr)
 
     return progress
 
 
 class Terminal:
-    """A progress bar on a terminal; elsewhere a line about every twentieth of the run.
+    """A progress bar on a terminal; without a terminal, about twenty lines in the course of the run.
 
-    The bar appears with the first metrics: only the process that shows these has one, and an error before the first
-    step is not printed over it.
+    The bar appears with the first metrics, so that only the process that shows them has one, and an error before the
+    first step is not printed over it.
     """
 
     def __init__(self, first: int, steps: int):
@@ -89,12 +89,12 @@ class Terminal:
         self._bar: Progress | None = None
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The newest metrics: loss, learning_rate, Speed's, and mfu where it is known."""
+        """Shows the metrics of a step: loss, learning_rate, those of Speed, and mfu if it is known."""
         text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
         text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
         if metrics.get("mfu") is not None:
             text += f"  MFU {metrics['mfu']:.1%}"
-        if (waited := metrics["data_s"] / metrics["step_s"]) > WORTH_SAYING:
+        if (waited := metrics["data_s"] / metrics["step_s"]) > SHOWN_WAIT:
             text += f"  waits for data {waited:.0%}"
         if self._draws:
             self._bar = self._bar or self._started_bar()
@@ -118,7 +118,7 @@ class Terminal:
         return bar
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Prints a line above the bar."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -127,10 +127,10 @@ class Terminal:
 
 
 class Speed:
-    """Tokens a second since the last reading, and the time that is left for steps alone.
+    """Measures the training speed since the last call of `read`, and estimates the remaining time.
 
-    data_s are the seconds of a step's step_s for which its batch was waited for: where they are many, the loader is the
-    limit.
+    `step_s` is the mean time of a step in seconds, and `data_s` the part of it that was spent waiting for the batch: if
+    that is a large part, the loader limits the speed.
     """
 
     def __init__(self, first: int, steps: int, flops_per_token: float, peak_flops: float | None):
@@ -138,7 +138,7 @@ class Speed:
         self._step, self._time, self._waited = first, time.perf_counter(), 0.0
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; how long each was waited for is counted."""
+        """The same batches; the time spent waiting for them is measured."""
         iterator = iter(batches)
         while True:
             began = time.perf_counter()
@@ -150,12 +150,13 @@ class Speed:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile is no step: a validation, a checkpoint."""
+        """Excludes the time of the block from that of steps: for validation and checkpoints."""
         began = time.perf_counter()
         yield
         self._time += time.perf_counter() - began
 
     def read(self, step: int, tokens_per_step: int) -> dict[str, float | None]:
+        """tokens_per_second, mfu, step_s, data_s and eta_s: means over the steps since the last call."""
         now, steps = time.perf_counter(), max(step - self._step, 1)
         seconds, waited = max(now - self._time, 1e-9) / steps, self._waited / steps
         self._step, self._time, self._waited = step, now, 0.0
@@ -166,7 +167,7 @@ class Speed:
 
 
 def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
-    """The loss curve as a PNG, validation beside training."""
+    """Draws the training and validation losses as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""Services that follow a run: each is an extra, imported where a recipe asks for it."""
+"""Services that track experiments. Each is an optional dependency, imported only if a recipe names it."""
 
 import importlib
 import secrets
@@ -16,7 +16,7 @@ MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def check_installed(name: str) -> None:
-    """Raises UserError where the extra of a tracker is not installed."""
+    """Raises UserError if the optional dependency of a tracker is not installed."""
     try:
         importlib.import_module(MODULES[name])
     except ImportError as error:
@@ -24,12 +24,12 @@ def check_installed(name: str) -> None:
 
 
 def make_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> "TensorBoard | WeightsAndBiases":
-    """The tracker of that name."""
+    """The tracker with this name, for the run in `folder`."""
     return {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}[name](folder, recipe)
 
 
 class TensorBoard:
-    """Event files in the run's folder: `tensorboard --logdir RUN`."""
+    """Writes event files to the folder of the run, for `tensorboard --logdir RUN`."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]):
         from tensorboardX import SummaryWriter
@@ -45,7 +45,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of that service, resumed by the id that its folder keeps; WANDB_MODE and its like are honored."""
+    """Logs to Weights & Biases. The folder of the run keeps its id, with which it is resumed; WANDB_MODE and similar
+    environment variables apply."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]):
         import wandb
@@ -67,13 +68,13 @@ class WeightsAndBiases:
 
 
 def _run_id(folder: Path) -> str:
-    """The id of a run in Weights & Biases, drawn once and kept in the run's folder.
+    """The id of a run in Weights & Biases, which is generated once and kept in the folder of the run.
 
-    Ids are shared by a whole project, so the name of the folder would be the id of everybody with the same recipe.
+    Ids are unique within a project, so the name of the folder would collide between users of the same recipe.
     """
     kept = folder / WANDB_ID
     if not kept.is_file():
-        # Runs of earlier versions, which have files of the service but no id, were known by the names of their folders.
+        # Runs of earlier versions have files of the service but no id file: their id was the name of the folder.
         drawn = folder.name if (folder / "wandb").is_dir() else secrets.token_hex(8)
         write_atomically(kept, drawn + "\n")
     return kept.read_text("utf-8").strip()

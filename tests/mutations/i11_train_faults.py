@@ -1,0 +1,94 @@
+"""Faults in what is trained, in objectives and their randomness, and in the placement of optimizer states."""
+
+from mutations.fault import Fault
+
+TRAINABLE = "train/test_trainable.py::"
+STATE = "train/test_optimizer_state.py::"
+STEP = "train/test_step.py::"
+
+FAULTS = (
+    Fault(
+        "weight decay moves frozen layers",
+        "train/step.py",
+        "optax.apply_updates(params, self._masked(updates))",
+        "optax.apply_updates(params, updates)",
+        f"{TRAINABLE}test_layers_that_are_not_trained_stay_although_weights_decay",
+    ),
+    Fault(
+        "frozen layers count in the norm of the gradients",
+        "train/step.py",
+        "return sums, self._masked(jax.tree.map(lambda g: _mean(g, sums[1]), grads))",
+        "return sums, jax.tree.map(lambda g: _mean(g, sums[1]), grads)",
+        f"{TRAINABLE}test_layers_that_are_not_trained_stay_although_weights_decay",
+    ),
+    Fault(
+        "a predicate sees the parameter, not the array inside of it",
+        "train/trainable.py",
+        "bool(predicate(path_name(path), leaf))",
+        "bool(predicate(path_name(path[:4]), leaf))",
+        f"{TRAINABLE}test_a_tree_is_split_inside_of_its_weights_and_joined_again",
+    ),
+    Fault(
+        "metrics are means of the means of microbatches",
+        "train/step.py",
+        "{name: _mean(*pair) for name, pair in extra.items()}",
+        "{name: _mean(pair[0], jnp.float32(len(batch['tokens']))) for name, pair in extra.items()}",
+        f"{STEP}test_metrics_of_an_objective_are_means_that_no_microbatch_changes[1]",
+    ),
+    Fault(
+        "every step has the same key",
+        "train/step.py",
+        "jax.random.fold_in(jax.random.key(self.seed), state.step)",
+        "jax.random.key(self.seed)",
+        f"{STEP}test_metrics_of_an_objective_are_means_that_no_microbatch_changes[1]",
+    ),
+    Fault(
+        "rows are numbered within their microbatch",
+        "train/step.py",
+        'jnp.arange(len(batch["tokens"]))',
+        'jnp.arange(len(batch["tokens"])) // self.accumulate',
+        f"{STEP}test_dropout_is_the_same_for_any_number_of_microbatches[embedding_dropout]",
+    ),
+    Fault(
+        "validation drops",
+        "train/objective.py",
+        'Context("scoring") if key is None else self._training_context(key, batch["rows"])',
+        'self._training_context(jax.random.key(0) if key is None else key, batch["rows"])',
+        f"{STEP}test_dropout_changes_the_loss_of_training_from_step_to_step_and_never_that_of_validation[residual_dropout]",
+    ),
+    Fault(
+        "residual dropout of a recipe is ignored",
+        "runs/components.py",
+        "residual_dropout=recipe.train.residual_dropout",
+        "residual_dropout=0.0",
+        "test_recipe.py::test_dropout_rates_reach_the_objective",
+    ),
+    Fault(
+        "moments are replicated",
+        "train/state.py",
+        "PartitionSpec() if param is None else _spec_of_axes(leaf.shape, param)",
+        "PartitionSpec()",
+        f"{STATE}test_a_statistic_of_a_parameter_is_sharded_like_it[muon]",
+    ),
+    Fault(
+        "a factored statistic is sharded like the first axes of its parameter",
+        "train/state.py",
+        "if tuple(param.shape[axis] for axis in axes) == shape",
+        "if axes == tuple(range(len(shape)))",
+        f"{STATE}test_factored_statistics_are_sharded_like_the_axes_that_they_keep",
+    ),
+    Fault(
+        "a moving average is not saved",
+        "train/state.py",
+        "_FIELDS = tuple(field.name for field in dataclasses.fields(TrainState))",
+        '_FIELDS = ("step", "trainable", "opt_state")',
+        f"{STATE}test_a_moving_average_and_counters_are_saved_and_restored",
+    ),
+    Fault(
+        "parameters have another name in checkpoints",
+        "train/state.py",
+        'SAVED_NAMES = {"trainable": "params"}',
+        "SAVED_NAMES = {}",
+        f"{TRAINABLE}test_adapters_are_saved_without_the_frozen_weights_and_resume_to_the_same_bits",
+    ),
+)
