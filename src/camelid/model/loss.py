@@ -1,7 +1,8 @@
 """Logits, the cross-entropy loss and the log-probabilities of tokens, computed in chunks of the sequence.
 
-Logits of a complete batch are the largest array of a language model. Only those of one chunk exist at a time here: the
-forward pass reduces them to a few values per token, and the backward pass computes them again, chunk by chunk.
+The logits of a complete batch would be the largest array of a training step; here only those of one chunk exist at a
+time. `token_log_probs` computes them again in the backward pass. `cross_entropy`, which knows the weight of every token
+beforehand, computes the gradients in the forward pass instead.
 
 Axes: B batch, S tokens of a row, C tokens of a row in one chunk, E embed, V vocab, K candidates.
 """
