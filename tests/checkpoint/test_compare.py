@@ -340,7 +340,7 @@ def test_a_source_is_not_replaced_by_what_is_made_of_it(tmp_path: Path, place: s
     source = own / "model.ckpt" if place == "a file" else f"{place}{own}"
     for options in (["--verify"], ["--dtype", "bfloat16"], ["--to", "gguf-q4_0"]):
         done = called("convert", source, tmp_path / "x" / ".." / "own", "--overwrite", *options)
-        assert_refused(done, "own cannot be replaced by what is made of it")
+        assert_refused(done, "own cannot be replaced, because")
     assert {file: file.read_bytes() for file in own.iterdir()} == before
 
 

@@ -271,16 +271,16 @@ def nested(held: torch_metadata.Metadata) -> None:
 
 DAMAGES = {
     "the place of a chunk is missing": (dropped, r"lacks the chunk of output\.weight"),
-    "a chunk is missing": (chunk_dropped, r"lacks some of the numbers of output\.weight"),
-    "a chunk is there twice": (chunk_doubled, r"has some twice of the numbers of output\.weight"),
+    "a chunk is missing": (chunk_dropped, r"lacks some of the elements of output\.weight"),
+    "a chunk is there twice": (chunk_doubled, r"has some twice of the elements of output\.weight"),
     "a chunk lies elsewhere": (chunk_moved, r"reaches beyond its shape"),
-    "a file outside of the folder": (outside, "in an unknown way"),
-    "a place beyond the file": (beyond, "do not lie inside the file"),
+    "a file outside of the folder": (outside, "in an unsupported way"),
+    "a place beyond the file": (beyond, "are not inside the file"),
     "a chunk of another shape": (other_shape, r"says \(8,\)"),
     "a dtype of another kind": (other_dtype, r"norm\.weight .* has a dtype"),
     "a stray tensor": (renamed, r"lacks the chunk of stray\.weight"),
     "no table of embeddings": (without_table, r"lacks tok_embeddings\.weight"),
-    "offsets within offsets": (nested, r"describes norm\.weight in an unknown way"),
+    "offsets within offsets": (nested, r"describes norm\.weight in an unsupported way"),
 }
 
 
@@ -321,7 +321,7 @@ def test_a_changed_number_is_found_by_its_checksum(damaged: Path, torchtitan: di
     whole[at] ^= 1
     file.write_bytes(whole)
     assert torch_zip.verify_checksums(file) is False
-    with pytest.raises(UserError, match="does not have its checksum"):
+    with pytest.raises(UserError, match="does not match its checksum"):
         open_checkpoint(damaged)
 
 

@@ -625,7 +625,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "an absurd shape": (tensor_field("blk.0.attn_v.weight", 4, "Q", HUGE), "damaged"),
     "an empty shape": (tensor_field("blk.0.attn_v.weight", 4, "Q", 0), "attn_v.weight has shape"),
     "an absurd rank": (tensor_field("blk.0.attn_v.weight", 0, "I", 2**31), "2147483648 axes"),
-    "another offset": (tensor_field("blk.0.attn_v.weight", 24, "Q", 64), "lies at 64"),
+    "another offset": (tensor_field("blk.0.attn_v.weight", 24, "Q", 64), "is at 64"),
     "another tensor": (replaced(b"blk.0.attn_v.weight", b"blk.0.attn_x.weight"), "lacks blk.0.attn_v.weight"),
     "a tensor twice": (replaced(b"blk.0.attn_v.weight", b"blk.0.attn_k.weight"), "attn_k.weight is there twice"),
     "an unknown setting": (

@@ -287,7 +287,7 @@ def test_a_record_that_came_with_a_folder_is_not_followed(model: Path, tmp_path:
     convert(model, tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
     record(tmp_path / "out", ["a"], ["notes.txt", "config.json"], inode=inode)
-    assert_nobody_follows_the_record(model, tmp_path / "out", "was not written in this folder")
+    assert_nobody_follows_the_record(model, tmp_path / "out", "was not created in this folder")
 
 
 def test_a_folder_that_was_copied_between_is_refused_and_can_be_mended_by_hand(

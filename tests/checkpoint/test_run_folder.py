@@ -171,7 +171,7 @@ def test_each_device_reads_its_part_once_and_what_changed_on_the_disk_is_seen(
     store = saved_state.open_arrays(run / "checkpoints" / "10")["params.layers.mlp.up_proj"].store
     store[1, 2, 3].write(store[1, 2, 3].read().result() + 1).result()
     for dtype in ("float32", "bfloat16"):
-        with pytest.raises(UserError, match=r"layers\.mlp\.up_proj is not what was saved.*\nStep 2 is whole"):
+        with pytest.raises(UserError, match=r"layers\.mlp\.up_proj differs from what was saved.*\nStep 2 is intact"):
             load_params(open_checkpoint(run), Compute(param_dtype=dtype), make_mesh(mesh) if mesh else one_device())
 
 
@@ -235,7 +235,9 @@ def test_it_is_not_written(sound: Path, tmp_path: Path):
 
 def test_a_folder_without_a_config_says_how_to_get_one(run: Path):
     (run / "config.json").unlink()
-    with pytest.raises(UserError, match=r"run has no config\.json, so an older camelid began it\nStart the same comm"):
+    with pytest.raises(
+        UserError, match=r"run has no config\.json, so it was started by an older .*\nStart the same comm"
+    ):
         open_checkpoint(run)
     assert_holds(open_checkpoint(run, config=CONFIG), state_of(10, one_device()), 10)
     with pytest.raises(UserError, match=r"embed has shape \(96, 48\), and the given config asks for \(96, 56\)"):
@@ -314,5 +316,5 @@ def test_a_damaged_step_is_an_error_that_names_it_and_the_one_before_opens(run: 
     damage(run / "checkpoints" / "10")
     with pytest.raises(UserError, match=r"the checkpoint of step 10 in .*run/checkpoints is damaged: ") as refusal:
         held_by(open_checkpoint(run))
-    assert refusal.value.advice == f"Step 2 is whole. To open step 2, give {run / 'checkpoints' / '2'}."
+    assert refusal.value.advice == f"Step 2 is intact. To open step 2, give {run / 'checkpoints' / '2'}."
     assert_holds(open_checkpoint(run / "checkpoints" / "2"), state_of(2, one_device()), 2)

@@ -147,7 +147,7 @@ def test_the_command_writes_a_file_and_checks_its_sums(stories: Path, tmp_path: 
     (tmp_path / "a.gguf").write_bytes(content)
     checked = command("convert", "a.gguf", "--check", cwd=tmp_path, env=user_env)
     assert checked.returncode != 0
-    assert "is not what was written: its checksum differs" in checked.stderr
+    assert "differs from what was written: its checksum does not match" in checked.stderr
 
 
 def test_a_file_of_another_kind_is_never_replaced(stories: Path, tmp_path: Path):
@@ -159,7 +159,7 @@ def test_a_file_of_another_kind_is_never_replaced(stories: Path, tmp_path: Path)
     destination.unlink()
     other = tmp_path / "notes.gguf.manifest.json"
     other.write_text('{"mine": 1}')
-    with pytest.raises(UserError, match="is not camelid's"):
+    with pytest.raises(UserError, match="was not written by camelid"):
         convert(stories, destination, to="gguf")
     assert [path.name for path in tmp_path.iterdir()] == [other.name]
     assert other.read_text() == '{"mine": 1}'

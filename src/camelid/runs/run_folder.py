@@ -86,7 +86,7 @@ def _is_utf8(text: str) -> bool:
 
 Data = Mapping[str, Sequence[Mapping[str, Any]]]
 """For each split, of each store that it is read from: its `folder`, its `fingerprint`, the hashes of its `sources`, and
-the `row_order` of its rows (see Mixture.row_orders). Under FILES: path, size and modification time of each text file."""
+the `row_order` of its rows (see Mixture.row_orders). Under FILES: path, size and time of each text file."""
 
 
 @contextlib.contextmanager

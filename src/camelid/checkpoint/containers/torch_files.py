@@ -32,9 +32,10 @@ SAVE = "Save the weights alone, torch.save(model.state_dict(), path), or as safe
 
 
 def open_torch(path: Path, inside: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a saved state dict, checked against the file's size; raises UserError for anything else.
+    """Opens the tensors of a saved state dict by name.
 
-    A table that has nothing but `inside`, a table itself, stands for that one.
+    If the saved object is a dictionary with the single key `inside`, its value is the state dict. Raises UserError if
+    the file is truncated, damaged, or holds anything else.
     """
     held = unpickle(path)
     if inside is not None and isinstance(held, dict) and list(held) == [inside] and isinstance(held[inside], dict):
@@ -52,9 +53,9 @@ def open_torch(path: Path, inside: str | None = None) -> dict[str, Tensor]:
 
 
 def unpickle(path: Path, inert: re.Pattern[str] | None = None) -> Any:
-    """The object in a file, of dicts, lists, tuples, plain values, and tensors that are named after their storages.
+    """The object in a file: dictionaries, lists, tuples, plain values, and tensors named after their storages.
 
-    Objects of globals that `inert` matches, as "module name", become records; of all others, they are refused.
+    Objects of globals that `inert` matches, as "module name", become OpaqueObjects; all others are refused (UserError).
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file", "Give the path of a file that torch.save wrote.")
@@ -76,9 +77,9 @@ def unpickle(path: Path, inert: re.Pattern[str] | None = None) -> Any:
 
 
 def open_embedded_tensor(path: Path, start: int, count: int, verify: bool) -> Tensor:
-    """The tensor that torch.save wrote into `count` bytes of a file that holds several such archives.
+    """The tensor that torch.save wrote into `count` bytes of a file that holds several archives.
 
-    `verify` reads it all and compares its checksums.
+    With `verify`, all of it is read and its checksums are verified.
     """
     try:
         with path.open("rb") as file:
@@ -93,9 +94,9 @@ def open_embedded_tensor(path: Path, start: int, count: int, verify: bool) -> Te
 
 
 def unverified_note_for(tensors: Iterable[Tensor]) -> tuple[str, ...]:
-    """The note on zip files that are too large for their checksums to be verified when they are opened."""
+    """The note on zip files that are too large for their checksums to be verified when opened."""
     sizes = {file: file.stat().st_size for file in files_holding(tensors)}
-    # A distributed checkpoint has a file for each rank: together they would take seconds, too.
+    # The files of a distributed checkpoint, one for each rank, count together.
     together = sum(size for file, size in sizes.items() if file.suffix == DISTRIBUTED)
     large = [file for file, size in sizes.items() if (together if file.suffix == DISTRIBUTED else size) > CRC_BYTES]
     large = [file for file in large if zipfile.is_zipfile(file)]
@@ -112,9 +113,9 @@ def _unpickle_legacy(path: Path, file: io.BufferedReader, inert: re.Pattern[str]
         return storages.setdefault(key, Storage(path, key, 0, dtype, count))
 
     if (load_pickle(path, program, noted), load_pickle(path, program, noted)) != (MAGIC, PROTOCOL):
-        raise ValueError("the magic number is another")
+        raise ValueError("it has another magic number")
     check_byte_order(path, load_pickle(path, program, noted)["little_endian"] is True)
-    # The object comes before its storages: a first run finds their sizes, a second one knows where they are.
+    # The object precedes its storages: the first run finds their sizes, and the second their offsets.
     body = program.tell()
     load_pickle(path, program, noted, inert)
     keys = load_pickle(path, program, noted)
@@ -129,6 +130,6 @@ def _unpickle_legacy(path: Path, file: io.BufferedReader, inert: re.Pattern[str]
         placed[key] = replace(storage, start=end + 8)
         end += 8 + count * storage.dtype.itemsize
         if not count == storage.count >= 0 or end > size:
-            raise ValueError(f"storage {key} should have {storage.count:,} numbers and ends after {size:,} bytes")
+            raise ValueError(f"storage {key} should have {storage.count:,} elements and ends after {size:,} bytes")
     program.seek(body)
     return load_pickle(path, program, lambda dtype, key, count: placed[key], inert)

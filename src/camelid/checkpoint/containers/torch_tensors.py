@@ -37,13 +37,13 @@ DTYPES: Mapping[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class StridedTensor(Tensor):
-    """A tensor whose numbers do not lie end to end: a transposed or expanded view, or a single number."""
+    """A tensor that is not contiguous, such as a transposed or expanded view, or a scalar."""
 
     strides: tuple[int, ...]
-    """in numbers, not bytes"""
+    """in elements, not bytes"""
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
-        """Fills `out`, of the shape that `index` cuts, casting to its dtype."""
+        """As Tensor.read_into, through a memory map."""
         reach = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         try:
             held = np.memmap(self.file, self.dtype, "r", self.offset, (reach,))
@@ -55,7 +55,7 @@ class StridedTensor(Tensor):
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers that lie end to end in a file; tensors are views of them."""
+    """The contiguous elements in a file that tensors are views of."""
 
     file: Path
     key: str
@@ -74,40 +74,43 @@ def load_pickle(
     storage: Callable[[np.dtype, str, int], Storage],
     inert: re.Pattern[str] | None = None,
 ) -> Any:
-    """What the next pickle of `program` makes; `storage` finds the storages that it speaks of."""
+    """Runs the next pickle in `program`, see run_pickle; `storage` returns the storage of a dtype, key and count."""
     calls = {
         "BINPERSID": lambda reference: storage(*_parse_storage(reference)),
         "BUILD": _set_state,
     }
     if inert is not None:
-        calls["NEWOBJ"] = lambda kind, arguments: kind(*arguments)  # a record: REDUCE could call it as well
+        calls["NEWOBJ"] = lambda kind, arguments: kind(
+            *arguments
+        )  # an opaque object, which REDUCE could create as well
     return run_pickle(path, program, GLOBALS, calls, "torch.save", inert=inert)
 
 
 def _set_state(thing: Any, state: Any) -> Any:
-    """Sets attributes; those of tables, such as state_dict()'s _metadata, are left out."""
+    """Sets the attributes of an opaque object; those of dictionaries, such as state_dict()'s _metadata, are ignored."""
     if isinstance(thing, OpaqueObject) and isinstance(state, dict):
         thing.state = state
     return thing
 
 
 def _parse_storage(reference: Any) -> tuple[np.dtype, str, int]:
-    """Dtype, key and count of a storage; its device does not matter, and one within another is not supported."""
+    """The dtype, key and element count of a storage; its device is ignored, and views of storages are not supported."""
     match reference:
         case ("storage", np.dtype() as dtype, str(key), _, int(count)) if len(key) < 100:
             return dtype, key, count
         case ("storage", np.dtype() as dtype, str(key), _, int(count), None) if len(key) < 100:
             return dtype, key, count
-    raise ValueError("a reference to something else than a storage")
+    raise ValueError("a persistent id that is not a storage")
 
 
 def check_byte_order(path: Path, little: bool) -> None:
+    """Raises UserError if a file is not little-endian."""
     if not little:
         raise UserError(f"{path} is big-endian", "Save it again on a little-endian machine.")
 
 
 def _ordered_dict() -> dict:
-    return {}  # dict itself would also copy another one, any number of times
+    return {}  # dict itself could also copy another dictionary, any number of times
 
 
 def _rebuild_tensor(
@@ -116,18 +119,18 @@ def _rebuild_tensor(
     sound = isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
     # The length comes first: a file may give one long tuple to a million tensors.
     if not sound or not len(shape) == len(strides) <= 64 or metadata:
-        raise ValueError("a tensor with strange parts")
+        raise ValueError("a tensor with unsupported fields")
     if not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *strides)):
-        raise ValueError("a tensor with a negative or absurd size")
+        raise ValueError("a tensor with a negative or too large size")
     empty = 0 in shape
     reach = 0 if empty else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if offset + reach > storage.count:
-        raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {storage.count:,} numbers")
+        raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {storage.count:,} elements")
     start = storage.start + offset * storage.dtype.itemsize
     tensor = Tensor(storage.file, f"storage {storage.key}", start, shape, storage.dtype)
     dense = (math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    end_to_end = all(n == 1 or s == d for n, s, d in zip(shape, strides, dense, strict=True))
-    return tensor if empty or (shape and end_to_end) else StridedTensor(**vars(tensor), strides=strides)
+    contiguous = all(n == 1 or s == d for n, s, d in zip(shape, strides, dense, strict=True))
+    return tensor if empty or (shape and contiguous) else StridedTensor(**vars(tensor), strides=strides)
 
 
 def _rebuild_parameter(data: Any, grad: Any, hooks: Any, state: Any = None) -> Any:
@@ -154,13 +157,13 @@ REBUILD, TABLE = b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrdered
 
 @dataclass(frozen=True)
 class Namespace:
-    """An argparse.Namespace that is to be written."""
+    """An argparse.Namespace that is to be pickled."""
 
     values: Mapping[str, Any]
 
 
 def dump_pickle(tensors: Sequence[PlannedTensor], tree: Any = None) -> bytes:
-    """The pickle, of protocol 2, that makes a dict of tensors or a tree; storages are named by number."""
+    """A pickle (protocol 2) of a dictionary of tensors, or of `tree`; storage keys are indices into `tensors`."""
     keys = {tensor: key for key, tensor in enumerate(tensors)}
     return b"\x80\x02" + _tree({tensor.name: tensor for tensor in tensors} if tree is None else tree, keys) + b"."
 
@@ -186,7 +189,7 @@ def _tensor(tensor: PlannedTensor, key: int) -> bytes:
 
 
 def _pickled(value: str | int | float | tuple[int, ...] | np.dtype | None) -> bytes:
-    """Operations that put a value on the stack."""
+    """The operations that push a value onto the stack."""
     match value:
         case None:
             return b"N"

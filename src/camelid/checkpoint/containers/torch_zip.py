@@ -28,13 +28,13 @@ from camelid.errors import UserError
 
 
 class FileSection(io.RawIOBase):
-    """A part of an open file, as a file of its own."""
+    """A section of an open file, as a file object."""
 
     def __init__(self, file: io.BufferedReader, start: int, count: int) -> None:
         self.start, self.count = start, count
         self._file, self._at = file, 0
         if not 0 <= start <= start + count <= os.fstat(file.fileno()).st_size:
-            raise ValueError(f"bytes {start:,} to {start + count:,} do not lie inside the file")
+            raise ValueError(f"bytes {start:,} to {start + count:,} are not inside the file")
 
     def seekable(self) -> bool:
         return True
@@ -64,15 +64,15 @@ def read_archive(path: Path, file: FileSection, inert: re.Pattern[str] | None, v
 
     @functools.cache
     def place(name: str) -> tuple[int, int]:
-        """Where an entry starts, and its bytes, which are what they were when its checksum was made."""
+        """The offset and size of an entry, whose checksum is verified with `verify`."""
         entry = entries[roots[0] + name]
         if _is_packed(entry):
             raise UserError(f"{path} is compressed or encrypted", "Save it again with torch.save.")
         start = _start(file, entry)
         if entry.compress_size != entry.file_size or start + entry.file_size > size:
-            raise ValueError(f"{name} does not lie inside the file")
+            raise ValueError(f"{name} is not inside the file")
         if verify and entry.CRC and _crc(file, start, entry.file_size) != entry.CRC:
-            raise ValueError(f"{name} does not have its checksum")
+            raise ValueError(f"{name} does not match its checksum")
         return start, entry.file_size
 
     def content(name: str) -> bytes:
@@ -99,14 +99,14 @@ def _is_packed(entry: zipfile.ZipInfo) -> bool:
 
 
 def _start(file: FileSection, entry: zipfile.ZipInfo) -> int:
-    """Where the content of an entry begins."""
+    """The offset of the content of an entry."""
     if entry.header_offset < 0:
-        raise ValueError(f"{entry.filename} does not lie inside the file")
+        raise ValueError(f"{entry.filename} is not inside the file")
     file.seek(entry.header_offset)
-    # The extra field may differ from the directory's: torch pads with it, and zip64 needs it in either place.
+    # The extra field may differ from that in the directory: torch uses it as padding, and zip64 needs it in both.
     signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
     if signature != b"PK\x03\x04":
-        raise ValueError(f"{entry.filename} does not lie inside the file")
+        raise ValueError(f"{entry.filename} is not inside the file")
     return entry.header_offset + 30 + name_bytes + extra_bytes
 
 
@@ -115,23 +115,23 @@ def _crc(file: FileSection, start: int, count: int) -> int:
     crc = 0
     for at in range(0, count, CHUNK):
         if not (held := file.read(min(CHUNK, count - at))):
-            raise ValueError(f"{count:,} bytes do not lie inside the file")
+            raise ValueError(f"{count:,} bytes are not inside the file")
         crc = zlib.crc32(held, crc)
     return crc
 
 
 def verify_checksums(path: Path) -> bool | None:
-    """Whether every uncompressed entry of a zip archive, or of several in one file, has its checksum.
+    """Whether the checksums of all uncompressed entries match, of the zip archive or archives in a file.
 
-    None for other files. Reads all of it. Tensors are never compressed, and a damaged directory is a checksum that does
-    not hold.
+    Returns None for other files, and False if a directory is damaged. Reads the entire file. Tensors are never
+    compressed.
     """
     if not zipfile.is_zipfile(path):
         return None
     end = path.stat().st_size
     try:
         with path.open("rb") as file:
-            while end:  # from the last archive to the first: what a directory lists begins where the one before ends
+            while end:  # from the last archive to the first: the entries of one start where the previous archive ends
                 section = FileSection(file, 0, end)
                 with zipfile.ZipFile(section) as archive:
                     entries = archive.infolist()
@@ -146,14 +146,15 @@ def verify_checksums(path: Path) -> bool | None:
 
 # Writing ----------------------------------------------------------------------------------
 
-LIMIT, ELSEWHERE = 2**32 - 1, 2**32 - 1  # sizes from LIMIT on stand in a field of their own, and ELSEWHERE says so
-ALIGNMENT = 64  # bytes; torch lets storages begin on a multiple of it, so that they can be mapped into memory
+LIMIT, ELSEWHERE = 2**32 - 1, 2**32 - 1  # sizes from LIMIT on are in a zip64 field, which ELSEWHERE indicates
+ALIGNMENT = 64  # bytes; torch aligns storages to it, so that they can be mapped into memory
 
 
 def torch_file(name: str, payloads: Sequence[TensorPayload], tree: Any = None) -> PlannedFile:
-    """A zip file that torch.load opens as tensors by name, each with a storage of its own.
+    """Plans a zip file that torch.load opens as a dictionary of tensors, each with a storage of its own.
 
-    Or as `tree`, of dicts, plain values, dtypes, Attributes, and each planned tensor in its place.
+    With `tree`, it opens as that instead: nested dictionaries of plain values, dtypes, Namespaces, and PlannedTensors
+    in the place of the tensors.
     """
     start = f"{Path(name).stem}/"
     parts: list[bytes | TensorPayload | DeferredBytes] = []
@@ -180,26 +181,26 @@ def torch_file(name: str, payloads: Sequence[TensorPayload], tree: Any = None) -
 
 @dataclass(frozen=True)
 class _ZipEntry:
-    """A file within a zip, not compressed (PKWARE, APPNOTE.TXT 4.3)."""
+    """An uncompressed file within a zip archive (PKWARE, APPNOTE.TXT 4.3)."""
 
     name: bytes
     size: int
     offset: int
     held: str | int
-    """the tensor whose CRC-32 it has, or the CRC-32"""
+    """the name of the tensor that determines the CRC-32, or the CRC-32"""
 
     def crc(self, crcs: Mapping[str, int]) -> int:
         return crcs.get(self.held, 0) if isinstance(self.held, str) else self.held
 
     def head(self, crc: int) -> bytes:
-        """So long that the content begins on a multiple of ALIGNMENT."""
+        """The local header, padded so that the content is aligned to ALIGNMENT."""
         large = struct.pack("<HHQQ", 1, 16, self.size, self.size) if self._is_large else b""
         padding = -(self.offset + 30 + len(self.name) + len(large) + 4) % ALIGNMENT
         extra = large + struct.pack("<2sH", b"FB", padding) + bytes(padding)  # the same field as torch's
         return b"PK\3\4" + self._fields(crc) + struct.pack("<HH", len(self.name), len(extra)) + self.name + extra
 
     def listed(self, crc: int) -> bytes:
-        """The entry in the zip's directory."""
+        """The entry in the archive's directory."""
         sizes = (self.size, self.size) if self._is_large else ()
         far = (self.offset,) if self.offset >= LIMIT else ()
         extra = struct.pack(f"<HH{len(sizes + far)}Q", 1, 8 * len(sizes + far), *sizes, *far) if sizes + far else b""
@@ -215,7 +216,7 @@ class _ZipEntry:
         return 45 if self._is_large or self.offset >= LIMIT else 20
 
     def _fields(self, crc: int) -> bytes:
-        """Version, flags, no compression, the first moment that a zip can say, checksum, sizes."""
+        """Version, flags, no compression, the earliest time of the format, checksum, sizes."""
         size = _field(self.size)
         return struct.pack("<HHHHHIII", self._version, 0, 0, 0, 0x21, crc, size, size)
 
@@ -225,7 +226,7 @@ def _field(number: int) -> int:
 
 
 def _directory(entries: Sequence[_ZipEntry], crcs: Mapping[str, int], offset: int) -> bytes:
-    """What stands at the end of a zip, from `offset` on."""
+    """The directory at the end of an archive, which starts at `offset`."""
     listed = b"".join(entry.listed(entry.crc(crcs)) for entry in entries)
     end, count = offset + len(listed), len(entries)
     wide = b""
