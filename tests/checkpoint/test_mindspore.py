@@ -344,7 +344,7 @@ def test_values_of_training_are_left_out_and_said(tmp_path: Path):
     (tmp_path / "a.ckpt").write_bytes(extra + file(arrays))
     checkpoint = mindspore.open_checkpoint(tmp_path, TINY)
     assert_tiny(checkpoint)
-    assert any("left out: epoch_num, loss_scale, adam_m." in note for note in checkpoint.notes)
+    assert any("not read: epoch_num, loss_scale, adam_m." in note for note in checkpoint.notes)
     (tmp_path / "a.ckpt").write_bytes(file(arrays | {"lora_a": np.ones(3)}))
     with pytest.raises(UserError, match="no place for: lora_a"):
         mindspore.open_checkpoint(tmp_path, TINY)
@@ -465,7 +465,7 @@ def test_a_run_with_tensor_pipeline_and_optimizer_parallelism_is_put_together(tm
     assert mindspore.matches(folder)
     checkpoint = mindspore.open_checkpoint(folder, TINY)
     assert_tiny(checkpoint)
-    assert any("left out: step_num" in note for note in checkpoint.notes)
+    assert any("not read: step_num" in note for note in checkpoint.notes)
     assert tensor_bytes(to_hf(checkpoint, tmp_path / "hf")).keys() == to_transformers(tiny_params(TINY)).keys()
 
 

@@ -1,6 +1,6 @@
-"""Folders of a MindSpore run on many devices, and the strategy files that say how its tensors are split.
+"""Folders of a distributed MindSpore run, and the strategy files that describe how its tensors are sharded.
 
-Each of rank_0, rank_1, ... holds one part of every tensor of its stage; which one, a strategy file says (Split).
+Each of rank_0, rank_1, ... contains one shard of every tensor of its stage; the strategy file specifies which (Split).
 """
 
 import io
@@ -23,35 +23,35 @@ MAX_STRATEGY = 2**28  # bytes
 
 @dataclass(frozen=True)
 class Split:
-    """How one tensor lies on the ranks of a stage, which are counted through `devices` with the last axis fastest.
+    """How one tensor is sharded over the ranks of a stage, which form an array `devices` with the last axis fastest.
 
     devices (2, 3)                 rank 0 1 2
                                         3 4 5
-    axes (0, -1)    the tensor's first axis is cut in 3, and ranks 0 and 3 hold the same
+    axes (0, -1)    the tensor's first axis is sharded 3 ways; ranks 0 and 3 have the same shard
     """
 
     devices: tuple[int, ...]
     axes: tuple[int, ...]
-    """for each axis of the tensor, which axis of the devices cuts it, counted from the last; -1: none"""
+    """for each axis of the tensor, the axis of `devices` over which it is sharded, counted from the last; -1: none"""
     step: int = 0
-    """the first axis is cut once more (parallel_optimizer), among ranks so far from each other"""
+    """distance of the ranks over which the first axis is sharded once more (parallel_optimizer)"""
     ways: int = 1
-    """into so many"""
+    """number of these shards"""
 
     @classmethod
     def over(cls, ranks: int, ndim: int, axis: int | None) -> "Split":
-        """A tensor that is cut along one axis among the ranks of its stage, or that each of them has whole."""
+        """Returns the sharding of a tensor over one axis, or its replication if `axis` is None."""
         return cls((ranks,), tuple(0 if i == axis else -1 for i in range(ndim)))
 
 
 def ranks_in(folder: Path) -> dict[int, Path]:
-    """The folders of ranks in a folder, by their number."""
+    """Returns the folders of ranks in a folder, by rank."""
     folders = (path for path in folder.iterdir() if re.fullmatch(r"rank_(0|[1-9]\d{0,4})", path.name) and path.is_dir())
     return {int(path.name[5:]): path for path in folders}
 
 
 def open_ranks(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The whole tensors of a folder of ranks, and the names of what training left there beside them."""
+    """Returns the unsharded tensors of a folder of ranks, and the names of training values that are not read."""
     found = ranks_in(folder)
     if missing := [i for i in range(max(found) + 1) if i not in found]:
         raise UserError(f"{folder} has no rank_{missing[0]}", "Copy the folders of all ranks.")
@@ -64,24 +64,24 @@ def open_ranks(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     for file in _strategies(folder):
         for name, split in open_strategy(file).items():
             if splits.setdefault(name, split) != split:
-                raise UserError(f"{file} splits {name} otherwise than the files beside it", "Keep those of one run.")
+                raise UserError(f"{file} and another strategy file shard {name} differently", "Keep those of one run.")
     return merged(ranks, splits), aside
 
 
 def _strategies(folder: Path) -> list[Path]:
-    """The strategy files of a folder of ranks: those of the nearest place that has any."""
+    """Returns the strategy files of a folder of ranks, from the nearest folder that has any."""
     folder = folder.resolve()
     for place in (folder / "strategy", folder.parent / "strategy", folder, folder.parent):
         if files := sorted(file for file in place.glob("*strategy*.ckpt") if file.is_file()):
             return files
     raise UserError(
-        f"{folder} holds parts of a model, and no strategy file says how to put them together",
-        "Put ckpt_strategy_rank_0.ckpt (of each stage) into a folder named strategy in it.",
+        f"{folder} contains shards of a model, but no strategy file that describes how to merge them",
+        "Put ckpt_strategy_rank_0.ckpt (of each stage) into a subfolder named strategy.",
     )
 
 
 def open_strategy(path: Path) -> dict[str, Split]:
-    """By tensor: what a strategy file (MindSpore's node_strategy.proto) says."""
+    """Returns the sharding of each tensor in a strategy file (MindSpore's node_strategy.proto)."""
     splits: dict[str, Split] = {}
     with path.open("rb") as file:
         try:
@@ -101,7 +101,7 @@ def open_strategy(path: Path) -> dict[str, Split]:
 
 def _layout(file: io.BufferedReader, span: range) -> tuple[str, Split]:
     item = protobuf.once(file, span, ("name", "layouts"))
-    # Where the files of several stages were merged, a name begins with its stage.
+    # In a file that was merged from several stages, names start with the stage.
     name = re.sub(r"^\d+-", "", protobuf.text(file, item.get("name")))
     if not isinstance(layouts := item.get("layouts"), range):
         raise ValueError(f"{name} has no layout")
@@ -119,7 +119,7 @@ def _layout(file: io.BufferedReader, span: range) -> tuple[str, Split]:
 
 
 def strategy_bytes(stage: int, splits: Mapping[str, Split]) -> bytes:
-    """The strategy file of a stage: how each of its tensors is split."""
+    """Returns the content of the strategy file of a stage."""
     field = protobuf.field_bytes
     content = field(1, stage)
     for name, split in splits.items():
@@ -131,7 +131,7 @@ def strategy_bytes(stage: int, splits: Mapping[str, Split]) -> bytes:
 
 
 def merged(ranks: Sequence[Mapping[str, Tensor]], splits: Mapping[str, Split]) -> dict[str, Tensor]:
-    """The whole tensors of a run, by name, from the parts that its ranks hold; nothing is read."""
+    """Returns the unsharded tensors of a run, by name, from the shards of its ranks; nothing is read."""
     names = dict.fromkeys(name for rank in ranks for name in rank)
     if missing := [name for name in names if name not in splits]:
         raise UserError(f"the strategy files do not say how {missing[0]} is split", "Give those of the same run.")
@@ -161,7 +161,7 @@ def _merged(name: str, ranks: Sequence[Mapping[str, Tensor]], split: Split) -> T
                 f"{name} is {one.shape} {one.dtype} in {one.file}, and {tensor.shape} {tensor.dtype} in {tensor.file}",
                 "The files belong to different runs.",
             )
-        # Of copies, norms tell one run from another, and take little reading.
+        # Replicated norms distinguish different runs, and are quick to read.
         if held is not tensor and len(tensor.shape) == 1 and not same_values(tensor, held):
             raise UserError(
                 f"{name} in {tensor.file} differs from that in {held.file}", "The files belong to different runs."
