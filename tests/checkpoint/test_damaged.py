@@ -160,7 +160,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(folder: Path):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:4000])
     with pytest.raises(UserError, match="ended while it was read"):
-        list(tensor_chunks(checkpoint.table, "lm_head.weight", np.dtype(np.float32), checkpoint.source))
+        list(tensor_chunks(checkpoint.table, "lm_head.weight", np.dtype(np.float32), checkpoint.read_slice))
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./no/where", "/no/where", "a/b/c"])

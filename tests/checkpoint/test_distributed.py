@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 
 from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.compare import compare
-from camelid.checkpoint.containers import dcp, torch_files
+from camelid.checkpoint.containers import dcp, torch_files, torch_zip
 from camelid.checkpoint.formats import hf
 from camelid.checkpoint.formats import megatron_distributed as distributed
 from camelid.checkpoint.registry import detect, open_checkpoint
@@ -172,7 +172,7 @@ def test_checksums_of_many_files_are_not_read_at_every_open(of_ranks: Path, monk
     files = [*(of_ranks / "4").glob("*.distcp")]
     config = open_checkpoint(SOURCE).config
     read = []
-    monkeypatch.setattr(torch_files, "_crc", lambda file, start, count: read.append(count))
+    monkeypatch.setattr(torch_zip, "_crc", lambda file, start, count: read.append(count))
     for limit in (sum(file.stat().st_size for file in files) - 1, max(file.stat().st_size for file in files)):
         monkeypatch.setattr(torch_files, "CRC_BYTES", limit)
         monkeypatch.setattr(dcp, "CRC_BYTES", limit)
@@ -271,16 +271,16 @@ def nested(held: torch_metadata.Metadata) -> None:
 
 DAMAGES = {
     "the place of a chunk is missing": (dropped, r"lacks the chunk of output\.weight"),
-    "a chunk is missing": (chunk_dropped, r"lacks some of the numbers of output\.weight"),
-    "a chunk is there twice": (chunk_doubled, r"has some twice of the numbers of output\.weight"),
+    "a chunk is missing": (chunk_dropped, r"lacks some of the elements of output\.weight"),
+    "a chunk is there twice": (chunk_doubled, r"has some twice of the elements of output\.weight"),
     "a chunk lies elsewhere": (chunk_moved, r"reaches beyond its shape"),
-    "a file outside of the folder": (outside, "in an unknown way"),
-    "a place beyond the file": (beyond, "do not lie inside the file"),
+    "a file outside of the folder": (outside, "in an unsupported way"),
+    "a place beyond the file": (beyond, "are not inside the file"),
     "a chunk of another shape": (other_shape, r"says \(8,\)"),
     "a dtype of another kind": (other_dtype, r"norm\.weight .* has a dtype"),
     "a stray tensor": (renamed, r"lacks the chunk of stray\.weight"),
     "no table of embeddings": (without_table, r"lacks tok_embeddings\.weight"),
-    "offsets within offsets": (nested, r"describes norm\.weight in an unknown way"),
+    "offsets within offsets": (nested, r"describes norm\.weight in an unsupported way"),
 }
 
 
@@ -313,15 +313,15 @@ def test_a_missing_or_shortened_file_is_named(damaged: Path):
 
 def test_a_changed_number_is_found_by_its_checksum(damaged: Path, torchtitan: dict[str, torch.Tensor]):
     file = damaged / "__1_0.distcp"
-    assert torch_files.verify_checksums(file)
+    assert torch_zip.verify_checksums(file)
     whole = bytearray(file.read_bytes())
     values = torchtitan["output.weight"].numpy()
     at = whole.find(values[-1].tobytes())
     assert at > 0
     whole[at] ^= 1
     file.write_bytes(whole)
-    assert torch_files.verify_checksums(file) is False
-    with pytest.raises(UserError, match="does not have its checksum"):
+    assert torch_zip.verify_checksums(file) is False
+    with pytest.raises(UserError, match="does not match its checksum"):
         open_checkpoint(damaged)
 
 

@@ -55,7 +55,7 @@ def config(stories: Path) -> ModelConfig:
 
 def export(checkpoint: Checkpoint, dtype: np.dtype | None = None) -> ExportSpec:
     dtypes = checkpoint.dtypes if dtype is None else dict.fromkeys(checkpoint.dtypes, dtype)
-    return ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
+    return ExportSpec(checkpoint.config, dtypes, checkpoint.read_slice, checkpoint.companions)
 
 
 def written(
@@ -307,7 +307,7 @@ def test_other_formats_say_that_they_leave_the_training_out(golden: Path, config
     described = replace(config, tie_embeddings=False)
     state = golden / "streaming_train_state"
     notes = convert(state, tmp_path / "hf", config=described)
-    assert notes[-1] == "its step and the moments of its optimizer are left out; --to easylm-trainstate keeps them"
+    assert notes[-1] == "the step and the optimizer's moments are left out; --to easylm-trainstate keeps them"
     with pytest.raises(UserError, match="the source has no step and no AdamW moments to write"):
         convert(tmp_path / "hf", tmp_path / "out", to="easylm-trainstate")
     assert not (tmp_path / "out").exists()

@@ -92,7 +92,7 @@ def test_a_failure_in_the_middle_leaves_nothing_and_is_not_hidden(model: Path, t
         if count == 5:
             assert entries(tmp_path) == {".out.incomplete"}
             raise failure
-        return checkpoint.source(*slice_of)
+        return checkpoint.read_slice(*slice_of)
 
     with pytest.raises(type(failure)) as seen:
         write_checkpoint(tmp_path / "out", ExportSpec(checkpoint.config, checkpoint.dtypes, failing))
@@ -177,8 +177,8 @@ def test_one_process_at_a_time_writes_a_destination(model: Path, tmp_path: Path)
     out = tmp_path / "out"
     with new_folder(out, 0) as folder:
         (folder / "config.json").write_text("{}")
-        assert_refused(called("convert", model, out), f"another process writes {out}")
-        assert_refused(called("convert", model, out, "--resume"), f"another process writes {out}")
+        assert_refused(called("convert", model, out), f"another process is writing {out}")
+        assert_refused(called("convert", model, out, "--resume"), f"another process is writing {out}")
     assert entries(out) == {"config.json"}
     assert entries(tmp_path) == {"out"}
 
@@ -195,7 +195,7 @@ def test_a_process_that_starts_while_another_one_ends_takes_nothing_from_it(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", rename)
             patch.setattr(Path, "unlink", unlink)
-            with pytest.raises(UserError, match=r"another process writes|exists already"), new_folder(out, 0):
+            with pytest.raises(UserError, match=r"another process is writing|exists already"), new_folder(out, 0):
                 pass
 
     def renaming(self: Path, target: Path) -> Path:

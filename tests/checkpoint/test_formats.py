@@ -18,7 +18,7 @@ import camelid
 from camelid.checkpoint.compare import compare, config_differences
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.formats.hf_config import config_from_hf, config_to_hf
-from camelid.checkpoint.registry import FORMATS, OPEN, TRAIN_STATE, detect, open_checkpoint
+from camelid.checkpoint.registry import FORMATS, OPENERS, TRAIN_STATE, detect, open_checkpoint
 from camelid.cli import format_names
 from camelid.errors import UserError
 from camelid.model.config import DynamicScaling, LinearScaling, ModelConfig, YarnScaling
@@ -106,7 +106,7 @@ def test_the_command_line_names_every_format():
     assert list(get_args(format_names.ReadableFormat)) == list(FORMATS)
     writable = [name for name, format in FORMATS.items() if format.plan_files is not None]
     assert list(get_args(format_names.WritableFormat)) == writable
-    assert set(OPEN) >= set(FORMATS)
+    assert set(OPENERS) >= set(FORMATS)
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
@@ -284,7 +284,7 @@ def test_shards_that_a_format_does_not_have_are_refused(
 ):
     done = called("convert", stories, tmp_path / "out", "--to", name, option, ways)
     assert done.returncode == 2
-    assert f"{option[2:].replace('-', '_')} = {ways} is not for the format {name}" in done.stderr
+    assert f"{option[2:].replace('-', '_')} = {ways} does not apply to {name}" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -327,7 +327,7 @@ def test_a_folder_around_a_checkpoint_and_a_file_of_another_kind_are_told(writte
     with pytest.raises(UserError, match=rf"not a checkpoint itself\n.*{written['hf']}: give that folder"):
         open_checkpoint(written["hf"] / "config.json")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match="looks like no checkpoint"):
+    with pytest.raises(UserError, match="does not look like a checkpoint"):
         open_checkpoint(tmp_path / "a.txt")
 
 
@@ -341,7 +341,7 @@ def test_weights_without_a_config_open_with_one(written: dict[str, Path], tmp_pa
 
 
 def test_an_unknown_prefix_is_refused(written: dict[str, Path]):
-    with pytest.raises(UserError, match=r"format 'metta' is unknown\nThe formats are .*meta"):
+    with pytest.raises(UserError, match=r"format 'metta' is unknown\nThe formats .*meta"):
         open_checkpoint(f"metta::{written['meta']}")
 
 

@@ -189,7 +189,7 @@ def values(checkpoint: Checkpoint) -> dict[tuple[str, int | None], bytes]:
         shape = part.spec.shape[len(part.spec.stacked) :]
         for layer in range(part.spec.shape[0]) if part.spec.stacked else [None]:
             index = tuple(slice(0, n) for n in shape)
-            found[path, layer] = checkpoint.source(path, layer, index, np.dtype(np.float32)).tobytes()
+            found[path, layer] = checkpoint.read_slice(path, layer, index, np.dtype(np.float32)).tobytes()
     return found
 
 

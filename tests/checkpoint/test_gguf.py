@@ -187,7 +187,7 @@ def logits_of(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
 def saving_of(source: Path | Checkpoint, dtype: str | None = None) -> ExportSpec:
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     dtypes = checkpoint.dtypes if dtype is None else dict.fromkeys(checkpoint.dtypes, dtype_named(dtype))
-    return ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
+    return ExportSpec(checkpoint.config, dtypes, checkpoint.read_slice, checkpoint.companions)
 
 
 def written(folder: Path, source: Path | Checkpoint, dtype: str | None = None, kind: str | None = None) -> Path:
@@ -625,7 +625,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "an absurd shape": (tensor_field("blk.0.attn_v.weight", 4, "Q", HUGE), "damaged"),
     "an empty shape": (tensor_field("blk.0.attn_v.weight", 4, "Q", 0), "attn_v.weight has shape"),
     "an absurd rank": (tensor_field("blk.0.attn_v.weight", 0, "I", 2**31), "2147483648 axes"),
-    "another offset": (tensor_field("blk.0.attn_v.weight", 24, "Q", 64), "lies at 64"),
+    "another offset": (tensor_field("blk.0.attn_v.weight", 24, "Q", 64), "is at 64"),
     "another tensor": (replaced(b"blk.0.attn_v.weight", b"blk.0.attn_x.weight"), "lacks blk.0.attn_v.weight"),
     "a tensor twice": (replaced(b"blk.0.attn_v.weight", b"blk.0.attn_k.weight"), "attn_k.weight is there twice"),
     "an unknown setting": (

@@ -354,7 +354,7 @@ def test_a_download_that_breaks_is_refused_until_it_is_whole(
     hub.repositories[NAME] = [repository]
     assert_refused(command("inspect", NAME, env=env), f"{NAME} is not a local folder, and the Hub did not give it: ")
     ((problem, _),) = found(NAME, env=env | {"HF_HUB_OFFLINE": "1"})
-    assert "offline mode finds no whole copy" in problem
+    assert "offline mode finds no complete copy" in problem
     repository.breaks = None
     result = command("convert", NAME, tmp_path / "converted", env=env)
     assert result.returncode == 0, result.stderr
@@ -367,13 +367,13 @@ REFUSALS: dict[str, tuple[str, Repository | None, str, str]] = {
     "gated, without a token": (
         "herd/gated",
         Repository(SMALL, refuse_files=(401, GATED)),
-        "only to those who have accepted its licence",
+        "only to those who have accepted its license",
         "/herd/gated, and set HF_TOKEN",
     ),
     "gated, licence not accepted": (
         "herd/closed",
         Repository(SMALL, refuse_files=(403, GATED)),
-        "only to those who have accepted its licence",
+        "only to those who have accepted its license",
         "Accept it on http://127.0.0.1:",
     ),
     "unknown": ("herd/unknown", None, "the Hub shows you no such model", "Check the name"),
@@ -432,7 +432,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_name_and_the_way_out(
 def test_a_name_that_is_not_in_the_cache_is_refused_offline_and_without_a_network(hub: Hub, env: dict[str, str]):
     hub.repositories[NAME] = [Repository(SMALL)]
     ((problem, advice),) = found(NAME, env=env | {"HF_HUB_OFFLINE": "1"})
-    assert f"{NAME} is not a local folder, and offline mode finds no whole copy of it in {env['HF_HOME']}" in problem
+    assert f"{NAME} is not a local folder, and offline mode finds no complete copy of it in {env['HF_HOME']}" in problem
     assert "without HF_HUB_OFFLINE" in advice
     ((problem, advice),) = found(NAME, env=env | {"HF_ENDPOINT": unreachable()})
     assert f"{NAME} is not a local folder, and the Hub did not give it: " in problem

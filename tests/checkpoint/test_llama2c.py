@@ -46,7 +46,7 @@ def config(request: pytest.FixtureRequest) -> camelid.ModelConfig:
 
 def export(checkpoint: Checkpoint, dtype: Any = None) -> ExportSpec:
     dtypes = {path: np.dtype(dtype or own) for path, own in checkpoint.dtypes.items()}
-    return ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions)
+    return ExportSpec(checkpoint.config, dtypes, checkpoint.read_slice, checkpoint.companions)
 
 
 def params_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -63,7 +63,7 @@ def converted(checkpoint: Checkpoint, write: Callable[..., list[PlannedFile]], f
     dtypes = checkpoint.dtypes
     if "dtype" in options:
         dtypes = dict.fromkeys(dtypes, dtype_named(options.pop("dtype")))
-    put(folder, write, ExportSpec(checkpoint.config, dtypes, checkpoint.source, checkpoint.companions, **options))
+    put(folder, write, ExportSpec(checkpoint.config, dtypes, checkpoint.read_slice, checkpoint.companions, **options))
     return folder
 
 

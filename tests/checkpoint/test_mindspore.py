@@ -19,7 +19,7 @@ import camelid
 from camelid.api import load_params
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
 from camelid.checkpoint.containers import mindspore_file
-from camelid.checkpoint.containers.mindspore_file import CRC_BYTES, checksum_holds, open_ckpt
+from camelid.checkpoint.containers.mindspore_file import CRC_BYTES, open_ckpt, verify_checksum
 from camelid.checkpoint.formats import hf, mindspore
 from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.formats.mindspore_ranks import Split, merged, open_ranks, open_strategy, strategy_bytes
@@ -77,19 +77,19 @@ def content(tensor: Tensor, index: tuple[slice, ...] | None = None) -> np.ndarra
 def written(source: Checkpoint, folder: Path, dtype: str | None = None, **how: object) -> Path:
     folder.mkdir()
     dtypes = source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype_named(dtype))
-    put(folder, mindspore.plan_files, ExportSpec(source.config, dtypes, source.source), **how)
+    put(folder, mindspore.plan_files, ExportSpec(source.config, dtypes, source.read_slice), **how)
     return folder
 
 
 def in_ranks(source: Checkpoint, folder: Path, ways: int, stages: int) -> Path:
     folder.mkdir()
-    put(folder, mindspore.plan_files, ExportSpec(source.config, source.dtypes, source.source, (), ways, stages))
+    put(folder, mindspore.plan_files, ExportSpec(source.config, source.dtypes, source.read_slice, (), ways, stages))
     return folder
 
 
 def to_hf(source: Checkpoint, folder: Path) -> Path:
     folder.mkdir()
-    put(folder, hf.plan_files, ExportSpec(source.config, source.dtypes, source.source))
+    put(folder, hf.plan_files, ExportSpec(source.config, source.dtypes, source.read_slice))
     return folder
 
 
@@ -234,7 +234,7 @@ def test_there_and_back_every_byte_is_the_same(theirs: Path, tmp_path: Path, dty
     assert not hf.matches(folder)
     back = mindspore.open_checkpoint(folder, rope_layout=layout)
     assert (back.config, back.notes) == (source.config, ())
-    export = ExportSpec(source.config, dict.fromkeys(source.dtypes, dtype_named(dtype)), source.source)
+    export = ExportSpec(source.config, dict.fromkeys(source.dtypes, dtype_named(dtype)), source.read_slice)
     (tmp_path / "direct").mkdir()
     put(tmp_path / "direct", hf.plan_files, export)
     assert tensor_bytes(to_hf(back, tmp_path / "back")) == tensor_bytes(tmp_path / "direct")
@@ -361,7 +361,7 @@ def test_safetensors_with_mindformers_names_are_read(tmp_path: Path):
 def test_safetensors_are_written_as_mindspore_writes_them(tmp_path: Path):
     (tmp_path / "a.ckpt").write_bytes(file(their_arrays()))
     source = mindspore.open_checkpoint(tmp_path / "a.ckpt", TINY)
-    put(tmp_path / "ours", mindspore.plan_files, ExportSpec(TINY, source.dtypes, source.source), safetensors=True)
+    put(tmp_path / "ours", mindspore.plan_files, ExportSpec(TINY, source.dtypes, source.read_slice), safetensors=True)
     with safetensors.safe_open(tmp_path / "ours" / "model.safetensors", "np") as opened:
         assert opened.metadata() == {"format": "ms"}
         held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -391,14 +391,14 @@ def test_a_checksum_is_verified_up_to_a_size(tmp_path: Path, monkeypatch: pytest
     path, held = tmp_path / "a.ckpt", file(their_arrays())
     path.write_bytes(held + b"crc_num" + zlib.crc32(held).to_bytes(10, "big"))
     assert_tiny(mindspore.open_checkpoint(path, TINY, "half"))
-    assert checksum_holds(path) is True
+    assert verify_checksum(path) is True
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="does not have the checksum"):
         mindspore.open_checkpoint(path, TINY)
     monkeypatch.setattr(mindspore_file, "CRC_BYTES", len(held))
-    assert checksum_holds(path) is False
+    assert verify_checksum(path) is False
     assert any("a.ckpt is larger than 1 GiB" in note for note in mindspore.open_checkpoint(path, TINY).notes)
     assert CRC_BYTES == 2**30
 
@@ -652,7 +652,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "absurd dims": (record("a", "Float32", (2**40, 2**40), bytes(20)), "20 bytes for"),
     "a type that is unknown": (record("a", "Int4", (2, 3), bytes(3)), r"a in .*bad\.ckpt is Int4"),
     "text of odd length": (record("a", "str", (0,), bytes(3)), "no text"),
-    "a tensor twice": (float32("a", A) + float32("b", A) + float32("a", A), "a stands there twice"),
+    "a tensor twice": (float32("a", A) + float32("b", A) + float32("a", A), "a is there twice"),
     "a tensor twice in a row": (float32("a", A) * 2, "48 bytes for"),
     "parts that disagree": (float32("a", A) + float32("a", A.T), "parts of a disagree"),
     "cut within a number": (record("a", "Float32", (2,), b"123") + record("a", "Float32", (2,), b"45678"), "8 bytes"),

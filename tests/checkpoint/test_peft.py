@@ -182,11 +182,11 @@ def test_a_slice_has_the_bits_of_the_whole(tmp_path: Path, monkeypatch: pytest.M
     for path in ("q_proj", "o_proj"):
         path = f"layers.attn.{path}"
         shape = opened.table.entries[path].spec.shape[1:]
-        whole = opened.source(path, 1, tuple(slice(0, n) for n in shape), np.dtype(np.float32))
+        whole = opened.read_slice(path, 1, tuple(slice(0, n) for n in shape), np.dtype(np.float32))
         for _ in range(20):
             cuts = [sorted(draw.choice(n + 1, 2, replace=False)) for n in shape]
             index = tuple(slice(int(start), int(stop)) for start, stop in cuts)
-            np.testing.assert_array_equal(opened.source(path, 1, index, np.dtype(np.float32)), whole[index])
+            np.testing.assert_array_equal(opened.read_slice(path, 1, index, np.dtype(np.float32)), whole[index])
 
 
 def test_torchs_file_is_read_too(tmp_path: Path):
@@ -338,7 +338,7 @@ def test_arrays_become_an_adapter_that_peft_loads(tmp_path: Path, case: str):
     for path, part in opened.table.entries.items():
         index = tuple(slice(0, n) for n in part.spec.shape[len(part.spec.stacked) :])
         for layer in part.layers():
-            one, two = (held.source(path, layer, index, np.dtype(np.float32)) for held in (given, opened))
+            one, two = (held.read_slice(path, layer, index, np.dtype(np.float32)) for held in (given, opened))
             np.testing.assert_allclose(one, two, atol=1e-6, err_msg=path)
 
 

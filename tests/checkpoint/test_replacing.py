@@ -287,7 +287,7 @@ def test_a_record_that_came_with_a_folder_is_not_followed(model: Path, tmp_path:
     convert(model, tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
     record(tmp_path / "out", ["a"], ["notes.txt", "config.json"], inode=inode)
-    assert_nobody_follows_the_record(model, tmp_path / "out", "was not written in this folder")
+    assert_nobody_follows_the_record(model, tmp_path / "out", "was not created in this folder")
 
 
 def test_a_folder_that_was_copied_between_is_refused_and_can_be_mended_by_hand(
@@ -306,14 +306,14 @@ def test_a_link_in_the_place_of_the_temporary_folder_is_refused(model: Path, tmp
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "a").write_text("mine")
     (tmp_path / ".out.incomplete").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match=r"\.out\.incomplete is a link"):
+    with pytest.raises(UserError, match=r"\.out\.incomplete is a symbolic link"):
         convert(model, tmp_path / "out")
     (tmp_path / ".out.incomplete").unlink()
     convert(model, tmp_path / "out")
     record(tmp_path / "out", ["a"], ["config.json"])
     shutil.rmtree(tmp_path / ".out.incomplete")
     (tmp_path / ".out.incomplete").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match=r"\.out\.incomplete is a link"):
+    with pytest.raises(UserError, match=r"\.out\.incomplete is a symbolic link"):
         open_checkpoint(tmp_path / "out")
     assert contents(tmp_path / "precious") == {"a": b"mine"}
     assert (tmp_path / "out" / "config.json").is_file()

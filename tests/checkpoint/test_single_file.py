@@ -19,7 +19,7 @@ from runs import command
 
 def saving_of(source: Path) -> ExportSpec:
     checkpoint = open_checkpoint(source)
-    return ExportSpec(checkpoint.config, checkpoint.dtypes, checkpoint.source, checkpoint.companions)
+    return ExportSpec(checkpoint.config, checkpoint.dtypes, checkpoint.read_slice, checkpoint.companions)
 
 
 def names(folder: Path) -> set[str]:
@@ -75,7 +75,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(stories: Path, tmp_path:
     def source(path: str, layer: int | None, *rest):
         if layer == 3:
             raise OSError("the disk was taken out")
-        return export.source(path, layer, *rest)
+        return export.read_slice(path, layer, *rest)
 
     with pytest.raises(OSError, match="taken out"):
         write_checkpoint(tmp_path / "a.gguf", replace(export, source=source), "gguf", overwrite=True)
@@ -92,7 +92,7 @@ def test_what_was_finished_before_an_interruption_is_kept_by_resume(stories: Pat
         read.append((path, layer))
         if interrupted and len(read) == 20:
             raise KeyboardInterrupt
-        return export.source(path, layer, *rest)
+        return export.read_slice(path, layer, *rest)
 
     saved = replace(export, source=counted)
     interrupted = True
@@ -118,7 +118,10 @@ def test_a_link_is_written_where_it_leads(stories: Path, tmp_path: Path):
 
 
 def test_two_processes_do_not_write_the_same_file(stories: Path, tmp_path: Path):
-    with locked(tmp_path / ".a.gguf.incomplete"), pytest.raises(UserError, match=r"another process writes .*/a\.gguf"):
+    with (
+        locked(tmp_path / ".a.gguf.incomplete"),
+        pytest.raises(UserError, match=r"another process is writing .*/a\.gguf"),
+    ):
         convert(stories, tmp_path / "a.gguf", to="gguf")
 
 
@@ -129,7 +132,7 @@ def test_a_file_is_not_a_folder_and_its_name_says_its_format(stories: Path, tmp_
         convert(stories, tmp_path / "a.gguf", to="gguf", overwrite=True)
     assert names(tmp_path / "a.gguf") == {"mine"}
     for format in ("hf", "meta", "llama2c"):
-        with pytest.raises(UserError, match=f"name of a file of the format gguf, and {format} is asked for"):
+        with pytest.raises(UserError, match=f"name of a file of the format gguf, and the requested format is {format}"):
             convert(stories, tmp_path / "b.GGUF", to=format)
     assert names(tmp_path) == {"a.gguf"}
 
@@ -144,7 +147,7 @@ def test_the_command_writes_a_file_and_checks_its_sums(stories: Path, tmp_path: 
     (tmp_path / "a.gguf").write_bytes(content)
     checked = command("convert", "a.gguf", "--check", cwd=tmp_path, env=user_env)
     assert checked.returncode != 0
-    assert "is not what was written: its checksum differs" in checked.stderr
+    assert "differs from what was written: its checksum does not match" in checked.stderr
 
 
 def test_a_file_of_another_kind_is_never_replaced(stories: Path, tmp_path: Path):
@@ -156,7 +159,7 @@ def test_a_file_of_another_kind_is_never_replaced(stories: Path, tmp_path: Path)
     destination.unlink()
     other = tmp_path / "notes.gguf.manifest.json"
     other.write_text('{"mine": 1}')
-    with pytest.raises(UserError, match="is not camelid's"):
+    with pytest.raises(UserError, match="was not written by camelid"):
         convert(stories, destination, to="gguf")
     assert [path.name for path in tmp_path.iterdir()] == [other.name]
     assert other.read_text() == '{"mine": 1}'

@@ -15,7 +15,8 @@ import camelid
 from camelid.checkpoint.containers import mindspore_file
 from camelid.checkpoint.containers.mindspore_file import ckpt_file, open_ckpt
 from camelid.checkpoint.containers.safetensors import open_safetensors
-from camelid.checkpoint.containers.torch_files import StridedTensor, open_torch
+from camelid.checkpoint.containers.torch_files import open_torch
+from camelid.checkpoint.containers.torch_tensors import StridedTensor
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.files import write_files
 from camelid.checkpoint.registry import open_checkpoint
@@ -49,7 +50,7 @@ def flat(values: np.ndarray, folder: Path) -> Tensor:
         [ckpt_file("a.ckpt", [in_pieces(PlannedTensor("w", values.shape, values.dtype), values.reshape(-1), 3)])],
     )
     tensor = open_ckpt(folder / "a.ckpt")["w"]
-    assert isinstance(tensor, mindspore_file.Flat)
+    assert isinstance(tensor, mindspore_file.FlatTensor)
     return tensor
 
 
@@ -75,9 +76,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("held", "wanted", "value", "about"),
     [
-        ("float32", "float16", 1e30, "holds 1e+30, and float16 ends at 65504\nChoose float32 or bfloat16."),
-        ("bfloat16", "float16", -(2.0**20), "holds -1.05e+06, and float16 ends at 65504\nChoose float32 or bfloat16."),
-        ("float32", "bfloat16", 3.4e38, "holds 3.4e+38, and bfloat16 ends at 3.3895e+38\nChoose float32."),
+        ("float32", "float16", 1e30, "holds 1e+30, and the largest float16 is 65504\nChoose float32 or bfloat16."),
+        ("bfloat16", "float16", -(2.0**20), "holds -1.05e+06, and the largest float16 is 65504\nChoose float32 or bf"),
+        ("float32", "bfloat16", 3.4e38, "holds 3.4e+38, and the largest bfloat16 is 3.3895e+38\nChoose float32."),
     ],
 )
 def test_a_number_that_is_too_large_for_its_dtype_is_named(
@@ -123,11 +124,11 @@ def test_a_model_that_float16_cannot_hold_is_refused_and_nothing_is_left(
     large: Path, tmp_path: Path, held: str, to: str
 ):
     convert(large, tmp_path / "model", dtype=held)
-    about = f"{UP} in {tmp_path / 'model' / 'model.safetensors'} holds 1e+30, and float16 ends at 65504"
+    about = f"{UP} in {tmp_path / 'model' / 'model.safetensors'} holds 1e+30, and the largest float16 is 65504"
     done = called("convert", tmp_path / "model", tmp_path / "out", "--to", to, "--dtype", "float16")
     assert_refused(done, about)
     assert {file.name for file in tmp_path.iterdir()} == {"model"}
-    with pytest.raises(UserError, match="float16 ends at"):
+    with pytest.raises(UserError, match="the largest float16 is"):
         camelid.load(tmp_path / "model", dtype="float16")
 
 

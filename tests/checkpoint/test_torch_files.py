@@ -20,17 +20,16 @@ import numpy as np
 import pytest
 import torch
 
-from camelid.checkpoint.containers import torch_files
+from camelid.checkpoint.containers import torch_files, torch_tensors, torch_zip
 from camelid.checkpoint.containers.torch_files import (
     MAGIC,
     PROTOCOL,
-    StridedTensor,
     open_torch,
-    torch_file,
     unpickle,
     unverified_note_for,
-    verify_checksums,
 )
+from camelid.checkpoint.containers.torch_tensors import StridedTensor, dump_pickle
+from camelid.checkpoint.containers.torch_zip import torch_file, verify_checksums
 from camelid.checkpoint.files import write_files
 from camelid.checkpoint.tensors import PlannedTensor, Tensor
 from camelid.errors import UserError
@@ -141,7 +140,7 @@ def test_nested_objects_keep_their_form_and_their_tensors(tmp_path: Path, zipped
     opened = unpickle(saved(value, tmp_path, zipped))
     np.testing.assert_array_equal(read(opened["model"].pop("w")), count(2, 3).numpy())
     np.testing.assert_array_equal(read(opened[7].pop()), [0, 1])
-    assert opened.pop("dtype") == torch_files.DTYPES["BFloat16"]
+    assert opened.pop("dtype") == torch_tensors.DTYPES["BFloat16"]
     assert opened == {"model": {}, 7: [], "size": (2, 3), **plain}
 
 
@@ -320,14 +319,14 @@ TENSORS = {
     "negative offset": (view(-1), "negative"),
     "negative size": (view(0, (-2, -3)), "negative"),
     "negative stride": (view(5, (6,), (-1,)), "negative"),
-    "offset not whole": (view(0.0), "negative or absurd"),
-    "size true": (view(0, (True,), (1,)), "negative or absurd"),
-    "size beyond 64 bits": (view(0, (2**64, 0), (0, 1)), "negative or absurd"),
-    "strides missing": (view(0, (2, 3), (3,)), "strange parts"),
-    "shape a list": (view(0, [2, 3], [3, 1]), "strange parts"),
-    "too many axes": (view(0, (1,) * 65, (1,) * 65), "strange parts"),
-    "negated": (view(metadata=({"neg": True},)), "strange parts"),
-    "no storage": (Call(torch._utils._rebuild_tensor, 1, 0, (2,), (1,)), "strange parts"),
+    "offset not whole": (view(0.0), "negative or too large"),
+    "size true": (view(0, (True,), (1,)), "negative or too large"),
+    "size beyond 64 bits": (view(0, (2**64, 0), (0, 1)), "negative or too large"),
+    "strides missing": (view(0, (2, 3), (3,)), "unsupported fields"),
+    "shape a list": (view(0, [2, 3], [3, 1]), "unsupported fields"),
+    "too many axes": (view(0, (1,) * 65, (1,) * 65), "unsupported fields"),
+    "negated": (view(metadata=({"neg": True},)), "unsupported fields"),
+    "no storage": (Call(torch._utils._rebuild_tensor, 1, 0, (2,), (1,)), "unsupported fields"),
     "too few arguments": (Call(torch._utils._rebuild_tensor), "TypeError"),
     "storage of 10**15 numbers": (view(numbers=10**15), "storage 0"),
     "storage of 10**15 numbers, of which one is used": (view(0, (1,), (1,), numbers=10**15), "storage 0"),
@@ -336,10 +335,10 @@ TENSORS = {
     "storage of another dtype": (view(kind=torch.DoubleStorage), "storage 0"),
     "negative storage": (view(0, (0,), (1,), numbers=-1), "-1"),
     "storage missing": (view(key="1"), "Error"),
-    "storage with a number for a name": (view(key=0), "something else than a storage"),
-    "storage with a long name": (view(key="0" * 1000), "something else than a storage"),
-    "storage within a storage": (view(within=(("1", 0, 3),)), "something else than a storage"),
-    "storage of functions": (view(kind=OrderedDict), "something else than a storage"),
+    "storage with a number for a name": (view(key=0), "a persistent id that is not a storage"),
+    "storage with a long name": (view(key="0" * 1000), "a persistent id that is not a storage"),
+    "storage within a storage": (view(within=(("1", 0, 3),)), "a persistent id that is not a storage"),
+    "storage of functions": (view(kind=OrderedDict), "a persistent id that is not a storage"),
     "storage of complex numbers": (view(kind=torch.ComplexFloatStorage), "would call torch.ComplexFloatStorage"),
 }
 
@@ -356,9 +355,9 @@ PROGRAMS = {
     "mutable bytes of 10**15": (b"\x96" + struct.pack("<Q", 10**15) + b".", "bytearray8"),
     "text of 10**15": (b"\x8d" + struct.pack("<Q", 10**15) + b".", "unicodestring8"),
     "a number of 2**31 bytes": (b"\x8b\xff\xff\xff\x7f.", "long4"),
-    "a number of 2000 bytes as a name": (b"}\x8b\xd0\x07\0\0" + b"\x7f" * 2000 + b"Ns.", "strange key"),
+    "a number of 2000 bytes as a name": (b"}\x8b\xd0\x07\0\0" + b"\x7f" * 2000 + b"Ns.", "unsupported key"),
     "a frame of 10**15": (b"\x95" + struct.pack("<Q", 10**15) + b".", "IndexError"),
-    "a key that overflows Python": (b"})" + b"\x85" * 200_000 + b"Ns.", "strange key"),
+    "a key that overflows Python": (b"})" + b"\x85" * 200_000 + b"Ns.", "unsupported key"),
     "a key twice": (b"}(X\1\0\0\0aNX\1\0\0\0aNu.", "one key twice"),
     "a key without a value": (b"}(X\1\0\0\0au.", "zip()"),
     "a call of the old kind": (b"(X\1\0\0\0aios\nsystem\n.", "INST os system"),
@@ -371,7 +370,7 @@ PROGRAMS = {
     "a name in two numbers": (b"K\1K\2\x93.", "TypeError"),
     "a module with a space": (b"X\x05\0\0\0torchX\7\0\0\0float32\x86R.", "IndexError"),
     "an item for a tuple": (b")Na.", "AttributeError"),
-    "items for a list": (b"]K\0Ns.", "strange key"),
+    "items for a list": (b"]K\0Ns.", "unsupported key"),
     "nothing to take": (b"\x86.", "too little on the stack"),
     "no mark": (b"Nt.", "IndexError"),
     "a mark above the stack": (b"NN(0t.", "which torch.save does not write"),
@@ -430,13 +429,13 @@ GOOD = program(view())
 FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "compressed": (lambda path: write(path, True, GOOD, compression=zipfile.ZIP_DEFLATED), "is compressed or"),
     "encrypted": (lambda path: flagged_as_encrypted(write(path, True, GOOD)), "is compressed or encrypted"),
-    "larger than the file": (lambda path: claiming(path, 10**9, 10**9), "data/0 does not lie inside the file"),
-    "of two sizes": (lambda path: claiming(path, 24, 48), "data/0 does not lie inside the file"),
-    "at another place": (lambda path: claiming(path, 24, 24, moved=-4), "data/0 does not lie inside the file"),
+    "larger than the file": (lambda path: claiming(path, 10**9, 10**9), "data/0 is not inside the file"),
+    "of two sizes": (lambda path: claiming(path, 24, 48), "data/0 is not inside the file"),
+    "at another place": (lambda path: claiming(path, 24, 24, moved=-4), "data/0 is not inside the file"),
     "big-endian zip": (lambda path: write(path, True, GOOD, byteorder=b"big"), "is big-endian"),
     "big-endian legacy": (lambda path: write(path, False, GOOD, system={"little_endian": False}), "is big-endian"),
     "system unknown": (lambda path: write(path, False, GOOD, system=[1]), "TypeError"),
-    "another protocol": (lambda path: write(path, False, GOOD, protocol=1002), "the magic number is another"),
+    "another protocol": (lambda path: write(path, False, GOOD, protocol=1002), "another magic number"),
     "storages by number": (lambda path: write(path, False, GOOD, {7: SIX["0"]}), "its storages are not those"),  # type: ignore
     "another zip": (lambda path: zip_of(path, "a.txt"), "zip archive without"),
     "two checkpoints": (lambda path: zip_of(path, "a/data.pkl", "b/data.pkl"), "zip archive without"),
@@ -444,7 +443,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty": (lambda path: content(path, b""), "damaged, or is not a PyTorch checkpoint"),
     "text": (lambda path: content(path, b"version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
     "a pickle": (lambda path: content(path, pickle.dumps({"a": 1}, 2)), "is not a PyTorch checkpoint"),
-    "two pickles": (lambda path: content(path, pickle.dumps({"a": 1}, 2) * 2), "the magic number is another"),
+    "two pickles": (lambda path: content(path, pickle.dumps({"a": 1}, 2) * 2), "another magic number"),
     "safetensors": (lambda path: content(path, struct.pack("<Q", 2) + b"{}"), "is not a PyTorch checkpoint"),
     "a folder": (folder, "is not a file"),
     "nothing": (lambda path: path, "is not a file"),
@@ -472,7 +471,8 @@ def test_no_more_of_a_pickle_is_read_than_a_checkpoint_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
 ):
     path = write(tmp_path / "model.bin", zipped, GOOD)
-    monkeypatch.setattr(torch_files, "MAX_PICKLE", len(GOOD) - 1)
+    for module in (torch_files, torch_zip):
+        monkeypatch.setattr(module, "MAX_PICKLE", len(GOOD) - 1)
     assert "is damaged" in refused(path).problem
 
 
@@ -556,7 +556,7 @@ def test_objects_of_other_libraries_are_refused_by_name(assets: Path):
 def written(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state that torch_file planned, a few numbers at a time, as torch reads it."""
     arrays = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in state.items()}
-    dtypes = {name: torch_files.DTYPES[tensor.type()[6:].removesuffix("Tensor")] for name, tensor in state.items()}
+    dtypes = {name: torch_tensors.DTYPES[tensor.type()[6:].removesuffix("Tensor")] for name, tensor in state.items()}
     planned = [PlannedTensor(name, tuple(tensor.shape), dtypes[name]) for name, tensor in state.items()]
     whole = (arrays[name].view(dtype) for name, dtype in dtypes.items())
     payloads = [in_pieces(tensor, numbers, 5) for tensor, numbers in zip(planned, whole, strict=True)]
@@ -641,7 +641,7 @@ def test_torch_opens_what_is_written(
     tmp_path: Path, state: Callable[[], dict[str, torch.Tensor]], large: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if large:  # as if these files were beyond what a plain zip file can say
-        monkeypatch.setattr(torch_files, "LIMIT", 20)
+        monkeypatch.setattr(torch_zip, "LIMIT", 20)
     held, path = state(), tmp_path / "consolidated.00.pth"
     for tensors in (written(path, held), torch.load(path, weights_only=True, mmap=True) if held else {}):
         assert list(tensors) == list(held)
@@ -664,7 +664,7 @@ def test_torch_opens_what_is_written(
 
 def test_sizes_beyond_32_bits_are_told_as_they_are():
     planned = [PlannedTensor("w", (2**33, 3), np.dtype(np.int8))]
-    sizes = [value for _, value, _ in pickletools.genops(torch_files._program(planned)) if isinstance(value, int)]
+    sizes = [value for _, value, _ in pickletools.genops(dump_pickle(planned)) if isinstance(value, int)]
     assert sizes.count(3 * 2**33) == 1
     assert sizes.count(2**33) == 1
 

@@ -85,7 +85,7 @@ def test_resuming_names_the_damage_and_the_steps_that_are_whole_and_changes_noth
     before = contents(run)
     refused = train(run.parent, 8)
     assert_refused(refused, f"the checkpoint of step 6 in {run / 'checkpoints'} is damaged: ")
-    assert "Steps 4, 2 are whole. To go on from step 4, add --from-step 4" in refused.stderr
+    assert "Steps 4, 2 are intact. To resume from step 4, add --from-step 4" in refused.stderr
     assert contents(run) == before
 
 
@@ -99,7 +99,7 @@ def test_opening_a_run_names_the_damage_and_the_steps_that_are_whole(run: Path, 
     for words in (("convert", run, tmp_path / "hf"), ("generate", run, "ab"), ("train", recipe_file)):
         refused = called(*words)
         assert_refused(refused, f"the checkpoint of step 6 in {run / 'checkpoints'} is damaged: ")
-        assert f"Steps 4, 2 are whole. To open step 4, give {run / 'checkpoints' / '4'}." in refused.stderr
+        assert f"Steps 4, 2 are intact. To open step 4, give {run / 'checkpoints' / '4'}." in refused.stderr
     assert {file.name for file in tmp_path.iterdir()} == {"recipe.toml"}
     assert contents(run) == before
     assert called("convert", run / "checkpoints" / "4", tmp_path / "hf").returncode == 0
@@ -108,10 +108,10 @@ def test_opening_a_run_names_the_damage_and_the_steps_that_are_whole(run: Path, 
 def test_a_step_that_is_damaged_too_is_not_listed(run: Path):
     flip(run / "checkpoints" / "6")
     flip(run / "checkpoints" / "4")
-    assert "Step 2 is whole. To go on from step 2" in train(run.parent, 8).stderr
-    assert "Step 2 is whole. To go on from step 2" in train(run.parent, 8, "--from-step", 4).stderr
+    assert "Step 2 is intact. To resume from step 2" in train(run.parent, 8).stderr
+    assert "Step 2 is intact. To resume from step 2" in train(run.parent, 8, "--from-step", 4).stderr
     flip(run / "checkpoints" / "2")
-    assert "No other step of this run is whole" in train(run.parent, 8).stderr
+    assert "No other step of this run is intact" in train(run.parent, 8).stderr
 
 
 def test_from_an_older_step_the_run_becomes_the_one_that_never_was_disturbed(run: Path, original: Path, tmp_path: Path):
@@ -185,7 +185,7 @@ def test_a_run_whose_checkpoints_vanish_while_it_starts_does_not_begin_anew(run:
 def test_from_python_an_older_step_is_an_argument(run: Path, original: Path):
     flip(run / "checkpoints" / "6")
     whole = recipe(table(original, 6) | {"run": str(run)})
-    with pytest.raises(camelid.UserError, match=r"step 6 .* is damaged: .*its checksum differs"):
+    with pytest.raises(camelid.UserError, match=r"step 6 .* is damaged: .*its checksum does not match"):
         camelid.runs.run.run(whole)
     assert camelid.runs.run.run(whole, from_step=4).steps == 6
 

@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step_with_the_last_good_c
     for _ in range(2):  # the same command ends in the same way
         ended = train(tmp_path, table)
         assert_refused(ended, "step 2 has loss ")
-        assert "The last checkpoint, of step 1, is kept. The same command would end here again: start" in ended.stderr
+        assert "The last checkpoint, of step 1, is kept. The same command would stop here again: start" in ended.stderr
         assert f"init = '{run / 'checkpoints' / '1'}', init_optimizer = true" in ended.stderr
         assert steps_of(run) == ["1"]
         assert verify_step(run / "checkpoints" / "1") is None
@@ -176,7 +176,7 @@ def test_a_model_is_not_saved_in_a_dtype_that_cannot_hold_it(tmp_path: Path):
     tensors["model.norm.weight"][3] = 1e6
     save_file(tensors, file, {"format": "pt"})
     model = camelid.load(file.parent)
-    with pytest.raises(UserError, match=r"final_norm.scale holds 1e\+06, and float16 ends at 65504"):
+    with pytest.raises(UserError, match=r"final_norm.scale holds 1e\+06, and the largest float16 is 65504"):
         model.save(tmp_path / "half", dtype="float16")
     assert not (tmp_path / "half").exists()
 

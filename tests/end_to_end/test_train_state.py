@@ -399,6 +399,6 @@ def test_a_run_of_an_older_camelid_may_go_on_and_opens_then(
     kept = (whole / "recipe.toml").read_text()
     (whole / "recipe.toml").write_text(kept.replace("init_optimizer = false\n", ""))
     assert (whole / "recipe.toml").read_text() != kept
-    assert_refused(called("inspect", whole), "has no config.json, so an older camelid began it")
+    assert_refused(called("inspect", whole), "has no config.json, so it was started by an older version of camelid")
     camelid.runs.run.run(recipe(small(whole.parent, train__keep_checkpoints=9)))
     assert camelid.load(whole).generate("ab", max_new_tokens=2)

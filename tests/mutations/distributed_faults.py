@@ -50,7 +50,7 @@ FAULTS = (
     ),
     Fault(
         "only the last archive of a file has its checksums verified",
-        "checkpoint/containers/torch_files.py",
+        "checkpoint/containers/torch_zip.py",
         "end = min((entry.header_offset for entry in entries), default=0)",
         "end = 0",
         f"{TESTS}test_a_changed_number_is_found_by_its_checksum",

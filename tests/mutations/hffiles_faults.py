@@ -141,7 +141,7 @@ FAULTS = (
     Fault(
         "an adapter's base is read with the fields that were to be ignored",
         "checkpoint/registry.py",
-        "if format in IGNORING:",
+        "if format in OPENERS_IGNORING:",
         'if format == "hf":',
         f"{IGNORED}test_the_base_of_an_adapter_is_read_without_it",
     ),

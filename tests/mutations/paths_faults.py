@@ -130,7 +130,7 @@ FAULTS = (
     Fault(
         "a checkpoint half replaced is opened",
         "checkpoint/registry.py",
-        "    complete_replacement(place if place.is_dir() else place.parent)\n",
+        "    complete_replacement(folder)\n",
         "",
         f"{REPLACING}test_whoever_opens_a_checkpoint_completes_its_replacement",
     ),

@@ -81,7 +81,7 @@ def test_both_processes_name_the_steps_that_are_whole(file: Path, user_env: dict
     assert statuses == [2, 2], logs(file)
     for log in logs(file):
         assert "the checkpoint of step 6" in log, log
-        assert "params.layers.mlp.up_proj is not what was saved" in log, log
-        assert "Steps 4, 2 are whole. To go on from step 4, add --from-step 4" in log, log
+        assert "params.layers.mlp.up_proj differs from what was saved" in log, log
+        assert "Steps 4, 2 are intact. To resume from step 4, add --from-step 4" in log, log
         assert "No other step" not in log, log
     assert len(read_metrics(run / "metrics.jsonl")) == 6

@@ -1,4 +1,4 @@
-"""What every format has in common: a checkpoint that is opened, and a model that is to be written."""
+"""What every format shares: an opened checkpoint, and the specification of one that is to be written."""
 
 import fnmatch
 import functools
@@ -32,46 +32,47 @@ COMPANIONS = """
     tokenizer* special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template*
     generation_config.json preprocessor_config.json LICEN[SC]E* NOTICE* USE_POLICY* README*
 """.split()
-"""names, as patterns, of the files that go wherever the weights go"""
+"""patterns of the names of files that accompany the weights"""
+USE_HF = "Use the format hf, which holds every model."
 
 
 @dataclass(frozen=True)
 class AdamState:
-    """What AdamW goes on from, beside the parameters."""
+    """The state of AdamW in a checkpoint of a training run; moments are named as the parameters are."""
 
     step: int
-    """updates of the parameters that were made"""
+    """number of parameter updates"""
     mu: Mapping[str, Tensor]
-    """the averages of gradients, by the names of the checkpoint's table"""
+    """first moments, by the tensor names of the checkpoint's table"""
     nu: Mapping[str, Tensor]
-    """and of their squares"""
+    """second moments, by the same names"""
 
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """An opened checkpoint: everything but the numbers."""
+    """An opened checkpoint: everything except the values of its tensors."""
 
     format: str
     folder: Path
     config: ModelConfig
     tensors: Mapping[str, Tensor]
-    """by the name that the table has for them"""
+    """by the names in `table`"""
     table: Table
     notes: tuple[str, ...] = ()
-    """what was guessed, and what was left out"""
+    """what was assumed, and what was left out, for the user"""
     training: AdamState | None = None
-    """of a checkpoint that was made to go on training from"""
+    """if the checkpoint holds the state of its optimizer"""
     assumed_layout: str | None = None
-    """the order of numbers in some tensors, where no file tells it; other copies of them cannot show if it is right"""
+    """a memory layout of some tensors that no file specifies, so that comparing copies cannot confirm it"""
     unpack_tokenizer: Callable[[], Path] | None = None
-    """makes a folder of tokenizer files, where the tokenizer is within the file that holds the weights"""
+    """writes the tokenizer's files to a folder, if the file with the weights contains the tokenizer"""
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r}: {self.format}, {len(self.tensors)} tensors)"
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
-        """By path: the dtype of each parameter in the files; float32 where its layers differ, which loses nothing."""
+        """The dtype of each parameter, by path; float32, which holds all values, if the layers have several."""
         found = self._layer_dtypes.items()
         return {path: next(iter(dtypes)) if len(dtypes) == 1 else np.dtype(np.float32) for path, dtypes in found}
 
@@ -80,35 +81,35 @@ class Checkpoint:
         """Notes on the parameters whose layers have different dtypes in the files."""
         found = {path: sorted(dtype.name for dtype in dtypes) for path, dtypes in self._layer_dtypes.items()}
         return tuple(
-            f"layers of {path} are {' and '.join(names)}; it is taken as float32"
+            f"layers of {path} are {' and '.join(names)}; it is read as float32"
             for path, names in found.items()
             if len(names) > 1
         )
 
     @functools.cached_property
     def _layer_dtypes(self) -> dict[str, set[np.dtype]]:
-        """By path: the dtypes of its layers."""
-        parts = self.table.entries
-        return {path: {self.tensors[part.name(layer)].dtype for layer in part.layers()} for path, part in parts.items()}
+        """The dtypes of the layers of each parameter, by path."""
+        entries = self.table.entries.items()
+        return {path: {self.tensors[entry.name(layer)].dtype for layer in entry.layers()} for path, entry in entries}
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold its tensors, in order."""
+        """The files that hold its tensors, sorted."""
         return files_holding(self.tensors.values())
 
     @property
     def source_paths(self) -> list[Path]:
-        """What a destination must not replace: its folder, and the files that hold its tensors."""
+        """What a destination must not replace: the checkpoint's folder, and the files that hold its tensors."""
         return [self.folder, *self.files]
 
     @property
-    def source(self) -> SliceReader:
-        """The values, read as they are asked for."""
+    def read_slice(self) -> SliceReader:
+        """A function that reads slices of parameters; each one returned keeps a cache of its own."""
         return slice_reader(self.table, self.tensors)
 
     @property
     def companions(self) -> list[Path]:
-        """The files that go wherever the weights go: tokenizer, generation settings, licence."""
+        """The files that accompany the weights: tokenizer, generation settings, license."""
         if self.unpack_tokenizer is None:
             return companions_in(self.folder)
         files = [*self.other_companions, *companions_in(self.tokenizer_folder)]
@@ -122,25 +123,25 @@ class Checkpoint:
 
     @functools.cached_property
     def tokenizer_folder(self) -> Path:
-        """The folder with the tokenizer's files; raises UserError where a tokenizer is there and cannot be read."""
+        """The folder with the tokenizer's files; raises UserError if there is a tokenizer that cannot be read."""
         return self.folder if self.unpack_tokenizer is None else self.unpack_tokenizer()
 
 
 def companions_in(folder: Path) -> list[Path]:
-    """The files of a folder that go wherever its weights go."""
+    """The files in a folder that accompany its weights."""
     names = (name for pattern in COMPANIONS for name in fnmatch.filter(os.listdir(folder), pattern))
     return sorted(folder / name for name in names if (folder / name).is_file())
 
 
 def copy_companions(companions: Sequence[Path], folder: Path) -> None:
-    """Puts them beside the weights."""
+    """Copies files into a folder, under the names that they have."""
     for file in companions:
         shutil.copyfile(file, folder / file.name)
 
 
 @dataclass(frozen=True)
 class AdamExport:
-    """Training, as it is to be written."""
+    """The state of AdamW that is to be written."""
 
     step: int
     mu: SliceReader
@@ -153,67 +154,68 @@ class ExportSpec:
 
     config: ModelConfig
     dtypes: Mapping[str, np.dtype]
-    """of the tensors, by path of ours"""
-    source: SliceReader
+    """of the tensors, by parameter path"""
+    read_slice: SliceReader
     companions: Sequence[Path] = ()
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     shards: int | None = None
-    """files; None is as many as the format likes"""
+    """number of files; None is the format's default"""
     training: AdamExport | None = None
 
     def payload(self, table: Table, tensor: PlannedTensor) -> TensorPayload:
-        """One of the file's tensors, as its numbers are."""
-        return raw_payload(tensor, lambda: tensor_chunks(table, tensor.name, tensor.dtype, self.source))
+        """One tensor of the file, stored without an encoding."""
+        return raw_payload(tensor, lambda: tensor_chunks(table, tensor.name, tensor.dtype, self.read_slice))
 
     def payloads(self, table: Table) -> list[TensorPayload]:
-        """All of the file's tensors."""
+        """All tensors of the file, in the order of `table`."""
         return [self.payload(table, tensor) for tensor in plan_tensors(table, self.dtypes)]
 
     def untied(self) -> "ExportSpec":
-        """The same model with a head of its own, for systems that tie none: the table is written as the head too."""
+        """The same model with a head of its own, for systems without tied embeddings: the table is written twice."""
         if not self.config.tie_embeddings:
             return self
 
-        def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
-            return self.source("embed" if path == "lm_head" else path, layer, index, dtype)
+        def read_slice(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
+            return self.read_slice("embed" if path == "lm_head" else path, layer, index, dtype)
 
-        config = replace(self.config, tie_embeddings=False)
-        return replace(self, config=config, dtypes={**self.dtypes, "lm_head": self.dtypes["embed"]}, source=source)
+        config, dtypes = replace(self.config, tie_embeddings=False), {**self.dtypes, "lm_head": self.dtypes["embed"]}
+        return replace(self, config=config, dtypes=dtypes, read_slice=read_slice)
 
 
-def table_for(what: str, rows: Sequence[TensorRule], config: ModelConfig, sizes: Mapping[str, int]) -> Table:
-    """The table of a format for one model; raises UserError where the format has no place for a parameter."""
+def table_for(what: str, rules: Sequence[TensorRule], config: ModelConfig, sizes: Mapping[str, int]) -> Table:
+    """The table of a format for one model; raises UserError if no rule covers one of its parameters.
+
+    `what` names the format in the message; `sizes` are those of axis words that a model does not have.
+    """
     specs = named(declare_decoder(config))
-    if missing := sorted(specs.keys() - {row.path for row in rows}):
-        raise UserError(
-            f"{what} has no place for {', '.join(missing[:3])}", "Use the format hf, which holds every model."
-        )
-    return make_table(rows, specs, {**config.axis_sizes, **sizes})
+    if missing := sorted(specs.keys() - {rule.path for rule in rules}):
+        raise UserError(f"{what} has no place for {', '.join(missing[:3])}", USE_HF)
+    return make_table(rules, specs, {**config.axis_sizes, **sizes})
 
 
 def assumption_note(what: str, config: ModelConfig, *names: str) -> str:
-    """The note of a reader whose files do not say some fields of a model; `what` is their name."""
+    """The note that files called `what` do not specify some fields of a model."""
     values = ", ".join(f"{name} = {getattr(config, name)!r}" for name in names)
-    return f"{what} does not say everything of a model, and these are assumed: {values}"
+    return f"{what} does not specify every field of the model; assumed: {values}"
 
 
 def refuse_wide_heads(what: str, config: ModelConfig) -> None:
-    """Raises UserError where heads are not as wide as the embedding together, for systems that know no other width."""
+    """Raises UserError if num_heads * head_dim differs from embed_dim, for systems that derive head_dim from it."""
     if config.head_dim * config.num_heads != config.embed_dim:
         raise UserError(
             f"{what} cannot hold head_dim = {config.head_dim}: it is embed_dim / num_heads there, "
             f"{config.embed_dim} / {config.num_heads}",
-            "Use the format hf, which holds every model.",
+            USE_HF,
         )
 
 
-def refuse_unsupported(what: str, config: ModelConfig, can_say: Collection[str]) -> None:
-    """Raises UserError where a model differs from a plain Llama in something that a format's own system cannot compute.
+def refuse_unsupported(what: str, config: ModelConfig, supported: Collection[str]) -> None:
+    """Raises UserError if a model differs from a plain Llama in a field that a format's own system does not support.
 
-    `can_say` are the fields of ModelConfig that the format can hold beside sizes.
+    `supported` are the fields of ModelConfig that the format can express, in addition to the sizes.
     """
     for f in fields(ModelConfig):
-        plain = f.default is MISSING or f.name in ("family", "init_std", "bos_id", "eos_ids", "pad_id", *can_say)
+        plain = f.default is MISSING or f.name in ("family", "init_std", "bos_id", "eos_ids", "pad_id", *supported)
         if not plain and (value := getattr(config, f.name)) != f.default:
-            raise UserError(f"{what} cannot hold {f.name} = {value!r}", "Use the format hf, which holds every model.")
+            raise UserError(f"{what} cannot hold {f.name} = {value!r}", USE_HF)

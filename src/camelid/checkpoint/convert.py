@@ -1,4 +1,4 @@
-"""From one checkpoint to another, a slice at a time: memory is what is in flight, not the model."""
+"""Converts a checkpoint to another format, a slice at a time: memory does not grow with the model."""
 
 import hashlib
 from collections import Counter
@@ -34,14 +34,27 @@ def convert(
     companions: Callable[[Sequence[Path]], Sequence[Path]] = list,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[str, ...]:
-    """Writes `source` in the format `to`; `dtype` None keeps each tensor's own.
+    """Writes `source` in the format `to`, and returns notes on what was assumed or left out.
 
-    `format` is that of the source, None asks its files; `config` describes a model whose files do not; the fields in
-    `ignore` are as if config.json did not have them. With `resume`, goes on where an earlier process was killed that
-    was called with the same arguments. `with_tokenizer` False leaves the tokenizer out; `companions` gives the files
-    that are written beside the weights (tokenizer, license, ...), from those of the source. Returns what was guessed or
-    left out, and where infinite or NaN values are, which are written as they are. Raises UserError where `destination`
-    would replace `source`.
+    Args:
+        source: a path or a Hugging Face Hub name, see `registry.open_checkpoint`.
+        destination: a folder, or a file for formats that are one file.
+        to: the format to write.
+        format: the format of `source`; None detects it from the files.
+        config: describes the model if the files of `source` do not.
+        ignore: fields of config.json that are treated as absent.
+        dtype: dtype of all tensors in the destination; None keeps that of each tensor.
+        tensor_parallel: number of shards of each matrix.
+        pipeline_parallel: number of pipeline stages.
+        shards: number of files; None is the format's default.
+        overwrite: replace a checkpoint in `destination`.
+        resume: resume the conversion of a process that was killed and was called with the same arguments.
+        with_tokenizer: whether the tokenizer is among the companions.
+        companions: maps the files that accompany the source's weights to those that are written.
+        progress: called with the bytes done and the bytes in total.
+
+    Infinite and NaN values are written as they are, and noted. Raises UserError if `source` cannot be opened, if the
+    format cannot hold the model, or if `destination` may not be replaced or would replace `source`.
     """
     checkpoint = open_checkpoint(source, format, config, ignore)
     if overwrite:
@@ -53,14 +66,14 @@ def convert(
     export = ExportSpec(
         checkpoint.config,
         dtypes,
-        _counting(checkpoint.source, not_finite),
+        _counting(checkpoint.read_slice, not_finite),
         companions(checkpoint.companions if with_tokenizer else checkpoint.other_companions),
         tensor_parallel,
         pipeline_parallel,
         shards,
         _training(checkpoint),
     )
-    told = write_checkpoint(
+    format_notes = write_checkpoint(
         Path(destination),
         export,
         to,
@@ -69,9 +82,9 @@ def convert(
         source=_fingerprint(checkpoint),
         progress=progress,
     )
-    notes = [*checkpoint.notes, *told]
+    notes = [*checkpoint.notes, *format_notes]
     if export.training is not None and to != TRAIN_STATE:
-        notes.append(f"its step and the moments of its optimizer are left out; --to {TRAIN_STATE} keeps them")
+        notes.append(f"the step and the optimizer's moments are left out; --to {TRAIN_STATE} keeps them")
     if not_finite:
         counts = Counter[str]()
         for (path, *_), count in not_finite.items():
@@ -80,26 +93,26 @@ def convert(
     return tuple(notes)
 
 
-def _counting(source: SliceReader, found: dict[tuple, int]) -> SliceReader:
-    """The same values; `found` gets how many of each slice are infinite or NaN."""
+def _counting(read_slice: SliceReader, counts: dict[tuple, int]) -> SliceReader:
+    """Reads the same values, and stores in `counts` how many values of each slice are infinite or NaN."""
 
-    def counted(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
-        values = source(path, layer, index, dtype)
+    def read(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
+        values = read_slice(path, layer, index, dtype)
         if count := count_not_finite(values):
-            found[path, layer, repr(index)] = count  # a slice that several shards hold is one slice
+            counts[path, layer, repr(index)] = count  # a slice that several shards hold is counted once
         return values
 
-    return counted
+    return read
 
 
 def _training(checkpoint: Checkpoint) -> AdamExport | None:
-    if (held := checkpoint.training) is None:
+    if (state := checkpoint.training) is None:
         return None
-    return AdamExport(held.step, *(slice_reader(checkpoint.table, moments) for moments in (held.mu, held.nu)))
+    return AdamExport(state.step, *(slice_reader(checkpoint.table, moments) for moments in (state.mu, state.nu)))
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Of the files that hold the tensors, and of how they are read: it changes when one of them does."""
+    """A hash that changes when one of the files with tensors does, or the way in which they are read."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    rows = [(path, part.rule, part.start) for path, part in checkpoint.table.entries.items()]
-    return hashlib.sha256(repr((checkpoint.config, stats, rows)).encode(errors="surrogateescape")).hexdigest()
+    entries = [(path, entry.rule, entry.start) for path, entry in checkpoint.table.entries.items()]
+    return hashlib.sha256(repr((checkpoint.config, stats, entries)).encode(errors="surrogateescape")).hexdigest()

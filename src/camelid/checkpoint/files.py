@@ -1,8 +1,8 @@
 """Files that are planned before they are written.
 
-A format says which bytes and which tensors lie end to end in each of its files. So the sizes are known before anything
-is written, tensors can be written at the same time, each at its place, and what was finished before a process was
-killed need not be written again: a journal in the folder keeps the checksum of every tensor that is.
+A format lists the consecutive contents of each of its files: bytes and tensors. So all sizes and offsets are known
+before anything is written, several tensors can be written at the same time, and an interrupted process can be resumed:
+a journal in the folder has the checksum of every tensor that has been written.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from camelid.checkpoint.tensors import CHUNK, PlannedTensor
 from camelid.disk.json_files import hf_json, read_json, write_hf_json
 from camelid.errors import UserError
 
-WORKERS = 4  # tensors at once: while one waits for the disk, another is transposed
+WORKERS = 4  # tensors that are written at the same time: while one waits for the disk, another is transposed
 JOURNAL = ".journal"
 AGAIN = "Copy the files again, or convert once more."
 
@@ -34,42 +34,42 @@ Chunks = Iterable[np.ndarray | bytes]
 
 @dataclass(frozen=True)
 class TensorPayload:
-    """A tensor's place in a file."""
+    """A tensor in a planned file, and the bytes that represent it."""
 
     tensor: PlannedTensor
     size: int
-    """bytes in the file"""
+    """number of bytes in the file"""
     chunks: Callable[[], Chunks]
-    """these bytes, in contiguous arrays that lie end to end"""
+    """returns these bytes as consecutive contiguous arrays"""
 
 
 @dataclass(frozen=True)
 class DeferredBytes:
-    """Bytes that follow from those of the segments, such as their checksums."""
+    """Bytes that depend on those of the tensors, such as their checksums, and are written last."""
 
     size: int
     content: Callable[[Mapping[str, int]], bytes]
-    """from the CRC-32 of each segment, by the tensor's name"""
+    """called with the CRC-32 of each tensor's bytes, by the tensor's name"""
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """What lies end to end in a file."""
+    """A file and its consecutive contents."""
 
     name: str
-    """with the folders below that of the checkpoint"""
+    """relative to the checkpoint's folder"""
     parts: Sequence[bytes | TensorPayload | DeferredBytes]
     mode: int = 0o666
-    """permissions, of which the user's mask takes away"""
+    """permissions, before the user's umask"""
     notes: tuple[str, ...] = ()
-    """what users should know of what is not in it"""
+    """for the user, on what the file cannot hold"""
 
     @functools.cached_property
     def size(self) -> int:
         return sum(map(_size, self.parts))
 
     def places(self) -> Iterator[tuple[int, bytes | TensorPayload | DeferredBytes]]:
-        """Each part, after the byte at which it begins."""
+        """The offset in bytes and the contents of each part."""
         offset = 0
         for part in self.parts:
             yield offset, part
@@ -85,18 +85,18 @@ def _size(part: bytes | TensorPayload | DeferredBytes) -> int:
 
 
 def raw_payload(tensor: PlannedTensor, chunks: Callable[[], Chunks]) -> TensorPayload:
-    """A tensor whose numbers stand in the file as they are."""
+    """A tensor whose values are stored without an encoding."""
     return TensorPayload(tensor, tensor.bytes, chunks)
 
 
 def json_file(name: str, value: Any) -> PlannedFile:
-    """JSON as Hugging Face writes it."""
+    """A file of JSON, formatted as Hugging Face's libraries format it."""
     return PlannedFile(name, [hf_json(value).encode()])
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Of the bytes of a segment."""
+    """Checksums of a tensor's bytes in the file."""
 
     sha256: str
     crc32: int
@@ -110,10 +110,11 @@ def write_files(
     progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int = WORKERS,
 ) -> None:
-    """Writes files into a folder, some tensors at a time (in order with one worker), and MANIFEST with their checksums.
+    """Writes files into a folder, `workers` tensors at a time, and a MANIFEST with their checksums.
 
-    Where the folder has a JOURNAL, goes on from there. `source` identifies where the numbers come from: a journal of
-    another source, or of other files, is a UserError. `progress` hears of bytes done and bytes in all.
+    If the folder has a JOURNAL, tensors that it lists are not written again if their checksums match. `source` is a
+    fingerprint of the values: UserError is raised if the journal belongs to another source, or to other files.
+    `progress` is called with the bytes done and the bytes in total. With one worker, tensors are written in order.
     """
     total, done = sum(file.size for file in files), 0
     lock, stop = threading.Lock(), threading.Event()
@@ -165,7 +166,7 @@ def write_files(
 
 
 def _create(path: Path, file: PlannedFile) -> None:
-    """Makes a file of the right size; what stands in it stays."""
+    """Creates a file, or sets its size; its contents are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _opened(path, file.mode) as descriptor:
         os.ftruncate(descriptor, file.size)
@@ -173,7 +174,7 @@ def _create(path: Path, file: PlannedFile) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path, mode: int = 0o666) -> Iterator[int]:
-    """The descriptor of a file, not for longer than it is needed: a process may have fewer of them than files."""
+    """A descriptor of a file, open only while it is needed: there may be more files than a process may have open."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, mode)
     try:
         yield descriptor
@@ -221,7 +222,7 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def _sums_of(descriptor: int, offset: int, size: int) -> Sums:
-    """Of bytes that are in a file; after a crash of the machine they may not be those that were written."""
+    """Checksums of bytes in a file, which after a crash of the machine may differ from those that were written."""
     sha, crc = hashlib.sha256(), 0
     for start in range(0, size, CHUNK):
         held = os.pread(descriptor, min(CHUNK, size - start), offset + start)
@@ -231,7 +232,7 @@ def _sums_of(descriptor: int, offset: int, size: int) -> Sums:
 
 
 def _plan(files: Sequence[PlannedFile], source: str) -> str:
-    """A fingerprint of what is to be written, and from what."""
+    """A fingerprint of the planned files and of their source."""
     digest = hashlib.sha256(source.encode())
     for file in files:
         digest.update(f"{file.name} {file.size}\n".encode())
@@ -245,24 +246,24 @@ def _name(part: TensorPayload | DeferredBytes) -> str:
 
 
 def _read_journal(path: Path, plan: str) -> dict[str, Sums]:
-    """What was finished before; a new journal where there is none."""
+    """The checksums of the tensors in a journal, by key; creates a journal if there is none."""
     if not path.exists():
         path.write_text(json.dumps({"plan": plan}) + "\n", "utf-8")
         return {}
     lines = []
     for line in path.read_text("utf-8", "replace").splitlines():
-        with contextlib.suppress(ValueError):  # a line that was cut when the process was killed, or the power failed
+        with contextlib.suppress(ValueError):  # a line that is incomplete because the process was killed
             lines.append(json.loads(line))
     if not lines:
         path.unlink()
         return _read_journal(path, plan)
     if lines[0].get("plan") != plan:
         raise UserError(
-            f"{path.parent} was begun from other files, or with other options",
-            "Give the same command as before, or leave --resume out to begin anew.",
+            f"{path.parent} was started from other files, or with other options",
+            "Give the same command as before, or leave --resume out to start over.",
         )
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n")  # ends a line that was cut
+        file.write("\n")  # ends an incomplete line
     return {line["key"]: Sums(line["sha256"], line["crc32"]) for line in lines[1:]}
 
 
@@ -287,9 +288,9 @@ def _manifest(files: Sequence[PlannedFile], finished: Mapping[str, Sums]) -> dic
 def check_manifest(
     folder: Path, progress: Callable[[int, int], None] = lambda done, total: None, name: str = MANIFEST
 ) -> int:
-    """How many tensors a manifest has, every one of them as it was written; 0 where there is none.
+    """Verifies the checksums in a folder's manifest, and returns the number of tensors; 0 without a manifest.
 
-    Raises UserError for the first one that is not.
+    Raises UserError for the first tensor that differs from what was written.
     """
     if not (folder / name).is_file():
         return 0
@@ -304,9 +305,9 @@ def check_manifest(
             with path.open("rb", buffering=0) as opened:
                 sums = _sums_of(opened.fileno(), tensor["offset"], tensor["bytes"])
             if sums.sha256 != tensor["sha256"]:
-                raise UserError(f"{named} in {path} is not what was written: its checksum differs", AGAIN)
+                raise UserError(f"{named} in {path} differs from what was written: its checksum does not match", AGAIN)
             done += tensor["bytes"]
             progress(done, total)
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / name} is no manifest of camelid's", "Remove it, or copy it again.") from error
+        raise UserError(f"{folder / name} is not a manifest of camelid", "Remove it, or copy it again.") from error
     return len(tensors)

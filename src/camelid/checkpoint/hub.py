@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, or a repository of the Hugging Face Hub, downloaded into its cache."""
+"""Finds a checkpoint: a local folder, or a repository of the Hugging Face Hub, which is downloaded into its cache."""
 
 import json
 import re
@@ -13,14 +13,15 @@ from camelid.inputs import expand_home
 
 NAME = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(@(?P<revision>\S+))?")
 FORMS = ("model.safetensors", "pytorch_model.bin")
-"""of the weights, the preferred one first; each is one file, or shards that an index names"""
+"""files of weights, in the order of preference; each may also be shards that an index lists"""
 ADAPTER, ADAPTER_FORMS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def find_checkpoint_folder(path: str | Path, look: Callable[[Path], object] = lambda folder: None) -> Path:
-    """The folder of a checkpoint, or of an adapter; what is no path is a Hub name, `org/name` or `org/name@revision`.
+def find_checkpoint_folder(path: str | Path, inspect: Callable[[Path], object] = lambda folder: None) -> Path:
+    """The folder of a checkpoint or an adapter, given its path or its Hub name, `org/name` or `org/name@revision`.
 
-    `look` sees a folder before its weights are downloaded, and raises UserError where they would be of no use.
+    `inspect` is called with a downloaded folder before the weights are downloaded, and may raise UserError to prevent
+    that. Raises UserError if there is no such checkpoint, or if the Hub cannot be reached.
     """
     folder = Path(expand_home(path))
     if not folder.exists():
@@ -29,21 +30,21 @@ def find_checkpoint_folder(path: str | Path, look: Callable[[Path], object] = la
             raise UserError(
                 f"{folder} does not exist", "Give a checkpoint's folder, or a name on the Hugging Face Hub."
             )
-        folder = _download(name["repo"], name["revision"], look)
+        folder = _download(name["repo"], name["revision"], inspect)
     if not any((folder / name).is_file() for name in ("config.json", ADAPTER)):
         raise UserError(f"{path} has no config.json", "Give the folder or the Hub name of a Hugging Face checkpoint.")
     return folder
 
 
-def _download(repo: str, revision: str | None, look: Callable[[Path], object]) -> Path:
-    """The snapshot of a repository, with one form of the weights; they come last, so that what has them is whole."""
+def _download(repo: str, revision: str | None, inspect: Callable[[Path], object]) -> Path:
+    """Downloads a snapshot with one form of the weights, which come last: a folder that has them is complete."""
     folder = _snapshot(repo, revision, COMPANIONS, quiet=True)
-    commit = folder.name  # what comes next belongs to it, even if the branch moves on
+    commit = folder.name  # the following downloads are of this commit, even if the branch moves
     if (folder / ADAPTER).is_file():
-        any(_fetched(form, folder, repo, commit) for form in ADAPTER_FORMS)  # the first that there is
+        any(_fetched(form, folder, repo, commit) for form in ADAPTER_FORMS)  # the first that exists
     if not (folder / "config.json").is_file():
         return folder
-    look(folder)
+    inspect(folder)
     for form in FORMS:
         if _fetched(form, folder, repo, commit):
             break
@@ -58,14 +59,14 @@ def _download(repo: str, revision: str | None, look: Callable[[Path], object]) -
 
 
 def _fetched(name: str, folder: Path, repo: str, commit: str) -> bool:
-    """Downloads a file where it is not there yet, and says whether there is one."""
+    """Downloads a file unless it is there already; returns whether the repository has it."""
     if not (folder / name).is_file():
         _snapshot(repo, commit, [name])
     return (folder / name).is_file()
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; none where there is no index, or a damaged one, which its reader refuses."""
+    """The files that an index lists; none if it does not exist, or is damaged, which its reader reports."""
     try:
         return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
@@ -90,7 +91,7 @@ def _snapshot(repo: str, revision: str | None, wanted: Iterable[str], *, quiet: 
                 tqdm_class=Bar,
             )
         )
-    except Exception as error:  # those of its HTTP client, of Xet and of the disk come as they are
+    except Exception as error:  # errors of its HTTP client, of Xet and of the disk are not wrapped
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise _refusal(repo, revision, error) from error
@@ -99,16 +100,16 @@ def _snapshot(repo: str, revision: str | None, wanted: Iterable[str], *, quiet: 
 def _refusal(repo: str, revision: str | None, error: BaseException) -> UserError:
     from huggingface_hub import constants, errors
 
-    # The library looks into its cache when the Hub fails, and reports that; why it had to look is the cause.
+    # If the Hub fails, the library looks into its cache, and reports that; the failure of the Hub is the cause.
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     page = f"{constants.ENDPOINT}/{repo}"
     match error:
         case errors.OfflineModeIsEnabled():
-            why = f"offline mode finds no whole copy of it in {constants.HF_HUB_CACHE}"
+            why = f"offline mode finds no complete copy of it in {constants.HF_HUB_CACHE}"
             advice = "Open it once with a network, and without HF_HUB_OFFLINE."
         case errors.GatedRepoError():
-            why = "the Hub gives it only to those who have accepted its licence"
+            why = "the Hub gives it only to those who have accepted its license"
             advice = f"Accept it on {page}, and set HF_TOKEN to a token of the same account."
         case errors.RepositoryNotFoundError():
             why = "the Hub shows you no such model"

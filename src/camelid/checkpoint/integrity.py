@@ -1,4 +1,4 @@
-"""Whether numbers are the ones that were saved, and whether they are finite: on devices, and of what is read back."""
+"""Checksums of arrays, and counts of infinite and NaN values, on devices and on the host."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,24 +11,24 @@ from camelid.checkpoint.tensors import INFINITY
 
 UNSIGNED = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 SIGNED = {2: np.dtype(np.int16), 4: np.dtype(np.int32)}
-"""by bytes: the integers that have a number's bits"""
+"""by item size in bytes: the integer types to which the bits of values are reinterpreted"""
 
 
 def checksum_arrays(tree: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """Checksums of the arrays of a tree by path, and how many infinite or NaN values those hold that have any.
+    """The checksum of each array of a tree by path, and the number of infinite or NaN values of those that have any.
 
-    A checksum is the sum of the bits of all numbers, as unsigned integers, modulo 2**32. It does not depend on how an
-    array is sharded, and `checksum` computes the same from slices. Every process calls this.
+    A checksum is the sum of the bits of all values as unsigned integers, modulo 2**32. It does not depend on the
+    sharding of an array, and `checksum` computes the same from slices. Every process calls this.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [path_name(path) for path, _ in leaves]
-    sums, counts = jax.device_get(_survey([leaf for _, leaf in leaves]))
-    found = {name: int(count) for name, count in zip(names, counts, strict=True) if count}
-    return dict(zip(names, map(int, sums), strict=True)), found
+    sums, counts = jax.device_get(_checksum_arrays([leaf for _, leaf in leaves]))
+    not_finite = {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+    return dict(zip(names, map(int, sums), strict=True)), not_finite
 
 
 @jax.jit
-def _survey(arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+def _checksum_arrays(arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
     bits = [jax.lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize]) for x in arrays]
     return (
         [jnp.sum(x, dtype=jnp.uint32) for x in bits],
@@ -37,12 +37,12 @@ def _survey(arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
 
 
 def checksum(values: np.ndarray) -> int:
-    """The sum of the bits of contiguous numbers, modulo 2**32; those of slices add up to that of the whole."""
+    """The checksum of a contiguous array; the checksums of slices add up, modulo 2**32, to that of the array."""
     return int(np.sum(values.reshape(-1).view(UNSIGNED[values.dtype.itemsize]), dtype=np.uint32))
 
 
 def count_not_finite(values: np.ndarray) -> int:
-    """How many of some numbers are infinite or NaN."""
+    """The number of infinite or NaN values in a contiguous array."""
     if np.issubdtype(values.dtype, np.integer):
         return 0
     size = values.dtype.itemsize
@@ -63,5 +63,5 @@ def describe_counts(counts: Mapping[str, int], most: int = 3) -> str:
 
 
 def path_name(path: Any) -> str:
-    """A path of JAX's within a tree, as checkpoints name it: params.layers.attn.q_proj."""
+    """A JAX key path as checkpoints name it, such as `params.layers.attn.q_proj`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,15 +1,16 @@
-"""Moves tensors between a file's layout and ours, as told by a table of rows.
+"""Maps tensors between the layout of a file and ours, as specified by a table of rules.
 
-    Row("layers.attn.q_proj", "model.layers.{layer}.self_attn.q_proj.weight", "(heads head_dim) embed")
+    TensorRule("layers.attn.q_proj", "model.layers.{layer}.self_attn.q_proj.weight", "(heads head_dim) embed")
 
-says that our parameter's layers are the tensors of that name, whose axes are ours, the first two laid together. Where
-the file cuts an axis finer than we do, both sides say how; here its rotary pairs are neighbours, and ours are halves:
+means that the layers of our parameter are the tensors of that name; their axes are ours, and the first two are
+flattened into one. If the file splits an axis more finely than we do, the rule lists the axes of both sides. Here the
+elements of a rotary pair are neighbors in the file, and in separate halves of the axis in our layout:
 
-    Row("layers.attn.q_proj", "...attention.wq.weight", "(heads freq pair) embed", "heads (pair freq) embed")
+    TensorRule("layers.attn.q_proj", "...attention.wq.weight", "(heads freq pair) embed", "heads (pair freq) embed")
 
-A file that holds all layers in one tensor has `layers` among its axes. Rows of one name lie end to end in that tensor,
-in the order of the table: along its first axis, or along the one that they name. Every row is read both ways. A tensor
-that no row reads and a row that no tensor fills are errors.
+A file that stacks all layers in one tensor has `layers` among its axes. Parameters whose rules have the same tensor
+name are concatenated in that tensor, in the order of the table: along its first axis, or along the axis that the rules
+name. Every rule is used for both reading and writing. A tensor without a rule and a rule without a tensor are errors.
 """
 
 import functools
@@ -28,74 +29,77 @@ from camelid.model.params import Spec
 
 ALIGNMENT = 64  # bytes; XLA takes such a buffer on a CPU as it is, without a copy
 READERS = 4  # threads; enough to keep a disk busy while others cast
-CHUNK_BYTES = 8 * 2**20  # bytes of a tensor that are written at once
-BLOCK = (256, 64)  # numbers along the fast axes of a source and of its target; such a block stays in a core's cache
+CHUNK_BYTES = 8 * 2**20  # of a tensor are written at once
+BLOCK = (256, 64)  # elements along the fastest axes of a source and of its target; such a block stays in a core's cache
 
 Groups = tuple[tuple[str, ...], ...]
-"""axes, each of words that are laid together"""
+"""axes, each a group of axis words that are flattened into it"""
 
 
 @dataclass(frozen=True)
 class TensorRule:
+    """Where a file stores a parameter."""
+
     path: str
-    """ours: layers.attn.q_proj"""
+    """of the parameter, such as layers.attn.q_proj"""
     name: str
-    """theirs, with {layer}: model.layers.{layer}.self_attn.q_proj.weight"""
+    """of the tensor, with {layer}: model.layers.{layer}.self_attn.q_proj.weight"""
     axes: str
-    """theirs, in the file's order; words in brackets are one axis of the file"""
+    """of the tensor, in the file's order; words in parentheses are flattened into one axis of the file"""
     ours: str = ""
-    """our axes, where one is cut finer; words in brackets are one axis of ours"""
+    """our axes, if the file splits one; words in parentheses are flattened into one axis of ours"""
     along: str = ""
-    """the word along which rows of this name lie end to end; without one, the first axis of the file"""
+    """the axis word along which parameters are concatenated in the tensor; "" is the first axis of the file"""
 
 
 @dataclass(frozen=True)
 class ParameterEntry:
-    """One parameter, and where its layers lie in the tensors of a file."""
+    """A parameter of one model, and where its layers are in the tensors of a file."""
 
     rule: TensorRule
     spec: Spec
-    theirs: Groups
-    ours: Groups
+    file_axes: Groups
+    our_axes: Groups
     sizes: Mapping[str, int]
-    """of every word"""
+    """of every axis word"""
     start: int = 0
-    """where it begins along row.along or the first axis"""
+    """offset of the parameter along rule.along, or along the first axis"""
     length: int = 0
-    """of what lies end to end there in all"""
+    """size of the tensor along that axis"""
 
     def layers(self) -> Sequence[int | None]:
-        """The layers that have tensors of their own; None is all of them, or a parameter without."""
-        own = self.spec.stacked and ("layers",) not in self.theirs
-        return range(self.spec.shape[0]) if own else [None]
+        """The layers that have a tensor of their own; [None] if one tensor holds the entire parameter."""
+        separate = self.spec.stacked and ("layers",) not in self.file_axes
+        return range(self.spec.shape[0]) if separate else [None]
 
     def name(self, layer: int | None) -> str:
+        """The name of the tensor that holds a layer."""
         return self.rule.name.format(layer=layer)
 
-    def held(self, word: str) -> int:
-        """How many of a word the file's tensor has."""
+    def file_size(self, word: str) -> int:
+        """The size of an axis word in the file's tensor."""
         return self.length if word == self.rule.along else self.sizes[word]
 
     def shape(self) -> tuple[int, ...]:
         """The shape of the file's tensor."""
-        first, *rest = (math.prod(map(self.held, group)) for group in self.theirs)
+        first, *rest = (math.prod(map(self.file_size, group)) for group in self.file_axes)
         return (first if self.rule.along else self.length, *rest)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Every parameter of a model, and where it lies."""
+    """Where a file stores every parameter of a model."""
 
     entries: Mapping[str, ParameterEntry]
-    """by path of ours"""
+    """by parameter path"""
 
     @functools.cached_property
     def tensors(self) -> dict[str, list[tuple[ParameterEntry, int | None]]]:
-        """By name in the file: the parameters' layers that lie in it, end to end."""
+        """The layers of parameters that are concatenated in each tensor, by the tensor's name."""
         tensors: dict[str, list[tuple[ParameterEntry, int | None]]] = {}
-        for part in self.entries.values():
-            for layer in part.layers():
-                tensors.setdefault(part.name(layer), []).append((part, layer))
+        for entry in self.entries.values():
+            for layer in entry.layers():
+                tensors.setdefault(entry.name(layer), []).append((entry, layer))
         return tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -103,57 +107,57 @@ class Table:
         return self.tensors[name][0][0].shape()
 
 
-def make_table(rows: Sequence[TensorRule], specs: Mapping[str, Spec], sizes: Mapping[str, int]) -> Table:
-    """The table of the parameters that a model has; rows of others are left out.
+def make_table(rules: Sequence[TensorRule], specs: Mapping[str, Spec], sizes: Mapping[str, int]) -> Table:
+    """The table of the parameters `specs`, by path; rules of other parameters are ignored.
 
-    `sizes` are those of the words that are no axes of ours; of each bracket, one may be missing.
+    `sizes` are those of axis words that are not among the parameters' own; of each group, one may be left out.
     """
     ends: dict[str, int] = {}
-    parts = {}
-    for row in rows:
-        if row.path in specs:
-            part = _part(row, specs[row.path], sizes)
-            start = ends.get(row.name, 0)
-            along = part.sizes[row.along] if row.along else math.prod(part.sizes[word] for word in part.theirs[0])
-            ends[row.name] = start + along
-            parts[row.path] = replace(part, start=start)
-    assert parts.keys() == specs.keys(), f"no row for {specs.keys() - parts.keys()}"
-    return Table({path: replace(part, length=ends[part.rule.name]) for path, part in parts.items()})
+    entries = {}
+    for rule in rules:
+        if rule.path in specs:
+            entry = _entry(rule, specs[rule.path], sizes)
+            start = ends.get(rule.name, 0)
+            words = [rule.along] if rule.along else entry.file_axes[0]
+            ends[rule.name] = start + math.prod(entry.sizes[word] for word in words)
+            entries[rule.path] = replace(entry, start=start)
+    assert entries.keys() == specs.keys(), f"no rule for {specs.keys() - entries.keys()}"
+    return Table({path: replace(entry, length=ends[entry.rule.name]) for path, entry in entries.items()})
 
 
 def parse_axes(axes: str) -> Groups:
-    """Axes as they are written in a row, apart."""
+    """Splits a rule's axes into groups of words: "(heads head_dim) embed" is (("heads", "head_dim"), ("embed",))."""
     return tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", axes))
 
 
-def _part(row: TensorRule, spec: Spec, sizes: Mapping[str, int]) -> ParameterEntry:
-    theirs, ours = parse_axes(row.axes), parse_axes(row.ours or " ".join(spec.outputs + spec.inputs))
+def _entry(rule: TensorRule, spec: Spec, sizes: Mapping[str, int]) -> ParameterEntry:
+    file_axes, our_axes = parse_axes(rule.axes), parse_axes(rule.ours or " ".join(spec.outputs + spec.inputs))
     known = {**sizes, **dict(zip(spec.axes, spec.shape, strict=True))}
-    for group, axis in zip(ours, spec.outputs + spec.inputs, strict=True):
-        whole, missing = known[axis], [word for word in group if word not in known]
-        assert len(missing) <= 1, f"{row}: {missing} have no size"
+    for group, axis in zip(our_axes, spec.outputs + spec.inputs, strict=True):
+        size, missing = known[axis], [word for word in group if word not in known]
+        assert len(missing) <= 1, f"{rule}: {missing} have no size"
         rest = math.prod(known[word] for word in group if word in known)
         if missing:
-            known[missing[0]] = whole // rest
-        assert math.prod(known[word] for word in group) == whole, f"{row}: {group} is not {axis}"
-    assert {*sum(theirs, ())} - {"layers"} == {*sum(ours, ())}, f"{row} is not {spec}"
-    return ParameterEntry(row, spec, theirs, ours, known)
+            known[missing[0]] = size // rest
+        assert math.prod(known[word] for word in group) == size, f"{rule}: {group} is not {axis}"
+    assert {*sum(file_axes, ())} - {"layers"} == {*sum(our_axes, ())}, f"{rule} is not {spec}"
+    return ParameterEntry(rule, spec, file_axes, our_axes, known)
 
 
-# Where a slice lies ---------------------------------------------------------------------
+# Slices --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SliceMapping:
-    """A slice of a file's tensor, and how a slice of ours stands in it."""
+    """A slice of a file's tensor, and the position of a slice of ours in it."""
 
     index: Index
     words: tuple[int, ...]
-    """its shape, brackets opened"""
+    """its shape, with one axis for each axis word"""
     picks: Index
-    """of these, what is ours"""
+    """our slice of these axes"""
     order: tuple[int, ...]
-    """our words, among theirs"""
+    """the file's axis of each of our axis words"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,40 +165,40 @@ class SliceMapping:
 
     @property
     def plain(self) -> bool:
-        """Whether both hold the same numbers in the same order."""
+        """Whether the two slices have the same elements in the same order."""
         whole = all(s == slice(0, n) for s, n in zip(self.picks, self.words, strict=True))
         return whole and self.order == tuple(sorted(self.order))
 
     def ours(self, held: np.ndarray) -> np.ndarray:
-        """A view of the slice, in the order of our words."""
+        """Our slice as a view of the file's, with one axis for each axis word, in our order."""
         return held.reshape(self.words)[self.picks].transpose(self.order)
 
 
-def map_slice(part: ParameterEntry, index: Index, layer: int | None) -> SliceMapping:
-    """Where our slice `index` of a layer lies in its tensor; of words in one bracket, only the first may be cut."""
-    cuts = {word: slice(0, part.sizes[word]) for word in sum(part.theirs, ())}
-    for group, s in zip(part.ours, index, strict=True):
-        width = math.prod(part.sizes[word] for word in group[1:])
-        assert s.start % width == s.stop % width == 0, f"{part.rule.path}: {group} is cut at {s}"
+def map_slice(entry: ParameterEntry, index: Index, layer: int | None) -> SliceMapping:
+    """Maps our slice `index` of a layer to its tensor; within a group, `index` may restrict only the first word."""
+    cuts = {word: slice(0, entry.sizes[word]) for word in sum(entry.file_axes, ())}
+    for group, s in zip(entry.our_axes, index, strict=True):
+        width = math.prod(entry.sizes[word] for word in group[1:])
+        assert s.start % width == s.stop % width == 0, f"{entry.rule.path}: {group} is restricted to {s}"
         cuts[group[0]] = slice(s.start // width, s.stop // width)
-    if ("layers",) in part.theirs and layer is not None:
+    if ("layers",) in entry.file_axes and layer is not None:
         cuts["layers"] = slice(layer, layer + 1)
-    if along := part.rule.along:
-        cuts[along] = slice(cuts[along].start + part.start, cuts[along].stop + part.start)
+    if along := entry.rule.along:
+        cuts[along] = slice(cuts[along].start + entry.start, cuts[along].stop + entry.start)
     file_index, words, picks = [], [], []
-    for axis, (outer, *inner) in enumerate(part.theirs):
-        width, cut = math.prod(map(part.held, inner)), cuts[outer]
-        first = part.start if axis == 0 and not along else 0
+    for axis, (outer, *inner) in enumerate(entry.file_axes):
+        width, cut = math.prod(map(entry.file_size, inner)), cuts[outer]
+        first = entry.start if axis == 0 and not along else 0
         file_index.append(slice(first + cut.start * width, first + cut.stop * width))
-        words += [cut.stop - cut.start, *map(part.held, inner)]
+        words += [cut.stop - cut.start, *map(entry.file_size, inner)]
         picks += [slice(0, cut.stop - cut.start), *(cuts[word] for word in inner)]
-    theirs, ours = sum(part.theirs, ()), sum(part.ours, ())
+    theirs, ours = sum(entry.file_axes, ()), sum(entry.our_axes, ())
     order = [theirs.index(word) for word in (("layers",) if "layers" in theirs else ()) + ours]
     return SliceMapping(tuple(file_index), tuple(words), tuple(picks), tuple(order))
 
 
 def move(source: np.ndarray, target: np.ndarray) -> None:
-    """target[...] = source, of one dtype; where they run along different axes, block by block."""
+    """Assigns target[...] = source, of one dtype; block by block if their fastest axes differ."""
     bits = np.dtype(f"u{source.itemsize}")  # numpy copies its own integers faster than bfloat16
     source, target = source.view(bits), target.view(bits)
     near = [_fastest(x) for x in (source, target)]
@@ -209,7 +213,7 @@ def move(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def _fastest(x: np.ndarray) -> int:
-    """The axis along which neighbours lie closest."""
+    """The axis with the smallest stride."""
     return min(range(x.ndim), key=lambda axis: x.strides[axis] if x.shape[axis] > 1 else 2**62)
 
 
@@ -217,12 +221,13 @@ def _fastest(x: np.ndarray) -> int:
 
 
 def check_tensors(table: Table, tensors: Mapping[str, Tensor], known: str, described_by: str = "config.json") -> None:
-    """Raises UserError for missing tensors, wrong shapes, and tensors that no row reads and `known` does not match.
+    """Raises UserError if tensors are missing, have another shape or dtype, or are not in the table.
 
-    `described_by` is what said of which model the table is, for messages.
+    Tensors whose names match the regular expression `known` may be absent from the table. `described_by` names the
+    source of the model's configuration, for messages.
     """
-    # Before all names are made: of a damaged number of layers there are too many.
-    if any(len(part.layers()) > len(tensors) for part in table.entries.values()):
+    # Before all names are created: a damaged number of layers may be huge.
+    if any(len(entry.layers()) > len(tensors) for entry in table.entries.values()):
         raise UserError(
             f"the checkpoint holds {len(tensors)} tensors, too few for its layers: {summarize([*tensors])}",
             f"The files are incomplete, or {described_by} describes another model.",
@@ -252,40 +257,40 @@ def check_tensors(table: Table, tensors: Mapping[str, Tensor], known: str, descr
 
 
 def summarize(names: Sequence[str], most: int = 3) -> str:
-    """Some names, and how many more there are."""
+    """The first `most` of some names, and how many more there are, for messages."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def load(
     table: Table, tensors: Mapping[str, Tensor], targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Parameters by path, of the dtypes and on the devices of `targets`; each device's slice is read for it."""
+    """Reads parameters by path, in the dtypes and shardings of `targets`; each device's shard is read separately."""
     with ThreadPoolExecutor(READERS) as pool:
-        return {path: _load(part, tensors, targets[path], pool) for path, part in table.entries.items()}
+        return {path: _load(entry, tensors, targets[path], pool) for path, entry in table.entries.items()}
 
 
 def _load(
-    part: ParameterEntry, tensors: Mapping[str, Tensor], target: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
+    entry: ParameterEntry, tensors: Mapping[str, Tensor], target: jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
 ) -> jax.Array:
     slices: dict[tuple, np.ndarray] = {}
-    shape = part.spec.shape
+    shape = entry.spec.shape
 
     def read(index: Index | None) -> np.ndarray:
         assert index is not None
         whole = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
         key = tuple((s.start, s.stop) for s in whole)
         if key not in slices:
-            slices[key] = _read(part, tensors, whole, np.dtype(target.dtype), pool)
+            slices[key] = _read(entry, tensors, whole, np.dtype(target.dtype), pool)
         return slices[key]
 
     return jax.make_array_from_callback(shape, target.sharding, read)
 
 
-def _read(part, tensors, index, dtype, pool) -> np.ndarray:
-    """Our slice `index` of a parameter, stacked in one aligned buffer."""
+def _read(entry, tensors, index, dtype, pool) -> np.ndarray:
+    """Our slice `index` of a parameter, in one aligned buffer."""
     out = aligned([s.stop - s.start for s in index], dtype)
     first, *rest = index
-    if part.spec.stacked:
+    if entry.spec.stacked:
         blocks = [(layer, rest, block) for layer, block in zip(range(first.start, first.stop), out, strict=True)]
     else:
         step = -(-len(out) // READERS)
@@ -295,23 +300,23 @@ def _read(part, tensors, index, dtype, pool) -> np.ndarray:
 
     def one_block(block: tuple) -> None:
         layer, cut, values = block
-        read_parameter_slice(part, tensors[part.name(layer)], tuple(cut), layer, values)
+        read_parameter_slice(entry, tensors[entry.name(layer)], tuple(cut), layer, values)
 
     list(pool.map(one_block, blocks))
     return out
 
 
 def read_parameter_slice(
-    part: ParameterEntry, tensor: Tensor, index: Index, layer: int | None, out: np.ndarray
+    entry: ParameterEntry, tensor: Tensor, index: Index, layer: int | None, out: np.ndarray
 ) -> None:
-    """Fills `out`, contiguous, with our slice `index` of one layer."""
-    if (whole := _widened(part, index)) != index:
+    """Fills `out`, a contiguous array, with our slice `index` of one layer."""
+    if (whole := _widened(entry, index)) != index:
         held = np.empty([s.stop - s.start for s in whole], out.dtype)
-        read_parameter_slice(part, tensor, whole, layer, held)
+        read_parameter_slice(entry, tensor, whole, layer, held)
         wanted = (slice(s.start - w.start, s.stop - w.start) for s, w in zip(index, whole, strict=True))
         out[...] = held[*wanted]
         return
-    at = map_slice(part, index, layer)
+    at = map_slice(entry, index, layer)
     if at.plain:
         return tensor.read_into(out.reshape(at.shape), at.index)
     held = np.empty(at.shape, out.dtype)
@@ -320,18 +325,18 @@ def read_parameter_slice(
     move(view, out.reshape(view.shape))
 
 
-def _widened(part: ParameterEntry, index: Index) -> Index:
-    """The least slice around `index` that cuts only the first word of each bracket: query heads of whole groups."""
+def _widened(entry: ParameterEntry, index: Index) -> Index:
+    """The smallest slice around `index` that restricts only the first word of each group, as `map_slice` needs it."""
 
     def one(group: tuple[str, ...], s: slice) -> slice:
-        width = math.prod(part.sizes[word] for word in group[1:])
+        width = math.prod(entry.sizes[word] for word in group[1:])
         return slice(s.start // width * width, -(-s.stop // width) * width)
 
-    return tuple(map(one, part.ours, index))
+    return tuple(map(one, entry.our_axes, index))
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An empty array whose first byte lies on a multiple of ALIGNMENT."""
+    """An uninitialized array whose address is a multiple of ALIGNMENT."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -341,31 +346,31 @@ def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 # Writing --------------------------------------------------------------------------------
 
 SliceReader = Callable[[str, int | None, Index, np.dtype], np.ndarray]
-"""from a path, a layer, a slice of it and a dtype to its values, which are not to be changed"""
+"""reads a slice: (path, layer or None, index within the layer, dtype) -> values, which must not be modified"""
 
 
 def plan_tensors(table: Table, dtypes: Mapping[str, np.dtype]) -> list[PlannedTensor]:
-    """The file's tensors in the order in which they are written; `dtypes` are those of our parameters, by path."""
+    """The file's tensors in the order of the table; `dtypes` are those of the parameters, by path."""
     return [
         PlannedTensor(name, table.shape(name), dtypes[parts[0][0].rule.path]) for name, parts in table.tensors.items()
     ]
 
 
 def tensor_chunks(table: Table, name: str, dtype: np.dtype, source: SliceReader) -> Iterator[np.ndarray]:
-    """One of the file's tensors, in arrays of about PIECE bytes that lie end to end in it."""
+    """Yields one of the file's tensors as consecutive arrays of about CHUNK_BYTES."""
     members = table.tensors[name]
     for together in [members] if members[0][0].rule.along else [[member] for member in members]:
-        part, layer = together[0]
-        lead = part.theirs[0][0]
-        width = math.prod(part.shape()) // part.shape()[0] * math.prod(map(part.held, part.theirs[0][1:]))
+        entry, layer = together[0]
+        lead = entry.file_axes[0][0]
+        width = math.prod(entry.shape()) // entry.shape()[0] * math.prod(map(entry.file_size, entry.file_axes[0][1:]))
         step = 1 if lead == "layers" else max(1, CHUNK_BYTES // (width * dtype.itemsize))
-        for start in range(0, part.sizes[lead], step):
-            cut = slice(start, min(start + step, part.sizes[lead]))
+        for start in range(0, entry.sizes[lead], step):
+            cut = slice(start, min(start + step, entry.sizes[lead]))
             held = None
-            for part, own in together:
+            for entry, own in together:
                 layer = start if lead == "layers" else own
-                index = parameter_index(part, {} if lead == "layers" else {lead: cut})
-                at, values = map_slice(part, index, layer), source(part.rule.path, layer, index, dtype)
+                index = parameter_index(entry, {} if lead == "layers" else {lead: cut})
+                at, values = map_slice(entry, index, layer), source(entry.rule.path, layer, index, dtype)
                 if at.plain and values.flags.c_contiguous:
                     held = values.reshape(at.shape)
                     continue
@@ -377,35 +382,35 @@ def tensor_chunks(table: Table, name: str, dtype: np.dtype, source: SliceReader)
 
 
 def chunk_indices(shape: Sequence[int]) -> Iterator[Index]:
-    """Slices of an array that lie end to end, of about PIECE bytes in float32."""
+    """Yields indices of consecutive slices along the first axis, each of about CHUNK_BYTES in float32."""
     step = max(1, CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0])), *(slice(0, n) for n in shape[1:])
 
 
-def parameter_index(part: ParameterEntry, cuts: Mapping[str, slice]) -> Index:
-    """The slice of ours that holds these slices of words, and all of every other."""
+def parameter_index(entry: ParameterEntry, cuts: Mapping[str, slice]) -> Index:
+    """Our slice that has these slices of the first words of groups, and all of every other."""
 
     def one(group: tuple[str, ...]) -> slice:
-        width = math.prod(part.sizes[word] for word in group[1:])
-        cut = cuts.get(group[0], slice(0, part.sizes[group[0]]))
+        width = math.prod(entry.sizes[word] for word in group[1:])
+        cut = cuts.get(group[0], slice(0, entry.sizes[group[0]]))
         return slice(cut.start * width, cut.stop * width)
 
-    return tuple(map(one, part.ours))
+    return tuple(map(one, entry.our_axes))
 
 
 def slice_reader(table: Table, tensors: Mapping[str, Tensor]) -> SliceReader:
-    """The values of an opened checkpoint, read as they are asked for."""
+    """Returns a function that reads slices of the parameters in `table` out of `tensors`."""
     bands = ColumnCache()
 
     def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
-        part = table.entries[path]
-        tensor = tensors[part.name(layer)]
-        whole = _widened(part, index)
-        at = map_slice(part, whole, layer)
+        entry = table.entries[path]
+        tensor = tensors[entry.name(layer)]
+        whole = _widened(entry, index)
+        at = map_slice(entry, whole, layer)
         view = at.ours(bands.read(tensor, at.index, dtype))
         shape = [s.stop - s.start for s in whole]
-        if all(len(group) == 1 for group in part.ours):
+        if all(len(group) == 1 for group in entry.our_axes):
             return view.reshape(shape)  # without the axis of layers: still a view
         out = np.empty(shape, dtype)
         move(view, out.reshape(view.shape))

@@ -1,4 +1,4 @@
-"""Every format by name: which paths look like it, how it is opened, how it is written."""
+"""The table of formats: how each is detected, opened and written."""
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
@@ -25,29 +25,31 @@ from camelid.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Format:
-    what: str
+    """A checkpoint format."""
+
+    description: str
     """for messages"""
     matches: Callable[[Path], bool]
-    """whether a file or a folder looks like it, from names and first bytes"""
+    """whether a file or a folder appears to be of the format, by names and first bytes"""
     open: Callable[[Path, ModelConfig | None], Checkpoint]
-    """opens it; the config is what the user says of a model whose files do not"""
+    """opens a path; the config describes the model if the files do not"""
     plan_files: Callable[[ExportSpec], list[PlannedFile]] | None
-    """the files that hold a model, beside config.json; None: the format is only read"""
+    """the files that hold a model, except for config.json; None if the format is only read"""
     lossy: bool = False
-    """whether numbers are rounded to fewer bits than their dtype has"""
-    cuts: tuple[str, ...] = ()
-    """the fields of Saving by which it is cut into shards"""
-    usual: str = ""
-    """patterns of the names of its files, to find what an unknown folder resembles"""
+    """whether values are stored with fewer bits than their dtype has"""
+    sharding: tuple[str, ...] = ()
+    """the fields of ExportSpec by which the format can be split into several files"""
+    patterns: str = ""
+    """patterns of usual file names, by which an unknown folder is compared with the formats"""
     suffix: str | None = None
-    """how the name of a destination ends that is one file, with everything inside, and not a folder"""
+    """the file name suffix of a format that is one file with everything inside, and not a folder"""
 
 
 TENSOR, PIPELINE, SHARDS = ("tensor_parallel",), ("pipeline_parallel",), ("shards",)
 
 
 def _never(path: Path) -> bool:
-    """Of another way to write what a format before it opens."""
+    """For variants of a format, which the format itself opens."""
     return False
 
 
@@ -58,23 +60,23 @@ FORMATS: Mapping[str, Format] = {
         hf.matches,
         hf.open_checkpoint,
         hf.plan_files,
-        cuts=SHARDS,
-        usual="config.json *.safetensors *.bin *.index.json tokenizer*",
+        sharding=SHARDS,
+        patterns="config.json *.safetensors *.bin *.index.json tokenizer*",
     ),
     "meta": Format(
         "Meta: params.json with consolidated.00.pth",
         meta.matches,
         meta.open_checkpoint,
         meta.plan_files,
-        cuts=TENSOR,
-        usual="params.json *.pth *.pt tokenizer.model",
+        sharding=TENSOR,
+        patterns="params.json *.pth *.pt tokenizer.model",
     ),
     "easylm": Format(
         "EasyLM and LL3M: streaming_params, flax_params or streaming_train_state",
         easylm.matches,
         easylm.open_checkpoint,
         easylm.plan_files,
-        usual="*streaming_* flax_params* *.msgpack *.ckpt",
+        patterns="*streaming_* flax_params* *.msgpack *.ckpt",
     ),
     "easylm-flax": Format(
         "EasyLM: flax_params", _never, partial(easylm.open_checkpoint, prefix="flax_params"), easylm.flax_files
@@ -90,51 +92,51 @@ FORMATS: Mapping[str, Format] = {
         mindspore.matches,
         mindspore.open_checkpoint,
         mindspore.plan_files,
-        cuts=TENSOR + PIPELINE,
-        usual="*.ckpt rank_* strategy",
+        sharding=TENSOR + PIPELINE,
+        patterns="*.ckpt rank_* strategy",
     ),
     "mindspore-safetensors": Format(
         "MindSpore: safetensors with MindFormers' names",
         _never,
         mindspore.open_checkpoint,
         partial(mindspore.plan_files, safetensors=True),
-        cuts=TENSOR + PIPELINE,
+        sharding=TENSOR + PIPELINE,
     ),
     "mindspore-interleaved": Format(
         "MindSpore, with MindFormers' rotary layout before August 2023",
         _never,
         partial(mindspore.open_checkpoint, rope_layout="interleaved"),
         partial(mindspore.plan_files, rope_layout="interleaved"),
-        cuts=TENSOR + PIPELINE,
+        sharding=TENSOR + PIPELINE,
     ),
     "megatron": Format(
         "Megatron-LM: latest_checkpointed_iteration.txt with iter_*, of mp_rank_*/model_optim_rng.pt or of torch_dist",
         megatron.matches,
         megatron.open_checkpoint,
         megatron.plan_files,
-        cuts=TENSOR + PIPELINE,
-        usual="latest_checkpointed_iteration.txt iter_* release mp_rank_* *.pt",
+        sharding=TENSOR + PIPELINE,
+        patterns="latest_checkpointed_iteration.txt iter_* release mp_rank_* *.pt",
     ),
     "megatron-legacy": Format(
         "Megatron-LM, with the names before Megatron core",
         _never,
         megatron.open_checkpoint,
         partial(megatron.plan_files, names="legacy"),
-        cuts=TENSOR + PIPELINE,
+        sharding=TENSOR + PIPELINE,
     ),
     "dcp": Format(
         "PyTorch's distributed checkpoints: .metadata with __0_0.distcp, of torchtitan or FSDP",
         distributed.matches_other,
         distributed.open_checkpoint,
         None,
-        usual=".metadata *.distcp",
+        patterns=".metadata *.distcp",
     ),
     "llama2-jax": Format(
         "llama-2-jax: a .pickle",
         llama2_jax.matches,
         llama2_jax.open_checkpoint,
         llama2_jax.plan_files,
-        usual="*.pickle *.pkl",
+        patterns="*.pickle *.pkl",
     ),
     **{
         f"llama2c{suffix}": Format(
@@ -143,12 +145,12 @@ FORMATS: Mapping[str, Format] = {
             llama2c.open_checkpoint,
             partial(llama2c.plan_files, version=version),
             lossy=version == 2,
-            usual="*.bin" if version == 0 else "",
+            patterns="*.bin" if version == 0 else "",
         )
         for version, suffix in enumerate(("", "-v1", "-v2"))
     },
     "gguf": Format(
-        "GGUF, llama.cpp's", gguf.matches, gguf.open_checkpoint, gguf.plan_files, suffix=GGUF, usual="*.gguf *.ggml"
+        "GGUF, llama.cpp's", gguf.matches, gguf.open_checkpoint, gguf.plan_files, suffix=GGUF, patterns="*.gguf *.ggml"
     ),
     **{
         f"gguf-{kind}": Format(
@@ -166,26 +168,26 @@ FORMATS: Mapping[str, Format] = {
         run_folder.matches,
         run_folder.open_checkpoint,
         None,
-        usual="recipe.toml checkpoints metrics.jsonl",
+        patterns="recipe.toml checkpoints metrics.jsonl",
     ),
     "peft": Format(
         "PEFT: adapter_config.json with adapter_model.safetensors",
         peft.matches,
         peft.open_checkpoint,
         None,
-        usual="adapter_*",
+        patterns="adapter_*",
     ),
 }
-# What may stand before `::` in a path: the formats, and other words for what their files may be.
-OPEN: Mapping[str, Callable[[Path, ModelConfig | None], Checkpoint]] = {
+OPENERS: Mapping[str, Callable[[Path, ModelConfig | None], Checkpoint]] = {
     **{prefix: partial(easylm.open_checkpoint, prefix=prefix) for prefix in easylm.PREFIXES},
     "mindspore-half": partial(mindspore.open_checkpoint, rope_layout="half"),
     **{name: format.open for name, format in FORMATS.items()},
 }
-
-
-IGNORING: Mapping[str, Callable[..., Checkpoint]] = {"hf": hf.open_checkpoint, "peft": peft.open_checkpoint}
-"""formats that find and read config.json themselves, and leave fields of it out"""
+"""by every prefix that a path `prefix::path` may have"""
+READABLE = tuple(OPENERS)
+WRITABLE = tuple(name for name, format in FORMATS.items() if format.plan_files is not None)
+OPENERS_IGNORING: Mapping[str, Callable[..., Checkpoint]] = {"hf": hf.open_checkpoint, "peft": peft.open_checkpoint}
+"""formats that read config.json themselves, and take the names of fields that are treated as absent"""
 
 
 def open_checkpoint(
@@ -194,53 +196,59 @@ def open_checkpoint(
     config: ModelConfig | None = None,
     ignore: Sequence[str] = (),
 ) -> Checkpoint:
-    """Opens a checkpoint of any format where it lies, or a repository of the Hugging Face Hub by its name.
+    """Opens a checkpoint of any format in its place, or a repository of the Hugging Face Hub by its name.
 
-    `format` None asks the files; `format::path` says it too. Without `config`, the fields in `ignore` are as if
-    config.json did not have them. Raises UserError for what is damaged, incomplete, ambiguous or not understood.
+    Args:
+        path: a file, a folder, a Hub name, or any of them with a format in front, as in `easylm::streaming_params`.
+        format: one of READABLE; None detects the format from the files.
+        config: describes the model if the files do not, and takes precedence over config.json.
+        ignore: fields of config.json that are treated as absent; without effect if `config` is given.
+
+    Raises UserError if the checkpoint is damaged, incomplete, ambiguous or not supported.
     """
     prefix, path = split_prefix(path)
     format = prefix or format
     place = named_path(path)
     if not place.exists():
         place = find_checkpoint_folder(path, partial(read_model_config, ignore=ignore))
-    complete_replacement(place if place.is_dir() else place.parent)
+    folder = place if place.is_dir() else place.parent
+    complete_replacement(folder)
     format = format or detect(place)
-    if format not in OPEN:
-        raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(OPEN)}.")
-    opener, notes = OPEN[format], ()
+    if format not in OPENERS:
+        raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(READABLE)}.")
+    opener, notes = OPENERS[format], ()
     if ignore and config is None:
-        if format in IGNORING:
-            opener = partial(IGNORING[format], ignore=ignore)
-        elif ((folder := place if place.is_dir() else place.parent) / "config.json").is_file():
-            said, notes = read_config_json(folder, ignore)
-            config = config_from_hf(said)
+        if format in OPENERS_IGNORING:
+            opener = partial(OPENERS_IGNORING[format], ignore=ignore)
+        elif (folder / "config.json").is_file():
+            fields, notes = read_config_json(folder, ignore)
+            config = config_from_hf(fields)
     checkpoint = opener(place, config)
     return replace(checkpoint, notes=(*notes, *checkpoint.notes, *checkpoint.mixed))
 
 
 def split_prefix(path: str | Path) -> tuple[str | None, str]:
-    """The format that stands before a path, `format::path`, and the path; None where there is none."""
+    """Splits `format::path` into the format and the path; the format is None if there is no prefix."""
     prefix, colons, rest = str(path).partition("::")
     return (prefix, rest) if colons and not Path(path).exists() else (None, str(path))
 
 
 def detect(place: Path) -> str:
-    """The name of the one format that a path looks like."""
+    """The name of the format that matches a path; raises UserError if there is none, or more than one."""
     found = [name for name, format in FORMATS.items() if format.matches(place)]
     if found == ["hf", "mindspore"]:
         return "mindspore"  # safetensors too, with names of its own
     if len(found) > 1:
-        raise UserError(f"{place} could be {' or '.join(found)}", f"Say which, for example as {found[0]}::{place}")
+        raise UserError(f"{place} could be {' or '.join(found)}", f"Give the format, for example {found[0]}::{place}")
     if found:
         return found[0]
     if (place / "config.json").is_file():
-        return "hf"  # whose reader can say what is missing
+        return "hf"  # whose reader reports what is missing
     raise _unknown(place)
 
 
 def _unknown(place: Path) -> UserError:
-    """The refusal of a path that looks like no format: what is there, the likeliest formats, and how to name one."""
+    """The error for a path that matches no format: it names the contents, the likeliest formats, and a way out."""
     children = sorted(place.iterdir()) if place.is_dir() else [place]
     for file in children:
         refuse_stand_in(file)
@@ -249,31 +257,32 @@ def _unknown(place: Path) -> UserError:
             return UserError(f"{place} is not a checkpoint itself", f"There is one in {near}: give that folder.")
 
     def resemblance(name: str) -> int:
-        patterns = FORMATS[name].usual.split()
+        patterns = FORMATS[name].patterns.split()
         return sum(any(fnmatch.fnmatch(child.name, pattern) for child in children) for pattern in patterns)
 
-    likely = sorted((name for name in FORMATS if FORMATS[name].usual), key=resemblance, reverse=True)[:3]
-    held = summarize([child.name for child in children], 5) or "nothing"
+    likely = sorted((name for name in FORMATS if FORMATS[name].patterns), key=resemblance, reverse=True)[:3]
+    contents = summarize([child.name for child in children], 5) or "nothing"
+    about = f": it has no config.json, and holds {contents}" if place.is_dir() else ""
+    formats = "; ".join(f"{name} ({FORMATS[name].description})" for name in likely)
     return UserError(
-        f"{place} looks like no checkpoint" + (f": it has no config.json, and holds {held}" if place.is_dir() else ""),
-        f"The likeliest formats are {'; '.join(f'{name} ({FORMATS[name].what})' for name in likely)}. If it is of one "
-        f"of them, name the format in front of the path, as in {likely[0]}::{place}, and describe the model with "
-        "--config where no file does.",
+        f"{place} does not look like a checkpoint{about}",
+        f"The likeliest formats are {formats}. If it is one of them, put the format in front of the path, as in "
+        f"{likely[0]}::{place}, and describe the model with --config if no file does.",
     )
 
 
 def plan_files(export: ExportSpec, format: str) -> list[PlannedFile]:
-    """All files of a model in a format, nothing read; raises UserError where the format cannot hold it."""
+    """All files of a model in a format; no values are read. Raises UserError if the format cannot hold the model."""
     if format not in FORMATS:
-        raise UserError(f"format {format!r} is unknown", f"The formats are {', '.join(FORMATS)}.")
+        raise UserError(f"format {format!r} is unknown", f"The formats that can be written are {', '.join(WRITABLE)}.")
     files = FORMATS[format].plan_files
     if files is None:
-        raise UserError(f"{format!r} is a format that is only read", "Choose another one.")
+        raise UserError(f"the format {format!r} can only be read", f"Choose one of {', '.join(WRITABLE)}.")
     for name, usual in {**dict.fromkeys(TENSOR + PIPELINE, 1), **dict.fromkeys(SHARDS)}.items():
         given = getattr(export, name)
-        if given != usual and (given < 1 or name not in FORMATS[format].cuts):
-            which = ", ".join(other for other, kind in FORMATS.items() if name in kind.cuts)
-            raise UserError(f"{name} = {given} is not for the format {format}", f"It may be 1 or more for {which}.")
+        if given != usual and (given < 1 or name not in FORMATS[format].sharding):
+            others = ", ".join(other for other, kind in FORMATS.items() if name in kind.sharding)
+            raise UserError(f"{name} = {given} does not apply to {format}", f"It may be 1 or more for {others}.")
     return [*files(export), json_file("config.json", config_to_hf(export.config, export.dtypes["embed"].name))]
 
 
@@ -288,43 +297,42 @@ def write_checkpoint(
     progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int = WORKERS,
 ) -> tuple[str, ...]:
-    """Writes a folder, or one file where `is_one_file` says so, under a temporary name until it is complete.
+    """Writes a folder, or a single file, under a temporary name until it is complete.
 
-    With `overwrite`, the files of a checkpoint that is there are replaced then, and other files are left alone.
-
-    With `resume`, goes on where an earlier process was killed that wrote the same from the same `source`. Returns notes
-    for users on what the format cannot hold.
+    With `overwrite`, the files of a checkpoint in `destination` are replaced at the end, and other files are left
+    alone. With `resume`, resumes the writing of an earlier process that was killed, if it wrote the same files from the
+    same `source`, which is a fingerprint. `progress` is called with the bytes done and the bytes in total. Returns
+    notes for the user on what the format cannot hold.
     """
     files, companions = plan_files(export, format), export.companions
     notes = tuple(note for file in files for note in file.notes)
-    if one_file := is_single_file(destination, format):
+    if single_file := is_single_file(destination, format):
         files, companions = [replace(files[0], name=destination.resolve().name)], ()
     need = sum(file.size for file in files) + sum(file.stat().st_size for file in companions)
     journal = JOURNAL if resume else ""
-    names = {file.name: None for file in files} | {file.name: file for file in companions}
-    new = (
-        new_file(destination, need, overwrite, journal)
-        if one_file
-        else (new_folder(destination, need, overwrite, journal, names))
-    )
-    with new as folder:
-        # Before the journal is done with, so that a process that is killed here can be resumed too.
+    expected = {file.name: None for file in files} | {file.name: file for file in companions}
+    if single_file:
+        temporary = new_file(destination, need, overwrite, journal)
+    else:
+        temporary = new_folder(destination, need, overwrite, journal, expected)
+    with temporary as folder:
+        # Before the journal is removed, so that a process that is killed here can be resumed too.
         copy_companions(companions, folder)
         write_files(folder, files, source=f"{format} {source}", progress=progress, workers=workers)
     return notes
 
 
 def is_single_file(destination: Path, format: str) -> bool:
-    """Whether a destination is a file by the end of its name, and not a folder.
+    """Whether a destination is a file, by the suffix of its name, and not a folder.
 
-    Raises UserError where its name ends as files of another format do.
+    Raises UserError if the suffix is that of another format.
     """
     for name, other in FORMATS.items():
         if other.suffix is not None and destination.suffix.lower() == other.suffix:
             if FORMATS[format].suffix != other.suffix:
                 raise UserError(
-                    f"{destination} is the name of a file of the format {name}, and {format} is asked for",
-                    f"Ask for {name}, or choose another name.",
+                    f"{destination} is the name of a file of the format {name}, and the requested format is {format}",
+                    f"Request {name}, or choose another name.",
                 )
             return True
     return False

@@ -1,14 +1,14 @@
-"""Replaces the files of a checkpoint by those of another one, and leaves every other file of the folder alone.
+"""Replaces the files of a checkpoint by those of another, and leaves all other files in its folder alone.
 
-    .NAME.incomplete/             the new files, all of them written
-    NAME/.camelid_replacing.json  which files are removed, and which new ones are then moved in
+    .NAME.incomplete/             the new files, completely written
+    NAME/.camelid_replacing.json  the replacement: which files are removed, and which new ones are then moved in
 
-While the second one exists, the folder holds neither checkpoint, and config.json is not in it. If the process is killed
-at that point, the next one that opens the folder or writes to it completes the replacement.
+While the second file exists, the folder holds neither checkpoint, and config.json is not in it. If the process is
+killed at that point, the next process that opens the folder or writes to it completes the replacement.
 
-A folder may come from anywhere, and a record in it could name any file. So a record is followed only if it was written
-in its place, which its inode number shows (a copy, a download or an extracted archive has another one), and only if
-every file that it names is inside the folder.
+A folder may come from an untrusted origin, and such a file in it could name any path. So a replacement is performed
+only if its file was created in this folder, which its inode number shows (a copy, a download or an extracted archive
+has another one), and only if every file that it names is inside the folder.
 """
 
 import json
@@ -27,7 +27,7 @@ from camelid.inputs import expand_home
 
 MANIFEST = "camelid_manifest.json"
 OTHERS = "others"
-"""in the manifest: of files without tensors, the SHA-256 of their contents"""
+"""the key in the manifest for the SHA-256 of files without tensors"""
 REPLACEMENT_FILE = ".camelid_replacing.json"
 CONFIG = "config.json"
 SHOWN = 3  # names in a message
@@ -35,16 +35,16 @@ SHOWN = 3  # names in a message
 
 @dataclass(frozen=True)
 class Replacement:
-    """What RECORD holds: the names of files."""
+    """The contents of REPLACEMENT_FILE: names of files."""
 
     add: list[str]
-    """those that are moved in"""
+    """files that are moved in"""
     remove: list[str]
-    """those that are removed before"""
+    """files that are removed before"""
 
 
-# The names that camelid writes, for folders of versions whose manifest did not list all files, and of other systems.
-# Each line is one checkpoint; of several in one folder, the first is the one that Hugging Face's libraries read.
+# The names that camelid writes, for folders of other systems, and of versions whose manifest did not list all files.
+# Each line is one checkpoint; of several in one folder, Hugging Face's libraries read the first.
 WEIGHTS = [
     line.split()
     for line in """
@@ -76,11 +76,11 @@ BESIDE_WEIGHTS = """
 
 
 def refuse_foreign(folder: Path, new: Mapping[str, Path | None]) -> None:
-    """Raises UserError if the `new` files cannot replace a checkpoint in a folder without harm to files of others.
+    """Raises UserError if the `new` files cannot replace a checkpoint in a folder without harm to other files.
 
-    `new` has the contents of each file by its name, or None if they do not exist yet. A file that is not camelid's and
-    has the same name is in the way, unless its contents are the same. So is one with weights: of two checkpoints in
-    one folder, it would be left to each reader which one it takes.
+    `new` maps the name of each file to a file with its contents, or to None if that does not exist yet. A file that
+    camelid did not write conflicts if it has the same name and other contents, or if it holds weights: of two
+    checkpoints in one folder, different readers would choose different ones.
     """
     own = owned_files(folder)
     if own is None:
@@ -100,8 +100,8 @@ def refuse_foreign(folder: Path, new: Mapping[str, Path | None]) -> None:
 def refuse_sources(destination: str | Path, sources: Iterable[Path]) -> None:
     """Raises UserError if a destination is one of the files and folders that are read, or if it would replace one.
 
-    What is written may be rounded, may leave something out, or may need its source, and the source would be gone. A
-    source in a folder of its own below the destination, such as `original/`, is left alone.
+    The result may be rounded or incomplete, and the source would be lost. Sources in a folder of their own below the
+    destination, such as `original/`, are left alone.
     """
     place = Path(os.path.realpath(expand_home(destination)))
     own = (owned_files(place) or set()) if place.is_dir() else set()
@@ -109,19 +109,19 @@ def refuse_sources(destination: str | Path, sources: Iterable[Path]) -> None:
         for path in (Path(os.path.realpath(source)), Path(os.path.realpath(source.parent), source.name)):
             if place == path or (place in path.parents and str(path.relative_to(place)) in own):
                 raise UserError(
-                    f"{destination} cannot be replaced by what is made of it: {source} is read",
+                    f"{destination} cannot be replaced, because {source} is read to create it",
                     "Choose another destination.",
                 )
 
 
 def owned_files(folder: Path) -> set[str] | None:
-    """The files of a folder that belong to the checkpoint in it, by their names; None if it holds something else.
+    """The names of the files that belong to the checkpoint in a folder; None if the folder holds something else.
 
-    The manifest lists them; of files without tensors, those that were changed since are left out. Without a manifest,
-    a folder is a checkpoint if it has weights and a config.json that describes a model. Of several checkpoints in one
-    folder, only the first of WEIGHTS is taken for the one that may be replaced.
+    The manifest lists them; files without tensors that were changed since are left out. Without a manifest, a folder
+    is a checkpoint if it has weights and a config.json that describes a model. Of several checkpoints in one folder,
+    only the first in the order of WEIGHTS may be replaced.
     """
-    if (folder / REPLACEMENT_FILE).is_file():  # what a replacement that could not be completed was about
+    if (folder / REPLACEMENT_FILE).is_file():  # a replacement that could not be completed
         record = read_replacement(folder)
         return {*record.remove, *record.add, REPLACEMENT_FILE}
     manifest = read_json_or_empty(folder / MANIFEST)
@@ -154,7 +154,7 @@ def _named(folder: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """The first few of some names, and how many more there are."""
+    """The first names in alphabetical order, and how many more there are."""
     first = sorted(names)
     shown = ", ".join(first[:SHOWN])
     return shown if len(first) <= SHOWN else f"{shown} and {len(first) - SHOWN} more"
@@ -164,7 +164,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def add_to_manifest(folder: Path, names: Iterable[str]) -> None:
-    """Lists the files without tensors in the manifest of a folder."""
+    """Adds files to the manifest of a folder; those with tensors are in it already."""
     manifest = read_json_or_empty(folder / MANIFEST)
     tensors = manifest.setdefault("files", {})
     others = {name: _hash(folder / name) for name in sorted(names) if name not in tensors and name != MANIFEST}
@@ -172,7 +172,7 @@ def add_to_manifest(folder: Path, names: Iterable[str]) -> None:
 
 
 def files_in(folder: Path) -> list[str]:
-    """The names of all files in and below a folder, but for its lock."""
+    """The names of all files in and below a folder, except for its lock."""
     names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
     return sorted(name for name in names if name != LOCK)
 
@@ -180,12 +180,12 @@ def files_in(folder: Path) -> list[str]:
 def replace_files(new: Path, folder: Path) -> None:
     """Replaces the checkpoint in a folder by the files in the folder `new`, which are moved.
 
-    Raises UserError, with nothing changed, where files of others are in the way. Whoever calls this holds the lock.
+    The caller holds the lock. Raises UserError, with nothing changed, if files that camelid did not write conflict.
     """
     names = files_in(new)
     refuse_foreign(folder, {name: new / name for name in names})
     own = owned_files(folder) or set()
-    # What is left of them has the same contents, and stays the user's.
+    # The remaining files have the same contents as the user's, which are kept.
     add = [name for name in names if name in own or not os.path.lexists(folder / name)]
     add_to_manifest(new, add)
     add = sorted({*add, MANIFEST})
@@ -200,9 +200,9 @@ def replace_files(new: Path, folder: Path) -> None:
 
 
 def complete(new: Path, folder: Path) -> None:
-    """Does what the record in a folder says, from wherever a process before was killed.
+    """Completes the replacement that a killed process started in a folder, from any point.
 
-    Raises UserError where the new files are gone, and, with nothing changed, where the record may not be followed.
+    Raises UserError if the new files are gone, and, with nothing changed, if the replacement cannot be trusted.
     """
     record = read_replacement(folder)
     for name in record.add:
@@ -239,7 +239,7 @@ def _remove_empty(below: Path, folder: Path) -> None:
 
 
 def _is_inside(folder: Path, name: str) -> bool:
-    """Whether a name, which a file of unknown origin may hold, is that of a place below a folder, links resolved."""
+    """Whether an untrusted name is that of a file below a folder, with symbolic links resolved."""
     pure = PurePosixPath(name)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in name:
         return False
@@ -249,7 +249,7 @@ def _is_inside(folder: Path, name: str) -> bool:
         return False
 
 
-# The record ------------------------------------------------------------------------------
+# The replacement --------------------------------------------------------------------------
 
 
 def _write_record(path: Path, record: Replacement) -> None:
@@ -260,11 +260,11 @@ def _write_record(path: Path, record: Replacement) -> None:
 
 
 def read_replacement(folder: Path) -> Replacement:
-    """The record in a folder; raises UserError if it was not written there, or names files outside the folder."""
+    """The replacement that was started in a folder; raises UserError if it cannot be trusted."""
     path = folder / REPLACEMENT_FILE
     about = read_json_or_empty(path)
     if path.is_symlink() or about.get("inode") != path.stat().st_ino:
-        raise _untrusted(folder, "was not written in this folder: it was copied, or came with a download")
+        raise _untrusted(folder, "was not created in this folder: it was copied, or came with a download")
     record = Replacement(list(_strings(about.get("add"))), list(_strings(about.get("remove"))))
     for name in (*record.add, *record.remove):
         if not _is_inside(folder, name):
@@ -274,7 +274,7 @@ def read_replacement(folder: Path) -> Replacement:
 
 def _untrusted(folder: Path, why: str) -> UserError:
     return UserError(
-        f"{folder / REPLACEMENT_FILE}, by which the files of a checkpoint are replaced, {why}",
+        f"{folder / REPLACEMENT_FILE}, which lists the files of a checkpoint that are replaced, {why}",
         "Nothing was changed. Copy or download the checkpoint again; or move the new files, which are in "
         f"{unfinished(folder)}, to their places yourself, and remove {REPLACEMENT_FILE}.",
     )

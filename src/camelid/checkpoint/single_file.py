@@ -1,4 +1,4 @@
-"""A checkpoint that is one file, which appears completely or not at all."""
+"""A checkpoint that is a single file, which is written completely or not at all."""
 
 import contextlib
 import os
@@ -15,21 +15,21 @@ from camelid.inputs import named_path
 
 
 def manifest_of(file: Path) -> Path:
-    """Where the checksums of a file's tensors are, if camelid wrote it as a file of its own."""
+    """The path of the manifest with the checksums of a file's tensors, if camelid wrote it as a single file."""
     return file.with_name(f"{file.name}.manifest.json")
 
 
 @contextlib.contextmanager
 def new_file(destination: Path, need_bytes: int, overwrite: bool = False, resume: str = "") -> Iterator[Path]:
-    """A temporary folder in which a file of the destination's name is written, with its MANIFEST.
+    """Yields a temporary folder, in which the block writes a file of the destination's name and its MANIFEST.
 
-    When the block ends, both are moved to their places; when it fails, the folder is removed, unless it has the file
+    When the block ends, both are moved to their places; if it fails, the folder is removed, unless it has the file
     `resume`. If the destination is a symbolic link, the file that it points to is written. Raises UserError if the
     destination exists and may not be replaced, if another process is writing it, or if the disk lacks `need_bytes`.
     """
     destination = Path(os.path.realpath(named_path(destination)))
     check = partial(_check_free, destination, overwrite)
-    check()  # before anything is made
+    check()  # before anything is created
     with temporary_folder(destination, need_bytes, resume, check) as temporary:
         yield temporary
         manifest_of(destination).unlink(missing_ok=True)  # of the file that is replaced
@@ -49,7 +49,7 @@ def _check_free(destination: Path, overwrite: bool) -> None:
     if manifest_of(destination).exists() and not isinstance(
         read_json_or_empty(manifest_of(destination)).get("files"), dict
     ):
-        raise UserError(f"{manifest_of(destination)} is not camelid's, and would be lost", "Move it away.")
+        raise UserError(f"{manifest_of(destination)} was not written by camelid, and would be lost", "Move it away.")
 
 
 def _begins(file: Path, magic: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""The part of a model that one rank holds, in formats that cut matrices among ranks, and layers into stages."""
+"""The shard of a model that one rank holds, in formats with tensor parallelism and pipeline stages."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -12,47 +12,51 @@ from camelid.model.decoder import declare_decoder
 from camelid.model.params import Spec, named
 
 
-def check_divides(export: ExportSpec, cut: Collection[str]) -> None:
-    """Raises UserError where axes of these words do not divide over the ranks, or layers over the stages."""
-    for option, words in (("tensor_parallel", sorted(cut)), ("pipeline_parallel", ["layers"])):
-        ways = getattr(export, option)
+def check_divides(export: ExportSpec, sharded: Collection[str]) -> None:
+    """Raises UserError if a sharded axis is not divisible by the number of ranks, or the layers by that of stages."""
+    for option, words in (("tensor_parallel", sorted(sharded)), ("pipeline_parallel", ["layers"])):
+        count = getattr(export, option)
         for word in words:
-            if (size := export.config.axis_sizes[word]) % ways:
-                raise UserError(f"{word} = {size} is not divisible by {option} = {ways}", f"Choose another {option}.")
+            if (size := export.config.axis_sizes[word]) % count:
+                raise UserError(f"{word} = {size} is not divisible by {option} = {count}", f"Choose another {option}.")
 
 
 def shard_export(
-    export: ExportSpec, rows: Sequence[TensorRule], sizes: Mapping[str, int], cut: Collection[str]
+    export: ExportSpec, rules: Sequence[TensorRule], sizes: Mapping[str, int], sharded: Collection[str]
 ) -> tuple[Table, list[ExportSpec]]:
-    """The table of a part of a model, and the part of each rank, where axes of these words are cut among them."""
-    check_divides(export, cut)
-    over = dict.fromkeys(cut, export.tensor_parallel)
-    specs = {path: shard_spec(spec, over) for path, spec in named(declare_decoder(export.config)).items()}
-    sources = (shard_reader(export.source, specs, dict.fromkeys(cut, way)) for way in range(export.tensor_parallel))
-    return make_table(rows, specs, sizes), [replace(export, source=source) for source in sources]
+    """The table of one shard of a model, and the export of each rank; axes named in `sharded` are split over ranks."""
+    check_divides(export, sharded)
+    counts = dict.fromkeys(sharded, export.tensor_parallel)
+    specs = {path: shard_spec(spec, counts) for path, spec in named(declare_decoder(export.config)).items()}
+    ranks = range(export.tensor_parallel)
+    readers = [shard_reader(export.read_slice, specs, dict.fromkeys(sharded, rank)) for rank in ranks]
+    return make_table(rules, specs, sizes), [replace(export, read_slice=reader) for reader in readers]
 
 
-def shard_spec(spec: Spec, ways: Mapping[str, int]) -> Spec:
-    """The parameter of one rank; `ways` says into how many parts axes are cut, by word."""
+def shard_spec(spec: Spec, counts: Mapping[str, int]) -> Spec:
+    """The parameter of one rank; `counts` is the number of shards of each axis word."""
     sizes = zip(spec.axes, spec.shape, strict=True)
-    return replace(spec, shape=tuple(size // ways.get(word, 1) for word, size in sizes))
+    return replace(spec, shape=tuple(size // counts.get(word, 1) for word, size in sizes))
 
 
-def shard_reader(source: SliceReader, specs: Mapping[str, Spec], place: Mapping[str, int]) -> SliceReader:
-    """The values of one rank, out of those of the model; `specs` are the rank's, `place` says which part, by word."""
+def shard_reader(read_slice: SliceReader, specs: Mapping[str, Spec], shard: Mapping[str, int]) -> SliceReader:
+    """Reads slices of one rank's shard out of those of the model.
 
-    def values(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
+    `specs` are those of the rank, by path; `shard` is the index of its shard along each axis word.
+    """
+
+    def read(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
         spec = specs[path]
         sizes = zip(spec.outputs + spec.inputs, spec.shape[len(spec.stacked) :], strict=True)
-        starts = [place.get(word, 0) * size for word, size in sizes]
-        whole = tuple(slice(s.start + start, s.stop + start) for s, start in zip(index, starts, strict=True))
-        own = None if layer is None else layer + place.get("layers", 0) * spec.shape[0]
-        return source(path, own, whole, dtype)
+        starts = [shard.get(word, 0) * size for word, size in sizes]
+        in_model = tuple(slice(s.start + start, s.stop + start) for s, start in zip(index, starts, strict=True))
+        model_layer = None if layer is None else layer + shard.get("layers", 0) * spec.shape[0]
+        return read_slice(path, model_layer, in_model, dtype)
 
-    return values
+    return read
 
 
-def sharded_axis(row: TensorRule | None, cut: Collection[str]) -> int | None:
-    """The axis along which the parts of a row's tensor lie end to end; None where each rank has all of it."""
-    groups = () if row is None else parse_axes(row.axes)
-    return next((axis for axis, group in enumerate(groups) if not set(group).isdisjoint(cut)), None)
+def sharded_axis(rule: TensorRule | None, sharded: Collection[str]) -> int | None:
+    """The axis of a rule's tensor along which its shards are concatenated; None if each rank holds all of it."""
+    groups = () if rule is None else parse_axes(rule.axes)
+    return next((axis for axis, group in enumerate(groups) if not set(group).isdisjoint(sharded)), None)

@@ -12,9 +12,9 @@ import numpy as np
 
 from camelid.errors import UserError
 
-CHUNK = 2**20  # bytes in flight while a tensor is cast or copied; few enough to stay in a core's cache
+CHUNK = 2**20  # bytes that are cast or copied at once; they stay in a core's cache
 COMPARED_BYTES = 128 * 2**20  # bytes of each of two tensors that are compared at once
-COLUMN_CACHE_BYTES = 256 * 2**20  # bytes of a tensor that is read across its rows are held at once
+COLUMN_CACHE_BYTES = 256 * 2**20  # of a tensor that is read by columns are held at once
 
 DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -23,14 +23,14 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INFINITY: Mapping[np.dtype, int] = {DTYPES["F16"]: 0x7C00, DTYPES["BF16"]: 0x7F80}
-"""its bits, in the dtypes that end before float32 does"""
+"""the bits of infinity, in the dtypes with a smaller range than float32"""
 
 Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that still lies in its file."""
+    """A tensor in a file, of which no values have been read."""
 
     file: Path
     name: str
@@ -41,19 +41,20 @@ class Tensor:
 
     @property
     def files(self) -> frozenset[Path]:
-        """All files that it lies in."""
+        """All files that hold a part of it."""
         return frozenset({self.file})
 
     def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The numbers that `index` cuts, in an array that is not to be changed."""
+        """Reads the slice `index` into a new array of a dtype."""
         out = np.empty([s.stop - s.start for s in index], dtype)
         self.read_into(out, index)
         return out
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
-        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype.
+        """Reads the slice `index` into `out`, a contiguous array of the slice's shape, and casts to its dtype.
 
-        Reads whole rows of the first axis, at most CHUNK bytes at a time unless they go straight into `out`.
+        Rows of the first axis are read completely, CHUNK bytes at a time unless they are read directly into `out`.
+        Raises UserError if the file ends early, or if a finite value is too large for the dtype of `out`.
         """
         rows = range(*index[0].indices(self.shape[0]))
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -73,12 +74,12 @@ class Tensor:
 
 
 def cast(tensor: Tensor, values: np.ndarray, out: np.ndarray) -> None:
-    """out[...] = values, which are a tensor's; raises UserError where one is too large for the dtype of `out`."""
+    """Assigns out[...] = values of a tensor; raises UserError if one is too large for the dtype of `out`."""
     _assign(f"{tensor.name} in {tensor.file}", values, out)
 
 
 def rounded(what: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The values in a dtype; raises UserError, which says `what` they are, where one is too large for it."""
+    """Casts values to a dtype; raises UserError that names `what` they are if one is too large for the dtype."""
     if values.dtype == dtype:
         return values
     out = np.empty(values.shape, dtype)
@@ -89,7 +90,7 @@ def rounded(what: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _assign(what: str, values: np.ndarray, out: np.ndarray) -> None:
     with np.errstate(over="ignore"):
         out[...] = values
-    # By bits without their sign, because isinf takes as long as the cast, and from bfloat16 numpy sees no overflow.
+    # Compares bits without the sign: isinf takes as long as the cast, and numpy detects no overflow from bfloat16.
     if out.dtype == values.dtype or (infinity := INFINITY.get(out.dtype)) is None:
         return
     if np.left_shift(out.view(np.uint16), 1).max(initial=0) < 2 * infinity:
@@ -98,7 +99,7 @@ def _assign(what: str, values: np.ndarray, out: np.ndarray) -> None:
         ends = {dtype.name: float(ml_dtypes.finfo(dtype).max) for dtype in CODES}
         end = ends[out.dtype.name]
         raise UserError(
-            f"{what} holds {float(values[beyond][0]):.3g}, and {out.dtype} ends at {end:.5g}",
+            f"{what} holds {float(values[beyond][0]):.3g}, and the largest {out.dtype} is {end:.5g}",
             f"Choose {' or '.join(name for name, other in ends.items() if other > end)}.",
         )
 
@@ -114,18 +115,18 @@ def _read_exactly(file, offset: int, out: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class ConcatenatedTensor(Tensor):
-    """Tensors of several files that lie end to end along an axis, as shards of one."""
+    """Tensors that are concatenated along an axis, such as the shards of one."""
 
     parts: tuple[Tensor, ...]
     axis: int
 
     @property
     def files(self) -> frozenset[Path]:
-        """All files that it lies in."""
+        """All files that hold a part of it."""
         return frozenset().union(*(part.files for part in self.parts))
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
-        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype."""
+        """As Tensor.read_into; reads the part of each tensor that is within the slice."""
         want, start = index[self.axis], 0
         before, after = index[: self.axis], index[self.axis + 1 :]
         for part in self.parts:
@@ -141,7 +142,7 @@ class ConcatenatedTensor(Tensor):
 
 
 def concatenate(parts: Sequence[Tensor], axis: int) -> Tensor:
-    """One tensor of shards; raises UserError where they do not fit together."""
+    """Concatenates tensors along an axis; raises UserError if their dtypes or other axes differ."""
     first, *rest = parts
     for part in rest:
         fits = part.dtype == first.dtype and len(part.shape) == len(first.shape)
@@ -159,11 +160,11 @@ def concatenate(parts: Sequence[Tensor], axis: int) -> Tensor:
 
 @dataclass(frozen=True)
 class CachedColumns:
-    """Columns of a tensor that one thread holds."""
+    """Columns of a tensor that a thread has read."""
 
     tensor: Tensor
     around: tuple[Index, Index]
-    """what was cut of the axes before and after"""
+    """the slices of the axes before and after `axis`"""
     start: int
     values: np.ndarray
     axis: int
@@ -175,13 +176,13 @@ class CachedColumns:
 
 
 class ColumnCache:
-    """Tensors that are read piece after piece across their rows: a thread holds a band of what it must read anyway."""
+    """Reads tensors by columns: each thread keeps the columns that it had to read along with the requested ones."""
 
     def __init__(self) -> None:
         self._held = threading.local()
 
     def read(self, tensor: Tensor, index: Index, dtype: np.dtype) -> np.ndarray:
-        """As `tensor.read`; the pieces of a band are read from the file once."""
+        """As `tensor.read`, but consecutive slices of columns read the file once for COLUMN_CACHE_BYTES of them."""
         cut = [axis for axis, n in enumerate(tensor.shape) if axis and index[axis] != slice(0, n)]
         if not cut:
             self._held.band = None
@@ -190,7 +191,7 @@ class ColumnCache:
         before, after = index[:axis], index[axis + 1 :]
         band: CachedColumns | None = getattr(self._held, "band", None)
         if band is None or not band.holds(tensor, (before, after), want):
-            self._held.band = band = None  # gone before the next one is read
+            self._held.band = band = None  # freed before the next columns are read
             column = math.prod(s.stop - s.start for s in index) // (want.stop - want.start) * tensor.dtype.itemsize
             stop = min(max(want.stop, want.start + COLUMN_CACHE_BYTES // column), tensor.shape[axis])
             values = tensor.read((*before, slice(want.start, stop), *after), tensor.dtype)
@@ -206,7 +207,7 @@ class ColumnCache:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that is still to be written."""
+    """Name, shape and dtype of a tensor that is to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -238,18 +239,18 @@ def same_values(one: Tensor, other: Tensor, *, transposed: bool = False) -> bool
 
 
 def files_holding(tensors: Iterable[Tensor]) -> list[Path]:
-    """All files that some tensors lie in, in order."""
+    """All files that hold some tensors, sorted."""
     return sorted(frozenset().union(*(tensor.files for tensor in tensors)))
 
 
 def file_names(files: Collection[Path], folder: Path, most: int = 3) -> str:
-    """Some files as they are named from a folder, and how many more there are."""
+    """The first `most` of some files, relative to a folder, and how many more there are."""
     names = [str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file) for file in sorted(files)]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def unverified_note(files: Collection[Path], folder: Path) -> tuple[str, ...]:
-    """The note on files that are too large for their checksums to be verified when they are opened."""
+    """The note on files that are too large for their checksums to be verified when opened."""
     if not files:
         return ()
     are, their = ("are", "their checksums") if len(files) > 1 else ("is", "its checksums")

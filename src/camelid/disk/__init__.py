@@ -1,1 +1,1 @@
-"""The disk: files and folders that appear complete or not at all, locks, hashes, and where the cache is."""
+"""The disk: atomic files and folders, JSON files, locks, hashes, free space, and the folder of the cache."""

@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered for those that have not changed since they were read."""
+"""SHA-256 of files, cached for files that have not changed since they were read."""
 
 import contextlib
 import hashlib
@@ -11,13 +11,13 @@ from pathlib import Path
 from camelid.disk.atomic import write_json
 from camelid.disk.paths import cache_folder
 
-SETTLED_S = 3.0  # longer than the steps of any file system's clock, which are up to two seconds
+SETTLED_S = 3.0  # longer than the resolution of any file system's clock, which is up to two seconds
 
 
 def hash_file(
     path: Path, stopped: Callable[[], bool] = lambda: False, read: Callable[[int], None] = lambda size: None
 ) -> str:
-    """SHA-256 of a file; of some of it, where it is stopped. `read` is called with the size of each block."""
+    """SHA-256 of a file, or of a part if `stopped` returns True; `read` is called with the size of each block."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while not stopped() and (data := file.read(2**20)):
@@ -29,12 +29,12 @@ def hash_file(
 def content_hash(
     path: Path, stopped: Callable[[], bool] = lambda: False, read: Callable[[int], None] = lambda size: None
 ) -> str:
-    """SHA-256 of what a file holds; of some of it, where it is stopped.
+    """SHA-256 of a file, or of a part if `stopped` returns True; hashes of complete files are cached.
 
-    It is read again only if its inode, size, or time of change differs from when it was read last. The time of change
-    (ctime) is the kernel's and cannot be set back, as the time of modification can. A change within one step of the
-    file system's clock would leave it as it is, so a file that changed shortly before it was read is not remembered.
-    `read` is called with the number of bytes of each block that is read, or of the whole file if its hash is known.
+    A file is read again only if its inode, size, or time of change differs from the last time. The time of change
+    (ctime) is set by the kernel and cannot be reset, unlike the time of modification. It does not show a change within
+    the resolution of the file system's clock, so the hash of a file that changed shortly before it was read is not
+    cached. `read` is called with the size of each block that is read, or of the file if its hash is cached.
     """
     known = cache_folder() / "hashes" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
     stamp = _stamp(path)

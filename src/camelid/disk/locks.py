@@ -1,4 +1,4 @@
-"""Folders that one process holds at a time, and where they are while they are made."""
+"""Folders that only one process at a time may use, and the names of temporary folders."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ LONGEST_NAME = 255  # bytes, on all usual file systems
 
 
 def unfinished(folder: Path) -> Path:
-    """The hidden folder beside another one in which its contents are made."""
+    """The hidden folder beside `folder` in which its contents are written until they are complete."""
     name = f".{folder.name}.incomplete"
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = f".{hashlib.sha256(os.fsencode(folder.name)).hexdigest()}.incomplete"
@@ -22,7 +22,7 @@ def unfinished(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def no_empty_folders(folder: Path) -> Iterator[None]:
-    """Removes this folder and those above it at the end, if they did not exist at the beginning and are empty."""
+    """At the end, removes a folder and its parents if they did not exist at the beginning and are empty."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
@@ -34,10 +34,10 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Makes a folder, and holds it alone among the processes of this machine; whoever holds it may remove it.
+    """Creates a folder and locks it against the other processes of this machine; the block may remove it.
 
-    Raises BlockingIOError where another process has it and this one is not to `wait`. A file system without locks keeps
-    nobody out.
+    Raises BlockingIOError if another process has locked it, unless this one is to `wait`. On a file system without
+    locks, other processes are not excluded.
     """
     with _lock(folder, wait):
         yield
@@ -56,7 +56,7 @@ def _lock(folder: Path, wait: bool) -> IO:
                 raise
             except OSError:
                 return file
-            # Who held it before may have removed the folder, and somebody else have made it again.
+            # The previous holder may have removed the folder, and another process may have created it again.
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
             file.close()

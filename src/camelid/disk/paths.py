@@ -1,4 +1,4 @@
-"""Where camelid keeps what it can make again."""
+"""The cache folder, for files that camelid can create again."""
 
 import os
 from pathlib import Path
@@ -8,15 +8,15 @@ from camelid.inputs import expand_home
 
 
 def cache_folder() -> Path:
-    """CAMELID_CACHE, or camelid's folder in the user's cache folder."""
+    """The folder in CAMELID_CACHE, or camelid's folder in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
     chosen = os.environ.get("CAMELID_CACHE")
     return Path(expand_home(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "camelid"))
 
 
 def make_writable(folder: Path, other_choice: str = "") -> None:
-    """Makes a folder of the cache; raises UserError where it cannot be made or written.
+    """Creates a folder of the cache; raises UserError if it cannot be created or written.
 
-    The advice names CAMELID_CACHE, and `other_choice`, another setting that would choose another folder.
+    The advice names CAMELID_CACHE and `other_choice`, another setting that determines the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ def logits(checkpoint: Checkpoint, tokens: Int[np.ndarray, " S"]) -> Float[np.nd
 
     def read(path: str, spec: Spec, layer: int | None) -> jax.Array:
         index = tuple(slice(0, n) for n in spec.shape[len(spec.stacked) :])
-        return jnp.asarray(np.ascontiguousarray(checkpoint.source(path, layer, index, np.dtype(np.float32))))
+        return jnp.asarray(np.ascontiguousarray(checkpoint.read_slice(path, layer, index, np.dtype(np.float32))))
 
     def read_layer(index: int) -> Layer:
         inner = named(specs.layers)

@@ -139,11 +139,11 @@ def apply(
         )
     elif _kind(folder) == "lora":
         other = on_base(open_adapter(folder, one.config), one, folder)
-        export, notes = ExportSpec(other.config, other.dtypes, other.source, other.companions), other.notes
+        export, notes = ExportSpec(other.config, other.dtypes, other.read_slice, other.companions), other.notes
     else:
         exact = _open_exact(folder, one)
         progress = partial(_after, exact.check(progress), progress)
-        export = ExportSpec(exact.config, exact.dtypes, exact.source, companions_in(folder) or one.companions)
+        export = ExportSpec(exact.config, exact.dtypes, exact.read_slice, companions_in(folder) or one.companions)
     return (*notes, *write_checkpoint(Path(destination), export, to, overwrite=overwrite, progress=progress))
 
 
@@ -201,7 +201,7 @@ def _bits(dtype: np.dtype) -> np.dtype:
 
 
 def _make_exact(base: Checkpoint, tuned: Checkpoint, destination: Path, overwrite: bool, progress: Progress) -> Made:
-    rows, before, sources = plain_table(tuned.config), plain_table(base.config), (base.source, tuned.source)
+    rows, before, sources = plain_table(tuned.config), plain_table(base.config), (base.read_slice, tuned.read_slice)
     entries: dict[str, dict[str, Any]] = {}
     payloads = []
     for name, [(part, layer)] in rows.tensors.items():
@@ -257,10 +257,10 @@ class Exact:
     def _dtype(self, name: str) -> np.dtype:
         return dtype_named(self.entries[name]["dtypes"][1])
 
-    def source(self, path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
+    def read_slice(self, path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
         """Returns values of the tuned checkpoint, which are exact, cast to `dtype`."""
         name = path if layer is None else f"{path}.{layer}"
-        return rounded(name, self._values(name, (path, layer), index, self.base.source)[-1], dtype)
+        return rounded(name, self._values(name, (path, layer), index, self.base.read_slice)[-1], dtype)
 
     def _values(self, name: str, place: Place, index: Index, source: SliceReader) -> list[np.ndarray]:
         """Returns a slice of the base, if the delta requires it, and the same slice of the tuned checkpoint."""
@@ -273,7 +273,7 @@ class Exact:
 
     def check(self, progress: Progress) -> int:
         """Verifies all checksums and returns the bytes read; raises UserError for another base or a damaged delta."""
-        source, done = self.base.source, 0
+        source, done = self.base.read_slice, 0
         total = 2 * sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
         for name, [(part, layer)] in plain_table(self.config).tensors.items():
             sums = {"base": hashlib.sha256(), "tuned": hashlib.sha256()}
@@ -337,7 +337,7 @@ def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
 
 def _combined(base: Checkpoint, other: Checkpoint, combine: np.ufunc) -> SliceReader:
     """Returns a reader of combine(other, base), computed in float32 and rounded once."""
-    sources = other.source, base.source
+    sources = other.read_slice, base.read_slice
 
     def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
         return rounded(path, combine(*(source(path, layer, index, FLOAT32) for source in sources)), dtype)
@@ -405,7 +405,7 @@ def _alone(config: ModelConfig) -> dict[Place, list[Place]]:
 def _of(checkpoint: Checkpoint, place: Place, shape: tuple[int, ...]) -> Tensor:
     """Returns a parameter of a checkpoint as a tensor that is read on demand."""
     dtype = checkpoint.dtypes[place[0]]
-    return Computed(checkpoint.folder, place[0], 0, shape, dtype, checkpoint.source, place)
+    return Computed(checkpoint.folder, place[0], 0, shape, dtype, checkpoint.read_slice, place)
 
 
 def _nearest(change: np.ndarray, rank: int) -> Pair:

@@ -107,7 +107,7 @@ class Adapter:
 class Computed(Tensor):
     """A layer of a parameter whose values are computed on demand."""
 
-    source: SliceReader
+    reader: SliceReader
     place: Place
     lies_in: frozenset[Path] = frozenset()
 
@@ -118,7 +118,7 @@ class Computed(Tensor):
 
     def read_into(self, out: np.ndarray, index: Index) -> None:
         """Fills `out`, contiguous and of the shape that `index` cuts, with values of its dtype."""
-        out[...] = self.source(*self.place, index, out.dtype)
+        out[...] = self.reader(*self.place, index, out.dtype)
 
 
 def held(array: np.ndarray) -> Tensor:
@@ -142,14 +142,14 @@ class Adapted(Checkpoint):
     base: Checkpoint
 
     @property
-    def source(self) -> SliceReader:
+    def read_slice(self) -> SliceReader:
         """The values: sums are computed in float32 and rounded once, to the requested dtype."""
         return adapted(self.adapter, self.base)
 
 
 def adapted(adapter: Adapter, base: Checkpoint) -> SliceReader:
     """Returns a reader of a base of any format with an adapter; sums are computed in float32 and rounded once."""
-    specs, base_source = named(declare_decoder(adapter.config)), base.source
+    specs, base_source = named(declare_decoder(adapter.config)), base.read_slice
 
     def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
         pair, saved = adapter.pairs.get((path, layer)), adapter.saved.get((path, layer))
@@ -312,7 +312,7 @@ def _names(config: ModelConfig) -> Table:
 
 def _height(part: ParameterEntry) -> int:
     """Returns the number of rows of a parameter in its tensor."""
-    return math.prod(part.sizes[word] for word in part.theirs[0])
+    return math.prod(part.sizes[word] for word in part.file_axes[0])
 
 
 def _open_file(folder: Path) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
-"""PyTorch's distributed checkpoints (torch.distributed.checkpoint, DCP), read without torch; nothing in them is run.
+"""Reads PyTorch's distributed checkpoints (torch.distributed.checkpoint, DCP) without torch, and without running code.
 
-    .metadata        a pickle: the shape and dtype of each tensor and the chunks that it was cut into, and the file,
-                     the place there and the number of bytes of each chunk
-    __R_S.distcp     what rank R wrote in its thread S: for each chunk an archive of torch.save, one after another
+    .metadata        a pickle: the shape, dtype and chunks of each tensor, and the file, offset and length of each chunk
+    __R_S.distcp     what rank R wrote in its thread S: for each chunk an archive of torch.save, concatenated
 
 The classes are those of torch/distributed/checkpoint/metadata.py and filesystem.py, as of torch 2.0 to 2.13.
 """
@@ -16,13 +15,14 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from camelid.checkpoint.containers.pickles import OpaqueKey, OpaqueObject, printable, run_pickle
-from camelid.checkpoint.containers.torch_files import CRC_BYTES, DISTRIBUTED, DTYPES, open_embedded_tensor
+from camelid.checkpoint.containers.torch_files import CRC_BYTES, DISTRIBUTED, open_embedded_tensor
+from camelid.checkpoint.containers.torch_tensors import DTYPES
 from camelid.checkpoint.tensors import Index, Tensor
 from camelid.errors import UserError
 
 METADATA = ".metadata"
 MAX_METADATA = 2**29  # bytes; a model of 400 billion parameters from thousands of ranks needs a tenth
-MAX_CELLS = 2**20  # pieces of the grid that the chunks of one tensor make
+MAX_CELLS = 2**20  # of the grid that the chunk boundaries of one tensor form
 AGAIN = "Copy the whole folder again."
 MODULE = "torch.distributed.checkpoint"
 INERT = re.compile(
@@ -31,12 +31,12 @@ INERT = re.compile(
 )
 
 Chunk = tuple[tuple[int, ...], tuple[int, ...]]
-"""of a tensor: where it begins along each axis, and its shape"""
+"""the offset of a chunk along each axis of its tensor, and its shape"""
 
 
 @dataclass(frozen=True)
 class ByteRange:
-    """The bytes of one chunk."""
+    """The location of a chunk in a file."""
 
     file: Path
     start: int
@@ -45,20 +45,20 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class TensorMetadata:
-    """A tensor as .metadata describes it."""
+    """The description of a tensor in .metadata."""
 
     shape: tuple[int, ...]
     dtype: Any
-    """a numpy dtype, or something else for dtypes that parameters never have"""
+    """a numpy dtype; another object for dtypes that parameters never have"""
     chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True)
 class Assembled(Tensor):
-    """A tensor whose chunks lie in one file or in several; a read takes what it needs of each."""
+    """A tensor of several chunks, in one file or in several."""
 
     chunks: tuple[tuple[tuple[int, ...], Tensor], ...]
-    """where each begins along each axis, and its values"""
+    """the offset of each chunk along each axis, and its values"""
 
     @property
     def files(self) -> frozenset[Path]:
@@ -66,7 +66,7 @@ class Assembled(Tensor):
         return frozenset(chunk.file for _, chunk in self.chunks)
 
     def read_into(self, out: np.ndarray, index: Index) -> None:
-        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype."""
+        """As Tensor.read_into; reads the part of each chunk that is within the slice."""
         for offsets, chunk in self.chunks:
             ends = (start + size for start, size in zip(offsets, chunk.shape, strict=True))
             common = [
@@ -87,7 +87,7 @@ class Assembled(Tensor):
 
 
 class DistributedCheckpoint:
-    """An opened folder of a distributed checkpoint: which tensors it has, and where their chunks lie."""
+    """The tensors in the folder of a distributed checkpoint, and the locations of their chunks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -98,7 +98,7 @@ class DistributedCheckpoint:
         self._verify = sum(file.stat().st_size for file in files) <= CRC_BYTES
 
     def tensor(self, name: str) -> Tensor:
-        """One of `items`; raises UserError where its chunks are missing, overlap, or differ from their description."""
+        """Opens one of `items`; raises UserError if its chunks are missing or overlap, or are not as described."""
         item = self.items[name]
         _check_covered(self.folder, name, item)
         if not isinstance(item.dtype, np.dtype):
@@ -158,7 +158,7 @@ def _read_metadata(path: Path) -> Mapping[str, Any]:
 
 def _size(sizes: Any = ()) -> tuple[int, ...]:
     if not _is_size(sizes):
-        raise ValueError("a shape of something else than sizes")
+        raise ValueError("a shape that is not a tuple of sizes")
     return sizes
 
 
@@ -167,7 +167,7 @@ def _is_size(sizes: Any) -> TypeGuard[tuple[int, ...]]:
 
 
 def _items(folder: Path, metadata: Mapping[str, Any]) -> dict[str, TensorMetadata]:
-    """What `state_dict_metadata` says of tensors; entries of other objects, which are bytes, are left out."""
+    """The tensors in `state_dict_metadata`; entries of other objects, which are bytes, are ignored."""
     found: dict[str, TensorMetadata] = {}
     for name, held in _table(folder, metadata, "state_dict_metadata").items():
         match held:
@@ -196,12 +196,12 @@ def _chunk(folder: Path, name: str, shape: tuple[int, ...], held: Any) -> Chunk:
 
 
 def _places(folder: Path, metadata: Mapping[str, Any]) -> dict[tuple[str, tuple[int, ...]], ByteRange]:
-    """By the name of a tensor and where a chunk of it begins: the bytes of that chunk."""
+    """The byte range of each chunk, by the name of its tensor and its offset."""
     found: dict[tuple[str, tuple[int, ...]], ByteRange] = {}
     for key, held in _table(folder, metadata, "storage_data").items():
         match key, held:
             case OpaqueKey(state={"fqn": str(name), "offset": tuple(offsets)}), OpaqueObject(state=dict(state)):
-                if not _is_size(offsets):  # to hash a tuple within tuples would end Python
+                if not _is_size(offsets):  # hashing a deeply nested tuple would overflow the stack
                     raise _strange(folder, name)
                 file, span = state.get("relative_path"), (state.get("offset"), state.get("length"))
                 if state.get("transform_descriptors"):
@@ -221,13 +221,13 @@ def _table(folder: Path, metadata: Mapping[str, Any], name: str) -> dict[Any, An
 
 
 def _strange(folder: Path, name: str) -> UserError:
-    return UserError(f"{folder / METADATA} describes {printable(name)} in an unknown way", AGAIN)
+    return UserError(f"{folder / METADATA} describes {printable(name)} in an unsupported way", AGAIN)
 
 
 def _check_covered(folder: Path, name: str, item: TensorMetadata) -> None:
-    """Raises UserError unless the chunks fill the tensor, each number once.
+    """Raises UserError unless every element of the tensor is in exactly one chunk.
 
-    The borders of all chunks make a grid; every cell of it must lie in one chunk.
+    The boundaries of all chunks form a grid, and every cell of it must be in exactly one chunk.
     """
     rank = len(item.shape)
     cuts = [
@@ -240,7 +240,7 @@ def _check_covered(folder: Path, name: str, item: TensorMetadata) -> None:
         raise UserError(f"a chunk of {printable(name)} in {folder} reaches beyond its shape {item.shape}", AGAIN)
     cells = [len(cut) - 1 for cut in cuts]
     if np.prod([float(n) for n in cells]) > MAX_CELLS:
-        raise UserError(f"{printable(name)} in {folder} is cut into more than {MAX_CELLS:,} pieces", AGAIN)
+        raise UserError(f"{printable(name)} in {folder} is split into more than {MAX_CELLS:,} cells", AGAIN)
     places = [{at: i for i, at in enumerate(cut)} for cut in cuts]
     times = np.zeros(cells, np.int32)
     for start, size in item.chunks:
@@ -248,4 +248,4 @@ def _check_covered(folder: Path, name: str, item: TensorMetadata) -> None:
         times[box] += 1
     if not (times == 1).all():
         missing = "lacks some" if (times == 0).any() else "has some twice"
-        raise UserError(f"{folder} {missing} of the numbers of {printable(name)}", AGAIN)
+        raise UserError(f"{folder} {missing} of the elements of {printable(name)}", AGAIN)

@@ -1,6 +1,6 @@
-"""ggml's types of numbers, as GGUF files hold them: plain ones and quantizations.
+"""The tensor types of ggml, as GGUF files use them: plain dtypes and quantizations.
 
-A quantized row is a run of blocks of 32 or 256 numbers that share scales; ggml_blocks.py has their layouts.
+A quantized row consists of blocks of 32 or 256 elements that share scales; ggml_blocks.py has their layouts.
 """
 
 import math
@@ -13,7 +13,7 @@ from camelid.checkpoint.containers import ggml_blocks as blocks
 from camelid.checkpoint.tensors import CHUNK, DTYPES, Tensor, cast
 from camelid.errors import UserError
 
-BLOCK = 32  # numbers in a block of the quantizations that are written
+BLOCK = 32  # elements in a block of the quantizations that camelid writes
 # By code (ggml.h, ggml_type).
 GGML_TYPES = """
     F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL
@@ -26,17 +26,17 @@ CODES = {dtype: code for code, dtype in PLAIN.items()}
 
 @dataclass(frozen=True)
 class Quantization:
-    """A quantization: how many numbers share a block, how many bytes it takes, and how it is read and written."""
+    """A quantization: the size of its blocks, and functions that decode and encode them."""
 
     name: str
     block: int
-    """numbers"""
+    """elements in a block"""
     bytes: int
-    """of a block"""
+    """bytes in a block"""
     unpack: Callable[[np.ndarray], np.ndarray]
-    """from blocks as rows of bytes to float32"""
+    """decodes blocks, an array of shape (blocks, bytes), to float32 of shape (blocks, elements)"""
     pack: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
-    """from float32 blocks to scales and packed bytes; None: camelid only reads it"""
+    """encodes float32 blocks as scales and packed bytes; None if camelid only reads the quantization"""
 
 
 QUANTIZATIONS: Mapping[int, Quantization] = {
@@ -56,16 +56,17 @@ WRITABLE = tuple(kind.name for kind in QUANTIZATIONS.values() if kind.pack is no
 
 
 def quantize(values: np.ndarray, kind: str) -> np.ndarray:
-    """Bytes of rows whose last axis is a multiple of 32, as ggml's reference code (ggml-quants.c) makes them.
+    """Quantizes an array whose last axis is a multiple of 32, bit for bit as ggml's reference code (ggml-quants.c).
 
-    With m the largest |x| of a block, a number is off by at most half a scale, which is m / 127 in q8_0 and m / 8 in
-    q4_0; there by a whole one if it stands on the other side of zero than m. Rounding the scale to float16 adds at most
-    m / 2048, and in blocks of tiny numbers 127 or 8 times 2**-25. Raises UserError where float16 cannot hold the scale.
+    Returns uint8 of the same leading axes. With m the largest |x| of a block, the error is at most half a scale, which
+    is m / 127 in q8_0 and m / 8 in q4_0; in q4_0 it is at most one scale for values whose sign differs from that of m.
+    Rounding the scale to float16 adds at most m / 2048, and in blocks of tiny values 127 or 8 times 2**-25. Raises
+    UserError if a value is infinite or NaN, or if float16 cannot hold the scale.
     """
-    how = QUANTIZATIONS[BY_NAME[kind]]
-    assert how.pack is not None
+    quantization = QUANTIZATIONS[BY_NAME[kind]]
+    assert quantization.pack is not None
     with np.errstate(over="ignore", invalid="ignore"):
-        scale, packed = how.pack(np.ascontiguousarray(values, np.float32).reshape(-1, BLOCK))
+        scale, packed = quantization.pack(np.ascontiguousarray(values, np.float32).reshape(-1, BLOCK))
         scale = scale.astype("<f2")
     if not np.isfinite(scale).all():
         if not np.isfinite(values).all():
@@ -73,27 +74,27 @@ def quantize(values: np.ndarray, kind: str) -> np.ndarray:
                 f"a tensor has infinite or NaN values, which {kind} cannot hold",
                 "Use another checkpoint; `camelid convert MODEL --check` names the tensor.",
             )
-        raise UserError(f"a tensor has numbers that {kind} cannot hold", "Save it in float32 or bfloat16.")
+        raise UserError(f"a tensor has values that {kind} cannot hold", "Save it in float32 or bfloat16.")
     raw = np.concatenate([scale.view(np.uint8), packed], 1)
-    return raw.reshape(*values.shape[:-1], values.shape[-1] // BLOCK * how.bytes)
+    return raw.reshape(*values.shape[:-1], values.shape[-1] // BLOCK * quantization.bytes)
 
 
 def dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
-    """Float32 of rows of bytes, equal bit for bit to what ggml's reference code computes."""
-    how = QUANTIZATIONS[BY_NAME[kind]]
+    """Decodes rows of quantized bytes to float32, bit for bit as ggml's reference code."""
+    quantization = QUANTIZATIONS[BY_NAME[kind]]
     with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be infinite
-        values = how.unpack(raw.reshape(-1, how.bytes))
-    return values.reshape(*raw.shape[:-1], raw.shape[-1] // how.bytes * how.block)
+        values = quantization.unpack(raw.reshape(-1, quantization.bytes))
+    return values.reshape(*raw.shape[:-1], raw.shape[-1] // quantization.bytes * quantization.block)
 
 
 @dataclass(frozen=True)
 class QuantizedTensor(Tensor):
-    """A quantised tensor; its shape and its dtype, float32, are those of what it stands for."""
+    """A quantized tensor; its shape and its dtype, float32, are those of the decoded values."""
 
     kind: str
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
-        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype; reads whole rows."""
+        """As Tensor.read_into; reads and decodes complete rows."""
         *outer, last = self.shape[1:]
         kind = QUANTIZATIONS[BY_NAME[self.kind]]
         raw_shape = (*outer, last // kind.block * kind.bytes)
@@ -109,7 +110,7 @@ class QuantizedTensor(Tensor):
 
 
 def bytes_of(shape: Sequence[int], code: int) -> int:
-    """How many bytes a tensor takes."""
+    """The size in bytes of a tensor of a ggml type."""
     count = math.prod(shape)
     return (
         count // QUANTIZATIONS[code].block * QUANTIZATIONS[code].bytes

@@ -1,6 +1,6 @@
-"""GGUF's container: metadata and tensors by name, read lazily and written.
+"""Reads and writes the container of GGUF files: metadata and tensors by name.
 
-A file (ggml, docs/gguf.md, versions 2 and 3, little-endian; text is a length of 8 bytes and UTF-8):
+A file (ggml, docs/gguf.md, versions 2 and 3, little-endian; text is its length in 8 bytes, and UTF-8):
 
     "GGUF", version (4 bytes), count of tensors (8), count of metadata (8)
     metadata    key (text), type (4), value; an array's value is a type (4), a count (8) and the values
@@ -35,7 +35,7 @@ UINT32, INT32, FLOAT32, BOOL, TEXT, ARRAY = 4, 5, 6, 7, 8, 9
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata, and the tensors by name, checked against the file's size."""
+    """Opens a file: its metadata, and its tensors by name; raises UserError if it is damaged or not supported."""
     refuse_stand_in(path)
     with path.open("rb") as file:
         header = HeaderReader(path, file)
@@ -69,16 +69,16 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class LazyArray:
-    """An array of the metadata, which is read when it is asked for."""
+    """An array of the metadata, which is read on demand."""
 
     count: int
     item: int
-    """the type of each"""
+    """the type code of each item"""
     at: int
-    """the byte in the file at which the first one begins"""
+    """the offset of the first item in the file, in bytes"""
 
     def read(self, path: Path) -> list[Any]:
-        """The values; raises UserError for text that is not UTF-8."""
+        """Reads the values; raises UserError for text that is not UTF-8."""
         with path.open("rb") as file:
             header = HeaderReader(path, file)
             header.skip(self.at)
@@ -92,7 +92,7 @@ class LazyArray:
 
 
 class HeaderReader:
-    """The front of a file; it never asks for more bytes than there are."""
+    """Reads the header of a file, and never more bytes than there are."""
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self.file = path, file
@@ -103,12 +103,12 @@ class HeaderReader:
 
     def skip(self, count: int) -> None:
         if count > self.end - self.at:
-            raise self.damaged(f"its header asks for {count:,} bytes at {self.at:,}")
+            raise self.damaged(f"its header needs {count:,} bytes at {self.at:,}")
         self.at = self.file.seek(self.at + count)
 
     def take(self, count: int) -> bytes:
         if count > self.end - self.at:
-            raise self.damaged(f"its header asks for {count:,} bytes at {self.at:,}")
+            raise self.damaged(f"its header needs {count:,} bytes at {self.at:,}")
         self.at += count
         return self.file.read(count)
 
@@ -149,7 +149,7 @@ def _check_architecture(path: Path, held: Mapping[str, Any]) -> None:
         )
     if kind != "model":
         raise UserError(
-            f"{path} has general.type = {describe_value(kind)}, and is no model", "Give the file of the model."
+            f"{path} has general.type = {describe_value(kind)}, and is not a model", "Give the file of the model."
         )
     if held.get("split.count", 1) not in (0, 1):
         raise UserError(
@@ -170,12 +170,12 @@ def _tensors(header: HeaderReader, entries: Mapping[str, tuple], alignment: int)
             )
             raise UserError(
                 f"tensor {name} in {path} is {kind} with {len(shape)} axes; camelid reads {readable}",
-                "Requantise it as Q8_0 or convert it again as F16, or use the original checkpoint.",
+                "Quantize it as Q8_0 or convert it again as F16, or use the original checkpoint.",
             )
         if math.prod(shape) == 0 or (code in QUANTIZATIONS and shape[-1] % QUANTIZATIONS[code].block):
             raise header.damaged(f"{name} has shape {shape}")
-        if offset != next_offset:  # llama.cpp asks for the same
-            raise header.damaged(f"{name} lies at {offset:,} and not at {next_offset:,}")
+        if offset != next_offset:  # llama.cpp requires the same
+            raise header.damaged(f"{name} is at {offset:,} and not at {next_offset:,}")
         if code in PLAIN:
             tensors[name] = Tensor(path, name, start + offset, shape, PLAIN[code])
         else:
@@ -183,7 +183,7 @@ def _tensors(header: HeaderReader, entries: Mapping[str, tuple], alignment: int)
         end = offset + bytes_of(shape, code)
         next_offset = _padded(end, alignment)
     if not start + end <= size <= start + next_offset:
-        raise header.damaged(f"its header speaks of {start + end:,} bytes and it has {size:,}")
+        raise header.damaged(f"its header describes {start + end:,} bytes and it has {size:,}")
     return tensors
 
 
@@ -192,7 +192,7 @@ def _padded(count: int, alignment: int = ALIGNMENT) -> int:
 
 
 def describe_value(value: Any) -> str:
-    """A value of the metadata in a message."""
+    """A value of the metadata, for messages."""
     return f"a list of {value.count}" if isinstance(value, LazyArray) else ascii(value)[:80]
 
 
@@ -201,7 +201,7 @@ def describe_value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor that is still to be written."""
+    """A tensor that is to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -213,7 +213,7 @@ class TensorInfo:
 
     @property
     def planned(self) -> PlannedTensor:
-        """What it is made of: float32 where it is to be quantised."""
+        """The tensor before quantization: float32 if it is to be quantized."""
         return PlannedTensor(self.name, self.shape, PLAIN.get(self.code, DTYPES["F32"]))
 
 
@@ -224,7 +224,7 @@ def gguf_file(
     payloads: Sequence[TensorPayload],
     notes: tuple[str, ...] = (),
 ) -> PlannedFile:
-    """A file of metadata, by key a type and a value (of an array: the type of its items, and these), and tensors."""
+    """Plans a file; `held` maps metadata keys to a type code and a value, which for arrays is (item type, items)."""
     header = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(entries), len(held))]
     for key, (kind, value) in held.items():
         header += [_packed(TEXT, key), struct.pack("<I", kind), _packed(kind, value)]

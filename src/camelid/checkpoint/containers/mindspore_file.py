@@ -1,4 +1,4 @@
-"""MindSpore's .ckpt files: tensors by name, read lazily and written; safetensors may stand in their place.
+"""Reads and writes MindSpore's .ckpt files: tensors by name. Safetensors files may take their place.
 
 A file has no magic and no header; it is protobuf (MindSpore's checkpoint.proto) of one repeated field:
 
@@ -6,8 +6,8 @@ A file has no magic and no header; it is protobuf (MindSpore's checkpoint.proto)
     Value        string tag = 1, TensorProto tensor = 2, MapTensorProto maptensor = 3
     TensorProto  repeated int64 dims = 1 (not packed), string tensor_type = 2, bytes tensor_content = 3
 
-Contents are little-endian, in C order. A tensor above SLICE bytes is several Values of one tag, one after another, each
-with the dims of the whole, cut at any number. A file may end with `crc_num` and zlib.crc32 of all before it.
+Contents are little-endian, in C order. A tensor larger than SLICE bytes is split into several consecutive Values of one
+tag, each with the dims of the entire tensor. A file may end with `crc_num` and zlib.crc32 of everything before it.
 """
 
 import functools
@@ -29,8 +29,8 @@ from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 
 AGAIN = "Download or copy the file again."
-SLICE = 2**29  # bytes of one Value's content; MindSpore's writer starts another after so many
-CRC_BYTES = 2**30  # of a file whose checksum is verified when it is opened; larger ones would take seconds
+SLICE = 2**29  # bytes; the maximum size of the content of a Value
+CRC_BYTES = 2**30  # checksums of files up to this size are verified when they are opened
 MAX_VALUES = 2**17  # a model of 80 layers with its optimizer's states has three thousand
 TRAILER = b"crc_num"  # and 10 bytes, big-endian
 
@@ -42,7 +42,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "BFloat16": np.dtype(ml_dtypes.bfloat16),
 }
 TYPES = {dtype: name for name, dtype in DTYPES.items()}
-TRAINING = (  # names of what training and its optimizers leave in a file; no part of the model
+TRAINING = (  # names of training state in a file that is not part of the model
     r"epoch_num|step_num|global_step|learning_rate|loss_scale|scale_sense|current_iterator_step"
     r"|last_overflow_iterator_step|beta[12]_power|(adam_[mv]|moment[12]|accu_grads)\..+"
 )
@@ -51,22 +51,22 @@ TRAINING = (  # names of what training and its optimizers leave in a file; no pa
 
 
 def ckpts(folder: Path) -> list[Path]:
-    """The .ckpt files of a folder that hold tensors."""
+    """The .ckpt files in a folder that hold tensors."""
     return sorted(file for file in folder.glob("*.ckpt") if "strategy" not in file.name and file.is_file())
 
 
 def open_tensor_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .ckpt file, or of safetensors."""
+    """Opens the tensors of a .ckpt or safetensors file, by name."""
     return open_safetensors(path) if path.suffix == ".safetensors" else open_ckpt(path)
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold tensors: .ckpt, or where there are none, safetensors."""
+    """The files in a folder that hold tensors: .ckpt files, or if there are none, safetensors."""
     return ckpts(folder) or sorted(folder.glob("*.safetensors"))
 
 
 def single(folder: Path) -> Path:
-    """The one file with tensors of a folder."""
+    """The only file with tensors in a folder; raises UserError if there is none, or more than one."""
     files = tensor_files(folder)
     if not files:
         raise UserError(f"{folder} has no .ckpt file", "Give the folder or the file of a MindSpore checkpoint.")
@@ -77,17 +77,17 @@ def single(folder: Path) -> Path:
 
 
 def open_ckpt(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, checked against its size; raises UserError where it is damaged, encrypted or not one.
+    """Opens the tensors of a .ckpt file, by name; raises UserError if it is damaged, encrypted or of another format.
 
-    Its checksum, where it has one, is verified up to CRC_BYTES; see checksum_holds for larger ones.
+    The checksum, if there is one, is verified for files up to CRC_BYTES; see verify_checksum for larger files.
     """
     refuse_stand_in(path)
     size = path.stat().st_size
-    if size <= CRC_BYTES and checksum_holds(path) is False:
+    if size <= CRC_BYTES and verify_checksum(path) is False:
         raise UserError(f"{path} does not have the checksum at its end", AGAIN)
     with path.open("rb") as file:
         if how := cipher(file.read(4)):
-            raise UserError(f"{path} is encrypted ({how})", "Load it in MindSpore with its key, and save it anew.")
+            raise UserError(f"{path} is encrypted ({how})", "Load it in MindSpore with its key, and save it again.")
         try:
             values = list(_values(file, range(size - 17 if _trailer(file, size) is not None else size)))
             if not values:
@@ -100,7 +100,7 @@ def open_ckpt(path: Path) -> dict[str, Tensor]:
 
 
 def cipher(head: bytes) -> str | None:
-    """What a file that begins so is encrypted with."""
+    """The cipher that encrypts a file with these first bytes; None if it is not encrypted."""
     return ENCRYPTED.get(int.from_bytes(head[:4], "little"))
 
 
@@ -110,8 +110,8 @@ def unverified(path: Path) -> bool:
         return (size := path.stat().st_size) > CRC_BYTES and _trailer(file, size) is not None
 
 
-def checksum_holds(path: Path) -> bool | None:
-    """Whether a file is what it was when its checksum was made; None for one without. Reads all of it."""
+def verify_checksum(path: Path) -> bool | None:
+    """Whether a file matches its checksum; None if it has none. Reads the entire file."""
     size, crc = path.stat().st_size, 0
     with path.open("rb") as file:
         if (expected := _trailer(file, size)) is None:
@@ -130,7 +130,7 @@ def _trailer(file: io.BufferedReader, size: int) -> int | None:
 
 @dataclass(frozen=True)
 class Value:
-    """One record of a file."""
+    """A Value message of a file."""
 
     tag: str
     type: str
@@ -161,13 +161,13 @@ def _values(file: io.BufferedReader, span: range) -> Iterator[Value]:
 
 
 def _tensors(path: Path, values: Sequence[Value]) -> dict[str, Tensor]:
-    """Consecutive Values of one tag are one tensor."""
+    """The tensors by tag; consecutive Values of one tag are one tensor."""
     tensors: dict[str, Tensor] = {}
     start = 0
     for stop in range(1, len(values) + 1):
         if stop == len(values) or values[stop].tag != values[start].tag:
             if values[start].tag in tensors:
-                raise ValueError(f"{values[start].tag} stands there twice")
+                raise ValueError(f"{values[start].tag} is there twice")
             tensors[values[start].tag] = _tensor(path, values[start:stop])
             start = stop
     return tensors
@@ -193,27 +193,27 @@ def _tensor(path: Path, values: Sequence[Value]) -> Tensor:
     if shape and len(values) == 1:
         return Tensor(path, tag, first.content.start, shape, dtype)
     parts = [Tensor(path, tag, v.content.start, (len(v.content) // max(dtype.itemsize, 1),), dtype) for v in values]
-    numbers = ConcatenatedTensor(path, tag, 0, (math.prod(shape),), dtype, tuple(parts), 0)
-    return Flat(path, tag, first.content.start, shape, dtype, numbers)
+    elements = ConcatenatedTensor(path, tag, 0, (math.prod(shape),), dtype, tuple(parts), 0)
+    return FlatTensor(path, tag, first.content.start, shape, dtype, elements)
 
 
 @dataclass(frozen=True)
-class Flat(Tensor):
-    """A tensor whose numbers are those of another one, of one axis: a scalar, or one that was cut within its rows."""
+class FlatTensor(Tensor):
+    """A tensor whose elements are stored in a tensor of one axis: a scalar, or one that is split within rows."""
 
-    numbers: Tensor
+    elements: Tensor
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
-        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype."""
+        """As Tensor.read_into."""
         if not self.shape:
-            return self.numbers.read_into(out.reshape(1), (slice(0, 1),))
+            return self.elements.read_into(out.reshape(1), (slice(0, 1),))
         rows = range(*index[0].indices(self.shape[0]))
         width = math.prod(self.shape[1:])
         step = max(1, CHUNK // max(width * self.dtype.itemsize, 1))
         held = np.empty((min(step, len(rows)), *self.shape[1:]), self.dtype)
         for start in range(0, len(rows), step):
             chunk, first = held[: len(rows) - start], (rows.start + start) * width
-            self.numbers.read_into(chunk.reshape(-1), (slice(first, first + chunk.size),))
+            self.elements.read_into(chunk.reshape(-1), (slice(first, first + chunk.size),))
             cast(self, chunk[:, *index[1:]], out[start : start + step])
 
 
@@ -221,7 +221,7 @@ class Flat(Tensor):
 
 
 def ckpt_file(name: str, payloads: Sequence[TensorPayload]) -> PlannedFile:
-    """One file, for its owner alone as MindSpore has it, and without the checksum that MindSpore leaves out too."""
+    """Plans a file, readable only by its owner and without a checksum, as MindSpore writes it by default."""
     parts = []
     for payload in payloads:
         size = payload.size + sum(len(_head(payload.tensor, count)) for count in _counts(payload.size))
@@ -230,12 +230,12 @@ def ckpt_file(name: str, payloads: Sequence[TensorPayload]) -> PlannedFile:
 
 
 def _counts(size: int) -> Iterator[int]:
-    """The bytes of each slice."""
+    """The sizes in bytes of the Values of a tensor."""
     return (min(SLICE, size - start) for start in range(0, size, SLICE))
 
 
 def _slices(payload: TensorPayload) -> Chunks:
-    """A tensor's bytes, each SLICE of them after a head of its own."""
+    """Yields the bytes of a tensor, with a header before each SLICE of them."""
     written = 0
     for chunk in payload.chunks():
         assert isinstance(chunk, np.ndarray)
@@ -249,7 +249,7 @@ def _slices(payload: TensorPayload) -> Chunks:
 
 
 def _head(tensor: PlannedTensor, count: int) -> bytes:
-    """What stands in front of `count` bytes of a tensor's content."""
+    """The header of a Value with `count` bytes of a tensor's content."""
     field, begin = protobuf.field_bytes, protobuf.begin_bytes
     dims = b"".join(field(1, n) for n in tensor.shape)
     proto = dims + field(2, TYPES[tensor.dtype].encode()) + begin(3, count)

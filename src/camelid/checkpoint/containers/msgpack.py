@@ -1,12 +1,13 @@
-"""The little of msgpack that flax writes: arrays read by byte range, and written one after another.
+"""Reads and writes the subset of msgpack that flax uses, without loading arrays.
 
-Every value is a head of 1 to 9 bytes and what it counts (github.com/msgpack/msgpack, spec.md). flax.serialization packs
+Every value is a head of 1 to 9 bytes, followed by its contents (github.com/msgpack/msgpack, spec.md).
+flax.serialization packs
 
-    an array          ext 1 of [shape, dtype's name, bin of little-endian numbers, C order]; ext 3 is a single number
+    an array          ext 1 of [shape, dtype name, bin of little-endian elements in C order]; ext 3 is a scalar
     one above LIMIT   {"__msgpack_chunked_array__": true, "shape": {"0": n, ..}, "chunks": {"0": flat array, ..}}
     a tree            maps of them; a file is one tree
 
-EasyLM's streams (EasyLM/checkpoint.py) are records end to end: [key, bin], an array of names and a value in a bin.
+EasyLM's streams (EasyLM/checkpoint.py) are consecutive records: [key, bin], an array of names and a value in a bin.
 """
 
 import math
@@ -25,10 +26,10 @@ from camelid.checkpoint.tensors import CHUNK, PlannedTensor, Tensor, cast
 from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 
-LIMIT = 2**30  # bytes; flax cuts longer arrays
-MAX_RECORD = 2**32 - 1  # bytes that the head of a bin can count
+LIMIT = 2**30  # bytes; flax splits larger arrays
+MAX_RECORD = 2**32 - 1  # bytes; the maximum size of a bin
 MAX_TEXT = 1000  # bytes of a name
-MAX_DEPTH = 32  # of maps in maps, and of names in a key; a Llama's train state has 11
+MAX_DEPTH = 32  # nesting of maps, and names in a key; the train state of a Llama has 11
 MARK = "__msgpack_chunked_array__"
 AGAIN = "Download or copy the file again."
 
@@ -41,7 +42,7 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 Leaf = Tensor | int | float | str | None
 
-# Heads, by first byte: what comes, and how it is counted or, for a number, how it lies there.
+# Heads by first byte: the type of the value, and the struct format of its size or, for a number, of its value.
 CONSTANTS: Mapping[int, Any] = {0xC0: None, 0xC2: False, 0xC3: True}
 COUNTED: Mapping[int, tuple[str, str]] = {
     **{0xC4 + i: ("bin", form) for i, form in enumerate((">B", ">H", ">I"))},
@@ -58,12 +59,12 @@ COUNTED: Mapping[int, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class ChunkedTensor(Tensor):
-    """A tensor whose numbers lie in several flat arrays; a row may begin in one and end in the next."""
+    """A tensor whose elements are stored in consecutive flat arrays; a row may span two of them."""
 
     parts: tuple[Tensor, ...]
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
-        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype."""
+        """As Tensor.read_into."""
         rows = range(*index[0].indices(self.shape[0]))
         width = math.prod(self.shape[1:])
         if all(range(n) == range(*s.indices(n)) for s, n in zip(index[1:], self.shape[1:], strict=True)):
@@ -85,23 +86,23 @@ class ChunkedTensor(Tensor):
 
 
 def open_stream(path: Path) -> dict[str, Leaf]:
-    """The leaves of a stream of records, by their names joined with "/"."""
+    """Opens the leaves of a stream of records, by their names joined with "/"; raises UserError if it is damaged."""
     return _read(path, _records)
 
 
 def open_tree(path: Path) -> dict[str, Leaf]:
-    """The leaves of a file with one tree, by their names joined with "/"."""
+    """Opens the leaves of a file with one tree, by their names joined with "/"; raises UserError if it is damaged."""
     return _read(path, _tree)
 
 
 class _Cursor:
-    """A place in a file; of arrays it sees the heads only."""
+    """A position in a file, from which heads are read; the contents of arrays are skipped."""
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
         self.at = 0
         self.key: tuple[str, ...] = ()
-        """of what is being read, for messages"""
+        """the key that is being read, for messages"""
 
     def need(self, count: int) -> None:
         if count > self.size - self.at:
@@ -121,7 +122,7 @@ class _Cursor:
         self.file.seek(self.at)
 
     def head(self) -> tuple[str, Any]:
-        """What comes next, and its value or count; the code of an ext is still to be read."""
+        """Reads the type of the next value, and its value or size; the code of an ext is not read."""
         byte = self.take(1)[0]
         if byte < 0x80 or byte >= 0xE0:
             return "value", byte if byte < 0x80 else byte - 256
@@ -283,14 +284,14 @@ def _integer(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A whole number that is to be written as an int32 array without axes, as jit gives them."""
+    """An integer that is written as an int32 array without axes, as jit returns it."""
 
     name: str
     value: int
 
 
 def stream_file(name: str, records: Sequence[TensorPayload | Scalar]) -> PlannedFile:
-    """A file of records in this order."""
+    """Plans a file of records in this order."""
     parts: list[bytes | TensorPayload] = []
     for record in records:
         if isinstance(record, Scalar):
@@ -311,13 +312,13 @@ def stream_file(name: str, records: Sequence[TensorPayload | Scalar]) -> Planned
 
 
 def _key(name: str) -> bytes:
-    """What stands in front of a record's value."""
+    """The bytes before a record's value."""
     words = name.split("/")
     return _counted("array", 2) + _counted("array", len(words)) + b"".join(map(_text, words))
 
 
 def tree_file(name: str, payloads: Sequence[TensorPayload]) -> PlannedFile:
-    """A file of one tree, with maps in the order in which names first appear, and tensors in this order."""
+    """Plans a file of one tree, with maps in the order in which names first appear, and tensors in this order."""
     tree: dict[str, Any] = {}
     for payload in payloads:
         *outer, last = payload.tensor.name.split("/")
@@ -345,7 +346,7 @@ def _leaves(tree: Mapping[str, Any]) -> Iterator[TensorPayload]:
 
 
 Parts = list[bytes | int]
-"""bytes as they are, and counts of bytes that a tensor's numbers fill"""
+"""bytes, and the number of bytes of a tensor's elements that follow them"""
 
 
 def _leaf(tensor: PlannedTensor) -> Parts:
@@ -377,7 +378,7 @@ def _length(parts: Parts) -> int:
 
 
 def _with_heads(payload: TensorPayload, parts: Parts) -> TensorPayload:
-    """A tensor with what stands in front of its numbers, and between them."""
+    """A tensor with the bytes before and between its elements."""
 
     def chunks() -> Chunks:
         numbers, left = iter(payload.chunks()), np.empty(0, np.uint8)
@@ -400,11 +401,11 @@ def _with_heads(payload: TensorPayload, parts: Parts) -> TensorPayload:
 
 
 SMALL = {"map": (0x80, 15), "array": (0x90, 15), "str": (0xA0, 31)}
-"""the first byte of a head that also counts, and up to how much"""
+"""the first byte of a head that includes the size, and the largest such size"""
 
 
 def _counted(kind: str, count: int) -> bytes:
-    """The shortest head, as every writer of msgpack chooses it."""
+    """The shortest head for a size, as all writers of msgpack use it."""
     first, most = SMALL.get(kind, (0, -1))
     if count <= most:
         return bytes([first + count])

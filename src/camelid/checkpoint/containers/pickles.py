@@ -1,8 +1,8 @@
-"""Runs pickles without trusting them: the machine that torch_files.py and llama2_jax.py share.
+"""Runs pickles from untrusted files: the stack machine that torch_tensors.py, dcp.py and llama2_jax.py share.
 
-A pickle is a program for a small stack machine. Python's own machine trusts it: nine bytes can ask for gigabytes, and
-a deep tuple as a key ends the process. The machine here, on pickletools' parser, knows the operations that checkpoints
-need, and can call nothing but what it is given.
+A pickle is a program for a small stack machine. Python's own machine is not safe even with restricted globals: nine
+bytes can allocate gigabytes, and hashing a deeply nested tuple overflows the stack. The machine here uses the parser of
+pickletools, supports the operations that checkpoints need, and can call only the functions that it is given.
 """
 
 import pickletools
@@ -22,25 +22,25 @@ LITERALS = frozenset(
 )
 BYTES = frozenset("BINBYTES SHORT_BINBYTES BINBYTES8".split())
 CONSTANTS: Mapping[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-# How much of the stack an operation uses up: all above the last mark, or so many values.
+# How many values an operation takes from the stack: all above the last mark, or a fixed number.
 TO_MARK = ("TUPLE", "APPENDS", "SETITEMS")
 COUNTS = ("TUPLE1 APPEND BINPERSID", "TUPLE2 SETITEM STACK_GLOBAL REDUCE NEWOBJ BUILD", "TUPLE3")
 TAKES: Mapping[str, int] = {name: count for count, names in enumerate(COUNTS, 1) for name in names.split()}
 
 
-@dataclass(eq=False)  # so that its hash is its identity, which a file cannot choose
+@dataclass(eq=False)  # so that its hash is its identity, which a file cannot control
 class OpaqueObject:
-    """What stands for an object whose class is never looked up: nothing is called, and nothing calls it."""
+    """Represents an object of a class that is not imported; nothing of the class is ever called."""
 
     name: str
-    """of the global: module and name"""
+    """module and name of the class"""
     arguments: tuple[Any, ...]
     state: Any = field(default_factory=dict)
-    """attributes, where the program sets them: a dictionary, or whatever the class makes of them"""
+    """the object's state if the program sets it, usually a dictionary of attributes"""
 
 
 class OpaqueKey(OpaqueObject):
-    """A record that may be a key of a table."""
+    """An opaque object that may be a dictionary key."""
 
 
 def run_pickle(
@@ -52,11 +52,18 @@ def run_pickle(
     held: Callable[[Any], Any] = lambda value: value,
     inert: re.Pattern[str] | None = None,
 ) -> Any:
-    """What the next pickle of `program`, an open file, makes.
+    """Runs the next pickle in `program`, an open file, and returns the object that it creates.
 
-    `allowed` are the globals that it may name, as "module name"; `calls` say what more operations make of the values
-    that they take; `held` is what is kept of bytes, right after they were read. `writer` is whom messages speak of.
-    Objects of globals that `inert` matches become records.
+    Args:
+        path: the file, for messages.
+        program: the open file.
+        allowed: the globals that the pickle may refer to, by "module name".
+        calls: implementations of further operations, by name; each is called with the values it takes from the stack.
+        writer: the software that writes such files, for messages.
+        held: maps bytes, right after they were read, to the value that represents them.
+        inert: globals, as "module name", whose objects become OpaqueObjects.
+
+    Raises UserError if the pickle refers to another global, and other exceptions if it is damaged.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -65,7 +72,7 @@ def run_pickle(
         name = operation.name
         base = marks.pop() if name in TO_MARK else len(stack) - TAKES.get(name, 0)
         if not 0 <= base <= len(stack):
-            raise IndexError(f"{name} finds too little on the stack")
+            raise IndexError(f"{name} needs more values than the stack has")
         items = stack[base:]
         del stack[base:]
         match name:
@@ -106,10 +113,10 @@ def run_pickle(
 
 def _fill(table: Any, items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Other keys may be traps: the hash of a deep tuple ends Python, and large numbers can be made to collide.
+        # Other keys are unsafe: hashing a deep tuple overflows the stack, and large integers can be chosen to collide.
         named = isinstance(key, str | OpaqueKey) or (isinstance(key, int) and 0 <= key < 2**32)
         if not isinstance(table, dict) or not named or key in table:
-            raise ValueError("a table with a strange key, or with one key twice")
+            raise ValueError("a dictionary with an unsupported key, or with a repeated key")
         table[key] = value
 
 
@@ -119,7 +126,7 @@ def _allowed(path: Path, name: Any, allowed: Mapping[str, Any], inert: re.Patter
     if name not in allowed:
         raise UserError(
             f"{path} would call {printable(name.replace(' ', '.'))} when it is opened; it is refused",
-            "Convert it to safetensors where you trust it, or get the weights from another source.",
+            "If you trust the file, convert it to safetensors; or get the weights from another source.",
         )
     return allowed[name]
 
@@ -129,5 +136,5 @@ def _record(name: str, *arguments: Any) -> OpaqueObject:
 
 
 def printable(value: object) -> str:
-    """Text of a file, safe for a terminal."""
+    """Text from an untrusted file, escaped and truncated for a terminal."""
     return ascii(str(value))[1:-1][:200]

@@ -1,7 +1,7 @@
-"""As much of protobuf's wire format as MindSpore's files use; raises ValueError for what is damaged.
+"""The subset of protobuf's wire format that MindSpore's files use; functions raise ValueError for damaged data.
 
-A message is a run of fields, each a key, 8 x its number + its kind, and a value. Kind 0 is a number; kind 2 is a length
-and so many bytes, which are text or another message. Every number is a varint.
+A message is a sequence of fields, each with a key, 8 * field number + wire type, and a value. Wire type 0 is an
+integer; wire type 2 is a length and that many bytes, which are text or another message. All integers are varints.
 """
 
 import io
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 
 def varint(file: io.BufferedReader, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and where it ends."""
+    """Reads an integer with seven bits per byte, the lowest first; returns it and the offset of its end."""
     file.seek(at)
     value = 0
     for i, byte in enumerate(file.read(10)):
@@ -20,12 +20,12 @@ def varint(file: io.BufferedReader, at: int) -> tuple[int, int]:
 
 
 def signed(value: int) -> int:
-    """What a varint says as an int64."""
+    """Interprets an unsigned 64-bit integer as int64."""
     return value - 2**64 if value >= 2**63 else value
 
 
 def fields(file: io.BufferedReader, span: range) -> Iterator[tuple[int, int | range]]:
-    """The fields of a message: each one's number, and its value or where its bytes lie."""
+    """Yields the number of each field of a message, and its integer value or the byte range of its contents."""
     at = span.start
     while at < span.stop:
         key, at = varint(file, at)
@@ -38,13 +38,13 @@ def fields(file: io.BufferedReader, span: range) -> Iterator[tuple[int, int | ra
             yield key >> 3, range(at, at + value)
             at += value
         else:
-            raise ValueError(f"a field of another kind before byte {at:,}")
+            raise ValueError(f"a field of another wire type before byte {at:,}")
     if at != span.stop:
         raise ValueError(f"a message that does not end at byte {span.stop:,}")
 
 
 def once(file: io.BufferedReader, span: range, names: Sequence[str]) -> dict[str, int | range]:
-    """The fields of a message by name, for one in which none is repeated; the first of `names` is field 1."""
+    """The fields of a message by name; no field may be repeated. The first of `names` is field 1."""
     found: dict[str, int | range] = {}
     for number, value in fields(file, span):
         if not 1 <= number <= len(names) or names[number - 1] in found:
@@ -54,7 +54,7 @@ def once(file: io.BufferedReader, span: range, names: Sequence[str]) -> dict[str
 
 
 def text(file: io.BufferedReader, span: int | range | None) -> str:
-    """A field that is a name."""
+    """Reads a field that is a name."""
     if not isinstance(span, range) or len(span) > 4096:
         raise ValueError("a name that is missing, or too long")
     file.seek(span.start)
@@ -64,7 +64,7 @@ def text(file: io.BufferedReader, span: int | range | None) -> str:
 
 
 def numbers(file: io.BufferedReader, span: int | range) -> tuple[int, ...]:
-    """A message of one repeated number."""
+    """Reads a message whose only field is a repeated integer."""
     if not isinstance(span, range) or len(span) > 1000:
         raise ValueError("a list of numbers that is none, or too long")
     held = list(fields(file, span))
@@ -79,12 +79,12 @@ def varint_bytes(value: int) -> bytes:
 
 
 def begin_bytes(number: int, count: int) -> bytes:
-    """What stands in front of a field of `count` bytes."""
+    """The header of a field of `count` bytes."""
     return varint_bytes(number << 3 | 2) + varint_bytes(count)
 
 
 def field_bytes(number: int, value: int | bytes) -> bytes:
-    """A field; a number below zero is written as an int64."""
+    """A field; negative integers are encoded as int64."""
     if isinstance(value, int):
         return varint_bytes(number << 3) + varint_bytes(value % 2**64)
     return begin_bytes(number, len(value)) + value

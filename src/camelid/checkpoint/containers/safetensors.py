@@ -1,7 +1,7 @@
-"""Safetensors files.
+"""Reads and writes safetensors files.
 
-The format (huggingface/safetensors, README "Format"): 8 bytes with the header's length N, N bytes of JSON that gives
-each tensor's dtype, shape and byte range, and the bytes of all tensors without gaps.
+The format (huggingface/safetensors, README "Format"): the length N of the header (8 bytes), N bytes of JSON with each
+tensor's dtype, shape and byte range, and the bytes of all tensors without gaps.
 """
 
 import json
@@ -17,12 +17,12 @@ from camelid.checkpoint.tensors import DTYPES, Tensor
 from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 
-HELD = {**DTYPES, "U16": np.dtype(np.uint16), "U32": np.dtype(np.uint32)}  # with the bits of exact deltas
+HELD = {**DTYPES, "U16": np.dtype(np.uint16), "U32": np.dtype(np.uint32)}  # for the bits of exact deltas
 MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, checked against its size; raises UserError where the file is cut short or not one."""
+    """Opens the tensors of a file by name; raises UserError if it is truncated, damaged or of another format."""
     refuse_stand_in(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -40,7 +40,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
         end = 8 + length
         for first, last in sorted(entry["data_offsets"] for entry in header.values()):
             if 8 + length + first != end:
-                raise ValueError("gaps, or tensors that lie over each other")
+                raise ValueError("gaps, or overlapping tensors")
             end += last - first
     except UserError:
         raise
@@ -48,7 +48,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} has a header of another format", "Download or copy the file again.") from error
     if end != size:
         raise UserError(
-            f"{path} is cut short: its header speaks of {end:,} bytes and it has {size:,}"
+            f"{path} is cut short: its header describes {end:,} bytes and it has {size:,}"
             if size < end
             else f"{path} has {size - end:,} bytes after its last tensor",
             "Download or copy the file again.",
@@ -70,7 +70,7 @@ def _tensor(path: Path, name: str, entry: dict, start: int) -> Tensor:
 
 
 def safetensors_file(name: str, payloads: Sequence[TensorPayload], framework: str = "pt") -> PlannedFile:
-    """A file of these tensors, in this order; `framework` is what its metadata names."""
+    """Plans a file with these tensors, in this order; `framework` is the value of "format" in its metadata."""
     codes = {dtype: code for code, dtype in HELD.items()}
     header: dict[str, dict] = {"__metadata__": {"format": framework}}
     offset = 0

@@ -256,8 +256,8 @@ def train_state_files(export: ExportSpec) -> list[PlannedFile]:
                 msgpack.Scalar("step", training.step),
                 *_below("params/params", export),
                 msgpack.Scalar(f"{adam}/count", training.step),
-                *_below(f"{adam}/mu/params", replace(export, dtypes=moments, source=training.mu)),
-                *_below(f"{adam}/nu/params", replace(export, dtypes=moments, source=training.nu)),
+                *_below(f"{adam}/mu/params", replace(export, dtypes=moments, read_slice=training.mu)),
+                *_below(f"{adam}/nu/params", replace(export, dtypes=moments, read_slice=training.nu)),
                 msgpack.Scalar("opt_state/1/2/count", training.step),
             ],
         )

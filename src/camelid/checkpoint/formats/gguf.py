@@ -179,5 +179,5 @@ def _code(tensor: PlannedTensor, quantization: str | None) -> int:
 
 
 def _chunks(export: ExportSpec, table: Table, entry: TensorInfo) -> Chunks:
-    for piece in tensor_chunks(table, entry.name, entry.planned.dtype, export.source):
+    for piece in tensor_chunks(table, entry.name, entry.planned.dtype, export.read_slice):
         yield quantize(piece, QUANTIZATIONS[entry.code].name) if entry.code in QUANTIZATIONS else piece

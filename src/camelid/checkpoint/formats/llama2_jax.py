@@ -27,7 +27,7 @@ import numpy as np
 
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, refuse_unsupported, table_for
 from camelid.checkpoint.containers.pickles import printable, run_pickle
-from camelid.checkpoint.containers.torch_files import StridedTensor
+from camelid.checkpoint.containers.torch_tensors import StridedTensor
 from camelid.checkpoint.files import PlannedFile, TensorPayload
 from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.layout import TensorRule, check_tensors

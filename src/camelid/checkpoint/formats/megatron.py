@@ -16,7 +16,9 @@ from camelid.checkpoint import layout
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, table_for
 from camelid.checkpoint.containers import dcp
 from camelid.checkpoint.containers.pickles import printable
-from camelid.checkpoint.containers.torch_files import Namespace, StridedTensor, torch_file, unverified_note_for
+from camelid.checkpoint.containers.torch_files import unverified_note_for
+from camelid.checkpoint.containers.torch_tensors import Namespace, StridedTensor
+from camelid.checkpoint.containers.torch_zip import torch_file
 from camelid.checkpoint.files import PlannedFile
 from camelid.checkpoint.formats import megatron_distributed as distributed
 from camelid.checkpoint.formats.megatron_args import WHAT, args_from_config, check_plain, same, told, vocab_step
@@ -225,14 +227,14 @@ def _padded(export: ExportSpec) -> ExportSpec:
     if size % export.tensor_parallel == 0:
         return export
 
-    def source(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
+    def read_slice(path: str, layer: int | None, index: layout.Index, dtype: np.dtype) -> np.ndarray:
         rows, *rest = index
         if path not in ("embed", "lm_head") or rows.stop <= size:
-            return export.source(path, layer, index, dtype)
-        held = export.source(path, layer, (slice(min(rows.start, size - 1), size), *rest), dtype)
+            return export.read_slice(path, layer, index, dtype)
+        held = export.read_slice(path, layer, (slice(min(rows.start, size - 1), size), *rest), dtype)
         return held[np.minimum(np.arange(rows.stop - rows.start), len(held) - 1)]
 
-    return replace(export, config=replace(export.config, vocab_size=-(-size // step) * step), source=source)
+    return replace(export, config=replace(export.config, vocab_size=-(-size // step) * step), read_slice=read_slice)
 
 
 def _rank_file(
@@ -250,8 +252,8 @@ def _rank_file(
         if spec.stacked or (stage == 0 if path == "embed" else last)
     }
     table = layout.make_table(rows(names), specs, _sizes(config, ways))
-    source = shard_reader(export.source, specs, dict.fromkeys(CUT, way) | {"layers": stage})
-    payloads = replace(export, source=source).payloads(table)
+    read_slice = shard_reader(export.read_slice, specs, dict.fromkeys(CUT, way) | {"layers": stage})
+    payloads = replace(export, read_slice=read_slice).payloads(table)
     tree = {
         "args": Namespace(args),
         "checkpoint_version": 3.0,

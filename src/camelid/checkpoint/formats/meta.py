@@ -12,7 +12,8 @@ from typing import Any
 
 from camelid.checkpoint import layout
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, table_for
-from camelid.checkpoint.containers.torch_files import open_torch, torch_file, unverified_note_for
+from camelid.checkpoint.containers.torch_files import open_torch, unverified_note_for
+from camelid.checkpoint.containers.torch_zip import torch_file
 from camelid.checkpoint.files import PlannedFile, json_file
 from camelid.checkpoint.formats.config_source import CONFIG_JSON, find_config
 from camelid.checkpoint.formats.hf_prefixes import unwrapped

@@ -1,4 +1,4 @@
-"""Training state on disk, through Orbax: asynchronous, atomic, restored onto any mesh."""
+"""Saves and restores training state through Orbax: asynchronously, atomically, and onto any mesh."""
 
 import contextlib
 import shutil
@@ -32,14 +32,14 @@ from camelid.errors import UserError
 from camelid.parallel.hosts import decided, is_main
 
 REMOVED = ".orbax-checkpoint-tmp"  # after the name of a checkpoint that is being removed; Orbax removes what is left
-MORE_SPACE = "Free some space; the same command goes on from the checkpoint before."
+MORE_SPACE = "Free some space; the same command resumes from the previous checkpoint."
 
 
 class RunCheckpoints:
-    """The checkpoints of one run, by step. The newest `keep` are kept, and older ones are removed.
+    """The checkpoints of one run, by step. The last `keep` are kept, and older ones are removed.
 
-    A checkpoint counts as saved only after the files have been opened again and every array was found in them. This
-    happens in the next call of `save` or `wait`; until then no older checkpoint is removed.
+    A checkpoint counts as saved only after its files have been opened again and all arrays were found in them. This
+    happens in the next call of `save` or `wait`; until then, no older checkpoint is removed.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -49,7 +49,7 @@ class RunCheckpoints:
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
-        """Orbax's own manager, which makes the folder when it is first needed."""
+        """Orbax's manager, which creates the folder on first use."""
         if self._opened is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._address = SafePath(self._folder)
@@ -60,14 +60,14 @@ class RunCheckpoints:
         return self._opened
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint, be it complete or still being written."""
+        """The last step that was saved or is being written; None if there is none."""
         return newest(self._folder) if self._written is None else self._written[0]
 
     def save(self, step: int, state: Any) -> None:
-        """Copies the state and writes it in the background; every process calls this at the same step.
+        """Copies the state, and writes it in the background; every process calls this at the same step.
 
-        Raises UserError if the disk is full, if a value of the state is infinite or NaN, or if the checkpoint before
-        was not written completely; the checkpoints before that one are kept.
+        Raises UserError if the disk is full, if a value of the state is infinite or NaN, or if the previous checkpoint
+        was not written completely; earlier checkpoints are kept.
         """
         if step == decided(self.latest):
             return
@@ -78,8 +78,8 @@ class RunCheckpoints:
                 "it is not saved",
                 self.way_on(),
             )
-        with _full_disk_told(self._folder):
-            self._settle()  # also, what is still being written is not yet missing from the free space
+        with _full_disk_as_user_error(self._folder):
+            self._settle()  # also because a checkpoint that is being written has not taken its space yet
             manager = self._manager
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             if (free := decided(lambda: shutil.disk_usage(self._folder).free)) < need:
@@ -92,7 +92,7 @@ class RunCheckpoints:
             self._written = step, array_specs(state)
 
     def _settle(self) -> None:
-        """Waits for the checkpoint that is being written, verifies it, and removes those that are too old."""
+        """Waits for the checkpoint that is being written, verifies it, and removes old ones."""
         if self._written is None:
             return
         self._manager.wait_until_finished()
@@ -107,35 +107,35 @@ class RunCheckpoints:
         if (damage := find_damage(self._folder, step, expected)) is None:
             return
         others = [str(other) for other in steps_in(self._folder) if other != step]
-        kept = f"it goes on from step {others[-1]}" if others else "it begins anew"
+        kept = f"it resumes from step {others[-1]}" if others else "it starts over"
         raise UserError(
             f"the checkpoint of step {step} in {self._folder} was not written completely: {damage}",
             f"Check the disk, remove {self._folder / str(step)}, and start the same command again: {kept}.",
         )
 
     def _remove_old(self) -> None:
-        """Removes all checkpoints but the newest; the main process alone calls this."""
+        """Removes all checkpoints except for the last; only the main process calls this."""
         for old in steps_in(self._folder)[: -self._keep]:
             place = self._folder / str(old)
             if (place / ITEM).is_dir():  # otherwise it is not a checkpoint
-                # A checkpoint never lacks a part while it has its name; what a killed process left is removed later.
+                # Renamed first, so that a step under its own name is complete; Orbax removes leftovers.
                 shutil.rmtree(place.rename(place.with_name(f"{old}{REMOVED}")))
 
     def way_on(self) -> str:
-        """What to do after training ended with infinite or NaN values, for messages."""
+        """Advice for a run that stopped because of infinite or NaN values."""
         self.wait()
         if (step := self.latest()) is None:
             return "There is no checkpoint yet. Start again with a lower learning rate, or with other data."
         return (
-            f"The last checkpoint, of step {step}, is kept. The same command would end here again: start another run "
+            f"The last checkpoint, of step {step}, is kept. The same command would stop here again: start another run "
             f"from it with init = {str(self._folder / str(step))!r}, init_optimizer = true, and a lower learning rate "
             "or another data.seed."
         )
 
     def restore(self, step: int, target: Any) -> Any:
-        """The state of a step, on the devices of `target`; every process calls this.
+        """Restores the state of a step in the shardings of `target`; every process calls this.
 
-        Raises UserError if the step is damaged, or of other shapes or dtypes.
+        Raises UserError if the step is damaged, or has other shapes or dtypes than `target`.
         """
         place = self._folder / str(step)
         targets = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(target)}
@@ -147,25 +147,25 @@ class RunCheckpoints:
             if not_finite:
                 raise DamagedState(f"infinite or NaN values in {describe_counts(not_finite)}")
         except DamagedState as error:
-            # Every process is here, and the main one reads the other steps for all.
+            # Every process is here; the main one reads the other steps.
             whole = decided(lambda: intact_steps_beside(place))
             raise damage_error(place, str(error), whole, resuming=True) from error
         return jax.tree.map_with_path(lambda path, _: restored[path_name(path)], target)
 
     def wait(self) -> None:
-        """Returns when everything is on disk and verified; raises UserError as `save` does."""
-        with _full_disk_told(self._folder):
+        """Waits until the last checkpoint is written and verified; raises UserError as `save` does."""
+        with _full_disk_as_user_error(self._folder):
             self._settle()
 
     def close(self) -> None:
-        """Ends the writing; call `wait` before where it matters."""
+        """Closes Orbax's manager; call `wait` first to be sure that the last checkpoint is complete."""
         if self._opened is not None:
             self._opened.close()
 
 
 @contextlib.contextmanager
-def _full_disk_told(folder: Path) -> Iterator[None]:
-    """The many errors in which a full disk comes out of Orbax, as one."""
+def _full_disk_as_user_error(folder: Path) -> Iterator[None]:
+    """Raises one UserError for the different errors that Orbax raises if the disk is full."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
@@ -175,9 +175,9 @@ def _full_disk_told(folder: Path) -> Iterator[None]:
 
 
 def _check_same(step: int, theirs: ArraySpecs, ours: ArraySpecs) -> None:
-    """Raises UserError if a checkpoint is not one of the state that is asked for."""
+    """Raises UserError if the arrays of a checkpoint differ from those of the requested state."""
     if odd := sorted(path for path in theirs.keys() | ours.keys() if theirs.get(path) != ours.get(path)):
         raise UserError(
             f"the checkpoint of step {step} has {odd[0]} as {theirs.get(odd[0])}, not as {ours.get(odd[0])}",
-            "Resume with the recipe that the run began with.",
+            "Resume with the recipe that the run was started with.",
         )

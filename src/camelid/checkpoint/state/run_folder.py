@@ -1,9 +1,9 @@
-"""A run's own folder, opened while it trains or later: config.json, and the steps that Orbax keeps in checkpoints/.
+"""The folder of a training run as a checkpoint, during training or later: config.json, and Orbax's steps.
 
-    runs/x                  the newest complete step; where there is none, model/
-    runs/x/checkpoints/500  that step
+    runs/x                  the last complete step in checkpoints/; without one, model/
+    runs/x/checkpoints/500  step 500
 
-Parameters have our own names and axes there, all layers of one in one array; AdamW's state has the same below it.
+Tensors have our parameter paths and axes, with all layers of a parameter in one array, and so do AdamW's moments.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ RECIPE, STEPS, MODEL = "recipe.toml", "checkpoints", "model"
 
 
 def table_of(config: ModelConfig) -> Table:
-    """Every parameter of a model under its own path."""
+    """The table in which every tensor is a parameter, under the parameter's path."""
     specs = named(declare_decoder(config))
     return make_table(
         [TensorRule(path, path, " ".join(spec.axes)) for path, spec in specs.items()], specs, config.axis_sizes
@@ -31,13 +31,13 @@ def table_of(config: ModelConfig) -> Table:
 
 
 def matches(path: Path) -> bool:
-    """Whether a folder is a run's, or one of its steps."""
+    """Whether a folder is that of a run, or of one of its steps."""
     path = path.absolute()
     return (path / RECIPE).is_file() or (_is_step(path) and (path.parent.parent / RECIPE).is_file())
 
 
 def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Opens a run at its newest complete step, or one of its steps; `config` takes the place of its config.json."""
+    """Opens a run at its last complete step, or a given step; `config` takes precedence over its config.json."""
     run = path.absolute()
     step = int(run.name) if _is_step(run) else None
     if step is not None:
@@ -51,13 +51,13 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
         complete_replacement(run / MODEL)
         if not hf.matches(run / MODEL):
             raise UserError(
-                f"{run} has no complete checkpoint yet", "Its recipe says after how many steps one is made."
+                f"{run} has no complete checkpoint yet", "Its recipe sets after how many steps one is written."
             )
         return hf.open_checkpoint(run / MODEL, config)
     source = find_config(config, run)
     if source is None:
         raise UserError(
-            f"{run} has no config.json, so an older camelid began it",
+            f"{run} has no config.json, so it was started by an older version of camelid",
             "Start the same command again, which writes it, or open its model/.",
         )
     config, described_by = source

@@ -1,6 +1,6 @@
-"""The checkpoints of a run read back: arrays that Orbax wrote, slice by slice, verified, and what is damaged in them.
+"""Reads the checkpoints of a run: the arrays that Orbax wrote, by slices, with their checksums verified.
 
-They are read through TensorStore, because Orbax does not notice a flipped bit, and does not name what is damaged.
+They are read through TensorStore, because Orbax does not detect a flipped bit, and does not name what is damaged.
 """
 
 import functools
@@ -31,36 +31,36 @@ from camelid.parallel.hosts import any_true
 ITEM = "default"  # the folder, in that of a step, in which Orbax keeps the state
 METADATA, CHECKSUMS = "_CHECKPOINT_METADATA", "checksums"  # Orbax's file about a step, and our entry in it
 PLAIN = re.compile(r"(/[A-Za-z0-9_.+=,@-]+(?<!\.__lock))+")
-"""paths that need no replacement by `Address`"""
+"""paths that `SafePath` need not replace"""
 DESCRIPTORS = Path("/proc/self/fd")
-ZARR = "/.zarray"  # after the name of each array, what describes it
-CHUNK = 32 * 2**20  # bytes of an array that lie together on disk, and are read together
-CHANGED = "is not what was saved: its checksum differs"
+ZARR = "/.zarray"  # after the name of each array, the file that describes it
+CHUNK = 32 * 2**20  # bytes of a chunk, the part of an array that is stored and read as one
+CHANGED = "differs from what was saved: its checksum does not match"
 
 ArraySpecs = Mapping[str, tuple[tuple[int, ...], str]]
-"""shape and dtype of each array by path"""
+"""the shape and the name of the dtype of each array, by path"""
 _T = TypeVar("_T")
 
 
 class DamagedState(ValueError):
-    """What is wrong with a checkpoint."""
+    """A checkpoint is damaged; the message says how."""
 
 
 @dataclass(frozen=True)
 class SavedArray(Tensor):
-    """An array of a checkpoint, in its folder."""
+    """An array in the folder of a step."""
 
     store: ts.TensorStore
     address: "SafePath | None" = None
-    """keeps the path of the store valid"""
+    """keeps the path of `store` valid"""
     checksum: int | None = None
-    """of what was saved, as `integrity.checksum` computes it; None for checkpoints of an older camelid"""
+    """that `integrity.checksum` computes of the saved array; None in checkpoints of older versions"""
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def read_into(self, out: np.ndarray, index: Index) -> None:
-        """Fills `out`, contiguous and of the shape that `index` cuts, casting to its dtype.
+        """As Tensor.read_into; the first call verifies the checksum of the entire array.
 
-        The first call verifies the checksum of the whole array. Raises UserError if it is damaged.
+        Raises UserError if the array is damaged, which names the steps of the run that are intact.
         """
         held = out if out.dtype == self.dtype else np.empty(out.shape, self.dtype)
         try:
@@ -74,7 +74,7 @@ class SavedArray(Tensor):
 
     @functools.cached_property
     def not_finite(self) -> int:
-        """How many values are infinite or NaN. Reads the whole array, and raises Damage if its checksum differs."""
+        """The number of infinite or NaN values; raises DamagedState if the checksum of the array does not match."""
         total = count = 0
         for index in chunk_indices(self.shape) if self.shape else [()]:
             values = np.empty([s.stop - s.start for s in index], self.dtype)
@@ -85,7 +85,7 @@ class SavedArray(Tensor):
         return count
 
     def on_devices(self, target: jax.ShapeDtypeStruct) -> jax.Array:
-        """The array where `target` lives. Each device's part is read for it, not verified. Raises Damage."""
+        """The array in the sharding of `target`, not verified; raises DamagedState if it cannot be read."""
         held: dict[tuple, np.ndarray] = {}
 
         def read(index: Index | None) -> np.ndarray:
@@ -99,7 +99,7 @@ class SavedArray(Tensor):
         return jax.make_array_from_callback(self.shape, target.sharding, read)
 
     def _read(self, out: np.ndarray, index: Index) -> None:
-        """Fills `out`, of the same dtype; raises Damage."""
+        """Reads the slice `index` into `out`, which has the array's dtype; raises DamagedState."""
         try:
             ts.array(out).write(self.store[index].translate_to[(0,) * len(index)]).result()
         except (OSError, ValueError) as error:
@@ -109,13 +109,13 @@ class SavedArray(Tensor):
 def load(
     table: Table, tensors: Mapping[str, Tensor], targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Parameters by path, as `layout.load` returns them. What a run saved is verified, and still read only once.
+    """Reads parameters by path as `layout.load` does; checksums of a run's arrays are verified on the devices.
 
-    Raises UserError if it is damaged.
+    Raises UserError if an array is damaged.
     """
     arrays = {path: tensor for path, tensor in tensors.items() if isinstance(tensor, SavedArray)}
     if not arrays or any(array.dtype != targets[path].dtype for path, array in arrays.items()):
-        return layout.load(table, tensors, targets)  # where it is cast, `Stored.read_into` verifies it
+        return layout.load(table, tensors, targets)  # `SavedArray.read_into` verifies arrays that are cast
     try:
         return on_devices(arrays, targets)[0]
     except DamagedState as error:
@@ -126,10 +126,10 @@ def load(
 def on_devices(
     arrays: Mapping[str, SavedArray], targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> tuple[dict[str, jax.Array], dict[str, int]]:
-    """The arrays on the devices of `targets`, and how many infinite or NaN values those hold that have any.
+    """The arrays in the shardings of `targets`, and the number of infinite or NaN values of those that have any.
 
-    Each device's part is read once, for it, and the devices compute the checksums. Every process that has a part calls
-    this. Raises Damage, in all of these processes if in one.
+    Each shard is read once for its device, and the devices compute the checksums. Every process that has a shard calls
+    this. Raises DamagedState in all of these processes if an array is damaged.
     """
 
     def read() -> dict[str, jax.Array]:
@@ -144,7 +144,7 @@ def on_devices(
 
 
 def on_all_processes(read: Callable[[], _T]) -> _T:
-    """What `read` returns; raises Damage in every process where it does so in one. Every process calls this."""
+    """Returns what `read` returns; raises DamagedState in every process if it does in one. Every process calls this."""
     result: list[_T] = []
     problem = "another process cannot read its part"
     try:
@@ -160,24 +160,24 @@ def on_all_processes(read: Callable[[], _T]) -> _T:
 
 
 def is_step(name: str) -> bool:
-    """Whether a name in the folder of checkpoints is that of a complete one."""
+    """Whether a name in the folder of checkpoints is that of a complete step."""
     return name.isascii() and name.isdigit()
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of a run's complete checkpoints, in order; those that were damaged later are among them."""
+    """The steps of a run's complete checkpoints, sorted; they include those that were damaged later."""
     if not folder.is_dir():
         return []
     return sorted(int(place.name) for place in folder.iterdir() if is_step(place.name) and place.is_dir())
 
 
 def newest(folder: Path) -> int | None:
-    """The step of the newest complete checkpoint among those of a run."""
+    """The last step of a run's complete checkpoints; None if there are none."""
     return max(steps_in(folder), default=None)
 
 
 def open_step(folder: Path, step: int) -> Mapping[str, Tensor]:
-    """The arrays of a step by path, say `params.layers.attn.q_proj`; raises UserError where they are not whole."""
+    """The arrays of a step by path, such as `params.layers.attn.q_proj`; raises UserError if the step is damaged."""
     place = folder.resolve() / str(step)
     try:
         return open_arrays(place)
@@ -186,12 +186,12 @@ def open_step(folder: Path, step: int) -> Mapping[str, Tensor]:
 
 
 def open_arrays(place: Path) -> dict[str, SavedArray]:
-    """The arrays of a step by path; raises Damage if some are missing."""
+    """The arrays of a step by path; raises DamagedState if some are missing."""
     checksums = _saved_checksums(place)
     try:
         address = SafePath(place / ITEM)
         stores = _stores(address, _keys(address), 0)
-        # Slices of a layer may cross all of its chunks, which are kept until the next: each is read once.
+        # A slice of a layer may need all of its chunks, which stay in the cache, so that each is read once.
         layers = [x.dtype.numpy_dtype.itemsize * math.prod(x.shape[1:]) for name, x in stores.items() if _stacked(name)]
         stores = _stores(address, _keys(address), 2 * max([CHUNK, *layers]))
     except (OSError, ValueError) as error:
@@ -205,35 +205,35 @@ def open_arrays(place: Path) -> dict[str, SavedArray]:
 
 
 def _saved_checksums(place: Path) -> dict[str, int]:
-    """The checksums of the arrays of a step by path; empty for checkpoints of an older camelid. Raises Damage."""
+    """The checksums of a step's arrays by path; empty in checkpoints of older versions. Raises DamagedState."""
     try:
         return json.loads((place / METADATA).read_bytes())["custom_metadata"].get(CHECKSUMS, {})
     except OSError as error:
         raise DamagedState(f"{METADATA} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedState(f"{METADATA} is not what Orbax wrote: {first_line(error)}") from error
+        raise DamagedState(f"{METADATA} is not in Orbax's format: {first_line(error)}") from error
 
 
 # Damage -----------------------------------------------------------------------------------
 
 
 def intact_steps_beside(place: Path) -> list[int]:
-    """The other steps of a run that are whole, the newest first. Reads all of them, which may take minutes."""
+    """The other steps of a run that are intact, the last first. Reads all of them, which may take minutes."""
     others = [step for step in reversed(steps_in(place.parent)) if step != int(place.name)]
     return [step for step in others if verify_step(place.parent / str(step)) is None]
 
 
-def damage_error(place: Path, problem: str, whole: list[int], resuming: bool = False) -> UserError:
-    """The error for a step that is damaged, where the steps `whole` of the same run are not."""
-    if not whole:
-        advice = "No other step of this run is whole: copy the folder again, or begin another run."
+def damage_error(place: Path, problem: str, intact: list[int], resuming: bool = False) -> UserError:
+    """The error for a damaged step, if the steps `intact` of the same run are not damaged."""
+    if not intact:
+        advice = "No other step of this run is intact: copy the folder again, or start another run."
     elif resuming:
         advice = (
-            f"{_listed(whole)} whole. To go on from step {whole[0]}, add --from-step {whole[0]} (in Python, "
+            f"{_listed(intact)} intact. To resume from step {intact[0]}, add --from-step {intact[0]} (in Python, "
             "from_step); later steps are moved aside, not deleted."
         )
     else:
-        advice = f"{_listed(whole)} whole. To open step {whole[0]}, give {place.parent / str(whole[0])}."
+        advice = f"{_listed(intact)} intact. To open step {intact[0]}, give {place.parent / str(intact[0])}."
     return UserError(f"the checkpoint of step {place.name} in {place.parent} is damaged: {problem}", advice)
 
 
@@ -242,7 +242,7 @@ def _listed(steps: list[int]) -> str:
 
 
 def verify_step(place: Path) -> str | None:
-    """What is wrong with the checkpoint of a step, of which everything is read; None if it is whole and finite."""
+    """Reads all arrays of a step; returns what is wrong with them, or None if they are intact and finite."""
     try:
         counts = {name: array.not_finite for name, array in open_arrays(place).items()}
     except DamagedState as error:
@@ -252,15 +252,15 @@ def verify_step(place: Path) -> str | None:
 
 
 def check_step(place: Path) -> None:
-    """Reads everything in the checkpoint of a step, optimizer state included; raises UserError if it is damaged."""
+    """Reads all arrays of a step, including the optimizer state; raises UserError if one is damaged."""
     if (problem := verify_step(place)) is not None:
         raise damage_error(place, problem, intact_steps_beside(place))
 
 
-def find_damage(folder: Path, step: int, array_specs: ArraySpecs) -> str | None:
-    """What is wrong with the checkpoint of a step: an array or a part of one is missing, or not as in `outline`.
+def find_damage(folder: Path, step: int, expected: ArraySpecs) -> str | None:
+    """Checks that a step has all chunks of the arrays in `expected`; returns what is wrong, or None.
 
-    Returns None if everything is there. No values are read, so this takes well under a second for a model of any size.
+    No values are read, so this takes well under a second for a model of any size.
     """
     try:
         address = SafePath(folder.resolve() / str(step) / ITEM)
@@ -269,7 +269,7 @@ def find_damage(folder: Path, step: int, array_specs: ArraySpecs) -> str | None:
     except (OSError, ValueError) as error:
         return first_line(error)
     chunks = Counter(key.rpartition("/")[0] for key in keys if not key.endswith(ZARR))
-    for name, (shape, dtype) in array_specs.items():
+    for name, (shape, dtype) in expected.items():
         if (store := stores.get(name)) is None:
             return f"{name} is missing"
         if (found := (store.shape, store.dtype.numpy_dtype.name)) != (shape, dtype):
@@ -285,11 +285,11 @@ def find_damage(folder: Path, step: int, array_specs: ArraySpecs) -> str | None:
 
 
 class SafePath:
-    """An absolute path of a folder that Orbax and TensorStore can take, whatever the folder's name.
+    """An absolute path of a folder that Orbax and TensorStore accept, whatever the folder's name.
 
-    They pass paths to glob and through JSON, and give names such as `[...]`, `..`, `gs:` and `x.__lock` a meaning of
-    their own. A path with anything but plain characters is therefore replaced by that of an open descriptor of the
-    folder, which is valid in this process for as long as the object exists, and which no other process can disturb.
+    They pass paths to glob and through JSON, and interpret names such as `[...]`, `..`, `gs:` and `x.__lock`. A path
+    with other than plain characters is therefore replaced by that of an open descriptor of the folder, which is valid
+    in this process as long as the object exists, and which other processes cannot affect.
     """
 
     def __init__(self, folder: Path):
@@ -298,7 +298,7 @@ class SafePath:
             return
         if not DESCRIPTORS.is_dir():
             raise UserError(
-                f"{folder} has characters in its path that Orbax cannot handle on this system",
+                f"{folder} has characters in its path that Orbax does not support on this system",
                 "Use names of letters, digits, and the characters _ . + = , @ -",
             )
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -307,7 +307,7 @@ class SafePath:
 
 
 def _keys(address: SafePath) -> list[str]:
-    """The keys of all arrays and of their chunks in a folder that Orbax wrote."""
+    """The keys of all arrays and chunks in a folder that Orbax wrote."""
     return [key.decode() for key in ts.KvStore.open(_files(address)).result().list().result()]
 
 
@@ -316,11 +316,11 @@ def _files(address: SafePath) -> dict[str, Any]:
 
 
 def _stores(address: SafePath, keys: list[str], cache_bytes: int) -> dict[str, ts.TensorStore]:
-    """Every array that Orbax wrote into a folder, by its name there."""
+    """Opens every array that Orbax wrote into a folder, by name."""
     names = [key.removesuffix(ZARR) for key in keys if key.endswith(ZARR)]
     if not names:
         raise ValueError("it holds no arrays")
-    # A piece that was lost is an error, and not zeros.
+    # A missing chunk is an error, instead of zeros.
     spec = {"driver": "zarr", "open": True, "fill_missing_data_reads": False}
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
     files = _files(address)
@@ -329,7 +329,7 @@ def _stores(address: SafePath, keys: list[str], cache_bytes: int) -> dict[str, t
 
 
 def save_args(path: Any, leaf: Any) -> ocp.SaveArgs:
-    """How an array is cut on disk: each layer apart, as checkpoints are read."""
+    """How Orbax splits an array into chunks: layers separately, as they are read."""
     stacked = _stacked(path_name(path))
     return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if stacked else ())
 
@@ -343,6 +343,6 @@ def first_line(error: Exception) -> str:
 
 
 def array_specs(tree: Any) -> ArraySpecs:
-    """Shape and dtype of each leaf by path, however the tree's nodes are made."""
+    """The shape and dtype of each leaf of a tree by path, whatever the types of the tree's nodes."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {path_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
