@@ -149,7 +149,7 @@ def test_numbers_that_a_dtype_cannot_hold_are_compared_without_a_word(model: Pat
 def test_diff_is_told_what_files_do_not_say(stories: Path, tmp_path: Path):
     convert(stories, tmp_path / "ours", to="mindspore")
     (tmp_path / "ours" / "config.json").unlink()
-    assert_refused(called("diff", stories, tmp_path / "ours"), "does not say which model it holds")
+    assert_refused(called("diff", stories, tmp_path / "ours"), "does not describe its model")
     for described in (stories, stories / "config.json"):
         done = called("diff", stories, tmp_path / "ours", "--config", described)
         assert (done.returncode, done.stdout) == (0, "11 of 11 parameters are equal\n")

@@ -111,7 +111,7 @@ def test_a_grown_vocabulary_and_a_head_of_its_own_are_held_whole(tmp_path: Path)
     base = save(tmp_path / "base", replace(CONFIG, tie_embeddings=True))
     tuned = save(tmp_path / "tuned", replace(CONFIG, vocab_size=101), seed=1)
     made = delta.make(base, tuned, tmp_path / "delta")
-    assert made.notes == ("held whole, as the base has no such tensor: embed, lm_head",)
+    assert made.notes == ("stored entirely, because the base has no such tensor: embed, lm_head",)
     delta.apply(base, tmp_path / "delta", tmp_path / "restored")
     assert tensor_bytes(tmp_path / "restored") == tensor_bytes(tuned)
     # And the other way: what the tuned model has less of is not missed.

@@ -21,7 +21,7 @@ from camelid.checkpoint.adapters.peft import (
     Adapter,
     Computed,
     Pair,
-    Place,
+    ParameterKey,
     adapter_files,
     matches,
     on_base,
@@ -216,11 +216,11 @@ def _make_exact(base: Checkpoint, tuned: Checkpoint, destination: Path, overwrit
     files = [safetensors_file(TENSORS, payloads), config]
     _write(destination, files, tuned, overwrite, progress, lambda folder: write_hf_json(folder / NAME, about))
     whole = [name for name, entry in entries.items() if entry["base"] is None]
-    return Made(notes=(f"held whole, as the base has no such tensor: {', '.join(whole)}",) if whole else ())
+    return Made(notes=(f"stored entirely, because the base has no such tensor: {', '.join(whole)}",) if whole else ())
 
 
 def _difference(
-    tensor: PlannedTensor, place: Place, dtype: np.dtype, sources: tuple[SliceReader, ...], entry: dict[str, Any]
+    tensor: PlannedTensor, place: ParameterKey, dtype: np.dtype, sources: tuple[SliceReader, ...], entry: dict[str, Any]
 ) -> TensorPayload:
     """Plans the bits of the last source minus those of the first, and stores checksums of both in `entry`."""
 
@@ -262,7 +262,7 @@ class Exact:
         name = path if layer is None else f"{path}.{layer}"
         return rounded(name, self._values(name, (path, layer), index, self.base.read_slice)[-1], dtype)
 
-    def _values(self, name: str, place: Place, index: Index, source: SliceReader) -> list[np.ndarray]:
+    def _values(self, name: str, place: ParameterKey, index: Index, source: SliceReader) -> list[np.ndarray]:
         """Returns a slice of the base, if the delta requires it, and the same slice of the tuned checkpoint."""
         dtype, bits = self._dtype(name), self.tensors[name].dtype
         stored = self.tensors[name].read(index, bits)
@@ -359,8 +359,8 @@ def _lora(base: Checkpoint, tuned: Checkpoint, rank: int, progress: Progress) ->
     """Returns the best low-rank approximation of each difference; norms and a tied table are saved entirely."""
     if odd := sorted(config_differences(base.config, tuned.config).keys() - UNSAID):
         raise UserError(f"the two differ in {', '.join(odd)}, which an adapter cannot express", "Use the kind exact.")
-    pairs: dict[Place, Pair] = {}
-    saved: dict[Place, Tensor] = {}
+    pairs: dict[ParameterKey, Pair] = {}
+    saved: dict[ParameterKey, Tensor] = {}
     alone, change_of, lost = _alone(tuned.config), _combined(base, tuned, np.subtract), []
     tensors = plain_table(tuned.config).tensors
     total = left = 0.0
@@ -391,7 +391,7 @@ def _lora(base: Checkpoint, tuned: Checkpoint, rank: int, progress: Progress) ->
     return Adapter(config, pairs, saved), Made(math.sqrt(left / total), notes)
 
 
-def _alone(config: ModelConfig) -> dict[Place, list[Place]]:
+def _alone(config: ModelConfig) -> dict[ParameterKey, list[ParameterKey]]:
     """Maps each parameter of a module without matrices, such as a norm, to all parameters of that module."""
     rows = hf.table_of(config)
     modules: dict[str, list[str]] = {}
@@ -402,7 +402,7 @@ def _alone(config: ModelConfig) -> dict[Place, list[Place]]:
     return {place: [p for name in names for p in places[name]] for names in alone for n in names for place in places[n]}
 
 
-def _of(checkpoint: Checkpoint, place: Place, shape: tuple[int, ...]) -> Tensor:
+def _of(checkpoint: Checkpoint, place: ParameterKey, shape: tuple[int, ...]) -> Tensor:
     """Returns a parameter of a checkpoint as a tensor that is read on demand."""
     dtype = checkpoint.dtypes[place[0]]
     return Computed(checkpoint.folder, place[0], 0, shape, dtype, checkpoint.read_slice, place)

@@ -61,7 +61,7 @@ HEAD = ("embed", "lm_head")
 TILE = (256, 2048)
 AGAIN = "Download or copy the adapter again."
 
-Place = tuple[str, int | None]
+ParameterKey = tuple[str, int | None]
 """a parameter's path and its layer, None for one without"""
 
 
@@ -86,8 +86,8 @@ class Adapter:
 
     config: ModelConfig
     """of the adapted model: a tied head becomes untied if the adapter changes the head or the embedding table"""
-    pairs: Mapping[Place, Pair]
-    saved: Mapping[Place, Tensor] = field(default_factory=dict)
+    pairs: Mapping[ParameterKey, Pair]
+    saved: Mapping[ParameterKey, Tensor] = field(default_factory=dict)
     """parameters that replace those of the base, one layer each, in camelid's axes"""
     rslora: bool = False
     dropout: float = 0.0
@@ -108,7 +108,7 @@ class Computed(Tensor):
     """A layer of a parameter whose values are computed on demand."""
 
     reader: SliceReader
-    place: Place
+    place: ParameterKey
     lies_in: frozenset[Path] = frozenset()
 
     @property
@@ -283,7 +283,7 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
     rows = _names(config)
     _check_whole(settings, rows, whole)
     _check_targets(settings, rows, factors)
-    pairs: dict[Place, Pair] = {}
+    pairs: dict[ParameterKey, Pair] = {}
     for module, found in factors.items():
         pair = _read_pair(module, found, settings, rows)
         for part, layer in rows.tensors[f"{module}.weight"]:

@@ -14,27 +14,20 @@ Its converter reshapes Hugging Face's heads to (R, H), although the query heads 
 the keys of other groups if R > 1.
 """
 
-import math
-import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import ml_dtypes
-import numpy as np
 
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, refuse_unsupported, table_for
-from camelid.checkpoint.containers.pickles import printable, run_pickle
 from camelid.checkpoint.containers.torch_tensors import StridedTensor
 from camelid.checkpoint.files import PlannedFile, TensorPayload
 from camelid.checkpoint.formats.config_source import find_config
+from camelid.checkpoint.formats.llama2_jax_pickle import BFLOAT16, CLASSES, read_pickle
 from camelid.checkpoint.layout import TensorRule, check_tensors
-from camelid.checkpoint.tensors import CODES, PlannedTensor, Tensor
+from camelid.checkpoint.tensors import PlannedTensor, Tensor
 from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
-from camelid.inputs import refuse_stand_in
 from camelid.model.config import ModelConfig
 
 FILE = "model.pickle"
@@ -54,23 +47,7 @@ RULES = (
 )
 HEADS = {"model.decoder.attention.q_proj": 2, "model.decoder.attention.out_proj": 1}
 """the position of the axis R, which H follows"""
-CLASSES: Mapping[str, tuple[str, ...]] = {
-    "lib.llama.llama Llama": ("model", "lm_head"),
-    "lib.llama.llama_model LlamaModel": ("embedding", "decoder", "norm"),
-    "lib.llama.decoder_block DecoderBlock": (
-        "input_norm",
-        "attention",
-        "post_attn_norm",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ),
-    "lib.llama.attention Attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-}
 THETA, EPS = 10_000.0, 1e-6  # constants in its code
-MAX_PROGRAM = 2**16  # bytes of a pickle without its arrays; a real one has about 5,000
-LARGE = 512  # bytes; a longer read can only be an array, which is left in the file
-AGAIN = "Download or copy the file again."
 
 
 # Reading --------------------------------------------------------------------------------
@@ -100,11 +77,11 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
             names = ", ".join(file.name for file in files) or "none"
             raise UserError(f"{path} must contain one pickle of llama-2-jax, and has {names}", "Give the file itself.")
         path = files[0]
-    tree = _unpickle(path)
+    tree = read_pickle(path, [rule.name for rule in RULES])
     source = find_config(config, path.parent)
     if source is None:
         raise UserError(
-            f"{path} does not say which model it holds ({_sizes(tree)}), and has no config.json beside it",
+            f"{path} does not describe its model ({_sizes(tree)}), and its folder has no config.json",
             "Give --config PRESET_OR_JSON, for example llama2_7b.",
         )
     config, described_by = source
@@ -144,152 +121,6 @@ def _one_heads_axis(tensor: Tensor, config: ModelConfig) -> Tensor:
     if isinstance(tensor, StridedTensor):  # Fortran's order, in which R runs faster than H
         raise UserError(f"{tensor.name} in {tensor.file} is in Fortran's order", "Save it as a row-major array.")
     return replace(tensor, shape=shape)
-
-
-# The pickle -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes that are left in the file."""
-
-    start: int
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-
-class Program:
-    """A file that pickletools reads, which skips long reads: they are the contents of arrays."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.at, self.left, self.size = file, 0, MAX_PROGRAM, os.fstat(file.fileno()).st_size
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, count: int) -> Any:
-        if count > LARGE:
-            if count > self.size - self.at:
-                raise ValueError(f"{count:,} bytes are announced at {self.at:,}, and the file has {self.size:,}")
-            span = Span(self.at, count)
-            self.at = self.file.seek(self.at + count)
-            return span
-        return self._counted(self.file.read(count))
-
-    def readline(self) -> bytes:
-        return self._counted(self.file.readline(LARGE))
-
-    def _counted(self, held: bytes) -> bytes:
-        self.at += len(held)
-        self.left -= len(held)
-        if self.left < 0:
-            raise ValueError(f"more than {MAX_PROGRAM:,} bytes besides its arrays")
-        return held
-
-
-@dataclass
-class Held:
-    """An array that a pickle creates first and fills later."""
-
-    shape: tuple[int, ...] = ()
-    dtype: np.dtype | None = None
-    fortran: bool = False
-    data: Span | None = None
-
-
-RECONSTRUCT, NDARRAY, JAX_ARRAY = (lambda *args: Held()), object(), object()
-
-
-def _dtype(name: Any, align: Any, copy: Any) -> np.dtype:
-    known = {**{f"{dtype.kind}{dtype.itemsize}": dtype for dtype in CODES if dtype.kind == "f"}, BFLOAT16: BFLOAT16}
-    # Tuples are not hashed: the hash of a deeply nested one crashes Python.
-    if not isinstance(name, str | np.dtype) or name not in known:
-        raise UserError(
-            f"an array is {printable(name) if isinstance(name, str) else 'strange'}",
-            "Save the parameters as bfloat16, float16 or float32.",
-        )
-    return known[name]
-
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def _jax_array(fun: Any, args: Any, state: Any, aval: Any) -> Held:
-    if fun is not RECONSTRUCT:
-        raise ValueError("an array that numpy's _reconstruct does not make")
-    return _build(Held(), state)
-
-
-def _build(thing: Any, state: Any) -> Any:
-    """Sets the byte order of a dtype or the content of an array, like their __setstate__."""
-    match thing, state:
-        case np.dtype(), (int(), str(order), *_):
-            if order not in "<=|":
-                raise UserError("an array is big-endian", "Save the parameters on a little-endian machine.")
-        case Held(data=None), (1, tuple(shape), np.dtype() as dtype, bool(fortran), Span() as data):
-            if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
-                raise ValueError("an array of a strange shape")
-            if math.prod(shape) * dtype.itemsize != data.count:
-                raise ValueError(f"an array of shape {shape} and {dtype} with {data.count:,} bytes")
-            thing.shape, thing.dtype, thing.fortran, thing.data = shape, dtype, fortran, data
-        case _:
-            raise ValueError("an object of a strange state")
-    return thing
-
-
-def _named_tuple(fields: tuple[str, ...]) -> Callable[..., dict[str, Any]]:
-    return lambda *values: dict(zip(fields, values, strict=True))
-
-
-GLOBALS: Mapping[str, Any] = {
-    **{name: _named_tuple(fields) for name, fields in CLASSES.items()},
-    "jax._src.array _reconstruct_array": _jax_array,
-    "numpy.core.multiarray _reconstruct": RECONSTRUCT,
-    "numpy._core.multiarray _reconstruct": RECONSTRUCT,
-    "numpy ndarray": NDARRAY,
-    "numpy dtype": _dtype,
-    "ml_dtypes bfloat16": BFLOAT16,
-}
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Returns the arrays of a pickle, by their path in its tuples."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file", "Give the path of a pickle that llama-2-jax wrote.")
-    refuse_stand_in(path)
-    try:
-        with path.open("rb") as file:
-            program = Program(file)
-            held = run_pickle(
-                path,
-                program,
-                GLOBALS,
-                {"NEWOBJ": lambda cls, args: cls(*args), "BUILD": _build},
-                "llama-2-jax",
-                lambda value: Span(program.tell() - len(value), len(value)),
-            )
-            if program.tell() != program.size:
-                raise ValueError(f"{program.size - program.tell():,} bytes after its end")
-        return {row.name: _tensor(path, row.name, held) for row in RULES}
-    except UserError as error:
-        raise error if str(path) in error.problem else UserError(f"{path}: {error.problem}", error.advice) from error
-    except Exception as error:  # a damaged file fails anywhere in pickletools and below
-        reason = f"{type(error).__name__}: {printable(error)}"
-        raise UserError(f"{path} is damaged, or is not a checkpoint of llama-2-jax ({reason})", AGAIN) from error
-
-
-def _tensor(path: Path, name: str, tree: Any) -> Tensor:
-    for field in name.split("."):
-        tree = tree[field] if isinstance(tree, dict) else None
-    if not isinstance(tree, Held) or tree.dtype is None or tree.data is None:
-        raise ValueError(f"{name} is no array")
-    shape = tree.shape
-    if tree.fortran and len(shape) > 1:
-        strides = tuple(math.prod(shape[:i]) for i in range(len(shape)))
-        return StridedTensor(path, name, tree.data.start, shape, tree.dtype, strides)
-    return Tensor(path, name, tree.data.start, shape, tree.dtype)
 
 
 # Writing --------------------------------------------------------------------------------

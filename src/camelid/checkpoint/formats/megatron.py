@@ -21,7 +21,14 @@ from camelid.checkpoint.containers.torch_tensors import Namespace, StridedTensor
 from camelid.checkpoint.containers.torch_zip import torch_file
 from camelid.checkpoint.files import PlannedFile
 from camelid.checkpoint.formats import megatron_distributed as distributed
-from camelid.checkpoint.formats.megatron_args import WHAT, args_from_config, check_plain, same, told, vocab_step
+from camelid.checkpoint.formats.megatron_args import (
+    WHAT,
+    args_from_config,
+    check_plain,
+    describe_value,
+    same,
+    vocab_step,
+)
 from camelid.checkpoint.formats.megatron_files import (
     AGAIN,
     FILE,
@@ -110,7 +117,7 @@ def _check_ranks(shards: Sequence[Shard], stages: int, ways: int) -> None:
     for key, count in (("tensor_model_parallel_size", ways), ("pipeline_model_parallel_size", stages)):
         if not same(first.args.get(key, count), count):
             raise UserError(
-                f"{first.file} has {key} = {told(first.args[key])}, and there are folders for {count}",
+                f"{first.file} has {key} = {describe_value(first.args[key])}, and there are folders for {count}",
                 "Copy all ranks.",
             )
     for shard in shards[1:]:

@@ -57,7 +57,7 @@ def same(one: Any, other: Any) -> bool:
     return (numbers or type(one) is type(other)) and one == other
 
 
-def told(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Returns a plain value as text, or the type of any other value, whose text could be very long."""
     plain = isinstance(value, str | float | None) or (isinstance(value, int) and abs(value) < 2**63)
     return printable(value) if plain else f"a {type(value).__name__}"
@@ -77,7 +77,7 @@ def check_plain(file: Path, args: Mapping[str, Any]) -> None:
 
 def _refused(file: Path, key: str, value: Any) -> UserError:
     return UserError(
-        f"{file} has {key} = {told(value)}, which camelid does not support", "Give a checkpoint of a Llama."
+        f"{file} has {key} = {describe_value(value)}, which camelid does not support", "Give a checkpoint of a Llama."
     )
 
 
@@ -135,7 +135,7 @@ def _number(file: Path, args: Mapping[str, Any], key: str, default: float | None
 
 
 def _strange(file: Path, key: str, value: Any) -> UserError:
-    return UserError(f"{file} has {key} = {told(value)} in its args", "Give --config PRESET_OR_JSON.")
+    return UserError(f"{file} has {key} = {describe_value(value)} in its args", "Give --config PRESET_OR_JSON.")
 
 
 def check_agree(file: Path, args: Mapping[str, Any], config: ModelConfig, source: str) -> None:
@@ -146,7 +146,7 @@ def check_agree(file: Path, args: Mapping[str, Any], config: ModelConfig, source
     for key, theirs, ours in pairs:
         if not same(theirs, ours):
             raise UserError(
-                f"{file} has {key} = {told(theirs)}, and {source} {ours}", "They belong to different models."
+                f"{file} has {key} = {describe_value(theirs)}, and {source} {ours}", "They belong to different models."
             )
 
 

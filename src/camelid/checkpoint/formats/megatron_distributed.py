@@ -21,7 +21,7 @@ from camelid.checkpoint.containers.torch_files import unpickle, unverified_note_
 from camelid.checkpoint.formats import hf, meta
 from camelid.checkpoint.formats.config_source import find_config, folder_with_config
 from camelid.checkpoint.formats.hf_prefixes import unwrapped
-from camelid.checkpoint.formats.megatron_args import WHAT, check_plain, told, vocab_step
+from camelid.checkpoint.formats.megatron_args import WHAT, check_plain, describe_value, vocab_step
 from camelid.checkpoint.formats.megatron_files import INERT, described
 from camelid.checkpoint.formats.megatron_rows import BUFFERS as MEGATRON_BUFFERS
 from camelid.checkpoint.formats.megatron_rows import ENGINE, MCORE, rows, stacked
@@ -73,7 +73,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
     home = folder_with_config(path, path.parent)
     if config is None and home is None:
         raise UserError(
-            f"{path} does not say what its model is", "Give --config PRESET_OR_JSON, or put config.json beside it."
+            f"{path} does not describe its model", "Give --config PRESET_OR_JSON, or put a config.json in the folder."
         )
     if system == "hf":
         return hf.open_tensors("dcp", home or path, tensors, config)
@@ -107,7 +107,9 @@ def _checkpoint(
 def _open_megatron(folder: Path, held: Mapping[str, Tensor], config: ModelConfig | None) -> Checkpoint:
     backend = read_json(folder / BACKEND).get("sharded_backend") if (folder / BACKEND).is_file() else "torch_dist"
     if backend != "torch_dist":
-        raise UserError(f"{folder} is of the format {told(backend)}", "Save it with --ckpt-format torch_dist.")
+        raise UserError(
+            f"{folder} is of the format {describe_value(backend)}", "Save it with --ckpt-format torch_dist."
+        )
     tensors, from_names = unwrapped(held, MCORE["final_norm"])
     file = folder / COMMON
     args = _args(file)

@@ -11,7 +11,7 @@ from camelid.checkpoint.containers.dcp import METADATA
 from camelid.checkpoint.containers.pickles import OpaqueObject, printable
 from camelid.checkpoint.containers.torch_files import unpickle
 from camelid.checkpoint.formats.config_source import find_config, folder_with_config
-from camelid.checkpoint.formats.megatron_args import WHAT, check_agree, config_from_args, told
+from camelid.checkpoint.formats.megatron_args import WHAT, check_agree, config_from_args, describe_value
 from camelid.checkpoint.tensors import Tensor
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -103,7 +103,9 @@ class Shard:
             raise UserError(f"{file} holds no args, as Megatron's files do", "Give a checkpoint of Megatron-LM.")
         version = held.get("checkpoint_version", 0)
         if type(version) not in (int, float) or version not in (0, 1, 2, 3):
-            raise UserError(f"{file} is of the unknown version {told(version)}", "camelid reads versions 0 to 3.")
+            raise UserError(
+                f"{file} is of the unknown version {describe_value(version)}", "camelid reads versions 0 to 3."
+            )
         self.file, self.args, self.version = file, args.state, float(version)
         chunks = sorted(key for key in held if isinstance(key, str) and re.fullmatch(r"model\d{0,3}", key))
         if chunks != ["model"]:

@@ -88,7 +88,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
     params = read_params(folder / PARAMS) if (folder / PARAMS).is_file() else {}
     source = find_config(config, folder)
     if source is None and not params:
-        raise UserError(f"{folder} has no {PARAMS}", "Copy it beside the shards, or give --config PRESET_OR_JSON.")
+        raise UserError(f"{folder} has no {PARAMS}", "Copy it to the folder, or give --config PRESET_OR_JSON.")
     tensors = _joined_all(folder, shards, params["dim"] if source is None else source.config.embed_dim)
     notes: tuple[str, ...] = ()
     if source is None:
@@ -142,7 +142,7 @@ def _joined_all(folder: Path, shards: Sequence[dict[str, Tensor]], dim: int) -> 
     first = shards[0].get(TABLE)
     if first is None or len(first.shape) != 2:
         held = layout.summarize([*shards[0]])
-        raise UserError(f"{folder} has no matrix {TABLE}; it holds {held}", "Give a folder of Meta's Llama.")
+        raise UserError(f"{folder} has no matrix {TABLE}; it contains {held}", "Give a folder of Meta's Llama.")
     widths = {first.shape[1]: BY_ROWS, first.shape[1] * len(shards): BY_COLUMNS}
     if dim not in widths:
         raise UserError(

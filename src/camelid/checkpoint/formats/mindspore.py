@@ -23,7 +23,7 @@ from camelid.checkpoint.containers.mindspore_file import (
 from camelid.checkpoint.containers.safetensors import safetensors_file
 from camelid.checkpoint.files import PlannedFile
 from camelid.checkpoint.formats.config_source import find_config
-from camelid.checkpoint.formats.mindspore_ranks import Split, open_ranks, ranks_in, strategy_bytes
+from camelid.checkpoint.formats.mindspore_ranks import ShardLayout, open_ranks, ranks_in, strategy_bytes
 from camelid.checkpoint.layout import Table, TensorRule, check_tensors
 from camelid.checkpoint.tensor_parallel import shard_export, sharded_axis
 from camelid.checkpoint.tensors import PlannedTensor, files_holding, unverified_note
@@ -134,7 +134,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, rope_layout: 
     source = find_config(config, folder)
     if source is None:
         raise UserError(
-            f"{path} does not say which model it holds", "Say it with --config PRESET_OR_JSON, or a config.json beside."
+            f"{path} does not describe its model", "Give --config PRESET_OR_JSON, or put a config.json in the folder."
         )
     config, described_by = source
     notes += unverified_note([*filter(unverified, files_holding(tensors.values()))], folder)
@@ -184,7 +184,7 @@ def plan_files(export: ExportSpec, *, rope_layout: RopeLayout = "half", safetens
                 written.append(ckpt_file(f"{folder}model.ckpt", payloads))
             if folder and way == 0:
                 axes = {tensor.name: sharded_axis(table.tensors[tensor.name][0][0].rule, cut) for tensor in own}
-                splits = {tensor.name: Split.over(ways, len(tensor.shape), axes[tensor.name]) for tensor in own}
+                splits = {tensor.name: ShardLayout.over(ways, len(tensor.shape), axes[tensor.name]) for tensor in own}
                 written.append(PlannedFile(f"strategy/ckpt_strategy_rank_{rank}.ckpt", [strategy_bytes(stage, splits)]))
     return written
 

@@ -1,6 +1,7 @@
 """Folders of a distributed MindSpore run, and the strategy files that describe how its tensors are sharded.
 
-Each of rank_0, rank_1, ... contains one shard of every tensor of its stage; the strategy file specifies which (Split).
+Each of rank_0, rank_1, ... contains one shard of every tensor of its stage; the strategy file specifies which one
+(ShardLayout).
 """
 
 import io
@@ -22,7 +23,7 @@ MAX_STRATEGY = 2**28  # bytes
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardLayout:
     """How one tensor is sharded over the ranks of a stage, which form an array `devices` with the last axis fastest.
 
     devices (2, 3)                 rank 0 1 2
@@ -39,7 +40,7 @@ class Split:
     """number of these shards"""
 
     @classmethod
-    def over(cls, ranks: int, ndim: int, axis: int | None) -> "Split":
+    def over(cls, ranks: int, ndim: int, axis: int | None) -> "ShardLayout":
         """Returns the sharding of a tensor over one axis, or its replication if `axis` is None."""
         return cls((ranks,), tuple(0 if i == axis else -1 for i in range(ndim)))
 
@@ -60,7 +61,7 @@ def open_ranks(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     ranks = [{name: tensor for name, tensor in rank.items() if name not in aside} for rank in ranks]
     if len(ranks) == 1:
         return ranks[0], aside
-    splits: dict[str, Split] = {}
+    splits: dict[str, ShardLayout] = {}
     for file in _strategies(folder):
         for name, split in open_strategy(file).items():
             if splits.setdefault(name, split) != split:
@@ -80,9 +81,9 @@ def _strategies(folder: Path) -> list[Path]:
     )
 
 
-def open_strategy(path: Path) -> dict[str, Split]:
+def open_strategy(path: Path) -> dict[str, ShardLayout]:
     """Returns the sharding of each tensor in a strategy file (MindSpore's node_strategy.proto)."""
-    splits: dict[str, Split] = {}
+    splits: dict[str, ShardLayout] = {}
     with path.open("rb") as file:
         try:
             if (size := os.fstat(file.fileno()).st_size) > MAX_STRATEGY:
@@ -99,7 +100,7 @@ def open_strategy(path: Path) -> dict[str, Split]:
     return splits
 
 
-def _layout(file: io.BufferedReader, span: range) -> tuple[str, Split]:
+def _layout(file: io.BufferedReader, span: range) -> tuple[str, ShardLayout]:
     item = protobuf.once(file, span, ("name", "layouts"))
     # In a file that was merged from several stages, names start with the stage.
     name = re.sub(r"^\d+-", "", protobuf.text(file, item.get("name")))
@@ -110,15 +111,15 @@ def _layout(file: io.BufferedReader, span: range) -> tuple[str, Split]:
     devices, axes, *uneven = (protobuf.numbers(file, held.get(word, range(0))) for word in words[:4])
     field, step, ways = (held.get(word, 0) for word in words[4:])
     if any(uneven) or field:
-        raise ValueError(f"{name} is split unevenly")
+        raise ValueError(f"{name} is sharded unevenly")
     if not isinstance(step, int) or not isinstance(ways, int) or max(step, ways) >= 2**31:
         raise ValueError(f"{name} is split for the optimizer in an unknown way")
     if min(devices, default=0) < 1 or not all(-1 <= axis < len(devices) for axis in axes):
-        raise ValueError(f"{name} lies on devices {devices} as {axes}")
-    return name, Split(devices, axes, step, ways) if step and ways > 1 else Split(devices, axes)
+        raise ValueError(f"{name} has the device array {devices} and the axes {axes}")
+    return name, ShardLayout(devices, axes, step, ways) if step and ways > 1 else ShardLayout(devices, axes)
 
 
-def strategy_bytes(stage: int, splits: Mapping[str, Split]) -> bytes:
+def strategy_bytes(stage: int, splits: Mapping[str, ShardLayout]) -> bytes:
     """Returns the content of the strategy file of a stage."""
     field = protobuf.field_bytes
     content = field(1, stage)
@@ -130,7 +131,7 @@ def strategy_bytes(stage: int, splits: Mapping[str, Split]) -> bytes:
     return content
 
 
-def merged(ranks: Sequence[Mapping[str, Tensor]], splits: Mapping[str, Split]) -> dict[str, Tensor]:
+def merged(ranks: Sequence[Mapping[str, Tensor]], splits: Mapping[str, ShardLayout]) -> dict[str, Tensor]:
     """Returns the unsharded tensors of a run, by name, from the shards of its ranks; nothing is read."""
     names = dict.fromkeys(name for rank in ranks for name in rank)
     if missing := [name for name in names if name not in splits]:
@@ -138,7 +139,7 @@ def merged(ranks: Sequence[Mapping[str, Tensor]], splits: Mapping[str, Split]) -
     return {name: _merged(name, ranks, splits[name]) for name in names}
 
 
-def _merged(name: str, ranks: Sequence[Mapping[str, Tensor]], split: Split) -> Tensor:
+def _merged(name: str, ranks: Sequence[Mapping[str, Tensor]], split: ShardLayout) -> Tensor:
     count = math.prod(split.devices)
     if len(ranks) % count:
         raise UserError(
