@@ -39,7 +39,7 @@ LOSSLESS = [name for name in WRITTEN if not FORMATS[name].lossy]
 # Whose files do not say all of a model: what is assumed without config.json, and the words of the note that says so.
 SILENT = {
     "meta": {
-        "context_length": "how long the context is",
+        "context_length": "the context length",
         "bos_id": "BOS",
         "eos_ids": "EOS",
         "pad_id": "pad_id = None",
@@ -231,7 +231,7 @@ def test_a_scaling_of_rotations_is_held_or_refused_by_name(odd: Callable[..., Pa
         assert open_checkpoint(tmp_path / name, name).config.rope_scaling == scaling
         (tmp_path / name / "config.json").unlink()
         if scaling == LLAMA3:
-            with pytest.raises(UserError, match="none of the factors that Llama 3"):
+            with pytest.raises(UserError, match="does not match the scaling of Llama 3"):
                 open_checkpoint(tmp_path / name, name)
         else:
             assert open_checkpoint(tmp_path / name, name).config.rope_scaling == scaling

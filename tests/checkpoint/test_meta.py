@@ -404,9 +404,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no matrix": (
         lambda f: edit_shard(f, lambda t: t.update({W1: torch.tensor(1.0)}), 0, 1),
-        rf"makes the MLP 80 wide, and {W1} has shape \(\)",
+        rf"describes an MLP of width 80, and {W1} has shape \(\)",
     ),
-    "params.json of a wider MLP": (lambda f: edit_params(f, multiple_of=3), "makes the MLP 81 wide"),
+    "params.json of a wider MLP": (lambda f: edit_params(f, multiple_of=3), "describes an MLP of width 81"),
     "params.json of another vocabulary": (lambda f: edit_params(f, vocab_size=77), "asks for \\(77, 48\\)"),
     "params.json of more heads": (lambda f: edit_params(f, n_kv_heads=3), r"attention\.wk\.weight has shape"),
     "params.json of other heads": (lambda f: edit_params(f, n_heads=7), "dim = 48 for n_heads = 7"),

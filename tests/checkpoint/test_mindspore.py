@@ -586,7 +586,7 @@ RANKS: dict[str, tuple[DamagedState, str]] = {
     ),
     "two strategies": (
         lambda root: (root / "strategy" / "z_strategy.ckpt").write_bytes(strategy({W1: ((4,), (-1, -1), 0, 0)})),
-        "z_strategy.ckpt splits",
+        "z_strategy.ckpt and another strategy file",
     ),
     "ranks of two runs": (
         another_run,

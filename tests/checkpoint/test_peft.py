@@ -470,5 +470,5 @@ def test_damaged_and_incomplete_folders_are_refused(sound: Path, tmp_path: Path)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         open_checkpoint(folder)
-    with pytest.raises(UserError, match="is an adapter, whose model is its base's"):
+    with pytest.raises(UserError, match="is an adapter, whose model is that of its base"):
         open_checkpoint(sound, config=LLAMA)
