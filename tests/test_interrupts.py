@@ -195,14 +195,14 @@ def test_a_checkpoint_that_is_not_begun_leaves_no_temporary_files(
     """Those of the tokenizer lie where the system has its temporary files."""
     (tmp_path / "temporary").mkdir()
     body = f"""
-        from camelid.checkpoint import formats
+        from camelid.checkpoint import registry
 
         def plan(*saving):
             assert os.listdir(os.environ["TMPDIR"])
             print(flush=True)
             time.sleep(600)
 
-        formats.plan_files = plan
+        registry.plan_files = plan
         SOURCE, OUT = {str(stories)!r}, {str(tmp_path / "out")!r}
         {writes}
         """

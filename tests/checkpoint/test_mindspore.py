@@ -635,7 +635,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "an endless number": (b"\x0a" + b"\xff" * 40, "no number"),
     "a name without an end": (field(1, b"\x0a" + number(2**62) + b"a"), "are left"),
     "a name that is long": (record("a" * 5000, "Float32", (2, 3), bytes(24)), "too long"),
-    "a name that is no text": (float32("a\x1b[2J", A), "cannot be printed"),
+    "a name that is not text": (float32("a\x1b[2J", A), "cannot be printed"),
     "a name in another code": (record("a", "Float32", (6,), bytes(24)).replace(b"a\x12", b"\xff\x12", 1), "utf-8"),
     "no tensor": (field(1, field(1, b"a")), "no plain tensor"),
     "a map": (field(1, field(1, b"a") + field(3, b"")), "no plain tensor"),

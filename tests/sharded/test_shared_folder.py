@@ -25,7 +25,7 @@ Path.glob = lambda path, pattern: iter(()) if "checkpoints" in pattern else glob
 """
 SLOW = f"""
 import time
-from camelid.checkpoint import saved_state
+from camelid.checkpoint.state import saved_state
 
 verify_step = saved_state.verify_step
 

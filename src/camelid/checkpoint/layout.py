@@ -166,8 +166,8 @@ class SliceMapping:
     @property
     def plain(self) -> bool:
         """Whether the two slices have the same elements in the same order."""
-        whole = all(s == slice(0, n) for s, n in zip(self.picks, self.words, strict=True))
-        return whole and self.order == tuple(sorted(self.order))
+        complete = all(s == slice(0, n) for s, n in zip(self.picks, self.words, strict=True))
+        return complete and self.order == tuple(sorted(self.order))
 
     def ours(self, held: np.ndarray) -> np.ndarray:
         """Our slice as a view of the file's, with one axis for each axis word, in our order."""
@@ -277,10 +277,10 @@ def _load(
 
     def read(index: Index | None) -> np.ndarray:
         assert index is not None
-        whole = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
-        key = tuple((s.start, s.stop) for s in whole)
+        full = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+        key = tuple((s.start, s.stop) for s in full)
         if key not in slices:
-            slices[key] = _read(entry, tensors, whole, np.dtype(target.dtype), pool)
+            slices[key] = _read(entry, tensors, full, np.dtype(target.dtype), pool)
         return slices[key]
 
     return jax.make_array_from_callback(shape, target.sharding, read)
@@ -310,10 +310,10 @@ def read_parameter_slice(
     entry: ParameterEntry, tensor: Tensor, index: Index, layer: int | None, out: np.ndarray
 ) -> None:
     """Fills `out`, a contiguous array, with our slice `index` of one layer."""
-    if (whole := _widened(entry, index)) != index:
-        held = np.empty([s.stop - s.start for s in whole], out.dtype)
-        read_parameter_slice(entry, tensor, whole, layer, held)
-        wanted = (slice(s.start - w.start, s.stop - w.start) for s, w in zip(index, whole, strict=True))
+    if (widened := _widened(entry, index)) != index:
+        held = np.empty([s.stop - s.start for s in widened], out.dtype)
+        read_parameter_slice(entry, tensor, widened, layer, held)
+        wanted = (slice(s.start - w.start, s.stop - w.start) for s, w in zip(index, widened, strict=True))
         out[...] = held[*wanted]
         return
     at = map_slice(entry, index, layer)
@@ -406,14 +406,14 @@ def slice_reader(table: Table, tensors: Mapping[str, Tensor]) -> SliceReader:
     def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
         entry = table.entries[path]
         tensor = tensors[entry.name(layer)]
-        whole = _widened(entry, index)
-        at = map_slice(entry, whole, layer)
+        widened = _widened(entry, index)
+        at = map_slice(entry, widened, layer)
         view = at.ours(bands.read(tensor, at.index, dtype))
-        shape = [s.stop - s.start for s in whole]
+        shape = [s.stop - s.start for s in widened]
         if all(len(group) == 1 for group in entry.our_axes):
             return view.reshape(shape)  # without the axis of layers: still a view
         out = np.empty(shape, dtype)
         move(view, out.reshape(view.shape))
-        return out[*(slice(s.start - w.start, s.stop - w.start) for s, w in zip(index, whole, strict=True))]
+        return out[*(slice(s.start - w.start, s.stop - w.start) for s, w in zip(index, widened, strict=True))]
 
     return source

@@ -1,4 +1,4 @@
-"""How ggml's quantizations pack a block of numbers, and what the packed bytes stand for.
+"""Encoding and decoding of the blocks of ggml's quantizations.
 
 Each function takes blocks as rows of bytes (uint8, one block per row) and returns float32, or the reverse. The layouts
 are those of ggml-common.h; d and m are float16 scales and offsets, q the packed integers. N is the number of blocks.
@@ -7,7 +7,7 @@ The order of the float32 operations is that of ggml's reference code, so that re
 
 import numpy as np
 
-SUPER = 256  # numbers in a block of a K-quant
+SUPER = 256  # elements in a block of a K-quant
 
 
 def pack_q8_0(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +36,7 @@ def unpack_q8_0(raw: np.ndarray) -> np.ndarray:
 
 
 def unpack_q4_0(raw: np.ndarray) -> np.ndarray:
-    """d, 16 bytes of two q: numbers 0 to 15 in the low halves, 16 to 31 in the high ones."""
+    """d, 16 bytes of two q: elements 0 to 15 in the low halves, 16 to 31 in the high ones."""
     return _float16(raw[:, :2]) * (_bits(raw[:, 2:], 16, 4).astype(np.float32) - np.float32(8))
 
 
@@ -58,7 +58,7 @@ def unpack_q5_1(raw: np.ndarray) -> np.ndarray:
 
 
 def unpack_q2_k(raw: np.ndarray) -> np.ndarray:
-    """16 bytes of a 4-bit scale and a 4-bit offset for 16 numbers each, 64 bytes of four q, d, m."""
+    """16 bytes of a 4-bit scale and a 4-bit offset for 16 elements each, 64 bytes of four q, d, m."""
     scales, d, m = raw[:, :16], _float16(raw[:, 80:82]), _float16(raw[:, 82:84])
     q = _bits(raw[:, 16:80], 32, 2).reshape(len(raw), 16, 16)
     return _affine(q, d * (scales & 15).astype(np.float32), m * (scales >> 4).astype(np.float32))

@@ -145,7 +145,7 @@ def _values(file: io.BufferedReader, span: range) -> Iterator[Value]:
         held = protobuf.once(file, value, ("tag", "tensor", "maptensor"))
         tag, tensor = protobuf.text(file, held.get("tag")), held.get("tensor")
         if not isinstance(tensor, range):
-            raise ValueError(f"{tag} is no plain tensor")
+            raise ValueError(f"{tag} is not a plain tensor")
         dims, last = [], {}
         for number, part in protobuf.fields(file, tensor):
             if number == 1 and isinstance(part, int) and len(dims) < 32:
@@ -180,7 +180,7 @@ def _tensor(path: Path, values: Sequence[Value]) -> Tensor:
         raise ValueError(f"the parts of {tag} disagree")
     if first.type == "str":
         if shape not in ((), (0,)) or len(values) > 1 or count % 4 or count > 2**20:
-            raise ValueError(f"{tag} is no text")
+            raise ValueError(f"{tag} is not text")
         shape, dtype = (), np.dtype(f"<U{count // 4}")
     elif first.type in DTYPES:
         dtype = DTYPES[first.type]
