@@ -252,7 +252,7 @@ def test_large_tensors_are_converted_in_pieces(theirs: Path, tmp_path: Path, mon
 
 def test_a_checkpoint_is_never_replaced_by_its_own_conversion(theirs: Path):
     before = contents(theirs)
-    with pytest.raises(UserError, match="cannot be replaced, because .* is read"):
+    with pytest.raises(UserError, match=r"cannot be replaced, because .* is read"):
         convert(theirs, theirs, dtype="bfloat16", overwrite=True)
     assert contents(theirs) == before
     assert [file.name for file in theirs.parent.iterdir()] == [theirs.name]
