@@ -178,7 +178,7 @@ def test_a_preset_is_one_beside_a_folder_of_its_name_too(tmp_path: Path, monkeyp
 
 def test_verify_tells_what_was_rounded_and_what_only_config_json_says(stories: Path, tmp_path: Path):
     told = called("convert", stories, tmp_path / "meta", "--to", "meta", "--dtype", "bfloat16", "--verify").stderr
-    assert "warning: tensors were rounded; they are at most 0.0" in told
+    assert "warning: tensors were rounded; the maximum absolute difference is 0.0" in told
     assert "logits of 64 tokens" in told
     assert "warning: files of the format meta do not contain context_length = 512, tie_embeddings = True" in told
     told = called("convert", stories, tmp_path / "easylm", "--to", "easylm", "--verify").stderr
@@ -300,7 +300,7 @@ def test_verify_says_what_it_compared_and_that_a_layout_was_assumed(stories: Pat
     told = called("convert", theirs, tmp_path / "out", "--verify", *options).stderr
     assert f"of {theirs}, read as mindspore, with {tmp_path / 'out'}, read as hf" in told
     assert "all tensors are equal" in told
-    assert told.count("was assumed in reading") == (layout is None)
+    assert told.count("is assumed for") == (layout is None)
     assert ("--rope-layout auto with --reference" in told) == (layout is None)
     assert (called("diff", stories, tmp_path / "out").returncode == 0) == (layout == "interleaved")
 
@@ -391,7 +391,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_cannot_decide(stories: Path, t
     shutil.copy(stories / "tokenizer.json", tmp_path / "theirs")
     (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl.")
     given = ["--rope-layout", "auto", "--reference", tmp_path / "text.txt"]
-    about = "text.txt needs token id 432, and the model's vocabulary has 97"
+    about = "text.txt contains token id 432, and the model has vocab_size = 97"
     assert_refused(called("convert", tmp_path / "theirs", tmp_path / "out", *given), about)
 
 

@@ -361,4 +361,4 @@ def test_a_file_without_a_config_needs_one(written: dict[str, Path], tmp_path: P
 def test_fewer_bits_are_said(stories: Path, tmp_path: Path, name: str):
     done = called("convert", stories, tmp_path / "small", "--to", name, "--verify")
     assert done.returncode == 0, done.stderr
-    assert "tensors were rounded; they are at most 0." in done.stderr
+    assert "tensors were rounded; the maximum absolute difference is 0." in done.stderr
