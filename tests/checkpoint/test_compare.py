@@ -353,7 +353,7 @@ def test_the_rotary_layout_is_decided_by_a_text(stories: Path, assets: Path, tmp
     text.write_text((assets / "data" / "tinystories" / "tinystories_sample.txt").read_text()[:1000])
     done = called("convert", tmp_path / "theirs", tmp_path / "out", "--rope-layout", "auto", "--reference", text)
     assert done.returncode == 0, done.stderr
-    assert f"the rotary layout is {layout}: a token of " in done.stderr
+    assert f"the rotary layout is {layout}: the loss per token of " in done.stderr
     assert all(each.equal for each in compare(open_checkpoint(stories), open_checkpoint(tmp_path / "out")))
     done = called("convert", tmp_path / "theirs", tmp_path / "said", "--rope-layout", layout)
     assert "assumed to be half-split" not in done.stderr
@@ -362,7 +362,7 @@ def test_the_rotary_layout_is_decided_by_a_text(stories: Path, assets: Path, tmp
 
 def test_the_rotary_layout_is_asked_of_mindspore_alone(stories: Path, tmp_path: Path):
     out = tmp_path / "out"
-    assert_refused(called("convert", stories, out, "--rope-layout", "half"), "is for MindSpore's files")
+    assert_refused(called("convert", stories, out, "--rope-layout", "half"), "is for MindSpore files")
     assert_refused(called("convert", stories, out, "--reference", "a.txt"), "--reference is for --rope-layout auto")
     convert(stories, tmp_path / "theirs", to="mindspore")
     assert_refused(called("convert", tmp_path / "theirs", out, "--rope-layout", "auto"), "requires a text")
@@ -379,7 +379,8 @@ def test_a_layout_is_said_once(stories: Path, tmp_path: Path):
         [f"mindspore-interleaved::{theirs}", "--check"],
     ):
         assert_refused(
-            called("convert", *words, *half), "mindspore-interleaved says interleaved, and --rope-layout half"
+            called("convert", *words, *half),
+            "mindspore-interleaved means interleaved, which contradicts --rope-layout half",
         )
     done = called("convert", f"mindspore::{theirs}", tmp_path / "out", "--rope-layout", "interleaved")
     assert done.returncode == 0, done.stderr
