@@ -441,7 +441,7 @@ def test_every_suggested_field_and_command_exists():
 
 def test_the_formats_offered_for_writing_are_those_of_the_registry():
     from camelid.checkpoint.registry import FORMATS
-    from camelid.cli.shared import WritableFormat
+    from camelid.cli.format_names import WritableFormat
 
     assert get_args(WritableFormat) == tuple(name for name, format in FORMATS.items() if format.files is not None)
 

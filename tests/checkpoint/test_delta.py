@@ -111,7 +111,7 @@ def test_a_grown_vocabulary_and_a_head_of_its_own_are_held_whole(tmp_path: Path)
     base = save(tmp_path / "base", replace(CONFIG, tie_embeddings=True))
     tuned = save(tmp_path / "tuned", replace(CONFIG, vocab_size=101), seed=1)
     made = delta.make(base, tuned, tmp_path / "delta")
-    assert made.notes == ("held whole, as the base has no such tensor: embed, lm_head",)
+    assert made.notes == ("stored entirely, because the base has no such tensor: embed, lm_head",)
     delta.apply(base, tmp_path / "delta", tmp_path / "restored")
     assert tensor_bytes(tmp_path / "restored") == tensor_bytes(tuned)
     # And the other way: what the tuned model has less of is not missed.
@@ -131,7 +131,7 @@ def test_another_base_is_refused_by_the_first_tensor_that_differs(base: Path, tu
     other = shutil.copytree(base, tmp_path / "other")
     edit(other, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].__setitem__((0, 0), 9.0))
     edit(other, lambda tensors: tensors[HEAD].__setitem__((0, 0), 9.0))
-    with pytest.raises(UserError, match=r"layers\.mlp\.up_proj\.2 of .*other is not what .*delta was made from"):
+    with pytest.raises(UserError, match=r"layers\.mlp\.up_proj\.2 of .*other differs from the base of .*delta"):
         delta.apply(other, tmp_path / "delta", tmp_path / "restored")
     wide = save(tmp_path / "wide", replace(CONFIG, mlp_dim=96))
     with pytest.raises(UserError, match=r"wide has no layers\.mlp\.gate_proj\.0 of shape \(80, 48\)"):
@@ -158,11 +158,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no tensors": (lambda f: (f / "delta.safetensors").unlink(), r"has no delta\.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
-    "no delta": (lambda f: (f / "delta.json").unlink(), "is no delta"),
+    "no delta": (lambda f: (f / "delta.json").unlink(), "is not a delta"),
     "a later version": (lambda f: spoil(f, lambda said: said.update(version=2)), "version 2"),
     "another kind": (lambda f: spoil(f, lambda said: said.update(kind="xor")), "kind 'xor'"),
-    "a tensor less": (lambda f: spoil(f, lambda said: said["tensors"].pop("embed")), "are not of one model"),
-    "no checksum": (lambda f: spoil(f, lambda said: said["tensors"]["embed"].pop("base")), "says nothing of embed"),
+    "a tensor less": (lambda f: spoil(f, lambda said: said["tensors"].pop("embed")), "describe different models"),
+    "no checksum": (lambda f: spoil(f, lambda said: said["tensors"]["embed"].pop("base")), "the entry of embed in"),
     "another dtype": (
         lambda f: spoil(f, lambda said: said["tensors"]["embed"].update(dtypes=["float32", "bfloat16"])),
         r"embed in .* is \(97, 48\) uint32",
@@ -280,7 +280,7 @@ def test_a_sum_is_an_ordinary_checkpoint_of_differences(tmp_path: Path, dtype: s
         assert torch.equal(found[name], expected), name
     convert(tmp_path / "delta", tmp_path / "ordinary")  # as others publish it
     assert not (tmp_path / "ordinary" / "delta.json").exists()
-    with pytest.raises(UserError, match="is no delta"):
+    with pytest.raises(UserError, match="is not a delta"):
         delta.apply(base, tmp_path / "ordinary", tmp_path / "restored")
     delta.apply(base, tmp_path / "ordinary", tmp_path / "published", summed=True)
     delta.apply(base, tmp_path / "delta", tmp_path / "restored")
@@ -407,18 +407,18 @@ def test_what_no_adapter_can_say_is_told_or_refused(base: Path, tmp_path: Path):
     tuned = merged(biased, tmp_path / "tuned", 2, [layer(0, "self_attn.q_proj")])
     edit(tuned, lambda t: t["model.layers.3.mlp.up_proj.bias"].__iadd__(1))
     made = delta.make(biased, tuned, tmp_path / "delta", kind="lora", rank=2)
-    assert made.notes == ("no adapter can hold the difference of layers.mlp.up_bias.3",)
+    assert made.notes == ("an adapter cannot express the difference of layers.mlp.up_bias.3",)
     assert made.left is not None
     assert made.left > 0.1
     for other, problem in [
         (save(tmp_path / "theta", replace(CONFIG, rope_theta=500.0, rope_scaling=LLAMA3)), "rope_scaling, rope_theta"),
-        (base, "differ in no matrix"),
+        (base, "all matrices of"),
     ]:
         with pytest.raises(UserError, match=problem):
             delta.make(base, other, tmp_path / "other", kind="lora", rank=2)
     infinite = merged(base, tmp_path / "infinite", 2, [HEAD])
     edit(infinite, lambda t: t[HEAD].__setitem__((0, 0), np.inf))
-    with pytest.raises(UserError, match="lm_head holds numbers that are not finite"):
+    with pytest.raises(UserError, match="lm_head has infinite or NaN values"):
         delta.make(base, infinite, tmp_path / "other", kind="lora", rank=2)
     assert not (tmp_path / "other").exists()
 
@@ -448,7 +448,7 @@ def test_the_command_line_makes_and_applies(base: Path, tuned: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     done = called("delta", "apply", tuned, tmp_path / "delta", tmp_path / "wrong")
     assert done.returncode == 2
-    assert "is not what" in done.stderr
+    assert "differs from the base of" in done.stderr
     done = called("delta", "mke", base, tuned, tmp_path / "other")
     assert done.returncode == 2
     assert "camelid delta make" in done.stderr

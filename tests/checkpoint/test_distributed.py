@@ -115,7 +115,7 @@ def of_ranks(torchtitan: dict[str, torch.Tensor], tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_what_torch_wrote_from_several_ranks_has_the_numbers_of_its_source(of_ranks: Path, ranks: int):
     folder = of_ranks / str(ranks)
-    with pytest.raises(UserError, match="does not say what its model is"):
+    with pytest.raises(UserError, match="does not describe its model"):
         open_checkpoint(folder)
     checkpoint = open_checkpoint(folder, config=open_checkpoint(SOURCE).config)
     assert checkpoint.format == "dcp"

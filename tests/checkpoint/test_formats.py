@@ -19,7 +19,7 @@ from camelid.checkpoint.compare import compare, config_differences
 from camelid.checkpoint.convert import convert
 from camelid.checkpoint.formats.hf_config import config_from_hf, config_to_hf
 from camelid.checkpoint.registry import FORMATS, OPENERS, TRAIN_STATE, detect, open_checkpoint
-from camelid.cli import checkpoints
+from camelid.cli import format_names
 from camelid.errors import UserError
 from camelid.model.config import DynamicScaling, LinearScaling, ModelConfig, YarnScaling
 from camelid.model.params import named
@@ -39,7 +39,7 @@ LOSSLESS = [name for name in WRITTEN if not FORMATS[name].lossy]
 # Whose files do not say all of a model: what is assumed without config.json, and the words of the note that says so.
 SILENT = {
     "meta": {
-        "context_length": "how long the context is",
+        "context_length": "the context length",
         "bos_id": "BOS",
         "eos_ids": "EOS",
         "pad_id": "pad_id = None",
@@ -103,7 +103,9 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
 
 
 def test_the_command_line_names_every_format():
-    assert list(get_args(checkpoints.Format)) == list(FORMATS)
+    assert list(get_args(format_names.ReadableFormat)) == list(FORMATS)
+    writable = [name for name, format in FORMATS.items() if format.plan_files is not None]
+    assert list(get_args(format_names.WritableFormat)) == writable
     assert set(OPENERS) >= set(FORMATS)
 
 
@@ -229,7 +231,7 @@ def test_a_scaling_of_rotations_is_held_or_refused_by_name(odd: Callable[..., Pa
         assert open_checkpoint(tmp_path / name, name).config.rope_scaling == scaling
         (tmp_path / name / "config.json").unlink()
         if scaling == LLAMA3:
-            with pytest.raises(UserError, match="none of the factors that Llama 3"):
+            with pytest.raises(UserError, match="does not match the scaling of Llama 3"):
                 open_checkpoint(tmp_path / name, name)
         else:
             assert open_checkpoint(tmp_path / name, name).config.rope_scaling == scaling
@@ -351,7 +353,7 @@ def test_a_file_without_a_config_needs_one(written: dict[str, Path], tmp_path: P
         "convert", tmp_path / "params", tmp_path / "hf", "--config", written["hf"] / "config.json", "--verify"
     )
     assert done.returncode == 0, done.stderr
-    assert "every tensor is equal" in done.stderr
+    assert "all tensors are equal" in done.stderr
     assert tensor_bytes(tmp_path / "hf") == tensor_bytes(written["theirs"])
 
 
@@ -359,4 +361,4 @@ def test_a_file_without_a_config_needs_one(written: dict[str, Path], tmp_path: P
 def test_fewer_bits_are_said(stories: Path, tmp_path: Path, name: str):
     done = called("convert", stories, tmp_path / "small", "--to", name, "--verify")
     assert done.returncode == 0, done.stderr
-    assert "tensors were rounded; they are at most 0." in done.stderr
+    assert "tensors were rounded; the maximum absolute difference is 0." in done.stderr

@@ -132,7 +132,7 @@ def test_an_index_alone_whose_parts_are_gone_is_refused_by_their_names(folder: P
     save_index(folder, "model.safetensors", dict.fromkeys(tensors, FIRST) | {NORM: SECOND})
     save(tensors, folder / FIRST)
     save(tensors, folder / "pytorch_model.bin")  # which transformers does not take either
-    with pytest.raises(UserError, match=f"names {SECOND}, which is not in the folder\nDownload.*remove it"):
+    with pytest.raises(UserError, match=f"names {SECOND}, which is not in the folder\nDownload.*remove the index"):
         camelid.load(folder)
     with pytest.raises(OSError, match=SECOND):
         in_transformers(folder)
@@ -165,7 +165,7 @@ def test_files_of_weights_that_are_not_read_are_named_and_other_files_are_not(
 def test_a_folder_of_other_weights_alone_is_refused_with_their_names(folder: Path, tensors: Tensors):
     save(tensors, folder / "model.fp16.safetensors")
     with pytest.raises(
-        UserError, match=r"neither model\.safetensors nor .*; it holds model\.fp16\.safetensors\nRename"
+        UserError, match=r"neither model\.safetensors nor .*; it contains model\.fp16\.safetensors\nRename"
     ):
         camelid.load(folder)
 
@@ -184,7 +184,7 @@ def test_of_two_copies_the_one_that_the_index_names_is_read_and_a_note_says_what
     np.testing.assert_array_equal(in_transformers(folder)[NORM], 2 * tensors[NORM])
     assert model.notes == (
         f"{NORM}: several files contain different values; the file in the index is used ({FIRST}), "
-        f"where transformers takes the last file's ({SECOND})",
+        f"whereas transformers uses the last file ({SECOND})",
     )
     # As transformers reads it where the index names the last.
     save_index(folder, "model.safetensors", dict.fromkeys(tensors, FIRST) | {NORM: SECOND})
@@ -268,7 +268,7 @@ def test_a_model_that_was_saved_without_its_head_is_read_as_transformers_reads_i
     for prefix in ("", "module."):
         save({prefix + name: tensor for name, tensor in bare.items()}, folder / "model.safetensors")
         model = camelid.load(folder)
-        assert "with 'model.' in front" in model.notes[0]
+        assert "with the prefix 'model.'" in model.notes[0]
         np.testing.assert_array_equal(model.params.embed, bare["embed_tokens.weight"])
     save(bare, folder / "model.safetensors")
     assert_same_parameters(camelid.load(folder), in_transformers(folder))
@@ -324,7 +324,7 @@ def test_where_nothing_is_said_of_ties_a_model_with_one_table_is_tied(
     save(tensors, folder / "model.safetensors")
     model = camelid.load(folder)
     assert model.config.tie_embeddings
-    assert "the head is taken to be the embedding table" in model.notes[0]
+    assert "the head is assumed to be tied" in model.notes[0]
     model.save(tmp_path / "saved")
     assert_same_parameters(model, in_transformers(tmp_path / "saved"))
 

@@ -20,8 +20,9 @@ import pytest
 import camelid
 from camelid.api import load_params
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec
-from camelid.checkpoint.formats import hf, llama2_jax
+from camelid.checkpoint.formats import hf, llama2_jax, llama2_jax_pickle
 from camelid.checkpoint.formats.config_source import read_model_config
+from camelid.checkpoint.formats.llama2_jax_pickle import read_pickle
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import Tensor, dtype_named
 from camelid.errors import UserError
@@ -195,7 +196,9 @@ def test_the_real_file_gives_the_reference_logits(golden: Path, stories: Path):
 
 def test_the_real_model_is_written_with_the_arrays_of_the_real_file(golden: Path, stories: Path, tmp_path: Path):
     put(tmp_path, llama2_jax.plan_files, export(open_checkpoint(stories)))
-    ours, theirs = llama2_jax._unpickle(tmp_path / "model.pickle"), llama2_jax._unpickle(golden)
+    ours, theirs = (
+        read_pickle(path, [rule.name for rule in llama2_jax.RULES]) for path in (tmp_path / "model.pickle", golden)
+    )
     for name, tensor in theirs.items():
         assert (ours[name].shape, ours[name].dtype) == (tensor.shape, tensor.dtype), name
         assert raw(ours[name]) == raw(tensor), name
@@ -390,9 +393,9 @@ def test_arrays_stay_in_the_file(tmp_path: Path, classes: Any, monkeypatch: pyte
     """What is read to open a file is a small part of it."""
     path, read = tmp_path / "a.pickle", []
     path.write_bytes(pickled(tiny_config(), classes))
-    counted = llama2_jax.Program._counted
+    counted = llama2_jax_pickle.Program._counted
     monkeypatch.setattr(
-        llama2_jax.Program, "_counted", lambda self, held: read.append(len(held)) or counted(self, held)
+        llama2_jax_pickle.Program, "_counted", lambda self, held: read.append(len(held)) or counted(self, held)
     )
     llama2_jax.open_checkpoint(path, tiny_config())
     assert 0 < sum(read) < 8000 < path.stat().st_size / 20
@@ -403,7 +406,7 @@ def test_random_damage_is_noticed_or_harmless(tmp_path: Path, classes: Any):
     content = pickled(config, classes)
     spans = [
         (tensor.offset, tensor.offset + len(raw(tensor)))
-        for tensor in llama2_jax._unpickle(_put(path, content)).values()
+        for tensor in read_pickle(_put(path, content), [rule.name for rule in llama2_jax.RULES]).values()
     ]
     program = [i for i in range(len(content)) if not any(a <= i < b for a, b in spans)]
     for _ in range(250):

@@ -222,7 +222,7 @@ def test_groups_of_zeros_stay_zeros_and_the_tiniest_numbers_stay_tiny(tmp_path: 
     assert not np.any(levels[:6])
     assert set(levels[6:].flatten()) == {127, -127, 1, 0}
     values[0, 0] = np.inf
-    with pytest.raises(UserError, match="w has numbers that are not finite"):
+    with pytest.raises(UserError, match="w has infinite or NaN values"):
         list(llama2c._levels(matrix, 16))
 
 
@@ -244,7 +244,7 @@ def test_what_llama2c_would_compute_otherwise_is_not_written(
     tmp_path: Path, model: camelid.ModelConfig, about: str, version: int
 ):
     nothing = ExportSpec(model, {}, lambda *_: np.empty(0))
-    with pytest.raises(UserError, match=f"cannot hold {about}"):
+    with pytest.raises(UserError, match=f"(cannot hold|does not support) {about}"):
         put(tmp_path, llama2c.plan_files, nothing, version)
     assert not list(tmp_path.iterdir())
 
@@ -261,12 +261,12 @@ def size(index: int, value: int) -> Callable[[bytes, int], bytes]:
 
 
 BAD: dict[str, tuple[int, Callable[[bytes, int], bytes], str]] = {  # from which version on
-    "cut short": (0, lambda content, _: content[:-1], "bytes, and its header speaks of"),
-    "too long": (0, lambda content, _: content + b"\0", "bytes, and its header speaks of"),
-    "within the header": (0, lambda content, _: content[:20], "is cut short"),
-    "empty": (0, lambda content, _: b"", "is cut short"),
+    "cut short": (0, lambda content, _: content[:-1], "bytes, and its header requires"),
+    "too long": (0, lambda content, _: content + b"\0", "bytes, and its header requires"),
+    "within the header": (0, lambda content, _: content[:20], "is truncated"),
+    "empty": (0, lambda content, _: b"", "is truncated"),
     "no layers": (0, size(2, 0), "a size below 1"),
-    "billions of layers": (0, size(2, 2**31 - 1), "bytes, and its header speaks of"),
+    "billions of layers": (0, size(2, 2**31 - 1), "bytes, and its header requires"),
     "seven heads": (0, size(3, 7), "multiple of n_heads"),
     "five key heads": (0, size(4, 5), "not a multiple of num_kv_heads"),
     "another version": (1, lambda content, _: edited(content, 4, "<i", 3), "version 3"),

@@ -404,9 +404,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no matrix": (
         lambda f: edit_shard(f, lambda t: t.update({W1: torch.tensor(1.0)}), 0, 1),
-        rf"makes the MLP 80 wide, and {W1} has shape \(\)",
+        rf"describes an MLP of width 80, and {W1} has shape \(\)",
     ),
-    "params.json of a wider MLP": (lambda f: edit_params(f, multiple_of=3), "makes the MLP 81 wide"),
+    "params.json of a wider MLP": (lambda f: edit_params(f, multiple_of=3), "describes an MLP of width 81"),
     "params.json of another vocabulary": (lambda f: edit_params(f, vocab_size=77), "asks for \\(77, 48\\)"),
     "params.json of more heads": (lambda f: edit_params(f, n_kv_heads=3), r"attention\.wk\.weight has shape"),
     "params.json of other heads": (lambda f: edit_params(f, n_heads=7), "dim = 48 for n_heads = 7"),
@@ -416,7 +416,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "params.json of countless layers": (lambda f: edit_params(f, n_layers=10**12), "too few for 1000000000000"),
     "params.json of fewer layers": (lambda f: edit_params(f, n_layers=1), r"no place for: layers\.1\."),
     "params.json that says more": (lambda f: edit_params(f, moe=1, **{"\x1b[2J": 2}), r"unknown keys: '\\x1b\[2J', 'm"),
-    "params.json that says less": (lambda f: edit_params(f, dim=..., norm_eps=...), "does not say dim, norm_eps"),
+    "params.json that says less": (lambda f: edit_params(f, dim=..., norm_eps=...), "has no dim, norm_eps"),
     "params.json that is none": (lambda f: (f / "params.json").write_text("[]"), "does not hold a JSON object"),
     "a number that is none": (lambda f: edit_params(f, norm_eps=math.nan), "has norm_eps = nan"),
     "a number without end": (lambda f: edit_params(f, ffn_dim_multiplier=math.inf), "has ffn_dim_multiplier = inf"),
@@ -441,7 +441,7 @@ def test_a_tied_model_whose_head_differs_is_refused(tmp_path: Path):
     folder = bare(config, tmp_path)
     assert meta.open_checkpoint(folder, config).config == config
     edit_shard(folder, lambda tensors: tensors["output.weight"][-1, -1:].add_(1))
-    with pytest.raises(UserError, match=r"output\.weight differs from it"):
+    with pytest.raises(UserError, match=r"ties the head to the embedding table, and output\.weight differs"):
         meta.open_checkpoint(folder, config)
     edit_shard(folder, lambda tensors: tensors.pop("output.weight"), 0, 1)
     assert meta.open_checkpoint(folder, config).config == config

@@ -22,7 +22,7 @@ from camelid.checkpoint.containers import mindspore_file
 from camelid.checkpoint.containers.mindspore_file import CRC_BYTES, open_ckpt, verify_checksum
 from camelid.checkpoint.formats import hf, mindspore
 from camelid.checkpoint.formats.config_source import read_model_config
-from camelid.checkpoint.formats.mindspore_ranks import Split, merged, open_ranks, open_strategy, strategy_bytes
+from camelid.checkpoint.formats.mindspore_ranks import ShardLayout, merged, open_ranks, open_strategy, strategy_bytes
 from camelid.checkpoint.layout import Table
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import PlannedTensor, Tensor, dtype_named
@@ -344,7 +344,7 @@ def test_values_of_training_are_left_out_and_said(tmp_path: Path):
     (tmp_path / "a.ckpt").write_bytes(extra + file(arrays))
     checkpoint = mindspore.open_checkpoint(tmp_path, TINY)
     assert_tiny(checkpoint)
-    assert any("left out: epoch_num, loss_scale, adam_m." in note for note in checkpoint.notes)
+    assert any("not read: epoch_num, loss_scale, adam_m." in note for note in checkpoint.notes)
     (tmp_path / "a.ckpt").write_bytes(file(arrays | {"lora_a": np.ones(3)}))
     with pytest.raises(UserError, match="no place for: lora_a"):
         mindspore.open_checkpoint(tmp_path, TINY)
@@ -465,13 +465,13 @@ def test_a_run_with_tensor_pipeline_and_optimizer_parallelism_is_put_together(tm
     assert mindspore.matches(folder)
     checkpoint = mindspore.open_checkpoint(folder, TINY)
     assert_tiny(checkpoint)
-    assert any("left out: step_num" in note for note in checkpoint.notes)
+    assert any("not read: step_num" in note for note in checkpoint.notes)
     assert tensor_bytes(to_hf(checkpoint, tmp_path / "hf")).keys() == to_transformers(tiny_params(TINY)).keys()
 
 
 def test_three_axes_over_devices_in_any_order(tmp_path: Path):
     whole = np.arange(4 * 6 * 4, dtype=np.float32).reshape(4, 6, 4)
-    split = Split((2, 3, 2), (0, 1, 2))
+    split = ShardLayout((2, 3, 2), (0, 1, 2))
     ranks = []
     for local in range(12):
         c, b, a = np.unravel_index(local, split.devices)
@@ -486,10 +486,10 @@ def test_three_axes_over_devices_in_any_order(tmp_path: Path):
 
 def test_strategies_say_what_they_say_and_are_written_byte_for_byte(golden: Path):
     splits = {
-        "col.weight": Split((2, 2), (0, -1)),
-        "row.weight": Split((2, 2), (-1, 0)),
-        "norm.weight": Split((2, 2), (-1,)),
-        "opt.weight": Split((2, 2), (0, -1), 2, 2),
+        "col.weight": ShardLayout((2, 2), (0, -1)),
+        "row.weight": ShardLayout((2, 2), (-1, 0)),
+        "norm.weight": ShardLayout((2, 2), (-1,)),
+        "opt.weight": ShardLayout((2, 2), (0, -1), 2, 2),
     }
     assert open_strategy(golden / "split4_strategy.ckpt") == splits
     assert strategy_bytes(0, splits) == (golden / "split4_strategy.ckpt").read_bytes()
@@ -512,7 +512,7 @@ def test_ranks_hold_what_numpy_splits(tmp_path: Path, theirs: Path):
             axis = None if "norm" in name or uneven else 1 if re.search(r"\.(wo|w2)\.", name) else 0
             parts = [content(whole[name])] * 2 if axis is None else np.split(content(whole[name]), 2, axis)
             assert late == bool(stage), name
-            assert splits[name] == Split((2,), tuple(0 if i == axis else -1 for i in range(len(tensor.shape))))
+            assert splits[name] == ShardLayout((2,), tuple(0 if i == axis else -1 for i in range(len(tensor.shape))))
             np.testing.assert_array_equal(content(tensor), parts[way])
             found.add(name)
     assert found == whole.keys()
@@ -586,7 +586,7 @@ RANKS: dict[str, tuple[DamagedState, str]] = {
     ),
     "two strategies": (
         lambda root: (root / "strategy" / "z_strategy.ckpt").write_bytes(strategy({W1: ((4,), (-1, -1), 0, 0)})),
-        "z_strategy.ckpt splits",
+        "z_strategy.ckpt and another strategy file",
     ),
     "ranks of two runs": (
         another_run,
@@ -606,8 +606,8 @@ RANKS: dict[str, tuple[DamagedState, str]] = {
     ),
     "shapes differ": (other_shape, r"w1\.weight is \(20, 48\) float32 in .*, and \(19, 48\)"),
     "another number of axes": (layout_of_w1((2, 2), (-1,), 0, 0), "has shape"),
-    "axes beyond the devices": (layout_of_w1((2, 2), (2, -1), 0, 0), "lies on devices"),
-    "no devices": (layout_of_w1((0, 2), (0, -1), 0, 0), "lies on devices"),
+    "axes beyond the devices": (layout_of_w1((2, 2), (2, -1), 0, 0), "has the device array"),
+    "no devices": (layout_of_w1((0, 2), (0, -1), 0, 0), "has the device array"),
     "step of another kind": (layout_of_w1((2, 2), (0, -1), 4, 2), "do not hold all parts"),
     "more devices than ranks": (layout_of_w1((2**40, 2), (0, -1), 0, 0), "and there are 8"),
     "parts alike": (layout_of_w1((2, 2), (0, -1), 0, 0), r"\(40, 48\), and the given config asks for \(80, 48\)"),
@@ -697,7 +697,7 @@ def test_ranks_without_the_first_are_still_mindspores(tmp_path: Path):
 
 def test_a_file_that_describes_no_model_asks_for_one(tmp_path: Path):
     (tmp_path / "a.ckpt").write_bytes(file(their_arrays()))
-    with pytest.raises(UserError, match=r"does not say which model(.|\n)*--config") as refusal:
+    with pytest.raises(UserError, match=r"does not describe its model(.|\n)*--config") as refusal:
         mindspore.open_checkpoint(tmp_path)
     assert "--config" in refusal.value.advice
     (tmp_path / "b.ckpt").write_bytes(b"")

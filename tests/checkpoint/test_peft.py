@@ -243,7 +243,9 @@ def test_more_tokens_come_with_the_table_and_the_head(tmp_path: Path):
     tokens = np.arange(90, 101)[None]
     np.testing.assert_allclose(np.asarray(ours.logits(tokens)), logits_of(model, tokens), atol=1e-4)
     edit(tmp_path / "adapter", lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
-    with pytest.raises(UserError, match=r"lm_head\.modules_to_save\.weight, which is no LoRA"):  # the two disagree
+    with pytest.raises(
+        UserError, match=r"lm_head\.modules_to_save\.weight, which is not a LoRA tensor"
+    ):  # the two disagree
         open_checkpoint(tmp_path / "adapter")
     for copy in ("", "modules_to_save.", "original_module."):
         edit(tmp_path / "adapter", lambda tensors, copy=copy: tensors.pop(f"base_model.model.lm_head.{copy}weight"))
@@ -397,7 +399,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "another task": ({"task_type": "SEQ_CLS"}, "task_type = 'SEQ_CLS'"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     "LoftQ": ({"init_lora_weights": "loftq"}, "init_lora_weights = 'loftq'"),
-    "an unknown field": ({"use_moonshine": True}, "does not know: use_moonshine = True"),
+    "an unknown field": ({"use_moonshine": True}, "unknown fields: use_moonshine = True"),
     "no rank": ({"r": None}, "has no r"),
     "a rank of zero": ({"r": 0}, "r = 0"),
     "a rank that is a text": ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern"),
@@ -432,10 +434,13 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         lambda t: t.update({f"{Q}magnitude_vector": torch.zeros(60)}),
         "lora_magnitude_vector, which is no",
     ),
-    "the adapter's name": (lambda t: t.update({f"{Q}A.default.weight": t.pop(f"{Q}A.weight")}), "which is no LoRA"),
+    "the adapter's name": (
+        lambda t: t.update({f"{Q}A.default.weight": t.pop(f"{Q}A.weight")}),
+        "which is not a LoRA tensor",
+    ),
     "a fifth layer": (
         lambda t: t.update({f"{Q}A.weight".replace(".1.", ".4."): torch.zeros(3, 48)}),
-        r"layers\.4\.self_attn\.q_proj\.lora_A\.weight, which is no LoRA of this model",
+        r"layers\.4\.self_attn\.q_proj\.lora_A\.weight, which is not a LoRA tensor of this model",
     ),
     "another vocabulary": (
         lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(98, 48)}),
@@ -465,5 +470,5 @@ def test_damaged_and_incomplete_folders_are_refused(sound: Path, tmp_path: Path)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         open_checkpoint(folder)
-    with pytest.raises(UserError, match="is an adapter, whose model is its base's"):
+    with pytest.raises(UserError, match="is an adapter, whose model is that of its base"):
         open_checkpoint(sound, config=LLAMA)

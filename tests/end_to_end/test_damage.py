@@ -203,6 +203,6 @@ def test_checkpoints_of_an_older_camelid_have_no_checksums_and_are_resumed(run: 
 def test_check_reads_the_optimizer_state_too(run: Path):
     whole = called("convert", run, "--check")
     assert whole.returncode == 0, whole.stderr
-    assert "checksums: those within checkpoints/6 are right" in whole.stdout
+    assert "checksums: those embedded in checkpoints/6 match" in whole.stdout
     flip(run / "checkpoints" / "6")
     assert_refused(called("convert", run, "--check"), "the checkpoint of step 6 in")

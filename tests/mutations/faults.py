@@ -1052,7 +1052,7 @@ FAULTS = (
     ),
     Fault(
         "an array in a pickle may reach beyond its bytes",
-        "checkpoint/formats/llama2_jax.py",
+        "checkpoint/formats/llama2_jax_pickle.py",
         "if math.prod(shape) * dtype.itemsize != data.count:",
         "if not shape:",
         "checkpoint/test_llama2_jax.py::test_arrays_must_have_the_bytes_of_their_shape_and_every_place_one",

@@ -12,10 +12,11 @@ from typing import NoReturn
 import tyro
 
 from camelid import interrupts
-from camelid.cli.checkpoints import convert, delta_apply, delta_make, diff
+from camelid.cli.checkpoints import convert, diff
 from camelid.cli.data import inspect as data_inspect
 from camelid.cli.data import prepare as data_prepare
 from camelid.cli.data_cache import cache as data_cache
+from camelid.cli.deltas import delta_apply, delta_make
 from camelid.cli.failures import as_user_error
 from camelid.cli.help import help_text, summary, with_plain_help
 from camelid.cli.models import generate, inspect, perplexity

@@ -1,4 +1,4 @@
-"""Commands for checkpoints of any format: from one to another, and how two differ."""
+"""The commands that convert, check and compare checkpoints of any format."""
 
 import dataclasses
 import math
@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from camelid.cli.format_names import ReadableFormat, WritableFormat
 from camelid.cli.shared import (
     Ignore,
-    WritableFormat,
     model_config,
     note,
     print_json,
@@ -24,45 +24,25 @@ from camelid.errors import UserError
 from camelid.inputs import read_text
 from camelid.interrupts import cleaned_up
 
-Format = Literal[
-    "hf",
-    "meta",
-    "easylm",
-    "easylm-flax",
-    "easylm-trainstate",
-    "mindspore",
-    "mindspore-safetensors",
-    "mindspore-interleaved",
-    "megatron",
-    "megatron-legacy",
-    "dcp",
-    "llama2-jax",
-    "llama2c",
-    "llama2c-v1",
-    "llama2c-v2",
-    "gguf",
-    "gguf-q8_0",
-    "gguf-q4_0",
-    "run",
-    "peft",
-]
-
 
 def convert(
-    source: Annotated[Positional[str], arg(metavar="SOURCE", help="a checkpoint's folder, or its name on the Hub")],
+    source: Annotated[
+        Positional[str], arg(metavar="SOURCE", help="folder or file of a checkpoint, or its name on the Hub")
+    ],
     destination: Annotated[
         Positional[Path | None],
-        arg(metavar="DESTINATION", help="a folder that does not exist yet; a name that ends in .gguf is one file"),
+        arg(metavar="DESTINATION", help="folder to create, or a single file if it ends in .gguf"),
     ] = None,
     to: WritableFormat | None = None,
-    from_format: Annotated[Format | None, arg(name="from")] = None,
+    from_format: Annotated[ReadableFormat | None, arg(name="from")] = None,
     config: str | None = None,
     ignore_config_field: Ignore = (),
     tokenizer: str | None = None,
     rope_layout: Literal["half", "interleaved", "auto"] | None = None,
     reference: Path | None = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, arg(help="of the tensors; each keeps its own if left out")
+        Literal["float32", "bfloat16", "float16"] | None,
+        arg(help="dtype of the tensors; by default, each keeps its own"),
     ] = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -73,7 +53,7 @@ def convert(
     overwrite: bool = False,
     without_tokenizer: bool = False,
 ) -> None:
-    """Write a checkpoint anew, a slice at a time, with its tokenizer.
+    """Convert a checkpoint to another format, dtype or number of shards.
 
     camelid convert meta-llama/Llama-3.2-1B ./llama-bf16 --dtype bfloat16
     camelid convert ./TinyLlama ./tinyllama-meta --to meta --tensor-parallel 2 --verify
@@ -81,27 +61,27 @@ def convert(
     camelid convert ./TinyLlama --check
 
     Args:
-        to: format that is written; if left out, gguf for a DESTINATION that ends in .gguf, otherwise hf
-        from_format: format of SOURCE, where its files leave a doubt
-        config: what SOURCE is, where its files do not say: a preset, a config.json, or a folder that has one, whose
-            tokenizer is taken where SOURCE has none
-        tokenizer: a folder or file with the tokenizer that is written, instead of SOURCE's
-        rope_layout: of MindSpore's files; auto takes the one that predicts the reference better
-        reference: a text for --rope-layout auto
-        tensor_parallel: shards of every matrix, in formats that have them
-        pipeline_parallel: stages of layers, in formats that have them
-        shards: files of about one size, in formats that have them; if left out, as many as 5 GB each need
-        check: read all of SOURCE, report, and write nothing
-        verify: open the result again, and compare every tensor and the logits of a text
-        resume: go on where the same command was killed, and keep what is done if it is interrupted
-        overwrite: replace the checkpoint in the destination; all other files there are left alone
-        without_tokenizer: leave the tokenizer out, for example one that a GGUF file cannot hold
+        to: format to write; by default gguf if DESTINATION ends in .gguf, otherwise hf
+        from_format: format of SOURCE, if it is not detected from the files
+        config: model configuration of SOURCE, if its files do not contain it: a preset, a config.json or a folder with
+            one, whose tokenizer is used if SOURCE has none
+        tokenizer: folder or file of a tokenizer to write instead of that of SOURCE
+        rope_layout: rotary layout of MindSpore files; auto selects the one with the lower loss on --reference
+        reference: text file for --rope-layout auto
+        tensor_parallel: number of tensor-parallel shards, for formats that support them
+        pipeline_parallel: number of pipeline stages, for formats that support them
+        shards: number of files of about equal size, for the format hf; by default, files of up to 5 GB
+        check: read all of SOURCE, verify its checksums, report infinite or NaN values, and write nothing
+        verify: open the result and compare every tensor, and the logits of a text
+        resume: resume a conversion by the same command that was killed, and keep partial results on interruption
+        overwrite: replace the checkpoint in DESTINATION; other files there are kept
+        without_tokenizer: do not write the tokenizer, for example if GGUF does not support it
     """
     from camelid.checkpoint.convert import convert
 
     if (destination is None) != check:
-        advice = "Give a folder to write to, or --check to read alone."
-        raise UserError("convert takes a DESTINATION" if destination is None else "--check writes nothing", advice)
+        advice = "Give either a DESTINATION or --check."
+        raise UserError("convert has no DESTINATION" if destination is None else "--check writes nothing", advice)
     if check:
         _refuse_beside_check(
             to=to,
@@ -152,7 +132,7 @@ def convert(
 def _companions(
     files: Sequence[Path], tokenizer: str | None, config: str | None, to: str, made: Path
 ) -> Sequence[Path]:
-    """The files that are written beside the weights: those of the source, with the tokenizer that was asked for."""
+    """Returns the files to write in addition to the weights: those of the source, with the requested tokenizer."""
     from camelid.text.tokenizer import VOCABULARIES, companions_with, load_tokenizer, portable
 
     tokenizer = tokenizer or tokenizer_of_config(config, any(file.name in VOCABULARIES for file in files))
@@ -160,19 +140,22 @@ def _companions(
         taken = load_tokenizer(tokenizer)
         tell(taken.notes)
         files = companions_with(files, taken)
-    return portable(files, made, keep_ranks=to == "meta")  # Meta's own code reads no other tokenizer
+    return portable(files, made, keep_ranks=to == "meta")  # the only tokenizer that Meta's own code reads
 
 
 def _refuse_beside_check(**given: object) -> None:
-    """Raises UserError for options of writing."""
+    """Raises UserError for options that only apply to writing."""
     if named := [f"--{name.replace('_', '-')}" for name, value in given.items() if value]:
-        raise UserError(f"--check writes nothing, and takes no {' or '.join(named)}", "Leave out one or the other.")
+        raise UserError(f"--check cannot be combined with {' or '.join(named)}", "Remove one or the other.")
 
 
 def _rope_layout(
     source: str, format: str | None, config, ignore: tuple[str, ...], layout: str, reference: Path | None
 ) -> tuple[str, str]:
-    """A MindSpore file's path, and its format with this layout; "auto" asks a text in which the model was trained."""
+    """Returns the path of a MindSpore checkpoint and its format with this rotary layout.
+
+    "auto" selects the layout with the lower loss on the text `reference`.
+    """
     from camelid.checkpoint.formats.mindspore import FORMAT_OF, QKV
     from camelid.checkpoint.registry import open_checkpoint, split_prefix
 
@@ -180,17 +163,17 @@ def _rope_layout(
     format = prefix or format
     for known, name in FORMAT_OF.items():
         if format == name and layout != known:
-            raise UserError(f"{name} says {known}, and --rope-layout {layout}", "Leave out one of them.")
+            raise UserError(f"{name} means {known}, which contradicts --rope-layout {layout}", "Remove one of them.")
     found = open_checkpoint(path, format, config, ignore)
     if found.format != "mindspore":
-        raise UserError(f"--rope-layout is for MindSpore's files, and {source} is {found.format}", "Leave it out.")
+        raise UserError(f"--rope-layout is for MindSpore files, and {source} is {found.format}", "Remove it.")
     if layout != "auto":
         return path, FORMAT_OF[layout]
     if any(part.rule.name == QKV for part in found.table.entries.values()):
-        note("the rotary layout is half: w_qkv has no other")
+        note("the rotary layout is half: w_qkv is always stored so")
         return path, FORMAT_OF["half"]
     if reference is None:
-        raise UserError("--rope-layout auto needs a text", "Give one with --reference TEXTFILE.")
+        raise UserError("--rope-layout auto requires a text", "Give one with --reference TEXTFILE.")
     import numpy as np
 
     from camelid.evaluate.parity import SAMPLE_TOKENS, mean_loss
@@ -199,22 +182,22 @@ def _rope_layout(
     tokens = np.array(load_tokenizer(found.folder).encode(read_text(reference))[: 4 * SAMPLE_TOKENS])
     if len(tokens) and (largest := int(tokens.max())) >= found.config.vocab_size:
         raise UserError(
-            f"{reference} needs token id {largest}, and the model's vocabulary has {found.config.vocab_size}",
+            f"{reference} contains token id {largest}, and the model has vocab_size = {found.config.vocab_size}",
             "Use the model's own tokenizer.",
         )
     if len(tokens) < 2:
-        raise UserError(f"{reference} has nothing to predict", "Give a text of some sentences.")
+        raise UserError(f"{reference} has fewer than two tokens", "Give a text of several sentences.")
     losses = {
         layout: mean_loss(open_checkpoint(path, name, config, ignore), tokens) for layout, name in FORMAT_OF.items()
     }
     best = min(losses, key=losses.__getitem__)
-    told = ", ".join(f"{value:.3f} {layout}" for layout, value in losses.items())
-    note(f"the rotary layout is {best}: a token of {reference} costs {told} (nats)")
+    values = ", ".join(f"{value:.3f} for {layout}" for layout, value in losses.items())
+    note(f"the rotary layout is {best}: the loss per token of {reference} is {values} (nats)")
     return path, FORMAT_OF[best]
 
 
 def _check(source: str, format: str | None, config, ignore: tuple[str, ...]) -> None:
-    """Reads everything, and says what is there."""
+    """Reads all tensors, verifies checksums, and prints a summary; exits with 1 for infinite or NaN values."""
     from camelid.checkpoint.compare import summarize_parameters, verify_embedded_checksums
     from camelid.checkpoint.files import MANIFEST, check_manifest
     from camelid.checkpoint.registry import open_checkpoint
@@ -233,34 +216,34 @@ def _check(source: str, format: str | None, config, ignore: tuple[str, ...]) -> 
     dtypes = ", ".join(sorted({each.dtype for each in found}))
     print(f"{checkpoint.format}: {sum(each.size for each in found):,} parameters in {dtypes}")
     if not sums and not having:
-        print("checksums: the folder has none")
+        print("checksums: none found")
     if sums:
-        print(f"checksums: {sums} tensors are as they were written")
+        print(f"checksums: {sums} tensors match")
     if having:
-        print(f"checksums: those within {file_names(having, checkpoint.folder)} are right")
+        print(f"checksums: those embedded in {file_names(having, checkpoint.folder)} match")
     if odd := [each for each in found if each.not_finite]:
         for each in odd:
-            print(f"{each.path}: {each.not_finite:,} of {each.size:,} numbers are infinite or NaN")
+            print(f"{each.path}: {each.not_finite:,} of {each.size:,} values are infinite or NaN")
         sys.exit(1)
 
 
 def diff(
-    a: Annotated[Positional[str], arg(metavar="A", help="a checkpoint of any format")],
-    b: Annotated[Positional[str], arg(metavar="B", help="another")],
+    a: Annotated[Positional[str], arg(metavar="A", help="first checkpoint, in any format")],
+    b: Annotated[Positional[str], arg(metavar="B", help="second checkpoint, in any format")],
     config: str | None = None,
     ignore_config_field: Ignore = (),
     json: bool = False,
 ) -> None:
-    """Compare two checkpoints of any formats, tensor by tensor; exit status 1 where they differ.
+    """Compare two checkpoints tensor by tensor; the exit status is 1 if they differ.
 
     camelid diff ./TinyLlama ./tinyllama-meta
     camelid diff easylm::streaming_params ./hf --json
 
-    Where one has other parameters than the other, or of other shapes, these are named and no numbers are read.
+    If their parameters or shapes differ, these are listed and no values are compared.
 
     Args:
-        config: what both models are, where their files do not say: a preset, or a config.json
-        json: print one JSON object
+        config: model configuration of both, if the files do not contain it: a preset or a config.json
+        json: print a JSON object
     """
     from camelid.checkpoint.compare import compare, config_differences, shape_differences
     from camelid.checkpoint.registry import open_checkpoint
@@ -280,11 +263,12 @@ def diff(
             print(f"{name}: {ours} and {theirs}")
         for path, (ours, theirs) in shapes.items():
             if ours is None or theirs is None:
-                print(f"{path}: only {b if ours is None else a} has it")
+                print(f"{path}: only in {b if ours is None else a}")
             else:
                 print(f"{path}: {ours} and {theirs}")
         for difference in differ:
-            print(f"{difference.path}: {' and '.join(difference.dtypes)}, at most {difference.largest:.3g} apart")
+            dtypes = " and ".join(difference.dtypes)
+            print(f"{difference.path}: {dtypes}, maximum absolute difference {difference.largest:.3g}")
         if not shapes:
             print(f"{len(found) - len(differ)} of {len(found)} parameters are equal")
     if fields or shapes or differ:
@@ -292,7 +276,7 @@ def diff(
 
 
 def _differences_json(fields, shapes, found) -> dict[str, object]:
-    """What `diff --json` prints; numbers that JSON cannot say are null."""
+    """Returns the object that `diff --json` prints; NaN and infinities become null."""
 
     def plain(value: object) -> object:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -306,90 +290,8 @@ def _differences_json(fields, shapes, found) -> dict[str, object]:
     return {"config": config, "shapes": shapes, "parameters": parameters}
 
 
-def delta_make(
-    base: Annotated[Positional[str], arg(metavar="BASE", help="a checkpoint of any format")],
-    tuned: Annotated[Positional[str], arg(metavar="TUNED", help="what became of it")],
-    destination: Annotated[Positional[Path], arg(metavar="DESTINATION", help="a folder that does not exist yet")],
-    kind: Literal["exact", "sum", "lora"] = "exact",
-    rank: int | None = None,
-    config: str | None = None,
-    ignore_config_field: Ignore = (),
-    overwrite: bool = False,
-) -> None:
-    """Write the difference of two checkpoints of any formats.
-
-    camelid delta make ./llama-7b ./vicuna-7b ./vicuna-delta
-    camelid delta make ./llama-7b ./vicuna-7b ./vicuna-lora --kind lora --rank 64
-
-    Args:
-        kind: exact: bit by bit; sum: numbers, rounded, as published deltas are; lora: the nearest PEFT adapter
-        rank: of the adapter
-        config: what both models are, where their files do not say: a preset, or a config.json
-        overwrite: replace the checkpoint in the destination; all other files there are left alone
-    """
-    from camelid.checkpoint.adapters.delta import make
-
-    described = model_config(config, ignore_config_field)
-    with progress_bar("delta make") as progress:
-        made = make(
-            base,
-            tuned,
-            destination,
-            kind=kind,
-            rank=rank,
-            config=described,
-            ignore=ignore_config_field,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    tell(made.notes)
-    if made.left is not None:
-        note(f"rank {rank} leaves {made.left:.3%} of the difference")
-    note(f"wrote {destination}")
-
-
-def delta_apply(
-    base: Annotated[Positional[str], arg(metavar="BASE", help="the checkpoint from which the delta was made")],
-    delta: Annotated[Positional[str], arg(metavar="DELTA", help="a delta's folder, or a PEFT adapter")],
-    destination: Annotated[Positional[Path], arg(metavar="DESTINATION", help="a folder that does not exist yet")],
-    to: WritableFormat = "hf",
-    summed: Annotated[bool, arg(name="sum")] = False,
-    config: str | None = None,
-    ignore_config_field: Ignore = (),
-    overwrite: bool = False,
-) -> None:
-    """Write what a base and a delta make.
-
-    camelid delta apply ./llama-7b ./vicuna-delta ./vicuna-7b
-    camelid delta apply ./llama-7b ./vicuna-7b-delta-v0 ./vicuna-7b --sum
-
-    Args:
-        to: format that is written
-        summed: DELTA is an ordinary checkpoint whose values are differences
-        config: what BASE is, where its files do not say: a preset, or a config.json
-        overwrite: replace the checkpoint in the destination; all other files there are left alone
-    """
-    from camelid.checkpoint.adapters.delta import apply
-
-    described = model_config(config, ignore_config_field)
-    with progress_bar("delta apply") as progress:
-        notes = apply(
-            base,
-            delta,
-            destination,
-            to=to,
-            summed=summed,
-            config=described,
-            ignore=ignore_config_field,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    tell(notes)
-    note(f"wrote {destination}")
-
-
 def _verify(source: str, written: Path, format: str | None, config, ignore: tuple[str, ...], to: str) -> None:
-    """Says how far what was written is from its source, and what it does not say without its config.json."""
+    """Compares a written checkpoint with its source, and reports what only its config.json specifies."""
     from camelid.checkpoint.compare import compare, config_differences
     from camelid.checkpoint.registry import FORMATS, open_checkpoint
     from camelid.evaluate.parity import compare_logits, sample_tokens
@@ -400,33 +302,36 @@ def _verify(source: str, written: Path, format: str | None, config, ignore: tupl
         found = list(compare(*pair, progress))
     note(f"compared {len(found)} parameters of {source}, read as {pair[0].format}, with {written}, read as {to}")
     if all(difference.equal for difference in found):
-        note("every tensor is equal")
+        note("all tensors are equal")
     else:
-        note(f"warning: tensors were rounded; they are at most {max(each.largest for each in found):.3g} apart")
+        largest = max(each.largest for each in found)
+        note(f"warning: tensors were rounded; the maximum absolute difference is {largest:.3g}")
     if changed := config_differences(pair[0].config, pair[1].config):
         for name, (before, after) in changed.items():
-            note(f"warning: {name} was {before}, and is {after} now")
+            note(f"warning: {name} changed from {before} to {after}")
     if not FORMATS[to].lossy and not all(difference.rounded for difference in found):
-        raise UserError(f"{written} does not hold what {source} does", "This is a fault of camelid; please report it.")
+        raise UserError(
+            f"the tensors of {written} differ from those of {source}", "This is a bug in camelid; please report it."
+        )
     tokens = sample_tokens(find_tokenizer(pair[0].tokenizer_folder), pair[0].config.vocab_size)
     parity = compare_logits(*pair, tokens)
     note(
-        f"logits of {parity.tokens} tokens, up to {parity.max_logit:.3g}, are at most {parity.max_difference:.3g} "
-        f"apart; {parity.agreement:.0%} agree on the next token"
+        f"logits of {parity.tokens} tokens, up to {parity.max_logit:.3g}: maximum absolute difference "
+        f"{parity.max_difference:.3g}; {parity.agreement:.0%} of the most likely tokens agree"
         if math.isfinite(parity.max_difference)
-        else "warning: the logits are infinite or NaN, so they could not be compared"
+        else "warning: the logits are infinite or NaN and cannot be compared"
     )
     if (layout := pair[0].assumed_layout) is not None:
         note(
-            f"warning: {layout} was assumed in reading {source}, and so in this comparison, which cannot show whether "
-            "it is right; --rope-layout auto with --reference TEXTFILE can"
+            f"warning: {layout} is assumed for {source}, which this comparison cannot verify; use --rope-layout auto "
+            "with --reference TEXTFILE"
         )
-    if untold := _untold(written, pair[1], to):
-        note(f"warning: {untold}")
+    if missing := _missing_without_config(written, pair[1], to):
+        note(f"warning: {missing}")
 
 
-def _untold(written: Path, checkpoint, to: str) -> str:
-    """What only config.json says of a model that was written."""
+def _missing_without_config(written: Path, checkpoint, to: str) -> str:
+    """Returns a description of what only config.json specifies of a written model, empty if there is nothing."""
     import tempfile
 
     from camelid.checkpoint.compare import config_differences
@@ -441,7 +346,7 @@ def _untold(written: Path, checkpoint, to: str) -> str:
         try:
             alone = open_checkpoint(folder, to)
         except UserError:
-            return f"files of {to} do not say what their model is; keep config.json beside them"
+            return f"files of the format {to} do not describe their model; keep config.json in the same folder"
     lost = config_differences(checkpoint.config, alone.config)
     names = ", ".join(f"{name} = {ours}" for name, (ours, _) in lost.items())
-    return f"files of {to} do not say {names}; keep config.json beside them" if lost else ""
+    return f"files of the format {to} do not contain {names}; keep config.json in the same folder" if lost else ""

@@ -15,26 +15,6 @@ from camelid.inputs import expand_home, named_path
 from camelid.parallel.compilation_cache import keep_compiled
 
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], arg(help="dtype of weights and matrix products")]
-WritableFormat = Literal[
-    "hf",
-    "meta",
-    "easylm",
-    "easylm-flax",
-    "easylm-trainstate",
-    "mindspore",
-    "mindspore-safetensors",
-    "mindspore-interleaved",
-    "megatron",
-    "megatron-legacy",
-    "llama2-jax",
-    "llama2c",
-    "llama2c-v1",
-    "llama2c-v2",
-    "gguf",
-    "gguf-q8_0",
-    "gguf-q4_0",
-]
-"""Values of --to. The registry of formats imports JAX, for which `--help` does not wait; a test compares the two."""
 Checkpoint = Annotated[
     Positional[str],
     arg(metavar="MODEL", help="folder of a checkpoint, or repository on the Hugging Face Hub"),

@@ -1,10 +1,10 @@
-"""The difference of two checkpoints of any formats, and a checkpoint from its base and a difference.
+"""Creates deltas between two checkpoints of any formats, and applies them to a base.
 
-    exact   delta.json, delta.safetensors: bits of the tuned - bits of the base, as unsigned numbers that wrap around
-    sum     delta.json with an ordinary checkpoint: tuned - base, as EasyLM's and other published deltas have it
-    lora    a PEFT adapter: the largest singular values of each matrix's difference
+    exact   delta.json, delta.safetensors: bits of tuned - bits of base, as unsigned integers modulo their size
+    sum     delta.json with an ordinary checkpoint of tuned - base, like EasyLM's and other published deltas
+    lora    a PEFT adapter: a truncated singular value decomposition of the difference of each matrix
 
-An exact delta knows its base by checksums, and has its own names: each layer of each parameter under our path.
+An exact delta contains checksums of its base. Its tensors are the layers of each parameter, named by camelid's paths.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from camelid.checkpoint.adapters.peft import (
     Adapter,
     Computed,
     Pair,
-    Place,
+    ParameterKey,
     adapter_files,
     matches,
     on_base,
@@ -48,20 +48,20 @@ from camelid.model.config import ModelConfig
 KINDS = ("exact", "sum", "lora")
 NAME, TENSORS = "delta.json", "delta.safetensors"
 VERSION = 1
-AGAIN = "Download or copy the delta again, or make it anew."
+AGAIN = "Download or copy the delta again, or create it again."
 FLOAT32 = np.dtype(np.float32)
 UNSAID = {"bos_id", "eos_ids", "pad_id", "init_std"}
-"""what an adapter does not say of a model, and the base's config.json may say otherwise"""
+"""fields that an adapter does not contain, in which the base may differ from the tuned model"""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Made:
-    """What `make` has to say."""
+    """The result of `make`."""
 
     left: float | None = None
-    """of an adapter: the norm of what it leaves of the difference, over the norm of the difference"""
+    """of an adapter: Frobenius norm of the residual, relative to that of the difference"""
     notes: tuple[str, ...] = ()
 
 
@@ -77,11 +77,11 @@ def make(
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Made:
-    """Writes a folder with what makes `tuned` of `base`, a slice at a time, and the files that go with `tuned`.
+    """Writes the difference between `base` and `tuned`, and the companion files of `tuned`, to a new folder.
 
-    `rank` is for the kind lora, which holds the adapter and one matrix in memory; `config` describes both models where
-    their files do not, and the fields in `ignore` are as if their config.json did not have them. Raises UserError where
-    a kind cannot say the difference, and where `destination` would replace one of the two.
+    `rank` is required for the kind lora, which keeps the adapter and one matrix in memory; other kinds work slice by
+    slice. `config` describes both models if their files do not, and the fields of config.json in `ignore` are treated
+    as absent. Raises UserError if the kind cannot express the difference, or if `destination` would replace a source.
     """
     if kind not in KINDS:
         raise UserError(f"a delta of kind {kind!r} is unknown", f"Choose one of {', '.join(KINDS)}.")
@@ -100,7 +100,7 @@ def make(
     assert rank is not None
     adapter, made = _lora(one, other, rank, progress)
     adapter = replace(adapter, base=_name_of(base) if one.format == "hf" else None)
-    # So that the folder says what it is for, and may be replaced as a checkpoint may.
+    # config.json describes the tuned model, and lets --overwrite recognize the folder as a checkpoint.
     about = json_file("config.json", config_to_hf(adapter.config, other.dtypes["embed"].name))
     _write(Path(destination), [*adapter_files(adapter), about], other, overwrite, lambda done, total: None)
     return made
@@ -118,12 +118,12 @@ def apply(
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> tuple[str, ...]:
-    """Writes the checkpoint that a base and a delta make, in the format `to`; returns what was guessed or left out.
+    """Applies a delta to a base, writes the result in the format `to`, and returns notes.
 
-    A delta is what `make` wrote, or an adapter; with `summed`, any checkpoint whose values are differences. `config`
-    describes the base, and such a checkpoint, where their files do not; the fields in `ignore` are as if their
-    config.json did not have them. Raises UserError where the delta was made from another base, or is damaged, and where
-    `destination` would replace the base or the delta.
+    A delta is a folder written by `make`, or an adapter; with `summed`, any checkpoint that contains differences.
+    `config` describes the base, and such a checkpoint, if their files do not; the fields of config.json in `ignore` are
+    treated as absent. Raises UserError if the delta was created from another base or is damaged, or if `destination`
+    would replace the base or the delta.
     """
     one, folder = open_checkpoint(base, config=config, ignore=ignore), Path(expand_home(delta))
     if overwrite:
@@ -148,30 +148,30 @@ def apply(
 
 
 def _after(before: int, progress: Progress, done: int, total: int) -> None:
-    """Tells of more that is done, after what was."""
+    """Reports progress of a second pass, after `before` bytes of the first."""
     progress(before + done, before + total)
 
 
 def _kind(folder: Path) -> str:
-    """exact, sum or lora, of a folder."""
+    """Returns the kind of delta in a folder: exact, sum or lora."""
     if matches(folder):
         return "lora"
     if not (folder / NAME).is_file():
         raise UserError(
-            f"{folder} is no delta: it has neither {NAME} nor adapter_config.json",
-            "If it is a checkpoint whose values are differences, say so with --sum.",
+            f"{folder} is not a delta: it has neither {NAME} nor adapter_config.json",
+            "If it is a checkpoint that contains differences, add --sum.",
         )
     said = read_json(folder / NAME)
     if said.get("version") != VERSION or said.get("kind") not in ("exact", "sum"):
         raise UserError(
             f"{folder / NAME} has version {said.get('version')!r} and kind {said.get('kind')!r}",
-            f"This camelid knows version {VERSION} of exact and sum.",
+            f"This version of camelid supports version {VERSION} of exact and sum.",
         )
     return said["kind"]
 
 
 def _name_of(base: str | Path) -> str:
-    """How an adapter names its base: a path that holds anywhere on this machine, or a Hub name."""
+    """Returns the name of the base in an adapter: an absolute path, or a name on the Hub."""
     path = Path(expand_home(str(base).removeprefix("hf::")))
     return str(path.resolve()) if path.exists() else str(base).removeprefix("hf::")
 
@@ -184,7 +184,7 @@ def _write(
     progress: Progress,
     then: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Writes a folder with the files that go with `tuned`; `then` adds what is known when they are written."""
+    """Writes a folder with the companion files of `tuned`; `then` adds files that depend on the written tensors."""
     names = {file.name: None for file in files} | {file.name: file for file in tuned.companions}
     with new_folder(destination, sum(file.size for file in files), overwrite, expected=names) as folder:
         write_files(folder, files, progress=progress)
@@ -193,7 +193,7 @@ def _write(
 
 
 def _bits(dtype: np.dtype) -> np.dtype:
-    """Unsigned numbers as wide as those of a dtype."""
+    """Returns the unsigned integer dtype of the same width."""
     return np.dtype(f"u{dtype.itemsize}")
 
 
@@ -216,13 +216,13 @@ def _make_exact(base: Checkpoint, tuned: Checkpoint, destination: Path, overwrit
     files = [safetensors_file(TENSORS, payloads), config]
     _write(destination, files, tuned, overwrite, progress, lambda folder: write_hf_json(folder / NAME, about))
     whole = [name for name, entry in entries.items() if entry["base"] is None]
-    return Made(notes=(f"held whole, as the base has no such tensor: {', '.join(whole)}",) if whole else ())
+    return Made(notes=(f"stored entirely, because the base has no such tensor: {', '.join(whole)}",) if whole else ())
 
 
 def _difference(
-    tensor: PlannedTensor, place: Place, dtype: np.dtype, sources: tuple[SliceReader, ...], entry: dict[str, Any]
+    tensor: PlannedTensor, place: ParameterKey, dtype: np.dtype, sources: tuple[SliceReader, ...], entry: dict[str, Any]
 ) -> TensorPayload:
-    """The bits of the last source less those of the first; leaves checksums of both in `entry`."""
+    """Plans the bits of the last source minus those of the first, and stores checksums of both in `entry`."""
 
     def chunks() -> Iterator[np.ndarray]:
         sums = [hashlib.sha256() for _ in sources]
@@ -239,7 +239,7 @@ def _difference(
 
 @dataclass(frozen=True)
 class Exact:
-    """An exact delta on a base."""
+    """An exact delta applied to a base."""
 
     folder: Path
     base: Checkpoint
@@ -247,7 +247,7 @@ class Exact:
     tensors: Mapping[str, Tensor]
     """the differences, by the names of plain_table"""
     entries: Mapping[str, Mapping[str, Any]]
-    """by the same names: dtypes of base and tuned, and checksums of their values; those of no base are None"""
+    """by the same names: dtypes of base and tuned, and checksums of their values; None without such a base tensor"""
 
     @property
     def dtypes(self) -> dict[str, np.dtype]:
@@ -258,12 +258,12 @@ class Exact:
         return dtype_named(self.entries[name]["dtypes"][1])
 
     def read_slice(self, path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
-        """The values of the tuned checkpoint, bit by bit, and cast to the dtype that is asked for."""
+        """Returns values of the tuned checkpoint, which are exact, cast to `dtype`."""
         name = path if layer is None else f"{path}.{layer}"
         return rounded(name, self._values(name, (path, layer), index, self.base.read_slice)[-1], dtype)
 
-    def _values(self, name: str, place: Place, index: Index, source: SliceReader) -> list[np.ndarray]:
-        """A slice of the base, where the delta needs it, and one of the tuned checkpoint."""
+    def _values(self, name: str, place: ParameterKey, index: Index, source: SliceReader) -> list[np.ndarray]:
+        """Returns a slice of the base, if the delta requires it, and the same slice of the tuned checkpoint."""
         dtype, bits = self._dtype(name), self.tensors[name].dtype
         stored = self.tensors[name].read(index, bits)
         if self.entries[name]["base"] is None:
@@ -272,7 +272,7 @@ class Exact:
         return [before, (stored + before.view(bits)).view(dtype)]
 
     def check(self, progress: Progress) -> int:
-        """Reads everything, and returns how many bytes; raises UserError for another base or a damaged delta."""
+        """Verifies all checksums and returns the bytes read; raises UserError for another base or a damaged delta."""
         source, done = self.base.read_slice, 0
         total = 2 * sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
         for name, [(part, layer)] in plain_table(self.config).tensors.items():
@@ -287,8 +287,8 @@ class Exact:
                 if self.entries[name][which] not in (None, digest.hexdigest()):
                     if which == "base":
                         raise UserError(
-                            f"{name} of {self.base.folder} is not what {self.folder} was made from",
-                            "Give the base of the delta.",
+                            f"{name} of {self.base.folder} differs from the base of {self.folder}",
+                            "Give the base from which the delta was created.",
                         )
                     raise UserError(f"{name} in {self.folder / TENSORS} is damaged", AGAIN)
         return done
@@ -302,13 +302,13 @@ def _open_exact(folder: Path, base: Checkpoint) -> Exact:
     rows, before = plain_table(config), plain_table(base.config)
     tensors = open_safetensors(folder / TENSORS)
     if not isinstance(entries, dict) or not rows.tensors.keys() == entries.keys() == tensors.keys():
-        raise UserError(f"{NAME}, {TENSORS} and config.json in {folder} are not of one model", AGAIN)
+        raise UserError(f"{NAME}, {TENSORS} and config.json in {folder} describe different models", AGAIN)
     for name in rows.tensors:
         match entries[name]:
             case {"dtypes": [None | str(), str(dtype)], "base": None | str() as base_sum, "tuned": str()}:
                 bits = _bits(dtype_named(dtype))
             case _:
-                raise UserError(f"{folder / NAME} says nothing of {name} that camelid understands", AGAIN)
+                raise UserError(f"the entry of {name} in {folder / NAME} is not valid", AGAIN)
         if (tensors[name].shape, tensors[name].dtype) != (rows.shape(name), bits):
             raise UserError(f"{name} in {folder / TENSORS} is {tensors[name].shape} {tensors[name].dtype}", AGAIN)
         if base_sum is not None and (name not in before.tensors or before.shape(name) != rows.shape(name)):
@@ -323,9 +323,9 @@ def _open_exact(folder: Path, base: Checkpoint) -> Exact:
 
 
 def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
-    """Raises UserError where the two have not the same parameters, or not of one shape."""
+    """Raises UserError if the two have different parameters, or parameters of different shapes."""
     ours, theirs = base.table.entries, tuned.table.entries
-    advice = "A delta of kind exact can say it."
+    advice = "Use the kind exact, which supports this."
     if odd := sorted(ours.keys() ^ theirs.keys()):
         raise UserError(f"only one of {base.folder} and {tuned.folder} has {odd[0]}", advice)
     for path, part in ours.items():
@@ -336,7 +336,7 @@ def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
 
 
 def _combined(base: Checkpoint, other: Checkpoint, combine: np.ufunc) -> SliceReader:
-    """combine(other, base) in float32, rounded once."""
+    """Returns a reader of combine(other, base), computed in float32 and rounded once."""
     sources = other.read_slice, base.read_slice
 
     def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
@@ -349,18 +349,18 @@ def _make_sum(base: Checkpoint, tuned: Checkpoint, destination: Path, overwrite:
     export = ExportSpec(tuned.config, tuned.dtypes, _combined(base, tuned, np.subtract))
     files = [*plan_files(export, "hf"), json_file(NAME, {"kind": "sum", "version": VERSION})]
     _write(destination, files, tuned, overwrite, progress)
-    return Made(notes=("a sum gives back the tuned model up to rounding; exact gives back its bits",))
+    return Made(notes=("a sum restores the tuned model up to rounding; the kind exact restores it bit for bit",))
 
 
 # An adapter -----------------------------------------------------------------------------
 
 
 def _lora(base: Checkpoint, tuned: Checkpoint, rank: int, progress: Progress) -> tuple[Adapter, Made]:
-    """The adapter that is nearest to the difference, matrix by matrix; norms, and a tied table, are held whole."""
+    """Returns the best low-rank approximation of each difference; norms and a tied table are saved entirely."""
     if odd := sorted(config_differences(base.config, tuned.config).keys() - UNSAID):
-        raise UserError(f"the two differ in {', '.join(odd)}, which no adapter can say", "Use the kind exact.")
-    pairs: dict[Place, Pair] = {}
-    saved: dict[Place, Tensor] = {}
+        raise UserError(f"the two differ in {', '.join(odd)}, which an adapter cannot express", "Use the kind exact.")
+    pairs: dict[ParameterKey, Pair] = {}
+    saved: dict[ParameterKey, Tensor] = {}
     alone, change_of, lost = _alone(tuned.config), _combined(base, tuned, np.subtract), []
     tensors = plain_table(tuned.config).tensors
     total = left = 0.0
@@ -370,10 +370,10 @@ def _lora(base: Checkpoint, tuned: Checkpoint, rank: int, progress: Progress) ->
         change = change_of(*place, tuple(slice(0, n) for n in shape), FLOAT32)
         size = _square(change)
         if not math.isfinite(size):
-            raise UserError(f"{name} holds numbers that are not finite", "Use the kind exact.")
+            raise UserError(f"{name} has infinite or NaN values", "Use the kind exact.")
         total += size
         if size > 0 and place == ("embed", None) and tuned.config.tie_embeddings:
-            # PEFT would add a pair of the table to the head too, where it merges it.
+            # When PEFT merges a pair of factors of the tied table, it changes the head too.
             saved[place] = saved["lm_head", None] = _of(tuned, place, shape)
         elif size > 0 and spec.is_matrix:
             pairs[place] = pair = _nearest(change.reshape(math.prod(shape[: len(spec.outputs)]), -1), rank)
@@ -385,14 +385,14 @@ def _lora(base: Checkpoint, tuned: Checkpoint, rank: int, progress: Progress) ->
             lost.append(name)
         progress(done, len(tensors))
     if not pairs:
-        raise UserError(f"{base.folder} and {tuned.folder} differ in no matrix", "An adapter would say nothing.")
+        raise UserError(f"all matrices of {base.folder} and {tuned.folder} are equal", "There is nothing to adapt.")
     config = replace(base.config, tie_embeddings=base.config.tie_embeddings and ("embed", None) not in saved)
-    notes = (f"no adapter can hold the difference of {', '.join(lost)}",) if lost else ()
+    notes = (f"an adapter cannot express the difference of {', '.join(lost)}",) if lost else ()
     return Adapter(config, pairs, saved), Made(math.sqrt(left / total), notes)
 
 
-def _alone(config: ModelConfig) -> dict[Place, list[Place]]:
-    """Of modules without a matrix, such as norms, each parameter with all of its module's."""
+def _alone(config: ModelConfig) -> dict[ParameterKey, list[ParameterKey]]:
+    """Maps each parameter of a module without matrices, such as a norm, to all parameters of that module."""
     rows = hf.table_of(config)
     modules: dict[str, list[str]] = {}
     for name in rows.tensors:
@@ -402,20 +402,21 @@ def _alone(config: ModelConfig) -> dict[Place, list[Place]]:
     return {place: [p for name in names for p in places[name]] for names in alone for n in names for place in places[n]}
 
 
-def _of(checkpoint: Checkpoint, place: Place, shape: tuple[int, ...]) -> Tensor:
-    """A parameter of a checkpoint, read when it is asked for."""
+def _of(checkpoint: Checkpoint, place: ParameterKey, shape: tuple[int, ...]) -> Tensor:
+    """Returns a parameter of a checkpoint as a tensor that is read on demand."""
     dtype = checkpoint.dtypes[place[0]]
     return Computed(checkpoint.folder, place[0], 0, shape, dtype, checkpoint.read_slice, place)
 
 
 def _nearest(change: np.ndarray, rank: int) -> Pair:
-    """The pair of this rank whose product is nearest to a matrix, with a scale of 1: its largest singular vectors."""
+    """Returns the best approximation of a matrix by this rank in the Frobenius norm (Eckart-Young), with scale 1."""
     wide = change if change.shape[0] <= change.shape[1] else change.T
     gram = np.zeros((len(wide), len(wide)))
     for start in range(0, wide.shape[1], 1024):
         part = wide[:, start : start + 1024].astype(np.float64)
         gram += part @ part.T
-    # The eigenvectors of this square are those vectors, and come many times sooner; float64 makes up for the squaring.
+    # The eigenvectors of the Gram matrix are the singular vectors, and are much faster to compute than an SVD; float64
+    # compensates for the squared condition number.
     u = np.linalg.eigh(gram).eigenvectors[:, ::-1][:, :rank].astype(np.float32)
     rest = u.T @ wide
     root = np.sqrt(np.linalg.norm(rest, axis=1))
@@ -424,5 +425,5 @@ def _nearest(change: np.ndarray, rank: int) -> Pair:
 
 
 def _square(x: np.ndarray) -> float:
-    """The sum of squares, in float64."""
+    """Returns the sum of squares, computed in float64."""
     return float(np.einsum("i,i->", x.reshape(-1), x.reshape(-1), dtype=np.float64))

@@ -1,14 +1,14 @@
-"""PEFT's LoRA adapters: adapter_config.json with adapter_model.safetensors or .bin, opened on the base they name.
+"""PEFT's LoRA adapters: adapter_config.json with adapter_model.safetensors or .bin, opened with the base they name.
 
     W + scale * (B @ A)     W (outputs, inputs), B (outputs, rank), A (rank, inputs)
     scale                   alpha / rank, or with rsLoRA alpha / sqrt(rank)
 
-The names (peft/utils/save_and_load.py), where M is a module of the model in transformers:
+The names of tensors (peft/utils/save_and_load.py), where M is a module of the model in transformers:
 
-    base_model.model.M.lora_A.weight        A, and lora_B.weight
-    base_model.model.M.lora_embedding_A     B transposed, and lora_embedding_B A transposed: of the embedding table
-    base_model.model.M.weight               in place of the base's: of modules_to_save
-    base_model.model.M.base_layer.weight    the same, where M has A and B too
+    base_model.model.M.lora_A.weight        A, and lora_B.weight B
+    base_model.model.M.lora_embedding_A     for the embedding table: B transposed; lora_embedding_B is A transposed
+    base_model.model.M.weight               a module of modules_to_save, which replaces that of the base
+    base_model.model.M.base_layer.weight    the same, if M has A and B too
 """
 
 import math
@@ -61,18 +61,18 @@ HEAD = ("embed", "lm_head")
 TILE = (256, 2048)
 AGAIN = "Download or copy the adapter again."
 
-Place = tuple[str, int | None]
+ParameterKey = tuple[str, int | None]
 """a parameter's path and its layer, None for one without"""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What is added to one matrix: scale * (b @ a)."""
+    """The factors of one matrix's update, scale * (b @ a)."""
 
     a: np.ndarray
-    """(rank, inputs), the matrix's input axes laid together"""
+    """(rank, inputs), with the matrix's input axes flattened"""
     b: np.ndarray
-    """(outputs, rank), the matrix's output axes laid together"""
+    """(outputs, rank), with the matrix's output axes flattened"""
     alpha: float
 
     @property
@@ -82,21 +82,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter, by parameters of ours."""
+    """A LoRA adapter, keyed by camelid's parameters."""
 
     config: ModelConfig
-    """of the model with it: a tied head stands alone where the adapter changes it or the embedding table"""
-    pairs: Mapping[Place, Pair]
-    saved: Mapping[Place, Tensor] = field(default_factory=dict)
-    """parameters in place of the base's, each a layer in our axes"""
+    """of the adapted model: a tied head becomes untied if the adapter changes the head or the embedding table"""
+    pairs: Mapping[ParameterKey, Pair]
+    saved: Mapping[ParameterKey, Tensor] = field(default_factory=dict)
+    """parameters that replace those of the base, one layer each, in camelid's axes"""
     rslora: bool = False
     dropout: float = 0.0
-    """of its training"""
+    """the dropout used in training"""
     base: str | None = None
-    """a Hub name, or a path"""
+    """a name on the Hub, or a path"""
 
     def scale(self, pair: Pair) -> float:
-        """By how much b @ a is multiplied."""
+        """Returns the factor of b @ a."""
         return pair.alpha / (math.sqrt(pair.rank) if self.rslora else pair.rank)
 
 
@@ -105,15 +105,15 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Computed(Tensor):
-    """A layer of a parameter whose values are computed when they are asked for."""
+    """A layer of a parameter whose values are computed on demand."""
 
     reader: SliceReader
-    place: Place
+    place: ParameterKey
     lies_in: frozenset[Path] = frozenset()
 
     @property
     def files(self) -> frozenset[Path]:
-        """All files that it is computed from."""
+        """All files from which it is computed."""
         return self.lies_in
 
     def read_into(self, out: np.ndarray, index: Index) -> None:
@@ -122,7 +122,7 @@ class Computed(Tensor):
 
 
 def held(array: np.ndarray) -> Tensor:
-    """An array as a tensor, for Adapter.saved."""
+    """Returns an array as a tensor, for Adapter.saved."""
     return Computed(
         Path(),
         "",
@@ -136,19 +136,19 @@ def held(array: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted(Checkpoint):
-    """A base with an adapter: nothing is added before it is asked for."""
+    """A base with an adapter, which is added on demand."""
 
     adapter: Adapter
     base: Checkpoint
 
     @property
     def read_slice(self) -> SliceReader:
-        """The values: sums are float32, and rounded once, to the dtype that is asked for."""
+        """The values: sums are computed in float32 and rounded once, to the requested dtype."""
         return adapted(self.adapter, self.base)
 
 
 def adapted(adapter: Adapter, base: Checkpoint) -> SliceReader:
-    """The values of a base of any format with an adapter of the same model; sums are float32, and rounded once."""
+    """Returns a reader of a base of any format with an adapter; sums are computed in float32 and rounded once."""
     specs, base_source = named(declare_decoder(adapter.config)), base.read_slice
 
     def source(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
@@ -172,13 +172,13 @@ def adapted(adapter: Adapter, base: Checkpoint) -> SliceReader:
 
 
 def _flat(index: Index, shape: Sequence[int]) -> slice:
-    """Axes laid together: the slice that holds `index`, whole in all but the first of them."""
+    """Returns the slice of the flattened axes that contains `index`, with all axes but the first complete."""
     width = math.prod(shape[1:])
     return slice(index[0].start * width, index[0].stop * width)
 
 
 def _product(pair: Pair, rows: slice, columns: slice) -> np.ndarray:
-    """A slice of b @ a in float32: tiles of one grid are computed, so that every cut of a matrix has the same bits."""
+    """Returns a slice of b @ a in float32, computed in tiles of a fixed grid so that no bit depends on the slice."""
     out = np.empty((rows.stop - rows.start, columns.stop - columns.start), np.float32)
     for i in range(rows.start // TILE[0] * TILE[0], rows.stop, TILE[0]):
         for j in range(columns.start // TILE[1] * TILE[1], columns.stop, TILE[1]):
@@ -191,7 +191,7 @@ def _product(pair: Pair, rows: slice, columns: slice) -> np.ndarray:
 
 
 def on_base(adapter: Adapter, base: Checkpoint, folder: Path) -> Adapted:
-    """A checkpoint of a base, of any format, with an adapter; tensors are read only as their values are asked for."""
+    """Returns the checkpoint of a base, of any format, with an adapter; tensors are read on demand."""
     rows, source, dtypes = plain_table(adapter.config), adapted(adapter, base), base.dtypes
     notes, tensors = base.notes, {}
     files = frozenset({path for path in folder.iterdir() if path.name in (NAME, *FILES)})
@@ -203,13 +203,13 @@ def on_base(adapter: Adapter, base: Checkpoint, folder: Path) -> Adapted:
         dtype = dtypes[path] if saved is None else saved.dtype
         tensors[name] = Computed(folder / NAME, name, 0, rows.shape(name), dtype, source, place, files)
     if adapter.config.tie_embeddings != base.config.tie_embeddings:
-        notes += ("the adapter changes the embedding table or the head, so the head is no longer tied to the table",)
+        notes += ("the adapter changes the embedding table or the head, so the head is not tied any more",)
     beside = folder if any(folder.glob("tokenizer*")) else base.tokenizer_folder
     return Adapted("peft", beside, adapter.config, tensors, rows, notes, adapter=adapter, base=base)
 
 
 def plain_table(config: ModelConfig) -> Table:
-    """A tensor for each layer of each parameter, under its own path and of our shape."""
+    """Returns a table with one tensor per layer of each parameter, with camelid's path and shape."""
     specs = named(declare_decoder(config))
     rows = [
         TensorRule(path, path + ".{layer}" * bool(spec.stacked), " ".join(spec.outputs + spec.inputs))
@@ -227,13 +227,13 @@ def matches(path: Path) -> bool:
 
 
 def open_checkpoint(folder: Path, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> Adapted:
-    """Opens an adapter with the base that it names: a folder seen from its own, or as find sees it, or a Hub name.
+    """Opens an adapter with the base that it names: a folder relative to its own, a path, or a name on the Hub.
 
-    The fields in `ignore` are as if the base's config.json did not have them.
-    Raises UserError where files are damaged, do not belong together, or ask for something else than LoRA.
+    The fields of the base's config.json in `ignore` are treated as absent. Raises UserError if files are damaged or do
+    not match, or if the adapter is not a LoRA adapter.
     """
     if config is not None:
-        raise UserError(f"{folder} is an adapter, whose model is its base's", "Leave the config out.")
+        raise UserError(f"{folder} is an adapter, whose model is that of its base", "Remove the config.")
     if not matches(folder):
         raise UserError(f"{folder} has no {NAME}", "Give the folder of a PEFT adapter.")
     base = hf.open_checkpoint(_base_of(folder, ignore), ignore=ignore)
@@ -257,9 +257,9 @@ def _base_of(folder: Path, ignore: Sequence[str]) -> Path:
 
 
 def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
-    """Reads an adapter for a base of this model; `pairs` are held in memory, `saved` stay in their file.
+    """Reads an adapter for a base with this config; `pairs` are kept in memory, `saved` are read on demand.
 
-    Raises UserError where the files are damaged, are of another model, disagree, or ask for something else than LoRA.
+    Raises UserError if the files are damaged, of another model, or inconsistent, or if it is not a LoRA adapter.
     """
     settings = read_settings(read_json(folder / NAME))
     tensors = _without_copies(_open_file(folder))
@@ -270,8 +270,8 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
         key = KEY.fullmatch(name)
         if key is None or f"{key['module']}.{key['whole'] or 'weight'}" not in rows.tensors:
             raise UserError(
-                f"{tensor.file} holds {name}, which is no LoRA of this model",
-                "The adapter is of another model, or of a kind that camelid does not compute.",
+                f"{tensor.file} contains {name}, which is not a LoRA tensor of this model",
+                "The adapter is for another model, or of a type that camelid does not support.",
             )
         if tensor.dtype not in CODES:
             raise UserError(f"{name} is {tensor.dtype}", f"Save the adapter as {', '.join(d.name for d in CODES)}.")
@@ -283,7 +283,7 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
     rows = _names(config)
     _check_whole(settings, rows, whole)
     _check_targets(settings, rows, factors)
-    pairs: dict[Place, Pair] = {}
+    pairs: dict[ParameterKey, Pair] = {}
     for module, found in factors.items():
         pair = _read_pair(module, found, settings, rows)
         for part, layer in rows.tensors[f"{module}.weight"]:
@@ -306,12 +306,12 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
 
 
 def _names(config: ModelConfig) -> Table:
-    """The tensors of a model as transformers has them, with a head."""
+    """Returns the tensors of a model in transformers, with a head."""
     return hf.table_of(replace(config, tie_embeddings=False))
 
 
 def _height(part: ParameterEntry) -> int:
-    """Rows of a parameter in its tensor."""
+    """Returns the number of rows of a parameter in its tensor."""
     return math.prod(part.sizes[word] for word in part.file_axes[0])
 
 
@@ -323,7 +323,7 @@ def _open_file(folder: Path) -> dict[str, Tensor]:
 
 
 def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what PEFT repeats where the vocabulary has grown: a module that is held whole, and what it replaces."""
+    """Removes the copies that PEFT writes for an extended vocabulary: of saved modules, and of those they replace."""
     left = dict(tensors)
     for name, tensor in tensors.items():
         key = COPY.fullmatch(name)
@@ -336,7 +336,7 @@ def _without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _as_changed(
     config: ModelConfig, rows: Table, factors: Mapping[str, object], whole: Mapping[str, Tensor]
 ) -> ModelConfig:
-    """The model with the adapter: it may have more tokens, and a head of its own."""
+    """Returns the config of the adapted model, which may have more tokens and an untied head."""
     names = [rows.entries[path].rule.name for path in HEAD]
     if any(name in whole or name.removesuffix(".weight") in factors for name in names):
         config = replace(config, tie_embeddings=False)
@@ -397,7 +397,7 @@ def _read_pair(module: str, found: Mapping[str, Tensor], settings: Settings, row
 
 
 def adapter_files(adapter: Adapter) -> list[PlannedFile]:
-    """The files of an adapter, of which PEFT's PeftModel.from_pretrained reads every one; `base` may be None there."""
+    """Plans the files of an adapter for PEFT's PeftModel.from_pretrained, which accepts a `base` of None."""
     rows = _names(adapter.config)
     assert adapter.pairs, "an adapter without a pair"
     arrays: dict[str, np.ndarray] = {}
@@ -420,7 +420,7 @@ def adapter_files(adapter: Adapter) -> list[PlannedFile]:
     for name, array in arrays.items():
         payloads.append(raw_payload(PlannedTensor(name, array.shape, array.dtype), lambda array=array: [array]))
     order = {np.dtype(np.float32): 0, np.dtype(np.float16): 2}
-    # In the order of the safetensors library, so that our bytes are PEFT's.
+    # In the order of the safetensors library, so that the bytes equal PEFT's.
     payloads.sort(key=lambda s: (order.get(s.tensor.dtype, 1), s.tensor.name))
     settings = written(
         {module: pair.rank for module, pair in modules.items()},
@@ -442,7 +442,7 @@ def _whole(tensor: PlannedTensor, name: str, rows: Table, adapter: Adapter) -> T
 
 
 def _joined(adapter: Adapter, pairs: Sequence[Pair | None], heights: Sequence[int]) -> Pair:
-    """The pair of a tensor in which parameters lie end to end; those that share no `a` are blocks of a larger rank."""
+    """Returns the factors of a tensor of concatenated parameters; different `a` become blocks of a larger rank."""
     given = [pair for pair in pairs if pair is not None]
     first = given[0]
     if len(pairs) == 1:

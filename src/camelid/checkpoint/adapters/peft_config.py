@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT (huggingface/peft, LoraConfig), strictly: which matrices take LoRA, and how strongly."""
+"""Reads and writes PEFT's adapter_config.json (huggingface/peft, LoraConfig): target modules, ranks and scales."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from typing import Any
 from camelid.errors import UserError
 
 NAME = "adapter_config.json"
-# Fields that change what is computed, and the values for which camelid computes the right thing.
+# Fields that change what is computed, with the values that are supported.
 FIXED: Mapping[str, tuple] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
@@ -25,23 +25,23 @@ FIXED: Mapping[str, tuple] = {
         (None, [], {}),
     ),
 }
-# Kinds of initialization that leave the base as it is; PiSSA, OLoRA, LoftQ and others take a part of it away.
+# Initializations that do not change the base; PiSSA, OLoRA, LoftQ and others subtract a part of it.
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-# Settings of training and of initialization, and where the adapter was made. fan_in_fan_out is among them because PEFT
-# itself sets it to false for every layer that is torch's Linear, as all of ours are.
+# Ignored fields: settings of training and initialization, and the origin of the adapter. fan_in_fan_out is included
+# because PEFT itself sets it to false for every torch Linear, which all layers here are.
 HARMLESS = frozenset(
     """
     auto_mapping peft_version inference_mode fan_in_fan_out megatron_core qalora_group_size loftq_config eva_config
     corda_config lora_ga_config
     """.split()
 )
-NOT_READ = "camelid reads LoRA adapters alone; merge this one with PEFT's merge_and_unload, and open the result."
+NOT_READ = "camelid supports LoRA adapters only; merge this one with PEFT's merge_and_unload, and open the result."
 MEND = f"Correct {NAME}, or save the adapter again."
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What adapter_config.json says."""
+    """The content of adapter_config.json."""
 
     base: str | None
     revision: str | None
@@ -50,18 +50,18 @@ class Settings:
     rslora: bool
     dropout: float
     ranks: Mapping[str, int]
-    """of modules whose names end as a regular expression says, the first that fits"""
+    """rank of modules whose names end in a match of this regular expression; the first match counts"""
     alphas: Mapping[str, float]
     targets: str | tuple[str, ...]
-    """ends of names, or a regular expression"""
+    """suffixes of names, or a regular expression"""
     excluded: str | tuple[str, ...]
     saved: tuple[str, ...]
-    """ends of the names of modules that are held whole"""
+    """suffixes of the names of modules that are saved entirely"""
     layers: tuple[int, ...] | None
     layers_in: tuple[str, ...]
 
     def targeted(self, module: str) -> bool:
-        """Whether a matrix has an adapter."""
+        """Whether an adapter applies to a module."""
         whole = any(re.search(rf"(^|\.){re.escape(name)}($|\.)", module) for name in self.saved)
         if whole or _fits(self.excluded, module):
             return False
@@ -75,23 +75,23 @@ class Settings:
         return _fits(self.targets, module) and found is not None and int(found[1]) in self.layers
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module's adapter."""
+        """Returns the rank of the adapter of a module."""
         return next((rank for key, rank in self.ranks.items() if _ends(key, module)), self.rank)
 
     def alpha_of(self, module: str) -> float:
-        """Its alpha: what it adds is alpha / rank times the product, with rsLoRA alpha / sqrt(rank) times."""
+        """Returns lora_alpha of a module; the scale is alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         return next((alpha for key, alpha in self.alphas.items() if _ends(key, module)), self.alpha)
 
 
 def _fits(names: str | tuple[str, ...], module: str) -> bool:
-    """Whether a module's name fits a regular expression, or is one of some names or ends in one."""
+    """Whether a module's name matches a regular expression, or ends in one of several names."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(f".{module}".endswith(f".{name}") for name in names)
 
 
 def _ends(key: str, module: str) -> bool:
-    """Whether a module's name ends as a key of rank_pattern or alpha_pattern says."""
+    """Whether a module's name matches a key of rank_pattern or alpha_pattern."""
     return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
@@ -99,21 +99,21 @@ def _ends(key: str, module: str) -> bool:
 
 
 def read_settings(hf: Mapping[str, Any]) -> Settings:
-    """adapter_config.json as Settings; raises UserError for every field that is not understood."""
+    """Returns adapter_config.json as Settings; raises UserError for fields that are unknown or not supported."""
     for name, allowed in FIXED.items():
         if name in hf and hf[name] not in allowed:
-            raise UserError(f"{NAME} has {name} = {hf[name]!r}; camelid computes {allowed[0]!r}", NOT_READ)
+            raise UserError(f"{NAME} has {name} = {hf[name]!r}; camelid supports {allowed[0]!r}", NOT_READ)
     if "peft_type" not in hf:
         raise UserError(f"{NAME} has no peft_type", MEND)
     if (start := hf.get("init_lora_weights")) not in STARTS:
         raise UserError(
-            f"{NAME} has init_lora_weights = {start!r}, which takes a part of the base away",
+            f"{NAME} has init_lora_weights = {start!r}, which subtracts a part of the base",
             "Save it with PEFT's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA adapter.",
         )
     unknown = sorted(name for name in set(hf) - FIXED.keys() - HARMLESS - READ.keys() - {"init_lora_weights"})
     if unknown := [name for name in unknown if hf[name] not in (None, False, "", [], {})]:
         raise UserError(
-            f"{NAME} has fields that camelid does not know: " + ", ".join(f"{n} = {hf[n]!r}" for n in unknown),
+            f"{NAME} has unknown fields: " + ", ".join(f"{n} = {hf[n]!r}" for n in unknown),
             "They may change what the adapter computes; remove those that do not.",
         )
     values = {}
@@ -170,7 +170,7 @@ def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 REQUIRED = object()
-# By field: ours, what an absent or null one means, and whether a value is of its kind.
+# By field: the attribute of Settings, its value if the field is absent or null, and a check of other values.
 READ: Mapping[str, tuple[str, Any, Callable[[Any], bool]]] = {
     "base_model_name_or_path": ("base", None, _is_text),
     "revision": ("revision", None, _is_text),
@@ -201,9 +201,9 @@ def written(
     rslora: bool,
     dropout: float,
 ) -> dict[str, Any]:
-    """adapter_config.json for modules with these ranks and alphas, and others that are held `whole`.
+    """Returns adapter_config.json for modules with these ranks and alphas, and for others that are saved entirely.
 
-    `modules` are all that the model has.
+    `modules` are all modules of the model.
     """
     alphas = {module: int(alpha) if alpha.is_integer() else alpha for module, alpha in alphas.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -230,7 +230,7 @@ def written(
 
 
 def _ends_of(chosen: Collection[str], modules: Collection[str]) -> list[str]:
-    """The shortest names that say which modules are chosen: q_proj where all of that name are, else each in full."""
+    """Returns the shortest names that select these modules: q_proj if all of that name are chosen, else full names."""
 
     def name(module: str) -> str:
         end = module.rpartition(".")[2]
@@ -240,10 +240,10 @@ def _ends_of(chosen: Collection[str], modules: Collection[str]) -> list[str]:
 
 
 def _pattern(values: Mapping[str, Any], default: Any, modules: Collection[str]) -> dict[str, Any]:
-    """What differs from the default, by the shortest names that say it."""
+    """Returns the values that differ from the default, keyed by the shortest names that select their modules."""
     pattern = {}
     for value in sorted(set(values.values()) - {default}):
         for name in _ends_of([module for module, other in values.items() if other == value], modules):
-            # Before 2025 a key had to leave out the beginning of a name.
+            # PEFT before 2025 does not match a key with the prefix of the model.
             pattern[name.removeprefix("model.")] = value
     return pattern

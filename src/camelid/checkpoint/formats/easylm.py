@@ -198,10 +198,10 @@ def _parameters(
     pickles = sorted(pickle.name for pickle in folder.glob("metadata*.pkl"))
     source = find_config(config, folder)
     if source is None:
-        beside = f", and {pickles[0]} is a pickle, which camelid does not open" if pickles else ""
+        pickled = f", and {pickles[0]} is a pickle, which camelid does not open" if pickles else ""
         raise UserError(
-            f"nothing beside {file} says what its model is{beside}",
-            "Say it, for example --config llama_7b, or put a Hugging Face config.json beside the file.",
+            f"{file} does not describe its model{pickled}",
+            "Give --config, for example --config llama_7b, or put a Hugging Face config.json in the same folder.",
         )
     config, described_by = source
     if pickles:

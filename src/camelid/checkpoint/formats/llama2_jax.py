@@ -2,39 +2,32 @@
 
     Llama(model=LlamaModel(embedding, decoder=DecoderBlock(input_norm, attention=Attention(...), ...), norm), lm_head)
 
-C vocab, M embed, N layers, R query heads a key head, H key heads, K head_dim, F mlp; each leaf is a jax or numpy array,
-whose numbers lie end to end inside the pickle. Inputs come first, all layers are in one array:
+C vocab, M embed, N layers, R query heads per key head, H key heads, K head_dim, F mlp; each leaf is a JAX or NumPy
+array, whose values are contiguous in the pickle. Input axes come first, and all layers are in one array:
 
     embedding (C M)   norm (M)   lm_head (M C)   input_norm, post_attn_norm (N M)
     q_proj (N M R H K)   k_proj, v_proj (N M H K)   out_proj (N R H K M)
     gate_proj, up_proj (N M F)   down_proj (N F M)
 
-Its converter cuts Hugging Face's heads into R times H, although there those of one key head are neighbours. So (R H),
-read as one axis, are heads in Hugging Face's order: nothing is lost, but its own attention pairs queries with the keys
-of other groups where R > 1.
+Its converter reshapes Hugging Face's heads to (R, H), although the query heads of one key head are adjacent there. So
+(R H), read as one axis, are heads in Hugging Face's order: nothing is lost, but its own attention pairs queries with
+the keys of other groups if R > 1.
 """
 
-import math
-import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import ml_dtypes
-import numpy as np
 
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, refuse_unsupported, table_for
-from camelid.checkpoint.containers.pickles import printable, run_pickle
 from camelid.checkpoint.containers.torch_tensors import StridedTensor
 from camelid.checkpoint.files import PlannedFile, TensorPayload
 from camelid.checkpoint.formats.config_source import find_config
+from camelid.checkpoint.formats.llama2_jax_pickle import BFLOAT16, CLASSES, read_pickle
 from camelid.checkpoint.layout import TensorRule, check_tensors
-from camelid.checkpoint.tensors import CODES, PlannedTensor, Tensor
+from camelid.checkpoint.tensors import PlannedTensor, Tensor
 from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
-from camelid.inputs import refuse_stand_in
 from camelid.model.config import ModelConfig
 
 FILE = "model.pickle"
@@ -53,31 +46,15 @@ RULES = (
     TensorRule("lm_head", "lm_head", "embed vocab"),
 )
 HEADS = {"model.decoder.attention.q_proj": 2, "model.decoder.attention.out_proj": 1}
-"""where R stands, with H after it"""
-CLASSES: Mapping[str, tuple[str, ...]] = {
-    "lib.llama.llama Llama": ("model", "lm_head"),
-    "lib.llama.llama_model LlamaModel": ("embedding", "decoder", "norm"),
-    "lib.llama.decoder_block DecoderBlock": (
-        "input_norm",
-        "attention",
-        "post_attn_norm",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ),
-    "lib.llama.attention Attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-}
-THETA, EPS = 10_000.0, 1e-6  # in its code, for every model
-MAX_PROGRAM = 2**16  # bytes of a pickle without its arrays; five thousand are needed
-LARGE = 512  # bytes; more than this at once can only be an array, which stays in the file
-AGAIN = "Download or copy the file again."
+"""the position of the axis R, which H follows"""
+THETA, EPS = 10_000.0, 1e-6  # constants in its code
 
 
 # Reading --------------------------------------------------------------------------------
 
 
 def matches(path: Path) -> bool:
-    """Whether a file, or one file of a folder, is such a pickle by its first bytes."""
+    """Whether a file, or a file in a folder, is such a pickle, detected from the first bytes."""
     try:
         if path.is_dir():
             return any(matches(file) for file in path.glob("*.pickle") if file.is_file())
@@ -89,18 +66,22 @@ def matches(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Opens a pickle, or the one in a folder; the model is `config`, or what config.json beside it says."""
+    """Opens a pickle, or the only one in a folder, without running anything in it.
+
+    The model is described by `config` or by a config.json in the same folder. Raises UserError if neither is given, or
+    if the file is damaged or of another model.
+    """
     if path.is_dir():
         files = sorted(file for file in path.glob("*.pickle") if matches(file))
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "none"
-            raise UserError(f"{path} should hold one pickle of llama-2-jax, and has {names}", "Give the file itself.")
+            raise UserError(f"{path} must contain one pickle of llama-2-jax, and has {names}", "Give the file itself.")
         path = files[0]
-    tree = _unpickle(path)
+    tree = read_pickle(path, [rule.name for rule in RULES])
     source = find_config(config, path.parent)
     if source is None:
         raise UserError(
-            f"{path} does not say which model it holds ({_sizes(tree)}), and has no config.json beside it",
+            f"{path} does not describe its model ({_sizes(tree)}), and its folder has no config.json",
             "Give --config PRESET_OR_JSON, for example llama2_7b.",
         )
     config, described_by = source
@@ -115,7 +96,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
 def _notes(config: ModelConfig) -> Iterator[str]:
     for name, theirs in {"norm_eps": EPS, "rope_theta": THETA}.items():
         if (ours := getattr(config, name)) != theirs:
-            yield f"{name} is {ours}, of the config; llama-2-jax itself computes every model with {theirs}"
+            yield f"{name} is {ours} as in the config; llama-2-jax itself uses {theirs} for every model"
     if config.num_heads != config.num_kv_heads:
         yield "heads are read in Hugging Face's order; llama-2-jax itself pairs queries with the keys of other groups"
 
@@ -125,7 +106,7 @@ def _sizes(tree: Mapping[str, Tensor]) -> str:
 
 
 def _one_heads_axis(tensor: Tensor, config: ModelConfig) -> Tensor:
-    """The tensor with R and H as one axis, which leaves its numbers where they are."""
+    """Returns the tensor with R and H flattened to one axis, which does not move any value."""
     at = HEADS.get(tensor.name)
     if at is None:
         return tensor
@@ -142,169 +123,23 @@ def _one_heads_axis(tensor: Tensor, config: ModelConfig) -> Tensor:
     return replace(tensor, shape=shape)
 
 
-# The pickle -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes that were left in the file."""
-
-    start: int
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-
-class Program:
-    """A file as pickletools reads it: long runs of bytes are not read but passed over."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.at, self.left, self.size = file, 0, MAX_PROGRAM, os.fstat(file.fileno()).st_size
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, count: int) -> Any:
-        if count > LARGE:
-            if count > self.size - self.at:
-                raise ValueError(f"{count:,} bytes are announced at {self.at:,}, and the file has {self.size:,}")
-            span = Span(self.at, count)
-            self.at = self.file.seek(self.at + count)
-            return span
-        return self._counted(self.file.read(count))
-
-    def readline(self) -> bytes:
-        return self._counted(self.file.readline(LARGE))
-
-    def _counted(self, held: bytes) -> bytes:
-        self.at += len(held)
-        self.left -= len(held)
-        if self.left < 0:
-            raise ValueError(f"more than {MAX_PROGRAM:,} bytes besides its arrays")
-        return held
-
-
-@dataclass
-class Held:
-    """An array that a pickle makes; it gets its content after it is made."""
-
-    shape: tuple[int, ...] = ()
-    dtype: np.dtype | None = None
-    fortran: bool = False
-    data: Span | None = None
-
-
-RECONSTRUCT, NDARRAY, JAX_ARRAY = (lambda *args: Held()), object(), object()
-
-
-def _dtype(name: Any, align: Any, copy: Any) -> np.dtype:
-    known = {**{f"{dtype.kind}{dtype.itemsize}": dtype for dtype in CODES if dtype.kind == "f"}, BFLOAT16: BFLOAT16}
-    # A tuple is not asked for its hash: that of a deep one ends Python.
-    if not isinstance(name, str | np.dtype) or name not in known:
-        raise UserError(
-            f"an array is {printable(name) if isinstance(name, str) else 'strange'}",
-            "Save the parameters as bfloat16, float16 or float32.",
-        )
-    return known[name]
-
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def _jax_array(fun: Any, args: Any, state: Any, aval: Any) -> Held:
-    if fun is not RECONSTRUCT:
-        raise ValueError("an array that numpy's _reconstruct does not make")
-    return _build(Held(), state)
-
-
-def _build(thing: Any, state: Any) -> Any:
-    """Gives a dtype its byte order, or an array its content, as their __setstate__ does."""
-    match thing, state:
-        case np.dtype(), (int(), str(order), *_):
-            if order not in "<=|":
-                raise UserError("an array is big-endian", "Save the parameters on a little-endian machine.")
-        case Held(data=None), (1, tuple(shape), np.dtype() as dtype, bool(fortran), Span() as data):
-            if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
-                raise ValueError("an array of a strange shape")
-            if math.prod(shape) * dtype.itemsize != data.count:
-                raise ValueError(f"an array of shape {shape} and {dtype} with {data.count:,} bytes")
-            thing.shape, thing.dtype, thing.fortran, thing.data = shape, dtype, fortran, data
-        case _:
-            raise ValueError("an object of a strange state")
-    return thing
-
-
-def _named_tuple(fields: tuple[str, ...]) -> Callable[..., dict[str, Any]]:
-    return lambda *values: dict(zip(fields, values, strict=True))
-
-
-GLOBALS: Mapping[str, Any] = {
-    **{name: _named_tuple(fields) for name, fields in CLASSES.items()},
-    "jax._src.array _reconstruct_array": _jax_array,
-    "numpy.core.multiarray _reconstruct": RECONSTRUCT,
-    "numpy._core.multiarray _reconstruct": RECONSTRUCT,
-    "numpy ndarray": NDARRAY,
-    "numpy dtype": _dtype,
-    "ml_dtypes bfloat16": BFLOAT16,
-}
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    """The arrays of a pickle, by their place in its tuples."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file", "Give the path of a pickle that llama-2-jax wrote.")
-    refuse_stand_in(path)
-    try:
-        with path.open("rb") as file:
-            program = Program(file)
-            held = run_pickle(
-                path,
-                program,
-                GLOBALS,
-                {"NEWOBJ": lambda cls, args: cls(*args), "BUILD": _build},
-                "llama-2-jax",
-                lambda value: Span(program.tell() - len(value), len(value)),
-            )
-            if program.tell() != program.size:
-                raise ValueError(f"{program.size - program.tell():,} bytes after its end")
-        return {row.name: _tensor(path, row.name, held) for row in RULES}
-    except UserError as error:
-        raise error if str(path) in error.problem else UserError(f"{path}: {error.problem}", error.advice) from error
-    except Exception as error:  # a damaged file fails anywhere in pickletools and below
-        reason = f"{type(error).__name__}: {printable(error)}"
-        raise UserError(f"{path} is damaged, or is not a checkpoint of llama-2-jax ({reason})", AGAIN) from error
-
-
-def _tensor(path: Path, name: str, tree: Any) -> Tensor:
-    for field in name.split("."):
-        tree = tree[field] if isinstance(tree, dict) else None
-    if not isinstance(tree, Held) or tree.dtype is None or tree.data is None:
-        raise ValueError(f"{name} is no array")
-    shape = tree.shape
-    if tree.fortran and len(shape) > 1:
-        strides = tuple(math.prod(shape[:i]) for i in range(len(shape)))
-        return StridedTensor(path, name, tree.data.start, shape, tree.dtype, strides)
-    return Tensor(path, name, tree.data.start, shape, tree.dtype)
-
-
 # Writing --------------------------------------------------------------------------------
 
 
 def plan_files(export: ExportSpec) -> list[PlannedFile]:
-    """The pickle that llama-2-jax's load_params opens."""
+    """Plans the pickle for llama-2-jax's load_params."""
     config = export.config
     refuse_unsupported("llama-2-jax", config, {"tie_embeddings"})
     if config.rope_theta != THETA:
         raise UserError(
-            f"llama-2-jax cannot hold rope_theta = {config.rope_theta!r}; it computes with {THETA}",
+            f"llama-2-jax cannot hold rope_theta = {config.rope_theta!r}; it uses {THETA}",
             "Use the format hf, which holds every model.",
         )
     whole = export.untied()
     arrays = {held.tensor.name: held for held in whole.payloads(table_for("llama-2-jax", RULES, whole.config, {}))}
 
     def parts(names: tuple[str, ...]) -> Iterator[bytes | TensorPayload]:
-        """An object of CLASSES, or an array."""
+        """Yields the pickle of an object of CLASSES, or of an array."""
         if (name := ".".join(names)) in arrays:
             start, end = _around(arrays[name].tensor, config)
             yield from (start, arrays[name], end)
@@ -327,13 +162,13 @@ WHERE: Mapping[tuple[str, ...], tuple[str, str]] = {
 
 
 def _around(tensor: PlannedTensor, config: ModelConfig) -> tuple[bytes, bytes]:
-    """What stands before and after an array's numbers: _reconstruct_array(fun, args, state, aval_state)."""
+    """Returns the bytes before and after an array's values: _reconstruct_array(fun, args, state, aval_state)."""
     shape = tensor.shape
     if (at := HEADS.get(tensor.name)) is not None:
         shape = (*shape[:at], config.num_heads // config.num_kv_heads, config.num_kv_heads, *shape[at + 1 :])
     bfloat16 = tensor.dtype == BFLOAT16
     kind = _global("ml_dtypes", "bfloat16") if bfloat16 else _text(f"{tensor.dtype.kind}{tensor.dtype.itemsize}")
-    # The sizes that numpy gives for dtypes of its own are -1, -1, 0.
+    # For its own dtypes, NumPy writes the sizes -1, -1, 0.
     sizes = (_int(2), _int(2), _int(64)) if bfloat16 else (_int(-1), _int(-1), _int(0))
     dtype = b"".join(
         (_global("numpy", "dtype"), kind, b"\x89\x88\x87R", b"(", _int(3), _text("<"), b"NNN", *sizes, b"tb")
@@ -341,7 +176,7 @@ def _around(tensor: PlannedTensor, config: ModelConfig) -> tuple[bytes, bytes]:
     start = b"".join(
         (
             _global("jax._src.array", "_reconstruct_array") + b"(",
-            # numpy.core, and not numpy._core, is known to old and new versions of numpy.
+            # Both old and new versions of NumPy support numpy.core, unlike numpy._core.
             _global("numpy.core.multiarray", "_reconstruct"),
             _global("numpy", "ndarray") + _int(0) + b"\x85" + b"C\x01b" + b"\x87",
             b"(" + _int(1),

@@ -1,15 +1,16 @@
 """llama2.c's .bin files (github.com/karpathy/llama2.c: export.py writes them, run.c and runq.c read them).
 
     version 0    7 int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; vocab_size is negative
-                 where the classifier is not the embedding table
-                 float32: embedding, then of all layers attention norms, wq, wk, wv, wo, MLP norms, w1, w2, w3, then the
-                 last norm, cos and sin (seq_len, head_dim / 2), and the classifier if it is not shared
+                 if the classifier is not the embedding table
+                 float32: embedding; for all layers attention norms, wq, wk, wv, wo, MLP norms, w1, w2, w3; the final
+                 norm; cos and sin (seq_len, head_dim / 2); the classifier if it is not shared
     version 1    256 bytes: uint32 MAGIC, int32 version, the 7 int32, uint8 whether the classifier is shared, zeros
-                 float32: attention norms, MLP norms, the last norm, embedding, wq, wk, wv, wo, w1, w2, w3, classifier
-    version 2    the same, and int32 group_size after the uint8
-                 float32 norms; then of each matrix int8 numbers and a float32 scale for each group of them
+                 float32: attention norms, MLP norms, the final norm, embedding, wq, wk, wv, wo, w1, w2, w3, classifier
+    version 2    the same, with int32 group_size after the uint8
+                 float32 norms; then int8 values of each matrix, with a float32 scale per group of values
 
-Numbers are little-endian, matrices outputs first, rotary pairs neighbours. In version 2 a number is int8 times scale.
+Values are little-endian. Matrices are stored with the output axis first, and rotary pairs are adjacent. In version 2 a
+value is its int8 times the scale of its group.
 """
 
 import math
@@ -33,10 +34,10 @@ from camelid.model.params import named
 
 FILE = "model.bin"
 FIELDS = ("embed_dim", "mlp_dim", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "context_length")
-MAGIC, LONG_HEADER, SHORT_HEADER = 0x616B3432, 256, 28  # the first says "ak42"; bytes
-EPS, THETA = 1e-5, 10_000.0  # in its code, for every model
-GROUP = 64  # numbers with one scale, or a part of it that divides the rows
-LEVELS = 127  # int8 from -127 to 127
+MAGIC, LONG_HEADER, SHORT_HEADER = 0x616B3432, 256, 28  # "ak42"; bytes
+EPS, THETA = 1e-5, 10_000.0  # constants in llama2.c's code
+GROUP = 64  # values per scale; less if it does not divide the rows
+LEVELS = 127  # int8 values are from -127 to 127
 FLOAT = np.dtype("<f4")
 AGAIN = "Download or copy the file again."
 
@@ -47,12 +48,13 @@ class Header:
     config: ModelConfig
     """without special tokens"""
     group: int = 1
+    """values per scale, in version 2"""
 
     def bytes_of(self, shape: Sequence[int]) -> int:
-        """How many bytes a tensor takes."""
-        numbers = math.prod(shape)
+        """Returns the size of a tensor in bytes."""
+        count = math.prod(shape)
         quantized = self.version == 2 and len(shape) > 1
-        return numbers + 4 * (numbers // self.group) if quantized else 4 * numbers
+        return count + 4 * (count // self.group) if quantized else 4 * count
 
     @property
     def start(self) -> int:
@@ -60,12 +62,12 @@ class Header:
 
     @property
     def angles(self) -> int:
-        """Bytes of cos and sin."""
+        """Size of cos and sin in bytes."""
         return 0 if self.version else 4 * self.config.context_length * self.config.head_dim
 
     @property
     def bytes(self) -> int:
-        """Of the whole file."""
+        """Size of the file in bytes."""
         total = self.start + self.angles
         for spec in named(declare_decoder(self.config)).values():
             layers, shape = (spec.shape[0], spec.shape[1:]) if spec.stacked else (1, spec.shape)
@@ -77,7 +79,7 @@ class Header:
 
 
 def matches(path: Path, version: int) -> bool:
-    """Whether a file, or one of a folder, has the header of a version, and of version 0 also the size."""
+    """Whether a file, or a file in a folder, has the header of this version; for version 0 the size must match too."""
     try:
         if path.is_dir():
             return any(matches(file, version) for file in path.glob("*.bin") if file.is_file())
@@ -88,28 +90,32 @@ def matches(path: Path, version: int) -> bool:
 
 
 def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Opens a file of any version, or the one in a folder; config.json beside it adds what its header cannot say."""
+    """Opens a file of any version, or the only one in a folder.
+
+    The model is described by `config`, by a config.json in the same folder, or by the header, which has no special
+    tokens. Raises UserError if the file is damaged, or if its header and the config disagree.
+    """
     path = _the_file(path)
     header, size = _header(path), path.stat().st_size
-    # Before anything is made for each layer: the numbers of a damaged header are absurd.
+    # Checked before anything is allocated per layer, because the values of a damaged header may be huge.
     if header.bytes != size:
         raise UserError(
-            f"{path} has {size:,} bytes, and its header speaks of {header.bytes:,}",
-            f"It is no llama2.c checkpoint, or is cut short. {AGAIN}",
+            f"{path} has {size:,} bytes, and its header requires {header.bytes:,}",
+            f"It is not a llama2.c checkpoint, or is truncated. {AGAIN}",
         )
     notes: tuple[str, ...] = ()
     source = find_config(config, path.parent)
     if source is None:
         config, described_by = replace(header.config, bos_id=1, eos_ids=(2,), family="llama"), "the header"
         notes = (
-            f"llama2.c computes with norm_eps {EPS} and rope_theta {THETA}; its tokenizers have BOS 1 and EOS 2",
+            f"llama2.c uses norm_eps = {EPS} and rope_theta = {THETA}, and tokenizers with BOS 1 and EOS 2",
             assumption_note(path.name, config, "pad_id", "init_std", "family"),
         )
     else:
         config, described_by = source
         _check_same(path, header.config, config)
         if config.context_length != (length := header.config.context_length):
-            notes = (f"context_length is {config.context_length}, of the config, and {length} in {path.name}",)
+            notes = (f"context_length is {config.context_length} as in the config; {path.name} has {length}",)
     table = _table(config, header.version)
     tensors: dict[str, Tensor] = {}
     for name, offset, _ in _places(table, header):
@@ -129,7 +135,7 @@ def _the_file(path: Path) -> Path:
     files = sorted(file for file in path.glob("*.bin") if any(matches(file, version) for version in range(3)))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"{path} should hold one checkpoint of llama2.c, and has {names}", "Give the file itself.")
+        raise UserError(f"{path} must contain one checkpoint of llama2.c, and has {names}", "Give the file itself.")
     return files[0]
 
 
@@ -147,7 +153,7 @@ def _header(path: Path) -> Header:
         sizes = list(struct.unpack("<7i", start[:SHORT_HEADER]))
         shared, sizes[5] = sizes[5] > 0, abs(sizes[5])
     else:
-        raise UserError(f"{path} is cut short, or is no llama2.c checkpoint", AGAIN)
+        raise UserError(f"{path} is truncated, or is not a llama2.c checkpoint", AGAIN)
     try:
         if min(*sizes, group) < 1 or sizes[0] % sizes[3]:
             raise ValueError("a size below 1, or dim not a multiple of n_heads")
@@ -162,12 +168,12 @@ def _header(path: Path) -> Header:
             if version == 2 and spec.is_matrix and math.prod(spec.shape[len(spec.stacked) :]) % group:
                 raise ValueError(f"groups of {group} do not divide {spec.shape}")
     except ValueError as error:
-        raise UserError(f"{path} is no llama2.c checkpoint ({error}): its header says {sizes}", AGAIN) from error
+        raise UserError(f"{path} is not a llama2.c checkpoint ({error}): its header has {sizes}", AGAIN) from error
     return Header(version, config, group)
 
 
 def _check_same(path: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """Raises UserError where a config is not that of the header; the context is what the user says."""
+    """Raises UserError if the config does not match the header; the context length may differ."""
     for name in (*FIELDS[:-1], "head_dim", "tie_embeddings"):
         if getattr(theirs, name) != getattr(ours, name):
             raise UserError(
@@ -177,13 +183,13 @@ def _check_same(path: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
 
 
 def _table(config: ModelConfig, version: int) -> Table:
-    """The tensors in the order of a version: versions 1 and 2 have all norms first."""
+    """Returns the tensors in the order of a version: versions 1 and 2 have all norms first."""
     rows = sorted(RULES, key=lambda row: not row.path.endswith("scale")) if version else RULES
     return table_for("llama2.c", rows, config, SIZES)
 
 
 def _places(table: Table, header: Header) -> Iterator[tuple[str, int, int]]:
-    """Name, first byte and bytes of each tensor."""
+    """Yields the name, offset and size in bytes of each tensor."""
     offset = header.start
     for name in table.tensors:
         if name == "output.weight":
@@ -195,12 +201,12 @@ def _places(table: Table, header: Header) -> Iterator[tuple[str, int, int]]:
 
 @dataclass(frozen=True)
 class Quantized(Tensor):
-    """A matrix of int8 numbers, with its scales after it; groups run on from row to row."""
+    """A matrix of int8 values followed by its scales; groups continue from row to row."""
 
     group: int
 
     def read_into(self, out: np.ndarray, index: tuple[slice, ...]) -> None:
-        """Fills `out`, of the shape that `index` cuts, casting to its dtype; a few rows at a time."""
+        """Fills `out` with the slice `index`, cast to its dtype, a few rows at a time."""
         rows, width = range(*index[0].indices(self.shape[0])), math.prod(self.shape[1:])
         numbers = Tensor(self.file, self.name, self.offset, (math.prod(self.shape),), np.dtype(np.int8))
         scales = replace(
@@ -224,7 +230,7 @@ class Quantized(Tensor):
 
 
 def plan_files(export: ExportSpec, version: int) -> list[PlannedFile]:
-    """What run.c (versions 0 and 1) or runq.c (version 2, which rounds) opens."""
+    """Plans model.bin for run.c (versions 0 and 1) or runq.c (version 2, which rounds to 8 bits)."""
     config = export.config
     _refuse(config)
     group = math.gcd(GROUP, config.embed_dim, config.mlp_dim) if version == 2 else 1
@@ -238,13 +244,13 @@ def plan_files(export: ExportSpec, version: int) -> list[PlannedFile]:
 
 
 def _refuse(config: ModelConfig) -> None:
-    """Raises UserError for a model that llama2.c would compute otherwise."""
+    """Raises UserError for a model that llama2.c does not support."""
     refuse_unsupported("llama2.c", config, {"tie_embeddings"})
     fixed = {"norm_eps": EPS, "rope_theta": THETA, "head_dim": config.embed_dim / config.num_heads}
     for name, value in fixed.items():
         if (ours := getattr(config, name)) != value:
             raise UserError(
-                f"llama2.c cannot hold {name} = {ours!r}; it computes with {value:g}",
+                f"llama2.c does not support {name} = {ours!r}; it uses {value:g}",
                 "Use the format hf, which holds every model.",
             )
 
@@ -261,7 +267,7 @@ def _header_bytes(header: Header) -> bytes:
 
 
 def _angles(header: Header) -> bytes:
-    """Cos and sin of every position; export.py's differ in the last bit here and there, and run.c passes them over."""
+    """Returns cos and sin of every position; run.c ignores them, and those of export.py may differ in the last bit."""
     if header.version:
         return b""
     width, length = header.config.head_dim, header.config.context_length
@@ -271,7 +277,7 @@ def _angles(header: Header) -> bytes:
 
 
 def _quantized(payload: TensorPayload, header: Header) -> TensorPayload:
-    """The int8 numbers of a matrix, then the scales of its groups: the largest of each becomes 127 or -127."""
+    """Returns the int8 values of a matrix, followed by scales that map the largest of each group to 127 or -127."""
     tensor = payload.tensor
     if len(tensor.shape) == 1:
         return payload
@@ -286,8 +292,8 @@ def _levels(payload: TensorPayload, group: int) -> Iterator[np.ndarray]:
         groups = part.reshape(-1, group)
         scale = np.abs(groups).max(1) / FLOAT.type(LEVELS)
         if not np.isfinite(scale).all():
-            raise UserError(f"{tensor.name} has numbers that are not finite", "Use a format that does not round them.")
+            raise UserError(f"{tensor.name} has infinite or NaN values", "Use a format that does not quantize.")
         scales.append(scale)
         levels = np.rint(groups / np.where(scale > 0, scale, 1)[:, None])
-        yield levels.clip(-LEVELS, LEVELS).astype(np.int8)  # the scale of the tiniest numbers is rounded itself
+        yield levels.clip(-LEVELS, LEVELS).astype(np.int8)  # a subnormal scale is rounded itself
     yield from scales

@@ -1,7 +1,7 @@
-"""Megatron-LM's checkpoints: iter_0000001/mp_rank_00/model_optim_rng.pt, a file for each rank of the model.
+"""Megatron-LM's checkpoints: iter_0000001/mp_rank_00/model_optim_rng.pt, one file per model-parallel rank.
 
-A rank TT of tensor parallelism and PPP of the pipeline is the folder mp_rank_TT, or mp_rank_TT_PPP where there are
-stages; layers are numbered within a stage. Distributed checkpoints (torch_dist) have another reader, distributed.py.
+The folder of tensor-parallel rank TT and pipeline stage PPP is mp_rank_TT_PPP, or mp_rank_TT without pipeline
+parallelism; layers are numbered within a stage. megatron_distributed.py reads distributed checkpoints (torch_dist).
 """
 
 import re
@@ -21,7 +21,14 @@ from camelid.checkpoint.containers.torch_tensors import Namespace, StridedTensor
 from camelid.checkpoint.containers.torch_zip import torch_file
 from camelid.checkpoint.files import PlannedFile
 from camelid.checkpoint.formats import megatron_distributed as distributed
-from camelid.checkpoint.formats.megatron_args import WHAT, args_from_config, check_plain, same, told, vocab_step
+from camelid.checkpoint.formats.megatron_args import (
+    WHAT,
+    args_from_config,
+    check_plain,
+    describe_value,
+    same,
+    vocab_step,
+)
 from camelid.checkpoint.formats.megatron_files import (
     AGAIN,
     FILE,
@@ -60,7 +67,7 @@ from camelid.model.params import named
 
 
 def matches(path: Path) -> bool:
-    """Whether a folder tells of its last iteration or holds ranks, or is one, or a file is that of a rank."""
+    """Whether a folder has a tracker file or ranks, or is a rank, or a file is the file of a rank."""
     return (
         (path / TRACKER).is_file()
         or distributed.matches_megatron(path)
@@ -71,9 +78,10 @@ def matches(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Opens a checkpoint's folder, the one of an iteration or of a rank, or its file.
+    """Opens the folder of a checkpoint, of an iteration or of a rank, or the file of a rank.
 
-    What the model is comes from `config`, from a config.json in the folder or the one around it, or from its settings.
+    The model is described by `config`, by a config.json in the folder or its parent, or by the settings in the files.
+    Raises UserError for files that are missing or damaged, and for models that are not Llamas.
     """
     folder = find_ranks(path)
     if dcp.matches(folder):
@@ -104,12 +112,12 @@ def _sizes(config: ModelConfig, ways: int = 1) -> dict[str, int]:
 
 
 def _check_ranks(shards: Sequence[Shard], stages: int, ways: int) -> None:
-    """Every file says the same of the model, and there are as many as they say."""
+    """Raises UserError if the number of ranks differs from the settings, or if files belong to another checkpoint."""
     first = shards[0]
     for key, count in (("tensor_model_parallel_size", ways), ("pipeline_model_parallel_size", stages)):
         if not same(first.args.get(key, count), count):
             raise UserError(
-                f"{first.file} has {key} = {told(first.args[key])}, and there are folders for {count}",
+                f"{first.file} has {key} = {describe_value(first.args[key])}, and there are folders for {count}",
                 "Copy all ranks.",
             )
     for shard in shards[1:]:
@@ -118,7 +126,7 @@ def _check_ranks(shards: Sequence[Shard], stages: int, ways: int) -> None:
 
 
 def _by_name(stages: Sequence[Sequence[Shard]]) -> dict[str, list[Tensor]]:
-    """The shards of every tensor, layers counted through the model."""
+    """Returns the shards of every tensor by name, with layers numbered over the entire model."""
     parts: dict[str, list[Tensor]] = {}
     before = 0
     for chunk in range(len(stages[0][0].chunks)):
@@ -171,7 +179,7 @@ def _check_copies(shards: Sequence[Tensor]) -> None:
 
 
 def _rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Some rows of a matrix, where they lie."""
+    """Returns the rows `start` to `stop` of a matrix, without reading them."""
     stride = tensor.strides[0] if isinstance(tensor, StridedTensor) else tensor.shape[1]
     offset = tensor.offset + start * stride * tensor.dtype.itemsize
     return replace(tensor, offset=offset, shape=(stop - start, *tensor.shape[1:]))
@@ -185,7 +193,7 @@ def _cut_rows(tensor: Tensor, part: int, count: int) -> Tensor:
 
 
 def _unpadded(shards: Sequence[Tensor], vocab_size: int, step: int) -> list[Tensor]:
-    """The shards without the rows that fill up the vocabulary to a multiple of `step`."""
+    """Returns the shards without the rows that pad the vocabulary to a multiple of `step`."""
     if not vocab_size <= sum(shard.shape[0] for shard in shards) < vocab_size + step:
         return list(shards)  # layout.check says that it is of another size
     start, cuts = 0, []
@@ -200,9 +208,9 @@ def _unpadded(shards: Sequence[Tensor], vocab_size: int, step: int) -> list[Tens
 
 
 def plan_files(export: ExportSpec, names: str = "mcore") -> list[PlannedFile]:
-    """iter_0000001 with a file for each rank, and the tracker.
+    """Plans iter_0000001 with a file for each rank, and the tracker file.
 
-    `names` are those of Megatron core's own layers ("mcore"), or of what came before it ("legacy").
+    `names`: "mcore" for the local layers of Megatron core, or "legacy" for the names before Megatron core.
     """
     export, vocab_size = _padded(export), export.config.vocab_size
     config, ways, stages = export.config, export.tensor_parallel, export.pipeline_parallel
@@ -221,7 +229,7 @@ def plan_files(export: ExportSpec, names: str = "mcore") -> list[PlannedFile]:
 
 
 def _padded(export: ExportSpec) -> ExportSpec:
-    """The same model with a vocabulary that divides over the ranks; as Megatron does, the last row is repeated."""
+    """Pads the vocabulary to a multiple of the ranks, if necessary; like Megatron, by repeating the last row."""
     size, step = export.config.vocab_size, PADDING * export.tensor_parallel
     if size % export.tensor_parallel == 0:
         return export
@@ -264,7 +272,7 @@ def _rank_file(
 
 
 def _tree(tensors: Mapping[str, Any], names: Mapping[str, str], tied: bool, last: bool) -> dict[str, Any]:
-    """The tensors as a file holds them: flat, or as older modules lie in each other; and the empty states."""
+    """Returns the content of `model` in a file, flat or nested as in older versions, with the empty extra states."""
     general = {names[key] for key in STATES}
     entries: dict[str, Any] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""The settings in Megatron-LM's checkpoints, `args`, and the models that they describe."""
+"""Converts `args`, the settings in Megatron-LM's checkpoints, to ModelConfig and back."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 
 WHAT = "Megatron-LM"
-# Sizes that are the same in both, by Megatron's name.
+# Equivalent sizes: Megatron's name to the field of ModelConfig.
 SIZES = {
     "num_layers": "num_layers",
     "hidden_size": "embed_dim",
@@ -21,7 +21,7 @@ SIZES = {
     "num_attention_heads": "num_heads",
     "kv_channels": "head_dim",
 }
-# What makes it a Llama, and what Megatron does where the settings are silent.
+# Settings that a Llama requires: the value, and Megatron's default if the setting is absent.
 MUST: Mapping[str, tuple[Any, Any]] = {
     "swiglu": (True, False),
     "normalization": ("RMSNorm", "LayerNorm"),
@@ -48,23 +48,23 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "window_size": (None,),
 }
 SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 8192}
-"""what --use-rope-scaling means beside its factor"""
+"""the scaling that --use-rope-scaling selects, apart from its factor"""
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two plain values are equal; what a file holds may be anything."""
+    """Whether two values are equal and of the same type, except int and float; values from a file may be anything."""
     numbers = {type(one), type(other)} <= {int, float}
     return (numbers or type(one) is type(other)) and one == other
 
 
-def told(value: Any) -> str:
-    """A plain value, or of what kind another is: text of a table within tables may have no end."""
+def describe_value(value: Any) -> str:
+    """Returns a plain value as text, or the type of any other value, whose text could be very long."""
     plain = isinstance(value, str | float | None) or (isinstance(value, int) and abs(value) < 2**63)
     return printable(value) if plain else f"a {type(value).__name__}"
 
 
 def check_plain(file: Path, args: Mapping[str, Any]) -> None:
-    """Raises UserError for every setting that makes it another model than a Llama."""
+    """Raises UserError for settings of a model that is not a Llama."""
     for key, (value, silent) in MUST.items():
         if not same(args.get(key, silent), value):
             raise _refused(file, key, args.get(key, silent))
@@ -77,24 +77,24 @@ def check_plain(file: Path, args: Mapping[str, Any]) -> None:
 
 def _refused(file: Path, key: str, value: Any) -> UserError:
     return UserError(
-        f"{file} has {key} = {told(value)}, which camelid does not compute", "Give a checkpoint of a Llama."
+        f"{file} has {key} = {describe_value(value)}, which camelid does not support", "Give a checkpoint of a Llama."
     )
 
 
 def vocab_step(args: Mapping[str, Any]) -> int:
-    """The vocabulary of each rank is filled up to a multiple of it."""
+    """Returns the number to whose multiple the vocabulary of each rank is padded."""
     step = args.get("make_vocab_size_divisible_by", 128)
     return step if type(step) is int and 0 < step <= 2**16 else 128
 
 
 def config_from_args(file: Path, args: Mapping[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The model that settings describe, and what was guessed of it."""
+    """Returns the model that the settings describe, and notes on what is assumed."""
     sizes = {ours: _number(file, args, theirs) for theirs, ours in SIZES.items()}
     vocab_size = args.get("vocab_size")
     notes = []
     if vocab_size is None:
         vocab_size = _number(file, args, "padded_vocab_size")
-        notes.append(f"the settings do not say how many tokens there are without padding: {vocab_size} are assumed")
+        notes.append(f"the settings do not contain the vocabulary size without padding: {vocab_size} is assumed")
     elif type(vocab_size) is not int or vocab_size < 1:
         raise _strange(file, "vocab_size", vocab_size)
     scaling = None
@@ -115,7 +115,7 @@ def config_from_args(file: Path, args: Mapping[str, Any]) -> tuple[ModelConfig, 
         )
     except ValueError as error:
         raise UserError(f"{file} describes no model: {error}", "Give --config PRESET_OR_JSON.") from error
-    first = "Megatron does not keep reliably what a model was trained with: "
+    first = "Megatron does not store these settings of training reliably: "
     trained = (f"{key} = {getattr(config, key):g}" for key in ("norm_eps", "rope_theta", "context_length", "init_std"))
     silent = assumption_note(WHAT, config, "bos_id", "eos_ids", "pad_id", "family")
     return config, (first + ", ".join(trained) + " are assumed", silent, *notes)
@@ -126,7 +126,7 @@ def _kv_heads(file: Path, args: Mapping[str, Any]) -> int:
 
 
 def _number(file: Path, args: Mapping[str, Any], key: str, default: float | None = None) -> Any:
-    """A positive number; without a default, a whole one."""
+    """Returns a positive number, which must be an integer if there is no default."""
     value = args.get(key, default)
     kinds = (int,) if default is None else (int, float)
     if type(value) not in kinds or not 0 < value < 2**53 or not math.isfinite(value):
@@ -135,21 +135,23 @@ def _number(file: Path, args: Mapping[str, Any], key: str, default: float | None
 
 
 def _strange(file: Path, key: str, value: Any) -> UserError:
-    return UserError(f"{file} has {key} = {told(value)} in its args", "Give --config PRESET_OR_JSON.")
+    return UserError(f"{file} has {key} = {describe_value(value)} in its args", "Give --config PRESET_OR_JSON.")
 
 
 def check_agree(file: Path, args: Mapping[str, Any], config: ModelConfig, source: str) -> None:
-    """Sizes agree always; of the rest, config.json and the user know more."""
+    """Raises UserError if the sizes differ; for other settings, the config takes precedence."""
     pairs = [(key, args[key], getattr(config, ours)) for key, ours in SIZES.items() if key in args]
     if args.get("group_query_attention") and "num_query_groups" in args:
         pairs.append(("num_query_groups", args["num_query_groups"], config.num_kv_heads))
     for key, theirs, ours in pairs:
         if not same(theirs, ours):
-            raise UserError(f"{file} has {key} = {told(theirs)}, and {source} {ours}", "They are of different models.")
+            raise UserError(
+                f"{file} has {key} = {describe_value(theirs)}, and {source} {ours}", "They belong to different models."
+            )
 
 
 def args_from_config(config: ModelConfig, dtype: np.dtype, ways: int, stages: int) -> dict[str, Any]:
-    """The settings of a model; raises UserError where Megatron cannot compute it."""
+    """Returns the settings of a model; raises UserError if Megatron does not support it."""
     scaling = config.rope_scaling
     if isinstance(scaling, Llama3Scaling) and all(getattr(scaling, key) == value for key, value in SCALING.items()):
         refuse_unsupported(WHAT, config, ("tie_embeddings", "rope_scaling"))

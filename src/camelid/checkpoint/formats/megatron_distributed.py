@@ -1,8 +1,8 @@
-"""Models in distributed checkpoints of PyTorch: Megatron-LM's torch_dist, torchtitan's, and those of FSDP.
+"""Models in PyTorch's distributed checkpoints: Megatron-LM's torch_dist, torchtitan's, and those of FSDP.
 
-Tensors have their whole shapes there, whatever the number of ranks; their names say whose they are:
+Tensors have their unsharded shapes there, whatever the number of ranks. The system is detected from their names:
 
-    Megatron-LM     embedding.word_embeddings.weight, ...; layers one by one or stacked; args in common.pt
+    Megatron-LM     embedding.word_embeddings.weight, ...; layers separate or stacked; args in common.pt
     torchtitan      tok_embeddings.weight, ...: Meta's names, with Meta's order of rotary pairs
     Hugging Face    model.embed_tokens.weight, ...
 """
@@ -21,7 +21,7 @@ from camelid.checkpoint.containers.torch_files import unpickle, unverified_note_
 from camelid.checkpoint.formats import hf, meta
 from camelid.checkpoint.formats.config_source import find_config, folder_with_config
 from camelid.checkpoint.formats.hf_prefixes import unwrapped
-from camelid.checkpoint.formats.megatron_args import WHAT, check_plain, told, vocab_step
+from camelid.checkpoint.formats.megatron_args import WHAT, check_plain, describe_value, vocab_step
 from camelid.checkpoint.formats.megatron_files import INERT, described
 from camelid.checkpoint.formats.megatron_rows import BUFFERS as MEGATRON_BUFFERS
 from camelid.checkpoint.formats.megatron_rows import ENGINE, MCORE, rows, stacked
@@ -33,10 +33,10 @@ from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
 COMMON, BACKEND = "common.pt", "metadata.json"
-KINDS = {"megatron": ".self_attention.linear_qkv.", "torchtitan": ".attention.wq.", "hf": ".self_attn."}
-"""by whose names they are: what those of attention layers have in them"""
+SYSTEMS = {"megatron": ".self_attention.linear_qkv.", "torchtitan": ".attention.wq.", "hf": ".self_attn."}
+"""for each system, a part of the names of its attention layers"""
 HEADS = {"megatron": MCORE["lm_head"], "dcp": meta.HEAD}
-# What training writes beside the model. Megatron keeps the empty states of Transformer Engine's modules, too.
+# Training state other than the model. Megatron also stores the empty states of Transformer Engine's modules.
 OTHERS = re.compile(
     r"(optimizer|optim|chained_\d+|lr_scheduler|dataloader|train_state|rng_state|opt_param_scheduler"
     r"|rerun_state_machine_state)\b.*|.*\._extra_state\b.*"
@@ -54,28 +54,28 @@ def matches_other(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Opens the folder that holds .metadata.
+    """Opens the folder that contains .metadata.
 
-    What the model is comes from `config`, from a config.json in the folder or the one around it, or from the settings
-    of Megatron-LM. Raises UserError for files that are damaged or incomplete, and for tensors of other models.
+    The model is described by `config`, by a config.json in the folder or its parent, or by the settings of Megatron-LM.
+    Raises UserError for files that are damaged or incomplete, and for tensors of other models.
     """
     held = DistributedCheckpoint(path)
     tensors = {name: held.tensor(name) for name in held.items if not OTHERS.fullmatch(name)}
-    kind = next((kind for kind, part in KINDS.items() if any(part in name for name in tensors)), None)
-    if kind == "megatron":
+    system = next((system for system, part in SYSTEMS.items() if any(part in name for name in tensors)), None)
+    if system == "megatron":
         return _open_megatron(path, tensors, config)
-    if kind is None:
+    if system is None:
         some = ", ".join(printable(name) for name in [*tensors][:3]) or "no tensors"
         raise UserError(
-            f"{path} has no attention layers ({' or '.join(KINDS.values())} in their names); it holds {some}",
+            f"{path} has no attention layers ({' or '.join(SYSTEMS.values())} in their names); it holds {some}",
             "camelid opens distributed checkpoints of Megatron-LM and torchtitan, and those with Hugging Face's names.",
         )
     home = folder_with_config(path, path.parent)
     if config is None and home is None:
         raise UserError(
-            f"{path} does not say what its model is", "Give --config PRESET_OR_JSON, or put config.json beside it."
+            f"{path} does not describe its model", "Give --config PRESET_OR_JSON, or put a config.json in the folder."
         )
-    if kind == "hf":
+    if system == "hf":
         return hf.open_tensors("dcp", home or path, tensors, config)
     source = find_config(config, path, path.parent)
     assert source is not None
@@ -107,7 +107,9 @@ def _checkpoint(
 def _open_megatron(folder: Path, held: Mapping[str, Tensor], config: ModelConfig | None) -> Checkpoint:
     backend = read_json(folder / BACKEND).get("sharded_backend") if (folder / BACKEND).is_file() else "torch_dist"
     if backend != "torch_dist":
-        raise UserError(f"{folder} is of the format {told(backend)}", "Save it with --ckpt-format torch_dist.")
+        raise UserError(
+            f"{folder} is of the format {describe_value(backend)}", "Save it with --ckpt-format torch_dist."
+        )
     tensors, from_names = unwrapped(held, MCORE["final_norm"])
     file = folder / COMMON
     args = _args(file)
@@ -131,14 +133,14 @@ def _open_megatron(folder: Path, held: Mapping[str, Tensor], config: ModelConfig
 
 
 def _args(file: Path) -> Mapping[str, Any]:
-    """Megatron-LM's settings; none where other systems, which use its library, wrote the checkpoint."""
+    """Returns Megatron-LM's settings, empty if another system wrote the checkpoint with Megatron's library."""
     held = unpickle(file, INERT) if file.is_file() else {}
     args = held.get("args") if isinstance(held, dict) else None
     return args.state if isinstance(args, OpaqueObject) and isinstance(args.state, dict) else {}
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, str], tuple[TensorRule, ...]]:
-    """The names and the rows of the model: with Transformer Engine's names or without, stacked or one by one."""
+    """Returns the names and rows that match: with or without Transformer Engine, with layers stacked or separate."""
     forms = [(names, form) for names in (ENGINE, MCORE) for form in (stacked(rows(names)), rows(names))]
     norm = "layers.attn_norm.scale"
 

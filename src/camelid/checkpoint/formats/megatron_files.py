@@ -1,4 +1,4 @@
-"""The files of Megatron-LM's checkpoints: where they lie, and the tensors in each."""
+"""The files of Megatron-LM's checkpoints: their locations, and the tensors in each."""
 
 import math
 import re
@@ -11,22 +11,22 @@ from camelid.checkpoint.containers.dcp import METADATA
 from camelid.checkpoint.containers.pickles import OpaqueObject, printable
 from camelid.checkpoint.containers.torch_files import unpickle
 from camelid.checkpoint.formats.config_source import find_config, folder_with_config
-from camelid.checkpoint.formats.megatron_args import WHAT, check_agree, config_from_args, told
+from camelid.checkpoint.formats.megatron_args import WHAT, check_agree, config_from_args, describe_value
 from camelid.checkpoint.tensors import Tensor
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
 TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-# Beside the weights lie settings, states of random numbers and of the optimizer; their classes are of no use here.
+# Classes of settings, random states and optimizer states in the files, which are not instantiated.
 INERT = re.compile(
     r"(argparse Namespace|_codecs encode|_io BytesIO|signal Signals|(__builtin__|builtins|numpy)"
     r" (set|slice|complex|bytearray|ndarray|dtype)|numpy\.(_?core)\.(multiarray|numeric) \w+|pathlib \w+"
     r"|megatron(\.\w+)+ \w+)"
 )
-MOST = 10**6  # entries of a model; a stage has some tens for each layer
+MAX_ENTRIES = 10**6  # of a model; a stage has some tens per layer
 AGAIN = "Copy the checkpoint again."
-# What older versions call what later ones do.
+# Parts of names in older versions, and in later ones.
 OLDER = {
     "language_model.transformer.": "language_model.encoder.",
     ".attention.": ".self_attention.",
@@ -34,12 +34,12 @@ OLDER = {
     ".post_attention_layernorm.": ".post_attention_norm.",
     ".final_layernorm.": ".final_norm.",
 }
-# A copy of the table, in the last stage of a tied model.
+# The copy of the embedding table in the last stage of a tied model.
 TIED_HEADS = {"word_embeddings_for_head.weight": "language_model.output_layer.weight"}
 
 
 def find_ranks(path: Path) -> Path:
-    """The folder with the ranks, from any place around it."""
+    """Returns the folder that contains the ranks, given it, its parent, a rank, or the file of a rank."""
     if path.name == FILE and path.is_file():
         path = path.parent
     if RANK.fullmatch(path.name) and path.is_dir():
@@ -56,7 +56,7 @@ def find_ranks(path: Path) -> Path:
 
 
 def rank_files(folder: Path) -> list[list[Path]]:
-    """By stage, then by rank of tensor parallelism: the files."""
+    """Returns the files by pipeline stage and tensor-parallel rank."""
     if (folder / "metadata.json").is_file():
         raise UserError(
             f"{folder} is a distributed checkpoint of Megatron without {METADATA}, as --ckpt-format zarr writes it",
@@ -77,10 +77,10 @@ def rank_files(folder: Path) -> list[list[Path]]:
 def described(
     folder: Path, file: Path, args: Mapping[str, Any], config: ModelConfig | None
 ) -> tuple[ModelConfig, tuple[str, ...], str, Path]:
-    """What the model of a checkpoint is, notes on what was assumed, what describes it, and the folder it belongs to.
+    """Returns the model of a checkpoint, notes on what is assumed, what describes it, and the folder of the checkpoint.
 
-    `config` wins, then a config.json in the folder of the iteration or in the one around it, then the settings `args`
-    that `file` holds, which must agree with either in every size.
+    `config` takes precedence, then a config.json in the folder of the iteration or its parent, then the settings `args`
+    in `file`, whose sizes must agree with the former two.
     """
     home = folder_with_config(folder, folder.parent)
     root = home or (folder.parent if (folder.parent / TRACKER).is_file() else folder)
@@ -95,7 +95,7 @@ def described(
 
 
 class Shard:
-    """What a rank's file holds."""
+    """The content of the file of one rank."""
 
     def __init__(self, file: Path) -> None:
         held = unpickle(file, INERT)
@@ -103,7 +103,9 @@ class Shard:
             raise UserError(f"{file} holds no args, as Megatron's files do", "Give a checkpoint of Megatron-LM.")
         version = held.get("checkpoint_version", 0)
         if type(version) not in (int, float) or version not in (0, 1, 2, 3):
-            raise UserError(f"{file} is of the unknown version {told(version)}", "camelid reads versions 0 to 3.")
+            raise UserError(
+                f"{file} is of the unknown version {describe_value(version)}", "camelid reads versions 0 to 3."
+            )
         self.file, self.args, self.version = file, args.state, float(version)
         chunks = sorted(key for key in held if isinstance(key, str) and re.fullmatch(r"model\d{0,3}", key))
         if chunks != ["model"]:
@@ -111,13 +113,13 @@ class Shard:
         if not chunks or not all(isinstance(held.get(chunk), dict) for chunk in chunks):
             raise UserError(f"{file} holds no model", "Give a checkpoint of Megatron-LM.")
         self.chunks = [self._tensors(held[chunk]) for chunk in chunks]
-        """one, or with a virtual pipeline several"""
+        """one, or several with a virtual pipeline"""
 
     def _tensors(self, tree: dict) -> dict[str, Tensor]:
         size, tensors = self.file.stat().st_size, {}
         for count, (name, value) in enumerate(_flat(tree)):
-            if count > MOST:
-                raise UserError(f"{self.file} has more than {MOST:,} entries in its model", AGAIN)
+            if count > MAX_ENTRIES:
+                raise UserError(f"{self.file} has more than {MAX_ENTRIES:,} entries in its model", AGAIN)
             if name.endswith("_extra_state"):
                 continue
             if not isinstance(value, Tensor):
@@ -137,7 +139,7 @@ class Shard:
 
 
 def _flat(tree: dict, start: str = "", depth: int = 4) -> Iterator[tuple[str, Any]]:
-    """What lies in tables within tables, by path; deeper tables are values."""
+    """Yields the values of nested dicts by path; dicts deeper than `depth` are values."""
     for key, value in tree.items():
         name = f"{start}{key}"
         if isinstance(value, dict) and depth > 1:

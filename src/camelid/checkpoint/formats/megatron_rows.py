@@ -1,4 +1,4 @@
-"""Names and layouts of Megatron-LM's tensors, as rows: those of Megatron-LM 307dcf37f0 and core_v0.12.3."""
+"""Names and layouts of the tensors of Megatron-LM 307dcf37f0 and core_v0.12.3, as tables of rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,17 +34,17 @@ LEGACY = {
 }
 NAMES = {"mcore": MCORE, "legacy": LEGACY}
 BUFFERS = r".*rotary_pos_emb\.inv_freq|.*rotary_emb\.inv_freq"
-# Modules with a state beside their weights, which is empty; Megatron's strict loader looks for it.
+# Modules with an empty extra state, which Megatron's strict loader requires.
 STATES = ("qkv", "o_proj", "fc1", "fc2", "lm_head")
 PADDING = 128  # Megatron's make_vocab_size_divisible_by, for each rank
 CUT = frozenset({"heads", "kv_heads", "mlp", "vocab", "vocab_in"})
 
 
 def rows(names: Mapping[str, str], version: float = 3.0, split: bool = False) -> tuple[TensorRule, ...]:
-    """The rows of a shard; with `split`, gate and up lie in tensors of their own, as the reader presents them.
+    """Returns the rows of a shard; with `split`, gate and up are separate tensors, as the reader presents them.
 
-    Queries, keys and values lie group by group. Before version 2, where every head had its own keys, they were words
-    of the last place (version 1), or one after the other (version 0, which the reader presents as three tensors).
+    Queries, keys and values are interleaved by group. Before version 2, which had no grouped queries, they were the
+    fastest axis within a head (version 1), or concatenated (version 0, which the reader presents as three tensors).
     """
     grouped, ours = "(kv_heads slot head_dim) embed", "(kv_heads slot) head_dim embed"
     first = [
@@ -81,7 +81,7 @@ def rows(names: Mapping[str, str], version: float = 3.0, split: bool = False) ->
 
 
 def stacked(rows: Sequence[TensorRule]) -> tuple[TensorRule, ...]:
-    """The same rows where one tensor holds all layers, on a leading axis, as distributed checkpoints have them."""
+    """Returns the rows for tensors that contain all layers on a leading axis, as in distributed checkpoints."""
 
     def one(row: TensorRule) -> TensorRule:
         if "{layer}" not in row.name:

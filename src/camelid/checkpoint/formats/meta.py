@@ -1,7 +1,7 @@
-"""Meta's own folders: params.json beside consolidated.00.pth, .01, ..., each with a part of every matrix.
+"""Meta's checkpoints: a folder with params.json and consolidated.00.pth, .01, ..., each with a shard of every matrix.
 
-Names, shards and params.json are those of meta-llama/llama and meta-llama/llama-models: norms are whole in every shard,
-the table of embeddings is cut by columns up to Llama 2 and by rows since Llama 3.
+Names, shards and params.json are those of meta-llama/llama and meta-llama/llama-models. Every shard contains the
+unsharded norms. The embedding table is sharded over columns up to Llama 2, and over rows since Llama 3.
 """
 
 import math
@@ -33,7 +33,7 @@ from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import Llama3Scaling, ModelConfig
 
-# Rotary pairs are neighbours. In the order of Meta's modules, in which llama2.c's files lie.
+# Rotary pairs are adjacent. The order is that of Meta's modules, and of the tensors in llama2.c's files.
 RULES = (
     TensorRule("embed", "tok_embeddings.weight", "vocab_in embed_in"),
     TensorRule("layers.attn_norm.scale", "layers.{layer}.attention_norm.weight", "embed"),
@@ -60,7 +60,7 @@ NORM = "norm.weight"
 TABLE, HEAD, GATE = "tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight"
 BUFFERS = r"rope\.freqs"
 BY_NAME = {row.name: row for row in RULES}
-# What the shards cut, beside one axis of the table of embeddings; a parameter has one of these axes at most.
+# The sharded axes, in addition to one axis of the embedding table; a parameter has at most one of them.
 CUT = frozenset({"heads", "kv_heads", "mlp", "vocab"})
 BY_ROWS, BY_COLUMNS = CUT | {"vocab_in"}, CUT | {"embed_in"}
 
@@ -69,7 +69,7 @@ BY_ROWS, BY_COLUMNS = CUT | {"vocab_in"}, CUT | {"embed_in"}
 
 
 def matches(path: Path) -> bool:
-    """Whether a folder has a first shard, or a file is a shard."""
+    """Whether a folder contains a first shard, or a file is a shard."""
     return (path / "consolidated.00.pth").is_file() or _is_shard(path)
 
 
@@ -78,16 +78,17 @@ def _is_shard(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint:
-    """Opens a folder, or the one around a shard.
+    """Opens a folder, or the folder of a shard.
 
-    What the model is comes from `config`, from a config.json beside the shards, or from params.json and guesses.
+    The model is described by `config`, by a config.json in the folder, or by params.json, whose gaps are filled with
+    the values of released models and noted. Raises UserError if shards are missing or do not match the model.
     """
     folder = path.parent if _is_shard(path) else path
     shards, renamed = _open_shards(folder)
     params = read_params(folder / PARAMS) if (folder / PARAMS).is_file() else {}
     source = find_config(config, folder)
     if source is None and not params:
-        raise UserError(f"{folder} has no {PARAMS}", "Copy it beside the shards, or give --config PRESET_OR_JSON.")
+        raise UserError(f"{folder} has no {PARAMS}", "Copy it to the folder, or give --config PRESET_OR_JSON.")
     tensors = _joined_all(folder, shards, params["dim"] if source is None else source.config.embed_dim)
     notes: tuple[str, ...] = ()
     if source is None:
@@ -110,7 +111,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
 
 
 def _open_shards(folder: Path) -> tuple[list[dict[str, Tensor]], tuple[str, ...]]:
-    """The tensors of each shard, and a note where their names are not Meta's own."""
+    """Returns the tensors of each shard, and a note if their names are not Meta's own."""
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files or [file.name for file in files] != [_shard_name(i) for i in range(len(files))]:
         raise UserError(
@@ -133,7 +134,7 @@ def _shard_name(rank: int) -> str:
 
 
 def _axis(name: str, cut: frozenset[str]) -> int | None:
-    """The axis along which the shards of a tensor lie end to end; None where each has all of it."""
+    """Returns the axis over which a tensor is sharded, None if every shard contains all of it."""
     return sharded_axis(BY_NAME.get(re.sub(r"^layers\.\d+\.", "layers.{layer}.", name)), cut)
 
 
@@ -141,7 +142,7 @@ def _joined_all(folder: Path, shards: Sequence[dict[str, Tensor]], dim: int) -> 
     first = shards[0].get(TABLE)
     if first is None or len(first.shape) != 2:
         held = layout.summarize([*shards[0]])
-        raise UserError(f"{folder} has no matrix {TABLE}; it holds {held}", "Give a folder of Meta's Llama.")
+        raise UserError(f"{folder} has no matrix {TABLE}; it contains {held}", "Give a folder of Meta's Llama.")
     widths = {first.shape[1]: BY_ROWS, first.shape[1] * len(shards): BY_COLUMNS}
     if dim not in widths:
         raise UserError(
@@ -160,8 +161,8 @@ def _joined(name: str, parts: list[Tensor], cut: frozenset[str]) -> Tensor:
 def _config(
     folder: Path, params: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The model that params.json describes, and what was guessed of it."""
-    # Meta's code ties nothing, and its files of Llama 3.2, which is tied, hold the table twice.
+    """Returns the model that params.json describes, and notes on what is assumed."""
+    # Meta's code does not tie the head, so its files of Llama 3.2, whose head is tied, contain the table twice.
     tied = HEAD not in tensors or (params.get("use_scaled_rope", False) and same_values(tensors[TABLE], tensors[HEAD]))
     try:
         config, notes = config_from_params(params, tensors[TABLE].shape[0], tied)
@@ -169,7 +170,7 @@ def _config(
         raise UserError(f"{folder / PARAMS} describes no model: {error}", "Download or copy it again.") from error
     if GATE in tensors and tensors[GATE].shape[:1] != (config.mlp_dim,):
         raise UserError(
-            f"{folder / PARAMS} makes the MLP {config.mlp_dim} wide, and {GATE} has shape {tensors[GATE].shape}",
+            f"{folder / PARAMS} describes an MLP of width {config.mlp_dim}, and {GATE} has shape {tensors[GATE].shape}",
             "Correct multiple_of and ffn_dim_multiplier, or give --config PRESET_OR_JSON.",
         )
     return config, notes
@@ -186,7 +187,7 @@ def _check_copies(shards: Sequence[dict[str, Tensor]], names: Sequence[str]) -> 
 
 
 def _check_agree(folder: Path, params: Mapping[str, Any], config: ModelConfig, described_by: str) -> None:
-    """Sizes agree always; what a user says of the rest wins over the file."""
+    """Raises UserError if params.json contradicts the config; a given config may differ in all but the sizes."""
     pairs = [(key, params[key], getattr(config, ours)) for key, (_, ours) in KEYS.items() if ours and key in params]
     if "use_scaled_rope" in params:
         pairs.append(("use_scaled_rope", params["use_scaled_rope"], isinstance(config.rope_scaling, Llama3Scaling)))
@@ -201,7 +202,7 @@ def _check_agree(folder: Path, params: Mapping[str, Any], config: ModelConfig, d
 
 
 def plan_files(export: ExportSpec) -> list[PlannedFile]:
-    """`tensor_parallel` shards, and params.json."""
+    """Plans `tensor_parallel` shards and params.json."""
     params = params_from_config(export.config)
     if export.pipeline_parallel != 1:
         raise UserError(f"{WHAT} has no pipeline stages", "Leave pipeline_parallel at 1.")

@@ -1,6 +1,6 @@
 """MindSpore checkpoints with the names of MindFormers' LLaMA: .ckpt files, folders of ranks, and safetensors.
 
-The files hold names and tensors, and nothing of the model: neither its sizes nor how rotary pairs lie (RopeLayout).
+The files contain named tensors, but neither the sizes of the model nor the layout of rotary pairs (RopeLayout).
 """
 
 import re
@@ -23,7 +23,7 @@ from camelid.checkpoint.containers.mindspore_file import (
 from camelid.checkpoint.containers.safetensors import safetensors_file
 from camelid.checkpoint.files import PlannedFile
 from camelid.checkpoint.formats.config_source import find_config
-from camelid.checkpoint.formats.mindspore_ranks import Split, open_ranks, ranks_in, strategy_bytes
+from camelid.checkpoint.formats.mindspore_ranks import ShardLayout, open_ranks, ranks_in, strategy_bytes
 from camelid.checkpoint.layout import Table, TensorRule, check_tensors
 from camelid.checkpoint.tensor_parallel import shard_export, sharded_axis
 from camelid.checkpoint.tensors import PlannedTensor, files_holding, unverified_note
@@ -34,7 +34,7 @@ from camelid.model.config import ModelConfig
 WHAT = "a MindSpore checkpoint of MindFormers' LLaMA"
 
 RopeLayout = Literal["half", "interleaved"]
-"""how the rows of wq and wk lie: first and second halves of pairs, or pair by pair; the names are the same"""
+"""the order of the rows of wq and wk: first halves before second halves, or pair by pair; the names are the same"""
 
 
 def _rows(q: Sequence[str], k: Sequence[str]) -> tuple[TensorRule, ...]:
@@ -63,9 +63,9 @@ RULES: Mapping[RopeLayout, tuple[TensorRule, ...]] = {
     ),
 }
 SIZES = {"pair": 2, "one": 1}
-# What ranks cut. MindFormers keeps the tables whole (vocab_emb_dp), except where there are stages.
+# The sharded axes. MindFormers replicates the embedding and the head (vocab_emb_dp), except with pipeline stages.
 MATRICES, TABLES = frozenset({"heads", "kv_heads", "mlp"}), frozenset({"vocab", "vocab_in"})
-# With qkv_concat, a key head comes after its queries and before its value head, and rows of gate and up take turns.
+# With qkv_concat, a key head follows its query heads and precedes its value head; rows of gate and up alternate.
 QKV, GATE_UP = "model.layers.{layer}.attention.w_qkv.weight", "model.layers.{layer}.feed_forward.w_gate_hidden.weight"
 CONCAT = (
     TensorRule(
@@ -78,11 +78,11 @@ CONCAT = (
 )
 HEAD = "lm_head.weight"
 FORMAT_OF: Mapping[str, str] = {"half": "mindspore-half", "interleaved": "mindspore-interleaved"}
-"""what a path or --from says where the layout is known"""
+"""the format name, in a path or --from, of each layout"""
 
 
 def rows_for(names: Iterable[str], rope_layout: RopeLayout) -> tuple[TensorRule, ...]:
-    """The rows of a file with tensors of these names."""
+    """Returns the rows of a file with tensors of these names."""
     names = set(names)
     concat = [row for row in CONCAT if row.name.format(layer=0) in names]
     if rope_layout != "half" and any(row.name == QKV for row in concat):
@@ -95,7 +95,7 @@ def rows_for(names: Iterable[str], rope_layout: RopeLayout) -> tuple[TensorRule,
 
 
 def matches(path: Path) -> bool:
-    """Whether a file or a folder is of MindSpore, from names and first bytes."""
+    """Whether a file or a folder is a MindSpore checkpoint, by names and first bytes."""
     try:
         if not path.is_dir():
             return _looks_file(path)
@@ -120,8 +120,9 @@ def _looks_file(path: Path) -> bool:
 def open_checkpoint(path: Path, config: ModelConfig | None = None, rope_layout: RopeLayout | None = None) -> Checkpoint:
     """Opens a file, a folder with one, or a folder of ranks.
 
-    MindSpore's files do not describe their model: `config` does, or a config.json beside them. They also do not say
-    which RopeLayout they have; None is the one that MindFormers has had since 3 August 2023 (its commit f40d0aab8).
+    The files do not describe their model, so `config` or a config.json in the folder must. They do not contain their
+    RopeLayout either; None assumes the one of MindFormers since 3 August 2023 (its commit f40d0aab8). Raises UserError
+    if the model is unknown, or the files are damaged, incomplete, or of another model.
     """
     folder = path if path.is_dir() else path.parent
     notes: list[str] = []
@@ -133,20 +134,20 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, rope_layout: 
     source = find_config(config, folder)
     if source is None:
         raise UserError(
-            f"{path} does not say which model it holds", "Say it with --config PRESET_OR_JSON, or a config.json beside."
+            f"{path} does not describe its model", "Give --config PRESET_OR_JSON, or put a config.json in the folder."
         )
     config, described_by = source
     notes += unverified_note([*filter(unverified, files_holding(tensors.values()))], folder)
     if aside:
         more = ", ..." if len(aside) > 3 else ""
-        notes.append(f"values of the training run were left out: {', '.join(aside[:3])}{more}")
+        notes.append(f"values of the training run are not read: {', '.join(aside[:3])}{more}")
     rows = rows_for(tensors, rope_layout or "half")
     layout = None
     if rope_layout is None and not any(row.name == QKV for row in rows):
         layout = "the rotary layout of wq and wk (half)"
         notes.append(
-            "wq and wk are taken to be half-split, as MindFormers writes them since August 2023; where the text that "
-            "the model writes is broken, open it as mindspore-interleaved::PATH"
+            "wq and wk are assumed to be half-split, as MindFormers writes them since August 2023; if the model "
+            "generates garbage, open it as mindspore-interleaved::PATH"
         )
     table = table_for(WHAT, rows, config, SIZES)
     if config.tie_embeddings:  # MindFormers holds a tied table twice
@@ -183,13 +184,13 @@ def plan_files(export: ExportSpec, *, rope_layout: RopeLayout = "half", safetens
                 written.append(ckpt_file(f"{folder}model.ckpt", payloads))
             if folder and way == 0:
                 axes = {tensor.name: sharded_axis(table.tensors[tensor.name][0][0].rule, cut) for tensor in own}
-                splits = {tensor.name: Split.over(ways, len(tensor.shape), axes[tensor.name]) for tensor in own}
+                splits = {tensor.name: ShardLayout.over(ways, len(tensor.shape), axes[tensor.name]) for tensor in own}
                 written.append(PlannedFile(f"strategy/ckpt_strategy_rank_{rank}.ckpt", [strategy_bytes(stage, splits)]))
     return written
 
 
 def _stages(table: Table, tensors: Sequence[PlannedTensor], layers: int, count: int) -> list[list[PlannedTensor]]:
-    """The tensors of each stage, layer by layer; the table of the embedding is first, what has no layer last."""
+    """Returns the tensors of each pipeline stage by layer; the embedding is first, other tensors without layer last."""
 
     def place(tensor: PlannedTensor) -> int:
         part, layer = table.tensors[tensor.name][0]

@@ -1,6 +1,7 @@
-"""Folders of a MindSpore run on many devices, and the strategy files that say how its tensors are split.
+"""Folders of a distributed MindSpore run, and the strategy files that describe how its tensors are sharded.
 
-Each of rank_0, rank_1, ... holds one part of every tensor of its stage; which one, a strategy file says (Split).
+Each of rank_0, rank_1, ... contains one shard of every tensor of its stage; the strategy file specifies which one
+(ShardLayout).
 """
 
 import io
@@ -22,36 +23,36 @@ MAX_STRATEGY = 2**28  # bytes
 
 
 @dataclass(frozen=True)
-class Split:
-    """How one tensor lies on the ranks of a stage, which are counted through `devices` with the last axis fastest.
+class ShardLayout:
+    """How one tensor is sharded over the ranks of a stage, which form an array `devices` with the last axis fastest.
 
     devices (2, 3)                 rank 0 1 2
                                         3 4 5
-    axes (0, -1)    the tensor's first axis is cut in 3, and ranks 0 and 3 hold the same
+    axes (0, -1)    the tensor's first axis is sharded 3 ways; ranks 0 and 3 have the same shard
     """
 
     devices: tuple[int, ...]
     axes: tuple[int, ...]
-    """for each axis of the tensor, which axis of the devices cuts it, counted from the last; -1: none"""
+    """for each axis of the tensor, the axis of `devices` over which it is sharded, counted from the last; -1: none"""
     step: int = 0
-    """the first axis is cut once more (parallel_optimizer), among ranks so far from each other"""
+    """distance of the ranks over which the first axis is sharded once more (parallel_optimizer)"""
     ways: int = 1
-    """into so many"""
+    """number of these shards"""
 
     @classmethod
-    def over(cls, ranks: int, ndim: int, axis: int | None) -> "Split":
-        """A tensor that is cut along one axis among the ranks of its stage, or that each of them has whole."""
+    def over(cls, ranks: int, ndim: int, axis: int | None) -> "ShardLayout":
+        """Returns the sharding of a tensor over one axis, or its replication if `axis` is None."""
         return cls((ranks,), tuple(0 if i == axis else -1 for i in range(ndim)))
 
 
 def ranks_in(folder: Path) -> dict[int, Path]:
-    """The folders of ranks in a folder, by their number."""
+    """Returns the folders of ranks in a folder, by rank."""
     folders = (path for path in folder.iterdir() if re.fullmatch(r"rank_(0|[1-9]\d{0,4})", path.name) and path.is_dir())
     return {int(path.name[5:]): path for path in folders}
 
 
 def open_ranks(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The whole tensors of a folder of ranks, and the names of what training left there beside them."""
+    """Returns the unsharded tensors of a folder of ranks, and the names of training values that are not read."""
     found = ranks_in(folder)
     if missing := [i for i in range(max(found) + 1) if i not in found]:
         raise UserError(f"{folder} has no rank_{missing[0]}", "Copy the folders of all ranks.")
@@ -60,29 +61,29 @@ def open_ranks(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     ranks = [{name: tensor for name, tensor in rank.items() if name not in aside} for rank in ranks]
     if len(ranks) == 1:
         return ranks[0], aside
-    splits: dict[str, Split] = {}
+    splits: dict[str, ShardLayout] = {}
     for file in _strategies(folder):
         for name, split in open_strategy(file).items():
             if splits.setdefault(name, split) != split:
-                raise UserError(f"{file} splits {name} otherwise than the files beside it", "Keep those of one run.")
+                raise UserError(f"{file} and another strategy file shard {name} differently", "Keep those of one run.")
     return merged(ranks, splits), aside
 
 
 def _strategies(folder: Path) -> list[Path]:
-    """The strategy files of a folder of ranks: those of the nearest place that has any."""
+    """Returns the strategy files of a folder of ranks, from the nearest folder that has any."""
     folder = folder.resolve()
     for place in (folder / "strategy", folder.parent / "strategy", folder, folder.parent):
         if files := sorted(file for file in place.glob("*strategy*.ckpt") if file.is_file()):
             return files
     raise UserError(
-        f"{folder} holds parts of a model, and no strategy file says how to put them together",
-        "Put ckpt_strategy_rank_0.ckpt (of each stage) into a folder named strategy in it.",
+        f"{folder} contains shards of a model, but no strategy file that describes how to merge them",
+        "Put ckpt_strategy_rank_0.ckpt (of each stage) into a subfolder named strategy.",
     )
 
 
-def open_strategy(path: Path) -> dict[str, Split]:
-    """By tensor: what a strategy file (MindSpore's node_strategy.proto) says."""
-    splits: dict[str, Split] = {}
+def open_strategy(path: Path) -> dict[str, ShardLayout]:
+    """Returns the sharding of each tensor in a strategy file (MindSpore's node_strategy.proto)."""
+    splits: dict[str, ShardLayout] = {}
     with path.open("rb") as file:
         try:
             if (size := os.fstat(file.fileno()).st_size) > MAX_STRATEGY:
@@ -99,9 +100,9 @@ def open_strategy(path: Path) -> dict[str, Split]:
     return splits
 
 
-def _layout(file: io.BufferedReader, span: range) -> tuple[str, Split]:
+def _layout(file: io.BufferedReader, span: range) -> tuple[str, ShardLayout]:
     item = protobuf.once(file, span, ("name", "layouts"))
-    # Where the files of several stages were merged, a name begins with its stage.
+    # In a file that was merged from several stages, names start with the stage.
     name = re.sub(r"^\d+-", "", protobuf.text(file, item.get("name")))
     if not isinstance(layouts := item.get("layouts"), range):
         raise ValueError(f"{name} has no layout")
@@ -110,16 +111,16 @@ def _layout(file: io.BufferedReader, span: range) -> tuple[str, Split]:
     devices, axes, *uneven = (protobuf.numbers(file, held.get(word, range(0))) for word in words[:4])
     field, step, ways = (held.get(word, 0) for word in words[4:])
     if any(uneven) or field:
-        raise ValueError(f"{name} is split unevenly")
+        raise ValueError(f"{name} is sharded unevenly")
     if not isinstance(step, int) or not isinstance(ways, int) or max(step, ways) >= 2**31:
         raise ValueError(f"{name} is split for the optimizer in an unknown way")
     if min(devices, default=0) < 1 or not all(-1 <= axis < len(devices) for axis in axes):
-        raise ValueError(f"{name} lies on devices {devices} as {axes}")
-    return name, Split(devices, axes, step, ways) if step and ways > 1 else Split(devices, axes)
+        raise ValueError(f"{name} has the device array {devices} and the axes {axes}")
+    return name, ShardLayout(devices, axes, step, ways) if step and ways > 1 else ShardLayout(devices, axes)
 
 
-def strategy_bytes(stage: int, splits: Mapping[str, Split]) -> bytes:
-    """The strategy file of a stage: how each of its tensors is split."""
+def strategy_bytes(stage: int, splits: Mapping[str, ShardLayout]) -> bytes:
+    """Returns the content of the strategy file of a stage."""
     field = protobuf.field_bytes
     content = field(1, stage)
     for name, split in splits.items():
@@ -130,15 +131,15 @@ def strategy_bytes(stage: int, splits: Mapping[str, Split]) -> bytes:
     return content
 
 
-def merged(ranks: Sequence[Mapping[str, Tensor]], splits: Mapping[str, Split]) -> dict[str, Tensor]:
-    """The whole tensors of a run, by name, from the parts that its ranks hold; nothing is read."""
+def merged(ranks: Sequence[Mapping[str, Tensor]], splits: Mapping[str, ShardLayout]) -> dict[str, Tensor]:
+    """Returns the unsharded tensors of a run, by name, from the shards of its ranks; nothing is read."""
     names = dict.fromkeys(name for rank in ranks for name in rank)
     if missing := [name for name in names if name not in splits]:
         raise UserError(f"the strategy files do not say how {missing[0]} is split", "Give those of the same run.")
     return {name: _merged(name, ranks, splits[name]) for name in names}
 
 
-def _merged(name: str, ranks: Sequence[Mapping[str, Tensor]], split: Split) -> Tensor:
+def _merged(name: str, ranks: Sequence[Mapping[str, Tensor]], split: ShardLayout) -> Tensor:
     count = math.prod(split.devices)
     if len(ranks) % count:
         raise UserError(
@@ -161,7 +162,7 @@ def _merged(name: str, ranks: Sequence[Mapping[str, Tensor]], split: Split) -> T
                 f"{name} is {one.shape} {one.dtype} in {one.file}, and {tensor.shape} {tensor.dtype} in {tensor.file}",
                 "The files belong to different runs.",
             )
-        # Of copies, norms tell one run from another, and take little reading.
+        # Replicated norms distinguish different runs, and are quick to read.
         if held is not tensor and len(tensor.shape) == 1 and not same_values(tensor, held):
             raise UserError(
                 f"{name} in {tensor.file} differs from that in {held.file}", "The files belong to different runs."
