@@ -52,9 +52,9 @@ FAULTS = (
     Fault(
         "add_bos_token overrules the post-processor",
         "text/loading.py",
-        "return LoadedVocabulary(backend, declared, bos, determined_by_file",
-        'return LoadedVocabulary(backend, declared, bos if declared.config.get("add_bos_token") else None, '
-        "determined_by_file",
+        "TokenizersBackend(file, serialized), declared, bos,",
+        "TokenizersBackend(file, serialized), declared, bos if declared.config.get('add_bos_token') is not False else "
+        "None,",
         f"{FOLDER}[add_bos_token false]",
     ),
     Fault(

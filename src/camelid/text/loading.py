@@ -181,14 +181,14 @@ def _from_sentencepiece(file: Path) -> LoadedVocabulary:
     # The classes of transformers ignore how the model treats spaces.
     build = None if kind is None or pieces.remove_extra_whitespaces or not pieces.add_dummy_prefix else kind.build
     tokenizer = sentencepiece_pipeline(pieces) if build is None else build(vocabulary_of(pieces), declared.config)
-    opened = _with_switches(file, tokenizer, declared, adds_bos="bos_token" in own)
+    loaded = _with_switches(file, tokenizer, declared, adds_bos="bos_token" in own)
     # The added tokens if there were no other files; all of them are pieces, which have ids already.
     own_tokens = _with_defaults(DeclaredTokens(file.parent, extra=special_pieces), own).new_tokens(())
     added = tokenizer.get_added_tokens_decoder().values()
     return dataclasses.replace(
-        opened,
+        loaded,
         determined_by_file=build is None and set(map(repr, added)) == set(map(repr, own_tokens)),
-        notes=(*opened.notes, *_unlike_transformers(declared, kind is None, pieces)),
+        notes=(*loaded.notes, *_unlike_transformers(declared, kind is None, pieces)),
     )
 
 

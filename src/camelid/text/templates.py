@@ -1,19 +1,19 @@
-"""The chat templates that go by a name: each writes what the released models' own templates, or fschat's, write."""
+"""NamedTemplate chat templates, with the same output as the templates of the released models, or those of fschat."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedTemplate:
     text: str
-    """in jinja"""
+    """The jinja source."""
     input_joint: str = "\n\n"
-    """what stands between the instruction and the input of an instruction row"""
+    """Separator between the instruction and the input of an instruction example."""
     input_system: str | None = None
-    """the system's message of an instruction row that has an input; left out, there is none"""
+    """System message of an instruction example that has an input; None for no such message."""
 
 
-# Sets the system apart from the turns, which must alternate.
+# Separates the system message from the turns, which must alternate.
 _TURNS = """
 {%- if messages[0]['role'] == 'system' %}
 {%- set system = messages[0]['content'] %}
@@ -23,7 +23,7 @@ _TURNS = """
 {%- endif %}
 {%- for message in turns %}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-{{- raise_exception('after the system, if there is one, user and assistant must take turns') }}
+{{- raise_exception('after the optional system message, user and assistant must take turns') }}
 {%- endif %}
 {%- endfor %}
 """
@@ -152,13 +152,13 @@ ZEPHYR = """
 {%- endif %}"""
 
 NAMED = {
-    "llama2": Named(LLAMA2),
-    "llama3": Named(LLAMA3),
-    "mistral": Named(MISTRAL),
-    "gemma": Named(GEMMA),
-    "phi": Named(PHI),
-    "vicuna_v1.1": Named(VICUNA),
-    "alpaca": Named(ALPACA, input_joint="\n\n### Input:\n", input_system=ALPACA_INPUT_SYSTEM),
-    "chatml": Named(CHATML),
-    "zephyr": Named(ZEPHYR),
+    "llama2": NamedTemplate(LLAMA2),
+    "llama3": NamedTemplate(LLAMA3),
+    "mistral": NamedTemplate(MISTRAL),
+    "gemma": NamedTemplate(GEMMA),
+    "phi": NamedTemplate(PHI),
+    "vicuna_v1.1": NamedTemplate(VICUNA),
+    "alpaca": NamedTemplate(ALPACA, input_joint="\n\n### Input:\n", input_system=ALPACA_INPUT_SYSTEM),
+    "chatml": NamedTemplate(CHATML),
+    "zephyr": NamedTemplate(ZEPHYR),
 }
