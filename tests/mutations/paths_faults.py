@@ -233,9 +233,9 @@ FAULTS = (
     Fault(
         "the recipe is written before the run is accepted",
         "runs/run.py",
-        "            resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))\n",
+        "            resumed = broadcast_from_main(lambda: _step_to_resume(",
         "            record(folder, recipe, parts.files, parts.data)\n"
-        "            resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))\n",
+        "            resumed = broadcast_from_main(lambda: _step_to_resume(",
         f"{USER}test_a_refused_start_leaves_a_run_as_it_was",
     ),
     Fault(

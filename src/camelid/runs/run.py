@@ -29,7 +29,7 @@ from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import count_parameters, peak_flops, training_flops
 from camelid.model.params import build, initialize, named
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
-from camelid.parallel.hosts import StopSignal, decided, is_main, to_host, wait_for_all
+from camelid.parallel.hosts import StopSignal, broadcast_from_main, is_main, to_host, wait_for_all
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.runs.components import Parts, prepare
@@ -67,7 +67,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     folder = Path(recipe.run).resolve()
     kept = kept_recipe(folder)
     recipe = completed(recipe, kept)
-    decided(lambda: check_folder(folder, recipe))
+    broadcast_from_main(lambda: check_folder(folder, recipe))
     mesh = make_mesh(recipe.mesh)
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
@@ -78,7 +78,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
             contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
             contextlib.ExitStack() as ending,
         ):
-            resumed = decided(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))
+            resumed = broadcast_from_main(lambda: _step_to_resume(folder, recipe, kept is not None, from_step))
             start = Start(_state(recipe, parts, checkpoints, resumed, mesh), resumed, kept)
             if from_step is not None:
                 start = replace(start, aside=_set_later_aside(folder, from_step))

@@ -29,7 +29,7 @@ from camelid.checkpoint.state.stored import (
     whole_steps_beside,
 )
 from camelid.errors import UserError
-from camelid.parallel.hosts import decided, is_main
+from camelid.parallel.hosts import broadcast_from_main, is_main
 
 REMOVED = ".orbax-checkpoint-tmp"  # after the name of a checkpoint that is being removed; Orbax removes what is left
 MORE_SPACE = "Free some space; the same command goes on from the checkpoint before."
@@ -69,7 +69,7 @@ class RunCheckpoints:
         Raises UserError if the disk is full, if a value of the state is infinite or NaN, or if the checkpoint before
         was not written completely; the checkpoints before that one are kept.
         """
-        if step == decided(self.latest):
+        if step == broadcast_from_main(self.latest):
             return
         checksums, not_finite = survey(state)
         if not_finite:
@@ -81,7 +81,7 @@ class RunCheckpoints:
             self._settle()  # also, what is still being written is not yet missing from the free space
             manager = self._manager
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            if (free := decided(lambda: shutil.disk_usage(self._folder).free)) < need:
+            if (free := broadcast_from_main(lambda: shutil.disk_usage(self._folder).free)) < need:
                 raise UserError(
                     f"{self._folder} has {in_units(free)} free, and a checkpoint of {in_units(need)} is due",
                     MORE_SPACE,
@@ -96,7 +96,7 @@ class RunCheckpoints:
             return
         self._manager.wait_until_finished()
         written = self._written
-        decided(lambda: self._verify(*written))
+        broadcast_from_main(lambda: self._verify(*written))
         self._written = None
         if is_main():
             self._remove_old()
@@ -147,7 +147,7 @@ class RunCheckpoints:
                 raise Damage(f"infinite or NaN values in {described(not_finite)}")
         except Damage as error:
             # Every process is here, and the main one reads the other steps for all.
-            whole = decided(lambda: whole_steps_beside(place))
+            whole = broadcast_from_main(lambda: whole_steps_beside(place))
             raise damaged(place, str(error), whole, resuming=True) from error
         return jax.tree.map_with_path(lambda path, _: restored[path_name(path)], target)
 
