@@ -44,7 +44,7 @@ FAULTS = (
     ),
     Fault(
         "a declared id that the vocabulary does not give is accepted",
-        "text/loading.py",
+        "text/added_tokens.py",
         "if (found := tokenizer.token_to_id(entry.content)) != token:",
         "if (found := tokenizer.token_to_id(entry.content)) is None:",
         f"{FOLDER}[no such id]",

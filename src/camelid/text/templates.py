@@ -1,6 +1,14 @@
 """NamedTemplate chat templates, with the same output as the templates of the released models, or those of fschat."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from camelid.errors import UserError
+from camelid.inputs import decode
+from camelid.text.added_tokens import CONFIG, read_object
+
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -162,3 +170,32 @@ NAMED = {
     "chatml": NamedTemplate(CHATML),
     "zephyr": NamedTemplate(ZEPHYR),
 }
+
+
+def read_chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The templates by name, from the file that takes precedence in transformers."""
+    file = folder / CHAT_TEMPLATE
+    if file.is_file():
+        try:
+            own: Any = decode(file.read_bytes())
+        except UnicodeError as error:
+            raise UserError(f"{file} is not text: {error}", "Save it as UTF-8, or remove it.") from error
+    else:
+        file = folder / CONFIG
+        own = config.get("chat_template")
+        if not own:
+            file = folder / "chat_template.json"
+            own = read_object(file).get("chat_template")
+    named = {"default": own} if isinstance(own, str) or not own else _by_name(own)
+    if named is None or not all(isinstance(text, str) for text in named.values() if text is not None):
+        raise UserError(
+            f"chat_template in {file} is neither a text nor a list of objects with name and template",
+            "Correct it, or copy the file from the original checkpoint again.",
+        )
+    return {name: text for name, text in named.items() if text}
+
+
+def _by_name(templates: Any) -> dict[str, Any] | None:
+    if isinstance(templates, list) and all(isinstance(entry, dict) for entry in templates):
+        return {str(entry.get("name")): entry.get("template", 0) for entry in templates}
+    return templates if isinstance(templates, dict) else None
