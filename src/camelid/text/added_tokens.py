@@ -64,7 +64,7 @@ def read_object(file: Path) -> dict[str, Any]:
         refuse_stand_in(file)
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{file} does not contain a JSON object", "Correct or remove the file.")
+        raise UserError(f"{file} holds no JSON object", "Correct or remove the file.")
     return content
 
 

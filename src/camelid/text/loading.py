@@ -70,7 +70,7 @@ def vocabulary_file(path: Path) -> Path:
     found = [path / name for name in VOCABULARIES if (path / name).is_file()]
     if not found:
         raise UserError(
-            f"there is no tokenizer: none of {', '.join(str(path / name) for name in VOCABULARIES)} exists",
+            f"no tokenizer: looked for {', '.join(str(path / name) for name in VOCABULARIES)}",
             "Give a folder or file of a tokenizer.",
         )
     if found[0].name == MODEL and found[-1].name == VOCAB and (path / "merges.txt").is_file():

@@ -293,7 +293,7 @@ def _eos_ids_of(file: Path) -> list[int]:
 def _checked_text(text: str) -> str:
     if not text.isascii() and (half := HALF_CHARACTER.search(text)):
         raise UserError(
-            f"the text contains half of a surrogate pair, {half[0]!r}, at position {half.start()}",
+            f"the text has half a character, {half[0]!r}, at position {half.start()}",
             "Use both halves of the surrogate pair, or neither.",
         )
     return text
