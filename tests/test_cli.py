@@ -275,7 +275,7 @@ def test_a_mistake_in_a_recipe_is_two_lines(recipe: Path, tmp_path: Path):
 
 def test_the_numbers_of_processes_belong_together(recipe: Path, tmp_path: Path):
     refusal = called("train", recipe, "--coordinator", "localhost:1")
-    assert_refused(refusal, "coordinator, processes and process-id belong together")
+    assert_refused(refusal, "--coordinator, --processes and --process-id belong together")
     assert not (tmp_path / "run").exists()
 
 

@@ -100,8 +100,8 @@ def test_presets_are_listed_with_their_sizes_and_other_names():
         (["llama2_70bb"], "llama2_70bb does not exist, and there is no preset 'llama2_70bb'", "llama2_70b or"),
         (["TinyLlama"], "TinyLlama does not exist", "Did you mean tinyllama_1b"),
         (["./llama2_70b"], "llama2_70b does not exist", "folder"),
-        ([], "inspect takes a MODEL, or --presets", "--help"),
-        (["llama2_70b", "--presets"], "inspect takes a MODEL, or --presets", "--help"),
+        ([], "inspect takes either a MODEL or --presets", "--help"),
+        (["llama2_70b", "--presets"], "inspect takes either a MODEL or --presets", "--help"),
     ],
 )
 def test_what_is_neither_folder_nor_preset_is_refused(arguments: list[str], problem: str, advice: str):

@@ -35,14 +35,14 @@ def numpy_error() -> Exception:
 def test_exhausted_memory_is_explained(make, stories: Path):
     with mock.patch("camelid.api.load", side_effect=make()):
         result = called("generate", stories, "Hello")
-    assert_refused(result, "memory ran out")
+    assert_refused(result, "out of memory")
     assert "--max-new-tokens" in result.stderr
 
 
 def test_exhausted_memory_in_training_is_explained(tmp_path: Path):
     with mock.patch("camelid.runs.run.run", side_effect=xla_error()):
         result = called("train", write_recipe_file(tiny_run(tmp_path), tmp_path / "recipe.toml"))
-    assert_refused(result, "memory ran out: RESOURCE_EXHAUSTED")
+    assert_refused(result, "out of memory: RESOURCE_EXHAUSTED")
     assert "train.accumulate" in result.stderr
 
 

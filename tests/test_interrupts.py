@@ -222,7 +222,7 @@ def test_what_hears_the_signal_decides_when_the_command_ends(tmp_path: Path, use
             if len(heard_before) == 2:
                 raise KeyboardInterrupt
         heard_before = []
-        with interrupts.heard(hear, signal.SIGINT, signal.SIGTERM):
+        with interrupts.handling_signals(hear, signal.SIGINT, signal.SIGTERM):
             print(flush=True)
             threading.Event().wait()
         """

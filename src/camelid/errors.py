@@ -1,4 +1,4 @@
-"""The one exception that the command line shows without a traceback."""
+"""The exception that the command line reports without a traceback."""
 
 import functools
 import re
@@ -10,7 +10,7 @@ _R = TypeVar("_R")
 
 
 class UserError(ValueError):
-    """Something the user can mend: what is wrong, and the way out, one line each."""
+    """An error that the user can correct: the problem and advice, one line each."""
 
     def __init__(self, problem: str, advice: str):
         super().__init__(f"{problem}\n{advice}")
@@ -18,7 +18,7 @@ class UserError(ValueError):
         self.advice = advice
 
     def __reduce__(self):
-        # Exceptions are pickled by their args, and this one's is its text: worker processes raise it here.
+        # Exceptions are pickled by `args`, here the text alone; worker processes raise it in their parent.
         return type(self), (self.problem, self.advice)
 
 
@@ -34,9 +34,9 @@ _OPTIONS = (
 
 
 def in_python(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Makes the UserErrors of a public function speak of its arguments where they name options of the command line.
+    """Replaces options of the command line in UserErrors of a public function by its arguments.
 
-    Only their text changes, which Python users see; the command line shows `problem` and `advice`.
+    Only the text of the exception changes, which Python users see; the command line prints `problem` and `advice`.
     """
 
     @functools.wraps(function)

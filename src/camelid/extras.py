@@ -1,4 +1,4 @@
-"""How to install the libraries of an optional feature, for messages."""
+"""Installation commands for the libraries of optional features, for messages."""
 
 import json
 import re
@@ -13,9 +13,9 @@ NAME = "camelid"
 def install_hint(extra: str) -> str:
     """A pip command that installs the libraries of an extra of pyproject.toml.
 
-    It repeats how camelid itself was installed: from a local folder, perhaps editable, a local file, or a repository.
-    The name of the package is never looked up in an index, where anybody may have taken it; without a record of the
-    installation, the command names the libraries themselves.
+    It uses the source from which camelid itself was installed: a local folder (perhaps editable), a local file, or a
+    repository. The name of the package is never looked up in an index, where anybody may have registered it; without a
+    record of the installation, the command names the libraries.
     """
     try:
         installed = metadata.distribution(NAME)
@@ -26,7 +26,7 @@ def install_hint(extra: str) -> str:
 
 
 def _source(record: dict, extra: str) -> str | None:
-    """What pip takes for the same source with an extra; None where the source is not known or is gone.
+    """The requirement for pip of the same source with an extra; None if the source is unknown or no longer exists.
 
     The record is that of https://packaging.python.org/en/latest/specifications/direct-url/.
     """
@@ -46,6 +46,6 @@ def _source(record: dict, extra: str) -> str | None:
 
 
 def _libraries(requires: list[str], extra: str) -> list[str]:
-    """The requirements of an extra, without the marker that says so."""
+    """The requirements of an extra, without their markers."""
     marker = re.compile(rf"""\s*;\s*extra\s*==\s*['"]{re.escape(extra)}['"]\s*$""")
     return [shlex.quote(marker.sub("", text)) for text in requires if marker.search(text)]

@@ -1,4 +1,4 @@
-"""Paths and text files that come from the user, and downloads that are not the file they are named after."""
+"""Paths and text files from the user, and detection of downloads that are not the file itself."""
 
 import codecs
 import os
@@ -8,33 +8,33 @@ from pathlib import Path
 from camelid.errors import UserError
 
 HOME = re.compile(r"(?P<format>[\w-]+::)?(?P<path>~.*)", re.DOTALL)
-"""a path below a home folder, perhaps after the prefix of a checkpoint's format"""
+"""A path in a home folder, optionally after the prefix of a checkpoint format."""
 
 MARKS = (
-    # UTF-32's mark of little-endian files begins with that of UTF-16.
+    # The mark of little-endian UTF-32 starts with that of UTF-16.
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
-"""byte-order marks, and the codec that reads what follows and drops the mark"""
+"""Byte-order marks, and the codecs that decode the data and remove the mark."""
 
 
 def expand_home(path: str | Path) -> str:
     """A path with a leading `~` or `~user` replaced by the home folder; `format::~/path` keeps its prefix.
 
-    A shell expands `~` only at the beginning of an unquoted word, so it leaves `--out=~/x` and recipes alone. A name
-    that begins with `~` but names no user is returned as it is.
+    A shell expands `~` only at the start of an unquoted word, neither in `--out=~/x` nor in recipes. A path that starts
+    with `~` but does not name a user is returned unchanged.
     """
     found = HOME.fullmatch(str(path))
     return str(path) if found is None else (found["format"] or "") + os.path.expanduser(found["path"])
 
 
 def named_path(path: str | Path) -> Path:
-    """The path that a user named, with `expand_home`.
+    """The path that a user gave, with `~` expanded.
 
-    Raises UserError if it is empty: then a variable was not set, and the current folder is not what was meant.
+    Raises UserError if it is empty: probably a variable was not set, and the current folder is not intended.
     """
     if not str(path):
         raise UserError("a path is empty", "Give one; . is the current folder.")
@@ -47,12 +47,12 @@ def encoding_of(beginning: bytes) -> str:
 
 
 def decode(data: bytes) -> str:
-    """Text in UTF-8, UTF-16 or UTF-32, as its byte-order mark says, with line breaks as `\\n`; raises UnicodeError."""
+    """Decodes UTF-8, UTF-16 or UTF-32 by the byte-order mark; line breaks become `\\n`. Raises UnicodeError."""
     return data.decode(encoding_of(data)).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that a person wrote, decoded as `decode` does; raises UserError where it is not text."""
+    """The text of a file, decoded by `decode`; raises UserError if it is not text."""
     try:
         return decode(path.read_bytes())
     except OSError as error:
@@ -69,20 +69,20 @@ WEB_PAGES = (".html", ".htm", ".xhtml", ".xml", ".svg")
 
 
 def refuse_stand_in(path: Path) -> None:
-    """Raises UserError where a file is a Git LFS pointer, or a web page that was saved in the place of a download.
+    """Raises UserError if a file is a Git LFS pointer, or a web page that was saved instead of a download.
 
-    Only for files that cannot begin in this way themselves. What cannot be read is left to the file's own reader.
+    Only for file types that cannot start like these. Files that cannot be read are left to their own reader.
     """
     refuse_pointer(path)
     if path.suffix.lower() not in WEB_PAGES and WEB_PAGE.match(_beginning(path)):
         raise UserError(
-            f"{path} is a web page (HTML or XML), not the file that its name says",
-            "Download it again; on the Hugging Face Hub, take the link of the file itself (/resolve/, not /blob/).",
+            f"{path} is a web page (HTML or XML), not the file that its name suggests",
+            "Download it again; on the Hugging Face Hub, use the link of the file itself (/resolve/, not /blob/).",
         )
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises UserError where a file is a Git LFS pointer."""
+    """Raises UserError if a file is a Git LFS pointer."""
     if _beginning(path).startswith(LFS_POINTER):
         raise UserError(
             f"{path} is a Git LFS pointer, not the file itself",

@@ -1,9 +1,9 @@
-"""Ctrl-C ends a command at any moment, with one line and exit status 130.
+"""Ctrl-C ends a command at any time, with one line of output and exit status 130.
 
-By default Python raises KeyboardInterrupt in the main thread. That is too late while a library computes, it is lost in
-a destructor or a broad `except`, and the interpreter's shutdown crashes where XLA is still compiling in another thread.
-The process of a command is therefore ended by a thread that waits for the signal. Files on disk are then as after a
-kill: each appears under its name only when it is complete. Programs that import camelid keep Python's behavior.
+By default, Python raises KeyboardInterrupt in the main thread. That is delayed while a library computes, can be lost
+in a destructor or a broad `except`, and the shutdown of the interpreter crashes if XLA is compiling in another thread.
+Therefore a thread that waits for the signal ends the process of a command. Files on disk are then as after a kill: each
+appears under its name only when it is complete. Programs that import camelid keep Python's behavior.
 """
 
 import atexit
@@ -16,34 +16,34 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 INTERRUPTED = 130
-"""exit status of a command that Ctrl-C ended: 128 + SIGINT, as shells report it"""
+"""Exit status of a command that Ctrl-C ended: 128 + SIGINT, as in shells."""
 STOPPED = 75
-"""exit status of training that saved a checkpoint and stopped at a signal: EX_TEMPFAIL of sysexits.h, run it again"""
+"""Exit status of training that a signal stopped after it saved a checkpoint: EX_TEMPFAIL of sysexits.h."""
 END_S = 1.5
-"""in which an interrupted command removes its temporary files"""
+"""Time in which an interrupted command can remove its temporary files."""
 
-Hear = Callable[[int], None]
+SignalHandler = Callable[[int], None]
 
 
 def _interrupt(number: int) -> None:
     raise KeyboardInterrupt
 
 
-_hear: Hear = _interrupt
+_handler: SignalHandler = _interrupt
 _wakeup: int | None = None
 _cleaning = False
 _advice = ""
 _before_end: Callable[[], None] | None = None
-_saying = threading.Lock()
-_said = False
+_message_lock = threading.Lock()
+_message_shown = False
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs `main` as the command of this process, which never reaches the interpreter's own shutdown.
+    """Runs `main` as the command of this process, and exits without the shutdown of the interpreter.
 
-    Call it before anything slow is imported. Where the process was started with SIGINT ignored, it stays ignored.
+    It has to be called before slow imports. If the process was started with SIGINT ignored, SIGINT stays ignored.
     """
-    status = 1  # of an exception
+    status = 1  # for an exception
 
     def leave() -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -51,7 +51,7 @@ def run_command(main: Callable[[], None]) -> None:
                 stream.flush()
         os._exit(status)
 
-    atexit.register(leave)  # what is registered first runs last
+    atexit.register(leave)  # the first registered function runs last
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         _watch()
     try:
@@ -65,7 +65,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _watch() -> None:
-    """Starts the thread that hears signals."""
+    """Starts the thread that handles signals."""
     global _wakeup
     reader, _wakeup = os.pipe()
     os.set_blocking(_wakeup, False)
@@ -75,11 +75,11 @@ def _watch() -> None:
 
 
 def _in_main_thread(number: int, frame: object) -> None:
-    # The number is in the pipe already, unless an event loop has put a pipe of its own in the place of this one.
+    # The number is in the pipe already, unless an event loop has replaced the pipe by its own.
     assert _wakeup is not None
     if signal.set_wakeup_fd(_wakeup, warn_on_full_buffer=False) != _wakeup:
         os.write(_wakeup, bytes([number]))
-    if _cleaning and _hear is _interrupt:
+    if _cleaning and _handler is _interrupt:
         raise KeyboardInterrupt
 
 
@@ -87,23 +87,23 @@ def _dispatch(reader: int) -> None:
     while True:
         for number in os.read(reader, 64):
             if signal.getsignal(number) is not _in_main_thread:
-                continue  # Python writes the numbers of all signals that have a handler, those of libraries too
+                continue  # Python writes the numbers of all signals with a handler, also of libraries
             try:
-                _hear(number)
+                _handler(number)
             except KeyboardInterrupt:
                 end()
 
 
 def end() -> NoReturn:
-    """Ends the process of a command as Ctrl-C does, after END_S at the latest."""
-    global _said
-    # Nobody may read what is written, and a block of `cleaned_up` may take too long.
+    """Ends the process of a command as Ctrl-C does, within END_S seconds."""
+    global _message_shown
+    # Output may block, and a block of `cleaned_up` may take too long.
     latest = threading.Timer(END_S, os._exit, (INTERRUPTED,))
     latest.daemon = True
     latest.start()
-    with _saying:
-        if not _said:
-            _said = True
+    with _message_lock:
+        if not _message_shown:
+            _message_shown = True
             # A progress bar may have hidden the cursor.
             before, after = ("\r\x1b[K", "\x1b[?25h") if os.isatty(2) else ("", "")
             with contextlib.suppress(OSError):
@@ -117,7 +117,7 @@ def end() -> NoReturn:
 
 
 def set_advice(advice: str) -> None:
-    """Appends advice to the line that says that the command was interrupted."""
+    """Sets the advice that is appended to the message of an interrupted command."""
     global _advice
     _advice = f"; {advice}"
 
@@ -137,7 +137,7 @@ def before_end(do: Callable[[], None]) -> Iterator[None]:
 def cleaned_up() -> Iterator[None]:
     """An interrupt in this block is raised as KeyboardInterrupt, so that the block can remove its temporary files.
 
-    In a command it has END_S for that.
+    A command has END_S seconds for that.
     """
     global _cleaning
     before, _cleaning = _cleaning, True
@@ -148,26 +148,26 @@ def cleaned_up() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def heard(hear: Hear, *numbers: signal.Signals) -> Iterator[None]:
-    """In this block `hear(number)` is called at these signals; where it raises KeyboardInterrupt, the program ends.
+def handling_signals(handler: SignalHandler, *numbers: signal.Signals) -> Iterator[None]:
+    """Calls `handler(number)` for these signals in the block; if it raises KeyboardInterrupt, the program ends.
 
-    A command calls it in a thread of its own, at once; another program in its main thread, between two bytecodes.
-    Ignored signals stay ignored, and all keep their handlers if the block does not run in the main thread.
+    A command calls it immediately in a separate thread; other programs call it in the main thread, between bytecodes.
+    Ignored signals stay ignored, and all handlers are unchanged if the block does not run in the main thread.
     """
-    global _hear
+    global _handler
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = _in_main_thread if _wakeup is not None else lambda number, frame: hear(number)
-    heard_before, handlers = _hear, {}
+    installed = _in_main_thread if _wakeup is not None else lambda number, frame: handler(number)
+    handler_before, handlers = _handler, {}
     try:
-        _hear = hear
+        _handler = handler
         for number in numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                handlers[number] = signal.signal(number, handler)
+                handlers[number] = signal.signal(number, installed)
         yield
     finally:
         for number, before in handlers.items():
-            if before is not None:  # one that was not installed from Python cannot be put back
+            if before is not None:  # a handler that was not installed from Python cannot be restored
                 signal.signal(number, before)
-        _hear = heard_before
+        _handler = handler_before

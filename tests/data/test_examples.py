@@ -54,7 +54,7 @@ def test_bos_and_eos_can_be_chosen(tokenizer: Tokenizer, tmp_path: Path):
     assert tokens(encode(without, ["ab"])) == [[[*b"ab", EOS]]]
     assert tokens(encode(without, ["ab"], add_bos=True)) == [[[BOS, *b"ab", EOS]]]
     bare = load_tokenizer(save_byte_tokenizer(tmp_path / "u", adds_bos=False, config={}))
-    with pytest.raises(UserError, match="EOS is asked for"):
+    with pytest.raises(UserError, match="EOS was requested"):
         encode(bare, ["ab"])
 
 

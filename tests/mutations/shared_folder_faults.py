@@ -9,14 +9,14 @@ FAULTS = (
     Fault(
         "each process chooses the step to go on from",
         "runs/start.py",
-        "decided(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))",
+        "broadcast_from_main(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))",
         "_step_to_resume(folder, recipe, previous is not None, from_step)",
         OLD,
     ),
     Fault(
         "processes other than the main one say that no step is whole",
         "checkpoint/state/orbax_state.py",
-        "decided(lambda: intact_steps_beside(place))",
+        "broadcast_from_main(lambda: intact_steps_beside(place))",
         "intact_steps_beside(place) if is_main() else []",
         f"{SHARED}test_both_processes_name_the_steps_that_are_whole",
     ),

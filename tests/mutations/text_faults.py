@@ -48,4 +48,25 @@ FAULTS = (
         "pass",
         f"{LIMITED}[{{% set x = s.replace('x', 'xx') %}}]",
     ),
+    Fault(
+        "names of other systems get no suggestion",
+        "runs/suggestions.py",
+        'if plain in FIELD_OF and table.partition(".")[0] != "model":',
+        "if not plain:",
+        "test_cli.py::test_the_name_of_a_field_in_other_systems_is_refused_with_ours[--lr-optimizer.learning_rate]",
+    ),
+    Fault(
+        "commands of other systems get no suggestion",
+        "cli/__init__.py",
+        "suggestion = OTHER_NAMES.get(name.lower()) or next(iter(nearest), None)",
+        "suggestion = next(iter(nearest), None)",
+        "test_cli.py::test_the_name_of_a_command_in_other_systems_is_refused_with_ours[tokenize-data prepare]",
+    ),
+    Fault(
+        "help shows None",
+        "cli/help.py",
+        "hint = Annotated[(plain, arg(metavar=_metavar(get_args(plain)[0])), *metadata)]",
+        "pass",
+        "test_cli.py::test_help_shows_no_none_and_no_empty_default[train]",
+    ),
 )

@@ -44,7 +44,7 @@ FAULTS = (
     ),
     Fault(
         "a declared id that the vocabulary does not give is accepted",
-        "text/loading.py",
+        "text/added_tokens.py",
         "if (found := tokenizer.token_to_id(entry.content)) != token:",
         "if (found := tokenizer.token_to_id(entry.content)) is None:",
         f"{FOLDER}[no such id]",
@@ -52,15 +52,15 @@ FAULTS = (
     Fault(
         "add_bos_token overrules the post-processor",
         "text/loading.py",
-        "return LoadedVocabulary(backend, declared, bos, determined_by_file",
-        'return LoadedVocabulary(backend, declared, bos if declared.config.get("add_bos_token") else None, '
-        "determined_by_file",
+        "TokenizersBackend(file, serialized), declared, bos,",
+        "TokenizersBackend(file, serialized), declared, bos if declared.config.get('add_bos_token') is not False else "
+        "None,",
         f"{FOLDER}[add_bos_token false]",
     ),
     Fault(
         "a class's own pipeline is not used",
         "text/hf_pipelines.py",
-        "return declared if declared in CLASSES else GENERIC",
+        "return declared if declared in PIPELINES else GENERIC",
         "return GENERIC",
         f"{FOLDER}[class Llama, chat]",
     ),
@@ -81,8 +81,8 @@ FAULTS = (
     Fault(
         "a message's train flag is not read",
         "text/messages.py",
-        'said = {key: row[key] for key in ("weight", *SWITCHES) if row.get(key) is not None}',
-        'said = {key: row[key] for key in ("weight",) if row.get(key) is not None}',
+        'given = {key: row[key] for key in ("weight", *SWITCHES) if row.get(key) is not None}',
+        'given = {key: row[key] for key in ("weight",) if row.get(key) is not None}',
         f"{CHAT}test_a_flag_of_a_message_decides_whether_it_is_learnt[train]",
     ),
     Fault(
@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         "a token of Llama 3 that no merges make is not found",
         "text/tiktoken.py",
-        "tokenizer = split_bytes(vocabulary(ranks), PATTERN, ignore_merges=True)",
-        "tokenizer = split_bytes(vocabulary(ranks), PATTERN)",
+        "tokenizer = byte_level_pipeline(vocabulary(ranks), PATTERN, ignore_merges=True)",
+        "tokenizer = byte_level_pipeline(vocabulary(ranks), PATTERN)",
         "text/test_tiktoken.py::test_a_text_that_is_a_token_is_that_token_even_if_no_merges_lead_to_it",
     ),
     Fault(

@@ -87,7 +87,7 @@ else:
 def test_a_jax_that_was_started_with_the_fusion_is_refused(flags: str, advice: str, user_env: dict[str, str]):
     done = python("import jax; jax.devices()\n" + CATCH, user_env, flags)
     problem, way_out = done.stdout.strip().split("\n")
-    assert problem == "XLA's fusion of reductions with YNNPACK is on, which gives wrong numbers on CPUs", done.stderr
+    assert problem == "XLA's fusion of reductions with YNNPACK is on, which gives wrong results on CPUs", done.stderr
     assert advice in way_out
 
 
@@ -96,7 +96,7 @@ def test_what_was_set_is_what_the_user_had_when_it_comes_too_late(monkeypatch: p
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     monkeypatch.setattr(backend, "fuses_reductions", lambda: True)
     for _ in range(2):
-        with pytest.raises(UserError, match="before camelid could turn it off"):
+        with pytest.raises(UserError, match="before camelid could disable it"):
             prepare_backend.__wrapped__()
         assert os.environ["XLA_FLAGS"] == "--xla_force_host_platform_device_count=8"
 

@@ -516,7 +516,7 @@ def test_what_a_template_adds_behind_some_words_is_not_the_messages(bytewise: To
 
 def test_a_special_in_words_that_a_template_moves_is_refused(assets: Path, bytewise: Tokenizer):
     chat = [TURNS[0], Message("assistant", THINKING.replace("and", "</s>"))]
-    with pytest.raises(UserError, match="changes it beyond recognition"):
+    with pytest.raises(UserError, match="changes it so that it cannot be located"):
         ChatTemplate(qwen3(assets)).render(chat, bytewise)
 
 
@@ -540,7 +540,7 @@ def test_a_template_that_rewrites_words_is_followed(bytewise: Tokenizer, change:
     ],
 )
 def test_a_template_that_hides_a_message_is_refused(bytewise: Tokenizer, text: str):
-    with pytest.raises(UserError, match=r"leaves out message \d, the \w+'s, or changes it beyond recognition"):
+    with pytest.raises(UserError, match=r"omits message \d \(\w+\), or changes it so that it cannot be located"):
         ChatTemplate(text).render((SYSTEM, *TURNS), bytewise)
 
 
@@ -557,7 +557,7 @@ def test_words_that_decide_what_stands_before_them_are_refused(bytewise: Tokeniz
     head = "{{ '!' if 'x' in m.content and m.role == 'assistant' else '?' }}"
     template = ChatTemplate("{% for m in messages %}" + head + "{{ m.content }}</s>{% endfor %}")
     template.render([Message("user", "x"), Message("assistant", "y")], bytewise)
-    with pytest.raises(UserError, match="message 1, the assistant's, or changes it beyond recognition"):
+    with pytest.raises(UserError, match=r"message 1 \(assistant\), or changes it so that it cannot be located"):
         template.render([Message("user", "x"), Message("assistant", "x")], bytewise)
 
 
@@ -711,10 +711,10 @@ def test_the_checkpoints_template_is_found_where_transformers_finds_it(tmp_path:
     tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path, config={"chat_template": several}))
     assert load_template(None, tokenizer).text == "first"
     assert load_template("rag", tokenizer).text == "second"
-    with pytest.raises(UserError, match=r"no chat template is called 'lama2'\nchoose one of llama2, .*, default, rag"):
+    with pytest.raises(UserError, match=r"no chat template is called 'lama2'\nChoose one of llama2, .*, default, rag"):
         load_template("lama2", tokenizer)
     tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path / "bare"))
-    with pytest.raises(UserError, match="bare has no chat template\nname one"):
+    with pytest.raises(UserError, match="bare has no chat template\nChoose one"):
         load_template(None, tokenizer)
 
 
@@ -762,7 +762,7 @@ USER, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
         ({"conversations": [USER, {"from": "gpt"}]}, r"conversations\[1\].value is missing"),
         ({"conversations": [USER, {"from": "gpt", "value": " \n"}]}, r"conversations\[1\].value is empty"),
         ({"conversations": [USER, {"from": "gpt", "value": 3}]}, r"conversations\[1\].value is 3, not a text"),
-        ({"conversations": [{"from": "tool", "value": "x"}]}, r"conversations\[0\].from is 'tool'\nroles are"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, r"conversations\[0\].from is 'tool'\nThe roles are"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\].role is \['user'\]"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, r"messages\[0\] has tool_calls"),
         (
@@ -777,7 +777,7 @@ USER, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
         ({"conversations": [USER], "tools": [1]}, "the row has tools"),
         (
             {"conversations": [{"from": "system", "value": "s"}, USER], "system": "t"},
-            "the row has system, and a message",
+            "the row has system, and a system message",
         ),
         ({"conversations": [USER], "system": 5}, "system is 5, not a text"),
         (
@@ -785,7 +785,7 @@ USER, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
             "the row has system and system_prompt, which d",
         ),
         ({"conversations": [USER], "messages": [USER]}, "the row has messages and conversations"),
-        ({"conversations": [{"from": "system", "value": ""}]}, "conversations holds only empty messages"),
+        ({"conversations": [{"from": "system", "value": ""}]}, "conversations contains only empty system messages"),
         ({"conversations": [USER, GPT], "documents": ["x"]}, "the row has documents"),
         ({"conversations": [USER, GPT], "weight": 0.5}, "the row has weight = 0.5, which would change"),
         ({"conversations": [USER, GPT], "train": False}, "the row has train = False, which would change"),

@@ -200,7 +200,9 @@ CASES = [
     Case("a flag of another kind", "stories", by_id(512, special("<tool>") | {"lstrip": "yes"})),
     Case("split_special_tokens", "stories", {"split_special_tokens": True}, refused="split_special_tokens = True"),
     # BOS and EOS of tokenizer.json.
-    Case("add_bos_token false", "stories", {"add_bos_token": False}, differs="add_bos_token is false .* decides"),
+    Case(
+        "add_bos_token false", "stories", {"add_bos_token": False}, differs="add_bos_token is false .* takes precedence"
+    ),
     Case("add_bos_token true", "stories", {"add_bos_token": True}),
     Case(
         "no post-processor",
@@ -244,7 +246,7 @@ CASES = [
     Case("Qwen2", "gpt2", {"tokenizer_class": "Qwen2Tokenizer"} | by_id(2255 + 1, *CHATML)),
     Case("Qwen2 by its model", "gpt2", {}, {"model_type": "qwen2"}),
     Case("no class", "gpt2", {}),
-    Case("Llama of vocab.json", "gpt2", LLAMA, refused="names no tokenizer_class that reads it"),
+    Case("Llama of vocab.json", "gpt2", LLAMA, refused="sets no tokenizer_class that reads it"),
     # tokenizer.model.
     Case("Llama 2", "llama2", LLAMA | {"add_bos_token": True}, differs="other ids for runs of spaces"),
     Case("Llama 2, legacy", "llama2", LLAMA | {"add_bos_token": False, "legacy": True}),
@@ -262,7 +264,7 @@ CASES = [
         differs="add_eos_token is true",
     ),
     Case("Llama 2, no switch", "llama2", LLAMA, differs="add_bos_token is not set"),
-    Case("Llama 2, no class", "llama2", {"pad_token": "<pad>"}, differs="leaves out the space in front"),
+    Case("Llama 2, no class", "llama2", {"pad_token": "<pad>"}, differs="omits the space in front"),
     Case(
         "GPT2 of tokenizer.model",
         "llama2",

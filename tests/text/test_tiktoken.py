@@ -144,11 +144,11 @@ def test_tokens_of_tokenizer_config_take_the_place_of_metas(folder: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: lines[:100] + lines[101:], "is not whole: byte 100 has no token"),
-        (lambda lines: lines[:300] + lines[301:], "is not whole: its ranks are not 0 to 1998"),
-        (lambda lines: [*lines[:7], b"!!!! 7", *lines[8:]], "tokenizer.model:8 is no token with its rank"),
-        (lambda lines: [*lines[:7], b"AAA= x", *lines[8:]], "tokenizer.model:8 is no token with its rank"),
-        (lambda lines: [*lines, b"AAAA"], "tokenizer.model:2001 is no token with its rank"),
+        (lambda lines: lines[:100] + lines[101:], "is damaged: byte 100 has no token"),
+        (lambda lines: lines[:300] + lines[301:], "is damaged: its ranks are not 0 to 1998"),
+        (lambda lines: [*lines[:7], b"!!!! 7", *lines[8:]], "tokenizer.model:8 is not a token with its rank"),
+        (lambda lines: [*lines[:7], b"AAA= x", *lines[8:]], "tokenizer.model:8 is not a token with its rank"),
+        (lambda lines: [*lines, b"AAAA"], "tokenizer.model:2001 is not a token with its rank"),
     ],
 )
 def test_a_damaged_list_of_ranks_is_named(folder: Path, change, message: str):

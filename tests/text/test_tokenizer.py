@@ -218,7 +218,7 @@ def test_an_eos_of_the_model_alone_ends_no_text(tmp_path: Path):
     assert tokenizer.encode("x", eos=True) == [BOS, ord("x"), EOS]
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {VOCAB_SIZE}}}')
-    with pytest.raises(UserError, match="no file beside it names one that it has"):
+    with pytest.raises(UserError, match="no file in its folder names one that it has"):
         load_tokenizer(folder).encode("x", eos=True)
 
 
@@ -386,14 +386,14 @@ def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", "{}", r"tokenizer\.json is no tokenizer"),
+        ("tokenizer.json", "{}", r"tokenizer\.json is not a tokenizer"),
         (
             "tokenizer.model",
             "no model",
-            r"tokenizer\.model is neither a sentencepiece model nor a list of tiktoken's ranks",
+            r"tokenizer\.model is neither a sentencepiece model nor a list of tiktoken ranks",
         ),
-        ("tokenizer.model", "IQ== 0\nIg== 1\n", r"tokenizer\.model is not whole: byte 0 has no token"),
-        ("tokenizer.model", "IQ== 0\nIg= 1\n", r"tokenizer\.model:2 is no token with its rank"),
+        ("tokenizer.model", "IQ== 0\nIg== 1\n", r"tokenizer\.model is damaged: byte 0 has no token"),
+        ("tokenizer.model", "IQ== 0\nIg= 1\n", r"tokenizer\.model:2 is not a token with its rank"),
     ],
 )
 def test_a_vocabulary_of_another_kind_is_named(tmp_path: Path, name: str, content: str, message: str):
@@ -435,15 +435,15 @@ def test_a_unigram_model_is_encoded_by_sentencepiece_and_takes_no_tokens(assets:
     assert tokenizer.encode("a</s>b", specials=True) == [1, *theirs.encode("a"), 2, *theirs.encode("b")]
     assert pickle.loads(pickle.dumps(tokenizer)).encode_batch(texts) == tokenizer.encode_batch(texts)
     (tmp_path / "added_tokens.json").write_text('{"<tool>": 200}')
-    with pytest.raises(UserError, match="'<tool>' is to be added to it"):
+    with pytest.raises(UserError, match="the files add '<tool>' to it"):
         load_tokenizer(tmp_path)
 
 
 def test_bos_or_eos_that_does_not_exist_is_refused(tmp_path: Path):
     tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path, adds_bos=False, config={}))
-    with pytest.raises(UserError, match="BOS is asked for"):
+    with pytest.raises(UserError, match="BOS was requested"):
         tokenizer.encode("x", bos=True)
-    with pytest.raises(UserError, match="EOS is asked for"):
+    with pytest.raises(UserError, match="EOS was requested"):
         tokenizer.encode("x", eos=True)
 
 

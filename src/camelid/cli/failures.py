@@ -1,4 +1,4 @@
-"""What the command line says of errors that are not the program's fault."""
+"""Messages for errors of the user and of the system, which the command line reports without a traceback."""
 
 import errno
 
@@ -11,11 +11,11 @@ LESS_MEMORY = {
     "evaluate perplexity": "Use a shorter --sequence-length, or --dtype bfloat16.",
     "data prepare": "Use fewer --workers.",
 }
-"""by command: what needs less memory"""
+"""Advice for each command that runs out of memory."""
 
 
 def as_user_error(error: Exception, command: str) -> UserError | None:
-    """The error as a problem and advice; None if it is neither the user's nor the system's."""
+    """The error as a UserError; None if it is caused by neither the user nor the system."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError):
@@ -24,11 +24,11 @@ def as_user_error(error: Exception, command: str) -> UserError | None:
         about = f"{error.filename}: " if error.filename else ""
         return UserError(f"{about}{error.strerror}", "Check the path, its permissions, and the disk.")
     text = " ".join(str(error).split())[:300]
-    # XLA's errors are known by their text; their class cannot be imported without JAX.
+    # Errors of XLA are recognized by their text; importing their class would import JAX.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
         advice = LESS_MEMORY.get(command, "Close other programs, or use a machine with more memory.")
-        return UserError(f"memory ran out{text and ': '}{text}", advice)
-    # This is Gloo's text. With other collectives JAX ends the process itself, when heartbeats are missing.
+        return UserError(f"out of memory{text and ': '}{text}", advice)
+    # A message of Gloo. With other collectives, JAX ends the process itself when heartbeats are missing.
     if isinstance(error, RuntimeError) and "connection" in text.lower() and "peer" in text:
         return UserError("another process of this run has ended", "See its output; then run the same command again.")
     return None

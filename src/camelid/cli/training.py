@@ -54,7 +54,7 @@ def train(
     from camelid.parallel import hosts
 
     hosts.start(hosts.Processes(coordinator=coordinator, count=processes, id=process_id, detect=detect))
-    with hosts.ended_together(lambda error: as_user_error(error, "train")):
+    with hosts.fail_together(lambda error: as_user_error(error, "train")):
         from camelid.runs.run import run
 
         outcome = run(resolved, from_step)

@@ -1,4 +1,4 @@
-"""How the rows of a batch are divided over the devices of a mesh."""
+"""Sharding of the rows of a batch over the devices of a mesh."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def data_parallel_size(mesh: Mesh) -> int:
 class BatchSharding:
     """The division of a batch of `rows` rows over `mesh`.
 
-    Raises UserError where the rows do not divide by the data-parallel size.
+    Raises UserError if the number of rows is not a multiple of the data-parallel size.
     """
 
     rows: int

@@ -1,4 +1,4 @@
-"""XLA's compiled programs, kept on disk between runs."""
+"""The persistent cache of programs that XLA compiles."""
 
 import hashlib
 import os
@@ -9,20 +9,20 @@ from pathlib import Path
 from camelid.disk.paths import cache_folder, make_writable
 from camelid.errors import UserError
 
-LARGEST = 2 * 2**30  # bytes; the programs that were not used for longest make room
+LARGEST = 2 * 2**30  # bytes; the least recently used programs are removed
 
 
 def keep_compiled() -> None:
-    """Keeps what XLA compiles in the cache."""
+    """Enables JAX's persistent compilation cache in camelid's cache folder, unless JAX_COMPILATION_CACHE_DIR is set."""
     import jax
 
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return  # the user has chosen a place by JAX's own variable
+        return
     folder = cache_folder() / "xla" / _processor()
     try:
         make_writable(folder)
     except UserError as error:
-        warnings.warn(f"compiled programs are not kept: {error.problem}. {error.advice}", stacklevel=2)
+        warnings.warn(f"compiled programs are not cached: {error.problem}. {error.advice}", stacklevel=2)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", LARGEST)
@@ -30,7 +30,7 @@ def keep_compiled() -> None:
 
 
 def _processor() -> str:
-    """A name for this kind of processor: a home folder may be shared by machines whose programs differ."""
+    """An identifier of this type of processor: machines that share a home folder may need different programs."""
     about = platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         about += next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")

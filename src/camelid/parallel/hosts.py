@@ -1,4 +1,4 @@
-"""The processes that share a mesh: start them, tell them apart, move arrays between them and the mesh."""
+"""The processes of a distributed run: initialization, agreement between them, failures, and signals to stop."""
 
 import atexit
 import contextlib
@@ -19,42 +19,43 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from camelid.errors import UserError
-from camelid.interrupts import INTERRUPTED, before_end, heard
+from camelid.interrupts import INTERRUPTED, before_end, handling_signals
 
 HEARTBEAT_TIMEOUT_S = 60
-"""JAX ends all processes when one was killed, or its machine lost, so long ago"""
+"""After this time without a heartbeat of a process, JAX ends the others."""
 ANSWER_MS = 1000
-"""for which a process that failed waits until the others have heard"""
+"""A process that failed waits up to this time until the others know."""
 LAST_S = 0.3
-"""by which process 0, where the coordinator runs, ends after the others: JAX aborts those that lose it"""
+"""Process 0, which runs the coordinator, exits this much later than the others: JAX aborts processes that lose it."""
 FOREVER_MS = 10**9  # twelve days
 FAILURE = "camelid/failure"
 
 _T = TypeVar("_T")
-_decisions = itertools.count()
-"""numbers the calls of `decided`, which are the same in all processes"""
+_broadcasts = itertools.count()
+"""Numbers the calls of `broadcast_from_main`, which are the same in all processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """How this process finds the others. All None: one process, or what SLURM, MPI or a TPU pod says."""
+    """How this process finds the others; without any values, it runs alone."""
 
     coordinator: str | None = None
-    """host:port of process 0"""
+    """Address of process 0, host:port."""
     count: int | None = None
     id: int | None = None
     detect: bool = False
-    """join the others that the cluster's environment tells of"""
+    """Take the values from the environment of SLURM, MPI or a TPU pod."""
 
 
 def start(processes: Processes) -> None:
-    """Joins the other processes, if there are any; call it before the first use of a device."""
+    """Connects to the other processes, if there are any; has to be called before the first use of a device."""
     given = (processes.coordinator, processes.count, processes.id)
     if all(value is None for value in given) and not processes.detect:
         return
     if any(value is None for value in given) and not processes.detect:
         raise UserError(
-            "coordinator, processes and process-id belong together", "Give all three, or --detect inside a cluster job."
+            "--coordinator, --processes and --process-id belong together",
+            "Set all three, or --detect in a cluster job.",
         )
     jax.distributed.initialize(
         processes.coordinator, processes.count, processes.id, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S
@@ -62,33 +63,34 @@ def start(processes: Processes) -> None:
 
 
 def is_main() -> bool:
-    """True in one process: the one that prints and writes."""
+    """Whether this is process 0, the one that prints and writes."""
     return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
+    """A barrier: returns when every process has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def any_true(value: bool) -> bool:
-    """Whether the value is true in any of the processes; every process calls this."""
+    """Whether the value is true in any process; every process has to call this."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.asarray(value)).any())
 
 
-def decided(decide: Callable[[], _T]) -> _T:
-    """What `decide` returns in the main process, in every process; every process calls this, in the same order.
+def broadcast_from_main(decide: Callable[[], _T]) -> _T:
+    """Calls `decide` in the main process and returns its value in every process.
 
-    For all that later collectives depend on: of a shared folder, say, processes may see different states. Values must
-    be JSON. A UserError of the main process is raised in every process.
+    Every process has to call this, in the same order. For decisions on which later collectives depend: processes may
+    see different states of a shared folder, for example. The value has to be representable in JSON. A UserError of
+    the main process is raised in every process.
     """
     if (client := _client()) is None:
         return decide()
-    key = f"camelid/decided/{next(_decisions)}"
-    if _process_id() != 0:  # is_main would start JAX's devices, which is too early where a run begins
+    key = f"camelid/broadcast/{next(_broadcasts)}"
+    if _process_id() != 0:  # is_main() would initialize the devices, which is too early here
         answer = json.loads(client.blocking_key_value_get(key, FOREVER_MS))
         if "error" in answer:
             raise UserError(*answer["error"])
@@ -104,8 +106,8 @@ def decided(decide: Callable[[], _T]) -> _T:
 
 @contextlib.contextmanager
 def main_first(name: str) -> Iterator[None]:
-    """The block runs in the main process, and then in the others."""
-    # A barrier of the coordinator: collectives of devices time out where the main process takes hours.
+    """Runs the block in the main process first, and then in the others."""
+    # A barrier of the coordinator: collectives of devices would time out if the main process takes hours.
     if (client := _client()) is not None and not is_main():
         client.wait_at_barrier(f"camelid/{name}", FOREVER_MS)
     yield
@@ -114,20 +116,20 @@ def main_first(name: str) -> Iterator[None]:
 
 
 def _client() -> Any:
-    """JAX's connection to the coordinator, None where this process is alone."""
+    """JAX's connection to the coordinator; None for a single process."""
     return distributed.global_state.client
 
 
 def _process_id() -> int:
-    """This process's number, also before devices are asked for."""
+    """The index of this process; does not initialize the devices."""
     return distributed.global_state.process_id
 
 
 @contextlib.contextmanager
-def ended_together(explained: Callable[[Exception], UserError | None]) -> Iterator[None]:
-    """Where the block fails in one process, the others, which would wait for it, end with its message.
+def fail_together(as_user_error: Callable[[Exception], UserError | None]) -> Iterator[None]:
+    """If the block fails in one process, the others, which would wait for it, exit with its message.
 
-    For a command: it ends the process.
+    For commands: it ends the process.
     """
     if (client := _client()) is None:
         yield
@@ -135,27 +137,27 @@ def ended_together(explained: Callable[[Exception], UserError | None]) -> Iterat
 
     def fail(error: UserError, status: int) -> None:
         failure = {"process": _process_id(), "status": status, "error": [error.problem, error.advice]}
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed already
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has failed already
             client.key_value_set(FAILURE, json.dumps(failure))
             client.wait_at_barrier(f"{FAILURE}/heard", ANSWER_MS)
         if _process_id() == 0:
             time.sleep(LAST_S)
 
     threading.Thread(target=_end_with_others, args=(client,), daemon=True).start()
-    interrupted = UserError("interrupted", "The same command goes on from where it was.")
+    interrupted = UserError("interrupted", "Run the same command again to resume.")
     with before_end(lambda: fail(interrupted, INTERRUPTED)):
         try:
             yield
         except Exception as error:
-            told = explained(error)
-            status = 1 if told is None else 2
-            fail(told or UserError(f"{type(error).__name__}: {error}", "See the traceback there."), status)
-            atexit.register(os._exit, status)  # before JAX's own exit, which waits for the others
+            explained = as_user_error(error)
+            status = 1 if explained is None else 2
+            fail(explained or UserError(f"{type(error).__name__}: {error}", "See the traceback there."), status)
+            atexit.register(os._exit, status)  # before JAX's exit handler, which waits for the others
             raise
 
 
 def _end_with_others(client: Any) -> None:
-    """Ends this process when another one has failed."""
+    """Ends this process when another process has failed."""
     try:
         failure = json.loads(client.blocking_key_value_get(FAILURE, FOREVER_MS))
     except jax.errors.JaxRuntimeError:
@@ -172,7 +174,7 @@ def _end_with_others(client: Any) -> None:
 
 
 def to_host(tree):
-    """The whole of each array as numpy, in every process; every process calls this."""
+    """Each array, unsharded, as NumPy in every process; every process has to call this."""
 
     def fetch(x: jax.Array) -> np.ndarray:
         if x.is_fully_addressable or x.is_fully_replicated:
@@ -183,36 +185,36 @@ def to_host(tree):
 
 
 class StopSignal:
-    """Asks all processes to stop after the same step when one of them receives SIGTERM or Ctrl-C.
+    """Stops all processes after the same step when one of them receives SIGTERM or Ctrl-C.
 
     A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, first: int = 0, last: int | None = None):
-        """`first` steps have been made, and training ends at step `last`."""
+        """`first` is the number of completed steps; training ends at step `last`."""
         self._asked = threading.Event()
         self._step, self._last = first, last
         self._agreed = False
         self._several = jax.process_count() > 1
 
     def __enter__(self) -> "StopSignal":
-        # With several processes JAX's own runtime handles SIGTERM, so that all of them can agree on a step.
+        # With several processes, JAX's runtime handles SIGTERM, so that all processes agree on a step.
         numbers = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
-        self._heard = heard(self._ask, *numbers)
-        self._heard.__enter__()
+        self._handling = handling_signals(self._ask, *numbers)
+        self._handling.__enter__()
         return self
 
     def _ask(self, number: int) -> None:
         if self._asked.is_set():
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            return  # launchers may forward a SIGTERM that the process has received already
+            return  # launchers may forward a SIGTERM that the process received itself
         self._asked.set()
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
         where = "a step that all processes agree on" if self._several else f"step {self._stop_step}"
         text = f"stopping after saving {where}; press Ctrl-C again to stop without saving"
-        # In a thread, because standard error may be blocked, or in use by what the signal has interrupted.
+        # In a thread, because standard error may be blocked, or in use by the interrupted code.
         threading.Thread(target=print, args=(text,), kwargs={"file": sys.stderr}, daemon=True).start()
 
     @property
@@ -220,15 +222,15 @@ class StopSignal:
         return self._step + 1 if self._last is None else min(self._step + 1, self._last)
 
     def __exit__(self, *error) -> None:
-        self._heard.__exit__(*error)
+        self._handling.__exit__(*error)
 
     @property
     def asked(self) -> bool:
-        """True if a signal has come; with several processes, if all of them have agreed on a step. The same in all."""
+        """Whether a signal has arrived; with several processes, whether they have agreed on a step. Equal in all."""
         return self._agreed if self._several else self._asked.is_set()
 
     def at(self, step: int) -> bool:
-        """True if every process is to stop after this step; every process calls this at every step."""
+        """Whether to stop after this step, the same in every process; every process has to call this at every step."""
         self._step = step
         if self._several:
             self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(step)

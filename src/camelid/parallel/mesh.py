@@ -1,4 +1,4 @@
-"""The mesh: which devices work together, and along which axes arrays are cut over them."""
+"""The mesh of devices, and its axes, over which arrays are sharded."""
 
 import math
 import os
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices lie along each mesh axis; -1 takes all that are left.
+    """Number of devices along each mesh axis; -1 takes all remaining devices.
 
-    The names `context` and `pipeline` are reserved for the axes that cut sequences and layers.
+    The names `context` and `pipeline` are reserved for axes that shard sequences and layers.
     """
 
     data: int = 1
@@ -28,7 +28,7 @@ class MeshConfig:
     """heads, MLP and vocabulary are cut along this axis"""
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """Axis sizes whose product is `devices`; raises UserError where there are none."""
+        """The size of each axis, with a product of `devices`; raises UserError if there is no solution."""
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
         shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         free = [axis for axis, size in sizes.items() if size == -1]
@@ -46,13 +46,13 @@ class MeshConfig:
         elif free or known != devices:
             raise UserError(
                 f"mesh {shown} does not fill {devices} devices",
-                f"Choose sizes whose product is {devices}; -1 takes all that are left.",
+                f"Choose sizes whose product is {devices}; -1 takes all remaining devices.",
             )
         return sizes
 
 
 def make_mesh(config: MeshConfig) -> "jax.sharding.Mesh":
-    """A mesh over every device of every process."""
+    """A mesh of all devices of all processes."""
     import jax
 
     devices = _found(jax.devices)
@@ -60,14 +60,14 @@ def make_mesh(config: MeshConfig) -> "jax.sharding.Mesh":
 
 
 def one_device() -> "jax.sharding.Mesh":
-    """A mesh of this process's first device."""
+    """A mesh of the first device of this process."""
     import jax
 
     return _mesh(MeshConfig().sizes(1), _found(jax.local_devices)[:1])
 
 
 def _found(devices: Callable[[], list]) -> list:
-    """The devices; raises UserError if JAX cannot use the platform that was asked for, say for want of a driver."""
+    """The devices; raises UserError if JAX cannot use the requested platform, for example without a driver."""
     try:
         prepare_backend()
         return devices()
@@ -75,7 +75,7 @@ def _found(devices: Callable[[], list]) -> list:
         reason = " ".join(str(error).split())[:300] or "it is not installed, or there is no such device"
         raise UserError(
             f"JAX cannot use JAX_PLATFORMS = {os.environ.get('JAX_PLATFORMS', '')!r}: {reason}",
-            "Check the driver and the installation (say jax[cuda13]), or set JAX_PLATFORMS=cpu.",
+            "Check the driver and the installation (for example jax[cuda13]), or set JAX_PLATFORMS=cpu.",
         ) from error
 
 

@@ -21,7 +21,7 @@ from camelid.errors import UserError
 from camelid.model.decoder import Decoder
 from camelid.model.flops import peak_flops, training_flops
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
-from camelid.parallel.hosts import StopSignal, decided, is_main, to_host
+from camelid.parallel.hosts import StopSignal, broadcast_from_main, is_main, to_host
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.runs.components import Components, build_components
@@ -65,7 +65,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     folder = Path(recipe.run).resolve()
     previous = kept_recipe(folder)
     recipe = completed(recipe, previous)
-    decided(lambda: check_folder(folder, recipe))
+    broadcast_from_main(lambda: check_folder(folder, recipe))
     mesh = make_mesh(recipe.mesh)
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):

@@ -12,7 +12,7 @@ from camelid.checkpoint.state.saved_state import steps_in
 from camelid.disk.atomic import write_atomically
 from camelid.disk.locks import LOCK, locked, no_empty_folders
 from camelid.errors import UserError
-from camelid.parallel.hosts import decided, is_main, wait_for_all
+from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 from camelid.runs.recipe import Recipe, completed, structure, write_recipe
 
 FREE = {
@@ -37,7 +37,7 @@ def has_started(folder: Path) -> bool:
 
 def kept_recipe(folder: Path) -> Recipe | None:
     """The recipe of a run that has checkpoints, and None for any other; every process calls this."""
-    text = decided(lambda: _kept_text(folder))
+    text = broadcast_from_main(lambda: _kept_text(folder))
     return None if text is None else structure(tomllib.loads(text))
 
 

@@ -18,7 +18,7 @@ from camelid.errors import UserError
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import abstract, initialize
-from camelid.parallel.hosts import decided, is_main, wait_for_all
+from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 from camelid.runs.adamw_import import import_adamw
 from camelid.runs.components import Components
 from camelid.runs.recipe import Recipe
@@ -53,7 +53,7 @@ def find_start(
     aside. Raises UserError if the step is missing or damaged, or if parameters are infinite or NaN.
     """
     folder = Path(recipe.run).resolve()
-    resumed = decided(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))
+    resumed = broadcast_from_main(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))
     optimizer = components.step.optimizer
     target = abstract_start(components.config, optimizer, recipe.compute, mesh)
     if resumed is not None:

@@ -6,6 +6,7 @@ added_tokens.json and of tokenizer.json. The flags of a token (lstrip, rstrip, s
 those of `tokenizers.AddedToken`.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from camelid.errors import UserError
 from camelid.inputs import refuse_stand_in
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, Tokenizer
 
 CONFIG = "tokenizer_config.json"
 SPECIALS = "special_tokens_map.json"
@@ -63,7 +64,7 @@ def read_object(file: Path) -> dict[str, Any]:
         refuse_stand_in(file)
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{file} does not contain a JSON object", "Correct or remove the file.")
+        raise UserError(f"{file} holds no JSON object", "Correct or remove the file.")
     return content
 
 
@@ -90,6 +91,45 @@ def read_declared_tokens(folder: Path, in_vocabulary: "Mapping[int, AddedToken] 
     named = {key: token if token is None else by_text.get(token.content, token) for key, token in named.items()}
     order = [*STANDARD, *(key for key in named if key not in STANDARD)]
     return DeclaredTokens(folder, config, {key: named[key] for key in order if key in named}, extra, added)
+
+
+def with_defaults(declared: DeclaredTokens, named: Mapping[str, str | None]) -> DeclaredTokens:
+    """Adds the default special tokens of a class for those that no file names."""
+    from tokenizers import AddedToken
+
+    added = {token.content: token for token in declared.added.values()}
+    defaults = {key: added.get(text, AddedToken(text, special=True)) for key, text in named.items() if text is not None}
+    found = {**defaults, **declared.named}
+    return dataclasses.replace(declared, named=dict(sorted(found.items(), key=_standard_first)))
+
+
+def _standard_first(item: "tuple[str, AddedToken | None]") -> int:
+    return STANDARD.index(item[0]) if item[0] in STANDARD else len(STANDARD)
+
+
+def add_tokens(tokenizer: "Tokenizer", declared: DeclaredTokens) -> bool:
+    """Adds the declared tokens to a tokenizer as transformers does. Returns whether this changes it.
+
+    Raises UserError if a token gets a different id than a file declares.
+    """
+    before = {token: repr(entry) for token, entry in tokenizer.get_added_tokens_decoder().items()}
+    present = [entry.content for entry in tokenizer.get_added_tokens_decoder().values()]
+    tokenizer.add_tokens(declared.new_tokens(present))
+    # The vocabulary file may contain a named token as an ordinary added token.
+    specials = [token for token in (*declared.named.values(), *(declared.extra or ())) if token is not None]
+    names = {token.content for token in specials if token.special}
+    held = tokenizer.get_added_tokens_decoder().values()
+    tokenizer.add_special_tokens([entry for entry in held if entry.content in names and not entry.special])
+    for token, entry in declared.added.items():
+        if (found := tokenizer.token_to_id(entry.content)) != token:
+            where = CONFIG if declared.config.get("added_tokens_decoder") is not None else ADDED
+            raise UserError(
+                f"{declared.folder / where} gives {entry.content!r} the id {token}, and its id in the vocabulary is "
+                f"{found}",
+                "Correct the id: transformers ignores the declared one, and gives tokens that the vocabulary lacks the "
+                "ids that follow its last one.",
+            )
+    return before != {token: repr(entry) for token, entry in tokenizer.get_added_tokens_decoder().items()}
 
 
 def _special_tokens(

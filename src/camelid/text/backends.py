@@ -1,8 +1,8 @@
 """The two libraries that tokenize, `tokenizers` and `sentencepiece`, behind two classes with one interface.
 
 `encode` adds neither BOS nor EOS. `decode` includes special tokens. `token_bytes` returns the bytes of a token that can
-be part of a character, and None for a token that is text by itself. `encode_with_offsets` takes texts in fragments, each
-with a flag that decides whether strings of special tokens in it are parsed, and returns the span of each token.
+be part of a character, and None for a token that is text by itself. `encode_with_offsets` takes texts in fragments and
+returns the span of each token; a flag of each fragment decides whether strings of special tokens in it are parsed.
 """
 
 import functools
@@ -55,7 +55,7 @@ class TokenizersBackend:
         self.is_byte_level = decoder is not None and decoder.decode(["Ġ"]) == " "
 
     def __reduce__(self):
-        # The library's own pickles forget whether specials are parse_tokenizer_json.
+        # Pickles of the library lose the setting whether special tokens are parsed.
         return type(self), (self._file, self.serialized)
 
     def encode(self, texts: list[str], specials: bool) -> list[list[int]]:
@@ -69,9 +69,7 @@ class TokenizersBackend:
         ]
         encodings = iter(self._parsing.encode_batch(plain, add_special_tokens=False))
         return [
-            self._encode_with_secret_names(fragments)
-            if stray
-            else _encoding((found := next(encodings)).ids, found.offsets)
+            self._encode_by_names(fragments) if stray else _encoding((found := next(encodings)).ids, found.offsets)
             for fragments, stray in zip(texts, strays, strict=True)
         ]
 

@@ -14,10 +14,11 @@ from camelid.text.added_tokens import (
     ADDED,
     CONFIG,
     SPECIALS,
-    STANDARD,
     DeclaredTokens,
+    add_tokens,
     read_declared_tokens,
     read_object,
+    with_defaults,
 )
 from camelid.text.backends import SentencePieceBackend, TokenizersBackend, parse_tokenizer_json
 from camelid.text.hf_pipelines import (
@@ -69,7 +70,7 @@ def vocabulary_file(path: Path) -> Path:
     found = [path / name for name in VOCABULARIES if (path / name).is_file()]
     if not found:
         raise UserError(
-            f"there is no tokenizer: none of {', '.join(str(path / name) for name in VOCABULARIES)} exists",
+            f"no tokenizer: looked for {', '.join(str(path / name) for name in VOCABULARIES)}",
             "Give a folder or file of a tokenizer.",
         )
     if found[0].name == MODEL and found[-1].name == VOCAB and (path / "merges.txt").is_file():
@@ -102,9 +103,9 @@ def _from_json(file: Path) -> LoadedVocabulary:
         tokenizer = PIPELINES[name].build(read_json_vocabulary(file, held), declared.config)
         if given.post_processor is not None:
             tokenizer.post_processor = given.post_processor
-        declared = _with_defaults(declared, PIPELINES[name].named)
+        declared = with_defaults(declared, PIPELINES[name].named)
         notes = _changed(file, name, held, json.loads(tokenizer.to_str()))
-    added = _add(tokenizer, declared)
+    added = add_tokens(tokenizer, declared)
     determined_by_file = not added if tokenizer is given else tokenizer.to_str() == given.to_str()
     if not determined_by_file:
         serialized = tokenizer.to_str()
@@ -128,7 +129,7 @@ def _from_vocab_and_merges(file: Path) -> LoadedVocabulary:
             f"Set tokenizer_class to one of {known}, or save the tokenizer as tokenizer.json.",
         )
     tokenizer = kind.build(read_vocab_and_merges(folder), declared.config)
-    declared = _with_defaults(declared, kind.named)
+    declared = with_defaults(declared, kind.named)
     return _with_switches(file, tokenizer, declared, adds_bos=False)
 
 
@@ -136,8 +137,8 @@ def _from_tiktoken(file: Path) -> LoadedVocabulary:
     """Loads Meta's tokenizer.model of Llama 3."""
     declared = read_declared_tokens(file.parent)
     tokenizer = tiktoken.build(file, declared)
-    declared = _with_defaults(declared, {"bos_token": tiktoken.BOS, "eos_token": tiktoken.EOS})
-    _add(tokenizer, declared)
+    declared = with_defaults(declared, {"bos_token": tiktoken.BOS, "eos_token": tiktoken.EOS})
+    add_tokens(tokenizer, declared)
     bos = declared.named["bos_token"]
     adds_bos = declared.config.get("add_bos_token") in (None, True)  # the default of Meta's code
     tiktoken.set_bos(tokenizer, bos.content if bos is not None and adds_bos else None)
@@ -173,7 +174,7 @@ def _from_sentencepiece(file: Path) -> LoadedVocabulary:
         if token >= 0
     }
     special_pieces = _special_pieces(pieces)
-    declared = _with_defaults(declared, own if kind is None else {**kind.named, **own})
+    declared = with_defaults(declared, own if kind is None else {**kind.named, **own})
     if declared.extra is None:
         declared = dataclasses.replace(declared, extra=special_pieces)
     if not is_bpe(pieces):
@@ -181,14 +182,14 @@ def _from_sentencepiece(file: Path) -> LoadedVocabulary:
     # The classes of transformers ignore how the model treats spaces.
     build = None if kind is None or pieces.remove_extra_whitespaces or not pieces.add_dummy_prefix else kind.build
     tokenizer = sentencepiece_pipeline(pieces) if build is None else build(vocabulary_of(pieces), declared.config)
-    opened = _with_switches(file, tokenizer, declared, adds_bos="bos_token" in own)
+    loaded = _with_switches(file, tokenizer, declared, adds_bos="bos_token" in own)
     # The added tokens if there were no other files; all of them are pieces, which have ids already.
-    own_tokens = _with_defaults(DeclaredTokens(file.parent, extra=special_pieces), own).new_tokens(())
+    own_tokens = with_defaults(DeclaredTokens(file.parent, extra=special_pieces), own).new_tokens(())
     added = tokenizer.get_added_tokens_decoder().values()
     return dataclasses.replace(
-        opened,
+        loaded,
         determined_by_file=build is None and set(map(repr, added)) == set(map(repr, own_tokens)),
-        notes=(*opened.notes, *_unlike_transformers(declared, kind is None, pieces)),
+        notes=(*loaded.notes, *_unlike_transformers(declared, kind is None, pieces)),
     )
 
 
@@ -214,45 +215,6 @@ def _special_pieces(pieces: SentencePieceModel) -> "tuple[AddedToken, ...]":
     return tuple(AddedToken(text, normalized=False, special=kind != USER_DEFINED) for text, kind in found)
 
 
-def _with_defaults(declared: DeclaredTokens, named: Mapping[str, str | None]) -> DeclaredTokens:
-    """Adds the default special tokens of a class for those that no file names."""
-    from tokenizers import AddedToken
-
-    added = {token.content: token for token in declared.added.values()}
-    defaults = {key: added.get(text, AddedToken(text, special=True)) for key, text in named.items() if text is not None}
-    found = {**defaults, **declared.named}
-    return dataclasses.replace(declared, named=dict(sorted(found.items(), key=_standard_first)))
-
-
-def _standard_first(item: "tuple[str, AddedToken | None]") -> int:
-    return STANDARD.index(item[0]) if item[0] in STANDARD else len(STANDARD)
-
-
-def _add(tokenizer: "Tokenizer", declared: DeclaredTokens) -> bool:
-    """Adds the declared tokens to a tokenizer as transformers does. Returns whether this changes it.
-
-    Raises UserError if a token gets a different id than a file declares.
-    """
-    before = {token: repr(entry) for token, entry in tokenizer.get_added_tokens_decoder().items()}
-    present = [entry.content for entry in tokenizer.get_added_tokens_decoder().values()]
-    tokenizer.add_tokens(declared.new_tokens(present))
-    # The vocabulary file may contain a named token as an ordinary added token.
-    specials = [token for token in (*declared.named.values(), *(declared.extra or ())) if token is not None]
-    names = {token.content for token in specials if token.special}
-    held = tokenizer.get_added_tokens_decoder().values()
-    tokenizer.add_special_tokens([entry for entry in held if entry.content in names and not entry.special])
-    for token, entry in declared.added.items():
-        if (found := tokenizer.token_to_id(entry.content)) != token:
-            where = CONFIG if declared.config.get("added_tokens_decoder") is not None else ADDED
-            raise UserError(
-                f"{declared.folder / where} gives {entry.content!r} the id {token}, and its id in the vocabulary is "
-                f"{found}",
-                "Correct the id: transformers ignores the declared one, and gives tokens that the vocabulary lacks the "
-                "ids that follow its last one.",
-            )
-    return before != {token: repr(entry) for token, entry in tokenizer.get_added_tokens_decoder().items()}
-
-
 def _frame(file: Path, tokenizer: "Tokenizer") -> tuple[str | None, str | None]:
     """The tokens that the post-processor prepends and appends to a text."""
     tokenizer.no_truncation()
@@ -272,7 +234,7 @@ def _frame(file: Path, tokenizer: "Tokenizer") -> tuple[str | None, str | None]:
 
 def _with_switches(file: Path, tokenizer: "Tokenizer", declared: DeclaredTokens, *, adds_bos: bool) -> LoadedVocabulary:
     """Loads a vocabulary without a post-processor: add_bos_token determines BOS, by default `adds_bos`."""
-    _add(tokenizer, declared)
+    add_tokens(tokenizer, declared)
     said = declared.config.get("add_bos_token")
     bos = declared.named.get("bos_token")
     adds = adds_bos if said is None else bool(said)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.filters
 import jinja2.nodes as nodes
 import jinja2.runtime
@@ -57,7 +58,8 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for concatenation in tree.find_all(nodes.Concat):  # a ~ b, which is not among the operators above
             values = nodes.List(concatenation.nodes)
             concatenation.nodes = [nodes.Filter(values, "join", [], [], None, None)]
-        return super().from_string(tree.set_environment(self), *args, **options)
+        tree.set_environment(self)
+        return super().from_string(tree, *args, **options)
 
     def concat(self, parts: Iterable[str]) -> str:
         """Joins the output of a template, a macro, or a block."""
@@ -67,11 +69,11 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value) and not (isinstance(obj, str) and attr in PADDING_METHODS)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-        raise jinja2.sandbox.SecurityError(f"the attribute {attribute} of {type(obj).__name__} is not allowed")
+        raise jinja2.exceptions.SecurityError(f"the attribute {attribute} of {type(obj).__name__} is not allowed")
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         if super().wrap_str_format(value) is not None:
-            raise jinja2.sandbox.SecurityError("str.format is not allowed")
+            raise jinja2.exceptions.SecurityError("str.format is not allowed")
         return None
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
@@ -81,7 +83,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         elif operator == "*" and lengths:
             _check_size(math.prod(len(x) if isinstance(x, SEQUENCES) else x for x in (left, right)))
         elif not (_is_moderate(left) and _is_moderate(right)) or (operator == "**" and abs(right) > MAX_EXPONENT):
-            raise jinja2.sandbox.SecurityError(f"{operator} is allowed for numbers of moderate size only")
+            raise jinja2.exceptions.SecurityError(f"{operator} is allowed for numbers of moderate size only")
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +119,7 @@ def _is_moderate(value: Any) -> bool:
 
 @jinja2.pass_eval_context
 def _join(eval_ctx: nodes.EvalContext, value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
-    return jinja2.filters.do_join(eval_ctx, _limited(value, len(str(d))), d, attribute)
+    return jinja2.filters.sync_do_join(eval_ctx, _limited(value, len(str(d))), d, attribute)
 
 
 @jinja2.pass_eval_context
@@ -131,5 +133,5 @@ def _tojson(
 ) -> str:
     # jinja2's own escapes < and & for HTML.
     if indent is not None and not (isinstance(indent, int) and indent <= MAX_INDENT):
-        raise jinja2.sandbox.SecurityError(f"tojson is allowed for an indent of up to {MAX_INDENT} only")
+        raise jinja2.exceptions.SecurityError(f"tojson is allowed for an indent of up to {MAX_INDENT} only")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

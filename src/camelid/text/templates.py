@@ -1,19 +1,27 @@
-"""The chat templates that go by a name: each writes what the released models' own templates, or fschat's, write."""
+"""NamedTemplate chat templates, with the same output as the templates of the released models, or those of fschat."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from camelid.errors import UserError
+from camelid.inputs import decode
+from camelid.text.added_tokens import CONFIG, read_object
+
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedTemplate:
     text: str
-    """in jinja"""
+    """The jinja source."""
     input_joint: str = "\n\n"
-    """what stands between the instruction and the input of an instruction row"""
+    """Separator between the instruction and the input of an instruction example."""
     input_system: str | None = None
-    """the system's message of an instruction row that has an input; left out, there is none"""
+    """System message of an instruction example that has an input; None for no such message."""
 
 
-# Sets the system apart from the turns, which must alternate.
+# Separates the system message from the turns, which must alternate.
 _TURNS = """
 {%- if messages[0]['role'] == 'system' %}
 {%- set system = messages[0]['content'] %}
@@ -23,7 +31,7 @@ _TURNS = """
 {%- endif %}
 {%- for message in turns %}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-{{- raise_exception('after the system, if there is one, user and assistant must take turns') }}
+{{- raise_exception('after the optional system message, user and assistant must take turns') }}
 {%- endif %}
 {%- endfor %}
 """
@@ -152,13 +160,42 @@ ZEPHYR = """
 {%- endif %}"""
 
 NAMED = {
-    "llama2": Named(LLAMA2),
-    "llama3": Named(LLAMA3),
-    "mistral": Named(MISTRAL),
-    "gemma": Named(GEMMA),
-    "phi": Named(PHI),
-    "vicuna_v1.1": Named(VICUNA),
-    "alpaca": Named(ALPACA, input_joint="\n\n### Input:\n", input_system=ALPACA_INPUT_SYSTEM),
-    "chatml": Named(CHATML),
-    "zephyr": Named(ZEPHYR),
+    "llama2": NamedTemplate(LLAMA2),
+    "llama3": NamedTemplate(LLAMA3),
+    "mistral": NamedTemplate(MISTRAL),
+    "gemma": NamedTemplate(GEMMA),
+    "phi": NamedTemplate(PHI),
+    "vicuna_v1.1": NamedTemplate(VICUNA),
+    "alpaca": NamedTemplate(ALPACA, input_joint="\n\n### Input:\n", input_system=ALPACA_INPUT_SYSTEM),
+    "chatml": NamedTemplate(CHATML),
+    "zephyr": NamedTemplate(ZEPHYR),
 }
+
+
+def read_chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The templates by name, from the file that takes precedence in transformers."""
+    file = folder / CHAT_TEMPLATE
+    if file.is_file():
+        try:
+            own: Any = decode(file.read_bytes())
+        except UnicodeError as error:
+            raise UserError(f"{file} is not text: {error}", "Save it as UTF-8, or remove it.") from error
+    else:
+        file = folder / CONFIG
+        own = config.get("chat_template")
+        if not own:
+            file = folder / "chat_template.json"
+            own = read_object(file).get("chat_template")
+    named = {"default": own} if isinstance(own, str) or not own else _by_name(own)
+    if named is None or not all(isinstance(text, str) for text in named.values() if text is not None):
+        raise UserError(
+            f"chat_template in {file} is neither a text nor a list of objects with name and template",
+            "Correct it, or copy the file from the original checkpoint again.",
+        )
+    return {name: text for name, text in named.items() if text}
+
+
+def _by_name(templates: Any) -> dict[str, Any] | None:
+    if isinstance(templates, list) and all(isinstance(entry, dict) for entry in templates):
+        return {str(entry.get("name")): entry.get("template", 0) for entry in templates}
+    return templates if isinstance(templates, dict) else None

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from camelid.errors import UserError
-from camelid.inputs import decode, expand_home
+from camelid.inputs import expand_home
 from camelid.text.added_tokens import CONFIG, SPECIALS, DeclaredTokens, read_object
 from camelid.text.backends import Encoding, Fragment, SentencePieceBackend, TokenizersBackend
 from camelid.text.loading import VOCAB, VOCABULARIES, LoadedVocabulary, load_vocabulary, vocabulary_file
+from camelid.text.templates import CHAT_TEMPLATE, read_chat_templates
 from camelid.text.tiktoken import is_tiktoken
 
 Backend = TokenizersBackend | SentencePieceBackend
@@ -23,7 +24,6 @@ Backend = TokenizersBackend | SentencePieceBackend
 # JSON can contain half of a surrogate pair, which is not a character: it has no UTF-8 and no tokens.
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
-CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 # The files that a conversion copies, so that the copy tokenizes, stops and formats chats as the original does.
 TOKENIZER_FILES = (
@@ -185,7 +185,7 @@ def load_tokenizer(folder_or_file: str | Path) -> Tokenizer:
         files=files if file in files else (file, *files),
         vocabulary_hash=vocabulary_hash,
         fingerprint=_fingerprint(loaded, vocabulary_hash),
-        chat_templates=_chat_templates(folder, dict(declared.config)),
+        chat_templates=read_chat_templates(folder, dict(declared.config)),
         named_specials=_named_specials(backend, declared, bos_id, eos_ids),
         notes=loaded.notes,
     )
@@ -277,35 +277,6 @@ def _named_specials(
     return {key: text for key, text in texts.items() if text} | found
 
 
-def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The templates by name, from the file that takes precedence in transformers."""
-    file = folder / CHAT_TEMPLATE
-    if file.is_file():
-        try:
-            own: Any = decode(file.read_bytes())
-        except UnicodeError as error:
-            raise UserError(f"{file} is not text: {error}", "Save it as UTF-8, or remove it.") from error
-    else:
-        file = folder / "tokenizer_config.json"
-        own = config.get("chat_template")
-        if not own:
-            file = folder / "chat_template.json"
-            own = read_object(file).get("chat_template")
-    named = {"default": own} if isinstance(own, str) or not own else _by_name(own)
-    if named is None or not all(isinstance(text, str) for text in named.values() if text is not None):
-        raise UserError(
-            f"chat_template in {file} is neither a text nor a list of objects with name and template",
-            "Correct it, or copy the file from the original checkpoint again.",
-        )
-    return {name: text for name, text in named.items() if text}
-
-
-def _by_name(templates: Any) -> dict[str, Any] | None:
-    if isinstance(templates, list) and all(isinstance(entry, dict) for entry in templates):
-        return {str(entry.get("name")): entry.get("template", 0) for entry in templates}
-    return templates if isinstance(templates, dict) else None
-
-
 def _eos_ids_of(file: Path) -> list[int]:
     """The ids of the field eos_token_id of a file."""
     ids = read_object(file).get("eos_token_id")
@@ -322,7 +293,7 @@ def _eos_ids_of(file: Path) -> list[int]:
 def _checked_text(text: str) -> str:
     if not text.isascii() and (half := HALF_CHARACTER.search(text)):
         raise UserError(
-            f"the text contains half of a surrogate pair, {half[0]!r}, at position {half.start()}",
+            f"the text has half a character, {half[0]!r}, at position {half.start()}",
             "Use both halves of the surrogate pair, or neither.",
         )
     return text

@@ -29,7 +29,7 @@ from camelid.checkpoint.state.saved_state import (
 )
 from camelid.disk.space import format_bytes
 from camelid.errors import UserError
-from camelid.parallel.hosts import decided, is_main
+from camelid.parallel.hosts import broadcast_from_main, is_main
 
 REMOVED = ".orbax-checkpoint-tmp"  # after the name of a checkpoint that is being removed; Orbax removes what is left
 MORE_SPACE = "Free some space; the same command resumes from the previous checkpoint."
@@ -69,7 +69,7 @@ class RunCheckpoints:
         Raises UserError if the disk is full, if a value of the state is infinite or NaN, or if the previous checkpoint
         was not written completely; earlier checkpoints are kept.
         """
-        if step == decided(self.latest):
+        if step == broadcast_from_main(self.latest):
             return
         checksums, not_finite = checksum_arrays(state)
         if not_finite:
@@ -82,7 +82,7 @@ class RunCheckpoints:
             self._settle()  # also because a checkpoint that is being written has not taken its space yet
             manager = self._manager
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            if (free := decided(lambda: shutil.disk_usage(self._folder).free)) < need:
+            if (free := broadcast_from_main(lambda: shutil.disk_usage(self._folder).free)) < need:
                 raise UserError(
                     f"{self._folder} has {format_bytes(free)} free, and a checkpoint of {format_bytes(need)} is due",
                     MORE_SPACE,
@@ -97,7 +97,7 @@ class RunCheckpoints:
             return
         self._manager.wait_until_finished()
         written = self._written
-        decided(lambda: self._verify(*written))
+        broadcast_from_main(lambda: self._verify(*written))
         self._written = None
         if is_main():
             self._remove_old()
@@ -148,7 +148,7 @@ class RunCheckpoints:
                 raise DamagedState(f"infinite or NaN values in {describe_counts(not_finite)}")
         except DamagedState as error:
             # Every process is here; the main one reads the other steps.
-            whole = decided(lambda: intact_steps_beside(place))
+            whole = broadcast_from_main(lambda: intact_steps_beside(place))
             raise damage_error(place, str(error), whole, resuming=True) from error
         return jax.tree.map_with_path(lambda path, _: restored[path_name(path)], target)
 
