@@ -30,8 +30,8 @@ from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
 CONFIG = tiny_config(vocab_size=96)
 RANKS = [3, 1, 4, 2]
 COMPUTE = Compute()
-TOKENS = tiny_tokens(CONFIG, 4, 12)
-POSITIONS = jnp.broadcast_to(jnp.arange(12), TOKENS.shape)
+TOKENS = tiny_tokens(CONFIG, 4, 11)  # 44 tokens: no number of features
+POSITIONS = jnp.broadcast_to(jnp.arange(11), TOKENS.shape)
 # The same sums in another order, float32: differences are near 1e-6 of the largest value.
 CLOSE = 1e-5
 

@@ -92,7 +92,7 @@ def test_the_share_of_dropped_elements_is_the_rate_and_the_mean_is_kept():
 
 
 def test_layers_and_purposes_drop_different_elements():
-    context = Context(dropout_key=jax.random.key(1), rows=jnp.arange(4))
+    context = Context(residual_dropout=0.5, dropout_key=jax.random.key(1), rows=jnp.arange(4))
     masks = [
         np.asarray(dropout(jnp.ones((4, 9, 30)), 0.5, purpose, context.layer(layer))) > 0
         for layer in (0, 1)
