@@ -301,7 +301,7 @@ def test_a_source_below_its_destination_stays(model: Path, tmp_path: Path):
     original = contents(tmp_path / "llama" / "original")
     convert(tmp_path / "llama" / "original", tmp_path / "llama", overwrite=True)
     assert contents(tmp_path / "llama" / "original") == original
-    with pytest.raises(UserError, match="cannot be replaced, because .* is read"):
+    with pytest.raises(UserError, match=r"cannot be replaced, because .* is read"):
         convert(tmp_path / "llama", tmp_path / "llama", dtype="float16", overwrite=True)
     assert {dtype.name for dtype in open_checkpoint(tmp_path / "llama").dtypes.values()} == {"float32"}
 

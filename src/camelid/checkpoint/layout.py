@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from camelid.checkpoint.tensors import CODES, ColumnCache, Index, PlannedTensor, Tensor
+from camelid.checkpoint.tensors import CODES, ColumnCache, Index, PlannedTensor, Tensor, summarize
 from camelid.errors import UserError
 from camelid.model.params import Spec
 
@@ -254,11 +254,6 @@ def check_tensors(table: Table, tensors: Mapping[str, Tensor], known: str, descr
                 f"{name} is {tensors[name].dtype}; parameters are {', '.join(dtype.name for dtype in CODES)}",
                 "Save the checkpoint in one of these dtypes first.",
             )
-
-
-def summarize(names: Sequence[str], most: int = 3) -> str:
-    """The first `most` of some names, and how many more there are, for messages."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def load(

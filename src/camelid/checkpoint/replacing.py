@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from camelid.checkpoint.tensors import summarize
 from camelid.disk.atomic import sync
 from camelid.disk.hashes import hash_file
 from camelid.disk.json_files import read_json_or_empty, write_hf_json
@@ -30,7 +31,6 @@ OTHERS = "others"
 """the key in the manifest for the SHA-256 of files without tensors"""
 REPLACEMENT_FILE = ".camelid_replacing.json"
 CONFIG = "config.json"
-SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,15 @@ def refuse_foreign(folder: Path, new: Mapping[str, Path | None]) -> None:
     own = owned_files(folder)
     if own is None:
         raise UserError(
-            f"{folder} is not a checkpoint that can be replaced; it holds {_listed(os.listdir(folder))}",
+            f"{folder} is not a checkpoint that can be replaced; it holds {summarize(sorted(os.listdir(folder)))}",
             "Choose another destination, or move these files away.",
         )
     foreign = [name for name, content in new.items() if name not in own and _in_the_way(folder / name, content)]
     foreign += [name for patterns in WEIGHTS for name in _named(folder, patterns) if name not in {*own, *new}]
     if foreign:
         raise UserError(
-            f"{folder} holds files that camelid did not write, or that were changed since: {_listed(foreign)}",
+            f"{folder} holds files that camelid did not write, or that were changed since: "
+            + summarize(sorted(foreign)),
             "Move them away, or choose another destination.",
         )
 
@@ -151,13 +152,6 @@ def _hash(path: Path) -> str | None:
 def _named(folder: Path, patterns: Iterable[str]) -> list[str]:
     """The files of a folder whose names match one of the patterns."""
     return [str(file.relative_to(folder)) for pattern in patterns for file in folder.glob(pattern) if not file.is_dir()]
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The first names in alphabetical order, and how many more there are."""
-    first = sorted(names)
-    shown = ", ".join(first[:SHOWN])
-    return shown if len(first) <= SHOWN else f"{shown} and {len(first) - SHOWN} more"
 
 
 # Replacing them --------------------------------------------------------------------------

@@ -243,10 +243,15 @@ def files_holding(tensors: Iterable[Tensor]) -> list[Path]:
     return sorted(frozenset().union(*(tensor.files for tensor in tensors)))
 
 
+def summarize(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` of some names, and how many more there are, for messages."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def file_names(files: Collection[Path], folder: Path, most: int = 3) -> str:
     """The first `most` of some files, relative to a folder, and how many more there are."""
     names = [str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file) for file in sorted(files)]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return summarize(names, most)
 
 
 def unverified_note(files: Collection[Path], folder: Path) -> tuple[str, ...]:
