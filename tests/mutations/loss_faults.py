@@ -60,20 +60,6 @@ FAULTS = (
         SHARDED,
     ),
     Fault(
-        "the target's logit is gathered",
-        "model/loss.py",
-        "jnp.sum(jnp.where(self.hit, self.logits - self.top, 0.0), -1)",
-        "jnp.take_along_axis(self.logits - self.top, jnp.argmax(self.hit, -1)[..., None], -1)[..., 0]",
-        SHARDED,
-    ),
-    Fault(
-        "every head is differentiated, frozen or not",
-        "model/loss.py",
-        "return [x.value if x.perturbed else None for x in primals], [None if x.perturbed else",
-        "return [x.value for x in primals], [None if x.value is not None else",
-        f"{HEADS}test_nothing_is_computed_for_the_gradient_of_a_frozen_head",
-    ),
-    Fault(
         "gradients of chunks are added in the dtype of the head",
         "model/loss.py",
         "jax.tree.map(lambda leaf: leaf.astype(jnp.float32), head))\n",
