@@ -78,7 +78,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(stories: Path, tmp_path:
         return export.read_slice(path, layer, *rest)
 
     with pytest.raises(OSError, match="taken out"):
-        write_checkpoint(tmp_path / "a.gguf", replace(export, source=source), "gguf", overwrite=True)
+        write_checkpoint(tmp_path / "a.gguf", replace(export, read_slice=source), "gguf", overwrite=True)
     assert names(tmp_path) == {"a.gguf"}
     assert (tmp_path / "a.gguf").read_text() == "GGUF, an old one"
 
@@ -94,7 +94,7 @@ def test_what_was_finished_before_an_interruption_is_kept_by_resume(stories: Pat
             raise KeyboardInterrupt
         return export.read_slice(path, layer, *rest)
 
-    saved = replace(export, source=counted)
+    saved = replace(export, read_slice=counted)
     interrupted = True
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path / "a.gguf", saved, "gguf", resume=True, workers=1)
