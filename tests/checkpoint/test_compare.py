@@ -97,7 +97,7 @@ def test_models_of_other_shapes_are_told_apart_parameter_by_parameter(model: Pat
         "layers.mlp.gate_proj: (4, 80, 48) and (4, 96, 48)",
         "layers.mlp.up_proj: (4, 80, 48) and (4, 96, 48)",
         "layers.mlp.down_proj: (4, 48, 80) and (4, 48, 96)",
-        f"lm_head: only {model} has it",
+        f"lm_head: only in {model}",
     ]
     done = called("diff", other, model, "--json")
     assert done.returncode == 1

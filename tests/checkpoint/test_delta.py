@@ -441,7 +441,7 @@ def test_the_command_line_makes_and_applies(base: Path, tuned: Path, tmp_path: P
     close = merged(base, tmp_path / "close", 2, [HEAD])
     done = called("delta", "make", base, close, tmp_path / "lora", "--kind", "lora", "--rank", 1)
     assert done.returncode == 0, done.stderr
-    assert "rank 1 leaves " in done.stderr
+    assert "the residual of rank 1 is " in done.stderr
     done = called("delta", "make", base, close, tmp_path / "sum", "--kind", "sum")
     assert "up to rounding" in done.stderr
     done = called("delta", "apply", base, tmp_path / "sum", tmp_path / "close2", "--sum")
