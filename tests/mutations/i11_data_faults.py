@@ -35,14 +35,14 @@ FAULTS = (
     ),
     Fault(
         "a run that read its rows in another order is resumed",
-        "runs/resume.py",
+        "runs/run_folder.py",
         "            _check_row_orders(folder, kept, data)\n",
         "",
         "end_to_end/test_row_order.py::test_a_run_with_another_order_of_many_rows_is_not_resumed[the order]",
     ),
     Fault(
         "a run that recorded nothing about its data is resumed in another order",
-        "runs/resume.py",
+        "runs/run_folder.py",
         'before.get("train", [])]\n    for number',
         'before.get("train", now["train"])]\n    for number',
         "end_to_end/test_row_order.py::test_a_run_with_another_order_of_many_rows_is_not_resumed[data.json]",

@@ -1,5 +1,6 @@
 """The text of `camelid COMMAND --help`."""
 
+import dataclasses
 import inspect
 import shutil
 import textwrap
@@ -49,11 +50,23 @@ def with_plain_help(command: Callable) -> Callable:
 def _with_plain_help(hint: Any, default: Any) -> Any:
     metadata = getattr(hint, "__metadata__", ())
     plain = get_args(hint)[0] if metadata else hint
+    if dataclasses.is_dataclass(plain):
+        return Annotated[(_with_plain_fields(plain), *metadata)] if metadata else _with_plain_fields(plain)
     if get_origin(plain) in (types.UnionType, typing.Union) and get_args(plain)[1:] == (types.NoneType,):
         # Before the annotation's own metadata, which takes precedence.
         hint = Annotated[(plain, arg(metavar=_metavar(get_args(plain)[0])), *metadata)]
     says_nothing = any(default is nothing for nothing in (None, False, inspect.Parameter.empty)) or default in ((), "")
     return Annotated[hint, arg(help_behavior_hint="")] if says_nothing else hint
+
+
+def _with_plain_fields(cls: Any) -> Any:
+    """A subclass of a dataclass whose fields are options, annotated in the same way."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = [
+        (field.name, _with_plain_help(hints[field.name], field.default), dataclasses.field(default=field.default))
+        for field in dataclasses.fields(cls)
+    ]
+    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True)
 
 
 def _metavar(kind: Any) -> str:
