@@ -420,7 +420,7 @@ def test_a_folder_needs_one_file_of_the_kind(golden: Path, config: ModelConfig, 
     assert easylm.open_checkpoint(golden, config, "trainstate_params").tensors
     with pytest.raises(UserError, match="contains streaming_params_bf16, streaming_params_fp32, not exactly one"):
         easylm.open_checkpoint(golden, config, "params")
-    with pytest.raises(UserError, match="holds nothing named"):
+    with pytest.raises(UserError, match="contains nothing named"):
         easylm.open_checkpoint(tmp_path, config)
     with pytest.raises(UserError, match="does not exist"):
         easylm.open_checkpoint(tmp_path / "absent", config)

@@ -103,7 +103,7 @@ def test_the_real_file_gives_the_reference_logits_without_being_told_anything(as
     for path in (folder / "stories260K.bin", folder):
         checkpoint = llama2c.open_checkpoint(path)
         assert checkpoint.config == read_model_config(folder / "hf")
-        assert "norm_eps 1e-05" in " ".join(checkpoint.notes)
+        assert "norm_eps = 1e-05" in " ".join(checkpoint.notes)
     params = load_params(checkpoint, Compute(), one_device())
     model = camelid.Model(checkpoint.config, params, None, Compute(), one_device())
     for i in range(3):

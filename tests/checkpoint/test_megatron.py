@@ -315,7 +315,7 @@ def test_rows_that_fill_up_the_vocabulary_are_left_out(folder: Path):
     rewritten(folder, lambda held: vars(held["args"]).update(vocab_size=None))
     checkpoint = megatron.open_checkpoint(folder)
     assert checkpoint.config.vocab_size == 128
-    assert "128 are assumed" in checkpoint.notes[-1]
+    assert "128 is assumed" in checkpoint.notes[-1]
 
 
 @pytest.mark.parametrize("names", ["mcore", "legacy"])
