@@ -5,7 +5,6 @@ gives them. The models in them are smaller than any preset: a config.json with t
 """
 
 import dataclasses
-import functools
 import itertools
 import re
 import shlex
@@ -145,18 +144,13 @@ def test_the_fields_that_a_page_names_are_fields_of_a_recipe(page: Path):
     assert not [f"{table}.{name}" for table, name in named if name not in tables[table]]
 
 
-@functools.cache
-def help_of(*words: str) -> str:
-    return called(*words, "--help").stdout
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_options_that_a_page_names_are_options_of_the_command(page: Path):
     printed = [text.split() for text in ours(page) if text.startswith("camelid ")]
     assert len(printed) > 5
     for _, command, *rest in printed:
         words = [command, *rest[:1]] if command in ("evaluate", "delta", "data") else [command]
-        text = help_of(*words)
+        text = called(*words, "--help").stdout
         options = {word.partition("=")[0] for word in rest if word.startswith("--")}
         known = {*re.findall(r"--[a-z][\w-]*", text)} | ({"--init"} if command == "train" else set())
         assert options <= known, f"{page.name}: camelid {command} has no {options - known}"
