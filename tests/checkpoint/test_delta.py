@@ -347,8 +347,8 @@ def test_a_merged_adapter_is_found_again(base: Path, tmp_path: Path):
     names += [layer(1, "mlp.down_proj"), HEAD, "model.embed_tokens.weight"]
     tuned = merged(base, tmp_path / "tuned", 3, names)
     made = delta.make(base, tuned, tmp_path / "delta", kind="lora", rank=3)
-    assert made.left is not None
-    assert made.left < 1e-5
+    assert made.residual is not None
+    assert made.residual < 1e-5
     said = json.loads((tmp_path / "delta" / "adapter_config.json").read_text())
     assert said["target_modules"] == ["embed_tokens", "lm_head", "model.layers.1.mlp.down_proj", "o_proj", "q_proj"]
     assert (said["r"], said["lora_alpha"], said["rank_pattern"]) == (3, 3, {})
@@ -374,12 +374,12 @@ def test_what_a_smaller_rank_leaves_is_what_the_singular_values_say(base: Path, 
     one, two = (load_file(folder / "model.safetensors") for folder in (base, tuned))
     values = [np.linalg.svd(two[name].astype(np.float64) - one[name], compute_uv=False) for name in names]
     left, total = sum((s[10:] ** 2).sum() for s in values), sum((s**2).sum() for s in values)
-    assert made.left == pytest.approx((left / total) ** 0.5, rel=1e-4)
-    assert 0.3 < made.left < 0.95
+    assert made.residual == pytest.approx((left / total) ** 0.5, rel=1e-4)
+    assert 0.3 < made.residual < 0.95
     # A rank beyond a matrix's is as much as the matrix has.
     made = delta.make(base, tuned, tmp_path / "full", kind="lora", rank=1000)
-    assert made.left is not None
-    assert made.left < 1e-5
+    assert made.residual is not None
+    assert made.residual < 1e-5
     assert open_adapter(tmp_path / "full", CONFIG).pairs["layers.attn.q_proj", 0].rank == 48
 
 
@@ -389,8 +389,8 @@ def test_norms_and_a_tied_table_are_held_whole(tmp_path: Path):
     tuned = merged(base, tmp_path / "tuned", 2, [layer(0, "self_attn.q_proj"), "model.embed_tokens.weight"])
     edit(tuned, lambda t: t.update({layer(1, "input_layernorm"): t[layer(1, "input_layernorm")] + 1}))
     made = delta.make(base, tuned, tmp_path / "delta", kind="lora", rank=2)
-    assert made.left is not None
-    assert made.left < 1e-6
+    assert made.residual is not None
+    assert made.residual < 1e-6
     said = json.loads((tmp_path / "delta" / "adapter_config.json").read_text())
     assert said["modules_to_save"] == ["embed_tokens", "lm_head", "model.layers.1.input_layernorm"]
     tokens = tiny_tokens(config, 2, 9)
@@ -408,8 +408,8 @@ def test_what_no_adapter_can_say_is_told_or_refused(base: Path, tmp_path: Path):
     edit(tuned, lambda t: t["model.layers.3.mlp.up_proj.bias"].__iadd__(1))
     made = delta.make(biased, tuned, tmp_path / "delta", kind="lora", rank=2)
     assert made.notes == ("an adapter cannot express the difference of layers.mlp.up_bias.3",)
-    assert made.left is not None
-    assert made.left > 0.1
+    assert made.residual is not None
+    assert made.residual > 0.1
     for other, problem in [
         (save(tmp_path / "theta", replace(CONFIG, rope_theta=500.0, rope_scaling=LLAMA3)), "rope_scaling, rope_theta"),
         (base, "all matrices of"),

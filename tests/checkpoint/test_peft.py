@@ -16,7 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import camelid
-from camelid.checkpoint.adapters.peft import Adapter, Pair, adapter_files, held, on_base, open_adapter
+from camelid.checkpoint.adapters.lora import Adapter, Pair, in_memory
+from camelid.checkpoint.adapters.peft import adapter_files, on_base, open_adapter
 from camelid.checkpoint.adapters.peft_config import read_settings
 from camelid.checkpoint.files import write_files
 from camelid.checkpoint.formats.config_source import read_model_config
@@ -174,7 +175,7 @@ def test_sums_in_bfloat16_are_rounded_once(tmp_path: Path):
 
 
 def test_a_slice_has_the_bits_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("camelid.checkpoint.adapters.peft.TILE", (16, 32))
+    monkeypatch.setattr("camelid.checkpoint.adapters.lora.TILE", (16, 32))
     base = save_base(LLAMA, tmp_path / "base")
     with_adapter(base, target_modules=EVERY, r=8).save_pretrained(tmp_path / "adapter")
     opened = open_checkpoint(tmp_path / "adapter")
@@ -251,7 +252,7 @@ def test_more_tokens_come_with_the_table_and_the_head(tmp_path: Path):
         edit(tmp_path / "adapter", lambda tensors, copy=copy: tensors.pop(f"base_model.model.lm_head.{copy}weight"))
     edit_config(tmp_path / "adapter", modules_to_save=["embed_tokens"])
     with pytest.raises(
-        UserError, match=r"embed_tokens\.weight has shape \(101, 48\), and the base asks for \(97, 48\)"
+        UserError, match=r"embed_tokens\.weight has shape \(101, 48\), and that of the base has shape \(97, 48\)"
     ):
         open_checkpoint(tmp_path / "adapter")
 
@@ -347,9 +348,9 @@ def test_arrays_take_the_place_of_parameters(tmp_path: Path):
     norm = np.linspace(0.5, 2, 48, dtype=np.float32)
     head = np.random.default_rng(3).standard_normal((97, 48), np.float32)
     saved = {
-        ("layers.mlp_norm.scale", 2): held(norm),
-        ("final_norm.scale", None): held(norm),
-        ("lm_head", None): held(head),
+        ("layers.mlp_norm.scale", 2): in_memory(norm),
+        ("final_norm.scale", None): in_memory(norm),
+        ("lm_head", None): in_memory(head),
     }
     adapter = drawn(LLAMA, [("layers.attn.o_proj", 3, 2, 4.0)], saved=saved, base=str(base))
     theirs = loaded_by_peft(base, write_adapter(tmp_path / "adapter", adapter))
@@ -403,14 +404,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no rank": ({"r": None}, "has no r"),
     "a rank of zero": ({"r": 0}, "r = 0"),
     "a rank that is a text": ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern"),
-    "another rank": ({"r": 4}, r"lora_A.weight has shape \(3, 48\); rank 4 and the base ask for \(4, 48\)"),
-    "another rank by pattern": ({"rank_pattern": {"q_proj": 2}}, r"rank 2 and the base ask for \(2, 48\)"),
+    "another rank": ({"r": 4}, r"lora_A.weight has shape \(3, 48\); with rank 4, the base requires \(4, 48\)"),
+    "another rank by pattern": ({"rank_pattern": {"q_proj": 2}}, r"with rank 2, the base requires \(2, 48\)"),
     "an endless alpha": ({"lora_alpha": float("inf")}, "lora_alpha = inf"),
     "no targets": ({"target_modules": None}, "has no target_modules"),
-    "a broken expression": ({"target_modules": "q_proj("}, "no regular expression"),
+    "a broken expression": ({"target_modules": "q_proj("}, "not a regular expression"),
     "more targets": ({"target_modules": ["q_proj", "v_proj"]}, r"lacks .*layers\.0\.self_attn\.v_proj\.lora_A"),
-    "fewer targets": ({"layers_to_transform": [0, 1, 2]}, r"holds .*layers\.3\.self_attn\.q_proj, which"),
-    "more that is whole": ({"modules_to_save": ["lm_head", "norm"]}, "lacks .*, which modules_to_save asks for"),
+    "fewer targets": ({"layers_to_transform": [0, 1, 2]}, r"contains .*layers\.3\.self_attn\.q_proj, which"),
+    "more that is whole": ({"modules_to_save": ["lm_head", "norm"]}, "lacks .*, which modules_to_save requires"),
     "what the base has not": ({"modules_to_save": ["lm_head", "score"]}, "no such module"),
 }
 
@@ -428,7 +429,7 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
 DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "half a pair": (lambda t: t.pop(f"{Q}B.weight"), r"layers\.1\.self_attn\.q_proj has lora_A\.weight; LoRA has"),
     "a pair less": (lambda t: (t.pop(f"{Q}B.weight"), t.pop(f"{Q}A.weight")), r"lacks .*layers\.1\.self_attn\.q_proj"),
-    "another width": (lambda t: t.update({f"{Q}A.weight": torch.zeros(3, 47)}), r"\(3, 47\); rank 3 .* \(3, 48\)"),
+    "another width": (lambda t: t.update({f"{Q}A.weight": torch.zeros(3, 47)}), r"\(3, 47\); with rank 3.* \(3, 48\)"),
     "a vector": (lambda t: t.update({f"{Q}B.weight": torch.zeros(60)}), r"shape \(60,\)"),
     "a magnitude": (
         lambda t: t.update({f"{Q}magnitude_vector": torch.zeros(60)}),
@@ -444,7 +445,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     ),
     "another vocabulary": (
         lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(98, 48)}),
-        r"lm_head\.weight has shape \(98, 48\), and the base asks for \(97, 48\)",
+        r"lm_head\.weight has shape \(98, 48\), and that of the base has shape \(97, 48\)",
     ),
 }
 

@@ -49,13 +49,13 @@ def delta_make(
             progress=progress,
         )
     tell(made.notes)
-    if made.left is not None:
-        note(f"the residual of rank {rank} is {made.left:.3%} of the difference (relative Frobenius norm)")
+    if made.residual is not None:
+        note(f"the residual of rank {rank} is {made.residual:.3%} of the difference (relative Frobenius norm)")
     note(f"wrote {destination}")
 
 
 def delta_apply(
-    base: Annotated[Positional[str], arg(metavar="BASE", help="checkpoint from which the delta was made")],
+    base: Annotated[Positional[str], arg(metavar="BASE", help="checkpoint from which the delta was created")],
     delta: Annotated[Positional[str], arg(metavar="DELTA", help="folder of a delta or of a PEFT adapter")],
     destination: Annotated[Positional[Path], arg(metavar="DESTINATION", help="folder to create")],
     to: WritableFormat = "hf",

@@ -162,7 +162,7 @@ class DataConfig:
     stages: tuple[Stage, ...] = ()
     """Scheduled changes of the mixture weights."""
     packing: Literal["stream", "best_fit", "none"] | None = None
-    """How documents are packed into rows: concatenated and cut (stream), kept whole and combined (best_fit), or one
+    """How documents are packed into rows: concatenated and split (stream), kept intact and combined (best_fit), or one
     document per row (none).
 
     By default, a resumed run keeps its packing; for other runs see `packing_method`.

@@ -21,11 +21,11 @@ class MeshConfig:
     """
 
     data: int = 1
-    """copies of the parameters; each copy sees other rows of the batch"""
+    """replicas of the parameters (data parallelism); each processes different rows of the batch"""
     fsdp: int = -1
-    """parameters and optimizer state are cut along this axis, and so are the rows of the batch"""
+    """shards of parameters and optimizer state (FSDP), and of the rows of the batch"""
     tensor: int = 1
-    """heads, MLP and vocabulary are cut along this axis"""
+    """shards of heads, MLP and vocabulary (tensor parallelism)"""
 
     def sizes(self, devices: int) -> dict[str, int]:
         """The size of each axis, with a product of `devices`; raises UserError if there is no solution."""

@@ -62,8 +62,8 @@ class Settings:
 
     def targeted(self, module: str) -> bool:
         """Whether an adapter applies to a module."""
-        whole = any(re.search(rf"(^|\.){re.escape(name)}($|\.)", module) for name in self.saved)
-        if whole or _fits(self.excluded, module):
+        saved = any(re.search(rf"(^|\.){re.escape(name)}($|\.)", module) for name in self.saved)
+        if saved or _fits(self.excluded, module):
             return False
         if isinstance(self.targets, str):
             every = self.targets.lower() == "all-linear" and not module.endswith(("embed_tokens", "lm_head"))
@@ -137,7 +137,7 @@ def read_settings(hf: Mapping[str, Any]) -> Settings:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{NAME} has {pattern!r}, which is no regular expression: {error}", MEND) from error
+            raise UserError(f"{NAME} has {pattern!r}, which is not a regular expression: {error}", MEND) from error
     return Settings(**values)
 
 
@@ -191,17 +191,17 @@ READ: Mapping[str, tuple[str, Any, Callable[[Any], bool]]] = {
 # Writing --------------------------------------------------------------------------------
 
 
-def written(
+def config_json(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
-    whole: Collection[str],
+    saved: Collection[str],
     modules: Collection[str],
     *,
     base: str | None,
     rslora: bool,
     dropout: float,
 ) -> dict[str, Any]:
-    """Returns adapter_config.json for modules with these ranks and alphas, and for others that are saved entirely.
+    """Returns adapter_config.json for modules with these ranks and alphas, and for modules that are saved entirely.
 
     `modules` are all modules of the model.
     """
@@ -217,7 +217,7 @@ def written(
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "modules_to_save": _ends_of(whole, modules) or None,
+        "modules_to_save": _ends_of(saved, modules) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": _pattern(ranks, rank, modules),

@@ -1,4 +1,4 @@
-"""Turns the documents of a store into rows: concatenated and cut, packed by best fit, or one document per row."""
+"""Turns the documents of a store into rows: concatenated and split, packed by best fit, or one document per row."""
 
 import math
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Packing:
 
     - `stream`: row r holds tokens [r S, r S + S) of all documents concatenated. A document may continue in the next
       row, where it is the first segment and its positions start at 0 again.
-    - `best_fit`: documents are kept whole, several in a row; those longer than a row are split, truncated or dropped.
+    - `best_fit`: documents are kept intact, several in a row; those longer than a row are split, truncated or dropped.
     - `none`: as `best_fit`, but with one document (or part of a split one) in each row.
     """
 
