@@ -92,7 +92,7 @@ def test_dtype_none_keeps_that_of_the_files(theirs: Path, tmp_path: Path):
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("float16")}
     assert model.compute.dtype == model.compute.param_dtype == "float16"
     edit_tensors(theirs, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].float()}))
-    with pytest.raises(UserError, match=r"mix float16, float32\n.*dtype"):
+    with pytest.raises(UserError, match=r"several dtypes: float16, float32\n.*dtype"):
         camelid.load(theirs, dtype=None)
 
 

@@ -410,7 +410,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "params.json of another vocabulary": (lambda f: edit_params(f, vocab_size=77), "asks for \\(77, 48\\)"),
     "params.json of more heads": (lambda f: edit_params(f, n_kv_heads=3), r"attention\.wk\.weight has shape"),
     "params.json of other heads": (lambda f: edit_params(f, n_heads=7), "dim = 48 for n_heads = 7"),
-    "params.json of odd heads": (lambda f: edit_params(f, n_heads=16), "rotary embeddings turn pairs"),
+    "params.json of odd heads": (lambda f: edit_params(f, n_heads=16), "rotary features; an even number"),
     "params.json of no group": (lambda f: edit_params(f, n_kv_heads=4), "describes no model: num_heads = 6"),
     "params.json of another dim": (lambda f: edit_params(f, dim=96), "24 columns in each of 2 shards"),
     "params.json of countless layers": (lambda f: edit_params(f, n_layers=10**12), "too few for 1000000000000"),

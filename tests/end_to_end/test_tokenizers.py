@@ -95,7 +95,9 @@ def test_a_tokenizer_may_have_more_ids_than_the_model_until_one_is_needed(storie
     assert "has 514 ids" in done.stdout + done.stderr
     (tmp_path / "text.txt").write_text("One day, Tim saw a big red dog. " * 3)
     shutil.rmtree(tmp_path / "run")
-    assert_refused(called("train", tmp_path / "recipe.toml"), "holds token id 513, and the model's vocabulary has 512")
+    assert_refused(
+        called("train", tmp_path / "recipe.toml"), "holds token id 513, but the vocabulary of the model has 512 tokens"
+    )
     (tmp_path / "text.txt").write_text("One day, Tim saw a dog.")
     assert_refused(
         called("evaluate", "perplexity", folder, tmp_path / "text.txt"),

@@ -15,10 +15,12 @@ from camelid.generate.sampling import Sampling, sampling, select
 from camelid.generate.state import DecodeState, admit, advance, prefill, release, reorder, rollback
 from camelid.model import attention
 from camelid.model.config import Compute, ModelConfig
-from camelid.model.decoder import Decoder
+from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.kv_cache import empty_cache
+from camelid.model.weights import Adapted
 from camelid.parallel.mesh import one_device
 from families import FAMILIES
+from leaves import adapted
 from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
 
 SLOTS, MAX_ROLLBACK = 64, 4
@@ -237,6 +239,48 @@ def test_a_row_that_is_admitted_later_gives_what_it_gives_alone(steps: Steps):
 
 
 # Layers with and without a window -----------------------------------------------------------------------------------
+
+
+def test_each_row_decodes_with_its_own_adapter():
+    """Rows of adapters 0 and 1 and of the base alone give what models with that one weight give, also after a swap."""
+    config, params = CONFIGS["llama"], Steps(CONFIGS["llama"], tiny_params(CONFIGS["llama"])).params
+    spec = declare_decoder(config).layers.attn.q_proj
+    base = params.layers.attn.q_proj
+    assert isinstance(base, jax.Array)
+    ranks = [2] * config.num_layers
+    single = [adapted(spec, base, ranks, seed=seed) for seed in (1, 2)]
+    factors = ("a", "b", "scale")
+    several = Adapted(base, *(jnp.stack([getattr(one, name) for one in single], 1) for name in factors))
+    prompts, index = jnp.asarray(tiny_tokens(config, 3, 9)), jnp.array([1, -1, 0])
+    args = jnp.full(3, 9), jnp.full(3, 20), GREEDY, jnp.zeros(3, jnp.uint32), config, Compute()
+
+    def with_q_proj(weight) -> Decoder:
+        attn = dataclasses.replace(params.layers.attn, q_proj=weight)
+        return dataclasses.replace(params, layers=dataclasses.replace(params.layers, attn=attn))
+
+    def decoded(weight, adapters=None, swap: bool = False) -> np.ndarray:
+        state, logits = prefill(with_q_proj(weight), prompts, *args, slots=SLOTS, adapters=adapters)
+        state, more = advance(with_q_proj(weight), state, jnp.asarray(prompts[:, :2]), config, Compute())
+        if swap:
+            state = reorder(state, jnp.array([2, 1, 0]))
+            state, more = advance(with_q_proj(weight), state, jnp.asarray(prompts[::-1, 2:4]), config, Compute())
+            more = more[::-1]
+        return np.concatenate([np.asarray(logits)[:, None], more], 1)
+
+    for swap in (False, True):
+        found = decoded(several, index, swap)
+        for row, weight in enumerate((single[1], base, single[0])):
+            np.testing.assert_allclose(found[row], decoded(weight, None, swap)[row], **CLOSE)
+
+
+def test_a_kernel_that_cannot_process_a_prompt_is_not_used_for_it():
+    """cuDNN, requested for training, needs a GPU and an even length; the prompt falls back to the blockwise kernel."""
+    config = CONFIGS["llama"]
+    params = Steps(config, tiny_params(config)).params
+    prompts = jnp.asarray(tiny_tokens(config, 1, 9))
+    args = prompts, jnp.array([9]), jnp.array([20]), GREEDY, jnp.zeros(1, jnp.uint32), config
+    _, logits = prefill(params, *args, Compute(attention="cudnn"), slots=SLOTS)
+    np.testing.assert_array_equal(logits, prefill(params, *args, Compute(), slots=SLOTS)[1])
 
 
 def test_gemma2_with_a_ring_for_its_local_layers_equals_transformers():

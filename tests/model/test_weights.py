@@ -173,6 +173,19 @@ def test_each_row_is_multiplied_by_the_adapter_that_the_context_selects(magnitud
         dense(several)
 
 
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_rows_may_use_the_base_of_a_single_adapter(magnitude: bool):
+    weight = an_adapted("BSE,ME->BSM", magnitude=magnitude)
+    assert weight.base is not None
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((2, S, E), np.float32))
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, M, (2, S)))
+    context = Context(adapters=jnp.array([-1, 0]))
+    y, rows = einsum("BSE,ME->BSM", x, weight, context), lookup(weight, tokens, context, jnp.float32)
+    for row, used in enumerate((weight.base, weight)):
+        np.testing.assert_allclose(y[row], dense_product("BSE,ME->BSM", x, used)[row], rtol=CLOSE, atol=CLOSE)
+        np.testing.assert_allclose(rows[row], dense(used)[tokens[row]], rtol=CLOSE, atol=CLOSE)
+
+
 def test_an_output_without_weights_stays_zero_under_dora():
     """Padded rows of a vocabulary are zero; their length is no divisor."""
     weight = an_adapted("BSE,ME->BSM", magnitude=True)

@@ -52,6 +52,9 @@ class DecodeState:
     """settings of each row; fields of shape (B,)"""
     seeds: UInt32[Array, " B"]
     """the seed of each row"""
+    adapters: Int[Array, " B"] | None = None
+    """for each row the index of its adapter, -1 for none (see Context.adapters); None: the weights have no adapters, or
+    one for all rows"""
 
     @property
     def steps(self) -> Int[Array, " B"]:
@@ -71,25 +74,29 @@ def prefill(
     *,
     slots: int,
     max_rollback: int | None = 1,
+    cache: KVCache | None = None,
+    adapters: Int[Array, " B"] | None = None,
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Processes prompts, and returns the state and the logits (float32) of each row's next token.
 
     Row b of `prompts` has `lengths[b]` tokens, then padding; a row of length 0 is inactive. No row may become longer
     than `slots`. `max_rollback` bounds `rollback`, and thereby the memory of layers with a sliding window (see
-    empty_cache); None: no bound.
+    empty_cache); None: no bound. `cache` is an empty cache of another kind, with at least `slots` slots in each row.
+    `adapters` selects an adapter for each row.
     """
     batch, padded = prompts.shape
-    cache = empty_cache(config, batch, slots, jnp.dtype(compute.dtype), compute.replicate, max_rollback)
+    if cache is None:
+        cache = empty_cache(config, batch, slots, jnp.dtype(compute.dtype), compute.replicate, max_rollback)
     positions = jnp.where(jnp.arange(padded) < lengths[:, None], jnp.arange(padded), -1)
-    context = Context(phase="prefill")
+    context = Context(phase="prefill", adapters=adapters)
     x, cache = params.hidden(
         prompts, positions, None, config, compute, context=context, cache=cache, lengths=final_lengths
     )
     assert cache is not None
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], 1)
     rows = jax.tree.map(lambda setting: jnp.broadcast_to(setting, (batch,)), sampling)
-    state = DecodeState(cache, lengths, lengths, lengths, final_lengths, lengths > 0, rows, seeds)
-    return state, params.logits(last, config, compute)[:, 0]
+    state = DecodeState(cache, lengths, lengths, lengths, final_lengths, lengths > 0, rows, seeds, adapters)
+    return state, params.logits(last, config, compute, context=context)[:, 0]
 
 
 def advance(
@@ -98,7 +105,7 @@ def advance(
     """Appends tokens to each active row, and returns the logits (float32) of the token after each of them."""
     count = tokens.shape[1]
     positions = jnp.where(state.active[:, None], state.lengths[:, None] + jnp.arange(count), -1)
-    context = Context(phase="decode")
+    context = Context(phase="decode", adapters=state.adapters)
     logits, cache = params(
         tokens, positions, None, config, compute, context=context, cache=state.cache, lengths=state.final_lengths
     )

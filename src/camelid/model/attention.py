@@ -86,7 +86,16 @@ def attend(
     dropout = attention_dropout(context, K, H // K)
     own_keys = query_positions is None and view.positions is None
     rate = 0.0 if dropout is None else dropout.rate
-    kernel = choose_kernel(compute.attention, q.dtype, S, D, own_keys=own_keys, cap=scoring.cap, dropout=rate)
+    kernel = choose_kernel(
+        compute.attention,
+        q.dtype,
+        S,
+        D,
+        own_keys=own_keys,
+        cap=scoring.cap,
+        dropout=rate,
+        required=context.phase != "prefill",  # prompts have lengths that no user chooses
+    )
     if kernel == "cudnn":
         run = partial(cudnn, segments=view.segments, scale=scoring.scale, replicate=compute.replicate)
         return either(run, windowed, window, q, view.keys, view.values)

@@ -20,7 +20,8 @@ class Context:
     """
 
     phase: Phase = field(default="scoring", metadata={"static": True})
-    """what the pass is for; part of the compiled program"""
+    """what the pass is for; part of the compiled program. In "prefill", attention sees the tokens of the pass alone, so
+    the cache must be empty before"""
     embedding_dropout: float = field(default=0.0, metadata={"static": True})
     """probability with which an element of the token embeddings is dropped"""
     attention_dropout: float = field(default=0.0, metadata={"static": True})
@@ -32,7 +33,8 @@ class Context:
     rows: Int[Array, " B"] | None = None
     """the number of each row within the global batch, needed for dropout"""
     adapters: Int[Array, " B"] | None = None
-    """for each row the index of its adapter if weights hold several; -1: none of them"""
+    """for each row the index of its adapter, if weights hold several; a negative index: the base alone, also for
+    weights with one adapter"""
 
     def layer(self, index: int | Int[Array, ""]) -> "Context":
         """The context of one layer, which has a dropout key of its own."""

@@ -314,14 +314,14 @@ def run_layers(
 
     Args:
       layers: A stacked Layer, which runs as one `lax.scan`, or an iterable of Layers, which are unrolled. An iterable
-        may read each layer when it is needed; only one is held at a time.
+        may read each layer when it is needed; no more than one is held at a time.
       x: The hidden state before the first of these layers.
       positions, segments, lengths: See `Decoder.hidden`.
       config: The model of which these are layers.
       compute: Its precision, kernels and rematerialization.
       context: The context of the forward pass; each layer gets its own from it.
       cache: The cache of all layers of the model.
-      first: The number of the first of these layers within the model.
+      first: The number of the first of these layers within the model, an int.
       observer: Called with the number of each layer and the hidden state after it; for unrolled layers only.
 
     Raises:
@@ -338,6 +338,7 @@ def run_layers(
         for index, layer in enumerate(layers, first):
             unrolled = partial(one_layer, index=jnp.int32(index), local=config.windowed[index])
             x, cache = rematerialized(unrolled, compute, prevent_cse=True)(x, cache, layer=layer)
+            del layer, unrolled  # before the next one is read
             if observer is not None:
                 observer(index, x)
         return x, cache

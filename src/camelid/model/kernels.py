@@ -54,11 +54,13 @@ def choose_kernel(
     own_keys: bool,
     cap: float | None,
     dropout: float,
+    required: bool = True,
 ) -> str:
     """The name of the kernel for `length` queries on this process's devices: dense, blockwise, cudnn or splash.
 
     `requested` is Compute.attention. `own_keys`: the keys are of the same tokens as the queries, in the same order.
-    Warns if "auto" cannot use the fused kernel of a GPU or TPU. Raises UserError if `requested` cannot be used.
+    Warns if "auto" cannot use the fused kernel of a GPU or TPU. Raises UserError if `requested` cannot be used. Not
+    `required`: blockwise is used instead, without either.
     """
     if not own_keys:
         # Fused kernels expect as many queries as keys. The scores of one query are small enough to be stored.
@@ -82,6 +84,8 @@ def choose_kernel(
     }
     if fits[kernel]:
         return kernel
+    if not required:
+        return "blockwise"
     device = backend if backend == "cpu" else f"{backend} ({jax.local_devices()[0].device_kind})"
     reason = (
         f"{kernel} requires {NEEDS[kernel]}; this run has {device}, {jnp.dtype(dtype).name}, head_dim = {head_dim}, "

@@ -73,7 +73,8 @@ class Adapted:
     With a magnitude it is DoRA (arXiv:2402.09353): for each output, the row of that sum is rescaled to the length
     `magnitude`. The length that it has before is not differentiated.
 
-    A leaf may hold N adapters of one base, of which `context.adapters` selects one for each row of the batch. Then `a`,
+    `context.adapters`, if given, is negative for rows of the batch that use the base alone. A leaf may also hold N
+    adapters of one base, of which it selects one for each row; the caller checks that indices are below N. Then `a`,
     `b`, `scale` and `magnitude` have an axis N in front of the axes given below, after the axis of stacked layers.
     Factors of different ranks are stacked by padding the shorter ones with zeros.
     """
@@ -112,9 +113,11 @@ class Adapted:
     def product(self, x: Float[Array, "B S I"], dtype: Any, context: Context) -> Float[Array, "B S O"]:
         """x times the transposed matrix, in `dtype`."""
         a, b, scale = self._factors()
-        index = self._index(context)
+        index, off = self._index(context), None if context.adapters is None else context.adapters < 0
         if index is not None:
-            a, b, scale = a[index], b[index], jnp.where(index < 0, 0.0, scale[index])[:, None, None]
+            a, b, scale = a[index], b[index], scale[index]
+        if off is not None:
+            scale = jnp.where(off, 0.0, scale)[:, None, None]
         h = checkpoint_name(_rowwise_product(x, a, x.dtype), KEPT).astype(jnp.float32) * scale
         delta = _rowwise_product(h.astype(x.dtype), b, dtype)
         # Saved before it is rescaled: the gradient of the magnitude needs this value.
@@ -122,24 +125,27 @@ class Adapted:
         if self.magnitude is None:
             return y
         ratio = checkpoint_name(self._ratio(), KEPT)
-        if index is not None:
-            ratio = jnp.where(index[:, None] < 0, 1.0, ratio[index])[:, None]
+        ratio = ratio if index is None else ratio[index]
+        if off is not None:
+            ratio = jnp.where(off[:, None], 1.0, ratio)[:, None]
         return (y.astype(jnp.float32) * ratio).astype(dtype)
 
     def rows(self, tokens: Int[Array, "B S"], context: Context) -> Float32[Array, "B S E"]:
         """The rows of the table for these tokens, in float32."""
         a, b, scale = self._factors()
-        index, at = self._index(context), (tokens,)
+        index, off = self._index(context), None if context.adapters is None else context.adapters < 0
+        at = (tokens,)
         if index is not None:
-            a, scale = a[index], jnp.where(index < 0, 0.0, scale[index])[:, None, None]
-            at = (index[:, None], tokens)
+            a, scale, at = a[index], scale[index], (index[:, None], tokens)
+        if off is not None:
+            scale = jnp.where(off, 0.0, scale)[:, None, None]
         delta = _rowwise_product(b[at].astype(jnp.float32), a.swapaxes(-1, -2), jnp.float32)
         rows = lookup(self._base, tokens, context, jnp.float32) + scale * delta
         if self.magnitude is None:
             return rows
         ratio = self.magnitude[at].astype(jnp.float32) / _length(rows)
-        if index is not None:
-            ratio = jnp.where(index[:, None] < 0, 1.0, ratio)
+        if off is not None:
+            ratio = jnp.where(off[:, None], 1.0, ratio)
         return rows * ratio[..., None]
 
     @property
@@ -155,7 +161,7 @@ class Adapted:
         return a, b, lax.stop_gradient(self.scale.astype(jnp.float32))
 
     def _index(self, context: Context) -> Int[Array, " B"] | None:
-        """The adapter of each row, if there are several; -1 is the base alone."""
+        """The adapter of each row, if there are several."""
         if not self.scale.ndim:
             return None
         if context.adapters is None:

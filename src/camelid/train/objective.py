@@ -23,9 +23,10 @@ Sum = tuple[jax.Array, jax.Array]
 class Objective(Protocol):
     """`objective(params, batch, key)` gives the summed loss, the summed weight, and metrics.
 
-    Each metric is itself a pair of a sum and a weight; the step reports the quotient. `batch["rows"]` holds the number
-    of each row within the global batch. The key is that of the training step; without a key, nothing is random, as
-    in validation.
+    Each metric is itself a pair of a sum and a weight; the step reports the quotient. A microbatch holds some rows of
+    the batch, so what belongs together, such as a pair of answers, must be one row of several arrays. `batch["rows"]`
+    holds the number of each row within the global batch. The key is that of the training step; without a key, nothing
+    is random, as in validation.
     """
 
     def __call__(
@@ -52,7 +53,7 @@ class NextTokenLoss:
         context = Context("scoring") if key is None else self._training_context(key, batch["rows"])
         tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
         x, _ = params.hidden(tokens, positions, segments, self.config, self.compute, context=context)
-        total, weight = params.loss(x, batch["targets"], batch["weights"], self.config)
+        total, weight = params.loss(x, batch["targets"], batch["weights"], self.config, context=context)
         return total, weight, {}
 
     def _training_context(self, key: jax.Array, rows: jax.Array) -> Context:

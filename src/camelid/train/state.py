@@ -28,9 +28,11 @@ class TrainState:
     opt_state: Any
     """the state of the optax optimizer for `trainable`"""
     ema: Any = None
-    """a moving average of `trainable`, with the same structure; None if none is kept"""
+    """a moving average of `trainable`, with the same structure, which is saved and restored; None if none is kept.
+    TrainStep leaves it unchanged"""
     counters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """further scalars that later steps depend on, by name, such as the number of skipped updates or the loss scale"""
+    """further scalars that later steps depend on, by name, such as a number of skipped updates or a loss scale, which
+    are saved and restored. TrainStep leaves them unchanged"""
 
 
 SAVED_NAMES = {"trainable": "params"}

@@ -69,7 +69,7 @@ class TrainStep:
             grads, found = jax.grad(loss, has_aux=True)(trainable, rows)
             return jax.tree.map(jnp.add, sums, (found, _float32(grads))), None
 
-        batch = batch | {"rows": shard(jnp.arange(len(batch["tokens"])), "batch")}
+        batch = batch | {"rows": shard(jnp.arange(len(next(iter(batch.values())))), "batch")}
         if self.accumulate == 1:
             grads, sums = jax.grad(loss, has_aux=True)(trainable, batch)
             grads = _float32(grads)

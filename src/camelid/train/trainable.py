@@ -35,11 +35,12 @@ def combine(trainable: Any, frozen: Any) -> Any:
 def mask_layers(tree: Any, trained: tuple[bool, ...]) -> Any:
     """`tree`, gradients or updates, with zeros for the layers that are not trained.
 
-    `trained` has one value per layer, that is per index of the first axis of each array below `layers`.
+    `trained` has one value per layer, that is per index of the first axis of each array below `layers`, wherever in the
+    tree that is.
     """
 
     def mask(path: Any, leaf: jax.Array) -> jax.Array:
-        if path_name(path).split(".")[0] != "layers":
+        if "layers" not in path_name(path).split("."):
             return leaf
         return jnp.where(jnp.array(trained).reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
 
