@@ -58,15 +58,17 @@ def test_advice_is_for_commands_that_there_are():
     assert LESS_MEMORY.keys() <= COMMANDS.keys()
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm", "nonsense"])
-def test_a_missing_driver_is_explained(platform: str, tmp_path: Path, stories: Path, user_env: dict[str, str]):
+@pytest.mark.parametrize(("platform", "name"), [("cuda", "train"), ("rocm", "generate"), ("nonsense", "train")])
+def test_a_missing_driver_is_explained(
+    platform: str, name: str, tmp_path: Path, stories: Path, user_env: dict[str, str]
+):
     recipe = write_recipe_file(tiny_run(tmp_path), tmp_path / "recipe.toml")
-    for words in (["generate", stories, "Hello"], ["train", recipe]):
-        result = command(*words, env=user_env | {"JAX_PLATFORMS": platform})
-        if platform == "cuda" and result.returncode == 0:
-            pytest.skip("this machine has a CUDA device")
-        assert_refused(result, f"JAX cannot use JAX_PLATFORMS = {platform!r}")
-        assert "Traceback" not in result.stderr
+    words = {"generate": [stories, "Hello"], "train": [recipe]}[name]
+    result = command(name, *words, env=user_env | {"JAX_PLATFORMS": platform})
+    if platform == "cuda" and result.returncode == 0:
+        pytest.skip("this machine has a CUDA device")
+    assert_refused(result, f"JAX cannot use JAX_PLATFORMS = {platform!r}")
+    assert "Traceback" not in result.stderr
 
 
 def test_python_gets_the_same_error(stories: Path):

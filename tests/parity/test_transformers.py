@@ -125,11 +125,25 @@ def their_greedy(pair: Pair, prompts: np.ndarray, count: int) -> np.ndarray:
     return ids[:, prompts.shape[1] :].numpy()
 
 
+# Not compared in 16 bits, because they compute no operation that another one does not. Two differ from the first Llama
+# in constants only; Mistral without a window is the first Llama; the operations of a tied Qwen 2 are those of Qwen 2
+# and of a tied Llama, and those of a parallel StableLM are those of Phi and of StableLM.
+SAME_ROUNDING = {
+    "llama, rope_theta and norm_eps",
+    "llama, linear scaling",
+    "mistral, none",
+    "qwen2, tied",
+    "stablelm, parallel",
+}
+assert FAMILIES.keys() > SAME_ROUNDING
+
+
 # The spread of the differences, as a part of the logits' own, and the largest: what numbers of 8 and of 11 bits leave
 # after four layers. transformers' own are near 2.2% and 3.9%, 0.3% and 0.6%.
 @pytest.mark.parametrize(
     ("name", "dtype", "spread", "largest"),
-    [(name, "bfloat16", 0.03, 0.06) for name in FAMILIES] + [(next(iter(FAMILIES)), "float16", 0.004, 0.01)],
+    [(name, "bfloat16", 0.03, 0.06) for name in FAMILIES if name not in SAME_ROUNDING]
+    + [(next(iter(FAMILIES)), "float16", 0.004, 0.01)],
 )
 def test_16_bits_round_no_more_than_transformers_in_16_bits(name: str, dtype: str, spread: float, largest: float):
     config = FAMILIES[name].ours

@@ -131,13 +131,13 @@ def test_microbatches_share_the_rows_without_loss():
 
 def test_gradients_are_those_of_the_mean_over_all_weights():
     params, given = tiny_params(CONFIG), batch(0)
-    (_, weight, _), grads = trainer(accumulate=4).gradients(params, None, given, jax.random.key(0))
+    (_, weight, _), grads = jax.jit(trainer(accumulate=4).gradients)(params, None, given, jax.random.key(0))
 
     def mean(params: Decoder) -> jax.Array:
         total, weight, _ = trainer().objective(params, given, None)
         return total / weight
 
-    expected = jax.grad(mean)(params)
+    expected = jax.jit(jax.grad(mean))(params)
     assert float(weight) == pytest.approx(float(given["weights"].sum()), rel=1e-6)
     for path, grad in named(grads).items():
         assert grad.dtype == jnp.float32
@@ -211,7 +211,7 @@ def weighted_tokens(params: Decoder, rows: dict[str, jax.Array], key: jax.Array 
     return total, weight, metrics
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 4])
 def test_metrics_of_an_objective_are_means_that_no_microbatch_changes(accumulate: int):
     step = dataclasses.replace(trainer(accumulate=accumulate, seed=7), objective=weighted_tokens)
     state = start_state(tiny_params(CONFIG), step.optimizer)
@@ -235,20 +235,21 @@ def test_dropout_changes_the_loss_of_training_from_step_to_step_and_never_that_o
     params, given = tiny_params(CONFIG), batch(0) | {"rows": jnp.arange(8)}
     plain = NextTokenLoss(config=CONFIG, compute=Compute())
     drops = dataclasses.replace(plain, **{rate: 0.3})
-    first, second = (float(drops(params, given, jax.random.key(step))[0]) for step in range(2))
+    dropped = jax.jit(drops)
+    first, second = (float(dropped(params, given, jax.random.key(step))[0]) for step in range(2))
     without = float(plain(params, given, jax.random.key(0))[0])
     assert len({first, second, without}) == 3
     assert float(drops(params, given, None)[0]) == without
 
 
-@pytest.mark.parametrize("rate", RATES)
-def test_dropout_is_the_same_for_any_number_of_microbatches(rate: str):
+def test_dropout_is_the_same_for_any_number_of_microbatches():
+    """All rates at once: one that depended on the microbatches would change the loss."""
     params = tiny_params(CONFIG)
     optimizer = OptimizerConfig(learning_rate=1e-3, eps=EPS)
     seen = []
     for accumulate in (1, 2):
         step = trainer(optimizer, accumulate)
-        step = dataclasses.replace(step, objective=dataclasses.replace(step.objective, **{rate: 0.3}))
+        step = dataclasses.replace(step, objective=dataclasses.replace(step.objective, **dict.fromkeys(RATES, 0.3)))
         seen.append(train(step, params, 3)[1])
     for one, other in zip(*seen, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
