@@ -107,7 +107,7 @@ def build(preset: str, folder: str) -> dict[str, Any]:
     """A random checkpoint in bfloat16: one block of numbers over and over, which no part of a conversion can notice."""
     import numpy as np
 
-    from camelid.checkpoint.checkpoint import Saving
+    from camelid.checkpoint.checkpoint import ExportSpec
     from camelid.checkpoint.registry import write_checkpoint
     from camelid.checkpoint.tensors import dtype_named
     from camelid.model.decoder import declare_decoder
@@ -119,7 +119,7 @@ def build(preset: str, folder: str) -> dict[str, Any]:
     block = np.random.default_rng(0).standard_normal(2**22 + 1, np.float32).astype(bfloat16)
     write_checkpoint(
         Path(folder),
-        Saving(
+        ExportSpec(
             config,
             dict.fromkeys(named(declare_decoder(config)), bfloat16),
             lambda path, layer, index, dtype: np.resize(block, [s.stop - s.start for s in index]),

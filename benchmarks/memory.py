@@ -59,7 +59,7 @@ def write_random(folder: Path, config: "ModelConfig") -> None:
     """A random checkpoint in bfloat16."""
     import numpy as np
 
-    from camelid.checkpoint.checkpoint import Saving
+    from camelid.checkpoint.checkpoint import ExportSpec
     from camelid.checkpoint.registry import write_checkpoint
     from camelid.checkpoint.tensors import dtype_named
     from camelid.model.decoder import declare_decoder
@@ -71,7 +71,7 @@ def write_random(folder: Path, config: "ModelConfig") -> None:
         return draw.standard_normal([s.stop - s.start for s in index], np.float32).astype(dtype)
 
     dtypes = dict.fromkeys(named(declare_decoder(config)), dtype_named("bfloat16"))
-    write_checkpoint(folder, Saving(config, dtypes, source), workers=1)  # the draws are of one thread
+    write_checkpoint(folder, ExportSpec(config, dtypes, source), workers=1)  # the draws are of one thread
 
 
 def load(folder: str) -> dict:

@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 import camelid
-from camelid.checkpoint.folder import write_json
 from camelid.checkpoint.formats.hf_config import config_to_hf
+from camelid.disk.atomic import write_json
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.flops import count_parameters, training_flops

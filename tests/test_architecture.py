@@ -24,7 +24,6 @@ MAY_IMPORT = {
     "checkpoint": "text model parallel disk inputs interrupts",
     "train": "model parallel data.rows.batch checkpoint.state.orbax_state disk extras",
     "evaluate": "generate text checkpoint model parallel data.rows.batch",
-    "serve": "generate text",
     "api": "text generate checkpoint model parallel inputs interrupts",
     "describe": "checkpoint model parallel inputs tables",
     "runs": "*",

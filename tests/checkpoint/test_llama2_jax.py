@@ -245,7 +245,7 @@ def test_there_and_back_again_is_exact(config: camelid.ModelConfig, tmp_path: Pa
 def test_small_pieces_make_the_same_file(config: camelid.ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, file = written(config, tmp_path, "bfloat16")
     monkeypatch.setattr("camelid.checkpoint.layout.CHUNK_BYTES", 700)
-    monkeypatch.setattr(llama2_jax, "CHUNK", 10)
+    monkeypatch.setattr("camelid.checkpoint.tensors.COMPARED_BYTES", 10)
     (tmp_path / "pieces").mkdir()
     put(tmp_path / "pieces", llama2_jax.plan_files, export(open_checkpoint(first)))
     assert (tmp_path / "pieces" / "model.pickle").read_bytes() == (file / "model.pickle").read_bytes()

@@ -100,7 +100,7 @@ def test_a_changed_source_is_noticed(tokenizer: Tokenizer, sources):
     prepare(sources, tokenizer, Path("store"))
     text = Path("b.jsonl").read_text()
     Path("b.jsonl").write_text(text.replace("a", "b", 1))
-    with pytest.raises(UserError, match=r"store was prepared before, and .*b\.jsonl has changed\nAllow --overwrite"):
+    with pytest.raises(UserError, match=r"store was prepared before, and .*b\.jsonl has changed\nUse --overwrite"):
         prepare(sources, tokenizer, Path("store"))
     Path("store/diary.txt").write_text("dear")
     with pytest.raises(UserError, match=r"store holds diary\.txt in addition to its store"):

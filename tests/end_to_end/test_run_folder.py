@@ -160,7 +160,7 @@ def test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it(tmp_path:
             "data.batch_size = 6 is not divisible by train.accumulate x data-parallel size = 4 x 1",
         ),
         ({"data__sequence_length": 65}, "data.sequence_length = 65 exceeds the context of 64"),
-        ({"model__vocab_size": 200}, "holds token id 257, and the model's vocabulary has 200"),
+        ({"model__vocab_size": 200}, "holds token id 257, but the vocabulary of the model has 200 tokens"),
         ({"model__num_kv_heads": 4}, "num_heads = 6 is not a multiple of num_kv_heads = 4"),
         ({"model__head_dim": 9}, "head_dim = 9 has 9 rotary features; an even number"),
         ({"model__parallel_block": True}, "cannot express parallel_block = True"),

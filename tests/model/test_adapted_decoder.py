@@ -16,7 +16,7 @@ import torch
 
 import camelid
 from camelid.generate.decode import generate
-from camelid.generate.sample import sampling
+from camelid.generate.sampling import sampling
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.context import Context
 from camelid.model.decoder import Decoder, declare_decoder, decode_params, specs_of

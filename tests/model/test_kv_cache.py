@@ -20,7 +20,8 @@ from camelid.model.kv_cache import KVCache, empty_cache
 from tiny import tiny_config
 
 ROWS, TOKENS, SLOTS, PAGE, WINDOW = 2, 30, 32, 4, 6
-CONFIG = tiny_config(num_layers=4, sliding_window=WINDOW, window_pattern=(True, False))
+# Of each kind, one layer stands before that of the same index of the other kind, and one after it.
+CONFIG = tiny_config(num_layers=4, sliding_window=WINDOW, window_pattern=(True, False, False, True))
 DECODE = Context(phase="decode")
 # Sums over a few dozen float32 products in another order.
 CLOSE = {"rtol": 0, "atol": 1e-5}

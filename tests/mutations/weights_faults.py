@@ -89,7 +89,7 @@ FAULTS = (
         "model/decoder.py",
         "windowed = config.windowed[first : first + count]",
         "windowed = config.windowed[:count]",
-        "model/test_decoder.py::test_slices_of_the_layers_run_in_turn_give_what_all_layers_give[kind4]",
+        "model/test_decoder.py::test_slices_of_the_layers_run_in_turn_give_what_all_layers_give[gemma3]",
     ),
     Fault(
         "dropout: a row's key is that of its place in the microbatch",

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.checkpoint.state.stored import open_arrays
+from camelid.checkpoint.state.saved_state import open_arrays
 from camelid.model.config import Compute
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import map_specs, named

@@ -51,9 +51,9 @@ def generate(
     batch = {"lengths": np.zeros((rows, 1), np.int32), "seeds": np.zeros((rows, 1), np.uint32)}
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         tokens[i, : len(prompt)], batch["lengths"][i], batch["seeds"][i] = prompt, len(prompt), seed % 2**32
-    for name in ("temperature", "top_k", "top_p"):
-        setting = np.asarray(getattr(sampling, name))
-        batch[name] = np.zeros((rows, 1), setting.dtype)
+    for name, setting in vars(sampling).items():
+        # Rows that only fill the batch have the settings of the first prompt, so that they turn no filter on.
+        batch[name] = np.full((rows, 1), np.asarray(setting)[0])
         batch[name][:count, 0] = setting
     with jax.set_mesh(mesh):
         found = _generate(
@@ -115,7 +115,7 @@ def _generate(
     """
     tokens: Int[Array, "B P"] = batch["tokens"]
     rows = {name: x[:, 0] for name, x in batch.items() if name != "tokens"}
-    sampling = Sampling(rows["temperature"], rows["top_k"], rows["top_p"])
+    sampling = Sampling(**{field.name: rows[field.name] for field in dataclasses.fields(Sampling)})
     lengths, slots = rows["lengths"], tokens.shape[1] + room
     state, logits = prefill(
         params, tokens, lengths, lengths + limit, sampling, rows["seeds"], config, compute, slots=slots

@@ -87,7 +87,7 @@ def prefill(
     )
     assert cache is not None
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], 1)
-    rows = Sampling(*(jnp.broadcast_to(x, (batch,)) for x in (sampling.temperature, sampling.top_k, sampling.top_p)))
+    rows = jax.tree.map(lambda setting: jnp.broadcast_to(setting, (batch,)), sampling)
     state = DecodeState(cache, lengths, lengths, lengths, final_lengths, lengths > 0, rows, seeds)
     return state, params.logits(last, config, compute)[:, 0]
 

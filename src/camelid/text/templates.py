@@ -1,4 +1,4 @@
-"""NamedTemplate chat templates, with the same output as the templates of the released models, or those of fschat."""
+"""Chat templates by name, with the same output as the templates of the released models, or those of fschat."""
 
 from dataclasses import dataclass
 from pathlib import Path

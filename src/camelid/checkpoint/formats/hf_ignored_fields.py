@@ -41,7 +41,7 @@ TOOL_FIELDS = """
     max_window_layers selective_checkpoint_enabled sequence_parallel_enabled move_model_to_device is_llama_config
     transformers.js_config
 """.split()
-# camelid trains without dropout; checkpoint/formats/hf.py adds a note if a model requests it.
+# Dropout is a setting of a training run, not of a model; checkpoint/formats/hf.py adds a note if a model requests it.
 DROPOUTS = frozenset(
     """
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout classifier_dropout
@@ -65,7 +65,10 @@ def remarks(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns notes on ignored fields that users may rely on."""
     notes = []
     if drops := [f"{name} = {hf[name]}" for name in sorted(DROPOUTS & hf.keys()) if hf[name]]:
-        notes.append(f"config.json requests dropout in training ({', '.join(drops)}); camelid trains without dropout")
+        notes.append(
+            f"config.json requests dropout in training ({', '.join(drops)}), which is not applied; recipes set "
+            "train.embedding_dropout, train.attention_dropout and train.residual_dropout"
+        )
     for name in ("rope_scaling", "rope_parameters"):
         table = hf.get(name)
         if isinstance(table, Mapping) and table.get("attn_factor") not in (None, 1):

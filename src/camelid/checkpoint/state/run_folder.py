@@ -67,8 +67,11 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
         {name.removeprefix(below): array for name, array in arrays.items() if name.startswith(below)}
         for below in ("params.", "opt_state.0.mu.", "opt_state.0.nu.")
     )
-    for held in (params, mu, nu):
-        check_tensors(rows, held, "", described_by)
+    check_tensors(rows, params, "", described_by)
+    if not (mu and nu):  # of another optimizer than AdamW
+        return Checkpoint("run", run, config, params, rows)
+    for moments in (mu, nu):
+        check_tensors(rows, moments, "", described_by)
     return Checkpoint("run", run, config, params, rows, training=AdamState(step, mu, nu))
 
 
