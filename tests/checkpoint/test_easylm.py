@@ -491,13 +491,13 @@ def cut(**parts: Any) -> bytes:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (array(data=bytes(15)), "15 bytes are no float32 of shape"),
-        (array(shape=(5,)), "16 bytes are no float32"),
-        (array(shape=(2**40, 2**40)), "16 bytes are no float32"),
-        (array(shape=(-4,)), "whole numbers"),
-        (array(shape=(4.0,)), "whole numbers"),
-        (array(shape=("1234",)), "whole numbers"),
-        (array(shape=(True,) * 4), "whole numbers"),
+        (array(data=bytes(15)), "15 bytes are not a float32 array of shape"),
+        (array(shape=(5,)), "16 bytes are not a float32"),
+        (array(shape=(2**40, 2**40)), "16 bytes are not a float32"),
+        (array(shape=(-4,)), "does not consist of integers"),
+        (array(shape=(4.0,)), "does not consist of integers"),
+        (array(shape=("1234",)), "does not consist of integers"),
+        (array(shape=(True,) * 4), "does not consist of integers"),
         (array(shape=(1,) * 33), "absurd"),
         (array(shape=4), "no array"),
         (array(dtype="complex64"), "is complex64; camelid reads bfloat16, float16"),
@@ -511,19 +511,19 @@ def cut(**parts: Any) -> bytes:
         (reference.packb(bytes(16)), "msgpack's bin"),
         (reference.packb([1.0] * 4), "msgpack's array"),
         (b"\xc1", "does not use"),
-        (ARRAY + b"\x00", "another length"),
-        (ARRAY[:-1], "no float32|bytes should follow|another length"),
+        (ARRAY + b"\x00", "length of the record differs"),
+        (ARRAY[:-1], "not a float32|bytes should follow|length of the record differs"),
         (b"\xc9\xff\xff\xff\xff\x01", "4,294,967,295 bytes should follow"),
         (b"\xdf\xff\xff\xff\xff", "no str|follow"),
-        (b"\x81\xa1x" * 40 + b"\x00", "more than 32 maps"),
+        (b"\x81\xa1x" * 40 + b"\x00", "more than 32 nested maps"),
         (cut(), None),
-        (cut(shape={"0": 5}), "do not make up an array"),
-        (cut(shape={"1": 4}), "counted from 0"),
-        (cut(shape={}), "counted from 0"),
+        (cut(shape={"0": 5}), "do not form an array"),
+        (cut(shape={"1": 4}), "numbered from 0"),
+        (cut(shape={}), "numbered from 0"),
         (cut(shape=[4]), "msgpack's array"),
-        (cut(chunks={"0": 4}), "do not make up"),
-        (cut(chunks=None), "other parts"),
-        (cut(more=1), "other parts"),
+        (cut(chunks={"0": 4}), "do not form"),
+        (cut(chunks=None), "other entries"),
+        (cut(more=1), "other entries"),
     ],
     ids=itertools.count(),
 )
@@ -541,7 +541,7 @@ def test_a_damaged_value_is_an_error_with_file_and_key(
     tree = {"transformer": {"ln_f": {"kernel": 0}}}
     start = reference.packb(tree)[:-1]
     file.write_bytes(start + value)
-    if not re.search("parameters are|not an array$|another length", problem):
+    if not re.search("parameters are|not an array$|length of the record differs", problem):
         with pytest.raises(UserError, match=problem) as caught:
             msgpack.open_tree(file)
         assert str(file) in caught.value.problem
@@ -552,19 +552,19 @@ def test_names_and_ends_are_checked(small: Checkpoint, tmp_path: Path):
     data = file.read_bytes()
     tree = written(tmp_path / "tree", small, "flax_params").read_bytes()
     for change, problem in [
-        (data + data, "the key stands there twice"),
+        (data + data, "the key occurs twice"),
         (data + b"\x93\x91\xa4step\xc4\x01\x00", "a record is not a key and a value"),
         (data + b"\x92\x91\x05\xc4\x01\x00", "no str"),
         (data + b"\x92\x91\xdb\xff\xff\xff\xff", "absurd"),
         (data + b"\x92\xdd\xff\xff\xff\xff", "absurd"),
-        (data + b"\x92\x91\xa4step\xc6\xff\xff\xff\xff\x00", "another length"),
+        (data + b"\x92\x91\xa4step\xc6\xff\xff\xff\xff\x00", "length of the record differs"),
         (data + b"\x92\x91\xa1\xff\xc4\x01\x00", "decode"),
         (data + b"\x92\x91\xa1\n\xc4\x01\x00", "cannot be printed"),
         (data + reference.packb((["vit"], ARRAY)), "no place for: vit"),
         (tree + b"\x00", "after the tree's end"),
         (tree.replace(b"wte", b"h00"), "lacks transformer/wte"),
         (tree.replace(b"lm_head", b"\xabtransformer"[:8]), "no place for|cut short|damaged"),
-        (b"\x81\xabtransformer\x82\xa1h\x00\xa1h\x00", "the key stands there twice"),
+        (b"\x81\xabtransformer\x82\xa1h\x00\xa1h\x00", "the key occurs twice"),
         (b"\x93" + data[1:], "does not start like"),
         (b"", "does not start like"),
     ]:

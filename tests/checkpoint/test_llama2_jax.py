@@ -351,7 +351,7 @@ DEEP = b")" + b"\x85" * 50_000
 BAD = {
     "empty": (b"", "exhausted"),
     "no pickle": (b"hello", "damaged"),
-    "nothing but a number": (b"\x80\x04K\x01.", "is no array"),
+    "nothing but a number": (b"\x80\x04K\x01.", "is not an array"),
     "an array of 2**60 bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"abc.", "announced"),
     "text of 2**60 bytes": (b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"abc.", "announced"),
     "a long program": (b"\x80\x04" + b"N" * 2**17 + b".", "besides its arrays"),
@@ -385,7 +385,7 @@ def test_arrays_must_have_the_bytes_of_their_shape_and_every_place_one(tmp_path:
     with pytest.raises(UserError, match=r"an array of shape \(4, 48, 81\) and float32 with"):
         llama2_jax.open_checkpoint(path, tiny_config())
     path.write_bytes(pickled(tiny_config(), classes, lambda x: None if x.ndim == 5 else x))
-    with pytest.raises(UserError, match="q_proj is no array"):
+    with pytest.raises(UserError, match="q_proj is not an array"):
         llama2_jax.open_checkpoint(path, tiny_config())
 
 

@@ -561,7 +561,7 @@ def layout_of_w1(*layout: object) -> DamagedState:
     """Says something else of w1 than the ranks hold."""
 
     def damage(root: Path) -> None:
-        held = {name: (s.devices, s.axes, s.step, s.ways) for name, s in open_strategy(root / STRATEGY).items()}
+        held = {name: (s.devices, s.axes, s.step, s.count) for name, s in open_strategy(root / STRATEGY).items()}
         (root / STRATEGY).write_bytes(strategy(held | {W1: layout}))
 
     return damage
@@ -579,7 +579,7 @@ def another_run(root: Path) -> None:
 
 RANKS: dict[str, tuple[DamagedState, str]] = {
     "no strategy": (lambda root: [f.unlink() for f in (root / "strategy").iterdir()], "no strategy file"),
-    "half a strategy": (lambda root: (root / STRATEGY).unlink(), "do not say how model"),
+    "half a strategy": (lambda root: (root / STRATEGY).unlink(), "do not specify the layout of model"),
     "strategy cut short": (
         lambda root: (root / STRATEGY).write_bytes((root / STRATEGY).read_bytes()[:-9]),
         "ckpt_strategy_rank_0.ckpt is damaged",

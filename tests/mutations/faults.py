@@ -1123,8 +1123,8 @@ FAULTS = (
     Fault(
         "optimizer shards lie on neighbouring ranks",
         "checkpoint/formats/mindspore_ranks.py",
-        "local // split.step % split.ways",
-        "local % split.ways",
+        "local // split.step % split.count",
+        "local % split.count",
         "checkpoint/test_mindspore.py::test_a_run_on_four_ranks_is_put_together",
     ),
     Fault(

@@ -60,8 +60,8 @@ FAULTS = (
     Fault(
         "a file takes the tokenizer that lies beside it",
         "checkpoint/formats/gguf.py",
-        "beside = is_folder and any(",
-        "beside = any(",
+        "has_tokenizer_file = is_folder and any(",
+        "has_tokenizer_file = any(",
         OWN,
     ),
     Fault(

@@ -259,8 +259,8 @@ FAULTS = (
     Fault(
         "all weights in a folder count as one checkpoint",
         "checkpoint/replacing.py",
-        "return {*found[0], *_named(folder, BESIDE_WEIGHTS)}",
-        "return {*sum(found, []), *_named(folder, BESIDE_WEIGHTS)}",
+        "return {*found[0], *_named(folder, COMPANION_FILES)}",
+        "return {*sum(found, []), *_named(folder, COMPANION_FILES)}",
         "checkpoint/test_replacing.py::test_of_two_checkpoints_in_one_folder_the_second_is_in_the_way",
     ),
 )

@@ -16,8 +16,8 @@ FAULTS = (
     Fault(
         "processes other than the main one say that no step is whole",
         "checkpoint/state/orbax_state.py",
-        "broadcast_from_main(lambda: intact_steps_beside(place))",
-        "intact_steps_beside(place) if is_main() else []",
+        "broadcast_from_main(lambda: other_intact_steps(place))",
+        "other_intact_steps(place) if is_main() else []",
         f"{SHARED}test_both_processes_name_the_steps_that_are_whole",
     ),
     Fault(

@@ -145,7 +145,7 @@ def test_an_error_before_the_first_step_is_not_printed_over_a_bar(
 ):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
-    Terminal(0, 100).say("compiling")  # and here an error ends the program, or another process is the main one
+    Terminal(0, 100).print("compiling")  # and here an error ends the program, or another process is the main one
     time.sleep(0.3)  # a bar is drawn anew ten times a second
     assert capsys.readouterr().err == "compiling\n"
 

@@ -29,7 +29,7 @@ def new_folder(
     resume: str = "",
     expected: Mapping[str, Path | None] | None = None,
 ) -> Iterator[Path]:
-    """A temporary folder beside `destination`, which is renamed when the block ends, and removed if the block fails.
+    """A temporary folder next to `destination`, which is renamed when the block ends, and removed if the block fails.
 
     With `overwrite`, its files replace those of a checkpoint in `destination`, and all other files there are left
     alone; `expected` maps the names of the files that will be written to files with the same contents, or to None, so

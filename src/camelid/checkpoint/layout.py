@@ -1,8 +1,8 @@
-"""Maps tensors between the layout of a file and ours, as specified by a table of rules.
+"""Maps tensors between the layout of a file and camelid's, as specified by a table of rules.
 
     TensorRule("layers.attn.q_proj", "model.layers.{layer}.self_attn.q_proj.weight", "(heads head_dim) embed")
 
-means that the layers of our parameter are the tensors of that name; their axes are ours, and the first two are
+means that the layers of this parameter are the tensors of that name; their axes are camelid's, and the first two are
 flattened into one. If the file splits an axis more finely than we do, the rule lists the axes of both sides. Here the
 elements of a rotary pair are neighbors in the file, and in separate halves of the axis in our layout:
 
@@ -47,7 +47,7 @@ class TensorRule:
     axes: str
     """of the tensor, in the file's order; words in parentheses are flattened into one axis of the file"""
     ours: str = ""
-    """our axes, if the file splits one; words in parentheses are flattened into one axis of ours"""
+    """camelid's axes, if the file splits one; words in parentheses are flattened into one of them"""
     along: str = ""
     """the axis word along which parameters are concatenated in the tensor; "" is the first axis of the file"""
 
@@ -149,7 +149,7 @@ def _entry(rule: TensorRule, spec: Spec, sizes: Mapping[str, int]) -> ParameterE
 
 @dataclass(frozen=True)
 class SliceMapping:
-    """A slice of a file's tensor, and the position of a slice of ours in it."""
+    """A slice of a file's tensor, and the position of a slice of a parameter in it."""
 
     index: Index
     words: tuple[int, ...]

@@ -66,7 +66,7 @@ WEIGHTS = [
     adapter_config.json adapter_model.safetensors
     """.strip().splitlines()
 ]
-BESIDE_WEIGHTS = """
+COMPANION_FILES = """
     config.json generation_config.json preprocessor_config.json tokenizer.json tokenizer.model tokenizer_config.json
     special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json
 """.split()
@@ -130,10 +130,10 @@ def owned_files(folder: Path) -> set[str] | None:
     if not isinstance(tensors := manifest.get("files"), dict):
         if "model_type" not in read_json_or_empty(folder / CONFIG) or not found:
             return None if any(name != LOCK for name in os.listdir(folder)) else set()
-        return {*found[0], *_named(folder, BESIDE_WEIGHTS)}
+        return {*found[0], *_named(folder, COMPANION_FILES)}
     if not isinstance(others := manifest.get(OTHERS), dict):
         weights = {name for names in found if not tensors.keys().isdisjoint(names) for name in names}
-        return {*tensors, *weights, *_named(folder, BESIDE_WEIGHTS), MANIFEST}
+        return {*tensors, *weights, *_named(folder, COMPANION_FILES), MANIFEST}
     unchanged = {name for name, sha256 in others.items() if _hash(folder / name) == sha256}
     return {*tensors, *unchanged, MANIFEST}
 

@@ -61,9 +61,9 @@ class Tensor:
         if len(rows) == 1 and len(self.shape) > 1:
             row = Tensor(self.file, self.name, self.offset + rows.start * row_bytes, self.shape[1:], self.dtype)
             return row.read_into(out[0], index[1:])
-        whole_rows = all(range(n) == range(*s.indices(n)) for s, n in zip(index[1:], self.shape[1:], strict=True))
+        complete_rows = all(range(n) == range(*s.indices(n)) for s, n in zip(index[1:], self.shape[1:], strict=True))
         with self.file.open("rb", buffering=0) as file:
-            if whole_rows and out.dtype == self.dtype:
+            if complete_rows and out.dtype == self.dtype:
                 return _read_exactly(file, self.offset + rows.start * row_bytes, out)
             step = max(1, CHUNK // max(row_bytes, 1))
             held = np.empty((min(step, len(rows)), *self.shape[1:]), self.dtype)

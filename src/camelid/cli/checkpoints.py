@@ -83,7 +83,7 @@ def convert(
         advice = "Give either a DESTINATION or --check."
         raise UserError("convert has no DESTINATION" if destination is None else "--check writes nothing", advice)
     if check:
-        _refuse_beside_check(
+        _refuse_with_check(
             to=to,
             dtype=dtype,
             tokenizer=tokenizer,
@@ -143,7 +143,7 @@ def _companions(
     return portable(files, made, keep_ranks=to == "meta")  # the only tokenizer that Meta's own code reads
 
 
-def _refuse_beside_check(**given: object) -> None:
+def _refuse_with_check(**given: object) -> None:
     """Raises UserError for options that only apply to writing."""
     if named := [f"--{name.replace('_', '-')}" for name, value in given.items() if value]:
         raise UserError(f"--check cannot be combined with {' or '.join(named)}", "Remove one or the other.")

@@ -30,7 +30,7 @@ def help_text(command: Callable) -> str:
 
 
 def with_plain_help(command: Callable) -> Callable:
-    """The command, annotated so that its help shows neither {None} as a value nor defaults that say nothing."""
+    """The command, annotated so that its help shows neither {None} as a value nor defaults without information."""
     hints = typing.get_type_hints(command, include_extras=True)
 
     def described(*args: Any, **kwargs: Any) -> Any:
@@ -55,8 +55,8 @@ def _with_plain_help(hint: Any, default: Any) -> Any:
     if get_origin(plain) in (types.UnionType, typing.Union) and get_args(plain)[1:] == (types.NoneType,):
         # Before the annotation's own metadata, which takes precedence.
         hint = Annotated[(plain, arg(metavar=_metavar(get_args(plain)[0])), *metadata)]
-    says_nothing = any(default is nothing for nothing in (None, False, inspect.Parameter.empty)) or default in ((), "")
-    return Annotated[hint, arg(help_behavior_hint="")] if says_nothing else hint
+    uninformative = any(default is nothing for nothing in (None, False, inspect.Parameter.empty)) or default in ((), "")
+    return Annotated[hint, arg(help_behavior_hint="")] if uninformative else hint
 
 
 def _with_plain_fields(cls: Any) -> Any:

@@ -55,7 +55,7 @@ class SourceOptions:
     """How the records of the source are read and tokenized."""
 
     kind: Kind = "text"
-    """type of the records; the other options say to which kinds they apply"""
+    """type of the records; the descriptions of the other options name the types that they apply to"""
     text_key: str = "text"
     """text: name of the key or column that holds the text"""
     split: str = "file"

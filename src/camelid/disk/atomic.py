@@ -58,7 +58,7 @@ def temporary_folder(
     ready: Callable[[], None] = lambda: None,
     in_use: Callable[[], bool] = lambda: False,
 ) -> Iterator[Path]:
-    """Yields a locked folder beside `destination` for its new contents, which the block moves to their place.
+    """Yields a locked folder next to `destination` for its new contents, which the block moves to their place.
 
     `ready` is called first, once no other process can write the destination. If the block fails, the folder is removed,
     unless it holds the file named `resume`, or `in_use` returns True. A folder that a killed process left is emptied

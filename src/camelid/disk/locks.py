@@ -13,7 +13,7 @@ LONGEST_NAME = 255  # bytes, on all usual file systems
 
 
 def unfinished(folder: Path) -> Path:
-    """The hidden folder beside `folder` in which its contents are written until they are complete."""
+    """The hidden folder next to `folder` in which its contents are written until they are complete."""
     name = f".{folder.name}.incomplete"
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = f".{hashlib.sha256(os.fsencode(folder.name)).hexdigest()}.incomplete"

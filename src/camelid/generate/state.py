@@ -121,10 +121,10 @@ def reorder(state: DecodeState, rows: Int[Array, " N"]) -> DecodeState:
 
 
 def rollback(state: DecodeState, lengths: Int[Array, " B"]) -> DecodeState:
-    """The state with each row cut to `lengths[b]` tokens, at least 1.
+    """The state with each row truncated to `lengths[b]` tokens, at least 1.
 
     Raises ValueError if a row is not so long, or if the rings of layers with a sliding window do not hold the tokens
-    that the remaining ones see: with the `max_rollback` of `prefill`, rows can be cut to `written` - max_rollback.
+    that the remaining ones see: with the `max_rollback` of `prefill`, lengths may be `written` - max_rollback or more.
     Under jax.jit lengths have no values yet, and this is the caller's responsibility.
     """
     if not any(isinstance(x, Tracer) for x in (lengths, state.lengths)):

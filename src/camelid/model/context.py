@@ -58,7 +58,7 @@ def dropout(x: Float[Array, "B S E"], rate: float, purpose: str, context: Contex
     """Sets elements of `x` to 0 with probability `rate` and divides the others by 1 - rate (arXiv:1207.0580).
 
     Which elements are dropped depends on the context's key, the row's number within the global batch, the purpose, and
-    the element's place in the row. Microbatches, the mesh and the rows beside it make no difference.
+    the element's place in the row. Microbatches, the mesh and the other rows make no difference.
     """
     if rate == 0.0 or context.dropout_key is None:
         return x

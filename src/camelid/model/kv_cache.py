@@ -52,7 +52,7 @@ class LayerCache(Protocol):
         ...
 
     def shortest_rollback(self, written: Int[Array, " B"]) -> Int[Array, " B"]:
-        """The smallest lengths to which rows can be cut, if position `written` - 1 is the last ever written."""
+        """The smallest lengths to which rows can be truncated, if position `written` - 1 is the last ever written."""
         ...
 
 
@@ -129,7 +129,7 @@ class RingCache:
     def _slot_positions(self, last: Int[Array, "B 1"]) -> Int[Array, "B slots"]:
         """The position stored in each slot of rows that end at position `last`; negative for empty slots.
 
-        After a rollback some slots hold later tokens than this says. They are those of the oldest positions, which no
+        After a rollback some slots hold later tokens. They are those of the oldest positions, which no
         window of the remaining tokens reaches, if the rollback was allowed.
         """
         count = self.k.shape[3]
@@ -208,7 +208,7 @@ class KVCache:
         return dataclasses.replace(self, windowed=windowed, full=full)
 
     def shortest_rollback(self, written: Int[Array, " B"]) -> Int[Array, " B"]:
-        """The smallest lengths to which rows can be cut, if position `written` - 1 is the last ever written."""
+        """The smallest lengths to which rows can be truncated, if position `written` - 1 is the last ever written."""
         kinds = [kind for kind in (self.windowed, self.full) if kind is not None]
         return jnp.stack([kind.shortest_rollback(written) for kind in kinds]).max(0)
 

@@ -25,7 +25,7 @@ MASKED = (
 class Mask:
     """A causal mask, described by the positions of queries and keys, which may be in any order.
 
-    A query sees the keys of its own segment whose positions are at most its own and, with a window W, greater than
+    A query attends to keys of its own segment whose positions are at most its own and, with a window W, greater than
     its own minus W:
 
         segments  1 1 1 1 2 2     sees   x . . . . .
@@ -55,7 +55,7 @@ class Mask:
         return mask & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
 
     def apply(self, scores: Float[Array, "B K G S T"]) -> Float[Array, "B K G S T"]:
-        """The scores, MASKED for keys that the query does not see."""
+        """The scores, MASKED for keys that the query does not attend to."""
         return jnp.where(self.visible()[:, None, None], scores, MASKED)
 
     def block(self, i: Int[Array, ""], q_block: int, j: Int[Array, ""], k_block: int) -> "Mask":

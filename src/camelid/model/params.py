@@ -93,7 +93,7 @@ def _declare(field: dataclasses.Field, config: ModelConfig, stacked: tuple[str, 
 
 
 def is_entry(x: Any) -> bool:
-    """Whether `x` stands for a declared parameter without being an array: a Spec, or a weight of another type."""
+    """Whether `x` represents a declared parameter without being an array: a Spec, or a weight of another type."""
     return isinstance(x, Spec | Adapted | Quantized)
 
 
@@ -162,7 +162,7 @@ def shardings(specs: Any, params: Any, mesh: Mesh, replicate: tuple[str, ...] = 
 
 
 def initialize(specs: Any, config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Any:
-    """Fresh parameters. They do not depend on the mesh, and none depends on which others the model has."""
+    """Newly initialized parameters. They do not depend on the mesh, and none depends on which others the model has."""
 
     def leaf(path: str, spec: Spec) -> jax.Array:
         if spec.init in ("zeros", "norm"):

@@ -1,1 +1,1 @@
-"""Where arrays live: the mesh, the rules that cut arrays over it, and the processes that share it."""
+"""The mesh, the rules by which arrays are sharded over it, and the processes that share it."""

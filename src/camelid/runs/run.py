@@ -88,7 +88,7 @@ def _train(
     terminal, sinks = Terminal(first, config.steps), []
     if is_main():
         for line in start_summary(recipe, components, mesh, start):
-            terminal.say(line)
+            terminal.print(line)
     step = components.step if first == config.steps else compile_step(components.step, state, recipe, mesh, terminal)
     # Kernels may refuse the model when they are compiled, so nothing is written before this line.
     record(folder, recipe, components.files, components.data)
@@ -170,7 +170,7 @@ def compile_step(
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
     """The compiled step. The memory of the state that it is given is reused for the state that it returns."""
     if is_main():
-        terminal.say("compiling the training step ...")
+        terminal.print("compiling the training step ...")
     start = time.perf_counter()
     shape = (recipe.data.batch_size, recipe.data.sequence_length)
     sharding = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
@@ -179,7 +179,7 @@ def compile_step(
     # The state keeps its shardings, whatever the compiler would choose for the updates of an optimizer.
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)).lower(state, batch).compile()
     if is_main():
-        terminal.say(f"compiled in {time.perf_counter() - start:.1f} s")
+        terminal.print(f"compiled in {time.perf_counter() - start:.1f} s")
     return compiled
 
 

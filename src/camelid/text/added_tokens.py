@@ -165,7 +165,7 @@ def _token(place: str, value: Any, **flags: bool) -> "AddedToken":
     from tokenizers import AddedToken
 
     if isinstance(value, dict):
-        # Versions of transformers before 5 wrote the type of the object beside its fields.
+        # Versions of transformers before 5 wrote the type of the object next to its fields.
         fields = {key: item for key, item in value.items() if key not in ("__type", "id")}
         content = fields.pop("content", None)
         if odd := sorted(key for key, item in fields.items() if key not in FLAGS or not isinstance(item, bool)):

@@ -110,8 +110,8 @@ class TokenizersBackend:
             if specials:
                 meant += [(at + found.start(), found[0]) for found in self._special.finditer(text)]
             at += len(text)
-        whole = "".join(text for text, _ in fragments)
-        return [(found.start(), found[0]) for found in self._special.finditer(whole)] != meant
+        joined = "".join(text for text, _ in fragments)
+        return [(found.start(), found[0]) for found in self._special.finditer(joined)] != meant
 
     def _encode_by_names(self, fragments: Sequence[Fragment]) -> Encoding:
         """Encodes a text in which some strings of special tokens are text: secret names replace the others first."""

@@ -1,6 +1,6 @@
 """Location of each message in the text that a chat template renders.
 
-Few templates mark what the assistant says. A chat is rendered once more with marks instead of its contents; if the
+Few templates mark the messages of the assistant. A chat is rendered again with marks instead of its contents; if the
 marks, replaced by the contents, give the original text, they are the spans. Templates whose output depends on the
 contents are rendered with fewer marks until each span is known, or the chat is refused.
 """

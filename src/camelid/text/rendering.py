@@ -60,7 +60,7 @@ def _environment(marked: bool) -> Environment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, the tag of transformers around what the assistant says."""
+    """{% generation %} ... {% endgeneration %}, the tag of transformers around the messages of the assistant."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -6,7 +6,7 @@ concatenation is a token, ordered by its rank, give the same ids. A text that is
 if no merges produce it (`ignore_merges`).
 
 Sources: llama/tokenizer.py of github.com/meta-llama/llama3, models/llama3/tokenizer.py of llama-models, and the
-tokenizer.json files that Meta released beside them.
+tokenizer.json files that Meta released with them.
 """
 
 import base64

@@ -101,7 +101,7 @@ class Terminal:
             left = timedelta(seconds=round(metrics["eta_s"]))
             self._bar.update(self._task, completed=step, description=f"{text}  {left} left")
         elif step % self._every == 0 or step == self._steps:
-            self.say(f"step {step}/{self._steps}  {text}  {metrics['eta_s']:.0f} s left")
+            self.print(f"step {step}/{self._steps}  {text}  {metrics['eta_s']:.0f} s left")
 
     def _started_bar(self) -> "Progress":
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -117,7 +117,7 @@ class Terminal:
         bar.start()
         return bar
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints a line above the bar."""
         self.console.print(text, markup=False, soft_wrap=True)
 

@@ -38,7 +38,7 @@ class MetricsLog(contextlib.AbstractContextManager):
         tokens_per_step: int,
         advice: Callable[[], str],
     ):
-        """`advice` says what to do after a loss or a gradient that is infinite or NaN."""
+        """`advice` is what to do after a loss or a gradient that is infinite or NaN."""
         self._config, self._terminal, self._speed, self._sinks = config, terminal, speed, sinks
         self._tokens_per_step, self._advice = tokens_per_step, advice
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
@@ -65,7 +65,7 @@ class MetricsLog(contextlib.AbstractContextManager):
             raise UserError(f"after step {step} the validation loss is {loss}", self._advice())
         if is_main():
             with np.errstate(over="ignore"):
-                self._terminal.say(f"step {step}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}")
+                self._terminal.print(f"step {step}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}")
 
     def paused(self) -> AbstractContextManager[None]:
         """While the block runs, no time is counted as that of steps: for validation and checkpoints."""

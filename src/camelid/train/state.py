@@ -15,14 +15,14 @@ from camelid.train.trainable import path_name
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a training step updates. Frozen parameters are passed beside it.
+    """Everything that a training step updates. Frozen parameters are passed separately.
 
     It is a pytree. The path of a leaf is the name of its array in the checkpoints of a run, so these names, which
     `SAVED_NAMES` holds, are a file format.
     """
 
     step: Any
-    """number of updates so far, int32; in a tree of shapes or shardings, what stands for it"""
+    """number of updates so far, int32; in a tree of shapes or shardings, its shape or sharding"""
     trainable: Any
     """the parameters that are trained; None in place of those that are frozen"""
     opt_state: Any

@@ -20,7 +20,7 @@ def check_installed(name: str) -> None:
     try:
         importlib.import_module(MODULES[name])
     except ImportError as error:
-        raise UserError(f"train.trackers asks for {name}: {error}", install_hint(name)) from error
+        raise UserError(f"train.trackers requests {name}: {error}", install_hint(name)) from error
 
 
 def make_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> "TensorBoard | WeightsAndBiases":

@@ -23,7 +23,7 @@ from camelid.errors import UserError
 METADATA = ".metadata"
 MAX_METADATA = 2**29  # bytes; a model of 400 billion parameters from thousands of ranks needs a tenth
 MAX_CELLS = 2**20  # of the grid that the chunk boundaries of one tensor form
-AGAIN = "Copy the whole folder again."
+AGAIN = "Copy all files of the folder again."
 MODULE = "torch.distributed.checkpoint"
 INERT = re.compile(
     rf"{re.escape(MODULE)}\.(metadata|filesystem|planner|storage) \w+|torch\.serialization _get_layout|torch \w+"
@@ -114,7 +114,7 @@ class DistributedCheckpoint:
             if (chunk.shape, chunk.dtype) != (shape, item.dtype):
                 raise UserError(
                     f"{place.file} holds {chunk.shape} {chunk.dtype} for the chunk of {printable(name)} at {offsets}, "
-                    f"and {METADATA} says {shape} {item.dtype}",
+                    f"and {METADATA} has {shape} {item.dtype}",
                     AGAIN,
                 )
             chunks.append((offsets, replace(chunk, name=name)))

@@ -13,8 +13,8 @@ SUPER = 256  # elements in a block of a K-quant
 def pack_q8_0(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
     size = np.abs(x * _inverse(scale))
-    whole = np.floor(size)
-    rounded = np.copysign(whole + (size - whole >= 0.5), x)  # halves away from zero, as C's roundf
+    integer = np.floor(size)
+    rounded = np.copysign(integer + (size - integer >= 0.5), x)  # halves away from zero, as C's roundf
     return scale, rounded.astype(np.int8).view(np.uint8)
 
 

@@ -180,7 +180,7 @@ def _records(cursor: _Cursor) -> dict[str, Leaf]:
         end = cursor.count("bin") + cursor.at
         _add(leaves, key, _value(cursor, key))
         if cursor.at != end:
-            raise ValueError("the record has another length than it says")
+            raise ValueError("the length of the record differs from its header")
     return leaves
 
 
@@ -197,7 +197,7 @@ def _add(leaves: dict[str, Leaf], key: tuple[str, ...], value: Any) -> None:
         for name, inner in value.items():
             _add(leaves, (*key, name), inner)
     elif (name := "/".join(key)) in leaves:
-        raise ValueError("the key stands there twice")
+        raise ValueError("the key occurs twice")
     else:
         leaves[name] = value
 
@@ -217,14 +217,14 @@ def _value(cursor: _Cursor, key: tuple[str, ...]) -> Any:
 
 def _map(cursor: _Cursor, key: tuple[str, ...], count: int) -> Any:
     if len(key) >= MAX_DEPTH:
-        raise ValueError(f"more than {MAX_DEPTH} maps lie in each other")
+        raise ValueError(f"more than {MAX_DEPTH} nested maps")
     held: dict[str, Any] = {}
     for _ in range(count):
         cursor.key = key
         name = cursor.text()
         cursor.key = (*key, name)
         if name in held:
-            raise ValueError("the key stands there twice")
+            raise ValueError("the key occurs twice")
         held[name] = _value(cursor, cursor.key)
     return _chunked(cursor, key, held) if MARK in held else held
 
@@ -246,7 +246,7 @@ def _array(cursor: _Cursor, key: tuple[str, ...], length: int) -> Tensor | int |
         )
     count = cursor.count("bin")
     if count != math.prod(shape) * dtype.itemsize or cursor.at + count != end:
-        raise ValueError(f"{count:,} bytes are no {dtype} of shape {shape}")
+        raise ValueError(f"{count:,} bytes are not a {dtype} array of shape {shape}")
     if not shape:
         number = np.frombuffer(cursor.take(count), dtype)[0]
         return float(number) if dtype.name in ("bfloat16", "float16", "float32", "float64") else int(number)
@@ -257,25 +257,25 @@ def _array(cursor: _Cursor, key: tuple[str, ...], length: int) -> Tensor | int |
 
 def _chunked(cursor: _Cursor, key: tuple[str, ...], held: Mapping[str, Any]) -> Tensor:
     if held.keys() != {MARK, "shape", "chunks"}:
-        raise ValueError("a cut array with other parts than a shape and pieces")
+        raise ValueError("a chunked array with other entries than a shape and chunks")
     shape = tuple(map(_integer, _listed(held["shape"])))
     parts = tuple(_listed(held["chunks"]))
     same = all(isinstance(part, Tensor) and len(part.shape) == 1 and part.dtype == parts[0].dtype for part in parts)
     if not (shape and same) or sum(part.shape[0] for part in parts) != math.prod(shape):
-        raise ValueError(f"its pieces do not make up an array of shape {shape}")
+        raise ValueError(f"its chunks do not form an array of shape {shape}")
     return ChunkedTensor(cursor.path, "/".join(key), parts[0].offset, shape, parts[0].dtype, parts)
 
 
 def _listed(held: Any) -> list[Any]:
     """The values of {"0": .., "1": ..}, in that order."""
     if not isinstance(held, dict) or not held or held.keys() != {str(i) for i in range(len(held))}:
-        raise ValueError("a cut array whose shape or pieces are not counted from 0")
+        raise ValueError("a chunked array whose shape or chunks are not numbered from 0")
     return [held[str(i)] for i in range(len(held))]
 
 
 def _integer(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("a shape of something else than whole numbers")
+        raise ValueError("a shape that does not consist of integers")
     return value
 
 
@@ -336,7 +336,7 @@ def tree_file(name: str, payloads: Sequence[TensorPayload]) -> PlannedFile:
             yield _text(word)
             yield from parts(inner)
 
-    assert list(payloads) == list(_leaves(tree)), "tensors of one branch lie apart"
+    assert list(payloads) == list(_leaves(tree)), "tensors of one branch are not adjacent"
     return PlannedFile(name, list(parts(tree)))
 
 
@@ -394,8 +394,8 @@ def _with_heads(payload: TensorPayload, parts: Parts) -> TensorPayload:
                 now, left = left[:part], left[part:]
                 yield now
                 part -= now.size
-        assert not left.size, "more numbers came than were promised"
-        assert next(numbers, None) is None, "more numbers came than were promised"
+        assert not left.size, "more values than the plan has"
+        assert next(numbers, None) is None, "more values than the plan has"
 
     return TensorPayload(payload.tensor, _length(parts), chunks)
 

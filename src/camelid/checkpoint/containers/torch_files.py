@@ -47,7 +47,7 @@ def open_torch(path: Path, inside: str | None = None) -> dict[str, Tensor]:
         names = (printable(key) if isinstance(key, str) else "a number" for key in odd)
         some = ", ".join(f"{name} (a {kind})" for name, kind in [*zip(names, odd.values(), strict=True)][:3])
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        advice = f"The weights may lie inside one of them. {SAVE}" if "dict" in odd.values() else SAVE
+        advice = f"One of them may contain the weights. {SAVE}" if "dict" in odd.values() else SAVE
         raise UserError(f"{path} holds more than tensors by name: {some}{more}", advice)
     return {name: replace(tensor, name=name) for name, tensor in held.items()}
 

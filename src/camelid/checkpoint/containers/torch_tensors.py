@@ -1,4 +1,4 @@
-"""The pickles in PyTorch's files: which tensors they describe. Nothing that a pickle asks for is executed.
+"""The pickles in PyTorch's files: which tensors they describe. No code in a pickle is executed.
 
 A pickle may name only the globals in GLOBALS, and is run by the restricted machine in pickles.py.
 """

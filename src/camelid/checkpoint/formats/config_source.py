@@ -46,7 +46,7 @@ def read_model_config(folder: Path, ignore: Sequence[str] = ()) -> ModelConfig:
 
 
 def read_config_json(folder: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A folder's config.json without the fields in `ignore`, and notes that say which of those it had and lacked."""
+    """A folder's config.json without the fields in `ignore`, and notes that name those that it has and lacks."""
     fields = read_json(folder / CONFIG_JSON)
     present = [name for name in ignore if without(fields, [name]) != fields]
     absent = [name for name in ignore if name not in present]

@@ -113,8 +113,10 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
     if kinds := sorted({tensor.kind for tensor in tensors.values() if isinstance(tensor, QuantizedTensor)}):
         notes.append(f"the weights of {path.name} are quantized ({', '.join(kinds)}); they are read as float32")
     # The folder of a file may contain other models; a folder that was given belongs to its only .gguf file.
-    beside = is_folder and any((path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    unpack = partial(unpacked, path, metadata) if has_tokenizer(metadata) and not beside else None
+    has_tokenizer_file = is_folder and any(
+        (path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
+    )
+    unpack = partial(unpacked, path, metadata) if has_tokenizer(metadata) and not has_tokenizer_file else None
     return Checkpoint("gguf", path.parent, config, tensors, table, tuple(notes), unpack_tokenizer=unpack)
 
 

@@ -91,7 +91,7 @@ def _sentencepiece(file: Path) -> Any:
 
 
 def _fit(vocabulary: Vocabulary, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Extends or cuts the vocabulary to the model's size, which llama.cpp requires.
+    """Extends or truncates the vocabulary to the model's size, which llama.cpp requires.
 
     Raises UserError if two tokens have the same text, which llama.cpp refuses.
     """

@@ -1,4 +1,4 @@
-"""The vocabulary of a tokenizer in llama.cpp's terms, and what a GGUF file says about its tokens.
+"""The vocabulary of a tokenizer in llama.cpp's terms, and the metadata of tokens in a GGUF file.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

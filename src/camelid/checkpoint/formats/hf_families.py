@@ -25,7 +25,7 @@ class Field:
     default: Any = REQUIRED
     """the value if the field is absent, or a function of config.json; if it is None or a function, also of null"""
     names: Mapping[Any, Any] | None = None
-    """their values to ours; of several with one meaning, the first is written"""
+    """their values mapped to camelid's; if several have one meaning, the first is written"""
     minimum: int | None = None
     """of a number; None: it must be positive"""
     computed_if_null: bool = False

@@ -135,8 +135,8 @@ def plan_files(export: ExportSpec) -> list[PlannedFile]:
             f"llama-2-jax cannot hold rope_theta = {config.rope_theta!r}; it uses {THETA}",
             "Use the format hf, which holds every model.",
         )
-    whole = export.untied()
-    arrays = {held.tensor.name: held for held in whole.payloads(table_for("llama-2-jax", RULES, whole.config, {}))}
+    untied = export.untied()
+    arrays = {held.tensor.name: held for held in untied.payloads(table_for("llama-2-jax", RULES, untied.config, {}))}
 
     def parts(names: tuple[str, ...]) -> Iterator[bytes | TensorPayload]:
         """Yields the pickle of an object of CLASSES, or of an array."""

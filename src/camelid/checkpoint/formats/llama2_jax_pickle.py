@@ -170,7 +170,7 @@ def _tensor(path: Path, name: str, tree: Any) -> Tensor:
     for field in name.split("."):
         tree = tree[field] if isinstance(tree, dict) else None
     if not isinstance(tree, Held) or tree.dtype is None or tree.data is None:
-        raise ValueError(f"{name} is no array")
+        raise ValueError(f"{name} is not an array")
     shape = tree.shape
     if tree.fortran and len(shape) > 1:
         strides = tuple(math.prod(shape[:i]) for i in range(len(shape)))

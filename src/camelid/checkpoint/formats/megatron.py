@@ -88,8 +88,8 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
         return distributed.open_checkpoint(folder, config)
     stages = [[Shard(file) for file in files] for files in rank_files(folder)]
     shards = [shard for stage in stages for shard in stage]
-    args, version, ways = shards[0].args, shards[0].version, len(stages[0])
-    _check_ranks(shards, len(stages), ways)
+    args, version, tensor_parallel = shards[0].args, shards[0].version, len(stages[0])
+    _check_ranks(shards, len(stages), tensor_parallel)
     check_plain(shards[0].file, args)
     parts = _by_name(stages)
     names = LEGACY if LEGACY["embed"] in parts else ENGINE if ENGINE["attn_norm"].format(layer=0) in parts else MCORE
@@ -98,7 +98,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
         raise UserError(f"{shards[0].file} is of version {version}, which has no grouped queries", AGAIN)
     if config.num_layers > len(parts):  # before a table is made of them
         raise UserError(f"{folder} has too few tensors for {config.num_layers} layers", "Ranks are missing.")
-    tensors = _joined_all(parts, names, config, version, vocab_step(args) * ways)
+    tensors = _joined_all(parts, names, config, version, vocab_step(args) * tensor_parallel)
     table = table_for(WHAT, rows(names, version, split=True), config, _sizes(config))
     if config.tie_embeddings:
         tensors = without_tied_head(tensors, names["embed"], names["lm_head"], source)
@@ -107,14 +107,14 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
     return Checkpoint("megatron", root, config, tensors, table, notes)
 
 
-def _sizes(config: ModelConfig, ways: int = 1) -> dict[str, int]:
-    return {"kv_heads": config.num_kv_heads // ways}
+def _sizes(config: ModelConfig, tensor_parallel: int = 1) -> dict[str, int]:
+    return {"kv_heads": config.num_kv_heads // tensor_parallel}
 
 
-def _check_ranks(shards: Sequence[Shard], stages: int, ways: int) -> None:
+def _check_ranks(shards: Sequence[Shard], stages: int, tensor_parallel: int) -> None:
     """Raises UserError if the number of ranks differs from the settings, or if files belong to another checkpoint."""
     first = shards[0]
-    for key, count in (("tensor_model_parallel_size", ways), ("pipeline_model_parallel_size", stages)):
+    for key, count in (("tensor_model_parallel_size", tensor_parallel), ("pipeline_model_parallel_size", stages)):
         if not same(first.args.get(key, count), count):
             raise UserError(
                 f"{first.file} has {key} = {describe_value(first.args[key])}, and there are folders for {count}",
@@ -195,7 +195,7 @@ def _cut_rows(tensor: Tensor, part: int, count: int) -> Tensor:
 def _unpadded(shards: Sequence[Tensor], vocab_size: int, step: int) -> list[Tensor]:
     """Returns the shards without the rows that pad the vocabulary to a multiple of `step`."""
     if not vocab_size <= sum(shard.shape[0] for shard in shards) < vocab_size + step:
-        return list(shards)  # layout.check says that it is of another size
+        return list(shards)  # layout.check_tensors reports the wrong size
     start, cuts = 0, []
     for shard in shards:
         if (height := min(shard.shape[0], vocab_size - start)) > 0:
@@ -213,17 +213,18 @@ def plan_files(export: ExportSpec, names: str = "mcore") -> list[PlannedFile]:
     `names`: "mcore" for the local layers of Megatron core, or "legacy" for the names before Megatron core.
     """
     export, vocab_size = _padded(export), export.config.vocab_size
-    config, ways, stages = export.config, export.tensor_parallel, export.pipeline_parallel
-    args = args_from_config(config, export.dtypes["embed"], ways, stages) | {
+    config, tensor_parallel, stages = export.config, export.tensor_parallel, export.pipeline_parallel
+    args = args_from_config(config, export.dtypes["embed"], tensor_parallel, stages) | {
         "vocab_size": vocab_size,
         "make_vocab_size_divisible_by": 1 if vocab_size == config.vocab_size else PADDING,
         "use_mcore_models": names == "mcore",
         "use_legacy_models": names == "legacy",
     }
     check_divides(export, CUT)
-    places = [(way, stage) for stage in range(stages) for way in range(ways)]
+    places = [(tensor_rank, stage) for stage in range(stages) for tensor_rank in range(tensor_parallel)]
     ranks = [
-        _rank_file(export, NAMES[names], args | {"rank": rank}, way, stage) for rank, (way, stage) in enumerate(places)
+        _rank_file(export, NAMES[names], args | {"rank": rank}, tensor_rank, stage)
+        for rank, (tensor_rank, stage) in enumerate(places)
     ]
     return [*ranks, PlannedFile(TRACKER, [b"1"])]
 
@@ -245,21 +246,21 @@ def _padded(export: ExportSpec) -> ExportSpec:
 
 
 def _rank_file(
-    export: ExportSpec, names: Mapping[str, str], args: Mapping[str, Any], way: int, stage: int
+    export: ExportSpec, names: Mapping[str, str], args: Mapping[str, Any], tensor_rank: int, stage: int
 ) -> PlannedFile:
-    name = f"iter_0000001/mp_rank_{way:02}" + f"_{stage:03}" * (export.pipeline_parallel > 1)
-    config, ways, stages = export.config, export.tensor_parallel, export.pipeline_parallel
+    name = f"iter_0000001/mp_rank_{tensor_rank:02}" + f"_{stage:03}" * (export.pipeline_parallel > 1)
+    config, tensor_parallel, stages = export.config, export.tensor_parallel, export.pipeline_parallel
     last, tied = stage == stages - 1, config.tie_embeddings
     if stages > 1:  # the last one has a copy of a tied table
         export = export.untied()
-    over = dict.fromkeys(CUT, ways) | {"layers": stages}
+    over = dict.fromkeys(CUT, tensor_parallel) | {"layers": stages}
     specs = {
         path: shard_spec(spec, over)
         for path, spec in named(declare_decoder(export.config)).items()
         if spec.stacked or (stage == 0 if path == "embed" else last)
     }
-    table = layout.make_table(rows(names), specs, _sizes(config, ways))
-    read_slice = shard_reader(export.read_slice, specs, dict.fromkeys(CUT, way) | {"layers": stage})
+    table = layout.make_table(rows(names), specs, _sizes(config, tensor_parallel))
+    read_slice = shard_reader(export.read_slice, specs, dict.fromkeys(CUT, tensor_rank) | {"layers": stage})
     payloads = replace(export, read_slice=read_slice).payloads(table)
     tree = {
         "args": Namespace(args),

@@ -150,7 +150,7 @@ def check_agree(file: Path, args: Mapping[str, Any], config: ModelConfig, source
             )
 
 
-def args_from_config(config: ModelConfig, dtype: np.dtype, ways: int, stages: int) -> dict[str, Any]:
+def args_from_config(config: ModelConfig, dtype: np.dtype, tensor_parallel: int, stages: int) -> dict[str, Any]:
     """Returns the settings of a model; raises UserError if Megatron does not support it."""
     scaling = config.rope_scaling
     if isinstance(scaling, Llama3Scaling) and all(getattr(scaling, key) == value for key, value in SCALING.items()):
@@ -186,14 +186,14 @@ def args_from_config(config: ModelConfig, dtype: np.dtype, ways: int, stages: in
         "padded_vocab_size": config.vocab_size,
         "tokenizer_type": "HuggingFaceTokenizer",
         "init_method_std": config.init_std,
-        "tensor_model_parallel_size": ways,
+        "tensor_model_parallel_size": tensor_parallel,
         "pipeline_model_parallel_size": stages,
         "virtual_pipeline_model_parallel_size": None,
         "num_layers_per_virtual_pipeline_stage": None,
         "expert_model_parallel_size": 1,
         "context_parallel_size": 1,
         "data_parallel_size": 1,
-        "world_size": ways * stages,
+        "world_size": tensor_parallel * stages,
         "num_experts": None,
         "transformer_impl": "local",
         "fp16": dtype.name == "float16",

@@ -120,10 +120,12 @@ def _open_megatron(folder: Path, held: Mapping[str, Tensor], config: ModelConfig
     if any("{layer}" in row.name for row in table_rows) and config.num_layers > len(
         tensors
     ):  # before a table is made of them
-        raise UserError(f"{folder} has too few tensors for {config.num_layers} layers", "Copy the whole folder again.")
+        raise UserError(
+            f"{folder} has too few tensors for {config.num_layers} layers", "Copy all files of the folder again."
+        )
     table = table_for(WHAT, table_rows, config, {"kv_heads": config.num_kv_heads})
-    ways = args.get("tensor_model_parallel_size", 1)
-    step = vocab_step(args) * (ways if type(ways) is int and 0 < ways <= 2**16 else 1)
+    tensor_parallel = args.get("tensor_model_parallel_size", 1)
+    step = vocab_step(args) * (tensor_parallel if type(tensor_parallel) is int and 0 < tensor_parallel <= 2**16 else 1)
     for name in (names["embed"], names["lm_head"]):
         shape = tensors[name].shape if name in tensors else ()
         if shape and config.vocab_size <= shape[0] < config.vocab_size + step:

@@ -60,7 +60,7 @@ def rank_files(folder: Path) -> list[list[Path]]:
     if (folder / "metadata.json").is_file():
         raise UserError(
             f"{folder} is a distributed checkpoint of Megatron without {METADATA}, as --ckpt-format zarr writes it",
-            "Save it with --ckpt-format torch_dist, or copy the whole folder.",
+            "Save it with --ckpt-format torch_dist, or copy all files of the folder.",
         )
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     places = {}
@@ -68,10 +68,10 @@ def rank_files(folder: Path) -> list[list[Path]]:
         if (match := RANK.fullmatch(name)) is None:
             raise UserError(f"{folder / name} is a rank of experts, or of something unknown", f"{WHAT} has no experts.")
         places[int(match[2] or 0), int(match[1])] = folder / name / FILE
-    stages, ways = (1 + max((place[i] for place in places), default=-1) for i in range(2))
-    if not places or len(places) != stages * ways:
+    stages, ranks = (1 + max((place[i] for place in places), default=-1) for i in range(2))
+    if not places or len(places) != stages * ranks:
         raise UserError(f"{folder} has {len(places)} folders mp_rank_*: ranks are missing", "Copy all of them.")
-    return [[places[stage, rank] for rank in range(ways)] for stage in range(stages)]
+    return [[places[stage, rank] for rank in range(ranks)] for stage in range(stages)]
 
 
 def described(
@@ -123,7 +123,9 @@ class Shard:
             if name.endswith("_extra_state"):
                 continue
             if not isinstance(value, Tensor):
-                raise UserError(f"{printable(name)} in {self.file} is no tensor", "Give a checkpoint of Megatron-LM.")
+                raise UserError(
+                    f"{printable(name)} in {self.file} is not a tensor", "Give a checkpoint of Megatron-LM."
+                )
             if math.prod(value.shape) * value.dtype.itemsize > size:  # of one number, over and over
                 raise UserError(
                     f"{printable(name)} in {self.file} is larger than the file", "Save the checkpoint again."

@@ -163,28 +163,31 @@ def plan_files(export: ExportSpec, *, rope_layout: RopeLayout = "half", safetens
     """model.ckpt as MindFormers' converter writes it, or the same as MindSpore's save_checkpoint(format="safetensors").
 
     Of several ranks, such a file in the folder of each, and the strategy file of each stage of the pipeline. What
-    MindFormers has to be told in its YAML: sizes, n_kv_heads, theta, rms_norm_eps, seq_length.
+    MindFormers reads these from its YAML: sizes, n_kv_heads, theta, rms_norm_eps, seq_length.
     """
     refuse_unsupported(WHAT, export.config, ("tie_embeddings",))
     refuse_wide_heads(WHAT, export.config)
-    theirs, ways, stages = export.untied(), export.tensor_parallel, export.pipeline_parallel
-    cut = MATRICES | TABLES if stages > 1 and theirs.config.vocab_size % ways == 0 else MATRICES
+    theirs, tensor_parallel, stages = export.untied(), export.tensor_parallel, export.pipeline_parallel
+    cut = MATRICES | TABLES if stages > 1 and theirs.config.vocab_size % tensor_parallel == 0 else MATRICES
     table, parts = shard_export(theirs, RULES[rope_layout], SIZES, cut)
     written = []
     for stage, own in enumerate(
         _stages(table, layout.plan_tensors(table, theirs.dtypes), theirs.config.num_layers, stages)
     ):
-        for way, part in enumerate(parts):
-            rank = stage * ways + way
-            folder = f"rank_{rank}/" if ways * stages > 1 else ""
+        for tensor_rank, part in enumerate(parts):
+            rank = stage * tensor_parallel + tensor_rank
+            folder = f"rank_{rank}/" if tensor_parallel * stages > 1 else ""
             payloads = [part.payload(table, tensor) for tensor in own]
             if safetensors:
                 written.append(safetensors_file(f"{folder}model.safetensors", payloads, framework="ms"))
             else:
                 written.append(ckpt_file(f"{folder}model.ckpt", payloads))
-            if folder and way == 0:
+            if folder and tensor_rank == 0:
                 axes = {tensor.name: sharded_axis(table.tensors[tensor.name][0][0].rule, cut) for tensor in own}
-                splits = {tensor.name: ShardLayout.over(ways, len(tensor.shape), axes[tensor.name]) for tensor in own}
+                splits = {
+                    tensor.name: ShardLayout.over(tensor_parallel, len(tensor.shape), axes[tensor.name])
+                    for tensor in own
+                }
                 written.append(PlannedFile(f"strategy/ckpt_strategy_rank_{rank}.ckpt", [strategy_bytes(stage, splits)]))
     return written
 

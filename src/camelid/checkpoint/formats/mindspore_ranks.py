@@ -28,7 +28,7 @@ class ShardLayout:
 
     devices (2, 3)                 rank 0 1 2
                                         3 4 5
-    axes (0, -1)    the tensor's first axis is sharded 3 ways; ranks 0 and 3 have the same shard
+    axes (0, -1)    the tensor's first axis is split into 3 shards; ranks 0 and 3 have the same shard
     """
 
     devices: tuple[int, ...]
@@ -36,7 +36,7 @@ class ShardLayout:
     """for each axis of the tensor, the axis of `devices` over which it is sharded, counted from the last; -1: none"""
     step: int = 0
     """distance of the ranks over which the first axis is sharded once more (parallel_optimizer)"""
-    ways: int = 1
+    count: int = 1
     """number of these shards"""
 
     @classmethod
@@ -92,7 +92,7 @@ def open_strategy(path: Path) -> dict[str, ShardLayout]:
                 if number == 3 and isinstance(value, range):
                     name, split = _layout(file, value)
                     if splits.setdefault(name, split) != split:
-                        raise ValueError(f"{name} is split in two ways")
+                        raise ValueError(f"{name} has two different layouts")
                 elif number not in (1, 2):  # the stage, and the strategies of operators
                     raise ValueError(f"an unexpected field {number}")
         except ValueError as error:
@@ -109,14 +109,14 @@ def _layout(file: io.BufferedReader, span: range) -> tuple[str, ShardLayout]:
     words = ("dev_matrix", "tensor_map", "param_split_shape", "indices_offset", "field", "step", "ways")
     held = protobuf.once(file, layouts, words)
     devices, axes, *uneven = (protobuf.numbers(file, held.get(word, range(0))) for word in words[:4])
-    field, step, ways = (held.get(word, 0) for word in words[4:])
+    field, step, count = (held.get(word, 0) for word in words[4:])
     if any(uneven) or field:
         raise ValueError(f"{name} is sharded unevenly")
-    if not isinstance(step, int) or not isinstance(ways, int) or max(step, ways) >= 2**31:
+    if not isinstance(step, int) or not isinstance(count, int) or max(step, count) >= 2**31:
         raise ValueError(f"{name} is split for the optimizer in an unknown way")
     if min(devices, default=0) < 1 or not all(-1 <= axis < len(devices) for axis in axes):
         raise ValueError(f"{name} has the device array {devices} and the axes {axes}")
-    return name, ShardLayout(devices, axes, step, ways) if step and ways > 1 else ShardLayout(devices, axes)
+    return name, ShardLayout(devices, axes, step, count) if step and count > 1 else ShardLayout(devices, axes)
 
 
 def strategy_bytes(stage: int, splits: Mapping[str, ShardLayout]) -> bytes:
@@ -125,7 +125,7 @@ def strategy_bytes(stage: int, splits: Mapping[str, ShardLayout]) -> bytes:
     content = field(1, stage)
     for name, split in splits.items():
         devices, axes = (b"".join(field(1, n) for n in numbers) for numbers in (split.devices, split.axes))
-        once_more = field(6, split.step) + field(7, split.ways if split.ways > 1 else 0)
+        once_more = field(6, split.step) + field(7, split.count if split.count > 1 else 0)
         layouts = field(1, devices) + field(2, axes) + field(3, b"") + field(4, b"") + field(5, 0) + once_more
         content += field(3, field(1, name.encode()) + field(2, layouts))
     return content
@@ -135,7 +135,7 @@ def merged(ranks: Sequence[Mapping[str, Tensor]], splits: Mapping[str, ShardLayo
     """Returns the unsharded tensors of a run, by name, from the shards of its ranks; nothing is read."""
     names = dict.fromkeys(name for rank in ranks for name in rank)
     if missing := [name for name in names if name not in splits]:
-        raise UserError(f"the strategy files do not say how {missing[0]} is split", "Give those of the same run.")
+        raise UserError(f"the strategy files do not specify the layout of {missing[0]}", "Give those of the same run.")
     return {name: _merged(name, ranks, splits[name]) for name in names}
 
 
@@ -151,11 +151,11 @@ def _merged(name: str, ranks: Sequence[Mapping[str, Tensor]], split: ShardLayout
         if name not in rank:
             raise UserError(f"rank_{first + local} lacks {name}, which other ranks hold", "Copy the folder again.")
         tensor, at = rank[name], np.unravel_index(local, split.devices)[::-1]
-        if len(tensor.shape) != len(split.axes) or (split.ways > 1 and not split.axes):
+        if len(tensor.shape) != len(split.axes) or (split.count > 1 and not split.axes):
             raise UserError(f"{name} in {tensor.file} has shape {tensor.shape}, split as {split}", AGAIN)
         place = [0 if axis < 0 else int(at[axis]) for axis in split.axes]
-        if split.ways > 1:
-            place.insert(1, local // split.step % split.ways)
+        if split.count > 1:
+            place.insert(1, local // split.step % split.count)
         held = parts.setdefault(tuple(place), tensor)
         if (tensor.shape, tensor.dtype) != ((one := next(iter(parts.values()))).shape, one.dtype):
             raise UserError(
@@ -169,20 +169,20 @@ def _merged(name: str, ranks: Sequence[Mapping[str, Tensor]], split: ShardLayout
             )
     axes = [*range(len(split.axes))]
     counts = [1 if axis < 0 else split.devices[-1 - axis] for axis in split.axes]
-    if split.ways > 1:
+    if split.count > 1:
         axes.insert(1, 0)
-        counts.insert(1, split.ways)
+        counts.insert(1, split.count)
     if len(parts) != math.prod(counts):
         raise UserError(
             f"the ranks do not hold all parts of {name}, split as {split}", "Give the strategy files of it."
         )
-    return _whole(parts, (), axes, counts)
+    return _concatenated(parts, (), axes, counts)
 
 
-def _whole(
+def _concatenated(
     parts: Mapping[tuple[int, ...], Tensor], place: tuple[int, ...], axes: Sequence[int], counts: Sequence[int]
 ) -> Tensor:
     if len(place) == len(counts):
         return parts[place]
     along = axes[len(place)]
-    return concatenate([_whole(parts, (*place, i), axes, counts) for i in range(counts[len(place)])], along)
+    return concatenate([_concatenated(parts, (*place, i), axes, counts) for i in range(counts[len(place)])], along)

@@ -19,11 +19,11 @@ from camelid.checkpoint.state.saved_state import (
     array_specs,
     damage_error,
     find_damage,
-    intact_steps_beside,
     newest,
     on_all_processes,
     on_devices,
     open_arrays,
+    other_intact_steps,
     save_args,
     steps_in,
 )
@@ -148,8 +148,8 @@ class RunCheckpoints:
                 raise DamagedState(f"infinite or NaN values in {describe_counts(not_finite)}")
         except DamagedState as error:
             # Every process is here; the main one reads the other steps.
-            whole = broadcast_from_main(lambda: intact_steps_beside(place))
-            raise damage_error(place, str(error), whole, resuming=True) from error
+            intact = broadcast_from_main(lambda: other_intact_steps(place))
+            raise damage_error(place, str(error), intact, resuming=True) from error
         return jax.tree.map_with_path(lambda path, _: restored[path_name(path)], target)
 
     def wait(self) -> None:

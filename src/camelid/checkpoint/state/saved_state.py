@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 
 
 class DamagedState(ValueError):
-    """A checkpoint is damaged; the message says how."""
+    """A checkpoint is damaged, as the message describes."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SavedArray(Tensor):
                 _ = self.not_finite
             self._read(held, index)
         except DamagedState as error:
-            raise damage_error(self.file, str(error), intact_steps_beside(self.file)) from error
+            raise damage_error(self.file, str(error), other_intact_steps(self.file)) from error
         if held is not out:
             cast(self, held, out)
 
@@ -120,7 +120,7 @@ def load(
         return on_devices(arrays, targets)[0]
     except DamagedState as error:
         place = next(iter(arrays.values())).file
-        raise damage_error(place, str(error), intact_steps_beside(place)) from error
+        raise damage_error(place, str(error), other_intact_steps(place)) from error
 
 
 def on_devices(
@@ -182,7 +182,7 @@ def open_step(folder: Path, step: int) -> Mapping[str, Tensor]:
     try:
         return open_arrays(place)
     except DamagedState as error:
-        raise damage_error(place, str(error), intact_steps_beside(place)) from error
+        raise damage_error(place, str(error), other_intact_steps(place)) from error
 
 
 def open_arrays(place: Path) -> dict[str, SavedArray]:
@@ -217,7 +217,7 @@ def _saved_checksums(place: Path) -> dict[str, int]:
 # Damage -----------------------------------------------------------------------------------
 
 
-def intact_steps_beside(place: Path) -> list[int]:
+def other_intact_steps(place: Path) -> list[int]:
     """The other steps of a run that are intact, the last first. Reads all of them, which may take minutes."""
     others = [step for step in reversed(steps_in(place.parent)) if step != int(place.name)]
     return [step for step in others if verify_step(place.parent / str(step)) is None]
@@ -254,7 +254,7 @@ def verify_step(place: Path) -> str | None:
 def check_step(place: Path) -> None:
     """Reads all arrays of a step, including the optimizer state; raises UserError if one is damaged."""
     if (problem := verify_step(place)) is not None:
-        raise damage_error(place, problem, intact_steps_beside(place))
+        raise damage_error(place, problem, other_intact_steps(place))
 
 
 def find_damage(folder: Path, step: int, expected: ArraySpecs) -> str | None:

@@ -1,4 +1,4 @@
-"""Finds the files that the names and globs of a source stand for."""
+"""Finds the files that the names and globs of a source match."""
 
 import contextlib
 import glob
@@ -21,7 +21,7 @@ ENDINGS = (
 
 
 def list_files(patterns: Iterable[str]) -> list[Path]:
-    """Lists the files, data sets and folders that names and globs stand for, in a fixed order.
+    """Lists the files, data sets and folders that names and globs match, in a fixed order.
 
     Raises UserError if one is missing, named twice, or of an unknown type.
     """
@@ -46,7 +46,7 @@ def refuse_repeated(files: Iterable[Path], advice: str) -> None:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """The files and data sets that a name or glob stands for."""
+    """The files and data sets that a name or glob matches."""
     if pattern.startswith(tables.HUB):
         return [Path(pattern)]
     # The name of a file may contain brackets, which have a meaning in a glob.

@@ -69,7 +69,7 @@ class Loader:
             return ()
         return (
             "packing = 'stream' splits documents that have prompts, so that rows start in the middle of them; "
-            "best_fit keeps documents whole",
+            "best_fit splits only those that are longer than a row",
         )
 
     @property
