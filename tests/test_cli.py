@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers
 
 import camelid
 from camelid import cli
+from camelid.cli.arguments import _arguments
 from camelid.cli.shared import print_json
 from camelid.errors import UserError
 from camelid.runs.recipe import completed, read_recipe, write_recipe
@@ -102,6 +104,7 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused(stories: Path):
 WARNS = """
 import threading, warnings
 from camelid import cli
+from camelid.cli.arguments import _arguments
 
 def warn() -> None:
     \"\"\"Warn.\"\"\"
@@ -297,24 +300,50 @@ def test_an_unknown_command_is_refused_with_the_nearest(arguments: list[str], pr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "about"),
+    ("arguments", "problem", "advice"),
     [
-        (["generate", "model", "--max-new-tokenz", "3"], "--max-new-tokenz"),
-        (["generate", "model", "--max-new-tokens", "many"], "many"),
-        (["generate", "model", "--dtype", "int8"], "int8"),
-        (["generate"], "MODEL"),
-        (["convert", "a"], "DESTINATION"),
-        (["convert", "a", "b", "--to", "onnx"], "onnx"),
-        (["inspect", "a", "b"], "b"),
+        (["generate", "model", "--max-new-tokenz", "3"], "no option '--max-new-tokenz'", "mean '--max-new-tokens'?"),
+        (["generate", "model", "--max-new-tokens", "many"], "--max-new-tokens 'many' is not an integer", "tokens 1,"),
+        (["generate", "model", "--temperature=hot"], "--temperature 'hot' is not a number", "--temperature 0.5"),
+        (["generate", "model", "--seed"], "--seed has no value", "Write --seed 1."),
+        (["generate", "model", "--json=yes"], "--json takes no value", "Write --json alone."),
+        (["generate", "model", "-x"], "there is no option '-x'", "write -- before a text"),
+        (["generate", "model", "--dtype", "int8"], "--dtype has no value 'int8'", "are float32, bfloat16, float16."),
+        (["generate", "model", "--dtype", "bf16"], "--dtype has no value 'bf16'", "Did you mean 'bfloat16'? The"),
+        (["generate"], "generate needs MODEL", "camelid generate --help"),
+        (["evaluate", "perplexity", "model"], "evaluate perplexity needs FILE...", "perplexity --help"),
+        (["data", "prepare", "a", "--out", "b"], "data prepare needs --tokenizer MODEL", "prepare --help"),
+        (["data", "prepare", "a", "--kind", "chats"], "--kind has no value 'chats'", "Did you mean 'chat'?"),
+        (["convert", "a"], "DESTINATION", "--check"),
+        (["convert", "a", "b", "--to", "onnx"], "--to has no format 'onnx'", "The formats are hf, meta, easylm,"),
+        (["convert", "a", "b", "--to", "huggingface"], "no format 'huggingface'", "Did you mean 'hf'? The formats"),
+        (["convert", "a", "b", "--to", "q8_0"], "--to has no format 'q8_0'", "Did you mean 'gguf-q8_0'?"),
+        (["convert", "a", "b", "to=hf"], "'to=hf' is not an option", "Write --to hf."),
+        (["train", "r.toml", "train.steps=5"], "'train.steps=5' is not an option", "Write --train.steps 5."),
+        (["inspect", "a", "b"], "there is one argument too many: 'b'", "camelid inspect --help"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_an_unknown_option_or_value_is_refused_by_name(arguments: list[str], about: str):
+def test_a_mistake_in_arguments_is_two_lines(arguments: list[str], problem: str, advice: str):
     done = called(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert about in done.stderr
-    assert "Traceback" not in done.stderr
-    assert ESCAPE not in done.stderr
+    assert_refused(done, problem)
+    assert done.stderr.count("\n") == 2
+    assert advice in done.stderr.splitlines()[1]
+    assert "None" not in done.stderr
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_checked_options_are_those_of_the_parser(name: str):
+    shown = called(*name.split(), "--help").stdout
+    parsed = set(re.findall(r"^\W*(--[a-z][a-z-]*)", shown, re.MULTILINE)) - {"--help"}
+    checked = [argument for argument in _arguments(cli.COMMANDS[name]) if not argument.positional]
+    assert {argument.name for argument in checked} == parsed
+
+
+def test_values_that_look_like_options_are_values(stories: Path):
+    assert_refused(called("generate", stories, "a", "--temperature", "-1"), "temperature = -1.0")
+    assert called("generate", stories, "--max_new_tokens=1", "--", "--a b").stdout.startswith("--a b")
+    assert called("generate", stories, "- a", "--max-new-tokens", "1").stdout.startswith("- a")
 
 
 def test_every_command_has_help_with_an_example_and_an_end_without_color():

@@ -12,6 +12,7 @@ from typing import NoReturn
 import tyro
 
 from camelid import interrupts
+from camelid.cli.arguments import check_arguments
 from camelid.cli.checkpoints import convert, diff
 from camelid.cli.data import inspect as data_inspect
 from camelid.cli.data import prepare as data_prepare
@@ -117,6 +118,7 @@ def _run(arguments: list[str]) -> None:
     rest, overrides = arguments[len(name.split()) :], []
     if name == "train":
         rest, overrides = _split_overrides(rest)
+    check_arguments(COMMANDS[name], name, rest)
     command = with_plain_help(COMMANDS[name])
     return tyro.cli(
         functools.partial(command, overrides=tuple(overrides)) if overrides else command,
