@@ -138,5 +138,5 @@ def test_what_is_left_out_of_account_is_said(stories: Path, tmp_path: Path):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "attn_factor": 0.87}
     edit(folder, {"rope_scaling": yarn, "attention_dropout": 0.1, "hidden_dropout": 0.0})
     dropout, factor = camelid.load(folder).notes
-    assert "dropout in training (attention_dropout = 0.1); camelid trains without" in dropout
+    assert "dropout in training (attention_dropout = 0.1), which is not applied" in dropout
     assert "rope_scaling.attn_factor = 0.87 is ignored, as in transformers; vLLM and llama.cpp multiply" in factor

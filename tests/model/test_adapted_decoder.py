@@ -227,8 +227,10 @@ def test_each_row_of_a_batch_uses_the_adapters_that_the_context_selects(mixed: D
     params = replaced(mixed, CONFIG, {path: dataclasses.replace(several, base=base)})
     context = Context(adapters=jnp.array([1, 0, -1, 1]))
     ours = jax.jit(lambda p: p(jnp.asarray(TOKENS), POSITIONS, None, CONFIG, COMPUTE, context=context)[0])(params)
-    for row, leaf in enumerate((weights[1], weights[0], base, weights[1])):
-        assert_close(ours[row], logits_of(replaced(mixed, CONFIG, {path: leaf}), TOKENS)[row])
+    # A negative index turns all adapters off, also those of weights that have a single one.
+    bases = {name: leaf.base for name, leaf in named(mixed).items() if isinstance(leaf, Adapted)}
+    for row, leaves in enumerate(({path: weights[1]}, {path: weights[0]}, bases, {path: weights[1]})):
+        assert_close(ours[row], logits_of(replaced(mixed, CONFIG, leaves), TOKENS)[row])
 
 
 def test_saving_merges_adapters_and_dequantizes(mixed: Decoder, tmp_path: Path):

@@ -114,7 +114,7 @@ def test_the_written_tokenizer_json_gives_transformers_the_same_ids(assets: Path
 
     made = folder / "made"
     made.mkdir()
-    files = portable(ours.plan_files, made)
+    files = portable(ours.files, made)
     assert [file.name for file in files] == ["tokenizer.json", "tokenizer_config.json"]
     (made / "config.json").write_text('{"model_type": "llama"}')
     theirs, again = transformers.AutoTokenizer.from_pretrained(made), load_tokenizer(made)
