@@ -128,7 +128,7 @@ FAULTS = (
         "every layer of a scan has the window",
         "model/attention.py",
         "jnp.where(windowed, window, UNLIMITED)",
-        "jnp.int32(window)",
+        "jnp.where(windowed, window, window)",
         f"{PARITY}[gemma2]",
     ),
     Fault(
