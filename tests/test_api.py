@@ -430,7 +430,7 @@ def test_advice_is_in_the_words_of_the_interface(model: camelid.Model, folder: P
     assert "overwrite=True" in str(refused.value)
     assert "--" not in str(refused.value)
     assert_refused(called("convert", folder, tmp_path / "out"))
-    assert "allow --overwrite" in called("convert", folder, tmp_path / "out").stderr
+    assert "add --overwrite" in called("convert", folder, tmp_path / "out").stderr
     with pytest.raises(camelid.UserError, match="tokenizer=") as refused:
         dataclasses.replace(model, tokenizer=None).generate("ab")
     assert "--tokenizer" in refused.value.advice

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "train": "model parallel data.rows.batch checkpoint.state.orbax_state disk extras",
     "evaluate": "generate text checkpoint model parallel data.rows.batch",
     "api": "text generate checkpoint model parallel inputs interrupts",
-    "describe": "checkpoint model parallel inputs tables",
+    "describe": "checkpoint model parallel disk inputs tables",
     "runs": "*",
     "demo": "*",
     "cli": "*",

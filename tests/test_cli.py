@@ -155,7 +155,7 @@ def test_perplexity_of_nothing_and_of_no_text_is_refused(stories: Path, tmp_path
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bytes.txt").write_bytes(b"ab\xff")
     score = ("evaluate", "perplexity", stories)
-    assert_refused(called(*score, tmp_path / "empty.txt"), "the text has no token")
+    assert_refused(called(*score, tmp_path / "empty.txt"), "empty.txt: no text to score")
     assert_refused(called(*score, tmp_path / "bytes.txt"), "bytes.txt is not utf-8 at byte 2")
     assert_refused(called(*score, tmp_path / "none.txt"), "none.txt cannot be read")
 
@@ -201,7 +201,9 @@ def test_perplexity_scores_packed_text_as_text(texts: list[str], stories: Path, 
 def test_perplexity_names_the_row_that_is_no_text_and_takes_another_key(stories: Path, tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"body": "One day."}\n{"body": "Tim ran."}\n')
     score = ("evaluate", "perplexity", stories, tmp_path / "a.jsonl")
-    assert_refused(called(*score), "a.jsonl, line 1: no field 'text', only 'body'")
+    refused = called(*score)
+    assert_refused(refused, "a.jsonl, line 1: no field 'text', only 'body'")
+    assert refused.stderr.endswith("Set --text-key to the field that holds the text.\n")
     assert called(*score, "--text-key", "body").returncode == 0
     (tmp_path / "a.jsonl").write_text('{"text": "One day."}\n{"text": 5}\n')
     assert_refused(called(*score), "a.jsonl, line 2: field 'text' is 5, not a string")
@@ -225,7 +227,7 @@ def test_inspect_json_describes_every_parameter(stories: Path):
 
 def test_inspect_prints_a_line_for_every_parameter(stories: Path):
     printed = called("inspect", stories).stdout
-    assert printed.splitlines()[-1] == "260,032 parameters, 1,040,128 bytes"
+    assert printed.splitlines()[-1] == "260,032 parameters, 1,040,128 bytes (1.0 MB)"
     tree = json.loads(called("inspect", stories, "--json").stdout)["tree"]
     assert all(any(line.split()[:1] == [path] for line in printed.splitlines()) for path in tree)
 
@@ -457,7 +459,7 @@ def test_the_name_of_a_command_in_other_systems_is_refused_with_ours(name: str, 
 def test_the_name_of_a_field_in_other_systems_is_refused_with_ours(recipe: Path, option: str, field: str):
     done = called("train", recipe, option, "3")
     assert_refused(done, f"the recipe has no field {option[2:].replace('-', '_')!r}")
-    assert field in done.stderr.splitlines()[1]
+    assert (f"--{field.replace('_', '-')}?" if "epochs" not in option else field) in done.stderr.splitlines()[1]
 
 
 def test_every_suggested_field_and_command_exists():
@@ -474,3 +476,68 @@ def test_help_shows_no_none_and_no_empty_default(name: str):
     assert "None" not in shown
     assert "(default: )" not in shown
     assert "(default: False)" not in shown
+
+
+# What a newcomer meets ------------------------------------------------------------------
+
+
+def test_options_of_sampling_without_a_temperature_are_reported(stories: Path):
+    done = called("generate", stories, "One day", "--top-k", "3", "--max-new-tokens", "1")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert done.stderr.startswith("note: with --temperature 0, --top-k and --top-p have no effect")
+    sampled = called("generate", stories, "One day", "--top-k", "3", "--max-new-tokens", "1", "--temperature", "1")
+    assert sampled.stderr == ""
+
+
+def test_an_empty_folder_or_file_is_called_empty(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model.gguf").touch()
+    for name in ("folder", "model.gguf"):
+        assert_refused(called("inspect", tmp_path / name), f"{tmp_path / name} is empty")
+
+
+def test_recipes_of_beginners_are_answered_with_what_to_write(tmp_path: Path):
+    (tmp_path / "empty.toml").touch()
+    (tmp_path / "model.toml").write_text('run = "r"\nmodel = "org/name"\n')
+    for name, problem, advice in (
+        ("empty.toml", "the recipe lacks the field 'run'", "docs/recipes.md"),
+        ("model.toml", "model = 'org/name' is not a table", "use init = 'org/name'"),
+        ("none.toml", "none.toml cannot be read", "Give the path of a recipe (.toml)."),
+    ):
+        done = called("train", tmp_path / name)
+        assert_refused(done, problem)
+        assert advice in done.stderr.splitlines()[-1]
+
+
+def test_an_adapter_needs_a_rank(tmp_path: Path):
+    done = called("delta", "make", "a", "b", tmp_path / "c", "--kind", "lora")
+    assert_refused(done, "--kind lora needs --rank")
+    assert "--rank 16" in done.stderr
+
+
+def test_help_of_a_command_is_that_of_its_option():
+    assert called("help", "evaluate", "perplexity").stdout == called("evaluate", "perplexity", "--help").stdout
+    assert called("help", "data").stdout == called("data", "--help").stdout
+
+
+def test_the_overview_fits_the_terminal(monkeypatch: pytest.MonkeyPatch):
+    for columns in (60, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert max(map(len, called("--help").stdout.splitlines())) <= columns
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [("generate", "MODEL [PROMPT...]"), ("convert", "SOURCE [DESTINATION]"), ("inspect", "[MODEL]")],
+)
+def test_the_usage_marks_optional_arguments(command: str, usage: str):
+    assert f" {usage}" in called(command, "--help").stdout.splitlines()[0]
+
+
+def test_fewer_steps_than_a_demo_has_made_are_refused_with_its_options(tmp_path: Path):
+    (tmp_path / "demo" / "run" / "checkpoints" / "20").mkdir(parents=True)
+    done = called("demo", "--folder", tmp_path / "demo", "--steps", "2")
+    problem, advice = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert problem == f"camelid: {tmp_path / 'demo'} has a run of 20 steps, and --steps is 2"
+    assert advice.strip() == "Choose another --folder, or --steps 20 or more."

@@ -128,8 +128,9 @@ def test_a_preset_fits_a_hundred_columns(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_closed_formula_stands_beside_the_count():
-    assert called("inspect", "llama_7b").stdout.splitlines()[-2:] == [
-        "2CM + (2N+1)M + 2NMRHK + 2NMHK + 3NMF = 6,738,415,616",
+    assert called("inspect", "llama_7b").stdout.splitlines()[-3:] == [
+        "parameters by the formula of Llama: 2CM + (2N+1)M + 2NMRHK + 2NMHK + 3NMF = 6,738,415,616",
+        "(C vocabulary, M embed, N layers, R query heads per kv head, H kv heads, K head_dim, F mlp)",
         "6,738,415,616 parameters",
     ]
     assert "2CM" not in called("inspect", "llama3_2_1b").stdout

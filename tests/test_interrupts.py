@@ -394,6 +394,26 @@ def test_the_first_ctrl_c_saves_and_says_so(recipe: Path, tmp_path: Path, user_e
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(step)]
 
 
+def test_a_ctrl_c_before_the_first_checkpoint_says_that_nothing_was_saved(
+    recipe: Path, tmp_path: Path, user_env: dict[str, str]
+):
+    body = f"""
+        from camelid.runs import run
+        from camelid.cli import main
+        def compile_step(*about):
+            print(flush=True)
+            time.sleep(600)
+        run.compile_step = compile_step
+        sys.argv = ["camelid", "train", {str(recipe)!r}, "--run", {str(tmp_path / "run")!r}]
+        main()
+        """
+    run = interrupted(body, tmp_path, user_env)
+    assert_interrupted(run)
+    assert (
+        run.err.splitlines()[-1] == f"{LINE}; no step was saved; run the same command again to start from the beginning"
+    )
+
+
 def test_a_second_ctrl_c_ends_a_save_at_once(recipe: Path, tmp_path: Path, user_env: dict[str, str]):
     folder = tmp_path / "run"
     body = f"""

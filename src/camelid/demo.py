@@ -16,12 +16,14 @@ import numpy as np
 
 from camelid.api import load
 from camelid.checkpoint.registry import open_checkpoint
+from camelid.checkpoint.state.saved_state import steps_in
 from camelid.data.config import DataConfig, Source
 from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.runs.recipe import Recipe
 from camelid.runs.run import Outcome, run
+from camelid.runs.run_folder import STEPS
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import read_metrics
 from camelid.train.optimizer import OptimizerConfig
@@ -64,16 +66,21 @@ def main(folder: Path, model: str | None, steps: int, ignore: tuple[str, ...] = 
     _say(f"corpus          {train.parent}: the manual of Python {sys.version_info.major}.{sys.version_info.minor}")
     data = {"train": (Source(files=(str(train),)),), "validation": (Source(files=(str(held_out),)),)}
     recipe = finetuning(folder, model, ignore, data, steps) if model else from_scratch(folder, train, data, steps)
+    if (made := max(steps_in(Path(recipe.run) / STEPS), default=0)) > steps:
+        raise UserError(
+            f"{folder} has a run of {made} steps, and --steps is {steps}",
+            f"Choose another --folder, or --steps {made} or more.",
+        )
     outcome = run(recipe)
     if not outcome.finished:
         _say(f"stopped after step {outcome.steps} of {steps}; run the same command again to resume")
         return False
     losses = [row for row in read_metrics(outcome.folder / "metrics.jsonl") if "validation_loss" in row]
-    _summarize(outcome, losses[0]["validation_loss"], losses[-1]["validation_loss"], start)
+    _summarize(outcome, held_out, losses[0]["validation_loss"], losses[-1]["validation_loss"], start)
     return True
 
 
-def _summarize(outcome: Outcome, before: float, after: float, start: float) -> None:
+def _summarize(outcome: Outcome, held_out: Path, before: float, after: float, start: float) -> None:
     folder = Path(os.path.relpath(outcome.folder))
     saved = folder / "model"
     _say("")
@@ -92,7 +99,7 @@ def _summarize(outcome: Outcome, before: float, after: float, start: float) -> N
     own = Path(os.path.relpath(sys.executable)).with_name("camelid")
     camelid = "camelid" if shutil.which("camelid") else own
     _say(f'  {camelid} generate {saved} "The statement" --temperature 0.7')
-    _say(f"  {camelid} evaluate perplexity {saved} README.md")
+    _say(f"  {camelid} evaluate perplexity {saved} {Path(os.path.relpath(held_out))}")
     _say(f"  {camelid} inspect {saved}")
     _say(f"  {camelid} demo --model path/to/a/checkpoint      # finetune a checkpoint of yours on the same text")
 

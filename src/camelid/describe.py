@@ -8,12 +8,14 @@ from typing import Any
 from rich.table import Table
 
 from camelid.checkpoint.registry import open_checkpoint
+from camelid.disk.space import format_bytes
 from camelid.errors import UserError
 from camelid.inputs import expand_home
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.flops import (
     LLAMA_FORMULA,
+    LLAMA_LETTERS,
     cache_bytes,
     count_parameters,
     forward_flops,
@@ -113,8 +115,9 @@ def show(report: Mapping[str, Any]) -> None:
         console.print(table(report))
         console.print()
     if (formula := report["formula"]) is not None:
-        console.print(f"{formula['text']} = {formula['parameters']:,}")
-    stored = f", {report['bytes']:,} bytes" if "bytes" in report else ""
+        console.print(f"parameters by the formula of Llama: {formula['text']} = {formula['parameters']:,}")
+        console.print(f"({LLAMA_LETTERS})")
+    stored = f", {report['bytes']:,} bytes ({format_bytes(report['bytes'])})" if "bytes" in report else ""
     console.print(f"{report['parameters']:,} parameters{stored}")
 
 
@@ -162,10 +165,13 @@ def _tree(report: Mapping[str, Any]) -> Table:
 
 
 def _bytes(report: Mapping[str, Any]) -> Table:
-    grid = _grid("bytes", *(f">{dtype}" for dtype in ITEMSIZE))
-    grid.add_row("parameters", *_grouped(report["bytes_in"].values()))
-    grid.add_row("cache, per token", *_grouped(report["cache_bytes_per_token"].values()))
-    grid.add_row(f"cache, {report['config']['context_length']:,} tokens", *_grouped(report["cache_bytes"].values()))
+    grid = _grid("memory", *(f">{dtype}" for dtype in ITEMSIZE))
+    for label, sizes in (
+        ("parameters", report["bytes_in"]),
+        ("cache, per token", report["cache_bytes_per_token"]),
+        (f"cache, {report['config']['context_length']:,} tokens", report["cache_bytes"]),
+    ):
+        grid.add_row(label, *map(format_bytes, sizes.values()))
     return grid
 
 

@@ -51,12 +51,12 @@ def decode(data: bytes) -> str:
     return data.decode(encoding_of(data)).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_text(path: Path) -> str:
-    """The text of a file, decoded by `decode`; raises UserError if it is not text."""
+def read_text(path: Path, what: str = "a text file") -> str:
+    """The text of a file, decoded by `decode`; raises UserError if it is not text. `what` is the expected file."""
     try:
         return decode(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "Give the path of a text file.") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}", f"Give the path of {what}.") from error
     except UnicodeError as error:
         at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
         raise UserError(f"{path} is not {encoding_of(path.read_bytes())}{at}", "Save the file as UTF-8.") from error

@@ -22,6 +22,9 @@ STOPPED = 75
 END_S = 1.5
 """Time in which an interrupted command can remove its temporary files."""
 
+RESUME = "run the same command again to resume"
+"""Advice of commands that continue where they were interrupted."""
+
 SignalHandler = Callable[[int], None]
 
 

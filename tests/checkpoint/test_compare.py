@@ -180,12 +180,10 @@ def test_verify_tells_what_was_rounded_and_what_only_config_json_says(stories: P
     told = called("convert", stories, tmp_path / "meta", "--to", "meta", "--dtype", "bfloat16", "--verify").stderr
     assert "warning: tensors were rounded; the maximum absolute difference is 0.0" in told
     assert "logits of 64 tokens" in told
-    assert "warning: files of the format meta do not contain context_length = 512, tie_embeddings = True" in told
+    assert "note: files of the format meta do not contain context_length = 512, tie_embeddings = True" in told
     told = called("convert", stories, tmp_path / "easylm", "--to", "easylm", "--verify").stderr
     assert "all tensors are equal" in told
-    assert (
-        "warning: files of the format easylm do not describe their model; keep config.json in the same folder" in told
-    )
+    assert "note: files of the format easylm do not describe their model; keep config.json in the same folder" in told
 
 
 def test_the_streamed_logits_are_those_of_the_whole_model(stories: Path):

@@ -49,7 +49,7 @@ SILENT = {
     },
     "megatron": {
         "bos_id": "bos_id = None",
-        "eos_ids": "eos_ids = ()",
+        "eos_ids": "eos_ids = none",
         "pad_id": "pad_id = None",
         "family": "family = 'llama'",
     },

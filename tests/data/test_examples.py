@@ -216,7 +216,7 @@ def test_a_chat_without_a_template_or_of_an_unknown_one_says_so_before_any_row(t
         ({"messages": [{"role": "user", "content": "x", "name": "Tim"}]}, r"messages\[0\] has name = 'Tim'"),
         ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].role is 'robot'"),
         ({"messages": []}, "messages is"),
-        ({"text": "x"}, "neither messages nor conversations"),
+        ({"text": "x"}, "no field 'messages' or 'conversations'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "none of the .* tokens has a loss"),
         ("x", "'x' has no keys"),
     ],

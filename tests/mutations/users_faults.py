@@ -19,4 +19,25 @@ FAULTS = (
         "if not rest and equals:",
         f"{ARGUMENTS}[generate model --seed-",
     ),
+    Fault(
+        "a run that has saved nothing is advised to resume",
+        "runs/run.py",
+        "    if previous is None:\n        interrupts.set_advice",
+        "    if previous is not None:\n        interrupts.set_advice",
+        "test_interrupts.py::test_a_ctrl_c_before_the_first_checkpoint_says_that_nothing_was_saved",
+    ),
+    Fault(
+        "the demo lets the run refuse fewer steps",
+        "demo.py",
+        ") > steps:",
+        ") > 1000 * steps:",
+        "test_cli.py::test_fewer_steps_than_a_demo_has_made_are_refused_with_its_options",
+    ),
+    Fault(
+        "unused options of sampling are not reported",
+        "cli/models.py",
+        "if temperature == 0 and (top_k is not None or top_p is not None):",
+        "if temperature == 0 and top_k == 0:",
+        "test_cli.py::test_options_of_sampling_without_a_temperature_are_reported",
+    ),
 )

@@ -752,7 +752,7 @@ USER, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, "neither messages nor conversations is among the keys text"),
+        ({"text": "x"}, "no field 'messages' or 'conversations', only 'text'"),
         ({"conversations": []}, r"conversations is \[\], not a list of messages"),
         ({"messages": "hi"}, "messages is 'hi', not a list"),
         ({"messages": None, "conversations": None}, "messages is None, not a list"),

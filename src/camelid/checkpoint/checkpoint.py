@@ -194,9 +194,14 @@ def table_for(what: str, rules: Sequence[TensorRule], config: ModelConfig, sizes
     return make_table(rules, specs, {**config.axis_sizes, **sizes})
 
 
+def shown(value: object) -> str:
+    """The value of a field of a model, for messages."""
+    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else repr(value)
+
+
 def assumption_note(what: str, config: ModelConfig, *names: str) -> str:
     """The note that files called `what` do not specify some fields of a model."""
-    values = ", ".join(f"{name} = {getattr(config, name)!r}" for name in names)
+    values = ", ".join(f"{name} = {shown(getattr(config, name))}" for name in names)
     return f"{what} does not specify every field of the model; assumed: {values}"
 
 

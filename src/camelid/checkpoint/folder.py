@@ -67,7 +67,7 @@ def check_destination(destination: Path, overwrite: bool, expected: Mapping[str,
     if not destination.name:
         raise UserError(f"{destination} is the root of the file system", "Choose a folder as destination.")
     if not overwrite:
-        raise UserError(f"{destination} exists already", "Choose another destination, or allow --overwrite.")
+        raise UserError(f"{destination} exists already", "Choose another destination, or add --overwrite.")
     if not destination.is_dir():
         raise UserError(f"{destination} is a file", "Choose a folder as destination.")
     if (destination / "recipe.toml").is_file():

@@ -235,6 +235,8 @@ def split_prefix(path: str | Path) -> tuple[str | None, str]:
 
 def detect(place: Path) -> str:
     """The name of the format that matches a path; raises UserError if there is none, or more than one."""
+    if (place.is_file() and not place.stat().st_size) or (place.is_dir() and not any(place.iterdir())):
+        raise UserError(f"{place} is empty", "Give the folder or the file of a checkpoint.")
     found = [name for name, format in FORMATS.items() if format.matches(place)]
     if found == ["hf", "mindspore"]:
         return "mindspore"  # safetensors too, with names of its own

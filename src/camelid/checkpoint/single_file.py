@@ -43,7 +43,7 @@ def _check_free(destination: Path, overwrite: bool) -> None:
     if destination.is_dir():
         raise UserError(f"{destination} is a folder", "Choose the name of a file, or remove the folder.")
     if destination.exists() and not overwrite:
-        raise UserError(f"{destination} exists already", "Choose another destination, or allow --overwrite.")
+        raise UserError(f"{destination} exists already", "Choose another destination, or add --overwrite.")
     if destination.exists() and not _begins(destination, MAGIC):
         raise UserError(f"{destination} is not a GGUF file, and would be lost", "Choose another destination.")
     if manifest_of(destination).exists() and not isinstance(

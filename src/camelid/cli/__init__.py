@@ -4,7 +4,9 @@ import difflib
 import functools
 import inspect as inspect_module
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from typing import NoReturn
@@ -102,6 +104,8 @@ def _fail(problem: str, advice: str) -> NoReturn:
 
 
 def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [*arguments[1:], "--help"]  # camelid help train
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return print(_overview())
     if arguments[0] == "--version":
@@ -114,7 +118,7 @@ def _run(arguments: list[str]) -> None:
             return print(_overview(group))
         raise _unknown_command(arguments)
     if name in RESUMABLE:
-        interrupts.set_advice("run the same command again to resume")
+        interrupts.set_advice(interrupts.RESUME)
     rest, overrides = arguments[len(name.split()) :], []
     if name == "train":
         rest, overrides = _split_overrides(rest)
@@ -141,7 +145,11 @@ def _group(word: str) -> dict[str, Callable]:
 
 
 def _overview(commands: Mapping[str, Callable] = COMMANDS) -> str:
-    lines = [f"  {name:20} {summary(function)}" for name, function in commands.items()]
+    width, indent = shutil.get_terminal_size().columns, " " * 23
+    lines = [
+        textwrap.fill(summary(function), width, initial_indent=f"  {name:20} ", subsequent_indent=indent)
+        for name, function in commands.items()
+    ]
     return "\n".join(
         [
             "camelid: the Llama family end to end in JAX",
@@ -150,7 +158,8 @@ def _overview(commands: Mapping[str, Callable] = COMMANDS) -> str:
             "",
             *lines,
             "",
-            "  camelid COMMAND --help shows examples and options; camelid --version prints the version.",
+            "  camelid COMMAND --help shows examples and options;",
+            "  camelid --version prints the version.",
         ]
     )
 

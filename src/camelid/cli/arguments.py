@@ -140,7 +140,7 @@ def _argument(name: str, hint: Any, default: Any) -> Argument:
     names = [each.name for each in metadata if getattr(each, "name", None)]
     metavars = [each.metavar for each in metadata if getattr(each, "metavar", None)]
     option = f"--{'no-' if default is True else ''}{(names or [name])[0].replace('_', '-')}"
-    metavar = metavars[0] if metavars else getattr(kind, "__name__", "value").upper()
+    metavar = metavars[0].strip("[]") if metavars else getattr(kind, "__name__", "value").upper()
     positional = POSITIONAL in metadata
     required = default in (inspect.Parameter.empty, dataclasses.MISSING)
     return Argument(metavar if positional else option, metavar, kind, positional, required, many)

@@ -31,7 +31,7 @@ def convert(
     ],
     destination: Annotated[
         Positional[Path | None],
-        arg(metavar="DESTINATION", help="folder to create, or a single file if it ends in .gguf"),
+        arg(metavar="[DESTINATION]", help="folder to create, or a single file if it ends in .gguf"),
     ] = None,
     to: WritableFormat | None = None,
     from_format: Annotated[ReadableFormat | None, arg(name="from")] = None,
@@ -245,13 +245,14 @@ def diff(
         config: model configuration of both, if the files do not contain it: a preset or a config.json
         json: print a JSON object
     """
+    from camelid.checkpoint.checkpoint import shown
     from camelid.checkpoint.compare import compare, config_differences, shape_differences
     from camelid.checkpoint.registry import open_checkpoint
 
     described = model_config(config, ignore_config_field)
     one, other = (open_checkpoint(path, config=described, ignore=ignore_config_field) for path in (a, b))
     opened = one, other
-    tell(f"{path}: {text}" for path, each in zip((a, b), opened, strict=True) for text in each.notes)
+    tell(_with_path(path, text) for path, each in zip((a, b), opened, strict=True) for text in each.notes)
     fields, shapes = config_differences(opened[0].config, opened[1].config), shape_differences(*opened)
     with progress_bar("compare") as progress:
         found = [] if shapes else list(compare(*opened, progress))
@@ -260,7 +261,7 @@ def diff(
         print_json(_differences_json(fields, shapes, found))
     else:
         for name, (ours, theirs) in fields.items():
-            print(f"{name}: {ours} and {theirs}")
+            print(f"{name}: {shown(ours)} and {shown(theirs)}")
         for path, (ours, theirs) in shapes.items():
             if ours is None or theirs is None:
                 print(f"{path}: only in {b if ours is None else a}")
@@ -273,6 +274,12 @@ def diff(
             print(f"{len(found) - len(differ)} of {len(found)} parameters are equal")
     if fields or shapes or differ:
         sys.exit(1)
+
+
+def _with_path(path: str, text: str) -> str:
+    """A note on a checkpoint with its path in front, or in place of the name of its file."""
+    name = Path(path).name
+    return f"{path}{text.removeprefix(name)}" if text.startswith(f"{name} ") else f"{path}: {text}"
 
 
 def _differences_json(fields, shapes, found) -> dict[str, object]:
@@ -292,6 +299,7 @@ def _differences_json(fields, shapes, found) -> dict[str, object]:
 
 def _verify(source: str, written: Path, format: str | None, config, ignore: tuple[str, ...], to: str) -> None:
     """Compares a written checkpoint with its source, and reports what only its config.json specifies."""
+    from camelid.checkpoint.checkpoint import shown
     from camelid.checkpoint.compare import compare, config_differences
     from camelid.checkpoint.registry import FORMATS, open_checkpoint
     from camelid.evaluate.parity import compare_logits, sample_tokens
@@ -308,7 +316,7 @@ def _verify(source: str, written: Path, format: str | None, config, ignore: tupl
         note(f"warning: tensors were rounded; the maximum absolute difference is {largest:.3g}")
     if changed := config_differences(pair[0].config, pair[1].config):
         for name, (before, after) in changed.items():
-            note(f"warning: {name} changed from {before} to {after}")
+            note(f"warning: {name} changed from {shown(before)} to {shown(after)}")
     if not FORMATS[to].lossy and not all(difference.rounded for difference in found):
         raise UserError(
             f"the tensors of {written} differ from those of {source}", "This is a bug in camelid; please report it."
@@ -327,13 +335,14 @@ def _verify(source: str, written: Path, format: str | None, config, ignore: tupl
             "with --reference TEXTFILE"
         )
     if missing := _missing_without_config(written, pair[1], to):
-        note(f"warning: {missing}")
+        note(f"note: {missing}")
 
 
 def _missing_without_config(written: Path, checkpoint, to: str) -> str:
     """Returns a description of what only config.json specifies of a written model, empty if there is nothing."""
     import tempfile
 
+    from camelid.checkpoint.checkpoint import shown
     from camelid.checkpoint.compare import config_differences
     from camelid.checkpoint.registry import open_checkpoint
 
@@ -348,5 +357,5 @@ def _missing_without_config(written: Path, checkpoint, to: str) -> str:
         except UserError:
             return f"files of the format {to} do not describe their model; keep config.json in the same folder"
     lost = config_differences(checkpoint.config, alone.config)
-    names = ", ".join(f"{name} = {ours}" for name, (ours, _) in lost.items())
+    names = ", ".join(f"{name} = {shown(ours)}" for name, (ours, _) in lost.items())
     return f"files of the format {to} do not contain {names}; keep config.json in the same folder" if lost else ""

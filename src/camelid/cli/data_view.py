@@ -26,7 +26,7 @@ def show_prepared(summary: Mapping[str, Any]) -> None:
     if (speed := summary["tokens_per_second"]) is None:
         console.print("\nThe store exists already, with the same sources and options.")
     else:
-        console.print(f"\n{summary['seconds']:.1f} s, {speed:,.0f} tokens a second")
+        console.print(f"\n{summary['seconds']:.1f} s, {speed:,.0f} tokens/s")
     if (counted := summary["mindformers"]) is not None:
         message = f"\nMindFormers' masking excludes {counted['lost']:,} of {counted['conversations']:,} conversations"
         refused = f"; it cannot read {counted['refused']:,} more" if counted["refused"] else ""
@@ -90,7 +90,7 @@ def show_cache(summary: Mapping[str, Any]) -> None:
 def _counts(source: Mapping[str, Any]) -> Table:
     """The counts of one store."""
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("store", f"{source['store']}  ({source['bytes']:,} bytes)")
+    grid.add_row("store", f"{source['store']}  ({format_bytes(source['bytes'])})")
     if source["files"]:
         grid.add_row("from", _shortened(", ".join(source["files"]), 100))
     grid.add_row("documents", _documents(source))
@@ -98,9 +98,9 @@ def _counts(source: Mapping[str, Any]) -> Table:
     if any(weight not in (0, 1) for weight in source["weights"]):
         grid.add_row("weights", " ".join(f"{weight:g}" for weight in source["weights"]))
     if (silent := source["documents_without_loss"])["count"]:
-        grid.add_row("without loss", f"{silent['count']:,} documents: {_first(silent)}")
+        grid.add_row("without loss", f"{_count(silent['count'], 'document')}: {_first(silent)}")
     if (held_out := source["held_out"]) is not None:
-        grid.add_row("held out", f"{held_out['documents']:,} documents, {held_out['tokens']:,} tokens")
+        grid.add_row("held out", f"{_count(held_out['documents'], 'document')}, {_count(held_out['tokens'], 'token')}")
     if source["unreadable"]:
         grid.add_row("unreadable", f"{source['unreadable']:,} of {source['rows_read']:,} records")
         for problem in source["problems"]:
@@ -112,9 +112,15 @@ def _documents(source: Mapping[str, Any]) -> str:
     lengths = source["lengths"]
     text = f"{lengths['shortest']:,} to {lengths['longest']:,} tokens, median {lengths['median']:,}"
     if lengths["shortest"] == lengths["longest"]:
-        text = f"{lengths['longest']:,} tokens"
-    empty = f"; {source['empty']:,} records without text" if source["empty"] else ""
-    return f"{source['documents']:,} of {text}{empty}"
+        text = _count(lengths["longest"], "token")
+    empty = f"; {_count(source['empty'], 'record')} without text" if source["empty"] else ""
+    if source["documents"] == 1:
+        return f"1 document, {text}{empty}"
+    return f"{source['documents']:,} documents of {text}{empty}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _share_of_loss(source: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from tyro.conf import Positional, arg
 
 from camelid.cli.format_names import WritableFormat
 from camelid.cli.shared import Ignore, model_config, note, progress_bar, tell
+from camelid.errors import UserError
 
 
 def delta_make(
@@ -33,6 +34,8 @@ def delta_make(
         config: model configuration of both, if the files do not contain it: a preset or a config.json
         overwrite: replace the checkpoint in DESTINATION; other files there are kept
     """
+    if kind == "lora" and rank is None:
+        raise UserError("--kind lora needs --rank", "Choose one, for example --rank 16.")
     from camelid.checkpoint.adapters.delta import make
 
     described = model_config(config, ignore_config_field)

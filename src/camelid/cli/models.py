@@ -27,7 +27,7 @@ from camelid.inputs import expand_home, read_text
 
 Prompts = Annotated[
     Positional[tuple[str, ...]],
-    arg(metavar="PROMPT...", help="texts to continue; if none is given, the prompt is read from standard input"),
+    arg(metavar="[PROMPT...]", help="texts to continue; if none is given, the prompt is read from standard input"),
 ]
 Texts = Annotated[
     Positional[tuple[str, ...]],
@@ -69,7 +69,12 @@ def generate(
     texts = list(prompts) or [sys.stdin.read().removesuffix("\n")]
     loaded = load(model, dtype, config, ignore_config_field, tokenizer)
     if loaded.tokenizer is not None and loaded.tokenizer.has_chat_template:
-        note("this model was finetuned for chats; prompts are used as they are, without its chat template")
+        note(
+            "note: this model was finetuned for chats, but prompts are used as they are; to chat, write them in "
+            "the format of its chat template"
+        )
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        note("note: with --temperature 0, --top-k and --top-p have no effect; to sample, set --temperature above 0")
     completions = loaded.generate(
         texts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
@@ -114,9 +119,11 @@ def perplexity(
     from camelid.evaluate.perplexity import perplexity
 
     texts = [text for file in files for text in _texts(file, text_key)]
+    if not any(texts):
+        raise UserError(f"{', '.join(files)}: no text to score", "Give a file that contains text.")
     loaded = load(model, dtype, config, ignore_config_field, tokenizer)
     if loaded.tokenizer is None:
-        raise UserError(f"{model} has no tokenizer", "Name one with --tokenizer.")
+        raise UserError(f"{model} has no tokenizer", "Give one with --tokenizer.")
     ids = [token for row in loaded.tokenizer.encode_batch(texts, bos=False) for token in row]
     size = sum(len(text.encode()) for text in texts)
     if max_tokens is not None and max_tokens < len(ids):
@@ -144,13 +151,18 @@ def _texts(file: str, text_key: str) -> list[str]:
 
     if not holds_records(path := Path(expand_home(file))):
         return [read_text(path)]
-    return [record.value for record in read_records(Source(files=(file,), text_key=text_key))]
+    try:
+        return [record.value for record in read_records(Source(files=(file,), text_key=text_key))]
+    except UserError as error:
+        if "no field" not in error.problem:
+            raise
+        raise UserError(error.problem, "Set --text-key to the field that holds the text.") from error
 
 
 def inspect(
     model: Annotated[
         Positional[str | None],
-        arg(metavar="MODEL", help="folder of a checkpoint, repository on the Hugging Face Hub, or preset"),
+        arg(metavar="[MODEL]", help="folder of a checkpoint, repository on the Hugging Face Hub, or preset"),
     ] = None,
     config: Config = None,
     ignore_config_field: Ignore = (),

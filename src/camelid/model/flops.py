@@ -15,8 +15,8 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(spec.size for spec in named(declare_decoder(config)).values())
 
 
-# C vocab, M embed, N layers, R query heads for each key/value head, H key/value heads, K head_dim, F mlp
 LLAMA_FORMULA = "2CM + (2N+1)M + 2NMRHK + 2NMHK + 3NMF"
+LLAMA_LETTERS = "C vocabulary, M embed, N layers, R query heads per kv head, H kv heads, K head_dim, F mlp"
 
 
 def llama_formula(config: ModelConfig) -> int | None:

@@ -18,7 +18,7 @@ from camelid.inputs import expand_home, named_path, read_text
 from camelid.model.config import Compute, ModelConfig
 from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
-from camelid.runs.suggestions import suggest
+from camelid.runs.suggestions import as_option, suggest
 from camelid.train.config import TrainConfig
 from camelid.train.optimizer import OptimizerConfig
 
@@ -83,12 +83,18 @@ class Recipe:
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, in which `--a.b value` pairs replace fields; raises UserError for anything unknown."""
     try:
-        table = tomllib.loads(read_text(path))
+        table = tomllib.loads(read_text(path, "a recipe (.toml)"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {error}", "docs/recipes.md has an example.") from error
-    for key, text in _pairs(overrides):
+    pairs = _pairs(overrides)
+    for key, text in pairs:
         _set(table, key, _value(text, _type_of(key)))
-    return structure(table)
+    try:
+        return structure(table)
+    except UserError as error:
+        if any(repr(key) in error.problem for key, _ in pairs):
+            raise UserError(error.problem, as_option(error.advice)) from error
+        raise
 
 
 def structure(table: Mapping[str, Any]) -> Recipe:
@@ -248,12 +254,15 @@ def _table_class(hint: Any, value: Any, name: str) -> type | None:
     if not classes:
         return None
     if not isinstance(value, Mapping):
-        raise UserError(f"{name} = {value!r} is not a table", "docs/recipes.md lists every field.")
+        advice = "docs/recipes.md lists every field."
+        if name == "model" and isinstance(value, str):
+            advice = f"To start from a checkpoint, use init = {value!r}; for a preset, use model.preset."
+        raise UserError(f"{name} = {value!r} is not a table", advice)
     if len(classes) == 1:
         return classes[0]
     kinds = {cls.kind: cls for cls in classes}
     if "kind" not in value:
-        raise UserError(f"the recipe lacks {name}.kind", f"Choose one of {', '.join(kinds)}.")
+        raise UserError(f"the recipe lacks the field '{name}.kind'", f"Choose one of {', '.join(kinds)}.")
     if not isinstance(kind := value["kind"], str) or kind not in kinds:
         raise UserError(f"{name}.kind = {kind!r} is unknown", f"Choose one of {', '.join(kinds)}.")
     return kinds[kind]
@@ -314,7 +323,7 @@ def _explain(error: BaseException) -> UserError:
     if isinstance(error, UserError):
         return error
     field = ".".join(path)
-    problem = f"the recipe lacks {field}" if isinstance(error, KeyError) else f"{field}: {error}"
+    problem = f"the recipe lacks the field {field!r}" if isinstance(error, KeyError) else f"{field}: {error}"
     return UserError(problem, "docs/recipes.md lists every field.")
 
 

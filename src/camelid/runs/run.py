@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from camelid import interrupts
 from camelid.api import Model
 from camelid.checkpoint.folder import check_destination
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
@@ -64,6 +65,8 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     """
     folder = Path(recipe.run).resolve()
     previous = kept_recipe(folder)
+    if previous is None:
+        interrupts.set_advice("no step was saved; run the same command again to start from the beginning")
     recipe = completed(recipe, previous)
     broadcast_from_main(lambda: check_folder(folder, recipe))
     mesh = make_mesh(recipe.mesh)
@@ -143,6 +146,7 @@ def train_steps(
         if saves:  # after the validation, which a resumed run does not repeat
             with log.paused():
                 checkpoints.save(made, state)
+            interrupts.set_advice(interrupts.RESUME)
         if stopping:
             break
     log.flush()

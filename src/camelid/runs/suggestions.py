@@ -1,6 +1,7 @@
 """Suggestions for a recipe field that does not exist: other systems call many fields by other names."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 OTHER_NAMES = {
@@ -52,3 +53,8 @@ def suggest(field: str, known: Iterable[str]) -> str:
         nearest = f"{table}.{near[0]}" if table else near[0]
         return f"Did you mean {nearest!r}?"
     return f"It has {', '.join(known)}."
+
+
+def as_option(advice: str) -> str:
+    """Advice that suggests a field, with the option of the command line that overrides it."""
+    return re.sub(r"Did you mean '([\w.]+)'\?", lambda match: f"Did you mean --{match[1].replace('_', '-')}?", advice)

@@ -68,8 +68,8 @@ def read_chat(row: Mapping[str, Any]) -> list[Message]:
     key = present[0] if present else next((key for key in ("messages", "conversations") if key in row), None)
     if key is None:
         raise UserError(
-            f"neither messages nor conversations is among the keys {', '.join(map(str, row)) or '(none)'}",
-            "Give chats one of these keys, or set `kind` of the source.",
+            f"no field 'messages' or 'conversations', only {', '.join(map(repr, map(str, row))) or 'none'}",
+            "Give each chat its messages in one of these fields, or set kind to that of the records.",
         )
     rows = row[key]
     if not isinstance(rows, list) or not rows:

@@ -120,8 +120,8 @@ def _with_loss(examples: list[Example]) -> list[Example]:
     for example in examples:
         if not example.weights[1:].any():
             raise UserError(
-                f"none of the {len(example.tokens)} tokens has a loss",
-                f"Give it an answer, or {SKIP_IT}.",
+                f"none of the {len(example.tokens)} tokens has a loss, so there is nothing to train on",
+                f"Give it an answer (in a chat, a message of the assistant), or {SKIP_IT}.",
             )
     return examples
 
