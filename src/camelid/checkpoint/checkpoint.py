@@ -186,7 +186,7 @@ class ExportSpec:
 def table_for(what: str, rules: Sequence[TensorRule], config: ModelConfig, sizes: Mapping[str, int]) -> Table:
     """The table of a format for one model; raises UserError if no rule covers one of its parameters.
 
-    `what` names the format in the message; `sizes` are those of axis words that a model does not have.
+    `what` names the format in the message; `sizes` are those of axis names that a model does not have.
     """
     specs = named(declare_decoder(config))
     if missing := sorted(specs.keys() - {rule.path for rule in rules}):

@@ -33,7 +33,7 @@ CHUNK_BYTES = 8 * 2**20  # of a tensor are written at once
 BLOCK = (256, 64)  # elements along the fastest axes of a source and of its target; such a block stays in a core's cache
 
 Groups = tuple[tuple[str, ...], ...]
-"""axes, each a group of axis words that are flattened into it"""
+"""axes, each a group of axis names that are flattened into it"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TensorRule:
     ours: str = ""
     """camelid's axes, if the file splits one; words in parentheses are flattened into one of them"""
     along: str = ""
-    """the axis word along which parameters are concatenated in the tensor; "" is the first axis of the file"""
+    """the axis name along which parameters are concatenated in the tensor; "" is the first axis of the file"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ParameterEntry:
     file_axes: Groups
     our_axes: Groups
     sizes: Mapping[str, int]
-    """of every axis word"""
+    """of every axis name"""
     start: int = 0
     """offset of the parameter along rule.along, or along the first axis"""
     length: int = 0
@@ -77,7 +77,7 @@ class ParameterEntry:
         return self.rule.name.format(layer=layer)
 
     def file_size(self, word: str) -> int:
-        """The size of an axis word in the file's tensor."""
+        """The size of an axis name in the file's tensor."""
         return self.length if word == self.rule.along else self.sizes[word]
 
     def shape(self) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ class Table:
 def make_table(rules: Sequence[TensorRule], specs: Mapping[str, Spec], sizes: Mapping[str, int]) -> Table:
     """The table of the parameters `specs`, by path; rules of other parameters are ignored.
 
-    `sizes` are those of axis words that are not among the parameters' own; of each group, one may be left out.
+    `sizes` are those of axis names that are not among the parameters' own; of each group, one may be left out.
     """
     ends: dict[str, int] = {}
     entries = {}
@@ -153,11 +153,11 @@ class SliceMapping:
 
     index: Index
     words: tuple[int, ...]
-    """its shape, with one axis for each axis word"""
+    """its shape, with one axis for each axis name"""
     picks: Index
     """our slice of these axes"""
     order: tuple[int, ...]
-    """the file's axis of each of our axis words"""
+    """the file's axis of each of our axis names"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -170,7 +170,7 @@ class SliceMapping:
         return complete and self.order == tuple(sorted(self.order))
 
     def ours(self, held: np.ndarray) -> np.ndarray:
-        """Our slice as a view of the file's, with one axis for each axis word, in our order."""
+        """Our slice as a view of the file's, with one axis for each axis name, in our order."""
         return held.reshape(self.words)[self.picks].transpose(self.order)
 
 

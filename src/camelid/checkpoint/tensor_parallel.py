@@ -34,7 +34,7 @@ def shard_export(
 
 
 def shard_spec(spec: Spec, counts: Mapping[str, int]) -> Spec:
-    """The parameter of one rank; `counts` is the number of shards of each axis word."""
+    """The parameter of one rank; `counts` is the number of shards of each axis name."""
     sizes = zip(spec.axes, spec.shape, strict=True)
     return replace(spec, shape=tuple(size // counts.get(word, 1) for word, size in sizes))
 
@@ -42,7 +42,7 @@ def shard_spec(spec: Spec, counts: Mapping[str, int]) -> Spec:
 def shard_reader(read_slice: SliceReader, specs: Mapping[str, Spec], shard: Mapping[str, int]) -> SliceReader:
     """Reads slices of one rank's shard out of those of the model.
 
-    `specs` are those of the rank, by path; `shard` is the index of its shard along each axis word.
+    `specs` are those of the rank, by path; `shard` is the index of its shard along each axis name.
     """
 
     def read(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:

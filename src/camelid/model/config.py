@@ -171,7 +171,7 @@ class ModelConfig:
 
     @functools.cached_property
     def axis_sizes(self) -> Mapping[str, int]:
-        """The size of each axis word in the declarations of parameters."""
+        """The size of each axis name in the declarations of parameters."""
         return {
             "vocab": self.vocab_size,
             "vocab_in": self.vocab_size,
@@ -220,4 +220,4 @@ class Compute:
     attention: Literal["auto", "dense", "blockwise", "cudnn", "splash"] = "auto"
     """attention kernel; auto chooses the fastest that the device supports"""
     replicate: tuple[str, ...] = ()
-    """axis words that are not sharded, for example kv_heads if there are fewer than devices along the tensor axis"""
+    """axis names that are not sharded, for example kv_heads if there are fewer than devices along the tensor axis"""

@@ -38,7 +38,7 @@ class Spec:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Axis words in the order in which the array is stored."""
+        """Axis names in the order in which the array is stored."""
         return self.stacked + self.outputs + self.inputs
 
     @property
@@ -130,7 +130,7 @@ def shardings(specs: Any, params: Any, mesh: Mesh, replicate: tuple[str, ...] = 
       specs: The declared parameters; see `decoder.specs_of`.
       params: Arrays, or their shapes.
       mesh: The mesh.
-      replicate: Axis words that are not sharded.
+      replicate: Axis names that are not sharded.
     """
 
     def place(*axes: str) -> NamedSharding:

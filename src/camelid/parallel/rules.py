@@ -1,4 +1,4 @@
-"""Sharding rules: which axes of the mesh an axis word is sharded over, for stored parameters and for activations.
+"""Sharding rules: which axes of the mesh an axis name is sharded over, for stored parameters and for activations.
 
 Parameters are stored sharded over `fsdp` and `tensor`; the compiler gathers the `fsdp` shards of one layer at a time.
 Rows of the batch are sharded over `data` and `fsdp`, so that each device computes with its own rows.
@@ -40,7 +40,7 @@ COMPUTE: Rules = MappingProxyType(
 
 
 def partition(axes: tuple[str, ...], rules: Rules, replicate: tuple[str, ...] = ()) -> PartitionSpec:
-    """The PartitionSpec of an array with these axis words; words in `replicate` or without a rule are unsharded."""
+    """The PartitionSpec of an array with these axis names; names in `replicate` or without a rule are unsharded."""
     entries = [() if axis in replicate else rules.get(axis, ()) for axis in axes]
     used = [name for entry in entries for name in entry]
     if len(used) != len(set(used)):
@@ -56,7 +56,7 @@ def shard(x: jax.Array, axes: str, replicate: tuple[str, ...] = ()) -> jax.Array
 
 
 def placement(axes: tuple[str, ...], mesh: Mesh, replicate: tuple[str, ...] = ()) -> NamedSharding:
-    """The sharding with which a parameter with these axis words is stored."""
+    """The sharding with which a parameter with these axis names is stored."""
     return NamedSharding(mesh, partition(axes, STORE, replicate))
 
 
