@@ -227,7 +227,7 @@ FAULTS = (
         "positions are counted from the start of the call",
         "model/decoder.py",
         "rotations(positions, segments, lengths, config)",
-        "rotations(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), segments, lengths, config)",
+        "rotations(jnp.broadcast_to(jnp.arange(positions.shape[1]), positions.shape), segments, lengths, config)",
         CACHED,
     ),
     Fault(
