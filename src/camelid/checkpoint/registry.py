@@ -263,7 +263,7 @@ def _unknown(place: Path) -> UserError:
         return sum(any(fnmatch.fnmatch(child.name, pattern) for child in children) for pattern in patterns)
 
     likely = sorted((name for name in FORMATS if FORMATS[name].patterns), key=resemblance, reverse=True)[:3]
-    contents = summarize([child.name for child in children], 5) or "nothing"
+    contents = summarize([child.name for child in children], 5)
     about = f": it has no config.json, and holds {contents}" if place.is_dir() else ""
     formats = "; ".join(f"{name} ({FORMATS[name].description})" for name in likely)
     return UserError(

@@ -116,7 +116,7 @@ def _documents(source: Mapping[str, Any]) -> str:
     empty = f"; {_count(source['empty'], 'record')} without text" if source["empty"] else ""
     if source["documents"] == 1:
         return f"1 document, {text}{empty}"
-    return f"{source['documents']:,} documents of {text}{empty}"
+    return f"{source['documents']:,} of {text}{empty}"
 
 
 def _count(number: int, noun: str) -> str:
