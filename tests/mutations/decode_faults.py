@@ -148,4 +148,18 @@ FAULTS = (
         "k, p = jnp.asarray(top_k)[:, None], jnp.asarray(top_p)[:1, None]",
         "generate/test_sampling.py::test_each_row_has_its_own_settings",
     ),
+    Fault(
+        "tokens after the prompt use no adapter",
+        "generate/state.py",
+        'context = Context(phase="decode", adapters=state.adapters)',
+        'context = Context(phase="decode", adapters=None if state.adapters is None else state.adapters * 0 - 1)',
+        f"{STATE}test_each_row_decodes_with_its_own_adapter",
+    ),
+    Fault(
+        "a requested kernel is required for prompts too",
+        "model/attention.py",
+        'required=context.phase != "prefill"',
+        'required=context.phase != "none"',
+        f"{STATE}test_a_kernel_that_cannot_process_a_prompt_is_not_used_for_it",
+    ),
 )

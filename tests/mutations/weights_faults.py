@@ -38,15 +38,15 @@ FAULTS = (
     Fault(
         "several adapters: -1 selects the last one",
         "model/weights.py",
-        "a, b, scale = a[index], b[index], jnp.where(index < 0, 0.0, scale[index])[:, None, None]",
-        "a, b, scale = a[index], b[index], scale[index][:, None, None]",
+        "        if off is not None:\n            scale = jnp.where(off, 0.0, scale)[:, None, None]\n        h =",
+        "        if off is not None:\n            scale = scale[:, None, None]\n        h =",
         f"{WEIGHTS}::test_each_row_is_multiplied_by_the_adapter_that_the_context_selects[lora]",
     ),
     Fault(
         "several adapters: a lookup takes every row from the first",
         "model/weights.py",
-        "at = (index[:, None], tokens)",
-        "at = (0 * index[:, None], tokens)",
+        "a, scale, at = a[index], scale[index], (index[:, None], tokens)",
+        "a, scale, at = a[index], scale[index], (0 * index[:, None], tokens)",
         f"{WEIGHTS}::test_each_row_is_multiplied_by_the_adapter_that_the_context_selects[lora]",
     ),
     Fault(
@@ -111,5 +111,12 @@ FAULTS = (
         "jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), ",
         "jnp.where(kept, x, ",
         f"{CONTEXT}::test_the_share_of_dropped_elements_is_the_rate_and_the_mean_is_kept",
+    ),
+    Fault(
+        "a lookup has the adapter where it is turned off",
+        "model/weights.py",
+        "            scale = jnp.where(off, 0.0, scale)[:, None, None]\n        delta",
+        "            scale = jnp.where(off, scale, scale)[:, None, None]\n        delta",
+        f"{WEIGHTS}::test_rows_may_use_the_base_of_a_single_adapter[False]",
     ),
 )
