@@ -256,7 +256,9 @@ def test_options_without_a_meaning_are_refused(options: list[str], about: str, t
 
 
 def test_a_source_is_needed(tokenizer: Path):
-    assert_refused(called("data", "prepare", "--tokenizer", tokenizer, "--out", "store"), "data prepare needs SOURCE...")
+    assert_refused(
+        called("data", "prepare", "--tokenizer", tokenizer, "--out", "store"), "data prepare needs SOURCE..."
+    )
     assert_refused(called("data", "prepare", "none.txt", "--tokenizer", tokenizer, "--out", "store"), "none.txt")
     assert_refused(called("data", "perpare"), "there is no command 'data perpare'")
 
