@@ -10,14 +10,14 @@ FAULTS = (
         "cli/arguments.py",
         "if argument.choices and value not in argument.choices:",
         "if argument.choices and value in OTHER_VALUES:",
-        f"{ARGUMENTS}[convert a b --to onnx-",
+        ARGUMENTS,
     ),
     Fault(
         "options without a value are left to the parser",
         "cli/arguments.py",
         'if not rest or rest[0] == "--" or _is_option(rest[0]):',
         "if not rest and equals:",
-        f"{ARGUMENTS}[generate model --seed-",
+        ARGUMENTS,
     ),
     Fault(
         "a run that has saved nothing is advised to resume",
