@@ -276,7 +276,7 @@ DAMAGES = {
     "a chunk lies elsewhere": (chunk_moved, r"reaches beyond its shape"),
     "a file outside of the folder": (outside, "in an unsupported way"),
     "a place beyond the file": (beyond, "are not inside the file"),
-    "a chunk of another shape": (other_shape, r"says \(8,\)"),
+    "a chunk of another shape": (other_shape, r"\.metadata has \(8,\)"),
     "a dtype of another kind": (other_dtype, r"norm\.weight .* has a dtype"),
     "a stray tensor": (renamed, r"lacks the chunk of stray\.weight"),
     "no table of embeddings": (without_table, r"lacks tok_embeddings\.weight"),

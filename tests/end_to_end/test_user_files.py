@@ -138,7 +138,7 @@ def test_what_the_user_put_in_the_place_of_the_model_is_found_before_training(tm
         (["--optimizer.learning_rate", 1], "has a run with another recipe"),
         (["--train.steps", 3, "--data.train", "other.jsonl"], "has a run with another recipe"),
         (["--train.steps", 3, "--mesh.data", 2, "--data.batch_size", 7], "7"),
-        (["--train.steps", 3, "--train.trackers", '["wandb"]'], "asks for wandb"),
+        (["--train.steps", 3, "--train.trackers", '["wandb"]'], "requests wandb"),
     ],
 )
 def test_a_refused_start_leaves_a_run_as_it_was(
@@ -162,7 +162,7 @@ def test_data_that_changed_is_refused_and_the_run_stays_as_it_was(tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "about"),
     [
-        (["--train.trackers", '["wandb"]'], "asks for wandb"),
+        (["--train.trackers", '["wandb"]'], "requests wandb"),
         (["--init", "nowhere/at-all"], "nowhere"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data.sequence_length", 4096], "exceeds the context"),
