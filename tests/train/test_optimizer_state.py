@@ -14,13 +14,13 @@ from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.model.config import Compute
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import abstract, initialize, map_specs, named
+from camelid.model.pytree import path_name
 from camelid.parallel.batch_sharding import BatchSharding
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from camelid.train.objective import NextTokenLoss
 from camelid.train.optimizer import OptimizerConfig, make_optimizer
 from camelid.train.state import TrainState, abstract_state, sharded_like, start_state
 from camelid.train.step import TrainStep
-from camelid.train.trainable import path_name
 from tiny import tiny_config, tiny_tokens
 
 CONFIG = tiny_config(vocab_size=96, num_layers=2)  # eight devices divide it

@@ -17,13 +17,14 @@ from camelid.checkpoint.state.saved_state import open_arrays
 from camelid.model.config import Compute
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import map_specs, named
+from camelid.model.pytree import path_name
 from camelid.model.weights import Adapted, Quantized
 from camelid.parallel.mesh import one_device
 from camelid.train.objective import NextTokenLoss
 from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import TrainStep
-from camelid.train.trainable import combine, partition, path_name
+from camelid.train.trainable import combine, partition
 from tiny import tiny_config, tiny_params, tiny_tokens
 
 CONFIG = tiny_config()

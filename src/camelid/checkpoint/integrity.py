@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from camelid.checkpoint.tensors import INFINITY
+from camelid.model.pytree import path_name
 
 UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 SIGNED = {2: np.dtype(np.int16), 4: np.dtype(np.int32)}
@@ -61,8 +62,3 @@ def describe_counts(counts: Mapping[str, int], most: int = 3) -> str:
     """Where infinite or NaN values were found, for messages: `embed (2), lm_head (5) and 3 more`."""
     shown = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:most])
     return shown + (f" and {len(counts) - most} more" if len(counts) > most else "")
-
-
-def path_name(path: Any) -> str:
-    """A JAX key path as checkpoints name it, such as `params.layers.attn.q_proj`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from camelid.model.config import ModelConfig
-from camelid.model.pytree import from_fields, register_pytree
+from camelid.model.pytree import from_fields, path_name, register_pytree
 from camelid.model.weights import Adapted, Quantized
 from camelid.parallel.rules import num_shards, placement
 
@@ -105,7 +105,7 @@ def map_specs(f: Callable, specs: Any, *rest: Any) -> Any:
 def named(tree: Any) -> dict[str, Any]:
     """The declared parameters of a tree by dotted path, for example `layers.attn.q_proj`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_entry)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+    return {path_name(path): leaf for path, leaf in flat}
 
 
 def build(specs: Any, leaves: Iterable[Any]) -> Any:

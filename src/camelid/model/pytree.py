@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JAX pytrees."""
+"""Frozen dataclasses as JAX pytrees, and the names of their leaves."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -35,3 +35,8 @@ def from_fields(cls: type, values: dict[str, Any]) -> Any:
     for name, value in values.items():
         object.__setattr__(tree, name, value)
     return tree
+
+
+def path_name(path: Any) -> str:
+    """A JAX key path as one dotted name, such as `layers.attn.q_proj`; the arrays of checkpoints have these names."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")

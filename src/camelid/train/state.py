@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from camelid.train.trainable import path_name
+from camelid.model.pytree import path_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
-def path_name(path: Any) -> str:
-    """A key path of JAX as one dotted name, such as `layers.attn.q_proj`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+from camelid.model.pytree import path_name
 
 
 def partition(params: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from camelid.checkpoint.integrity import checksum_arrays, describe_counts, path_name
+from camelid.checkpoint.integrity import checksum_arrays, describe_counts
 from camelid.checkpoint.state.saved_state import (
     CHECKSUMS,
     ITEM,
@@ -29,6 +29,7 @@ from camelid.checkpoint.state.saved_state import (
 )
 from camelid.disk.space import format_bytes
 from camelid.errors import UserError
+from camelid.model.pytree import path_name
 from camelid.parallel.hosts import broadcast_from_main, is_main
 
 REMOVED = ".orbax-checkpoint-tmp"  # after the name of a checkpoint that is being removed; Orbax removes what is left

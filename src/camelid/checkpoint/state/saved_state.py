@@ -22,10 +22,11 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from camelid.checkpoint import layout
-from camelid.checkpoint.integrity import checksum, checksum_arrays, count_not_finite, describe_counts, path_name
+from camelid.checkpoint.integrity import checksum, checksum_arrays, count_not_finite, describe_counts
 from camelid.checkpoint.layout import Table, aligned, chunk_indices
 from camelid.checkpoint.tensors import Index, Tensor, cast
 from camelid.errors import UserError
+from camelid.model.pytree import path_name
 from camelid.parallel.hosts import any_true
 
 ITEM = "default"  # the folder, in that of a step, in which Orbax keeps the state
