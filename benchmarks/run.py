@@ -36,7 +36,7 @@ from rich.table import Table
 import camelid
 from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.disk.atomic import write_json
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.flops import count_parameters, training_flops
 from camelid.model.params import map_specs
@@ -128,7 +128,7 @@ def our_step(checkpoint: Path, dtype: str, tokens: np.ndarray) -> Callable[[], N
     model = camelid.load(checkpoint)
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
     optimizer = make_optimizer(OPTIMIZER, 1000, decay)
-    objective = NextTokenLoss(config=CONFIG, compute=Compute(dtype=dtype))
+    objective = NextTokenLoss(config=CONFIG, compute=ComputeConfig(dtype=dtype))
     train_step = TrainStep(objective, optimizer, learning_rate(OPTIMIZER, 1000), OPTIMIZER.clip_norm)
     step = jax.jit(train_step, donate_argnums=0)
     state = [jax.jit(lambda params: start_state(params, optimizer))(model.params)]

@@ -410,7 +410,7 @@ def test_what_users_print_is_one_short_line(folder: Path, model: camelid.Model):
         ({"mesh": 2}, "mesh = 2 is not a mesh"),
         ({"mesh": Mesh(jax.devices(), "x")}, "the mesh has axes ('x',) but not 'data'"),
         ({"mesh": camelid.MeshConfig(fsdp=16)}, "mesh data 1 x fsdp 16 x tensor 1 needs 16 devices; 8 are available"),
-        ({"compute": {"remat": "layer"}}, "compute = {'remat': 'layer'} is not camelid.Compute"),
+        ({"compute": {"remat": "layer"}}, "compute = {'remat': 'layer'} is not camelid.ComputeConfig"),
         ({"config": {"vocab_size": 3}}, "config = {'vocab_size': 3} is not camelid.ModelConfig"),
         ({"tokenizer": 3}, "tokenizer = 3 is not the path of a folder or file"),
         ({"dtype": "fp16"}, "dtype 'fp16' is unknown"),

@@ -1,7 +1,7 @@
 """camelid: the Llama family end to end in JAX.
 
-The public API: `load` returns a `Model`, which `Compute`, `MeshConfig` and `ModelConfig` configure. `Model.generate`
-returns `Completion`s. Errors that a user can fix are raised as `UserError`.
+The public API: `load` returns a `Model`, which `ComputeConfig`, `MeshConfig` and `ModelConfig` configure.
+`Model.generate` returns `Completion`s. Errors that a user can fix are raised as `UserError`.
 """
 
 from importlib import import_module
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from camelid.api import Completion, Model, load
     from camelid.errors import UserError
-    from camelid.model.config import Compute, ModelConfig
+    from camelid.model.config import ComputeConfig, ModelConfig
     from camelid.parallel.mesh import MeshConfig
 
-__all__ = ["Completion", "Compute", "MeshConfig", "Model", "ModelConfig", "UserError", "load"]
+__all__ = ["Completion", "ComputeConfig", "MeshConfig", "Model", "ModelConfig", "UserError", "load"]
 
 _MODULES = {
     "Completion": "api",
-    "Compute": "model.config",
+    "ComputeConfig": "model.config",
     "MeshConfig": "parallel.mesh",
     "Model": "api",
     "ModelConfig": "model.config",

@@ -26,7 +26,7 @@ from camelid.errors import UserError, in_python
 from camelid.generate.decode import generate
 from camelid.generate.sampling import sampling, whole_number
 from camelid.interrupts import cleaned_up
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder, untied
 from camelid.model.finite import not_finite
 from camelid.model.flops import count_parameters
@@ -75,7 +75,7 @@ class Model:
     """the parameters, a JAX pytree"""
     tokenizer: Tokenizer | None
     """None: the checkpoint has none, and prompts must be token ids"""
-    compute: Compute
+    compute: ComputeConfig
     """precision, kernels and memory"""
     mesh: Mesh
     """the devices that hold the parameters"""
@@ -260,7 +260,7 @@ def load(
     path: str | Path,
     dtype: str | None = "float32",
     mesh: Mesh | MeshConfig | None = None,
-    compute: Compute | None = None,
+    compute: ComputeConfig | None = None,
     *,
     format: str | None = None,
     config: ModelConfig | None = None,
@@ -287,7 +287,7 @@ def load(
       UserError: If the checkpoint is damaged, incomplete, or has fields or tensors that camelid does not know; if the
         axes of the model do not divide over the mesh; or if an argument is not valid.
     """
-    _check_type("compute", compute, Compute, "camelid.Compute")
+    _check_type("compute", compute, ComputeConfig, "camelid.ComputeConfig")
     _check_type("config", config, ModelConfig, "camelid.ModelConfig")
     _check_type("tokenizer", tokenizer, str | Path, "the path of a folder or file")
     checkpoint = open_checkpoint(path, format, config, ignore)
@@ -297,7 +297,7 @@ def load(
             raise UserError(f"the files contain several dtypes: {', '.join(sorted(found))}", "Choose one with --dtype.")
         dtype = found.pop()
     dtype = dtype_named(dtype).name
-    compute = replace(compute or Compute(), dtype=dtype, param_dtype=dtype)
+    compute = replace(compute or ComputeConfig(), dtype=dtype, param_dtype=dtype)
     mesh = _mesh(mesh)
     check_divides(checkpoint.config.axis_sizes, mesh, compute.replicate)
     found = find_tokenizer(checkpoint.tokenizer_folder) if tokenizer is None else load_tokenizer(tokenizer)
@@ -307,7 +307,7 @@ def load(
     return model if found is None else model.with_tokenizer(found)
 
 
-def load_params(checkpoint: Checkpoint, compute: Compute, mesh: Mesh) -> Decoder:
+def load_params(checkpoint: Checkpoint, compute: ComputeConfig, mesh: Mesh) -> Decoder:
     """The parameters of a checkpoint in `compute.param_dtype`; each device reads only its own shards."""
     specs = declare_decoder(checkpoint.config)
     targets = named(abstract(specs, jnp.dtype(compute.param_dtype), mesh, compute.replicate))
@@ -346,7 +346,7 @@ def _each(prompts: object) -> list:
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
-def _logits(params: Decoder, tokens: Array, config: ModelConfig, compute: Compute) -> Array:
+def _logits(params: Decoder, tokens: Array, config: ModelConfig, compute: ComputeConfig) -> Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return params(tokens, positions, None, config, compute)[0]
 

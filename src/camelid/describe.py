@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from camelid import tables
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.disk.space import format_bytes
 from camelid.errors import UserError
@@ -24,8 +25,6 @@ from camelid.model.flops import (
 )
 from camelid.model.params import Spec, named
 from camelid.model.presets import ALIASES, PRESETS, preset
-from camelid.tables import console as _console
-from camelid.tables import grid as _grid
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -108,7 +107,7 @@ def _preset(name: str) -> ModelConfig:
 
 def show(report: Mapping[str, Any]) -> None:
     """Prints a report as tables: fields that differ from the defaults, parameters, bytes and FLOPs."""
-    console = _console()
+    console = tables.console()
     if "preset" in report:
         console.print(f"{report['preset']}\n", style="bold")
     for table in (_fields, _tree, _bytes, _flops):
@@ -123,8 +122,8 @@ def show(report: Mapping[str, Any]) -> None:
 
 def show_presets(table: Mapping[str, Any]) -> None:
     """Prints the presets as a table."""
-    console = _console()
-    grid = _grid("preset", "family", ">parameters", ">context", ">vocabulary")
+    console = tables.console()
+    grid = tables.grid("preset", "family", ">parameters", ">context", ">vocabulary")
     for name, entry in table.items():
         grid.add_row(
             name, entry["family"], *_grouped(entry[key] for key in ("parameters", "context_length", "vocab_size"))
@@ -157,7 +156,7 @@ def _value(value: Any) -> str:
 
 def _tree(report: Mapping[str, Any]) -> Table:
     dtype = ["dtype"] if "bytes" in report else []
-    grid = _grid("parameter", "axes", "shape", *dtype, ">count")
+    grid = tables.grid("parameter", "axes", "shape", *dtype, ">count")
     for path, entry in report["tree"].items():
         shape, held = "x".join(map(str, entry["shape"])), [entry[name] for name in dtype]
         grid.add_row(path, " ".join(entry["axes"]), shape, *held, f"{entry['parameters']:,}")
@@ -165,7 +164,7 @@ def _tree(report: Mapping[str, Any]) -> Table:
 
 
 def _bytes(report: Mapping[str, Any]) -> Table:
-    grid = _grid("memory", *(f">{dtype}" for dtype in ITEMSIZE))
+    grid = tables.grid("memory", *(f">{dtype}" for dtype in ITEMSIZE))
     for label, sizes in (
         ("parameters", report["bytes_in"]),
         ("cache, per token", report["cache_bytes_per_token"]),
@@ -177,6 +176,6 @@ def _bytes(report: Mapping[str, Any]) -> Table:
 
 def _flops(report: Mapping[str, Any]) -> Table:
     flops = report["flops_per_token"]
-    grid = _grid("FLOPs", ">forward", ">training")
+    grid = tables.grid("FLOPs", ">forward", ">training")
     grid.add_row(f"per token, rows of {flops['length']:,}", *_grouped((flops["forward"], flops["training"])))
     return grid

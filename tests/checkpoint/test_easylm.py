@@ -23,7 +23,7 @@ from camelid.checkpoint.formats import easylm, hf
 from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.tensors import PlannedTensor, Tensor
 from camelid.errors import UserError
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.params import named
 from camelid.parallel.mesh import one_device
 from families import FAMILIES
@@ -67,7 +67,7 @@ def written(
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
-    compute, mesh = Compute(), one_device()
+    compute, mesh = ComputeConfig(), one_device()
     return Model(checkpoint.config, load_params(checkpoint, compute, mesh), None, compute, mesh)
 
 

@@ -29,7 +29,7 @@ from camelid.checkpoint.layout import read_parameter_slice
 from camelid.checkpoint.registry import open_checkpoint, write_checkpoint
 from camelid.checkpoint.tensors import dtype_named
 from camelid.errors import UserError
-from camelid.model.config import Compute, LinearScaling, Llama3Scaling, YarnScaling
+from camelid.model.config import ComputeConfig, LinearScaling, Llama3Scaling, YarnScaling
 from camelid.model.params import named
 from camelid.parallel.mesh import one_device
 from families import FAMILIES
@@ -175,13 +175,13 @@ def write_theirs(
 
 
 def params_of(checkpoint: Checkpoint, dtype: str = "float32") -> dict[str, np.ndarray]:
-    params = load_params(checkpoint, Compute(dtype=dtype, param_dtype=dtype), one_device())
+    params = load_params(checkpoint, ComputeConfig(dtype=dtype, param_dtype=dtype), one_device())
     return {path: np.asarray(array) for path, array in named(params).items()}
 
 
 def logits_of(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
-    params = load_params(checkpoint, Compute(), one_device())
-    return np.asarray(camelid.Model(checkpoint.config, params, None, Compute(), one_device()).logits(tokens))
+    params = load_params(checkpoint, ComputeConfig(), one_device())
+    return np.asarray(camelid.Model(checkpoint.config, params, None, ComputeConfig(), one_device()).logits(tokens))
 
 
 def saving_of(source: Path | Checkpoint, dtype: str | None = None) -> ExportSpec:

@@ -26,7 +26,7 @@ from camelid.checkpoint.formats.llama2_jax_pickle import read_pickle
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import Tensor, dtype_named
 from camelid.errors import UserError
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder
 from camelid.model.params import named
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
@@ -104,7 +104,7 @@ def export(checkpoint: Checkpoint, dtype: str | None = None) -> ExportSpec:
 
 
 def params_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    return {path: np.asarray(x) for path, x in named(load_params(checkpoint, Compute(), one_device())).items()}
+    return {path: np.asarray(x) for path, x in named(load_params(checkpoint, ComputeConfig(), one_device())).items()}
 
 
 def convert_llama(config: camelid.ModelConfig, params: Decoder) -> dict[str, np.ndarray]:
@@ -186,8 +186,8 @@ def test_the_real_file_gives_the_reference_logits(golden: Path, stories: Path):
     """It holds two query heads a key head: in the order of its own attention they would be far off."""
     checkpoint = llama2_jax.open_checkpoint(golden, read_model_config(stories))
     arrays = np.load(stories.parent / "reference.npz")
-    params = load_params(checkpoint, Compute(), one_device())
-    model = camelid.Model(checkpoint.config, params, None, Compute(), one_device())
+    params = load_params(checkpoint, ComputeConfig(), one_device())
+    model = camelid.Model(checkpoint.config, params, None, ComputeConfig(), one_device())
     for i in range(3):
         logits = model.logits(arrays[f"prompt{i}_ids"][None])
         np.testing.assert_allclose(logits[0], arrays[f"prompt{i}_logits"], rtol=0, atol=1e-4)
@@ -274,7 +274,7 @@ def test_devices_read_their_heads_of_a_model_without_groups(tmp_path: Path, clas
     (tmp_path / "a.pickle").write_bytes(pickled(config, classes))
     checkpoint = llama2_jax.open_checkpoint(tmp_path, config)
     mesh = make_mesh(MeshConfig(tensor=2))
-    sharded = named(load_params(checkpoint, Compute(), mesh))
+    sharded = named(load_params(checkpoint, ComputeConfig(), mesh))
     for name, array in named(tiny_params(config)).items():
         np.testing.assert_array_equal(sharded[name], array, err_msg=name)
 

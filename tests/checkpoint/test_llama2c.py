@@ -20,7 +20,7 @@ from camelid.checkpoint.formats import hf, llama2c
 from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.errors import UserError
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder
 from camelid.model.params import named
 from camelid.parallel.mesh import one_device
@@ -50,7 +50,7 @@ def export(checkpoint: Checkpoint, dtype: Any = None) -> ExportSpec:
 
 
 def params_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    return {path: np.asarray(x) for path, x in named(load_params(checkpoint, Compute(), one_device())).items()}
+    return {path: np.asarray(x) for path, x in named(load_params(checkpoint, ComputeConfig(), one_device())).items()}
 
 
 def export_py(config: camelid.ModelConfig, params: Decoder, version: int, group: int = 16) -> bytes:
@@ -104,8 +104,8 @@ def test_the_real_file_gives_the_reference_logits_without_being_told_anything(as
         checkpoint = llama2c.open_checkpoint(path)
         assert checkpoint.config == read_model_config(folder / "hf")
         assert "norm_eps = 1e-05" in " ".join(checkpoint.notes)
-    params = load_params(checkpoint, Compute(), one_device())
-    model = camelid.Model(checkpoint.config, params, None, Compute(), one_device())
+    params = load_params(checkpoint, ComputeConfig(), one_device())
+    model = camelid.Model(checkpoint.config, params, None, ComputeConfig(), one_device())
     for i in range(3):
         logits = model.logits(arrays[f"prompt{i}_ids"][None])
         np.testing.assert_allclose(logits[0], arrays[f"prompt{i}_logits"], rtol=0, atol=1e-4)

@@ -28,7 +28,7 @@ from camelid.checkpoint.layout import read_parameter_slice
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import dtype_named
 from camelid.errors import UserError
-from camelid.model.config import Compute, Llama3Scaling, ModelConfig
+from camelid.model.config import ComputeConfig, Llama3Scaling, ModelConfig
 from camelid.model.params import named
 from camelid.parallel.mesh import one_device
 from families import FAMILIES
@@ -58,7 +58,7 @@ QKV = "decoder.layers.{}.self_attention.linear_qkv.weight"
 
 
 def loaded(checkpoint: Checkpoint) -> camelid.Model:
-    compute, mesh = Compute(), one_device()
+    compute, mesh = ComputeConfig(), one_device()
     return camelid.Model(checkpoint.config, load_params(checkpoint, compute, mesh), None, compute, mesh)
 
 

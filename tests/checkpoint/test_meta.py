@@ -27,7 +27,7 @@ from camelid.checkpoint.formats.meta_params import (
 )
 from camelid.checkpoint.tensors import Tensor, dtype_named
 from camelid.errors import UserError
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.params import named
 from camelid.model.presets import PRESETS
 from camelid.parallel.mesh import one_device
@@ -53,7 +53,7 @@ each = pytest.mark.parametrize(("config", "ways"), CASES.values(), ids=CASES)
 
 def loaded(checkpoint: Checkpoint) -> camelid.Model:
     """The model in float32."""
-    compute, mesh = Compute(), one_device()
+    compute, mesh = ComputeConfig(), one_device()
     return camelid.Model(checkpoint.config, load_params(checkpoint, compute, mesh), None, compute, mesh)
 
 

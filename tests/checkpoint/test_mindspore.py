@@ -27,7 +27,7 @@ from camelid.checkpoint.layout import Table
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import PlannedTensor, Tensor, dtype_named
 from camelid.errors import UserError
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.params import named
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from families import FAMILIES
@@ -94,7 +94,7 @@ def to_hf(source: Checkpoint, folder: Path) -> Path:
 
 
 def params(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    return {k: np.asarray(v) for k, v in named(load_params(checkpoint, Compute(), one_device())).items()}
+    return {k: np.asarray(v) for k, v in named(load_params(checkpoint, ComputeConfig(), one_device())).items()}
 
 
 # A second writer, from the description of the format -------------------------------------
@@ -275,7 +275,7 @@ def test_each_device_reads_its_slice_whatever_the_cuts(
     monkeypatch.setattr(mindspore_file, "SLICE", 5000)
     folder = written(open_checkpoint(theirs), tmp_path / "ours", rope_layout=layout)
     mesh = make_mesh(MeshConfig(tensor=2, fsdp=4))
-    sharded = named(load_params(mindspore.open_checkpoint(folder, rope_layout=layout), Compute(), mesh))
+    sharded = named(load_params(mindspore.open_checkpoint(folder, rope_layout=layout), ComputeConfig(), mesh))
     for path, array in named(tiny_params(config)).items():
         np.testing.assert_array_equal(np.asarray(sharded[path]), array, err_msg=path)
 

@@ -25,7 +25,7 @@ from camelid.checkpoint.state import run_folder, saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import abstract, map_specs, named
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
@@ -164,7 +164,7 @@ def test_each_device_reads_its_part_once_and_what_changed_on_the_disk_is_seen(
         read(tensor, out, index)
 
     monkeypatch.setattr(saved_state.SavedArray, "_read", counted)
-    params = load_params(open_checkpoint(run), Compute(), make_mesh(mesh) if mesh else one_device())
+    params = load_params(open_checkpoint(run), ComputeConfig(), make_mesh(mesh) if mesh else one_device())
     assert sum(bytes_read) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     for path, leaf in named(state_of(10, one_device()).trainable).items():
         assert np.asarray(named(params)[path]).tobytes() == np.asarray(leaf).tobytes(), path
@@ -172,7 +172,9 @@ def test_each_device_reads_its_part_once_and_what_changed_on_the_disk_is_seen(
     store[1, 2, 3].write(store[1, 2, 3].read().result() + 1).result()
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(UserError, match=r"layers\.mlp\.up_proj differs from what was saved.*\nStep 2 is intact"):
-            load_params(open_checkpoint(run), Compute(param_dtype=dtype), make_mesh(mesh) if mesh else one_device())
+            load_params(
+                open_checkpoint(run), ComputeConfig(param_dtype=dtype), make_mesh(mesh) if mesh else one_device()
+            )
 
 
 def test_the_newest_step_is_opened_or_the_one_that_is_asked_for(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import camelid
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.parallel.mesh import one_device
 from camelid.text.tokenizer import load_tokenizer
 from runs import assert_refused, called, write_recipe_file
@@ -19,7 +19,7 @@ TEXT = "<|start_header_id|>user<|end_header_id|>\n\nOne day  12345<|eot_id|>"
 def llama3(assets: Path, tmp_path: Path) -> Path:
     """A folder as Meta's of Llama 3."""
     config = tiny_config(head_dim=8, num_layers=1, vocab_size=2256)
-    compute, mesh = Compute(), one_device()
+    compute, mesh = ComputeConfig(), one_device()
     camelid.Model(config, tiny_params(config), None, compute, mesh).save(tmp_path / "meta", "meta")
     shutil.copyfile(assets / "tokenizers/tiny-tiktoken/tiktoken_small.model", tmp_path / "meta" / "tokenizer.model")
     return tmp_path / "meta"

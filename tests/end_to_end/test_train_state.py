@@ -23,7 +23,7 @@ from camelid.checkpoint.convert import convert
 from camelid.checkpoint.layout import slice_reader
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.params import named
 from camelid.parallel.hosts import StopSignal, to_host
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
@@ -74,7 +74,7 @@ def easylm_trainer(theirs: Path, golden: dict[str, Any]) -> TrainStep:
     adamw = optax.adamw(schedule, told["b1"], told["b2"], told["eps"], weight_decay=told["weight_decay"])
 
     config = open_checkpoint(theirs / STATE).config
-    return TrainStep(NextTokenLoss(config=config, compute=Compute()), adamw, schedule, told["clip_gradient"])
+    return TrainStep(NextTokenLoss(config=config, compute=ComputeConfig()), adamw, schedule, told["clip_gradient"])
 
 
 def easylm_batches(assets: Path, stories: Path, golden: dict[str, Any]) -> Iterator[dict[str, jax.Array]]:
@@ -105,10 +105,12 @@ def easylm_batches(assets: Path, stories: Path, golden: dict[str, Any]) -> Itera
 
 def from_params(source: Checkpoint, step: TrainStep, mesh: Mesh) -> TrainState:
     """The state at step 0 with the parameters of a checkpoint."""
-    return start_state(load_params(source, Compute(), mesh), step.optimizer)
+    return start_state(load_params(source, ComputeConfig(), mesh), step.optimizer)
 
 
-def from_moments(source: Checkpoint, step: TrainStep, mesh: Mesh, compute: Compute = Compute()) -> TrainState:  # noqa: B008
+def from_moments(
+    source: Checkpoint, step: TrainStep, mesh: Mesh, compute: ComputeConfig = ComputeConfig()
+) -> TrainState:
     """The state with the parameters, step and moments of a checkpoint."""
     return import_adamw(source, abstract_start(source.config, step.optimizer, compute, mesh), compute, mesh)
 
@@ -173,7 +175,7 @@ def on_one_device(patch: pytest.MonkeyPatch) -> None:
 
 
 def stopping_after(step: int) -> type[StopSignal]:
-    return type("Stopping", (StopSignal,), {"at": lambda self, made: made == step})
+    return type("Stopping", (StopSignal,), {"should_stop": lambda self, made: made == step})
 
 
 def same_rows(left: Path, right: Path, *names: str) -> bool:
@@ -287,7 +289,7 @@ def test_a_state_in_bfloat16_keeps_its_moments_in_float32(theirs: Path, golden: 
     trainer = easylm_trainer(theirs, golden)
     end = open_checkpoint(theirs / STATE)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    state = from_moments(end, trainer, mesh, Compute(param_dtype="bfloat16"))
+    state = from_moments(end, trainer, mesh, ComputeConfig(param_dtype="bfloat16"))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.trainable)} == {"bfloat16"}
     assert end.training is not None
     for moments, tensors in ((adam(state).mu, end.training.mu), (adam(state).nu, end.training.nu)):
@@ -328,7 +330,7 @@ def killed(folder: Path, last: int) -> tuple[Path, dict[int, TrainState]]:
         save(self, made, state)
 
     class Failing(StopSignal):
-        def at(self, step: int) -> bool:
+        def should_stop(self, step: int) -> bool:
             if step == last:
                 raise RuntimeError("power failure")
             return False

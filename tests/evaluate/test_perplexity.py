@@ -12,7 +12,7 @@ import camelid
 from camelid.errors import UserError
 from camelid.evaluate import perplexity as module
 from camelid.evaluate.perplexity import perplexity, windows
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.parallel.mesh import one_device
 from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
 
@@ -42,7 +42,7 @@ def test_perplexity_is_the_plain_computation(monkeypatch):
         losses += [-log_probabilities[i, target] for i, target in enumerate(window[1:])]
     heard = []
     result = perplexity(
-        params, tokens, 200, 11, CONFIG, Compute(), one_device(), progress=lambda *done: heard.append(done)
+        params, tokens, 200, 11, CONFIG, ComputeConfig(), one_device(), progress=lambda *done: heard.append(done)
     )
     assert result.tokens == len(losses) == 59
     # Sums of float32 losses.
@@ -75,4 +75,4 @@ def test_perplexity_of_a_real_model_on_wikitext(stories: Path, assets: Path):
 )
 def test_what_cannot_be_scored_is_refused(tokens: list[int], length: int, message: str):
     with pytest.raises(UserError, match=re.escape(message)):
-        perplexity(tiny_params(CONFIG), np.int32(tokens), 2, length, CONFIG, Compute(), one_device())
+        perplexity(tiny_params(CONFIG), np.int32(tokens), 2, length, CONFIG, ComputeConfig(), one_device())

@@ -10,7 +10,7 @@ import pytest
 from camelid.errors import UserError
 from camelid.generate.decode import generate
 from camelid.generate.sampling import Sampling, sampling, select
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import abstract
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
@@ -30,7 +30,9 @@ def params() -> Decoder:
 @pytest.fixture(scope="module")
 def run(params: Decoder):
     def run(prompts, seeds, options: Sampling, max_new_tokens: int = 30, eos_ids=()) -> list[list[int]]:
-        return generate(params, prompts, seeds, options, max_new_tokens, eos_ids, CONFIG, Compute(), one_device())[0]
+        return generate(
+            params, prompts, seeds, options, max_new_tokens, eos_ids, CONFIG, ComputeConfig(), one_device()
+        )[0]
 
     return run
 
@@ -45,7 +47,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone(run, options: Sampling):
 
 def test_a_mesh_generates_what_one_device_does(run, params: Decoder):
     """Three prompts on four data-parallel shards: one shard has only a padding row."""
-    mesh, compute = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), Compute(replicate=("vocab", "vocab_in"))
+    mesh, compute = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), ComputeConfig(replicate=("vocab", "vocab_in"))
     specs = abstract(declare_decoder(CONFIG), jnp.float32, mesh, compute.replicate)
     cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
     rows, _ = generate(cut, PROMPTS[:3], SEEDS[:3], SAMPLED, 30, (), CONFIG, compute, mesh)
@@ -56,16 +58,16 @@ def test_a_mesh_generates_what_one_device_does(run, params: Decoder):
 def test_replicated_key_heads_generate_what_one_device_does(heads: int, kv_heads: int, tensor: int):
     """There are more tensor-parallel devices than key/value heads, so each device holds the complete cache."""
     config = tiny_config(vocab_size=96, num_heads=heads, num_kv_heads=kv_heads)
-    params, compute = tiny_params(config), Compute(replicate=("kv_heads",))
+    params, compute = tiny_params(config), ComputeConfig(replicate=("kv_heads",))
     mesh = make_mesh(MeshConfig(tensor=tensor))
     specs = abstract(declare_decoder(config), jnp.float32, mesh, compute.replicate)
     cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
-    alone = generate(params, PROMPTS, SEEDS, SAMPLED, 20, (), config, Compute(), one_device())
+    alone = generate(params, PROMPTS, SEEDS, SAMPLED, 20, (), config, ComputeConfig(), one_device())
     assert generate(cut, PROMPTS, SEEDS, SAMPLED, 20, (), config, compute, mesh) == alone
 
 
 def test_sampled_tokens_are_those_of_full_forwards_without_a_cache(run, params: Decoder):
-    logits = jax.jit(lambda tokens: params(tokens, jnp.arange(64)[None], None, CONFIG, Compute())[0])
+    logits = jax.jit(lambda tokens: params(tokens, jnp.arange(64)[None], None, CONFIG, ComputeConfig())[0])
     tokens = list(PROMPTS[1])
     for step in range(12):
         row = np.zeros((1, 64), np.int32)

@@ -14,7 +14,7 @@ from camelid.generate.decode import generate
 from camelid.generate.sampling import Sampling, sampling, select
 from camelid.generate.state import DecodeState, admit, advance, prefill, release, reorder, rollback
 from camelid.model import attention
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.kv_cache import empty_cache
 from camelid.model.weights import Adapted
@@ -53,11 +53,11 @@ class Steps:
         lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
         seeds = jnp.asarray([seed % 2**32 for seed in seeds[: len(prompts)]], jnp.uint32)
         return _prefill(
-            self.params, padded, lengths, lengths + new, options, seeds, self.config, Compute(), self.max_rollback
+            self.params, padded, lengths, lengths + new, options, seeds, self.config, ComputeConfig(), self.max_rollback
         )
 
     def advance(self, state: DecodeState, tokens) -> tuple[DecodeState, jax.Array]:
-        return _advance(self.params, state, jnp.asarray(tokens, jnp.int32), self.config, Compute())
+        return _advance(self.params, state, jnp.asarray(tokens, jnp.int32), self.config, ComputeConfig())
 
     def decode(self, state: DecodeState, logits, count: int) -> tuple[DecodeState, np.ndarray]:
         """`count` tokens of each row (B, count), whose last is not yet appended."""
@@ -92,7 +92,7 @@ def prompts_of(config: ModelConfig) -> list[list[int]]:
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_loop_in_python_gives_the_tokens_of_the_device_loop(steps: Steps, options: Sampling):
     prompts = prompts_of(steps.config)
-    ours, _ = generate(steps.params, prompts, SEEDS, options, 20, (), steps.config, Compute(), one_device())
+    ours, _ = generate(steps.params, prompts, SEEDS, options, 20, (), steps.config, ComputeConfig(), one_device())
     _, tokens = steps.decode(*steps.prefill(prompts, options=options), 20)
     assert tokens.tolist() == ours
 
@@ -252,7 +252,7 @@ def test_each_row_decodes_with_its_own_adapter():
     factors = ("a", "b", "scale")
     several = Adapted(base, *(jnp.stack([getattr(one, name) for one in single], 1) for name in factors))
     prompts, index = jnp.asarray(tiny_tokens(config, 3, 9)), jnp.array([1, -1, 0])
-    args = jnp.full(3, 9), jnp.full(3, 20), GREEDY, jnp.zeros(3, jnp.uint32), config, Compute()
+    args = jnp.full(3, 9), jnp.full(3, 20), GREEDY, jnp.zeros(3, jnp.uint32), config, ComputeConfig()
 
     def with_q_proj(weight) -> Decoder:
         attn = dataclasses.replace(params.layers.attn, q_proj=weight)
@@ -260,10 +260,10 @@ def test_each_row_decodes_with_its_own_adapter():
 
     def decoded(weight, adapters=None, swap: bool = False) -> np.ndarray:
         state, logits = prefill(with_q_proj(weight), prompts, *args, slots=SLOTS, adapters=adapters)
-        state, more = advance(with_q_proj(weight), state, jnp.asarray(prompts[:, :2]), config, Compute())
+        state, more = advance(with_q_proj(weight), state, jnp.asarray(prompts[:, :2]), config, ComputeConfig())
         if swap:
             state = reorder(state, jnp.array([2, 1, 0]))
-            state, more = advance(with_q_proj(weight), state, jnp.asarray(prompts[::-1, 2:4]), config, Compute())
+            state, more = advance(with_q_proj(weight), state, jnp.asarray(prompts[::-1, 2:4]), config, ComputeConfig())
             more = more[::-1]
         return np.concatenate([np.asarray(logits)[:, None], more], 1)
 
@@ -279,8 +279,8 @@ def test_a_kernel_that_cannot_process_a_prompt_is_not_used_for_it():
     params = Steps(config, tiny_params(config)).params
     prompts = jnp.asarray(tiny_tokens(config, 1, 9))
     args = prompts, jnp.array([9]), jnp.array([20]), GREEDY, jnp.zeros(1, jnp.uint32), config
-    _, logits = prefill(params, *args, Compute(attention="cudnn"), slots=SLOTS)
-    np.testing.assert_array_equal(logits, prefill(params, *args, Compute(), slots=SLOTS)[1])
+    _, logits = prefill(params, *args, ComputeConfig(attention="cudnn"), slots=SLOTS)
+    np.testing.assert_array_equal(logits, prefill(params, *args, ComputeConfig(), slots=SLOTS)[1])
 
 
 def test_gemma2_with_a_ring_for_its_local_layers_equals_transformers():
@@ -301,7 +301,7 @@ def test_gemma2_with_a_ring_for_its_local_layers_equals_transformers():
         whole = torch.from_numpy(np.concatenate([prompts, tokens[:, :-1]], 1).astype(np.int64))
         theirs = twin(whole).logits.numpy()[:, 8:]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
-    unrolled, _ = generate(params, prompts.tolist(), [0, 0], GREEDY, 32, (), config, Compute(), one_device())
+    unrolled, _ = generate(params, prompts.tolist(), [0, 0], GREEDY, 32, (), config, ComputeConfig(), one_device())
     assert unrolled == tokens.tolist() == theirs.argmax(-1).tolist()
 
 

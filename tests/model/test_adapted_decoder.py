@@ -17,7 +17,7 @@ import torch
 import camelid
 from camelid.generate.decode import generate
 from camelid.generate.sampling import sampling
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.decoder import Decoder, declare_decoder, decode_params, specs_of
 from camelid.model.finite import not_finite
@@ -29,7 +29,7 @@ from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
 
 CONFIG = tiny_config(vocab_size=96)
 RANKS = [3, 1, 4, 2]
-COMPUTE = Compute()
+COMPUTE = ComputeConfig()
 TOKENS = tiny_tokens(CONFIG, 4, 11)  # 44 tokens: no number of features
 POSITIONS = jnp.broadcast_to(jnp.arange(11), TOKENS.shape)
 # The same sums in another order, float32: differences are near 1e-6 of the largest value.
@@ -66,7 +66,7 @@ def dense_params(params: Decoder) -> Decoder:
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
-def logits_of(params: Decoder, tokens, config: ModelConfig = CONFIG, compute: Compute = COMPUTE) -> jax.Array:
+def logits_of(params: Decoder, tokens, config: ModelConfig = CONFIG, compute: ComputeConfig = COMPUTE) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return params(jnp.asarray(tokens), positions, None, config, compute)[0]
 
@@ -91,7 +91,7 @@ def join(factors: Any, frozen: Any) -> Decoder:
     return jax.tree.map(lambda a, b: b if a is None else a, factors, frozen, is_leaf=lambda x: x is None)
 
 
-def squares(factors: Any, frozen: Any, compute: Compute = COMPUTE) -> jax.Array:
+def squares(factors: Any, frozen: Any, compute: ComputeConfig = COMPUTE) -> jax.Array:
     """A loss of all hidden states."""
     x, _ = join(factors, frozen).hidden(jnp.asarray(TOKENS), POSITIONS, None, CONFIG, compute)
     return jnp.mean(jnp.square(x.astype(jnp.float32)) * jnp.linspace(0.1, 1, CONFIG.embed_dim))
@@ -123,7 +123,7 @@ def test_a_declared_parameter_is_one_entry_whatever_its_type(mixed: Decoder):
 @pytest.mark.parametrize("remat", ["none", "elementwise", "layer"])
 def test_gradients_of_the_adapters_are_those_through_the_dense_equivalent(mixed: Decoder, remat: str):
     factors, frozen = split(mixed)
-    gradients = jax.jit(jax.grad(partial(squares, compute=Compute(remat=remat))))(factors, frozen)
+    gradients = jax.jit(jax.grad(partial(squares, compute=ComputeConfig(remat=remat))))(factors, frozen)
 
     def by_dense(factors: Any) -> jax.Array:
         return squares(dense_params(join(factors, frozen)), dense_params(join(factors, frozen)))
@@ -153,7 +153,7 @@ def test_no_product_computes_the_gradient_of_a_frozen_weight(remat: str):
     path = "layers.attn.q_proj"
     params = replaced(params, CONFIG, {path: adapted(specs[path], named(params)[path], RANKS)})
     factors, frozen = split(params)
-    compute = Compute(remat=remat)
+    compute = ComputeConfig(remat=remat)
     text = jax.jit(jax.grad(partial(squares, compute=compute))).lower(factors, frozen).compile().as_text()
     heads, kv, mlp, embed = 60, 20, CONFIG.mlp_dim, CONFIG.embed_dim
     weights = {(heads, embed), (kv, embed), (embed, heads), (mlp, embed), (embed, mlp)}
@@ -166,7 +166,7 @@ def test_no_product_computes_the_gradient_of_a_frozen_weight(remat: str):
 @pytest.mark.parametrize("remat", ["none", "elementwise"])
 def test_the_backward_pass_keeps_no_dense_copy_of_a_quantized_weight(mixed: Decoder, remat: str):
     factors, frozen = split(mixed)
-    compute = Compute(remat=remat)
+    compute = ComputeConfig(remat=remat)
     saved = jax.eval_shape(lambda f: jax.vjp(lambda f: squares(f, frozen, compute), f)[1], factors)
     matrices = {spec.shape for spec in named(declare_decoder(CONFIG).layers).values() if spec.is_matrix}
     kept = {leaf.shape for leaf in jax.tree.leaves(saved) if leaf.dtype == jnp.float32}

@@ -16,7 +16,7 @@ from jax import lax
 from camelid.errors import UserError
 from camelid.model import attention, blockwise
 from camelid.model.attention import View
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.kernels import Scoring, choose_kernel
 from camelid.model.mask import Mask
@@ -25,7 +25,7 @@ from programs import largest_array
 
 SCORING = Context()
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 6, 3, 10
-DENSE, BLOCKWISE = Compute(attention="dense"), Compute(attention="blockwise")
+DENSE, BLOCKWISE = ComputeConfig(attention="dense"), ComputeConfig(attention="blockwise")
 # Sums of some dozens of float32 products, in another order; values and gradients are of scale 1.
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
@@ -43,7 +43,7 @@ WINDOW = model(sliding_window=5)
 CAPPED_WINDOW = model(attn_softcap=2.0, query_pre_attn_scalar=7, sliding_window=11)
 
 
-def attend(q, k, v, query_positions, segments, windowed, config: ModelConfig, compute: Compute, context=SCORING):
+def attend(q, k, v, query_positions, segments, windowed, config: ModelConfig, compute: ComputeConfig, context=SCORING):
     """attention.attend over keys in order."""
     return attention.attend(q, View(k, v, segments=segments), query_positions, windowed, config, compute, context)
 
@@ -87,7 +87,7 @@ def plain_loop(q, k, v, order, segments, config: ModelConfig = PLAIN, local: boo
 
 
 def with_gradients(
-    q, k, v, g, order, segments, compute: Compute, config: ModelConfig = PLAIN, local: bool | jax.Array = True
+    q, k, v, g, order, segments, compute: ComputeConfig, config: ModelConfig = PLAIN, local: bool | jax.Array = True
 ) -> list[np.ndarray]:
     """The output and the gradients by q, k and v."""
 
@@ -109,7 +109,7 @@ def block(monkeypatch) -> int:
 @pytest.mark.parametrize("config", [PLAIN, CAPPED, WINDOW, CAPPED_WINDOW], ids=["plain", "capped", "window", "both"])
 @pytest.mark.parametrize("segments", [None, documents(13)], ids=["one document", "packed"])
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
-def test_attention_is_the_plain_loop(compute: Compute, segments, config: ModelConfig, block):
+def test_attention_is_the_plain_loop(compute: ComputeConfig, segments, config: ModelConfig, block):
     q, k, v, _ = inputs(13)
     order = np.broadcast_to(np.arange(13), (BATCH, 13))
     ours = attend(q, k, v, None, segments, True, config, compute)
@@ -118,7 +118,7 @@ def test_attention_is_the_plain_loop(compute: Compute, segments, config: ModelCo
 
 @pytest.mark.parametrize("window", [1, 5, 8, 9, 12, 13, 14])
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
-def test_a_query_sees_as_many_tokens_as_the_window_its_own_the_last(compute: Compute, window: int, block):
+def test_a_query_sees_as_many_tokens_as_the_window_its_own_the_last(compute: ComputeConfig, window: int, block):
     q, k, v, _ = inputs(13)
     out = attend(0 * q, k, v, None, None, True, model(sliding_window=window), compute)
     v = np.repeat(np.asarray(v), HEADS // KV_HEADS, 1)  # scores are equal, so each output is a mean
@@ -255,7 +255,7 @@ def test_blocks_are_skipped_in_any_order(block):
 
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
-def test_a_traced_local_means_what_a_python_bool_means(compute: Compute, local: bool, block):
+def test_a_traced_local_means_what_a_python_bool_means(compute: ComputeConfig, local: bool, block):
     arrays, segments = inputs(29), documents(29)
     traced = with_gradients(*arrays, None, segments, compute, CAPPED_WINDOW, jnp.asarray(local))
     known = with_gradients(*arrays, None, segments, DENSE, CAPPED_WINDOW if local else CAPPED)
@@ -264,7 +264,7 @@ def test_a_traced_local_means_what_a_python_bool_means(compute: Compute, local: 
 
 
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
-def test_one_scan_runs_layers_with_and_without_the_window(compute: Compute, block):
+def test_one_scan_runs_layers_with_and_without_the_window(compute: ComputeConfig, block):
     q, k, v, g = inputs(29, heads=HEADS, kv_heads=HEADS)
     layers = [True, False, True]
 
@@ -307,7 +307,7 @@ def test_blocks_outside_the_window_are_skipped_in_a_cache(block):
     q, k, v, _ = inputs(11, 40)
     order = np.stack([np.arange(11) + 17, np.arange(11) + 29]).astype(np.int32)
     bad_k, bad_v = (x.at[:, :, :block].set(jnp.nan) for x in (k, v))
-    ours = attend(q, bad_k, bad_v, jnp.asarray(order), None, True, model(sliding_window=10), Compute())
+    ours = attend(q, bad_k, bad_v, jnp.asarray(order), None, True, model(sliding_window=10), ComputeConfig())
     np.testing.assert_allclose(ours, plain_loop(q, k, v, order, None, model(sliding_window=10)), **CLOSE)
 
 
@@ -358,13 +358,13 @@ def test_queries_over_a_cache_see_their_own_slots_and_earlier(queries: int, keys
     order = np.stack([np.arange(queries) + 3, np.arange(queries) + keys - queries]).astype(np.int32)
     beyond = np.arange(keys) > order[:, -1:]
     k, v = (jnp.where(beyond[:, None, :, None], 1e4, x) for x in (k, v))
-    ours = attend(q, k, v, jnp.asarray(order), None, local, config, Compute())
+    ours = attend(q, k, v, jnp.asarray(order), None, local, config, ComputeConfig())
     np.testing.assert_allclose(ours, plain_loop(q, k, v, order, None, config, bool(local)), **CLOSE)
 
 
 @pytest.mark.parametrize("config", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
-def test_only_dense_makes_an_array_of_queries_by_keys(compute: Compute, config: ModelConfig):
+def test_only_dense_makes_an_array_of_queries_by_keys(compute: ComputeConfig, config: ModelConfig):
     length = 8 * blockwise.BLOCK
     q, k = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in ((length, 1, 2), (1, length, 2)))
     segments = jnp.zeros((1, length), jnp.int32)
@@ -383,7 +383,7 @@ def test_a_kernel_that_the_device_lacks_is_refused(kernel: str):
     q, k, v, _ = inputs(13)
     device = jax.default_backend()
     with pytest.raises(UserError, match=f"attention = '{kernel}' .* requires .* this run has {device}, float32"):
-        attend(q, k, v, None, None, False, PLAIN, Compute(attention=kernel))
+        attend(q, k, v, None, None, False, PLAIN, ComputeConfig(attention=kernel))
 
 
 H200, A100 = ("gpu", "NVIDIA H200", "9.0"), ("gpu", "NVIDIA A100-SXM4-40GB", "8.0")
@@ -490,7 +490,7 @@ def test_splash_equals_dense_in_outputs_and_gradients(
     arrays = inputs(length, heads=8, kv_heads=4, head_dim=128)
     segments = documents(length) if packed else None
     with nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
-        splash = with_gradients(*arrays, None, segments, Compute(attention="splash"), config, local)
+        splash = with_gradients(*arrays, None, segments, ComputeConfig(attention="splash"), config, local)
     dense = with_gradients(*arrays, None, segments, DENSE, config, local)
     for ours, reference in zip(splash, dense, strict=True):
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
@@ -529,7 +529,7 @@ def test_replicated_heads_read_the_keys_that_they_read_on_one_device(
     length = 128
     arrays = inputs(length, heads=heads, kv_heads=kv_heads, head_dim=128)
     alone = with_gradients(*arrays, None, documents(length), DENSE)
-    compute = Compute(attention=kernel, replicate=replicate)  # pyright: ignore[reportArgumentType]
+    compute = ComputeConfig(attention=kernel, replicate=replicate)  # pyright: ignore[reportArgumentType]
     with jax.set_mesh(make_mesh(MeshConfig(data=8 // tensor, tensor=tensor))):
         shared = with_gradients(*arrays, None, documents(length), compute)
     for ours, reference in zip(shared, alone, strict=True):
@@ -552,7 +552,7 @@ def test_what_cudnn_is_asked_for_is_dense_attention(packed: bool, config: ModelC
     segments = documents(200) if packed else None
     cudnn, dense = (
         with_gradients(*inputs(200), None, segments, compute, config, local)
-        for compute in (Compute(attention="cudnn"), DENSE)
+        for compute in (ComputeConfig(attention="cudnn"), DENSE)
     )
     for ours, reference in zip(cudnn, dense, strict=True):
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
@@ -572,7 +572,7 @@ def test_cudnn_equals_dense_in_outputs_and_gradients(packed: bool, dtype, config
     arrays = inputs(length, dtype=dtype, head_dim=64)
     dense, cudnn = (
         with_gradients(*arrays, None, segments, compute, config, local)
-        for compute in (DENSE, Compute(attention="cudnn"))
+        for compute in (DENSE, ComputeConfig(attention="cudnn"))
     )
     for ours, reference, float32 in zip(cudnn, dense, exact, strict=True):
         assert np.std(ours - float32) < 1.2 * np.std(reference - float32)

@@ -10,7 +10,7 @@ import pytest
 from camelid.errors import UserError
 from camelid.model import blockwise
 from camelid.model.attention import View, attend
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.context import Context
 from camelid.model.kernels import choose_kernel
 from camelid.parallel.mesh import MeshConfig, make_mesh
@@ -18,14 +18,14 @@ from model.test_attention import CAPPED_WINDOW, CLOSE, PLAIN, documents, inputs
 from model.test_attention import on_device as on_device  # a fixture
 
 RATE, ROWS, LENGTH = 0.3, jnp.asarray([4, 9]), 29
-DENSE, BLOCKWISE = Compute(attention="dense"), Compute(attention="blockwise")
+DENSE, BLOCKWISE = ComputeConfig(attention="dense"), ComputeConfig(attention="blockwise")
 
 
 def training(rows=ROWS, rate: float = RATE, seed: int = 0) -> Context:
     return Context(phase="training", attention_dropout=rate, dropout_key=jax.random.key(seed), rows=rows)
 
 
-def with_gradients(q, k, v, g, segments, compute: Compute, config=PLAIN, context: Context | None = None):
+def with_gradients(q, k, v, g, segments, compute: ComputeConfig, config=PLAIN, context: Context | None = None):
     """The output and the gradients by q, k and v."""
 
     @jax.jit
@@ -55,7 +55,7 @@ def test_blockwise_equals_dense_in_outputs_and_gradients_for_any_block(packed: b
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
-def factors(context: Context, heads: int, kv_heads: int, length: int, compute: Compute = DENSE) -> np.ndarray:
+def factors(context: Context, heads: int, kv_heads: int, length: int, compute: ComputeConfig = DENSE) -> np.ndarray:
     """What each weight is multiplied by (B H S T), from outputs for equal scores and one-hot values."""
     assert context.rows is not None
     q = jnp.zeros((len(context.rows), length, heads, length))
@@ -112,7 +112,7 @@ def test_rows_are_known_by_their_numbers_and_steps_by_their_keys():
 
 
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
-def test_a_mesh_drops_what_one_device_does(compute: Compute):
+def test_a_mesh_drops_what_one_device_does(compute: ComputeConfig):
     arrays, rows = inputs(LENGTH, heads=8, kv_heads=4), jnp.arange(2)
     alone = with_gradients(*arrays, documents(LENGTH), DENSE, context=training(rows))
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
@@ -122,7 +122,7 @@ def test_a_mesh_drops_what_one_device_does(compute: Compute):
 
 
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
-def test_without_dropout_the_program_is_the_one_that_knows_none(compute: Compute):
+def test_without_dropout_the_program_is_the_one_that_knows_none(compute: ComputeConfig):
     q, k, v, _ = inputs(LENGTH)
 
     def program(context: Context) -> str:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.context import Context, dropout
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import shardings
@@ -32,7 +32,7 @@ def params() -> Decoder:
 def hidden(params: Decoder, tokens, rows, key, rates: Any = BOTH) -> jax.Array:
     context = Context("training", dropout_key=key, rows=rows, **dict(rates))
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return params.hidden(jnp.asarray(tokens), positions, None, CONFIG, Compute(), context=context)[0]
+    return params.hidden(jnp.asarray(tokens), positions, None, CONFIG, ComputeConfig(), context=context)[0]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,9 @@ def test_each_rate_drops_something(params: Decoder, rate: str):
 def test_without_rates_or_without_a_key_nothing_is_dropped_and_nothing_is_drawn(params: Decoder):
     def program(context: Context) -> str:
         positions = jnp.broadcast_to(jnp.arange(LENGTH), TOKENS.shape)
-        run = jax.jit(lambda p: p.hidden(jnp.asarray(TOKENS), positions, None, CONFIG, Compute(), context=context)[0])
+        run = jax.jit(
+            lambda p: p.hidden(jnp.asarray(TOKENS), positions, None, CONFIG, ComputeConfig(), context=context)[0]
+        )
         return str(jax.make_jaxpr(run)(params))
 
     plain = program(Context())

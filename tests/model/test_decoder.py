@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.decoder import Decoder, Layer, run_layers
 from camelid.model.kv_cache import empty_cache
@@ -42,7 +42,9 @@ def counted(length: int, rows: int = 1) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
-def logits_and_gradients(params, tokens, positions, segments, targets, weights, config: ModelConfig, compute: Compute):
+def logits_and_gradients(
+    params, tokens, positions, segments, targets, weights, config: ModelConfig, compute: ComputeConfig
+):
     def loss(params):
         x, _ = params.hidden(tokens, positions, segments, config, compute)
         return params.loss(x, targets, weights, config)[0], params.logits(x, config, compute)
@@ -83,22 +85,22 @@ def packed(separate) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def run_packed(params: Decoder, packed):
-    """Logits and gradients of the packed row, once for each Compute."""
+    """Logits and gradients of the packed row, once for each ComputeConfig."""
     return functools.cache(lambda compute: logits_and_gradients(params, **packed, config=CONFIG, compute=compute))
 
 
 def test_packed_documents_equal_separate_documents(kind: ModelConfig, separate, packed):
     """Logits, and the gradients of the loss."""
     params = tiny_params(kind)
-    alone, reference = logits_and_gradients(params, **separate, config=kind, compute=Compute())
-    together, gradients = logits_and_gradients(params, **packed, config=kind, compute=Compute())
+    alone, reference = logits_and_gradients(params, **separate, config=kind, compute=ComputeConfig())
+    together, gradients = logits_and_gradients(params, **packed, config=kind, compute=ComputeConfig())
     assert_close(together[packed["weights"] > 0], alone[separate["weights"] > 0])
     for path, theirs in named(reference).items():
         assert_close(named(gradients)[path], theirs)
 
 
 def test_a_token_does_not_change_what_came_before_it(params: Decoder):
-    run = jax.jit(lambda tokens: params(tokens, counted(20), None, CONFIG, Compute())[0])
+    run = jax.jit(lambda tokens: params(tokens, counted(20), None, CONFIG, ComputeConfig())[0])
     tokens = tiny_tokens(CONFIG, 1, 20)
     changed = tokens.copy()
     changed[0, 12] = (changed[0, 12] + 1) % CONFIG.vocab_size
@@ -108,15 +110,15 @@ def test_a_token_does_not_change_what_came_before_it(params: Decoder):
 
 
 def test_decoding_with_a_cache_equals_the_full_forward(kind: ModelConfig):
-    assert_cached_equals_full(kind, Compute(), CLOSE)
+    assert_cached_equals_full(kind, ComputeConfig(), CLOSE)
 
 
 def test_decoding_in_bfloat16_equals_the_full_forward():
     # The two ways round at other places: 8 bits, through four layers.
-    assert_cached_equals_full(CONFIG, Compute(dtype="bfloat16"), 0.05)
+    assert_cached_equals_full(CONFIG, ComputeConfig(dtype="bfloat16"), 0.05)
 
 
-def assert_cached_equals_full(config: ModelConfig, compute: Compute, close: float) -> None:
+def assert_cached_equals_full(config: ModelConfig, compute: ComputeConfig, close: float) -> None:
     """Prompts of unequal length are written together, then each row goes on from its own end, a token at a time.
 
     A window of some kinds ends within the prompt, and moves on while they decode.
@@ -156,7 +158,9 @@ def test_a_write_beyond_the_last_slot_is_dropped():
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_rematerialization_changes_neither_logits_nor_gradients(run_packed, remat: str):
-    (logits, gradients), (reference, theirs) = (run_packed(Compute(remat=choice)) for choice in (remat, "elementwise"))
+    (logits, gradients), (reference, theirs) = (
+        run_packed(ComputeConfig(remat=choice)) for choice in (remat, "elementwise")
+    )
     assert_close(logits, reference)
     for path, values in named(theirs).items():
         assert_close(named(gradients)[path], values)
@@ -169,7 +173,7 @@ def kept_numbers(remat: str) -> int:
     tokens = jnp.zeros((rows, length), jnp.int32)
 
     def pullback(params):
-        compute = Compute(remat=remat)
+        compute = ComputeConfig(remat=remat)
         return jax.vjp(lambda p: p.hidden(tokens, counted(length, rows), None, CONFIG, compute)[0], params)[1]
 
     leaves = jax.tree.leaves(jax.eval_shape(pullback, params))
@@ -199,9 +203,9 @@ def layers_one_by_one(params: Decoder) -> list[Layer]:
 
 def hidden_states(config: ModelConfig) -> tuple[Decoder, jax.Array, dict]:
     params = tiny_params(config)
-    x = params.embed_tokens(jnp.asarray(tiny_tokens(config, 2, 20)), config, Compute(), Context())
+    x = params.embed_tokens(jnp.asarray(tiny_tokens(config, 2, 20)), config, ComputeConfig(), Context())
     inputs = {"positions": counted(20, 2), "segments": None, "lengths": None}
-    return params, x, inputs | {"config": config, "compute": Compute(), "context": Context()}
+    return params, x, inputs | {"config": config, "compute": ComputeConfig(), "context": Context()}
 
 
 def test_slices_of_the_layers_run_in_turn_give_what_all_layers_give(kind: ModelConfig):
@@ -242,7 +246,7 @@ def test_unrolled_layers_are_rematerialized_as_stacked_ones_are(params: Decoder)
         """Elements that are saved for the backward pass, in all layers."""
 
         def pullback(params):
-            compute = Compute(remat=remat)
+            compute = ComputeConfig(remat=remat)
             return jax.vjp(lambda p: p.hidden(tokens, counted(20, 2), None, CONFIG, compute)[0], params)[1]
 
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(pullback, params)))

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from camelid.model.attention import View, attend
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.kv_cache import KVCache, empty_cache
 from tiny import tiny_config
@@ -120,7 +120,7 @@ def without_cache(q, k, v, length: int) -> np.ndarray:
                 None,
                 windowed,
                 CONFIG,
-                Compute(attention="dense"),
+                ComputeConfig(attention="dense"),
                 Context(),
             )
             for layer, windowed in enumerate(CONFIG.windowed)
@@ -134,7 +134,7 @@ def unrolled(cache: KVCache, q, k, v, positions) -> tuple[KVCache, Array]:
     out = []
     for layer, windowed in enumerate(CONFIG.windowed):
         cache, view = cache.update(windowed, jnp.int32(layer), k[layer], v[layer], positions)
-        out.append(attend(q[layer], view, positions, windowed, CONFIG, Compute(), DECODE))
+        out.append(attend(q[layer], view, positions, windowed, CONFIG, ComputeConfig(), DECODE))
     return cache, jnp.stack(out)
 
 
@@ -145,7 +145,7 @@ def scanned(cache: KVCache, q, k, v, positions) -> tuple[KVCache, Array]:
     def one_layer(cache, item):
         layer, windowed, q, k, v = item
         cache, view = cache.update(windowed, layer, k, v, positions)
-        return cache, attend(q, view, positions, windowed, CONFIG, Compute(), DECODE)
+        return cache, attend(q, view, positions, windowed, CONFIG, ComputeConfig(), DECODE)
 
     return lax.scan(one_layer, cache, (jnp.arange(len(q)), jnp.asarray(CONFIG.windowed), q, k, v))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.loss import TokenLogProbs, cross_entropy, token_log_probs
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from families import FAMILIES
@@ -187,7 +187,7 @@ def test_the_log_probabilities_of_a_model_equal_transformers(family: str):
     @jax.jit
     def run(params, tokens, targets):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, _ = params.hidden(tokens, positions, None, config, Compute())
+        x, _ = params.hidden(tokens, positions, None, config, ComputeConfig())
         return params.token_log_probs(x, targets, config, top_k=3)
 
     targets = np.roll(tokens, -1, 1)

@@ -20,7 +20,7 @@ FAULTS = (
     Fault(
         "keys that are not valid are seen",
         "model/attention.py",
-        "positions if view.valid is None else jnp.where(view.valid, positions, NEVER)",
+        "positions if view.valid is None else jnp.where(view.valid, positions, INVISIBLE)",
         "positions",
         ORDER,
     ),

@@ -127,7 +127,7 @@ FAULTS = (
     Fault(
         "every layer of a scan has the window",
         "model/attention.py",
-        "jnp.where(windowed, window, UNLIMITED)",
+        "jnp.where(windowed, window, NO_WINDOW)",
         "jnp.where(windowed, window, window)",
         f"{PARITY}[gemma2]",
     ),

@@ -14,7 +14,7 @@ import torch
 
 from camelid.generate.decode import generate
 from camelid.generate.sampling import sampling
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import Decoder
 from camelid.model.params import named
 from camelid.parallel.mesh import one_device
@@ -38,7 +38,7 @@ class Pair:
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
-def our_results(params, tokens, targets, weights, config: ModelConfig, compute: Compute) -> dict:
+def our_results(params, tokens, targets, weights, config: ModelConfig, compute: ComputeConfig) -> dict:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     def loss(params):
@@ -69,7 +69,7 @@ def pair(request) -> Pair:
     twin = transformers_twin(config, params, family.theirs())
     tokens, targets = (tiny_tokens(config, ROWS, LENGTH, seed) for seed in (1, 2))
     weights = np.random.default_rng(3).choice([0.0, 1.0, 0.5], tokens.shape).astype(np.float32)
-    ours = our_results(params, tokens, targets, weights, config, Compute())
+    ours = our_results(params, tokens, targets, weights, config, ComputeConfig())
     return Pair(config, params, twin, family.grows, tokens, ours, their_results(twin, tokens, targets, weights, config))
 
 
@@ -104,7 +104,7 @@ def test_32_greedy_tokens_equal_transformers(pair: Pair):
         32,
         pair.config.eos_ids,
         pair.config,
-        Compute(),
+        ComputeConfig(),
         one_device(),
     )
     assert ours == their_greedy(pair, prompts, 32).tolist()
@@ -158,7 +158,7 @@ def test_16_bits_round_no_more_than_transformers_in_16_bits(name: str, dtype: st
     exact, theirs = exact.numpy(), theirs.float().numpy()
     positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
     ours, _ = jax.jit(Decoder.__call__, static_argnums=(4, 5))(
-        params, jnp.asarray(tokens), positions, None, config, Compute(dtype=dtype)
+        params, jnp.asarray(tokens), positions, None, config, ComputeConfig(dtype=dtype)
     )
     assert ours.dtype == jnp.float32
     assert np.std(ours - exact) < min(np.std(theirs - exact), spread * np.std(exact))

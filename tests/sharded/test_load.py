@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import camelid
-from camelid import Compute, MeshConfig
+from camelid import ComputeConfig, MeshConfig
 from camelid.checkpoint import layout
 from camelid.errors import UserError
 from camelid.model.params import named
@@ -69,11 +69,11 @@ def test_only_the_slices_of_a_device_are_read(folder: Path, monkeypatch: pytest.
 
 def test_heads_that_do_not_divide_are_refused_with_the_largest_size_that_would(folder: Path):
     with pytest.raises(UserError, match=r"kv_heads = 2 does not divide over tensor = 4\n.*tensor = 2.*replicate"):
-        camelid.load(folder, mesh=MeshConfig(fsdp=2, tensor=4), compute=Compute(replicate=("heads",)))
+        camelid.load(folder, mesh=MeshConfig(fsdp=2, tensor=4), compute=ComputeConfig(replicate=("heads",)))
 
 
 def test_a_replicated_axis_need_not_divide(folder: Path):
-    compute = Compute(replicate=("kv_heads", "heads"))
+    compute = ComputeConfig(replicate=("kv_heads", "heads"))
     model = camelid.load(folder, mesh=MeshConfig(fsdp=2, tensor=4), compute=compute)
     tokens = tiny_tokens(CONFIG, 2, 11)
     np.testing.assert_allclose(model.logits(tokens), camelid.load(folder).logits(tokens), atol=1e-4)
@@ -81,7 +81,7 @@ def test_a_replicated_axis_need_not_divide(folder: Path):
 
 def test_an_axis_to_replicate_that_is_none_is_refused(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"compute\.replicate names 'head'\n.*heads"):
-        camelid.load(folder, compute=Compute(replicate=("head",)))
+        camelid.load(folder, compute=ComputeConfig(replicate=("head",)))
 
 
 def test_a_mesh_that_does_not_fill_the_devices_is_refused(folder: Path):

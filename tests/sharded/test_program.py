@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import abstract, map_specs
 from camelid.parallel.mesh import MeshConfig, make_mesh
@@ -27,7 +27,7 @@ def test_no_device_gathers_the_activations_of_others(sizes):
     mesh, specs, optimizer = make_mesh(MeshConfig(**sizes)), declare_decoder(config), OptimizerConfig()
     adam = make_optimizer(optimizer, 10, map_specs(lambda spec: spec.is_matrix, specs))
     step = TrainStep(
-        NextTokenLoss(config=config, compute=Compute(dtype="bfloat16")), adam, learning_rate(optimizer, 10), 1.0
+        NextTokenLoss(config=config, compute=ComputeConfig(dtype="bfloat16")), adam, learning_rate(optimizer, 10), 1.0
     )
     cut = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32) | {"weights": jnp.float32}

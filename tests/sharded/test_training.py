@@ -83,7 +83,7 @@ def test_dropout_depends_on_no_mesh_and_no_microbatch(
 
 
 class StopAfterEight(StopSignal):
-    def at(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         return step == 8
 
 

@@ -73,7 +73,7 @@ class Story(StopSignal):
         assert int(state.step) == step
         self.events.append(("save", step))
 
-    def at(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         self.events.append(("stop?", step))
         return step == self.stop_after
 
@@ -192,17 +192,17 @@ def test_a_signal_asks_to_stop_and_handlers_are_as_before_afterwards():
     for number in (signal.SIGTERM, signal.SIGINT):
         before = signal.getsignal(number)
         with StopSignal() as stop:
-            assert not stop.at(1)
+            assert not stop.should_stop(1)
             signal.raise_signal(number)
-            assert stop.at(2)
-            assert stop.at(3)
+            assert stop.should_stop(2)
+            assert stop.should_stop(3)
         assert signal.getsignal(number) is before
 
 
 def test_a_second_signal_ends_at_once():
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
-        assert stop.at(1)
+        assert stop.should_stop(1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -215,7 +215,7 @@ def test_a_second_sigterm_lets_the_save_go_on():
                 signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:  # which would end pytest
             ended = True
-        assert stop.at(1)
+        assert stop.should_stop(1)
     assert not ended
 
 
@@ -223,7 +223,7 @@ def test_the_step_after_which_it_stops_is_said(capsys: pytest.CaptureFixture[str
     threads = set(threading.enumerate())
     for made, said in ((None, 8), (8, 9), (10, 10)):
         with StopSignal(first=7, last=10) as stop:
-            assert made is None or not stop.at(made)
+            assert made is None or not stop.should_stop(made)
             signal.raise_signal(signal.SIGINT)
         for thread in set(threading.enumerate()) - threads:
             thread.join()  # the one that says it

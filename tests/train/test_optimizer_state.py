@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import abstract, initialize, map_specs, named
 from camelid.model.pytree import path_name
@@ -76,7 +76,7 @@ def created(optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
 
 def continued(optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState, steps: range):
     """The state after some steps, and their losses."""
-    step = TrainStep(NextTokenLoss(config=CONFIG, compute=Compute()), optimizer, lambda count: 1.0, 1.0)
+    step = TrainStep(NextTokenLoss(config=CONFIG, compute=ComputeConfig()), optimizer, lambda count: 1.0, 1.0)
     places = jax.tree.map(lambda x: x.sharding, target(optimizer, mesh))
     compiled, losses = jax.jit(step, out_shardings=(places, None)), []
     for number in steps:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from camelid.data.rows.batch import Batch
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import abstract, map_specs, named
 from camelid.parallel.mesh import one_device
@@ -31,7 +31,7 @@ EPS = 1e-3
 def trainer(
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
     accumulate: int = 1,
-    compute: Compute = Compute(),  # noqa: B008
+    compute: ComputeConfig = ComputeConfig(),
     seed: int = 0,
 ) -> TrainStep:
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
@@ -47,7 +47,9 @@ def trainer(
 
 def plain_descent(clip_norm: float) -> TrainStep:
     """params - gradient: what is applied can be read from the parameters."""
-    return TrainStep(NextTokenLoss(config=CONFIG, compute=Compute()), optax.sgd(1.0), lambda count: 1.0, clip_norm)
+    return TrainStep(
+        NextTokenLoss(config=CONFIG, compute=ComputeConfig()), optax.sgd(1.0), lambda count: 1.0, clip_norm
+    )
 
 
 def batch(seed: int, rows: int = 8, length: int = 12) -> dict[str, jax.Array]:
@@ -166,7 +168,7 @@ def test_a_batch_of_padding_alone_moves_nothing():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_moments_are_float32_and_parameters_keep_their_dtype(dtype: str):
-    compute = Compute(dtype=dtype, param_dtype=dtype)
+    compute = ComputeConfig(dtype=dtype, param_dtype=dtype)
     step = trainer(compute=compute)
     params = jax.tree.map(lambda p: p.astype(dtype), tiny_params(CONFIG))
     state = start_state(params, step.optimizer)
@@ -184,11 +186,13 @@ def test_moments_are_float32_and_parameters_keep_their_dtype(dtype: str):
 
 
 def test_updates_of_bfloat16_parameters_are_computed_in_float32():
-    step = trainer(OptimizerConfig(learning_rate=1e-2, eps=EPS), compute=Compute(param_dtype="bfloat16"))
+    step = trainer(OptimizerConfig(learning_rate=1e-2, eps=EPS), compute=ComputeConfig(param_dtype="bfloat16"))
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params(CONFIG))
     masters = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     rounded, _ = train(step, params, 1)
-    exact, _ = train(dataclasses.replace(step, objective=NextTokenLoss(config=CONFIG, compute=Compute())), masters, 1)
+    exact, _ = train(
+        dataclasses.replace(step, objective=NextTokenLoss(config=CONFIG, compute=ComputeConfig())), masters, 1
+    )
     for path, leaf in named(rounded.trainable).items():
         # One rounding of the parameter, and that of its gradient, which moves it by less than 1e-2.
         reference = named(exact.trainable)[path]
@@ -200,7 +204,7 @@ def test_updates_of_bfloat16_parameters_are_computed_in_float32():
 
 def weighted_tokens(params: Decoder, rows: dict[str, jax.Array], key: jax.Array | None):
     """An objective whose metrics can be computed by hand."""
-    total, weight, _ = NextTokenLoss(config=CONFIG, compute=Compute())(params, rows, None)
+    total, weight, _ = NextTokenLoss(config=CONFIG, compute=ComputeConfig())(params, rows, None)
     assert key is not None
     numbers = rows["rows"][:, None] + jnp.zeros_like(rows["tokens"])
     metrics = {
@@ -233,7 +237,7 @@ RATES = ("embedding_dropout", "attention_dropout", "residual_dropout")
 @pytest.mark.parametrize("rate", RATES)
 def test_dropout_changes_the_loss_of_training_from_step_to_step_and_never_that_of_validation(rate: str):
     params, given = tiny_params(CONFIG), batch(0) | {"rows": jnp.arange(8)}
-    plain = NextTokenLoss(config=CONFIG, compute=Compute())
+    plain = NextTokenLoss(config=CONFIG, compute=ComputeConfig())
     drops = dataclasses.replace(plain, **{rate: 0.3})
     dropped = jax.jit(drops)
     first, second = (float(dropped(params, given, jax.random.key(step))[0]) for step in range(2))

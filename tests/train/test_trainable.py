@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.checkpoint.state.saved_state import open_arrays
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import map_specs, named
 from camelid.model.pytree import path_name
@@ -63,7 +63,7 @@ def is_factor(path: str, leaf: Any) -> bool:
 def train_step(**fields: Any) -> TrainStep:
     decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
     return TrainStep(
-        NextTokenLoss(config=CONFIG, compute=Compute()),
+        NextTokenLoss(config=CONFIG, compute=ComputeConfig()),
         make_optimizer(OPTIMIZER, 20, decay),
         learning_rate(OPTIMIZER, 20),
         1.0,

@@ -8,10 +8,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from camelid import tables
 from camelid.cli.data_text import escaped, print_legend, print_row
 from camelid.disk.space import format_bytes
-from camelid.tables import console as _console
-from camelid.tables import grid as _grid
 
 BAR = 50  # characters of the longest bar
 LABEL = 20  # characters of the name of a source in tables
@@ -21,7 +20,7 @@ NAME, SOURCES = 16, 60  # characters of the name and of the files of a store in 
 
 def show_prepared(summary: Mapping[str, Any]) -> None:
     """Prints the result of `data prepare`."""
-    console = _console()
+    console = tables.console()
     console.print(_counts(summary))
     if (speed := summary["tokens_per_second"]) is None:
         console.print("\nThe store exists already, with the same sources and options.")
@@ -35,7 +34,7 @@ def show_prepared(summary: Mapping[str, Any]) -> None:
 
 def show(summary: Mapping[str, Any]) -> None:
     """Prints the result of `data inspect`."""
-    console = _console()
+    console = tables.console()
     if "rows" in summary:
         for line in (
             *_names(summary),
@@ -66,14 +65,14 @@ def show(summary: Mapping[str, Any]) -> None:
 
 def show_cache(summary: Mapping[str, Any]) -> None:
     """Prints the result of `data cache`."""
-    console, removed = _console(), "removed" in summary
+    console, removed = tables.console(), "removed" in summary
     entries = summary["removed" if removed else "entries"]
     size = sum(entry["bytes"] for entry in entries)
     console.print(
         f"{summary['folder']}: {'removed ' if removed else ''}{len(entries):,}, {format_bytes(size)}", soft_wrap=True
     )
     if entries:
-        grid = _grid("name", ">size", "last used", "sources")
+        grid = tables.grid("name", ">size", "last used", "sources")
         for entry in entries:
             state = ", in use" if entry.get("in_use") else ""
             about = _shortened(", ".join(map(escaped, entry["sources"])), SOURCES) or entry["kind"]
@@ -178,7 +177,7 @@ def _names(summary: Mapping[str, Any]) -> Iterator[str]:
 def _sources(summary: Mapping[str, Any]) -> Table:
     named = _numbered(summary)
     unreadable = [">unreadable"] if any(source["unreadable"] for _, source in named) else []
-    grid = _grid("source", ">documents", ">tokens", ">with loss", ">median", ">longest", *unreadable)
+    grid = tables.grid("source", ">documents", ">tokens", ">with loss", ">median", ">longest", *unreadable)
     for label, source in named:
         grid.add_row(
             label,
@@ -195,7 +194,7 @@ def _sources(summary: Mapping[str, Any]) -> Table:
 def _packing(summary: Mapping[str, Any]) -> Table:
     method = summary["sources"][0]["packing"]
     title = f"{method['method']}, rows of {method['sequence_length']:,}"
-    grid = _grid(title, ">rows", ">filled", ">split", ">truncated", ">dropped", ">no loss")
+    grid = tables.grid(title, ">rows", ">filled", ">split", ">truncated", ">dropped", ">no loss")
     for label, source in _numbered(summary):
         packing = source["packing"]
         grid.add_row(
@@ -231,7 +230,7 @@ def _stages(summary: Mapping[str, Any]) -> list[Table]:
             if stage["steps"]
             else f"from step {stage['first_step']:,}: not reached"
         )
-        grid = _grid(title, ">requested", ">actual", ">rows", ">repeats")
+        grid = tables.grid(title, ">requested", ">actual", ">rows", ">repeats")
         for n, source in enumerate(summary["sources"]):
             grid.add_row(
                 source_label(n + 1, source),
@@ -242,7 +241,7 @@ def _stages(summary: Mapping[str, Any]) -> list[Table]:
             )
         tables.append(grid)
     if len(tables) > 1:
-        grid = _grid(f"all {summary['steps']:,} steps", ">repeats")
+        grid = tables.grid(f"all {summary['steps']:,} steps", ">repeats")
         for n, repeats in enumerate(summary["repeats"]):
             grid.add_row(source_label(n + 1, summary["sources"][n]), f"{repeats:.2f}")
         tables.append(grid)
@@ -252,7 +251,7 @@ def _stages(summary: Mapping[str, Any]) -> list[Table]:
 def _lengths(summary: Mapping[str, Any]) -> Table:
     """A histogram of the lengths of documents, over all sources."""
     counts = [sum(each) for each in zip(*summary["histogram"]["documents"], strict=True)]
-    grid = _grid(">tokens", ">documents", "")
+    grid = tables.grid(">tokens", ">documents", "")
     for label, count in zip(bar_labels(summary["histogram"]["edges"]), counts, strict=True):
         # A bar that is not empty is visible.
         bar = max(round(BAR * count / max(counts)), 1 if count else 0)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.errors import UserError
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.context import Context
 from camelid.model.decoder import Decoder, Layer, declare_decoder, run_layers
 from camelid.model.params import Spec, build, named
@@ -82,7 +82,7 @@ def streamed_logits(checkpoint: Checkpoint, tokens: Int[np.ndarray, " S"]) -> Fl
     with jax.set_mesh(one_device()):
         outer = {path: None if spec.stacked else read(path, spec, None) for path, spec in named(specs).items()}
         decoder: Decoder = build(specs, outer.values())
-        compute, context = Compute(), Context()
+        compute, context = ComputeConfig(), Context()
         positions = jnp.arange(len(tokens))[None]
         x = decoder.embed_tokens(jnp.asarray(tokens)[None], config, compute, context)
         layers = map(read_layer, range(config.num_layers))

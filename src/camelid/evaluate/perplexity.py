@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camelid.errors import UserError, in_python
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import Decoder
 from camelid.model.finite import not_finite
 from camelid.model.tokens import token_row
@@ -61,7 +61,7 @@ def perplexity(
     text_bytes: int,
     length: int,
     config: ModelConfig,
-    compute: Compute,
+    compute: ComputeConfig,
     mesh: Mesh,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
@@ -122,7 +122,7 @@ def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("config", "compute"))
 def _score(
-    params: Decoder, rows: dict[str, jax.Array], config: ModelConfig, compute: Compute
+    params: Decoder, rows: dict[str, jax.Array], config: ModelConfig, compute: ComputeConfig
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of weight x -log p(target) over all tokens, and the sum of the weights."""
     positions = jnp.broadcast_to(jnp.arange(rows["tokens"].shape[1]), rows["tokens"].shape)

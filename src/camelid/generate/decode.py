@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from camelid.errors import UserError
 from camelid.generate.sampling import Sampling, all_finite, select
 from camelid.generate.state import DecodeState, advance, prefill
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import Decoder, decode_params
 from camelid.model.tokens import token_row
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
@@ -34,7 +34,7 @@ def generate(
     max_new_tokens: int,
     eos_ids: Sequence[int],
     config: ModelConfig,
-    compute: Compute,
+    compute: ComputeConfig,
     mesh: Mesh,
     drawable: Bool[np.ndarray, " V"] | None = None,
 ) -> tuple[list[list[int]], list[bool]]:
@@ -107,7 +107,7 @@ def _generate(
     limit: Int[Array, ""],
     room: int,
     config: ModelConfig,
-    compute: Compute,
+    compute: ComputeConfig,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"], Bool[Array, " B"]]:
     """Up to `limit` new tokens of each row in a buffer of `room`, how many precede its end, and `finite`.
 

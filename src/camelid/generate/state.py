@@ -24,7 +24,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from camelid.generate.sampling import Sampling
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.decoder import Decoder
 from camelid.model.kv_cache import KVCache, empty_cache
@@ -70,7 +70,7 @@ def prefill(
     sampling: Sampling,
     seeds: UInt32[Array, " B"],
     config: ModelConfig,
-    compute: Compute,
+    compute: ComputeConfig,
     *,
     slots: int,
     max_rollback: int | None = 1,
@@ -100,7 +100,7 @@ def prefill(
 
 
 def advance(
-    params: Decoder, state: DecodeState, tokens: Int[Array, "B S"], config: ModelConfig, compute: Compute
+    params: Decoder, state: DecodeState, tokens: Int[Array, "B S"], config: ModelConfig, compute: ComputeConfig
 ) -> tuple[DecodeState, Float[Array, "B S V"]]:
     """Appends tokens to each active row, and returns the logits (float32) of the token after each of them."""
     count = tokens.shape[1]

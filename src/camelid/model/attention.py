@@ -17,10 +17,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from camelid.model.blockwise import blockwise
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.kernels import Scoring, choose_kernel, cudnn, either, splash
-from camelid.model.mask import NEVER, UNLIMITED, AttentionDropout, Mask, attention_dropout
+from camelid.model.mask import INVISIBLE, NO_WINDOW, AttentionDropout, Mask, attention_dropout
 from camelid.model.weights import dot
 
 
@@ -58,7 +58,7 @@ def attend(
     query_positions: Int[Array, "B S"] | None,
     windowed: bool | Bool[Array, ""],
     config: ModelConfig,
-    compute: Compute,
+    compute: ComputeConfig,
     context: Context,
 ) -> Float[Array, "B S H D"]:
     """softmax(scores of the queries and the keys that they see) times the values; scores and softmax are float32.
@@ -103,14 +103,14 @@ def attend(
         run = partial(splash, segments=view.segments, scoring=scoring, replicate=compute.replicate)
         return either(run, windowed, window, q, view.keys, view.values)
     grouped = q.reshape(B, S, K, -1, D).transpose(0, 2, 3, 1, 4)
-    mask = _mask(view, query_positions, None if window is None else jnp.where(windowed, window, UNLIMITED))
+    mask = _mask(view, query_positions, None if window is None else jnp.where(windowed, window, NO_WINDOW))
     out = {"dense": dense, "blockwise": blockwise}[kernel](grouped, view.keys, view.values, mask, dropout, scoring)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, D)
 
 
 def _mask(view: View, query_positions: Int[Array, "B S"] | None, window: Int[Array, ""] | None) -> Mask:
     positions = jnp.arange(view.keys.shape[2])[None] if view.positions is None else view.positions
-    visible = positions if view.valid is None else jnp.where(view.valid, positions, NEVER)
+    visible = positions if view.valid is None else jnp.where(view.valid, positions, INVISIBLE)
     if query_positions is None:
         return Mask(positions, visible, view.segments, view.segments, window)
     assert view.segments is None, "a row that is decoded is one document"

@@ -1,4 +1,4 @@
-"""ModelConfig, the architecture of a model, and Compute, the precision, memory and kernels with which it is run."""
+"""ModelConfig, the architecture of a model, and ComputeConfig, its precision, memory and kernels."""
 
 import functools
 from collections.abc import Mapping
@@ -207,7 +207,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
+class ComputeConfig:
     """Precision, memory and kernels of a computation; they never change the model."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

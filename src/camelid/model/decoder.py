@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from camelid.model.attention import View, attend
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context, dropout
 from camelid.model.kv_cache import KVCache
 from camelid.model.loss import TokenLogProbs, cross_entropy, project, token_log_probs
@@ -67,7 +67,7 @@ class Attention:
         inputs: "LayerInputs",
         cache: KVCache | None,
         config: ModelConfig,
-        compute: Compute,
+        compute: ComputeConfig,
         context: Context,
     ) -> tuple[Float[Array, "B S E"], KVCache | None]:
         q = add_bias(einsum("BSE,HDE->BSHD", x, self.q_proj, context), self.q_bias)
@@ -80,11 +80,11 @@ class Attention:
         v = shard(v, "batch seq kv_heads head_dim", compute.replicate)
         view, query_positions = View(*(y.transpose(0, 2, 1, 3) for y in (k, v)), segments=inputs.segments), None
         if cache is not None:
-            cache, stored = cache.update(inputs.local, inputs.index, k, v, inputs.positions)
+            cache, stored = cache.update(inputs.windowed, inputs.index, k, v, inputs.positions)
             # The first chunk of a prompt sees no keys but its own, for which devices have fused kernels.
             if context.phase != "prefill":
                 view, query_positions = stored, inputs.positions
-        out = attend(q, view, query_positions, inputs.local, config, compute, context)
+        out = attend(q, view, query_positions, inputs.windowed, config, compute, context)
         return add_bias(einsum("BSHD,EHD->BSE", out, self.o_proj, context), self.o_bias), cache
 
 
@@ -107,7 +107,7 @@ class MLP:
     down_bias: Array | None = param("embed", init="zeros", when=lambda c: c.mlp_bias)
 
     def __call__(
-        self, x: Float[Array, "B S E"], config: ModelConfig, compute: Compute, context: Context
+        self, x: Float[Array, "B S E"], config: ModelConfig, compute: ComputeConfig, context: Context
     ) -> Float[Array, "B S E"]:
         activation = ACTIVATIONS[config.activation]
         hidden = add_bias(einsum("BSE,ME->BSM", x, self.up_proj, context), self.up_bias)
@@ -130,7 +130,7 @@ class LayerInputs:
     segments: Int[Array, "B S"] | None
     rotation: tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
     """cosine and sine of the rotary angles"""
-    local: bool | Bool[Array, ""]
+    windowed: bool | Bool[Array, ""]
     """whether the layer uses the sliding window"""
 
 
@@ -149,7 +149,7 @@ class Layer:
         inputs: LayerInputs,
         cache: KVCache | None,
         config: ModelConfig,
-        compute: Compute,
+        compute: ComputeConfig,
         context: Context,
     ) -> tuple[Float[Array, "B S E"], KVCache | None]:
         with jax.named_scope("attention"):
@@ -182,7 +182,7 @@ class Decoder:
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"] | None,
         config: ModelConfig,
-        compute: Compute,
+        compute: ComputeConfig,
         *,
         context: Context = Context(),
         cache: KVCache | None = None,
@@ -200,7 +200,7 @@ class Decoder:
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"] | None,
         config: ModelConfig,
-        compute: Compute,
+        compute: ComputeConfig,
         *,
         context: Context = Context(),
         cache: KVCache | None = None,
@@ -234,7 +234,7 @@ class Decoder:
         return self.final_norm(x, config), cache
 
     def embed_tokens(
-        self, tokens: Int[Array, "B S"], config: ModelConfig, compute: Compute, context: Context
+        self, tokens: Int[Array, "B S"], config: ModelConfig, compute: ComputeConfig, context: Context
     ) -> Float[Array, "B S E"]:
         """The embeddings of the tokens: the input of the first layer."""
         x = lookup(self.embed, tokens, context, compute.dtype)
@@ -243,7 +243,7 @@ class Decoder:
         return shard(dropout(x, context.embedding_dropout, "embedding", context), "batch seq embed", compute.replicate)
 
     def logits(
-        self, x: Float[Array, "B S E"], config: ModelConfig, compute: Compute, *, context: Context = Context()
+        self, x: Float[Array, "B S E"], config: ModelConfig, compute: ComputeConfig, *, context: Context = Context()
     ) -> Float[Array, "B S V"]:
         """Float32 logits from the output of `hidden`."""
         logits = project(x, self.head, self.lm_head_bias, config.logits_softcap, context)
@@ -304,7 +304,7 @@ def run_layers(
     lengths: Int[Array, " B"] | None,
     *,
     config: ModelConfig,
-    compute: Compute,
+    compute: ComputeConfig,
     context: Context,
     cache: KVCache | None = None,
     first: int = 0,
@@ -329,14 +329,14 @@ def run_layers(
     """
     cos, sin = rotations(positions, segments, lengths, config)
 
-    def one_layer(x, cache, index, local, layer):
-        kind = 0 if config.local_rope_theta is None else jnp.int32(local)
-        inputs = LayerInputs(index, positions, segments, (cos[kind], sin[kind]), local)
+    def one_layer(x, cache, index, windowed, layer):
+        kind = 0 if config.local_rope_theta is None else jnp.int32(windowed)
+        inputs = LayerInputs(index, positions, segments, (cos[kind], sin[kind]), windowed)
         return layer(x, inputs, cache, config, compute, context.layer(index))
 
     if not isinstance(layers, Layer):
         for index, layer in enumerate(layers, first):
-            unrolled = partial(one_layer, index=jnp.int32(index), local=config.windowed[index])
+            unrolled = partial(one_layer, index=jnp.int32(index), windowed=config.windowed[index])
             x, cache = rematerialized(unrolled, compute, prevent_cse=True)(x, cache, layer=layer)
             del layer, unrolled  # before the next one is read
             if observer is not None:
@@ -346,20 +346,20 @@ def run_layers(
     if observer is not None:
         raise ValueError("stacked layers cannot be observed one by one; unstack them first")
     count = jax.tree.leaves(layers)[0].shape[0]
-    windowed = config.windowed[first : first + count]
-    alike = len(set(windowed)) == 1
+    kinds = config.windowed[first : first + count]
+    alike = len(set(kinds)) == 1
 
     def scanned(carry, item):
-        (x, cache), (index, local, layer) = carry, item
-        return one_layer(x, cache, index, windowed[0] if alike else local, layer), None
+        (x, cache), (index, windowed, layer) = carry, item
+        return one_layer(x, cache, index, kinds[0] if alike else windowed, layer), None
 
     # The cache is part of the carry, which XLA updates in place; as an output of the scan it would be copied.
-    items = (jnp.arange(first, first + count), jnp.array(windowed), layers)
+    items = (jnp.arange(first, first + count), jnp.array(kinds), layers)
     (x, cache), _ = lax.scan(rematerialized(scanned, compute, prevent_cse=False), (x, cache), items)
     return x, cache
 
 
-def rematerialized(one_layer: Callable, compute: Compute, prevent_cse: bool) -> Callable:
+def rematerialized(one_layer: Callable, compute: ComputeConfig, prevent_cse: bool) -> Callable:
     """`one_layer`, which saves for the backward pass what `compute.remat` specifies.
 
     `prevent_cse` keeps the compiler from merging what is computed again with the forward pass; a scan does not need it.

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from camelid.errors import UserError
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder
 from camelid.model.params import named
 from camelid.parallel.hosts import to_host
 
 
-def not_finite(params: Decoder, compute: Compute, what: str) -> UserError:
+def not_finite(params: Decoder, compute: ComputeConfig, what: str) -> UserError:
     """The error to raise if `what`, for example "the logits are", not finite. It names the first weight that is not.
 
     In a multi-process run, every process must call this: it reads sharded parameters.

@@ -63,7 +63,7 @@ def _attended_keys(config: ModelConfig, length: int) -> float:
     # Query i attends to min(i + 1, window) keys.
     window = min(config.sliding_window or length, length)
     keys = {True: window - window * (window - 1) / (2 * length), False: (length + 1) / 2}
-    return sum(keys[local] for local in config.windowed)
+    return sum(keys[windowed] for windowed in config.windowed)
 
 
 # Peak FLOPs per second of dense 16-bit matrix products, from the vendors' data sheets, by a substring of device_kind.

@@ -58,9 +58,9 @@ def choose_kernel(
 ) -> str:
     """The name of the kernel for `length` queries on this process's devices: dense, blockwise, cudnn or splash.
 
-    `requested` is Compute.attention. `own_keys`: the keys are of the same tokens as the queries, in the same order.
-    Warns if "auto" cannot use the fused kernel of a GPU or TPU. Raises UserError if `requested` cannot be used. Not
-    `required`: blockwise is used instead, without either.
+    `requested` is ComputeConfig.attention. `own_keys`: the keys are of the same tokens as the queries, in the same
+    order. Warns if "auto" cannot use the fused kernel of a GPU or TPU. Raises UserError if `requested` cannot be used.
+    Not `required`: blockwise is used instead, without either.
     """
     if not own_keys:
         # Fused kernels expect as many queries as keys. The scores of one query are small enough to be stored.

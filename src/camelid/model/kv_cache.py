@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from camelid.model.attention import View, ViewByKind
 from camelid.model.config import ModelConfig
-from camelid.model.mask import NEVER
+from camelid.model.mask import INVISIBLE
 from camelid.parallel.rules import shard
 
 
@@ -116,7 +116,7 @@ class RingCache:
             if k.shape[1] + self.window - 1 <= count:  # the window of the chunk's first token is still stored
                 stored = new._slot_positions(last)
                 return View(new.k[layer], new.v[layer], stored, valid=stored >= 0)
-            first = jnp.where(positions < 0, NEVER, positions).min(1, keepdims=True)
+            first = jnp.where(positions < 0, INVISIBLE, positions).min(1, keepdims=True)
             both = jnp.concatenate([self._slot_positions(first - 1), positions], 1)
             keys, values = (
                 jnp.concatenate([old[layer], chunk.transpose(0, 2, 1, 3)], 2)

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from camelid.model.context import Context
 
-NEVER = np.int32(2**31 - 1)  # the position of a key that no query sees
-UNLIMITED = 2**30  # a window that excludes no key
+INVISIBLE = np.int32(2**31 - 1)  # the position of a key that no query sees
+NO_WINDOW = 2**30  # a window that excludes no key
 MASKED = (
     -1e30
 )  # the score of a key that is not seen; finite: -inf minus -inf is NaN for a query that has seen no key yet
@@ -38,7 +38,7 @@ class Mask:
 
     query_positions: Int[Array, "#B S"]
     key_positions: Int[Array, "#B T"]
-    """NEVER for keys that no query sees"""
+    """INVISIBLE for keys that no query sees"""
     query_segments: Int[Array, "B S"] | None
     key_segments: Int[Array, "B T"] | None
     """None, for both: each row is one document"""
@@ -80,7 +80,7 @@ class Mask:
 
         return Mask(
             jnp.pad(self.query_positions, ((0, 0), (0, queries)), mode="edge"),
-            jnp.pad(self.key_positions, ((0, 0), (0, keys)), constant_values=NEVER),
+            jnp.pad(self.key_positions, ((0, 0), (0, keys)), constant_values=INVISIBLE),
             zeros(self.query_segments, queries),
             zeros(self.key_segments, keys),
             self.window,
@@ -92,7 +92,7 @@ class Mask:
         keys = self.key_positions.reshape(len(self.key_positions), 1, -1, k_block)
         visible = keys.min(-1) <= queries.max(-1)
         if self.window is not None:
-            last = jnp.where(keys == NEVER, -1, keys).max(-1)
+            last = jnp.where(keys == INVISIBLE, -1, keys).max(-1)
             visible = visible & (last > queries.min(-1) - self.window)
         return visible.any(0)
 

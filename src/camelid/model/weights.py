@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Float32, Int
 from camelid.model.context import Context
 from camelid.model.pytree import register_pytree
 
-KEPT = "kept"  # the name of what Compute.remat = "elementwise" saves for the backward pass
+KEPT = "kept"  # the name of what ComputeConfig.remat = "elementwise" saves for the backward pass
 
 
 @register_pytree

@@ -23,9 +23,9 @@ from camelid.interrupts import INTERRUPTED, before_end, handling_signals
 
 HEARTBEAT_TIMEOUT_S = 60
 """After this time without a heartbeat of a process, JAX ends the others."""
-ANSWER_MS = 1000
+ACKNOWLEDGE_MS = 1000
 """A process that failed waits up to this time until the others know."""
-LAST_S = 0.3
+EXIT_DELAY_S = 0.3
 """Process 0, which runs the coordinator, exits this much later than the others: JAX aborts processes that lose it."""
 FOREVER_MS = 10**9  # twelve days
 FAILURE = "camelid/failure"
@@ -139,9 +139,9 @@ def fail_together(as_user_error: Callable[[Exception], UserError | None]) -> Ite
         failure = {"process": _process_id(), "status": status, "error": [error.problem, error.advice]}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has failed already
             client.key_value_set(FAILURE, json.dumps(failure))
-            client.wait_at_barrier(f"{FAILURE}/heard", ANSWER_MS)
+            client.wait_at_barrier(f"{FAILURE}/heard", ACKNOWLEDGE_MS)
         if _process_id() == 0:
-            time.sleep(LAST_S)
+            time.sleep(EXIT_DELAY_S)
 
     threading.Thread(target=_end_with_others, args=(client,), daemon=True).start()
     interrupted = UserError("interrupted", "Run the same command again to resume.")
@@ -167,9 +167,9 @@ def _end_with_others(client: Any) -> None:
     problem, advice = failure["error"]
     print(f"camelid: process {failure['process']}: {problem}\n         {advice}", file=sys.stderr, flush=True)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        client.wait_at_barrier(f"{FAILURE}/heard", ANSWER_MS)
+        client.wait_at_barrier(f"{FAILURE}/heard", ACKNOWLEDGE_MS)
     if _process_id() == 0:
-        time.sleep(LAST_S)
+        time.sleep(EXIT_DELAY_S)
     os._exit(failure["status"])
 
 
@@ -192,7 +192,7 @@ class StopSignal:
 
     def __init__(self, first: int = 0, last: int | None = None):
         """`first` is the number of completed steps; training ends at step `last`."""
-        self._asked = threading.Event()
+        self._requested = threading.Event()
         self._step, self._last = first, last
         self._agreed = False
         self._several = jax.process_count() > 1
@@ -200,16 +200,16 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         # With several processes, JAX's runtime handles SIGTERM, so that all processes agree on a step.
         numbers = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
-        self._handling = handling_signals(self._ask, *numbers)
+        self._handling = handling_signals(self._handle, *numbers)
         self._handling.__enter__()
         return self
 
-    def _ask(self, number: int) -> None:
-        if self._asked.is_set():
+    def _handle(self, number: int) -> None:
+        if self._requested.is_set():
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return  # launchers may forward a SIGTERM that the process received itself
-        self._asked.set()
+        self._requested.set()
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
         where = "a step that all processes agree on" if self._several else f"step {self._stop_step}"
@@ -225,13 +225,13 @@ class StopSignal:
         self._handling.__exit__(*error)
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether a signal has arrived; with several processes, whether they have agreed on a step. Equal in all."""
-        return self._agreed if self._several else self._asked.is_set()
+        return self._agreed if self._several else self._requested.is_set()
 
-    def at(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether to stop after this step, the same in every process; every process has to call this at every step."""
         self._step = step
         if self._several:
             self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(step)
-        return self.asked
+        return self.requested

@@ -12,12 +12,12 @@ from camelid.api import load_params
 from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.tensors import Tensor
-from camelid.model.config import Compute
+from camelid.model.config import ComputeConfig
 from camelid.model.params import named
 from camelid.train.state import TrainState
 
 
-def import_adamw(source: Checkpoint, target: TrainState, compute: Compute, mesh: Mesh) -> TrainState:
+def import_adamw(source: Checkpoint, target: TrainState, compute: ComputeConfig, mesh: Mesh) -> TrainState:
     """The state with the parameters, the step and the moments of `source`, whose `training` must not be None.
 
     `target` holds shapes, dtypes and shardings. Its optimizer is optax.adamw, possibly with transformations whose state

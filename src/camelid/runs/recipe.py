@@ -15,7 +15,7 @@ import cattrs
 from camelid.data.config import DataConfig, Source
 from camelid.errors import UserError
 from camelid.inputs import expand_home, named_path, read_text
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
 from camelid.runs.suggestions import as_option, suggest
@@ -46,7 +46,7 @@ class Recipe:
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    compute: Compute = Compute()
+    compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:

@@ -103,7 +103,7 @@ def _train(
     validate = None
     if components.validation is not None:
         validate = partial(_validation_loss, components.step.objective, components.validation, recipe, mesh)
-    with MetricsLog(config, terminal, speed, sinks, tokens_per_step, checkpoints.way_on) as log:
+    with MetricsLog(config, terminal, speed, sinks, tokens_per_step, checkpoints.recovery_advice) as log:
         if validate is not None and start.resumed is None:
             with log.paused():
                 loss = validate(state)
@@ -112,7 +112,7 @@ def _train(
             batches = _batches(recipe, components.loader, mesh, first, speed)
             state = train_steps(step, state, batches, config, log, validate, checkpoints, stop)
             checkpoints.wait()
-    return state, int(state.step) == config.steps and not stop.asked
+    return state, int(state.step) == config.steps and not stop.requested
 
 
 def train_steps(
@@ -133,7 +133,7 @@ def train_steps(
         # Those of the previous step: reading this step's would leave the devices idle until the next one is sent.
         log.flush()
         log.add(made, metrics)
-        stopping, ending = stop.at(made), made == config.steps
+        stopping, ending = stop.should_stop(made), made == config.steps
 
         validates = made % (config.evaluate_every or config.steps) == 0 or (ending and not stopping)
         saves = made % config.checkpoint_every == 0 or ending or stopping

@@ -15,7 +15,7 @@ from camelid.checkpoint.integrity import checksum_arrays, describe_counts
 from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import abstract, initialize
 from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
@@ -67,7 +67,7 @@ def find_start(
 
 
 def abstract_start(
-    config: ModelConfig, optimizer: optax.GradientTransformation, compute: Compute, mesh: Mesh
+    config: ModelConfig, optimizer: optax.GradientTransformation, compute: ComputeConfig, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state of a run that trains all parameters of a model."""
     return abstract_state(abstract(declare_decoder(config), compute.param_dtype, mesh, compute.replicate), optimizer)

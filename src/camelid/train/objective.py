@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import jax
 
-from camelid.model.config import Compute, ModelConfig
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.decoder import Decoder
 
@@ -42,7 +42,7 @@ class NextTokenLoss:
     """
 
     config: ModelConfig
-    compute: Compute
+    compute: ComputeConfig
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0

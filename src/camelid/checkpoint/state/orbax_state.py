@@ -77,7 +77,7 @@ class RunCheckpoints:
             raise UserError(
                 f"the state after step {step} has infinite or NaN values in {describe_counts(not_finite)}; "
                 "it is not saved",
-                self.way_on(),
+                self.recovery_advice(),
             )
         with _full_disk_as_user_error(self._folder):
             self._settle()  # also because a checkpoint that is being written has not taken its space yet
@@ -122,7 +122,7 @@ class RunCheckpoints:
                 # Renamed first, so that a step under its own name is complete; Orbax removes leftovers.
                 shutil.rmtree(place.rename(place.with_name(f"{old}{REMOVED}")))
 
-    def way_on(self) -> str:
+    def recovery_advice(self) -> str:
         """Advice for a run that stopped because of infinite or NaN values."""
         self.wait()
         if (step := self.latest()) is None:

@@ -22,7 +22,7 @@ SEPARATED = re.compile(r"\.(csv|tsv)(\.gz|\.zst)?$", re.IGNORECASE)
 LINE = re.compile(rb"\n")
 BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")  # a pattern with a fixed first byte is found ten times as fast
 ARTICLE = re.compile(rb"\n(?= = (?!= )[^\n]*(?<! =) = \r?\n)")  # before a level-1 heading of WikiText
-NEVER = re.compile(rb"\0(?!)")  # the fixed first byte makes the search fast
+MATCHES_NOTHING = re.compile(rb"\0(?!)")  # the fixed first byte makes the search fast
 
 NEWLINE = b"\n"
 BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)*")
@@ -36,7 +36,7 @@ def separator(path: Path, source: Source) -> re.Pattern[bytes]:
         return BLANK_LINE
     if source.split.startswith("marker:"):
         return re.compile(re.escape(source.split.removeprefix("marker:").encode()))
-    return ARTICLE if source.clean == "wikitext" else NEVER
+    return ARTICLE if source.clean == "wikitext" else MATCHES_NOTHING
 
 
 def blocks(stream: io.BufferedIOBase, between: re.Pattern[bytes], name: object) -> Iterator[tuple[int, bytes]]:
@@ -85,7 +85,7 @@ def documents(line: int, data: bytes, between: re.Pattern[bytes], name: object) 
         if len(content) > MAX_DOCUMENT:
             raise too_long(f"{name}, line {line}")
         if content and not content.isspace():
-            if between is NEVER:
+            if between is MATCHES_NOTHING:
                 yield line, content
             else:
                 kept = content.lstrip(b"\r\n")
