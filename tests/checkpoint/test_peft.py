@@ -63,6 +63,11 @@ CASES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
         FAMILIES["phi3, sliding window"].ours,
         {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]},
     ),
+    "DoRA": (LLAMA, {"target_modules": ["q_proj", "o_proj", "down_proj", "lm_head"], "use_dora": True}),
+    "phi3, queries, keys and values in one with DoRA": (
+        FAMILIES["phi3, sliding window"].ours,
+        {"target_modules": ["qkv_proj"], "use_dora": True},
+    ),
     "phi, with biases": (FAMILIES["phi"].ours, {"target_modules": ["dense", "fc1"], "modules_to_save": ["lm_head"]}),
 }
 each = pytest.mark.parametrize("case", CASES)
@@ -174,10 +179,11 @@ def test_sums_in_bfloat16_are_rounded_once(tmp_path: Path):
         assert (apart <= ulp).all(), name
 
 
-def test_a_slice_has_the_bits_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_slice_has_the_bits_of_the_whole(dora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("camelid.checkpoint.adapters.lora.TILE", (16, 32))
     base = save_base(LLAMA, tmp_path / "base")
-    with_adapter(base, target_modules=EVERY, r=8).save_pretrained(tmp_path / "adapter")
+    with_adapter(base, target_modules=EVERY, r=8, use_dora=dora).save_pretrained(tmp_path / "adapter")
     opened = open_checkpoint(tmp_path / "adapter")
     draw = np.random.default_rng(0)
     for path in ("q_proj", "o_proj"):
@@ -265,6 +271,15 @@ def test_a_table_that_the_adapter_holds_is_what_its_pair_is_added_to(tmp_path: P
     tokens = tiny_tokens(LLAMA, 2, 9)
     theirs = logits_of(loaded_by_peft(base, tmp_path / "adapter"), tokens)
     np.testing.assert_allclose(np.asarray(camelid.load(tmp_path / "adapter").logits(tokens)), theirs, atol=1e-4)
+
+
+def test_dora_of_an_embedding_table_is_refused(tmp_path: Path):
+    """PEFT's magnitudes of a table belong to its columns."""
+    base = save_base(LLAMA, tmp_path / "base")
+    model = with_adapter(base, target_modules=["q_proj", "embed_tokens"], use_dora=True)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"use_dora, and the adapter contains .*embed_tokens"):
+        open_checkpoint(tmp_path / "adapter")
 
 
 def test_real_adapter_configs_are_understood(assets: Path):
@@ -392,7 +407,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "AdaLoRA": ({"peft_type": "ADALORA"}, "peft_type = 'ADALORA'"),
-    "DoRA": ({"use_dora": True}, "use_dora = True"),
+    "DoRA without magnitudes": (
+        {"use_dora": True},
+        r"lora_B.weight; DoRA has .*magnitude_vector",
+    ),
     "biases": ({"bias": "lora_only"}, "bias = 'lora_only'"),
     "its own biases": ({"lora_bias": True}, "lora_bias = True"),
     "layers that are repeated": ({"layer_replication": [[0, 2], [1, 4]]}, "layer_replication"),
@@ -433,7 +451,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "a vector": (lambda t: t.update({f"{Q}B.weight": torch.zeros(60)}), r"shape \(60,\)"),
     "a magnitude": (
         lambda t: t.update({f"{Q}magnitude_vector": torch.zeros(60)}),
-        "lora_magnitude_vector, which is no",
+        r"has .*lora_magnitude_vector; LoRA has",
     ),
     "the adapter's name": (
         lambda t: t.update({f"{Q}A.default.weight": t.pop(f"{Q}A.weight")}),

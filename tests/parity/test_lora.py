@@ -19,9 +19,11 @@ from camelid.checkpoint.adapters.trained import plan_of, to_adapter, to_arrays
 from camelid.checkpoint.files import write_files
 from camelid.model.adapters import declare_adapters, freeze, initialize_adapters
 from camelid.model.config import ComputeConfig, ModelConfig
+from camelid.model.context import Context, dropout
 from camelid.model.decoder import Decoder
 from camelid.model.params import named
 from camelid.model.pytree import path_name
+from camelid.model.weights import Adapted, einsum
 from camelid.parallel.mesh import one_device
 from camelid.runs.components import build_components
 from camelid.runs.lora_targets import plan_adapters
@@ -171,6 +173,37 @@ def test_new_adapters_are_drawn_as_in_peft_and_leave_the_base_as_it_is(kind: Any
         assert not named(new)[path].b.any()
     if kind == "lora":
         assert abs(np.asarray(new.embed.a).std() - 1) < 4 / np.sqrt(new.embed.a.size)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_inputs_are_dropped_where_peft_drops_them(kind: str):
+    """In front of the factors; with DoRA also in front of the base, for the part that the magnitude adds."""
+    draw = np.random.default_rng(0)
+    layer = torch.nn.Linear(12, 20, bias=False)
+    settings = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["only"], use_dora=kind == "dora", lora_dropout=0.3)
+    theirs = peft.get_peft_model(torch.nn.ModuleDict({"only": layer}), settings).base_model.model["only"]  # pyright: ignore
+    with torch.no_grad():
+        theirs.lora_B["default"].weight.normal_()
+        if kind == "dora":
+            theirs.lora_magnitude_vector["default"].weight.mul_(1.5)
+    context = Context("training", adapter_dropout=0.3, dropout_key=jax.random.key(4), rows=jnp.arange(2)).at("q_proj")
+    x = draw.standard_normal((2, 7, 12), np.float32)
+    dropped = np.array(dropout(jnp.asarray(x), 0.3, "adapter of q_proj", context))
+    assert 0.1 < np.mean(dropped == 0) < 0.5
+
+    class SameMask(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(dropped)
+
+    theirs.lora_dropout["default"] = SameMask()
+    factors = [theirs.base_layer.weight, theirs.lora_A["default"].weight, theirs.lora_B["default"].weight]
+    factors += [theirs.lora_magnitude_vector["default"].weight] if kind == "dora" else []
+    base, a, b, *magnitude = (jnp.asarray(tensor.detach().numpy()) for tensor in factors)
+    weight = Adapted(base, a, b, jnp.float32(7 / 3), *magnitude)
+    ours = einsum("BSE,ME->BSM", jnp.asarray(x), weight, context)
+    assert_close(ours, theirs.train()(torch.from_numpy(x)), kind)
+    other = einsum("BSE,ME->BSM", jnp.asarray(x), weight, context.at("k_proj"))
+    assert np.abs(ours - other).max() > 0.1, "queries and keys drop the same inputs"
 
 
 # Training a real model -------------------------------------------------------------------------

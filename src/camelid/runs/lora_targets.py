@@ -92,7 +92,7 @@ def _by_pattern(
 def _advice(modules: Mapping[Key, tuple[str, str]]) -> str:
     """The modules that there are."""
     ends = dict.fromkeys(name.rpartition(".")[2] for names in modules.values() for name in names)
-    example = next(reversed(modules.values()))[0] if len(modules) == 1 else next(iter(list(modules.values())[1:]))[0]
+    example = max((name for name, _ in modules.values()), key=len)
     return f"The modules are {', '.join(ends)}, with paths such as {example}; {' and '.join(GROUPS)} are groups."
 
 

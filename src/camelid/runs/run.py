@@ -112,11 +112,8 @@ def _train(
     speed = Speed(first, config.steps, flops, _peak_flops())
     validate = None
     if components.validation is not None:
-        loss_of = partial(_validation_loss, components.step.objective, components.validation, recipe, mesh)
-
-        def validate(state: TrainState) -> float:
-            return loss_of(combine(state.trainable, start.frozen))
-
+        about = components.step.objective, components.validation, recipe, mesh, start.frozen
+        validate = partial(_validation_loss, *about)
     with MetricsLog(config, terminal, speed, sinks, tokens_per_step, checkpoints.recovery_advice) as log:
         if validate is not None and start.resumed is None:
             with log.paused():
@@ -233,11 +230,13 @@ def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int, speed: Spee
         yield sharding.place_own(vars(batch))
 
 
-def _validation_loss(objective: Objective, loader: Loader, recipe: Recipe, mesh: Mesh, params: Decoder) -> float:
+def _validation_loss(
+    objective: Objective, loader: Loader, recipe: Recipe, mesh: Mesh, frozen: Any, state: TrainState
+) -> float:
     """The mean loss in nats per token over the entire validation split."""
     rows = recipe.data.batch_size // recipe.train.accumulate
     sharding = BatchSharding(rows, mesh)
-    total = weight = 0.0
+    params, total, weight = combine(state.trainable, frozen), 0.0, 0.0
     for batch in loader.in_order(rows):
         sums = to_host(_summed_loss(params, sharding.place(vars(batch)), objective))
         total, weight = total + float(sums[0]), weight + float(sums[1])
