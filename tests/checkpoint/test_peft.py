@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import camelid
+from camelid.checkpoint.adapters.added import with_adapters
 from camelid.checkpoint.adapters.lora import Adapter, Pair, in_memory
 from camelid.checkpoint.adapters.peft import adapter_files, on_base, open_adapter
 from camelid.checkpoint.adapters.peft_config import read_settings
@@ -27,6 +28,7 @@ from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 from families import FAMILIES
+from runs import called
 from tiny import save_hf, tiny_config, tiny_params, tiny_tokens, to_transformers, transformers_twin
 
 # PEFT speaks of embedding tables that it saves, of heads that are tied, and of Hub names that it cannot look up.
@@ -219,6 +221,37 @@ def test_an_adapter_is_converted_like_any_checkpoint(tmp_path: Path):
     assert all(difference.equal for difference in found)
     assert (tmp_path / "merged" / "tokenizer.json").is_file()  # of the base: the adapter has none
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_adapters_are_added_with_weights(tmp_path: Path):
+    """As PEFT's add_weighted_adapter and merge, whose sum of updates is that of the merged matrices."""
+    base = save_base(LLAMA, tmp_path / "base")
+    with_adapter(base, target_modules=["q_proj", "o_proj"]).save_pretrained(tmp_path / "one")
+    with_adapter(base, target_modules=["q_proj"], r=5, use_rslora=True).save_pretrained(tmp_path / "two=2")
+    result = called(
+        *("convert", base, tmp_path / "sum", "--adapter", tmp_path / "one"),
+        *("--adapter", f"{tmp_path / 'two=2'}=-0.25", "--verify"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "all tensors are equal" in result.stderr
+    before, one, two, found = (named(camelid.load(tmp_path / name).params) for name in ("base", "one", "two=2", "sum"))
+    for path, values in before.items():
+        expected = values + (one[path] - values) - 0.25 * (two[path] - values)
+        np.testing.assert_allclose(found[path], expected, rtol=0, atol=1e-6, err_msg=path)
+    opened = open_checkpoint(base)
+    with_adapter(base, target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path / "dora")
+    with_adapter(base, target_modules=["q_proj"], modules_to_save=["norm"]).save_pretrained(tmp_path / "whole")
+    for requests, problem in (
+        (["one=half"], "weight 'half'"),
+        (["dora=0.5"], "DoRA adapter"),
+        (["dora", "one"], "DoRA adapter"),
+        (["whole=0.5"], "replaces final_norm.scale of the base entirely, which has no weight 0.5"),
+        (["whole", "whole"], "and so does"),
+        (["nowhere"], "does not exist"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            with_adapters(opened, [str(tmp_path / request) for request in requests])
+    with_adapters(opened, [str(tmp_path / "dora")])
 
 
 def test_the_base_is_found_beside_the_adapter_or_by_its_path(tmp_path: Path):

@@ -1,5 +1,6 @@
 """The [lora] table of a recipe: which modules it means, and what it refuses."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from test_recipe import table
 from tiny import tiny_config
 
 CONFIG = tiny_config(num_layers=3)
+PHI = replace(FAMILIES["phi"].ours, family="phi")
+PHI3 = replace(FAMILIES["phi3, sliding window"].ours, family="phi3")
 
 
 def plan(config: ModelConfig = CONFIG, **fields: Any) -> LoRAPlan:
@@ -67,12 +70,11 @@ def test_the_first_pattern_that_matches_gives_the_rank_and_the_alpha():
 
 
 def test_modules_have_the_names_of_their_family_and_those_of_camelid():
-    phi, phi3 = FAMILIES["phi"].ours, FAMILIES["phi3, sliding window"].ours
-    layers = (2,) * phi.num_layers
-    assert ranks(phi, rank=2, targets=["dense", "fc1"]) == {"o_proj": layers, "up_proj": layers}
-    assert ranks(phi, rank=2, targets=["o_proj"]) == {"o_proj": layers}
-    assert ranks(phi3, rank=2, targets=["qkv_proj"]).keys() == {"q_proj", "k_proj", "v_proj"}
-    assert ranks(phi3, rank=2, targets=["v_proj"]).keys() == {"v_proj"}
+    layers = (2,) * PHI.num_layers
+    assert ranks(PHI, rank=2, targets=["dense", "fc1"]) == {"o_proj": layers, "up_proj": layers}
+    assert ranks(PHI, rank=2, targets=["o_proj"]) == {"o_proj": layers}
+    assert ranks(PHI3, rank=2, targets=["qkv_proj"]).keys() == {"q_proj", "k_proj", "v_proj"}
+    assert ranks(PHI3, rank=2, targets=["v_proj"]).keys() == {"v_proj"}
 
 
 @pytest.mark.parametrize(
@@ -123,10 +125,9 @@ def test_a_table_that_does_not_fit_is_refused_by_its_field(fields: dict[str, Any
 
 
 def test_dora_of_a_part_of_one_matrix_of_peft_is_refused():
-    config = FAMILIES["phi3, sliding window"].ours
     with pytest.raises(UserError, match=r"names a part of .*qkv_proj\.weight.*\n.*q_proj, k_proj, v_proj"):
-        plan(config, rank=2, kind="dora", targets=["q_proj"])
-    assert plan(config, rank=2, kind="dora", targets=["qkv_proj"]).dora
+        plan(PHI3, rank=2, kind="dora", targets=["q_proj"])
+    assert plan(PHI3, rank=2, kind="dora", targets=["qkv_proj"]).dora
 
 
 def test_a_recipe_with_lora_needs_a_base():

@@ -16,8 +16,10 @@ from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
 from camelid.checkpoint.adapters.peft import adapter_files
 from camelid.checkpoint.adapters.trained import NAME, RunAdapter, plan_of, read_run_adapter, to_adapter, to_arrays
 from camelid.checkpoint.checkpoint import Checkpoint, copy_companions
+from camelid.checkpoint.compare import config_differences
 from camelid.checkpoint.files import write_files
 from camelid.checkpoint.folder import new_folder
+from camelid.checkpoint.formats.config_source import read_model_config
 from camelid.checkpoint.integrity import checksum_arrays, describe_counts
 from camelid.checkpoint.registry import split_prefix
 from camelid.checkpoint.state import saved_state
@@ -31,6 +33,7 @@ from camelid.model.pytree import path_name
 from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.rules import placement
 from camelid.runs.recipe import Recipe
+from camelid.runs.run_folder import STEPS
 from camelid.train.state import TrainState, start_state
 
 MERGE = (
@@ -76,13 +79,15 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
             f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(not_finite)}",
             "Every loss would be NaN: use another checkpoint.",
         )
-    kept = read_run_adapter(folder) if saved_state.steps_in(folder / "checkpoints") else None
-    if kept is not None and (changed := [path for path, sum in checksums.items() if kept.checksums.get(path) != sum]):
-        raise UserError(
-            f"init = {recipe.init!r} is not the base that the run in {folder} was started with: {changed[0]} differs",
-            "Restore it: the adapter was trained on the values that it had. To train on the new ones, choose another "
-            "--run.",
-        )
+    if saved_state.steps_in(folder / STEPS) and (kept := read_run_adapter(folder)) is not None:
+        odd = list(config_differences(read_model_config(folder), base.config))
+        odd += [path for path, found in checksums.items() if kept.checksums.get(path) != found]
+        if odd:
+            raise UserError(
+                f"init = {recipe.init!r} is not the base that the run in {folder} was started with: {odd[0]} differs",
+                "Restore it: the adapter was trained on the values that it had. To train on the new ones, choose "
+                "another --run.",
+            )
     about = RunAdapter(_name_of_base(recipe, source), recipe.init_ignore, checksums, plan, recipe.lora.dropout)
     return Base(params, about)
 
