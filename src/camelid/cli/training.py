@@ -56,9 +56,10 @@ def train(
         return
     keep_compiled()
     from camelid.parallel import hosts
+    from camelid.parallel.failure import fail_together
 
     hosts.start(hosts.Processes(coordinator=coordinator, count=processes, id=process_id, detect=detect))
-    with hosts.fail_together(lambda error: as_user_error(error, "train")):
+    with fail_together(lambda error: as_user_error(error, "train")):
         from camelid.runs.run import run
 
         outcome = run(resolved, from_step)

@@ -23,9 +23,10 @@ from camelid.errors import UserError
 from camelid.model.decoder import Decoder
 from camelid.model.flops import peak_flops, training_flops
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
-from camelid.parallel.hosts import StopSignal, broadcast_from_main, is_main, to_host
+from camelid.parallel.hosts import broadcast_from_main, is_main, to_host
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
+from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.components import Components, build_components
 from camelid.runs.lora import Base, base_dtype, base_of, save_adapter
 from camelid.runs.recipe import Recipe, completed
