@@ -14,8 +14,8 @@ import camelid.runs.run
 from camelid.checkpoint.state import saved_state
 from camelid.errors import UserError
 from camelid.model.config import ComputeConfig
-from camelid.parallel.hosts import StopSignal
 from camelid.parallel.mesh import one_device
+from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.run import run
 from camelid.train.loggers import read_metrics
 from runs import VOCAB, called, column, losses, recipe, tiny_run, write_recipe_file
