@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.runs.components import Components, build_components
 from camelid.runs.recipe import Recipe, completed
-from camelid.runs.run_folder import MODEL, STEPS, check_folder, claimed, kept_recipe, record
+from camelid.runs.run_folder import MODEL, MODEL_EMA, STEPS, check_folder, claimed, kept_recipe, record
 from camelid.runs.start import Start, find_start, shardings
 from camelid.runs.summary import start_summary
 from camelid.text.tokenizer import CHAT_TEMPLATE
@@ -61,7 +61,8 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl.
 
     Raises UserError for a recipe that does not fit the data, the model, the machine or the folder, for a damaged
-    checkpoint, and when a loss or a gradient becomes infinite or NaN. Nothing is written before training can start.
+    checkpoint, and when losses or gradients of more than `train.max_skipped` steps in a row are infinite or NaN.
+    Nothing is written before training can start.
     """
     folder = Path(recipe.run).resolve()
     previous = kept_recipe(folder)
@@ -73,7 +74,8 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         components = build_components(recipe, mesh, started=previous is not None)
-        check_destination(folder / MODEL, True, {"config.json": None, **components.companions})
+        for name in (MODEL,) if recipe.ema is None else (MODEL, MODEL_EMA):
+            check_destination(folder / name, True, {"config.json": None, **components.companions})
         with (
             claimed(folder, recipe, components.data),
             contextlib.closing(RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints)) as checkpoints,
@@ -126,7 +128,7 @@ def train_steps(
     stop: StopSignal,
 ) -> TrainState:
     """Trains until step `config.steps` or a signal to stop; every process runs the same loop in step."""
-    made = int(state.step)
+    made, due = int(state.step), False
     for batch in batches:
         state, metrics = step(state, batch)
         made += 1
@@ -136,17 +138,21 @@ def train_steps(
         stopping, ending = stop.should_stop(made), made == config.steps
 
         validates = made % (config.evaluate_every or config.steps) == 0 or (ending and not stopping)
-        saves = made % config.checkpoint_every == 0 or ending or stopping
-        if validates or saves:
+        due = due or made % config.checkpoint_every == 0
+        if validates or due or ending or stopping:
             log.flush()  # whoever ends the process after a checkpoint must find its step in metrics.jsonl
         if validate is not None and validates:
             with log.paused():
                 loss = validate(state)
-            log.validation(made, loss)
+                ema_loss = None if state.ema is None else validate(replace(state, trainable=state.ema))
+            log.validation(made, loss, ema_loss)
+        # The parameters may be the reason that updates are skipped: good checkpoints are not replaced until it is over.
+        saves = (due and not log.skipping) or ending or stopping
         if saves:  # after the validation, which a resumed run does not repeat
             with log.paused():
                 checkpoints.save(made, state)
             interrupts.set_advice(interrupts.RESUME)
+            due = False
         if stopping:
             break
     log.flush()
@@ -156,7 +162,7 @@ def train_steps(
 def _finish(
     recipe: Recipe, components: Components, folder: Path, mesh: Mesh, state: TrainState, finished: bool
 ) -> Outcome:
-    """Saves the model of a finished run, and draws the losses."""
+    """Saves the model of a finished run, and the moving average of its parameters, and draws the losses."""
     companions = components.companions
     if components.chat_template is not None:
         companions = companions | {CHAT_TEMPLATE: folder / CHAT_TEMPLATE}
@@ -164,6 +170,8 @@ def _finish(
     model = Model(components.config, state.trainable, tokenizer, recipe.compute, mesh, files)
     if finished:
         model.save(folder / MODEL, overwrite=True)
+        if state.ema is not None:
+            replace(model, params=state.ema).save(folder / MODEL_EMA, overwrite=True)
     if is_main():
         draw_losses(read_metrics(folder / METRICS), folder / "loss.png")
     return Outcome(folder, int(state.step), finished, model)
