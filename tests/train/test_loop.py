@@ -34,6 +34,8 @@ class Story(StopSignal):
         self.stop_after: int | None = None
         self.not_finite: tuple[int, ...] = ()
         self.in_a_row = 0
+        self.deviations: dict[int, float] = {}
+        self.rows: list[dict] = []
 
     def run(self, first: int = 0, validates: bool = True, **config: Any) -> TrainState:
         train = TrainConfig(**config)
@@ -61,7 +63,8 @@ class Story(StopSignal):
         self.events.append(("step", made))
         metrics = {"loss": made / 2, "weight": made, "gradient_norm": 1.0, "learning_rate": 0.1}
         self.in_a_row = self.in_a_row + 1 if made in self.not_finite else 0
-        metrics |= {"skipped": float(self.in_a_row), "skipped_in_a_row": float(self.in_a_row), "loss_deviation": 0.0}
+        metrics |= {"skipped": float(self.in_a_row), "skipped_in_a_row": float(self.in_a_row)}
+        metrics["loss_deviation"] = self.deviations.get(made, 0.0)
         metrics["gradient_norm"] = math.inf if made in self.not_finite else 1.0
         return TrainState(jnp.int32(made), PARAMS, ()), {name: jnp.asarray(value) for name, value in metrics.items()}
 
@@ -70,6 +73,7 @@ class Story(StopSignal):
             assert row == {"step": row["step"], "validation_loss": 1.5}
             return
         self.events.append(("report", row["step"]))
+        self.rows.append(row)
         assert (row["loss"], row["weight"]) == (row["step"] / 2, row["step"])
         assert {type(row["loss"]), type(row["weight"])} == {float, int}
 
@@ -217,6 +221,18 @@ def test_a_step_that_was_skipped_is_reported_whatever_log_every_is(story: Story,
         "step 4: the update is skipped: loss 2.0, gradient norm inf (1 in a row, 1 in the run)"
         in capsys.readouterr().err
     )
+
+
+def test_a_spike_is_reported_whatever_log_every_is_and_changes_nothing(
+    story: Story, capsys: pytest.CaptureFixture[str]
+):
+    story.deviations = {3: 6.5, 5: 5.9}
+    story.run(steps=9, log_every=4, checkpoint_every=3)
+    assert story.steps("report") == [3, 4, 8, 9]
+    assert story.steps("save") == [3, 6, 9]
+    said = [line for line in capsys.readouterr().err.splitlines() if "deviations" in line]
+    assert said == ["step 3: loss 1.5000 is 6.5 standard deviations above its mean"]
+    assert [("loss_deviation" in row) for row in story.rows] == [True, False, False, False]
 
 
 def test_the_average_is_validated_beside_the_parameters(story: Story):
