@@ -694,7 +694,7 @@ FAULTS = (
     Fault(
         "a step is reported after its checkpoint",
         "runs/run.py",
-        "        if validates or saves:\n            log.flush()",
+        "        if validates or due or ending or stopping:\n            log.flush()",
         "        if False:\n            log.flush()",
         "train/test_loop.py::test_a_step_is_reported_before_it_is_validated_and_validated_before_it_is_saved",
     ),

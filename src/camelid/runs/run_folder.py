@@ -17,7 +17,16 @@ from camelid.runs.recipe import Recipe, completed, structure, write_recipe
 
 FREE = {
     f"train.{name}"
-    for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
+    for name in (
+        "steps",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "evaluate_every",
+        "trackers",
+        "max_skipped",
+        "spike_sigma",
+    )
 } | {"run", "data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
 """Recipe fields that may change when a run is resumed, apart from the mesh; `run`, because a folder may be moved."""
 STEPS = "checkpoints"
@@ -26,6 +35,8 @@ MODEL = "model"
 """name of the folder of the finished model"""
 ADAPTER = "adapter"
 """name of the folder of the adapter, in PEFT's form"""
+MODEL_EMA = "model_ema"
+"""name of the folder of the moving average of the parameters of a finished run"""
 DATA = "data.json"
 """name of the file that describes the stores from which batches are read"""
 FILES = "files"
