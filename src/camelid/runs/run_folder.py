@@ -74,7 +74,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             raise UserError(f"{folder} has files and is not the folder of a run", "Choose another folder with --run.")
         return
     if (text := _kept_text(folder)) is None:
-        for name in (MODEL, ADAPTER):
+        for name in (MODEL, ADAPTER, MODEL_EMA):
             if (folder / name).exists():
                 raise UserError(
                     f"{folder} has the {name} of a run without checkpoints: training would start again at step 0 and "
