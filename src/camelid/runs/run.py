@@ -27,7 +27,17 @@ from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.runs.components import Components, build_components
 from camelid.runs.recipe import Recipe, completed
-from camelid.runs.run_folder import MODEL, STEPS, check_folder, claimed, kept_recipe, record
+from camelid.runs.run_folder import (
+    MODEL,
+    STEPS,
+    check_folder,
+    claimed,
+    is_finished,
+    kept_recipe,
+    mark_finished,
+    mark_unfinished,
+    record,
+)
 from camelid.runs.start import Start, find_start, shardings
 from camelid.runs.summary import start_summary
 from camelid.text.tokenizer import CHAT_TEMPLATE
@@ -79,22 +89,32 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
             contextlib.closing(RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints)) as checkpoints,
         ):
             start = find_start(recipe, previous, from_step, components, checkpoints, mesh)
-            state, finished = _train(recipe, components, folder, checkpoints, mesh, start)
+            terminal = Terminal(int(start.state.step), recipe.train.steps)
+            if is_main():
+                for line in start_summary(recipe, components, mesh, start):
+                    terminal.print(line)
+            if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps):
+                model = _model(recipe, components, folder, mesh, start.state)
+                return Outcome(folder, recipe.train.steps, True, model)
+            state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal)
             return _finish(recipe, components, folder, mesh, state, finished)
 
 
 def _train(
-    recipe: Recipe, components: Components, folder: Path, checkpoints: RunCheckpoints, mesh: Mesh, start: Start
+    recipe: Recipe,
+    components: Components,
+    folder: Path,
+    checkpoints: RunCheckpoints,
+    mesh: Mesh,
+    start: Start,
+    terminal: Terminal,
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
-    config, state, first = recipe.train, start.state, int(start.state.step)
-    terminal, sinks = Terminal(first, config.steps), []
-    if is_main():
-        for line in start_summary(recipe, components, mesh, start):
-            terminal.print(line)
+    config, state, first, sinks = recipe.train, start.state, int(start.state.step), []
     step = components.step if first == config.steps else compile_step(components.step, state, recipe, mesh, terminal)
     # Kernels may refuse the model when they are compiled, so nothing is written before this line.
     record(folder, recipe, components.files, components.data)
+    mark_unfinished(folder)
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in config.trackers)
         sinks = [MetricsFile(folder / METRICS, start.resumed or 0), *trackers]
@@ -157,16 +177,21 @@ def _finish(
     recipe: Recipe, components: Components, folder: Path, mesh: Mesh, state: TrainState, finished: bool
 ) -> Outcome:
     """Saves the model of a finished run, and draws the losses."""
+    model = _model(recipe, components, folder, mesh, state)
+    if finished:
+        model.save(folder / MODEL, overwrite=True)
+        mark_finished(folder, int(state.step))
+    if is_main():
+        draw_losses(read_metrics(folder / METRICS), folder / "loss.png")
+    return Outcome(folder, int(state.step), finished, model)
+
+
+def _model(recipe: Recipe, components: Components, folder: Path, mesh: Mesh, state: TrainState) -> Model:
     companions = components.companions
     if components.chat_template is not None:
         companions = companions | {CHAT_TEMPLATE: folder / CHAT_TEMPLATE}
     tokenizer, files = components.tokenizer, tuple(companions.values())
-    model = Model(components.config, state.trainable, tokenizer, recipe.compute, mesh, files)
-    if finished:
-        model.save(folder / MODEL, overwrite=True)
-    if is_main():
-        draw_losses(read_metrics(folder / METRICS), folder / "loss.png")
-    return Outcome(folder, int(state.step), finished, model)
+    return Model(components.config, state.trainable, tokenizer, recipe.compute, mesh, files)
 
 
 def compile_step(

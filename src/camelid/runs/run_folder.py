@@ -24,6 +24,8 @@ STEPS = "checkpoints"
 """name of the folder of the checkpoints"""
 MODEL = "model"
 """name of the folder of the finished model"""
+FINISHED = "finished.json"
+"""name of the file that tells after which step the model was saved"""
 DATA = "data.json"
 """name of the file that describes the stores from which batches are read"""
 FILES = "files"
@@ -33,6 +35,29 @@ FILES = "files"
 def has_started(folder: Path) -> bool:
     """Whether a run has checkpoints to resume from."""
     return bool(steps_in(folder / STEPS))
+
+
+def is_finished(folder: Path, step: int) -> bool:
+    """Whether the model in the folder of a run is that after `step`; every process calls this."""
+    return broadcast_from_main(lambda: _model_step(folder) == step)
+
+
+def _model_step(folder: Path) -> int | None:
+    if not (folder / FINISHED).is_file() or not (folder / MODEL / "config.json").is_file():
+        return None
+    return json.loads((folder / FINISHED).read_text("utf-8"))["step"]
+
+
+def mark_finished(folder: Path, step: int) -> None:
+    """Records that the model in the folder of a run is that after `step`."""
+    if is_main():
+        write_atomically(folder / FINISHED, f"{json.dumps({'step': step})}\n".encode())
+
+
+def mark_unfinished(folder: Path) -> None:
+    """Records that the run continues; its model, if there is one, is that of an earlier step."""
+    if is_main():
+        (folder / FINISHED).unlink(missing_ok=True)
 
 
 def kept_recipe(folder: Path) -> Recipe | None:

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from camelid.data.report import silent_among_first
 from camelid.model.flops import count_parameters
 from camelid.runs.components import Components
+from camelid.runs.notes import silent_row_notes, warmup_notes
 from camelid.runs.recipe import Recipe
 from camelid.runs.start import Start
 from camelid.train.optimizer import learning_rate
@@ -16,7 +18,8 @@ from camelid.train.optimizer import learning_rate
 
 def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Start) -> Iterator[str]:
     """The lines, in order."""
-    for note in components.notes:
+    silent = [silent_among_first(packing) for packing in components.loader.packings]
+    for note in (*components.notes, *silent_row_notes(silent), *warmup_notes(recipe)):
         yield f"note: {note}"
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
@@ -25,7 +28,9 @@ def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Sta
         f"{components.loader.num_tokens:,} tokens of text, {tokens_per_step:,} per step"
     )
     step = int(start.state.step)
-    if start.resumed is not None:
+    if start.resumed == recipe.train.steps:
+        yield f"this run is finished: it has made all {step} steps; a larger train.steps continues it"
+    elif start.resumed is not None:
         yield f"resuming after step {step}"
     elif step:
         rate = np.asarray(components.step.schedule(step))
