@@ -128,9 +128,10 @@ def test_a_model_that_is_missing_or_of_an_earlier_step_is_saved_again(folder: Pa
     assert train(finished).returncode == 0
     assert contents(run / "model") == contents(folder / "run" / "model")
     for spoiled in ('{"step": 3}', None):
-        (run / "model" / "config.json").write_text("{}")
         (run / "finished.json").unlink() if spoiled is None else (run / "finished.json").write_text(spoiled)
+        before = modified(run / "model")
         assert train(finished).returncode == 0
+        assert modified(run / "model")["model.safetensors"] > before["model.safetensors"]
         assert contents(run / "model") == contents(folder / "run" / "model")
         assert json.loads((run / "finished.json").read_text()) == {"step": 4}
 

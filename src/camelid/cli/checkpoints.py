@@ -66,7 +66,7 @@ def convert(
 
     FORMAT is hf, meta, easylm, easylm-flax, easylm-trainstate, mindspore, mindspore-safetensors,
     mindspore-interleaved, megatron, megatron-legacy, llama2-jax, llama2c, llama2c-v1, llama2c-v2, gguf, gguf-q8_0 or
-    gguf-q4_0; with --from also dcp, run or peft. docs/convert.md describes them.
+    gguf-q4_0; with --from also dcp, run or peft. docs/migrating has a page for each system.
 
     Args:
         to: format to write; by default gguf if DESTINATION ends in .gguf, otherwise hf
