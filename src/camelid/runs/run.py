@@ -30,7 +30,19 @@ from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.components import Components, build_components
 from camelid.runs.lora import Base, base_dtype, save_adapter
 from camelid.runs.recipe import Recipe, completed
-from camelid.runs.run_folder import ADAPTER, MODEL, MODEL_EMA, STEPS, check_folder, claimed, kept_recipe, record
+from camelid.runs.run_folder import (
+    ADAPTER,
+    MODEL,
+    MODEL_EMA,
+    STEPS,
+    check_folder,
+    claimed,
+    is_finished,
+    kept_recipe,
+    mark_finished,
+    mark_unfinished,
+    record,
+)
 from camelid.runs.start import Start, find_start, shardings
 from camelid.runs.summary import start_summary
 from camelid.text.tokenizer import CHAT_TEMPLATE
@@ -87,25 +99,36 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
             contextlib.closing(RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints)) as checkpoints,
         ):
             start = find_start(recipe, previous, from_step, components, checkpoints, mesh)
-            state, finished = _train(recipe, components, folder, checkpoints, mesh, start)
+            terminal = Terminal(int(start.state.step), recipe.train.steps)
+            if is_main():
+                for line in start_summary(recipe, components, mesh, start):
+                    terminal.print(line)
+            written = _written(recipe)
+            if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, written):
+                model = _model(recipe, components, folder, mesh, combine(start.state.trainable, start.frozen))
+                return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in written))
+            state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal)
             return _finish(recipe, components, folder, mesh, start, state, finished)
 
 
 def _train(
-    recipe: Recipe, components: Components, folder: Path, checkpoints: RunCheckpoints, mesh: Mesh, start: Start
+    recipe: Recipe,
+    components: Components,
+    folder: Path,
+    checkpoints: RunCheckpoints,
+    mesh: Mesh,
+    start: Start,
+    terminal: Terminal,
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
-    config, state, first = recipe.train, start.state, int(start.state.step)
-    terminal, sinks = Terminal(first, config.steps), []
-    if is_main():
-        for line in start_summary(recipe, components, mesh, start):
-            terminal.print(line)
+    config, state, first, sinks = recipe.train, start.state, int(start.state.step), []
     step = components.step
     if first < config.steps:
         step = compile_step(components.step, state, recipe, mesh, terminal, start.frozen)
     # Kernels may refuse the model when they are compiled, so nothing is written before this line.
     base_files = {} if start.base is None else start.base.files
     record(folder, recipe, components.files | base_files, components.data)
+    mark_unfinished(folder)
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in config.trackers)
         sinks = [MetricsFile(folder / METRICS, start.resumed or 0), *trackers]
@@ -181,27 +204,30 @@ def _finish(
     recipe: Recipe, components: Components, folder: Path, mesh: Mesh, start: Start, state: TrainState, finished: bool
 ) -> Outcome:
     """Saves the results of a finished run: the model or adapter, and the moving average; and draws the losses."""
-    params = combine(state.trainable, start.frozen)
-    files = tuple(_companions(components, folder).values())
-    model = Model(components.config, params, components.tokenizer, recipe.compute, mesh, files)
+    model = _model(recipe, components, folder, mesh, combine(state.trainable, start.frozen))
     dtype = None if recipe.lora is None else base_dtype(recipe)
-    saved = [folder / ADAPTER] if recipe.lora is not None else []
     if finished and MODEL in _written(recipe):
-        saved.append(folder / MODEL)
         model.save(folder / MODEL, dtype=dtype, overwrite=True)
     if finished and state.ema is not None:
-        saved.append(folder / MODEL_EMA)
         averaged = replace(model, params=combine(state.ema, start.frozen))
         averaged.save(folder / MODEL_EMA, dtype=dtype, overwrite=True)
+    if finished:
+        mark_finished(folder, int(state.step))
     if is_main():
         draw_losses(read_metrics(folder / METRICS), folder / "loss.png")
+    saved = (folder / name for name in _written(recipe) if (folder / name).is_dir())
     return Outcome(folder, int(state.step), finished, model, tuple(saved))
 
 
 def _written(recipe: Recipe) -> tuple[str, ...]:
-    """The folders in that of the run that are written for use elsewhere."""
+    """The folders in that of a finished run that are written for use elsewhere."""
     result = (MODEL,) if recipe.lora is None else (ADAPTER, MODEL) if recipe.lora.merge else (ADAPTER,)
     return result if recipe.ema is None else (*result, MODEL_EMA)
+
+
+def _model(recipe: Recipe, components: Components, folder: Path, mesh: Mesh, params: Decoder) -> Model:
+    files = tuple(_companions(components, folder).values())
+    return Model(components.config, params, components.tokenizer, recipe.compute, mesh, files)
 
 
 def _companions(components: Components, folder: Path) -> dict[str, Path]:
