@@ -28,6 +28,10 @@ class Context:
     """probability with which an attention weight is dropped"""
     residual_dropout: float = field(default=0.0, metadata={"static": True})
     """probability with which an element that attention or the MLP adds to the residual stream is dropped"""
+    mlp_dropout: float = field(default=0.0, metadata={"static": True})
+    """probability with which an element of the MLP's hidden layer, the input of its last matrix, is dropped"""
+    forgetful_ratios: tuple[float, float] = field(default=(0.0, 0.0), metadata={"static": True})
+    """the smallest and largest fraction of a row's tokens that attention forgets; see `mask.forgetful_mask`"""
     dropout_key: Key[Array, ""] | None = None
     """the PRNG key of this training step, or of one of its layers; None: nothing is dropped"""
     rows: Int[Array, " B"] | None = None
@@ -44,7 +48,7 @@ class Context:
 
     @property
     def _drops(self) -> bool:
-        return any((self.embedding_dropout, self.attention_dropout, self.residual_dropout))
+        return any((self.embedding_dropout, self.attention_dropout, self.residual_dropout, self.mlp_dropout))
 
     def row_keys(self, purpose: str) -> Key[Array, " B"]:
         """A key for each row of the batch, which differs between purposes such as "attention"."""
@@ -54,7 +58,7 @@ class Context:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, self.rows)
 
 
-def dropout(x: Float[Array, "B S E"], rate: float, purpose: str, context: Context) -> Float[Array, "B S E"]:
+def dropout(x: Float[Array, "B S F"], rate: float, purpose: str, context: Context) -> Float[Array, "B S F"]:
     """Sets elements of `x` to 0 with probability `rate` and divides the others by 1 - rate (arXiv:1207.0580).
 
     Which elements are dropped depends on the context's key, the row's number within the global batch, the purpose, and

@@ -226,9 +226,9 @@ def _train_step(recipe: Recipe, config: ModelConfig) -> TrainStep:
     objective = NextTokenLoss(
         config=config,
         compute=recipe.compute,
-        embedding_dropout=recipe.train.embedding_dropout,
-        attention_dropout=recipe.train.attention_dropout,
-        residual_dropout=recipe.train.residual_dropout,
+        loss=recipe.loss,
+        dropout=recipe.dropout,
+        accuracy="accuracy" in recipe.train.metrics,
     )
     return TrainStep(
         objective=objective,
@@ -237,4 +237,5 @@ def _train_step(recipe: Recipe, config: ModelConfig) -> TrainStep:
         clip_norm=recipe.optimizer.clip_norm,
         accumulate=recipe.train.accumulate,
         seed=recipe.train.seed,
+        param_norm="param_norm" in recipe.train.metrics,
     )

@@ -14,10 +14,11 @@ from camelid.disk.locks import LOCK, locked, no_empty_folders
 from camelid.errors import UserError
 from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 from camelid.runs.recipe import Recipe, completed, structure, write_recipe
+from camelid.runs.renamed import with_new_names
 
 FREE = {
     f"train.{name}"
-    for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
+    for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers", "metrics")
 } | {"run", "data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
 """Recipe fields that may change when a run is resumed, apart from the mesh; `run`, because a folder may be moved."""
 STEPS = "checkpoints"
@@ -38,7 +39,12 @@ def has_started(folder: Path) -> bool:
 def kept_recipe(folder: Path) -> Recipe | None:
     """The recipe of a run that has checkpoints, and None for any other; every process calls this."""
     text = broadcast_from_main(lambda: _kept_text(folder))
-    return None if text is None else structure(tomllib.loads(text))
+    return None if text is None else _structured(text)
+
+
+def _structured(kept: str) -> Recipe:
+    """A recipe that a run has kept, perhaps one that an older camelid started."""
+    return structure(with_new_names(tomllib.loads(kept)))
 
 
 def _kept_text(folder: Path) -> str | None:
@@ -68,7 +74,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
                 "Choose another --run, or move the model away if it is not needed.",
             )
         return
-    before = structure(tomllib.loads(text))
+    before = _structured(text)
     if changed := _changed(write_recipe(completed(before, None)), write_recipe(recipe)):
         raise UserError(
             f"{folder} has a run with another recipe: {changed}",

@@ -31,6 +31,8 @@ class TrainStep:
     """of everything random in a step; the key of step s is fold_in(key(seed), s)"""
     trained_layers: tuple[bool, ...] | None = None
     """for each layer, whether it is trained; None if all are"""
+    param_norm: bool = False
+    """whether the metrics contain param_norm, the global norm of the trained parameters after the update"""
 
     def __call__(self, state: TrainState, batch: Arrays, frozen: Any = None) -> tuple[TrainState, Arrays]:
         """The state after one update, and the metrics of the step.
@@ -55,6 +57,7 @@ class TrainStep:
             "weight": weight,
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
+            **({"param_norm": optax.tree.norm(_float32(new))} if self.param_norm else {}),
         }
         return dataclasses.replace(state, step=state.step + 1, trainable=new, opt_state=opt_state), metrics
 
