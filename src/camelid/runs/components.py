@@ -22,7 +22,6 @@ from camelid.disk.json_files import hf_json
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import map_specs
 from camelid.parallel.hosts import is_main, main_first
 from camelid.parallel.rules import check_divides
 from camelid.runs.recipe import Recipe
@@ -32,9 +31,11 @@ from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
 from camelid.train.loggers import tokenizing
 from camelid.train.objective import NextTokenLoss
-from camelid.train.optimizer import learning_rate, make_optimizer
+from camelid.train.optimizer import make_optimizer
+from camelid.train.schedules import learning_rate
 from camelid.train.step import TrainStep
 from camelid.train.trackers import check_installed
+from camelid.train.trainable import make_mask
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,11 @@ def _text_files(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 def _check_training(source: Checkpoint, recipe: Recipe) -> None:
     """Raises UserError if `init` has no optimizer state to continue from, or no step is left."""
+    if recipe.optimizer.name != "adamw":
+        raise UserError(
+            f"init_optimizer = true continues with moments of AdamW, and optimizer.name = {recipe.optimizer.name!r}",
+            "Leave out init_optimizer, so that only the parameters are used, or use AdamW.",
+        )
     if source.training is None:
         raise UserError(
             f"init = {recipe.init!r} has no step and no moments of AdamW",
@@ -222,7 +228,8 @@ def _check_training(source: Checkpoint, recipe: Recipe) -> None:
 
 
 def _train_step(recipe: Recipe, config: ModelConfig) -> TrainStep:
-    decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(config))
+    recipe.optimizer.check_decay()
+    specs, freeze = declare_decoder(config), recipe.train.freeze
     objective = NextTokenLoss(
         config=config,
         compute=recipe.compute,
@@ -232,9 +239,10 @@ def _train_step(recipe: Recipe, config: ModelConfig) -> TrainStep:
     )
     return TrainStep(
         objective=objective,
-        optimizer=make_optimizer(recipe.optimizer, recipe.train.steps, decay),
+        optimizer=make_optimizer(recipe.optimizer, recipe.train.steps, specs, freeze),
         schedule=learning_rate(recipe.optimizer, recipe.train.steps),
         clip_norm=recipe.optimizer.clip_norm,
         accumulate=recipe.train.accumulate,
         seed=recipe.train.seed,
+        mask=make_mask(freeze, specs),
     )

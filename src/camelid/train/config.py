@@ -18,6 +18,8 @@ class TrainConfig:
     """probability of dropping an attention weight"""
     residual_dropout: float = 0.0
     """probability of dropping an element of what attention or the MLP adds to the residual stream"""
+    freeze: tuple[str, ...] = ()
+    """patterns of parameters that are not trained, such as "embed" or "layers.0-3\""""
     log_every: int = 1
     """number of steps between lines of metrics.jsonl"""
     checkpoint_every: int = 1000

@@ -1,6 +1,7 @@
 """One training step: gradients of the microbatches, clipping, update, metrics."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ class TrainStep:
     """of everything random in a step; the key of step s is fold_in(key(seed), s)"""
     trained_layers: tuple[bool, ...] | None = None
     """for each layer, whether it is trained; None if all are"""
+    mask: Callable[[Any], Any] | None = None
+    """sets the gradients and the updates of what is not trained to zero; None if all parameters are trained"""
 
     def __call__(self, state: TrainState, batch: Arrays, frozen: Any = None) -> tuple[TrainState, Arrays]:
         """The state after one update, and the metrics of the step.
@@ -87,8 +90,9 @@ class TrainStep:
         return {name: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
     def _masked(self, tree: Any) -> Any:
-        """Gradients or updates without those of frozen layers, which weight decay must not move either."""
-        return tree if self.trained_layers is None else mask_layers(tree, self.trained_layers)
+        """Gradients or updates without those that are frozen, which weight decay must not move either."""
+        tree = tree if self.trained_layers is None else mask_layers(tree, self.trained_layers)
+        return tree if self.mask is None else self.mask(tree)
 
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:

@@ -1,12 +1,16 @@
 """Which parameters are trained: a tree is split into its trainable and its frozen arrays, and joined again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from camelid.errors import UserError
+from camelid.model.params import build
 from camelid.model.pytree import path_name
+from camelid.train.patterns import per_layer, select
 
 
 def partition(params: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, Any]:
@@ -42,3 +46,30 @@ def mask_layers(tree: Any, trained: tuple[bool, ...]) -> Any:
         return jnp.where(jnp.array(trained).reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
 
     return jax.tree.map_with_path(mask, tree)
+
+
+def trained_parameters(freeze: Sequence[str], specs: Any) -> dict[str, np.ndarray]:
+    """Which parameters are trained, by path: booleans of shape (), or of shape (layers,).
+
+    Raises UserError if a pattern of `freeze` matches no parameter, or if nothing is left to train.
+    """
+    trained = {path: ~mask for path, mask in select(freeze, specs, "train.freeze").items()}
+    if not any(mask.any() for mask in trained.values()):
+        raise UserError(
+            f"train.freeze = {list(freeze)} freezes every parameter", "Leave at least one parameter to train."
+        )
+    return trained
+
+
+def make_mask(freeze: Sequence[str], specs: Any) -> Callable[[Any], Any] | None:
+    """A function that sets gradients or updates of frozen parameters and layers to zero; None if nothing is frozen."""
+    if not freeze:
+        return None
+    trained = build(specs, trained_parameters(freeze, specs).values())
+
+    def masked(mask: np.ndarray, leaf: jax.Array) -> jax.Array:
+        return leaf if mask.all() else jnp.where(per_layer(mask, leaf), leaf, jnp.zeros_like(leaf))
+
+    return lambda tree: jax.tree.map(
+        lambda mask, part: jax.tree.map(lambda leaf: masked(mask, leaf), part), trained, tree
+    )
