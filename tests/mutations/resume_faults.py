@@ -187,15 +187,15 @@ FAULTS = (
     Fault(
         "more steps stretch the schedule",
         "runs/recipe.py",
-        "    if steps is None and kept is not None:",
+        "    if steps is None and kept is not None and recipe.optimizer.has_end:",
         "    if False:",
         f"{SCHEDULE}test_more_steps_keep_the_schedule_and_say_so_once",
     ),
     Fault(
         "decay_steps is ignored",
-        "train/optimizer.py",
-        "max(config.decay_steps or steps, config.warmup_steps + 1)",
-        "max(steps, config.warmup_steps + 1)",
+        "train/optimizer_config.py",
+        "max(self.decay_steps or steps, self.warmup(steps) + 1)",
+        "max(steps, self.warmup(steps) + 1)",
         f"{SCHEDULE}test_a_run_of_1000_steps_that_gets_1000_more_does_not_jump",
     ),
     Fault(
