@@ -117,7 +117,7 @@ def initialize_adapters(plan: LoRAPlan, config: ModelConfig, key: jax.Array, par
             magnitude = jnp.where(ranks.reshape(*stack, *[1] * len(spec.outputs)) > 0, row_lengths(rows), 0.0)
         return _adapted(a=a, b=jnp.zeros(adapter.b.shape, jnp.float32), magnitude=magnitude)
 
-    specs = {path: entry for path, entry in named(declare_adapters(plan, config)).items() if entry is not None}
+    specs = named(declare_adapters(plan, config))
     return _tree(plan, config, leaf)
 
 
