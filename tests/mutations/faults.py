@@ -332,8 +332,8 @@ FAULTS = (
     Fault(
         "the bias of values is left out",
         "model/decoder.py",
-        'add_bias(einsum("BSE,KDE->BSKD", x, self.v_proj, context), self.v_bias)',
-        'einsum("BSE,KDE->BSKD", x, self.v_proj, context)',
+        'add_bias(einsum("BSE,KDE->BSKD", x, self.v_proj, context.at("v_proj")), self.v_bias)',
+        'einsum("BSE,KDE->BSKD", x, self.v_proj, context.at("v_proj"))',
         f"{PARITY}[qwen2, tied]",
     ),
     Fault(
@@ -976,15 +976,15 @@ FAULTS = (
     Fault(
         "a model that learnt chats loses their template",
         "runs/run.py",
-        "companions | {CHAT_TEMPLATE: folder / CHAT_TEMPLATE}",
-        "companions",
+        "return components.companions | template",
+        "return components.companions",
         "end_to_end/test_run_folder.py::test_a_model_that_learnt_chats_has_their_template_beside_it[False]",
     ),
     Fault(
         "a journal of the other rotary layout of the source goes on",
         "checkpoint/convert.py",
-        "repr((checkpoint.config, stats, entries))",
-        "repr((checkpoint.config, stats))",
+        "repr((checkpoint.config, stats, entries, *adapters))",
+        "repr((checkpoint.config, stats, *adapters))",
         "checkpoint/test_files.py::test_another_layout_of_the_same_names_and_sizes_does_not_go_on",
     ),
     Fault(
