@@ -93,7 +93,7 @@ def accuracy(params: Any, config: ModelConfig, batch: dict[str, jax.Array]) -> f
     """The fraction of targets that are the most probable token, of each row, averaged over the rows."""
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
     x, _ = params.hidden(tokens, positions, segments, config, ComputeConfig())
-    right = np.asarray(params.logits(x, config, ComputeConfig())).argmax(-1) == batch["targets"]
+    right = np.asarray(params.logits(x, config, ComputeConfig())).argmax(-1) == np.asarray(batch["targets"])
     weights = np.asarray(batch["weights"])
     return float(((right * weights).sum(-1) / weights.sum(-1)).mean())
 
