@@ -75,9 +75,9 @@ def bits(state: TrainState) -> list[bytes]:
 # Names -----------------------------------------------------------------------------------
 
 
-def test_200_names_are_saved_restored_opened_and_converted(tmp_path: Path):
+def test_100_names_are_saved_restored_opened_and_converted(tmp_path: Path):
     """Runs below ten folders each, which saves much time; and a checkpoint in a folder of each name."""
-    names, state = random_names(200), state_of(0)
+    names, state = random_names(100), state_of(0)
     plain = open_checkpoint(run_of(tmp_path / "plain", state))
     for start in range(0, len(names), 10):
         run = run_of(tmp_path.joinpath(*names[start : start + 10]), state)

@@ -24,6 +24,8 @@ from camelid.train.state import TrainState, abstract_state, sharded_like, start_
 from camelid.train.step import TrainStep
 from tiny import tiny_config, tiny_tokens
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config(vocab_size=96, num_layers=2)  # eight devices divide it
 SPECS = declare_decoder(CONFIG)
 HERE, THERE = MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)

@@ -24,6 +24,8 @@ from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import TrainStep
 from tiny import tiny_config, tiny_params, tiny_tokens, to_transformers, transformers_twin
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config()
 STEPS = 6
 # AdamW divides a gradient by its own size: with the usual eps, one of 1e-9 moves as far as one of 1, and rounding

@@ -29,6 +29,8 @@ from camelid.train.step import TrainStep
 from camelid.train.trainable import combine, make_mask, partition
 from tiny import tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config()
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, final_fraction=1.0, weight_decay=0.1)
 RANK, ROWS, LENGTH = 3, 8, 11
