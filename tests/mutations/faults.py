@@ -1002,7 +1002,7 @@ FAULTS = (
         "checkpoint/test_files.py::test_layers_of_different_dtypes_lose_nothing",
     ),
     Fault(
-        "a link to a destination is replaced",
+        "a folder and a link to it do not exclude each other",
         "checkpoint/folder.py",
         "Path(os.path.realpath(named_path(destination)))",
         "destination.absolute()",
