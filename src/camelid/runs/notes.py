@@ -13,8 +13,8 @@ def warmup_notes(recipe: Recipe) -> Iterator[str]:
         name = "warmup_steps" if recipe.optimizer.warmup_ratio is None else "warmup_ratio"
         first, peak = (recipe.optimizer.options[key] for key in ("warmup_start", "learning_rate"))
         yield (
-            f"optimizer.{name} = {getattr(recipe.optimizer, name)} is not less than train.steps = {steps}: the learning "
-            f"rate rises to {first + (peak - first) * steps / warmup:.3g} at the last step and does not decay"
+            f"optimizer.{name} = {getattr(recipe.optimizer, name)} is not less than train.steps = {steps}: the "
+            f"learning rate rises to {first + (peak - first) * steps / warmup:.3g} at the last step and does not decay"
         )
 
 
