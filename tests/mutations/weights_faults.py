@@ -87,8 +87,8 @@ FAULTS = (
     Fault(
         "run_layers: a slice has the windows of the first layers",
         "model/decoder.py",
-        "windowed = config.windowed[first : first + count]",
-        "windowed = config.windowed[:count]",
+        "kinds = config.windowed[first : first + count]",
+        "kinds = config.windowed[:count]",
         "model/test_decoder.py::test_slices_of_the_layers_run_in_turn_give_what_all_layers_give[gemma3]",
     ),
     Fault(
