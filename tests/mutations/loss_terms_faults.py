@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "param_norm is that before the update",
         "train/step.py",
-        "optax.tree.norm(_float32(new))",
-        "optax.tree.norm(params)",
+        "optax.tree.norm(_float32(updated.trainable))",
+        "optax.tree.norm(_float32(state.trainable))",
         EASYLM,
     ),
     Fault(
@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "every layer drops the same elements of the MLP",
         "model/context.py",
-        "self.residual_dropout, self.mlp_dropout))",
-        "self.residual_dropout))",
+        "self.residual_dropout, self.mlp_dropout\n",
+        "self.residual_dropout\n",
         "model/test_context.py::test_layers_and_purposes_drop_different_elements[mlp_dropout]",
     ),
     Fault(
