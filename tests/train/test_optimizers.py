@@ -25,6 +25,8 @@ from camelid.train.state import abstract_state, start_state
 from camelid.train.trainable import make_mask
 from tiny import tiny_config
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config(vocab_size=96, num_layers=2)  # eight devices divide it
 SPECS = declare_decoder(CONFIG)
 UPDATES, RATE = 3, 0.1
