@@ -19,8 +19,9 @@ from camelid.model.context import Context, dropout
 from camelid.model.kv_cache import KVCache
 from camelid.model.loss import TokenLogProbs, cross_entropy, project, token_log_probs
 from camelid.model.params import child, declare, module, param
+from camelid.model.products import KEPT
 from camelid.model.rope import rotate, rotations
-from camelid.model.weights import KEPT, Adapted, Weight, add_bias, einsum, lookup
+from camelid.model.weights import Adapted, Weight, add_bias, einsum, lookup
 from camelid.parallel.rules import shard
 
 
