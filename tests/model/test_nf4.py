@@ -84,7 +84,7 @@ def test_int8_is_rounded_to_the_nearest_of_255_steps_for_each_output():
 
 
 @pytest.mark.parametrize(
-    "equation, outputs, shape", [("BSE,HDE->BSHD", 2, (3, 4, 70)), ("BSHD,EHD->BSE", 1, (70, 3, 4))]
+    ("equation", "outputs", "shape"), [("BSE,HDE->BSHD", 2, (3, 4, 70)), ("BSHD,EHD->BSE", 1, (70, 3, 4))]
 )
 def test_products_and_lookups_are_those_of_the_dense_matrix(equation: str, outputs: int, shape: tuple[int, ...]):
     weight = quantize_nf4(jnp.asarray(values(shape)), outputs)

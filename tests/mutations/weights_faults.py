@@ -24,8 +24,8 @@ FAULTS = (
     Fault(
         "dora: the length is that of the base alone",
         "model/weights.py",
-        "lengths = _length(self._merged())",
-        "lengths = _length(self._merged() * 0.0 + dense(self._base).reshape(self._merged().shape[-2:]))",
+        "lengths = row_lengths(self._merged())",
+        "lengths = row_lengths(self._merged() * 0.0 + dense(self._base).reshape(self._merged().shape[-2:]))",
         f"{WEIGHTS}::test_products_of_adapted_weights_and_their_gradients_are_those_of_peft[BSE,ME->BSM-dora]",
     ),
     Fault(
