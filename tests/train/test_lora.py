@@ -1,10 +1,10 @@
 """Runs that train an adapter: what they train and save, how they resume, and from what they may start."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -12,11 +12,15 @@ from safetensors.numpy import load_file, save_file
 import camelid
 import camelid.runs.run
 from camelid.checkpoint.state import saved_state
+from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
 from camelid.model.config import ComputeConfig
+from camelid.model.params import named
 from camelid.parallel.mesh import one_device
 from camelid.parallel.stop_signal import StopSignal
+from camelid.runs.components import build_components
 from camelid.runs.run import run
+from camelid.runs.start import Start, find_start
 from camelid.train.loggers import read_metrics
 from runs import VOCAB, called, column, losses, recipe, tiny_run, write_recipe_file
 from tiny import tiny_config, tiny_params, tiny_tokens
@@ -192,32 +196,42 @@ def test_a_base_that_changed_is_refused(
         camelid.load(tmp_path / "run")
 
 
-def test_an_adapter_is_continued_if_the_recipe_describes_it(
-    base: Path, straight: tuple[Path, camelid.Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    on_one_device(monkeypatch)
-    lora = LORA
-    table = lora_run(
-        tmp_path, base, lora, init=str(straight[0] / "adapter"), optimizer__learning_rate=1e-30, train__steps=1
-    )
-    outcome = run(recipe(table))
-    expected = np.asarray(straight[1].logits(TOKENS))
-    np.testing.assert_allclose(outcome.model.logits(TOKENS), expected, atol=1e-5 * np.abs(expected).max())
-    names = json.loads((outcome.folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert names == str(base.resolve())
-    table = lora_run(tmp_path, base, lora | {"rank": 5}, init=str(straight[0]), run=str(tmp_path / "other"))
+def start_of(table: dict[str, Any]) -> Start:
+    """The state before the first step of a new run."""
+    described, mesh = recipe(table), one_device()
+    with jax.set_mesh(mesh):
+        components = build_components(described, mesh)
+        checkpoints = RunCheckpoints(Path(described.run) / "checkpoints", 1)
+        return find_start(described, None, None, components, checkpoints, mesh)
+
+
+def test_an_adapter_is_continued_if_the_recipe_describes_it(base: Path, straight: tuple[Path, Any], tmp_path: Path):
+    for place, optimizer in (("adapter", False), (".", False), ("checkpoints/4", True)):
+        table = lora_run(tmp_path, base, init=str(straight[0] / place), init_optimizer=optimizer, train__steps=9)
+        start = start_of(table)
+        assert start.base is not None
+        assert start.base.about.base == str(base.resolve())
+        assert int(start.state.step) == (4 if optimizer else 0)
+        for name, expected in params_of(straight[0], 4).items():
+            path, _, factor = name.rpartition(".")
+            np.testing.assert_array_equal(getattr(named(start.state.trainable)[path], factor), expected, err_msg=name)
+        moments = named(start.state.opt_state[0].mu)["layers.attn.k_proj"].a
+        assert np.any(moments) == optimizer
+
+
+def test_an_adapter_of_another_form_is_refused(base: Path, straight: tuple[Path, Any], tmp_path: Path):
+    def table(**lora: Any) -> dict[str, Any]:
+        return lora_run(tmp_path, base, LORA | lora, init=str(straight[0]))
+
     message = (
-        r"is an adapter with ranks \(4, 2, 4\), alphas 8 for layers\.attn\.q_proj, and \[lora\] has ranks \(5, 2, 5\)"
+        r"an adapter with ranks \(4, 2, 4\), alphas 8 for layers\.attn\.q_proj, and \[lora\] has ranks \(5, 2, 5\)"
     )
     with pytest.raises(UserError, match=message):
-        run(recipe(table))
-    with pytest.raises(UserError, match="is an adapter with dora = True, and"):
-        run(
-            recipe(
-                lora_run(tmp_path, base, lora | {"kind": "lora"}, init=str(straight[0]), run=str(tmp_path / "other"))
-            )
-        )
-    assert not (tmp_path / "other").exists()
+        start_of(table(rank=5))
+    with pytest.raises(UserError, match=r"an adapter with dora = True, and .*\n.*camelid convert ADAPTER MODEL"):
+        start_of(table(kind="lora"))
+    with pytest.raises(UserError, match=r"has no step and no moments of AdamW for an adapter"):
+        start_of(lora_run(tmp_path, base, init_optimizer=True))
 
 
 def test_the_command_tells_what_is_trained_and_what_can_be_done_next(

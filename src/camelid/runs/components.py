@@ -150,9 +150,8 @@ def _model(recipe: Recipe, started: bool) -> tuple[Checkpoint | None, ModelConfi
         assert recipe.model is not None, "a Recipe has init or model"
         return None, recipe.model, ()
     folder = Path(recipe.run)
-    if (
-        started and recipe.lora is None and (folder / "config.json").is_file()
-    ):  # runs that an older camelid started have none
+    # Runs that an older camelid started have no config.json; those that train an adapter need the base again.
+    if started and recipe.lora is None and (folder / "config.json").is_file():
         return None, read_model_config(folder), companions_in(folder)
     source = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore)
     return source, (source if recipe.lora is None else base_of(source)).config, source.other_companions

@@ -26,7 +26,7 @@ from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
 from camelid.model.adapters import LoRAPlan, freeze, initialize_adapters
-from camelid.model.config import ComputeConfig, ModelConfig
+from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import build, map_specs, named
 from camelid.model.pytree import path_name
@@ -43,9 +43,16 @@ MERGE = (
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen parameters of a run."""
+    """The frozen parameters of a run that trains an adapter."""
 
+    source: Checkpoint
+    """the checkpoint `init`: the base, or an adapter of it that is continued"""
+    checkpoint: Checkpoint
+    """the base"""
     params: Decoder
+    """its parameters"""
+    frozen: Decoder
+    """what the step receives beside the state: the parameters, with the scales of the adapters"""
     about: RunAdapter
     """what the folder of the run says about them and about the adapter"""
 
@@ -89,7 +96,9 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
                 "another --run.",
             )
     about = RunAdapter(_name_of_base(recipe, source), recipe.init_ignore, checksums, plan, recipe.lora.dropout)
-    return Base(params, about)
+    frozen, everywhere = freeze(params, plan, base.config), placement((), mesh)
+    frozen = jax.tree.map(lambda x: jax.device_put(x, everywhere) if isinstance(x, np.ndarray) else x, frozen)
+    return Base(source, base, params, frozen, about)
 
 
 def _load(base: Checkpoint, dtype: Any, compute: ComputeConfig, mesh: Mesh) -> Decoder:
@@ -120,20 +129,14 @@ def _name_of_base(recipe: Recipe, source: Checkpoint) -> str:
 # The first state ------------------------------------------------------------------------------
 
 
-def first_state(
-    recipe: Recipe,
-    source: Checkpoint,
-    plan: LoRAPlan,
-    base: Decoder,
-    optimizer: optax.GradientTransformation,
-    target: TrainState,
-) -> TrainState:
+def first_state(recipe: Recipe, base: Base, optimizer: optax.GradientTransformation, target: TrainState) -> TrainState:
     """The state before the first step: new adapters, or those of `init` if it is an adapter.
 
     With `init_optimizer`, it is the entire state of the step of another run. Raises UserError if the adapter of `init`
     is not of the form that the recipe describes.
     """
-    config, places = base_of(source).config, jax.tree.map(lambda x: x.sharding, target)
+    source, plan, config = base.source, base.about.plan, base.checkpoint.config
+    places = jax.tree.map(lambda x: x.sharding, target)
     if isinstance(source, AdaptedCheckpoint):
         _check_continues(recipe, source, plan)
         if recipe.init_optimizer and source.step is not None:
@@ -144,16 +147,10 @@ def first_state(
         )
         return jax.jit(lambda adapters: start_state(adapters, optimizer), out_shardings=places)(given)
 
-    def create(key: jax.Array, base: Decoder) -> TrainState:
-        return start_state(initialize_adapters(plan, config, key, base), optimizer)
+    def create(key: jax.Array, params: Decoder) -> TrainState:
+        return start_state(initialize_adapters(plan, config, key, params), optimizer)
 
-    return jax.jit(create, out_shardings=places)(jax.random.key(recipe.train.seed), base)
-
-
-def frozen_params(base: Decoder, plan: LoRAPlan, config: ModelConfig, mesh: Mesh) -> Decoder:
-    """What the step receives beside the state, on the devices of the mesh."""
-    frozen, everywhere = freeze(base, plan, config), placement((), mesh)
-    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if isinstance(x, np.ndarray) else x, frozen)
+    return jax.jit(create, out_shardings=places)(jax.random.key(recipe.train.seed), base.params)
 
 
 def _check_continues(recipe: Recipe, source: AdaptedCheckpoint, plan: LoRAPlan) -> None:
@@ -189,14 +186,7 @@ def _short(values: Sequence[float]) -> str:
 # adapter/ ------------------------------------------------------------------------------------
 
 
-def save_adapter(
-    folder: Path,
-    trainable: Decoder,
-    about: RunAdapter,
-    config: ModelConfig,
-    base_format: str,
-    companions: Mapping[str, Path],
-) -> None:
+def save_adapter(folder: Path, trainable: Decoder, base: Base, companions: Mapping[str, Path]) -> None:
     """Writes an adapter in PEFT's form, with the tokenizer's files; every process calls this.
 
     The folder is complete at any time: its files are written under other names first. PEFT finds the base by its name
@@ -205,8 +195,8 @@ def save_adapter(
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(trainable)}
     arrays = to_host(leaves)
     if is_main():
-        base = split_prefix(about.base)[1] if base_format == "hf" else None
-        files = adapter_files(to_adapter(about.plan, arrays, config, base, about.dropout))
+        about, name = base.about, split_prefix(base.about.base)[1] if base.checkpoint.format == "hf" else None
+        files = adapter_files(to_adapter(about.plan, arrays, base.checkpoint.config, name, about.dropout))
         expected = {file.name: None for file in files} | dict(companions)
         with new_folder(folder, sum(file.size for file in files), overwrite=True, expected=expected) as temporary:
             write_files(temporary, files)

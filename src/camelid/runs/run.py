@@ -28,7 +28,7 @@ from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.components import Components, build_components
-from camelid.runs.lora import Base, base_dtype, base_of, save_adapter
+from camelid.runs.lora import Base, base_dtype, save_adapter
 from camelid.runs.recipe import Recipe, completed
 from camelid.runs.run_folder import ADAPTER, MODEL, STEPS, check_folder, claimed, kept_recipe, record
 from camelid.runs.start import Start, find_start, shardings
@@ -198,9 +198,7 @@ def _companions(components: Components, folder: Path) -> dict[str, Path]:
 
 def _save_adapter(components: Components, folder: Path, base: Base, state: TrainState) -> None:
     """Writes adapter/ in the folder of the run."""
-    assert components.source is not None
-    form, companions = base_of(components.source).format, _companions(components, folder)
-    save_adapter(folder / ADAPTER, state.trainable, base.about, components.config, form, companions)
+    save_adapter(folder / ADAPTER, state.trainable, base, _companions(components, folder))
 
 
 def compile_step(

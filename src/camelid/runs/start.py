@@ -22,7 +22,7 @@ from camelid.model.params import abstract, initialize
 from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 from camelid.runs.adamw_import import import_adamw
 from camelid.runs.components import Components
-from camelid.runs.lora import Base, first_state, frozen_params, load_base
+from camelid.runs.lora import Base, first_state, load_base
 from camelid.runs.recipe import Recipe
 from camelid.runs.run_folder import STEPS, new_aside
 from camelid.train.state import TrainState, abstract_state, start_state
@@ -39,10 +39,13 @@ class Start:
     """the recipe of the run so far; None for a new run"""
     base: Base | None
     """the frozen parameters of a run that trains an adapter"""
-    frozen: Any
-    """what the step receives beside the state: `base` with the scales of the adapters; None if all is trained"""
     aside: Path | None
     """the folder to which checkpoints of later steps were moved"""
+
+    @property
+    def frozen(self) -> Any:
+        """What the step receives beside the state; None if all parameters are trained."""
+        return None if self.base is None else self.base.frozen
 
 
 def find_start(
@@ -62,21 +65,20 @@ def find_start(
     resumed = broadcast_from_main(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))
     optimizer = components.step.optimizer
     target = abstract_start(components.config, optimizer, recipe.compute, mesh, components.lora)
-    base, plan = None, components.lora
-    if plan is not None:
+    base = None
+    if components.lora is not None:
         assert components.source is not None, "an adapter has a base"
-        base = load_base(recipe, components.source, plan, mesh)
+        base = load_base(recipe, components.source, components.lora, mesh)
     if resumed is not None:
         state = checkpoints.restore(resumed, target)
-    elif base is not None and plan is not None and components.source is not None:
-        state = first_state(recipe, components.source, plan, base.params, optimizer, target)
+    elif base is not None:
+        state = first_state(recipe, base, optimizer, target)
     elif components.source is not None:
         state = _from_init(recipe, components.source, optimizer, target, mesh)
     else:
         state = _from_scratch(recipe, components.config, optimizer, target)
-    frozen = None if base is None or plan is None else frozen_params(base.params, plan, components.config, mesh)
     aside = None if from_step is None else _move_later_aside(folder, from_step)
-    return Start(state, resumed, previous, base, frozen, aside)
+    return Start(state, resumed, previous, base, aside)
 
 
 def abstract_start(
