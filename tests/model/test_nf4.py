@@ -35,7 +35,7 @@ def values(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_codes_and_magnitudes_equal_bitsandbytes(name: str):
-    """Its CPU kernel for magnitudes rounds through a table of 2^16 entries; the path for float64 rounds to the nearest."""
+    """Its CPU kernel for magnitudes rounds through a table of 2^16 entries, and that for float64 to the nearest."""
     outputs, shape = SHAPES[name]
     matrix = values(shape)
     theirs, state = bnb.quantize_4bit(torch.tensor(matrix), blocksize=64, quant_type="nf4", compress_statistics=True)

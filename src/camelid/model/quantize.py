@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import Decoder, specs_of
 from camelid.model.nf4 import NF4, quantize_nf4
@@ -23,11 +24,14 @@ def quantize_layers(
 ) -> Decoder:
     """`params` with the matrices of all layers quantized. Embeddings, the head, norms and biases stay as they are.
 
-    The arrays of the matrices that are replaced are deleted as soon as they have been quantized.
+    The arrays of the matrices that are replaced are deleted as soon as they have been quantized. Raises UserError if
+    a matrix cannot be held in NF4, which stores pairs of elements.
     """
     leaves = dict(named(params))
     for path, spec in named(specs_of(params, config)).items():
         if spec.stacked and spec.is_matrix:
+            if bits == "nf4" and spec.shape[-1] % 2:
+                raise UserError(f"{path} has an odd number of {spec.axes[-1]}, {spec.shape[-1]}", "Use int8 for it.")
             quantized = jax.eval_shape(partial(quantize, spec=spec, bits=bits), leaves[path])
             placed = shardings(spec, quantized, mesh, replicate)
             whole, leaves[path] = leaves[path], None
