@@ -114,10 +114,11 @@ def initialize_adapters(plan: LoRAPlan, config: ModelConfig, key: jax.Array, par
         if adapter.magnitude is not None:
             base = held["embed" if path == "lm_head" and path not in held else path]
             values = (jax.vmap(dense) if spec.stacked else dense)(base)
-            magnitude = row_lengths(values.astype(jnp.float32).reshape(*adapter.magnitude.shape, -1))
+            rows = values.astype(jnp.float32).reshape(*adapter.magnitude.shape, -1)
+            magnitude = jnp.where(ranks.reshape(*stack, *[1] * len(spec.outputs)) > 0, row_lengths(rows), 0.0)
         return _adapted(a=a, b=jnp.zeros(adapter.b.shape, jnp.float32), magnitude=magnitude)
 
-    specs = {path: entry for path, entry in named(declare_adapters(plan, config)).items() if entry is not None}
+    specs = named(declare_adapters(plan, config))
     return _tree(plan, config, leaf)
 
 

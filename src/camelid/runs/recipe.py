@@ -19,10 +19,11 @@ from camelid.inputs import expand_home, named_path, read_text
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
+from camelid.runs.renamed import renamed_advice
 from camelid.runs.suggestions import as_option, suggest
-from camelid.train.config import TrainConfig
+from camelid.train.config import DropoutConfig, EmaConfig, LossConfig, LossScaleConfig, TrainConfig
 from camelid.train.lora_config import LoRAConfig
-from camelid.train.optimizer import OptimizerConfig
+from camelid.train.optimizer_config import OptimizerConfig
 
 PRESET = "preset"  # in [model]: the name of a model whose fields are the defaults of the others
 
@@ -47,9 +48,15 @@ class Recipe:
     """folder with tokenizer.json or tokenizer.model; default: the tokenizer of `init`"""
     data: DataConfig
     train: TrainConfig
+    loss: LossConfig = LossConfig()
+    dropout: DropoutConfig = DropoutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAConfig | None = None
     """adapters that are trained instead of all parameters; without the table, all parameters are trained"""
+    ema: EmaConfig | None = None
+    """a moving average of the parameters; None: none is kept"""
+    loss_scale: LossScaleConfig | None = None
+    """loss scaling, which only compute.dtype = "float16" has and needs; None: its defaults"""
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
 
@@ -82,10 +89,11 @@ class Recipe:
                 "Leave it out, so that parameters are float32. compute.dtype = 'bfloat16' multiplies in 16 bits.",
             )
         if self.compute.dtype == "float16":
+            object.__setattr__(self, "loss_scale", self.loss_scale or LossScaleConfig())
+        elif self.loss_scale is not None:
             raise UserError(
-                "compute.dtype = 'float16' needs loss scaling in training, which camelid does not have: small "
-                "gradients would become zero",
-                "Use 'bfloat16', which has the range of float32.",
+                f"the recipe has a loss_scale and compute.dtype = {self.compute.dtype!r}",
+                "Only float16 needs loss scaling: remove the table, or set compute.dtype = 'float16'.",
             )
 
 
@@ -134,8 +142,8 @@ def completed(recipe: Recipe, kept: Recipe | None) -> Recipe:
     - `data.packing`, whose default was `stream` for all kinds of sources when some runs were started.
     """
     steps, data = recipe.optimizer.decay_steps, recipe.data
-    if steps is None and kept is not None:
-        steps = kept.optimizer.decay_steps or kept.train.steps
+    if steps is None and kept is not None and recipe.optimizer.has_end:
+        steps = kept.optimizer.end(kept.train.steps)
     optimizer = dataclasses.replace(recipe.optimizer, decay_steps=None if steps == recipe.train.steps else steps)
     if data.packing is None:
         method = (data if kept is None else kept.data).packing_method
@@ -177,13 +185,15 @@ def _takes(hint: Any, value: Any) -> bool:
     match typing.get_origin(hint):
         case typing.Literal:
             return isinstance(value, str)
-        case types.UnionType:
+        case types.UnionType | typing.Union:
             return any(_takes(arm, value) for arm in typing.get_args(hint))
         case collections.abc.Mapping:
             return isinstance(value, Mapping)
         case builtins.tuple:
             inner = typing.get_args(hint)[0]
             return all(_takes(inner, item) for item in value) if isinstance(value, list) else _takes(inner, value)
+    if typing.get_origin(hint) is collections.abc.Mapping:
+        return isinstance(value, Mapping)
     if dataclasses.is_dataclass(hint):
         return isinstance(value, Mapping) or (hint is Source and isinstance(value, str))
     return isinstance(value, hint)
@@ -242,7 +252,8 @@ def _refuse_unknown(table: Mapping[str, Any], cls: type, prefix: str) -> None:
     known = [*hints, PRESET] if cls is ModelConfig else hints
     for key, value in table.items():
         if key not in hints:
-            raise UserError(f"the recipe has no field {prefix + key!r}", suggest(prefix + key, known))
+            advice = renamed_advice(prefix + key) or suggest(prefix + key, known)
+            raise UserError(f"the recipe has no field {prefix + key!r}", advice)
         for name, item, hint in _items(f"{prefix}{key}", value, hints[key]):
             if inner := _table_class(hint, item, name):
                 _refuse_unknown(item, inner, f"{name}.")

@@ -8,17 +8,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
+from camelid.data.report import silent_among_first
 from camelid.model.flops import count_parameters
 from camelid.runs.components import Components
 from camelid.runs.lora import base_dtype
+from camelid.runs.notes import silent_row_notes, warmup_notes
 from camelid.runs.recipe import Recipe
 from camelid.runs.start import Start
-from camelid.train.optimizer import learning_rate
+from camelid.train.schedules import learning_rate
 
 
 def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Start) -> Iterator[str]:
     """The lines, in order."""
-    for note in components.notes:
+    silent = [silent_among_first(packing) for packing in components.loader.packings]
+    for note in (*components.notes, *silent_row_notes(silent), *warmup_notes(recipe)):
         yield f"note: {note}"
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
@@ -29,7 +32,9 @@ def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Sta
     if recipe.lora is not None:
         yield _trained(recipe, components, start)
     step = int(start.state.step)
-    if start.resumed is not None:
+    if start.resumed == recipe.train.steps:
+        yield f"this run is finished: it has made all {step} steps; a larger train.steps continues it"
+    elif start.resumed is not None:
         yield f"resuming after step {step}"
     elif step:
         rate = np.asarray(components.step.schedule(step))
@@ -61,7 +66,9 @@ def _trained(recipe: Recipe, components: Components, start: Start) -> str:
 
 def schedule_change(recipe: Recipe, previous: Recipe, step: int) -> str | None:
     """How the learning rate of a run that is resumed after `step` changes with its length or schedule, if it does."""
-    before, now = (each.optimizer.decay_steps or each.train.steps for each in (previous, recipe))
+    if not recipe.optimizer.has_end:
+        return None
+    before, now = (each.optimizer.end(each.train.steps) for each in (previous, recipe))
     was, rate = (
         np.asarray(learning_rate(replace(recipe.optimizer, decay_steps=steps), steps)(step)) for steps in (before, now)
     )
@@ -70,9 +77,9 @@ def schedule_change(recipe: Recipe, previous: Recipe, step: int) -> str | None:
             f"optimizer.decay_steps changes from {before} to {now}: the learning rate of step {step + 1} is "
             f"{rate:.3g} instead of {was:.3g}"
         )
-    if recipe.train.steps in (previous.train.steps, now):
+    if recipe.train.steps in (previous.train.steps, now) or recipe.optimizer.final_fraction is None:
         return None
-    final = recipe.optimizer.learning_rate * recipe.optimizer.final_fraction
+    final = np.asarray(learning_rate(recipe.optimizer, now)(now))
     return (
         f"train.steps changes from {previous.train.steps} to {recipe.train.steps}; the learning rate still decays to "
         f"{final:.3g} at step {now} and stays there (optimizer.decay_steps = {recipe.train.steps} stretches the decay)"

@@ -1,0 +1,29 @@
+"""Notes on recipes that are valid, but probably not what was intended."""
+
+from collections.abc import Iterator, Sequence
+
+from camelid.data.report import SilentRows
+from camelid.runs.recipe import Recipe
+
+
+def warmup_notes(recipe: Recipe) -> Iterator[str]:
+    """A note if the learning rate only rises."""
+    steps, warmup = recipe.train.steps, recipe.optimizer.warmup(recipe.train.steps)
+    if warmup >= steps:
+        name = "warmup_steps" if recipe.optimizer.warmup_ratio is None else "warmup_ratio"
+        first, peak = (recipe.optimizer.options[key] for key in ("warmup_start", "learning_rate"))
+        yield (
+            f"optimizer.{name} = {getattr(recipe.optimizer, name)} is not less than train.steps = {steps}: the "
+            f"learning rate rises to {first + (peak - first) * steps / warmup:.3g} at the last step and does not decay"
+        )
+
+
+def silent_row_notes(sources: Sequence[SilentRows]) -> Iterator[str]:
+    """A note for each source of the training data that has rows without a loss."""
+    for number, found in enumerate(sources, start=1):
+        if found.number:
+            which = "" if found.examined == found.rows else "first "
+            yield (
+                f"{found.number:,} of the {which}{found.examined:,} rows of source {number} have no loss: the weights "
+                "of all their tokens are 0"
+            )
