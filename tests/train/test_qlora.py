@@ -61,6 +61,6 @@ def test_a_base_in_nf4_on_a_mesh_learns_what_a_base_in_float32_learns(
     assert np.abs(attached - trained).max() < 0.2 * np.abs(trained).max()
 
 
-def test_a_form_of_the_base_that_does_not_exist_is_refused():
+def test_a_form_of_the_base_that_does_not_exist_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"lora\.base.*int4"):
-        recipe({"run": "x", "init": "y", "lora": {"base": "int4"}, "data": {}, "train": {"steps": 1}})
+        recipe(stories_run(tmp_path, tmp_path, lora={"base": "int4"}))
