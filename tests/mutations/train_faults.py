@@ -17,8 +17,8 @@ FAULTS = (
     Fault(
         "frozen layers count in the norm of the gradients",
         "train/step.py",
-        "return sums, self._masked(jax.tree.map(lambda g: _mean(g, sums[1]), grads))",
-        "return sums, jax.tree.map(lambda g: _mean(g, sums[1]), grads)",
+        "return self._masked(jax.tree.map(lambda g: _mean(g, weight), summed))",
+        "return jax.tree.map(lambda g: _mean(g, weight), summed)",
         f"{TRAINABLE}test_layers_that_are_not_trained_stay_although_weights_decay",
     ),
     Fault(
@@ -54,14 +54,14 @@ FAULTS = (
         "train/objective.py",
         'Context("scoring") if key is None else self._training_context(key, batch["rows"])',
         'self._training_context(jax.random.key(0) if key is None else key, batch["rows"])',
-        f"{STEP}test_dropout_changes_the_loss_of_training_from_step_to_step_and_never_that_of_validation[residual_dropout]",
+        f"{STEP}test_dropout_changes_the_loss_of_training_from_step_to_step_and_never_that_of_validation[residual]",
     ),
     Fault(
-        "residual dropout of a recipe is ignored",
+        "dropout of a recipe is ignored",
         "runs/components.py",
-        "residual_dropout=recipe.train.residual_dropout",
-        "residual_dropout=0.0",
-        "test_recipe.py::test_dropout_rates_reach_the_objective",
+        "        dropout=recipe.dropout,\n",
+        "",
+        "test_recipe.py::test_loss_dropout_and_metrics_reach_the_step",
     ),
     Fault(
         "moments are replicated",

@@ -1,4 +1,4 @@
-"""Which keys each query of attention sees, and which attention weights dropout removes.
+"""Which keys each query of attention sees, and which attention weights and keys dropout removes.
 
 Axes: B batch, S queries, T keys, K key/value heads, G query heads per key/value head, I blocks of queries, J of keys.
 """
@@ -15,6 +15,7 @@ from camelid.model.context import Context
 
 INVISIBLE = np.int32(2**31 - 1)  # the position of a key that no query sees
 NO_WINDOW = 2**30  # a window that excludes no key
+EVERY_SEGMENT = -1  # the segment of a key that the queries of all segments see, such as one of a shared prompt
 MASKED = (
     -1e30
 )  # the score of a key that is not seen; finite: -inf minus -inf is NaN for a query that has seen no key yet
@@ -25,8 +26,8 @@ MASKED = (
 class Mask:
     """A causal mask, described by the positions of queries and keys, which may be in any order.
 
-    A query attends to keys of its own segment whose positions are at most its own and, with a window W, greater than
-    its own minus W:
+    A query attends to keys of its own segment, and of EVERY_SEGMENT, whose positions are at most its own and, with a
+    window W, greater than its own minus W:
 
         segments  1 1 1 1 2 2     sees   x . . . . .
                                          x x . . . .
@@ -52,7 +53,8 @@ class Mask:
             mask = mask & (keys > queries - self.window)
         if self.query_segments is None or self.key_segments is None:
             return mask
-        return mask & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
+        queries, keys = self.query_segments[:, :, None], self.key_segments[:, None, :]
+        return mask & ((queries == keys) | (keys == EVERY_SEGMENT))
 
     def apply(self, scores: Float[Array, "B K G S T"]) -> Float[Array, "B K G S T"]:
         """The scores, MASKED for keys that the query does not attend to."""
@@ -126,6 +128,27 @@ def attention_dropout(context: Context, kv_heads: int, group: int) -> AttentionD
         return None
     bits = jax.vmap(lambda key: jax.random.bits(key, (kv_heads, group, 2), jnp.uint32))(context.row_keys("attention"))
     return AttentionDropout(context.attention_dropout, bits)
+
+
+def forgetful_mask(
+    context: Context, segments: Int[Array, "B S"] | None, rows: int, length: int
+) -> Bool[Array, "B S"] | None:
+    """Which tokens of each row attention may see as keys: forgetful causal masking (arXiv:2210.13432).
+
+    Each row draws a ratio, uniformly between `context.forgetful_ratios`, and each of its tokens is hidden with that
+    probability from all queries of all layers, its own included. The first token of each document is never hidden, so
+    every query sees at least one key. Like dropout, the draws depend on the step's key and the row's number alone.
+    Returns None, for no mask, if the ratios are 0 or the context has no dropout key.
+    """
+    low, high = context.forgetful_ratios
+    if high == 0 or context.dropout_key is None:
+        return None
+    ratios = jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high))(context.row_keys("forgetful ratio"))
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(context.row_keys("forgetful mask"))
+    first = jnp.zeros((rows, length), bool).at[:, 0].set(True)
+    if segments is not None:
+        first = first.at[:, 1:].set(segments[:, 1:] != segments[:, :-1])
+    return first | (draws >= ratios[:, None])
 
 
 def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

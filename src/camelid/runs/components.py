@@ -240,10 +240,10 @@ def _train_step(recipe: Recipe, config: ModelConfig, lora: LoRAPlan | None = Non
     objective = NextTokenLoss(
         config=config,
         compute=recipe.compute,
-        embedding_dropout=recipe.train.embedding_dropout,
-        attention_dropout=recipe.train.attention_dropout,
-        residual_dropout=recipe.train.residual_dropout,
+        loss=recipe.loss,
+        dropout=recipe.dropout,
         adapter_dropout=0.0 if recipe.lora is None else recipe.lora.dropout,
+        accuracy="accuracy" in recipe.train.metrics,
     )
     return TrainStep(
         objective=objective,
@@ -252,4 +252,7 @@ def _train_step(recipe: Recipe, config: ModelConfig, lora: LoRAPlan | None = Non
         clip_norm=recipe.optimizer.clip_norm,
         accumulate=recipe.train.accumulate,
         seed=recipe.train.seed,
+        ema_decay=None if recipe.ema is None else recipe.ema.decay,
+        loss_scale=recipe.loss_scale,
+        param_norm="param_norm" in recipe.train.metrics,
     )

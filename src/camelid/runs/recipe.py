@@ -19,8 +19,9 @@ from camelid.inputs import expand_home, named_path, read_text
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
+from camelid.runs.renamed import renamed_advice
 from camelid.runs.suggestions import as_option, suggest
-from camelid.train.config import TrainConfig
+from camelid.train.config import DropoutConfig, EmaConfig, LossConfig, LossScaleConfig, TrainConfig
 from camelid.train.lora_config import LoRAConfig
 from camelid.train.optimizer import OptimizerConfig
 
@@ -47,9 +48,15 @@ class Recipe:
     """folder with tokenizer.json or tokenizer.model; default: the tokenizer of `init`"""
     data: DataConfig
     train: TrainConfig
+    loss: LossConfig = LossConfig()
+    dropout: DropoutConfig = DropoutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAConfig | None = None
     """adapters that are trained instead of all parameters; without the table, all parameters are trained"""
+    ema: EmaConfig | None = None
+    """a moving average of the parameters; None: none is kept"""
+    loss_scale: LossScaleConfig | None = None
+    """loss scaling, which only compute.dtype = "float16" has and needs; None: its defaults"""
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
 
@@ -82,10 +89,11 @@ class Recipe:
                 "Leave it out, so that parameters are float32. compute.dtype = 'bfloat16' multiplies in 16 bits.",
             )
         if self.compute.dtype == "float16":
+            object.__setattr__(self, "loss_scale", self.loss_scale or LossScaleConfig())
+        elif self.loss_scale is not None:
             raise UserError(
-                "compute.dtype = 'float16' needs loss scaling in training, which camelid does not have: small "
-                "gradients would become zero",
-                "Use 'bfloat16', which has the range of float32.",
+                f"the recipe has a loss_scale and compute.dtype = {self.compute.dtype!r}",
+                "Only float16 needs loss scaling: remove the table, or set compute.dtype = 'float16'.",
             )
 
 
@@ -242,7 +250,8 @@ def _refuse_unknown(table: Mapping[str, Any], cls: type, prefix: str) -> None:
     known = [*hints, PRESET] if cls is ModelConfig else hints
     for key, value in table.items():
         if key not in hints:
-            raise UserError(f"the recipe has no field {prefix + key!r}", suggest(prefix + key, known))
+            advice = renamed_advice(prefix + key) or suggest(prefix + key, known)
+            raise UserError(f"the recipe has no field {prefix + key!r}", advice)
         for name, item, hint in _items(f"{prefix}{key}", value, hints[key]):
             if inner := _table_class(hint, item, name):
                 _refuse_unknown(item, inner, f"{name}.")
