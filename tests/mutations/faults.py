@@ -450,7 +450,7 @@ FAULTS = (
     ),
     Fault(
         "products are summed in bfloat16",
-        "model/weights.py",
+        "model/products.py",
         "return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)",
         "return jnp.einsum(equation, a, b).astype(jnp.float32)",
         "model/test_weights.py::test_bfloat16_products_are_summed_in_float32",
