@@ -90,7 +90,8 @@ def convert(
         notes.append(f"the step and the optimizer's moments are left out; --to {TRAIN_STATE} keeps them")
     if not_finite:
         counts = Counter[str]()
-        for (path, *_), count in not_finite.items():
+        # Threads have added them in any order.
+        for (path, *_), count in sorted(not_finite.items(), key=lambda item: item[0][0]):
             counts[path] += count
         notes.append(f"infinite or NaN values are written as they are: {describe_counts(counts)}")
     return tuple(notes)
