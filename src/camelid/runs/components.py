@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
+from camelid.checkpoint.adapters.trained import read_run_adapter
 from camelid.checkpoint.checkpoint import Checkpoint, companions_in
 from camelid.checkpoint.formats import hf
 from camelid.checkpoint.formats.config_source import read_model_config
@@ -154,7 +155,10 @@ def _model(recipe: Recipe, started: bool) -> tuple[Checkpoint | None, ModelConfi
     # Runs that an older camelid started have no config.json; those that train an adapter need the base again.
     if started and recipe.lora is None and (folder / "config.json").is_file():
         return None, read_model_config(folder), companions_in(folder)
-    source = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore)
+    about = read_run_adapter(folder) if started and recipe.lora is not None else None
+    # An adapter that `init` continued from is not needed again.
+    init = recipe.init if about is None else about.base
+    source = open_checkpoint(init, config=recipe.model, ignore=recipe.init_ignore)
     return source, (source if recipe.lora is None else base_of(source)).config, source.other_companions
 
 
@@ -241,7 +245,6 @@ def _check_training(source: Checkpoint, recipe: Recipe) -> None:
 
 
 def _train_step(recipe: Recipe, config: ModelConfig, lora: LoRAPlan | None = None) -> TrainStep:
-    recipe.optimizer.check_decay()
     specs, freeze = declare_decoder(config) if lora is None else declare_adapters(lora, config), recipe.train.freeze
     objective = NextTokenLoss(
         config=config,

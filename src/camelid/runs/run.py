@@ -32,6 +32,7 @@ from camelid.runs.lora import Base, base_dtype, save_adapter
 from camelid.runs.recipe import Recipe, completed
 from camelid.runs.run_folder import (
     ADAPTER,
+    ADAPTER_EMA,
     MODEL,
     MODEL_EMA,
     STEPS,
@@ -86,6 +87,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     previous = kept_recipe(folder)
     if previous is None:
         interrupts.set_advice("no step was saved; run the same command again to start from the beginning")
+        recipe.optimizer.check_decay()
     recipe = completed(recipe, previous)
     broadcast_from_main(lambda: check_folder(folder, recipe))
     mesh = make_mesh(recipe.mesh)
@@ -105,6 +107,9 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
                     terminal.print(line)
             written = _written(recipe)
             if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, written):
+                if is_main():
+                    made = f"it has made all {recipe.train.steps} steps"
+                    terminal.print(f"this run is finished: {made}; a larger train.steps continues it")
                 model = _model(recipe, components, folder, mesh, combine(start.state.trainable, start.frozen))
                 return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in written))
             state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal)
@@ -203,26 +208,31 @@ def train_steps(
 def _finish(
     recipe: Recipe, components: Components, folder: Path, mesh: Mesh, start: Start, state: TrainState, finished: bool
 ) -> Outcome:
-    """Saves the results of a finished run: the model or adapter, and the moving average; and draws the losses."""
+    """Saves the results of a finished run: models and adapters of the last step; and draws the losses."""
     model = _model(recipe, components, folder, mesh, combine(state.trainable, start.frozen))
-    dtype = None if recipe.lora is None else base_dtype(recipe)
-    if finished and MODEL in _written(recipe):
-        model.save(folder / MODEL, dtype=dtype, overwrite=True)
-    if finished and state.ema is not None:
-        averaged = replace(model, params=combine(state.ema, start.frozen))
-        averaged.save(folder / MODEL_EMA, dtype=dtype, overwrite=True)
     if finished:
+        params = {ADAPTER: state.trainable, MODEL: state.trainable, ADAPTER_EMA: state.ema, MODEL_EMA: state.ema}
+        dtype = None if recipe.lora is None else base_dtype(recipe)
+        for name in _written(recipe):
+            if start.base is not None and name in (ADAPTER, ADAPTER_EMA):
+                save_adapter(folder / name, params[name], start.base, _companions(components, folder))
+            else:
+                saved = replace(model, params=combine(params[name], start.frozen))
+                saved.save(folder / name, dtype=dtype, overwrite=True)
         mark_finished(folder, int(state.step))
     if is_main():
         draw_losses(read_metrics(folder / METRICS), folder / "loss.png")
-    saved = (folder / name for name in _written(recipe) if (folder / name).is_dir())
-    return Outcome(folder, int(state.step), finished, model, tuple(saved))
+    written = tuple(folder / name for name in _written(recipe) if (folder / name).is_dir())
+    return Outcome(folder, int(state.step), finished, model, written)
 
 
 def _written(recipe: Recipe) -> tuple[str, ...]:
     """The folders in that of a finished run that are written for use elsewhere."""
-    result = (MODEL,) if recipe.lora is None else (ADAPTER, MODEL) if recipe.lora.merge else (ADAPTER,)
-    return result if recipe.ema is None else (*result, MODEL_EMA)
+    models = (MODEL,) if recipe.ema is None else (MODEL, MODEL_EMA)
+    if recipe.lora is None:
+        return models
+    adapters = (ADAPTER,) if recipe.ema is None else (ADAPTER, ADAPTER_EMA)
+    return (*adapters, *models) if recipe.lora.merge else adapters
 
 
 def _model(recipe: Recipe, components: Components, folder: Path, mesh: Mesh, params: Decoder) -> Model:
