@@ -26,6 +26,8 @@ from camelid.train.loggers import read_metrics
 from runs import VOCAB, called, column, losses, recipe, tiny_run, write_recipe_file
 from tiny import tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config(vocab_size=VOCAB, num_layers=3, bos_id=256, eos_ids=(257,))
 TOKENS = tiny_tokens(CONFIG, 2, 9)
 # Everything at once: ranks that differ, a layer without an adapter, magnitudes, dropout and microbatches.
