@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, voc
 from camelid.train.loggers import tokenizing
 from camelid.train.objective import NextTokenLoss
 from camelid.train.optimizer import learning_rate, make_optimizer
+from camelid.train.preference import DPOLoss
 from camelid.train.step import TrainStep
 from camelid.train.trackers import check_installed
 
@@ -52,6 +54,11 @@ class Components:
     validation: Loader | None
     step: TrainStep
     notes: tuple[str, ...] = ()
+
+    @property
+    def precomputes_reference(self) -> bool:
+        """Whether the rows have the log-probabilities of the reference of a preference loss, as PairBatch."""
+        return self.recipe.dpo is not None
 
     @property
     def companions(self) -> dict[str, Path]:
@@ -109,11 +116,6 @@ def build_components(recipe: Recipe, mesh: Mesh, started: bool = False) -> Compo
             f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.max_length}",
             "Use shorter rows.",
         )
-    if any(source.kind == "preference" for source in _sources(recipe)):
-        raise UserError(
-            "kind = 'preference' cannot be trained on yet: that needs a loss that compares the two answers",
-            "`camelid data prepare` and `inspect` accept it; to train on the chosen answers, use kind = 'chat'.",
-        )
     for name in recipe.train.trackers:
         check_installed(name)
     progress = tokenizing() if is_main() else None
@@ -125,12 +127,15 @@ def build_components(recipe: Recipe, mesh: Mesh, started: bool = False) -> Compo
     def loader(split: Split) -> Loader:
         created = Loader(recipe.data, tokenizer, split, progress, stores.get(split))
         created.check_ids(config.vocab_size)
+        _check_pairs(created, recipe)
         return created
 
     validates = bool(recipe.data.validation or recipe.data.validation_fraction)
     with main_first("data"):
         train, validation = loader("train"), loader("validation") if validates else None
     notes = (*notes, *tokenizer.notes, *vocabulary_notes(tokenizer, config.vocab_size), *train.notes)
+    if validation is not None and validation.pairs:
+        notes = (*notes, *validation.notes)
     return Components(
         recipe, source, inherited, config, tokenizer, train, validation, _train_step(recipe, config), notes
     )
@@ -221,17 +226,35 @@ def _check_training(source: Checkpoint, recipe: Recipe) -> None:
         )
 
 
-def _train_step(recipe: Recipe, config: ModelConfig) -> TrainStep:
-    decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(config))
-    objective = NextTokenLoss(
+def _check_pairs(loader: Loader, recipe: Recipe) -> None:
+    """Raises UserError if a prepared store holds pairs of answers and the loss compares none, or the reverse."""
+    if loader.pairs and recipe.dpo is None:
+        raise UserError(
+            f"{loader.stores[0].folder} holds pairs of answers, and the recipe has no loss that compares them",
+            "Add a table [dpo], for example with beta = 0.1.",
+        )
+    if recipe.dpo is not None and not loader.pairs:
+        raise UserError(
+            f"[dpo] compares pairs of answers, and {loader.stores[0].folder} was not prepared with kind = 'preference'",
+            "Use a source of kind = 'preference', or remove [dpo].",
+        )
+
+
+def _objective(recipe: Recipe, config: ModelConfig) -> NextTokenLoss:
+    kind = NextTokenLoss if recipe.dpo is None else partial(DPOLoss, dpo=recipe.dpo)
+    return kind(
         config=config,
         compute=recipe.compute,
         embedding_dropout=recipe.train.embedding_dropout,
         attention_dropout=recipe.train.attention_dropout,
         residual_dropout=recipe.train.residual_dropout,
     )
+
+
+def _train_step(recipe: Recipe, config: ModelConfig) -> TrainStep:
+    decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(config))
     return TrainStep(
-        objective=objective,
+        objective=_objective(recipe, config),
         optimizer=make_optimizer(recipe.optimizer, recipe.train.steps, decay),
         schedule=learning_rate(recipe.optimizer, recipe.train.steps),
         clip_norm=recipe.optimizer.clip_norm,

@@ -19,7 +19,7 @@ from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
 from camelid.runs.suggestions import as_option, suggest
-from camelid.train.config import TrainConfig
+from camelid.train.config import DPOConfig, TrainConfig
 from camelid.train.optimizer import OptimizerConfig
 
 PRESET = "preset"  # in [model]: the name of a model whose fields are the defaults of the others
@@ -45,6 +45,8 @@ class Recipe:
     """folder with tokenizer.json or tokenizer.model; default: the tokenizer of `init`"""
     data: DataConfig
     train: TrainConfig
+    dpo: DPOConfig | None = None
+    """train on pairs of answers, of sources of kind = "preference", by direct preference optimization"""
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
@@ -66,6 +68,7 @@ class Recipe:
             )
         if self.init is None and self.tokenizer is None:
             raise UserError("the recipe has a model and no tokenizer", "Set tokenizer to a folder with tokenizer.json.")
+        self._check_preference()
         if self.compute.param_dtype != "float32":
             raise UserError(
                 f"compute.param_dtype = {self.compute.param_dtype!r} loses updates in training: most are smaller than "
@@ -77,6 +80,28 @@ class Recipe:
                 "compute.dtype = 'float16' needs loss scaling in training, which camelid does not have: small "
                 "gradients would become zero",
                 "Use 'bfloat16', which has the range of float32.",
+            )
+
+    def _check_preference(self) -> None:
+        """Raises UserError if the kinds of the sources do not fit the loss; stores are checked when they are opened."""
+        kinds = {source.kind for source in (*self.data.train, *self.data.validation)}
+        if self.dpo is None:
+            if "preference" in kinds:
+                raise UserError(
+                    "kind = 'preference' holds pairs of answers, and the recipe has no loss that compares them",
+                    "Add a table [dpo], for example with beta = 0.1. To train on the chosen answers alone, use "
+                    "kind = 'fields' and fields = '[prompt],chosen'.",
+                )
+            return
+        if others := sorted(kinds - {"preference", "tokens"}):
+            raise UserError(
+                f"[dpo] compares pairs of answers, and the data has a source of kind = {others[0]!r}",
+                "Use kind = 'preference' for every source, or remove [dpo].",
+            )
+        if self.init is None:
+            raise UserError(
+                "the recipe has [dpo] and no init",
+                "Set init to the checkpoint to finetune, which is also the reference.",
             )
 
 

@@ -2,20 +2,21 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from camelid import interrupts
 from camelid.api import Model
 from camelid.checkpoint.folder import check_destination
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.data.rows.batch import Batch
+from camelid.data.rows.batch import Batch, PairBatch
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.prefetch import prefetched
 from camelid.errors import UserError
@@ -27,6 +28,7 @@ from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.runs.components import Components, build_components
 from camelid.runs.recipe import Recipe, completed
+from camelid.runs.reference import with_reference
 from camelid.runs.run_folder import MODEL, STEPS, check_folder, claimed, kept_recipe, record
 from camelid.runs.start import Start, find_start, shardings
 from camelid.runs.summary import start_summary
@@ -34,7 +36,7 @@ from camelid.text.tokenizer import CHAT_TEMPLATE
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.metrics_log import MetricsLog
-from camelid.train.objective import Arrays, Objective
+from camelid.train.objective import Arrays, Objective, Sum
 from camelid.train.state import TrainState
 from camelid.train.step import TrainStep
 from camelid.train.trackers import make_tracker
@@ -92,9 +94,14 @@ def _train(
     if is_main():
         for line in start_summary(recipe, components, mesh, start):
             terminal.print(line)
-    step = components.step if first == config.steps else compile_step(components.step, state, recipe, mesh, terminal)
+    kind = PairBatch if components.precomputes_reference else Batch
+    step, starting = components.step, first < config.steps
+    if starting:
+        step = compile_step(step, state, recipe, mesh, terminal, kind)
     # Kernels may refuse the model when they are compiled, so nothing is written before this line.
     record(folder, recipe, components.files, components.data)
+    if starting and components.precomputes_reference:
+        components = with_reference(components, start, folder, mesh, terminal)
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in config.trackers)
         sinks = [MetricsFile(folder / METRICS, start.resumed or 0), *trackers]
@@ -106,8 +113,8 @@ def _train(
     with MetricsLog(config, terminal, speed, sinks, tokens_per_step, checkpoints.recovery_advice) as log:
         if validate is not None and start.resumed is None:
             with log.paused():
-                loss = validate(state)
-            log.validation(first, loss)
+                found = validate(state)
+            log.validation(first, found)
         with StopSignal(first, config.steps) as stop, contextlib.closing(terminal):
             batches = _batches(recipe, components.loader, mesh, first, speed)
             state = train_steps(step, state, batches, config, log, validate, checkpoints, stop)
@@ -121,7 +128,7 @@ def train_steps(
     batches: Iterable[Arrays],
     config: TrainConfig,
     log: MetricsLog,
-    validate: Callable[[TrainState], float] | None,
+    validate: Callable[[TrainState], Mapping[str, float]] | None,
     checkpoints: RunCheckpoints,
     stop: StopSignal,
 ) -> TrainState:
@@ -141,8 +148,8 @@ def train_steps(
             log.flush()  # whoever ends the process after a checkpoint must find its step in metrics.jsonl
         if validate is not None and validates:
             with log.paused():
-                loss = validate(state)
-            log.validation(made, loss)
+                found = validate(state)
+            log.validation(made, found)
         if saves:  # after the validation, which a resumed run does not repeat
             with log.paused():
                 checkpoints.save(made, state)
@@ -170,15 +177,16 @@ def _finish(
 
 
 def compile_step(
-    step: TrainStep, state: TrainState, recipe: Recipe, mesh: Mesh, terminal: Terminal
+    step: TrainStep, state: TrainState, recipe: Recipe, mesh: Mesh, terminal: Terminal, kind: type[Batch] = Batch
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
-    """The compiled step. The memory of the state that it is given is reused for the state that it returns."""
+    """The compiled step for batches of this kind. The memory of the state that it is given is reused for the next."""
     if is_main():
         terminal.print("compiling the training step ...")
     start = time.perf_counter()
     shape = (recipe.data.batch_size, recipe.data.sequence_length)
     sharding = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
-    dtypes = {field.name: jnp.float32 if field.name == "weights" else jnp.int32 for field in fields(Batch)}
+    floats = ("weights", "reference")
+    dtypes = {field.name: jnp.float32 if field.name in floats else jnp.int32 for field in fields(kind)}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     # The state keeps its shardings, whatever the compiler would choose for the updates of an optimizer.
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)).lower(state, batch).compile()
@@ -195,21 +203,23 @@ def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int, speed: Spee
         yield sharding.place_own(vars(batch))
 
 
-def _validation_loss(objective: Objective, loader: Loader, recipe: Recipe, mesh: Mesh, state: TrainState) -> float:
-    """The mean loss in nats per token over the entire validation split."""
+def _validation_loss(
+    objective: Objective, loader: Loader, recipe: Recipe, mesh: Mesh, state: TrainState
+) -> dict[str, float]:
+    """The mean `loss` over the entire validation split, and the means of the objective's metrics."""
     rows = recipe.data.batch_size // recipe.train.accumulate
     sharding = BatchSharding(rows, mesh)
-    total = weight = 0.0
+    sums: dict[str, np.ndarray] = {}
     for batch in loader.in_order(rows):
-        sums = to_host(_summed_loss(state.trainable, sharding.place(vars(batch)), objective))
-        total, weight = total + float(sums[0]), weight + float(sums[1])
-    return total / weight
+        for name, pair in to_host(_sums(state.trainable, sharding.place(vars(batch)), objective)).items():
+            sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
+    return {name: float(total / weight) for name, (total, weight) in sums.items()}
 
 
 @partial(jax.jit, static_argnames="objective")
-def _summed_loss(params: Decoder, batch: Arrays, objective: Objective) -> tuple[jax.Array, jax.Array]:
-    total, weight, _ = objective(params, batch, None)
-    return total, weight
+def _sums(params: Decoder, batch: Arrays, objective: Objective) -> dict[str, Sum]:
+    total, weight, metrics = objective(params, batch, None)
+    return {"loss": (total, weight), **metrics}
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

@@ -24,6 +24,8 @@ def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Sta
         f"{count_parameters(components.config):,} parameters on {sizes} ({jax.devices()[0].device_kind}); "
         f"{components.loader.num_tokens:,} tokens of text, {tokens_per_step:,} per step"
     )
+    if recipe.dpo is not None:
+        yield f"{sum(store.num_documents for store in components.loader.stores) // 2:,} pairs of answers"
     step = int(start.state.step)
     if start.resumed is not None:
         yield f"resuming after step {step}"
