@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import camelid
+from camelid.checkpoint.adapters.added import with_adapters
 from camelid.checkpoint.adapters.lora import Adapter, Pair, in_memory
 from camelid.checkpoint.adapters.peft import adapter_files, on_base, open_adapter
 from camelid.checkpoint.adapters.peft_config import read_settings
@@ -27,6 +28,7 @@ from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 from families import FAMILIES
+from runs import called
 from tiny import save_hf, tiny_config, tiny_params, tiny_tokens, to_transformers, transformers_twin
 
 # PEFT speaks of embedding tables that it saves, of heads that are tied, and of Hub names that it cannot look up.
@@ -62,6 +64,11 @@ CASES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "phi3, queries, keys and values in one": (
         FAMILIES["phi3, sliding window"].ours,
         {"target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]},
+    ),
+    "DoRA": (LLAMA, {"target_modules": ["q_proj", "o_proj", "down_proj", "lm_head"], "use_dora": True}),
+    "phi3, queries, keys and values in one with DoRA": (
+        FAMILIES["phi3, sliding window"].ours,
+        {"target_modules": ["qkv_proj"], "use_dora": True},
     ),
     "phi, with biases": (FAMILIES["phi"].ours, {"target_modules": ["dense", "fc1"], "modules_to_save": ["lm_head"]}),
 }
@@ -174,10 +181,11 @@ def test_sums_in_bfloat16_are_rounded_once(tmp_path: Path):
         assert (apart <= ulp).all(), name
 
 
-def test_a_slice_has_the_bits_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_slice_has_the_bits_of_the_whole(dora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("camelid.checkpoint.adapters.lora.TILE", (16, 32))
     base = save_base(LLAMA, tmp_path / "base")
-    with_adapter(base, target_modules=EVERY, r=8).save_pretrained(tmp_path / "adapter")
+    with_adapter(base, target_modules=EVERY, r=8, use_dora=dora).save_pretrained(tmp_path / "adapter")
     opened = open_checkpoint(tmp_path / "adapter")
     draw = np.random.default_rng(0)
     for path in ("q_proj", "o_proj"):
@@ -213,6 +221,37 @@ def test_an_adapter_is_converted_like_any_checkpoint(tmp_path: Path):
     assert all(difference.equal for difference in found)
     assert (tmp_path / "merged" / "tokenizer.json").is_file()  # of the base: the adapter has none
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_adapters_are_added_with_weights(tmp_path: Path):
+    """As PEFT's add_weighted_adapter and merge, whose sum of updates is that of the merged matrices."""
+    base = save_base(LLAMA, tmp_path / "base")
+    with_adapter(base, target_modules=["q_proj", "o_proj"]).save_pretrained(tmp_path / "one")
+    with_adapter(base, target_modules=["q_proj"], r=5, use_rslora=True).save_pretrained(tmp_path / "two=2")
+    result = called(
+        *("convert", base, tmp_path / "sum", "--adapter", tmp_path / "one"),
+        *("--adapter", f"{tmp_path / 'two=2'}=-0.25", "--verify"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "all tensors are equal" in result.stderr
+    before, one, two, found = (named(camelid.load(tmp_path / name).params) for name in ("base", "one", "two=2", "sum"))
+    for path, values in before.items():
+        expected = values + (one[path] - values) - 0.25 * (two[path] - values)
+        np.testing.assert_allclose(found[path], expected, rtol=0, atol=1e-6, err_msg=path)
+    opened = open_checkpoint(base)
+    with_adapter(base, target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path / "dora")
+    with_adapter(base, target_modules=["q_proj"], modules_to_save=["norm"]).save_pretrained(tmp_path / "whole")
+    for requests, problem in (
+        (["one=half"], "weight 'half'"),
+        (["dora=0.5"], "DoRA adapter"),
+        (["dora", "one"], "DoRA adapter"),
+        (["whole=0.5"], "replaces final_norm.scale of the base entirely, which has no weight 0.5"),
+        (["whole", "whole"], "and so does"),
+        (["nowhere"], "does not exist"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            with_adapters(opened, [str(tmp_path / request) for request in requests])
+    with_adapters(opened, [str(tmp_path / "dora")])
 
 
 def test_the_base_is_found_beside_the_adapter_or_by_its_path(tmp_path: Path):
@@ -265,6 +304,15 @@ def test_a_table_that_the_adapter_holds_is_what_its_pair_is_added_to(tmp_path: P
     tokens = tiny_tokens(LLAMA, 2, 9)
     theirs = logits_of(loaded_by_peft(base, tmp_path / "adapter"), tokens)
     np.testing.assert_allclose(np.asarray(camelid.load(tmp_path / "adapter").logits(tokens)), theirs, atol=1e-4)
+
+
+def test_dora_of_an_embedding_table_is_refused(tmp_path: Path):
+    """PEFT's magnitudes of a table belong to its columns."""
+    base = save_base(LLAMA, tmp_path / "base")
+    model = with_adapter(base, target_modules=["q_proj", "embed_tokens"], use_dora=True)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"use_dora, and the adapter contains .*embed_tokens"):
+        open_checkpoint(tmp_path / "adapter")
 
 
 def test_real_adapter_configs_are_understood(assets: Path):
@@ -392,7 +440,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "AdaLoRA": ({"peft_type": "ADALORA"}, "peft_type = 'ADALORA'"),
-    "DoRA": ({"use_dora": True}, "use_dora = True"),
+    "DoRA without magnitudes": (
+        {"use_dora": True},
+        r"lora_B.weight; DoRA has .*magnitude_vector",
+    ),
     "biases": ({"bias": "lora_only"}, "bias = 'lora_only'"),
     "its own biases": ({"lora_bias": True}, "lora_bias = True"),
     "layers that are repeated": ({"layer_replication": [[0, 2], [1, 4]]}, "layer_replication"),
@@ -433,7 +484,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "a vector": (lambda t: t.update({f"{Q}B.weight": torch.zeros(60)}), r"shape \(60,\)"),
     "a magnitude": (
         lambda t: t.update({f"{Q}magnitude_vector": torch.zeros(60)}),
-        "lora_magnitude_vector, which is no",
+        r"has .*lora_magnitude_vector; LoRA has",
     ),
     "the adapter's name": (
         lambda t: t.update({f"{Q}A.default.weight": t.pop(f"{Q}A.weight")}),

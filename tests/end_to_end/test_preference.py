@@ -19,8 +19,8 @@ from camelid.data.preparation.prepare import prepare
 from camelid.data.preparation.store import Store
 from camelid.errors import UserError
 from camelid.model.config import ComputeConfig
-from camelid.parallel.hosts import StopSignal
 from camelid.parallel.mesh import one_device
+from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.recipe import structure, write_recipe
 from camelid.runs.reference import REFERENCE
 from camelid.runs.run import run
@@ -45,12 +45,11 @@ def save_init(folder: Path, seed: int = 0) -> None:
 
 
 def write_pairs(path: Path) -> Path:
-    draw = np.random.default_rng(2)
-    words = ["yes", "no", "maybe", "a dog", "a cat"]
-    rows = []
-    for number in range(40):
-        chosen, rejected = draw.choice(words, 2, replace=False).tolist()
-        rows.append({"prompt": f"ask {number}", "chosen": chosen, "rejected": rejected})
+    chosen, rejected = ["yes", "a cat", "of course"], ["no", "a dog", "go away", "never"]
+    rows = [
+        {"prompt": f"ask {number}", "chosen": chosen[number % 3], "rejected": rejected[number % 4]}
+        for number in range(40)
+    ]
     if not path.exists():
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -110,16 +109,18 @@ def validations(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_reports_the_metrics_of_trl_and_begins_at_the_reference(alone: Path):
-    first, *_, last = losses(alone / "run")
+    first, last = losses(alone / "run")[0], losses(alone / "run")[-1]
     assert first["loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert all(abs(first[name]) < 1e-4 for name in REWARDS if name != "rewards/accuracies")
-    assert last["loss"] < np.log(2) - 0.01
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], abs=1e-4)
     assert first["weight"] > 8, "rows hold several pairs"
     for row in validations(alone):
         assert row.keys() == {"step", "validation_loss", *(f"validation_{name}" for name in NAMES)}
     assert [row["step"] for row in validations(alone)] == [0, 2, 4]
-    assert validations(alone)[0]["validation_loss"] == pytest.approx(np.log(2), rel=1e-5)
+    before, after = validations(alone)[0], validations(alone)[-1]
+    assert before["validation_loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert after["validation_loss"] < np.log(2) - 0.05
+    assert after["validation_rewards/accuracies"] > 0.7
 
 
 def test_the_values_of_the_reference_are_those_of_init(alone: Path):
@@ -131,7 +132,7 @@ def test_the_values_of_the_reference_are_those_of_init(alone: Path):
         values = arrays["train.0"]
     assert len(values) == data.num_documents == 64
     for number in (0, 1, 37):
-        begin, end = data.offsets[number : number + 2]
+        begin, end = data.offsets[number : number + 2].tolist()
         logits = np.asarray(model.logits([data.tokens[begin:end].tolist()])[0, :-1], np.float64)
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         targets, weights = data.tokens[begin + 1 : end], data.weights(begin + 1, end)
@@ -165,6 +166,21 @@ def test_eight_devices_and_microbatches_compute_what_one_device_does(alone: Path
         np.testing.assert_allclose(column(ours, name), column(reference, name), rtol=1e-5, atol=2e-5, err_msg=name)
     for row, other in zip(validations(tmp_path), validations(alone), strict=True):
         assert row == pytest.approx(other, rel=1e-5, abs=2e-5)
+
+
+@pytest.mark.usefixtures("one")
+def test_the_reference_of_new_adapters_is_the_base_and_that_of_continued_ones_is_init(tmp_path: Path):
+    fields = {"lora": {"rank": 2}, "train__steps": 2, "optimizer__learning_rate": 1e-2}
+    run(recipe(pairs_run(tmp_path, **fields)))
+    first, last = losses(tmp_path / "run")
+    assert first["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert last["rewards/margins"] > 1e-3
+    assert not (tmp_path / "run" / REFERENCE).exists()
+    further = tmp_path / "further"
+    run(recipe(pairs_run(tmp_path, run=str(further), init=str(tmp_path / "run" / "adapter"), **fields)))
+    again, _ = losses(further)
+    assert abs(again["rewards/margins"]) < 1e-4 * abs(last["rewards/margins"]) + 1e-5, "it is compared with itself"
+    assert (further / REFERENCE).exists()
 
 
 @pytest.mark.usefixtures("one")

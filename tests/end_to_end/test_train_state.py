@@ -25,8 +25,9 @@ from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.model.config import ComputeConfig
 from camelid.model.params import named
-from camelid.parallel.hosts import StopSignal, to_host
+from camelid.parallel.hosts import to_host
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
+from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.adamw_import import import_adamw
 from camelid.runs.start import abstract_start
 from camelid.text.tokenizer import load_tokenizer

@@ -105,6 +105,12 @@ def test_layers_and_purposes_drop_different_elements():
             assert abs(np.mean(mask == other) - 0.5) < 0.1
 
 
+def test_layers_with_adapters_drop_different_inputs():
+    context = Context(adapter_dropout=0.5, dropout_key=jax.random.key(1), rows=jnp.arange(4))
+    one, other = (jax.random.key_data(context.layer(layer).row_keys("adapter of q_proj")) for layer in (0, 1))
+    assert (one != other).all()
+
+
 def test_dropout_in_bfloat16_stays_in_bfloat16():
     context = Context(dropout_key=jax.random.key(1), rows=jnp.arange(4))
     assert dropout(jnp.ones((4, 9, 30), jnp.bfloat16), 0.5, "embedding", context).dtype == jnp.bfloat16

@@ -14,6 +14,7 @@ from camelid.model.flops import (
     training_flops,
 )
 from camelid.model.kv_cache import empty_cache
+from camelid.model.params import named
 from camelid.model.presets import PRESETS, preset
 from tiny import tiny_config, tiny_params
 
@@ -112,6 +113,15 @@ def test_flops_are_those_of_every_product_thrice(parts: dict[str, Any]):
     for length in (1, 5, 20):
         assert forward_flops(config, length) == pytest.approx(by_hand(config, length), rel=1e-12)
         assert training_flops(config, length) == 3 * forward_flops(config, length)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_frozen_matrices_are_not_counted(tied: bool):
+    config = tiny_config(tie_embeddings=tied)
+    matrices = [leaf.size for path, leaf in named(tiny_params(config)).items() if path.endswith("_proj")]
+    head = config.vocab_size * config.embed_dim
+    fewer = training_flops(config, 20) - training_flops(config, 20, frozen=True)
+    assert fewer == 2 * (sum(matrices) + head)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ FAULTS = (
     Fault(
         "the reference of another init is kept",
         "runs/reference.py",
-        'about["init"] = checksum_arrays(start.state.trainable)[0]',
+        'about["init"] = checksum_arrays(params)[0]',
         "pass",
         f"{RUNS}test_a_run_without_a_checkpoint_keeps_the_values_of_the_same_reference_only",
     ),

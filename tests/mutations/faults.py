@@ -289,7 +289,7 @@ FAULTS = (
     Fault(
         "every layer turns with the theta of those without a window",
         "model/decoder.py",
-        "kind = 0 if config.local_rope_theta is None else jnp.int32(local)",
+        "kind = 0 if config.local_rope_theta is None else jnp.int32(windowed)",
         "kind = 0",
         f"{PARITY}[gemma3]",
     ),

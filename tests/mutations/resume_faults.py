@@ -208,8 +208,8 @@ FAULTS = (
     Fault(
         "a run without checkpoints replaces its finished model",
         "runs/run_folder.py",
-        "if (folder / MODEL).exists():",
-        "if (folder / MODEL).is_file():",
+        "if (folder / name).exists():",
+        "if (folder / name).is_file():",
         "end_to_end/test_run_folder.py::test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it",
     ),
 )

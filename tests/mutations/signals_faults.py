@@ -73,28 +73,28 @@ FAULTS = (
     ),
     Fault(
         "a second Ctrl-C waits for the save",
-        "parallel/hosts.py",
+        "parallel/stop_signal.py",
         "            if number == signal.SIGINT:\n                raise KeyboardInterrupt\n",
         "",
         f"{INTERRUPTS}test_a_second_ctrl_c_ends_a_save_at_once",
     ),
     Fault(
         "a SIGTERM that a launcher forwards again ends a save",
-        "parallel/hosts.py",
+        "parallel/stop_signal.py",
         "            if number == signal.SIGINT:\n",
         "            if number:\n",
         "train/test_loop.py::test_a_second_sigterm_lets_the_save_go_on",
     ),
     Fault(
         "Ctrl-C stops one of several processes alone",
-        "parallel/hosts.py",
+        "parallel/stop_signal.py",
         "            os.kill(os.getpid(), signal.SIGTERM)",
         "            pass",
         "sharded/test_processes.py::test_ctrl_c_in_one_of_two_processes_ends_both_and_one_and_then_two_go_on_to_the_losses_of_one",
     ),
     Fault(
         "other processes do not hear of a failure",
-        "parallel/hosts.py",
+        "parallel/failure.py",
         "client.key_value_set(FAILURE, json.dumps(failure))",
         "pass",
         f"{FAILING}test_an_error_of_one_process_ends_both",
@@ -102,8 +102,8 @@ FAULTS = (
     Fault(
         "every process prepares the data at once",
         "parallel/hosts.py",
-        "    if (client := _client()) is not None and not is_main():\n",
-        "    if (client := _client()) is not None and False:\n",
+        "    if (client := coordinator()) is not None and not is_main():\n",
+        "    if (client := coordinator()) is not None and False:\n",
         f"{FAILING}test_the_main_process_prepares_the_data_first",
     ),
     Fault(

@@ -24,8 +24,8 @@ FAULTS = (
     Fault(
         "dora: the length is that of the base alone",
         "model/weights.py",
-        "lengths = _length(self._merged())",
-        "lengths = _length(self._merged() * 0.0 + dense(self._base).reshape(self._merged().shape[-2:]))",
+        "lengths = row_lengths(self._merged())",
+        "lengths = row_lengths(self._merged() * 0.0 + dense(self._base).reshape(self._merged().shape[-2:]))",
         f"{WEIGHTS}::test_products_of_adapted_weights_and_their_gradients_are_those_of_peft[BSE,ME->BSM-dora]",
     ),
     Fault(
@@ -87,8 +87,8 @@ FAULTS = (
     Fault(
         "run_layers: a slice has the windows of the first layers",
         "model/decoder.py",
-        "windowed = config.windowed[first : first + count]",
-        "windowed = config.windowed[:count]",
+        "kinds = config.windowed[first : first + count]",
+        "kinds = config.windowed[:count]",
         "model/test_decoder.py::test_slices_of_the_layers_run_in_turn_give_what_all_layers_give[gemma3]",
     ),
     Fault(

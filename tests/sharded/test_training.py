@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 import camelid.runs.run
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import initialize, map_specs
-from camelid.parallel.hosts import StopSignal
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from camelid.parallel.rules import placement
+from camelid.parallel.stop_signal import StopSignal
 from runs import column, losses, recipe, stories_run
 from tiny import tiny_config
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from camelid.parallel.hosts import StopSignal
+from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.run import train_steps
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import Speed, Terminal

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from camelid.checkpoint.adapters.added import with_adapters
 from camelid.checkpoint.checkpoint import AdamExport, Checkpoint, ExportSpec
 from camelid.checkpoint.integrity import count_not_finite, describe_counts
 from camelid.checkpoint.layout import Index, SliceReader, slice_reader
@@ -24,6 +25,7 @@ def convert(
     format: str | None = None,
     config: ModelConfig | None = None,
     ignore: Sequence[str] = (),
+    adapters: Sequence[str] = (),
     dtype: str | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -43,6 +45,7 @@ def convert(
         format: the format of `source`; None detects it from the files.
         config: describes the model if the files of `source` do not.
         ignore: fields of config.json that are treated as absent.
+        adapters: LoRA adapters that are added to `source`, see `with_adapters`.
         dtype: dtype of all tensors in the destination; None keeps that of each tensor.
         tensor_parallel: number of shards of each matrix.
         pipeline_parallel: number of pipeline stages.
@@ -56,7 +59,7 @@ def convert(
     Infinite and NaN values are written as they are, and noted. Raises UserError if `source` cannot be opened, if the
     format cannot hold the model, or if `destination` may not be replaced or would replace `source`.
     """
-    checkpoint = open_checkpoint(source, format, config, ignore)
+    checkpoint = with_adapters(open_checkpoint(source, format, config, ignore), adapters)
     if overwrite:
         refuse_sources(destination, checkpoint.source_paths)
     dtypes = checkpoint.dtypes
@@ -79,7 +82,7 @@ def convert(
         to,
         overwrite=overwrite,
         resume=resume,
-        source=_fingerprint(checkpoint),
+        source=_fingerprint(checkpoint, adapters),
         progress=progress,
     )
     notes = [*checkpoint.notes, *format_notes]
@@ -111,8 +114,10 @@ def _training(checkpoint: Checkpoint) -> AdamExport | None:
     return AdamExport(state.step, *(slice_reader(checkpoint.table, moments) for moments in (state.mu, state.nu)))
 
 
-def _fingerprint(checkpoint: Checkpoint) -> str:
+def _fingerprint(checkpoint: Checkpoint, adapters: Sequence[str]) -> str:
     """A hash that changes when one of the files with tensors does, or the way in which they are read."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     entries = [(path, entry.rule, entry.start) for path, entry in checkpoint.table.entries.items()]
-    return hashlib.sha256(repr((checkpoint.config, stats, entries)).encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256(
+        repr((checkpoint.config, stats, entries, *adapters)).encode(errors="surrogateescape")
+    ).hexdigest()

@@ -53,6 +53,11 @@ def _never(path: Path) -> bool:
     return False
 
 
+def _open_run(path: Path, config: ModelConfig | None) -> Checkpoint:
+    """The folder of a run, whose adapter may have a base of any format."""
+    return run_folder.open_checkpoint(path, config, open_checkpoint)
+
+
 TRAIN_STATE, GGUF = "easylm-trainstate", ".gguf"
 FORMATS: Mapping[str, Format] = {
     "hf": Format(
@@ -166,7 +171,7 @@ FORMATS: Mapping[str, Format] = {
     "run": Format(
         "camelid's own run: recipe.toml with checkpoints/",
         run_folder.matches,
-        run_folder.open_checkpoint,
+        _open_run,
         None,
         patterns="recipe.toml checkpoints metrics.jsonl",
     ),

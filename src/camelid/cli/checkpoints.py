@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from camelid.cli.format_names import ReadableFormat, WritableFormat
 from camelid.cli.shared import (
@@ -40,6 +40,14 @@ def convert(
     tokenizer: str | None = None,
     rope_layout: Literal["half", "interleaved", "auto"] | None = None,
     reference: Path | None = None,
+    adapter: Annotated[
+        tuple[str, ...],
+        UseAppendAction,
+        arg(
+            metavar="ADAPTER[=WEIGHT]",
+            help="add this LoRA adapter of PEFT, a folder or its name on the Hub; can be given several times",
+        ),
+    ] = (),
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         arg(help="dtype of the tensors; by default, each keeps its own"),
@@ -58,6 +66,7 @@ def convert(
     camelid convert meta-llama/Llama-3.2-1B ./llama-bf16 --dtype bfloat16
     camelid convert ./TinyLlama ./tinyllama-meta --to meta --tensor-parallel 2 --verify
     camelid convert ./TinyLlama tinyllama.gguf --to gguf-q8_0
+    camelid convert ./TinyLlama ./merged --adapter ./lora-a --adapter ./lora-b=0.5
     camelid convert ./TinyLlama --check
 
     Args:
@@ -85,6 +94,7 @@ def convert(
     if check:
         _refuse_with_check(
             to=to,
+            adapter=adapter,
             dtype=dtype,
             tokenizer=tokenizer,
             tensor_parallel=tensor_parallel != 1,
@@ -112,6 +122,7 @@ def convert(
             format=opened_as,
             config=described,
             ignore=ignore_config_field,
+            adapters=adapter,
             dtype=dtype,
             tensor_parallel=tensor_parallel,
             pipeline_parallel=pipeline_parallel,
@@ -125,7 +136,7 @@ def convert(
     tell(notes)
     note(f"wrote {destination}")
     if verify:
-        _verify(source, destination, opened_as, described, ignore_config_field, to)
+        _verify(source, destination, opened_as, described, ignore_config_field, to, adapter)
     return None
 
 
@@ -297,15 +308,19 @@ def _differences_json(fields, shapes, found) -> dict[str, object]:
     return {"config": config, "shapes": shapes, "parameters": parameters}
 
 
-def _verify(source: str, written: Path, format: str | None, config, ignore: tuple[str, ...], to: str) -> None:
+def _verify(
+    source: str, written: Path, format: str | None, config, ignore: tuple[str, ...], to: str, adapters: tuple[str, ...]
+) -> None:
     """Compares a written checkpoint with its source, and reports what only its config.json specifies."""
+    from camelid.checkpoint.adapters.added import with_adapters
     from camelid.checkpoint.checkpoint import shown
     from camelid.checkpoint.compare import compare, config_differences
     from camelid.checkpoint.registry import FORMATS, open_checkpoint
     from camelid.evaluate.parity import compare_logits, sample_tokens
     from camelid.text.tokenizer import find_tokenizer
 
-    pair = open_checkpoint(source, format, config, ignore), open_checkpoint(written, to)
+    opened = with_adapters(open_checkpoint(source, format, config, ignore), adapters)
+    pair = opened, open_checkpoint(written, to)
     with progress_bar("verify") as progress:
         found = list(compare(*pair, progress))
     note(f"compared {len(found)} parameters of {source}, read as {pair[0].format}, with {written}, read as {to}")

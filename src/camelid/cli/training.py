@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, Suppress, arg
 
@@ -10,6 +10,10 @@ from camelid.cli.failures import as_user_error
 from camelid.cli.shared import Ignore, note
 from camelid.interrupts import STOPPED
 from camelid.parallel.compilation_cache import keep_compiled
+
+if TYPE_CHECKING:
+    from camelid.runs.recipe import Recipe
+    from camelid.runs.run import Outcome
 
 
 def train(
@@ -52,20 +56,29 @@ def train(
         return
     keep_compiled()
     from camelid.parallel import hosts
+    from camelid.parallel.failure import fail_together
 
     hosts.start(hosts.Processes(coordinator=coordinator, count=processes, id=process_id, detect=detect))
-    with hosts.fail_together(lambda error: as_user_error(error, "train")):
+    with fail_together(lambda error: as_user_error(error, "train")):
         from camelid.runs.run import run
 
         outcome = run(resolved, from_step)
     if hosts.is_main():
-        note(
-            f"model {outcome.folder / 'model'}   losses {outcome.folder / 'loss.png'}"
-            if outcome.finished
-            else f"stopped after step {outcome.steps} of {resolved.train.steps}; run the same command again to resume"
-        )
+        _tell_end(outcome, resolved)
     if not outcome.finished:
         sys.exit(STOPPED)
+
+
+def _tell_end(outcome: "Outcome", recipe: "Recipe") -> None:
+    """Tells where the result of a run is, and what can be done with it."""
+    if not outcome.finished:
+        note(f"stopped after step {outcome.steps} of {recipe.train.steps}; run the same command again to resume")
+        return
+    written = (f"{folder.name} {folder}" for folder in outcome.saved)
+    note("   ".join([*written, f"losses {outcome.folder / 'loss.png'}"]))
+    if recipe.lora is not None:
+        note(f"generate with the adapter:  camelid generate {outcome.folder} PROMPT")
+        note(f"merge it into the model:    camelid convert {outcome.folder} DESTINATION")
 
 
 def demo(

@@ -28,6 +28,10 @@ class Context:
     """probability with which an attention weight is dropped"""
     residual_dropout: float = field(default=0.0, metadata={"static": True})
     """probability with which an element that attention or the MLP adds to the residual stream is dropped"""
+    adapter_dropout: float = field(default=0.0, metadata={"static": True})
+    """probability with which an input of an adapter's factors is dropped; lookups in a table drop nothing"""
+    module: str = field(default="", metadata={"static": True})
+    """the name of the weight that is multiplied, so that adapters with the same input drop different elements"""
     dropout_key: Key[Array, ""] | None = None
     """the PRNG key of this training step, or of one of its layers; None: nothing is dropped"""
     rows: Int[Array, " B"] | None = None
@@ -44,7 +48,11 @@ class Context:
 
     @property
     def _drops(self) -> bool:
-        return any((self.embedding_dropout, self.attention_dropout, self.residual_dropout))
+        return any((self.embedding_dropout, self.attention_dropout, self.residual_dropout, self.adapter_dropout))
+
+    def at(self, module: str) -> "Context":
+        """The context of the product with one weight of a layer."""
+        return replace(self, module=module)
 
     def row_keys(self, purpose: str) -> Key[Array, " B"]:
         """A key for each row of the batch, which differs between purposes such as "attention"."""

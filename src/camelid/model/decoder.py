@@ -70,9 +70,9 @@ class Attention:
         compute: ComputeConfig,
         context: Context,
     ) -> tuple[Float[Array, "B S E"], KVCache | None]:
-        q = add_bias(einsum("BSE,HDE->BSHD", x, self.q_proj, context), self.q_bias)
-        k = add_bias(einsum("BSE,KDE->BSKD", x, self.k_proj, context), self.k_bias)
-        v = add_bias(einsum("BSE,KDE->BSKD", x, self.v_proj, context), self.v_bias)
+        q = add_bias(einsum("BSE,HDE->BSHD", x, self.q_proj, context.at("q_proj")), self.q_bias)
+        k = add_bias(einsum("BSE,KDE->BSKD", x, self.k_proj, context.at("k_proj")), self.k_bias)
+        v = add_bias(einsum("BSE,KDE->BSKD", x, self.v_proj, context.at("v_proj")), self.v_bias)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, config), self.k_norm(k, config)
         q = shard(rotate(q, inputs.rotation), "batch seq heads head_dim", compute.replicate)
@@ -85,7 +85,7 @@ class Attention:
             if context.phase != "prefill":
                 view, query_positions = stored, inputs.positions
         out = attend(q, view, query_positions, inputs.windowed, config, compute, context)
-        return add_bias(einsum("BSHD,EHD->BSE", out, self.o_proj, context), self.o_bias), cache
+        return add_bias(einsum("BSHD,EHD->BSE", out, self.o_proj, context.at("o_proj")), self.o_bias), cache
 
 
 ACTIVATIONS = {
@@ -110,14 +110,14 @@ class MLP:
         self, x: Float[Array, "B S E"], config: ModelConfig, compute: ComputeConfig, context: Context
     ) -> Float[Array, "B S E"]:
         activation = ACTIVATIONS[config.activation]
-        hidden = add_bias(einsum("BSE,ME->BSM", x, self.up_proj, context), self.up_bias)
+        hidden = add_bias(einsum("BSE,ME->BSM", x, self.up_proj, context.at("up_proj")), self.up_bias)
         if self.gate_proj is None:
             hidden = activation(hidden)
         else:
-            gate = add_bias(einsum("BSE,ME->BSM", x, self.gate_proj, context), self.gate_bias)
+            gate = add_bias(einsum("BSE,ME->BSM", x, self.gate_proj, context.at("gate_proj")), self.gate_bias)
             hidden = activation(gate) * hidden
         hidden = shard(hidden, "batch seq mlp", compute.replicate)
-        return add_bias(einsum("BSM,EM->BSE", hidden, self.down_proj, context), self.down_bias)
+        return add_bias(einsum("BSM,EM->BSE", hidden, self.down_proj, context.at("down_proj")), self.down_bias)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,19 +43,28 @@ def forward_flops(config: ModelConfig, length: int) -> float:
     arXiv:2204.02311, appendix B). The causal mask and the sliding window are taken into account; norms, biases,
     rotations and the softmax are not counted.
     """
+    return _weight_flops(config) + 4 * config.num_heads * config.head_dim * _attended_keys(config, length)
+
+
+def _weight_flops(config: ModelConfig) -> float:
+    """Those of the products with matrices."""
     specs = named(declare_decoder(config))
     weights = sum(spec.size for path, spec in specs.items() if spec.is_matrix and path != "embed")
     if config.tie_embeddings:
         weights += config.vocab_size * config.embed_dim
-    return 2 * (weights + 2 * config.num_heads * config.head_dim * _attended_keys(config, length))
+    return 2.0 * weights
 
 
-def training_flops(config: ModelConfig, length: int) -> float:
+def training_flops(config: ModelConfig, length: int, frozen: bool = False) -> float:
     """Floating-point operations per token of a training step: the backward pass takes twice those of the forward pass.
+
+    With `frozen` matrices, whose gradients are not computed, it takes once those of their products. Adapters are not
+    counted.
 
     Recomputation due to rematerialization is not counted, as usual for model FLOPs utilization.
     """
-    return 3 * forward_flops(config, length)
+    weights = _weight_flops(config) if frozen else 0.0
+    return 3 * forward_flops(config, length) - weights
 
 
 def _attended_keys(config: ModelConfig, length: int) -> float:

@@ -114,8 +114,8 @@ def build(specs: Any, leaves: Iterable[Any]) -> Any:
 
 
 def abstract(specs: Any, dtype: Any, mesh: Mesh, replicate: tuple[str, ...] = ()) -> Any:
-    """Shapes, dtypes and shardings of parameters that are plain arrays; nothing is allocated."""
-    return map_specs(
+    """Shapes, dtypes and shardings of the array that each Spec of a tree describes; nothing is allocated."""
+    return jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=placement(spec.axes, mesh, replicate)), specs
     )
 

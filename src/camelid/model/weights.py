@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Int
 
-from camelid.model.context import Context
+from camelid.model.context import Context, dropout
 from camelid.model.pytree import register_pytree
 
 KEPT = "kept"  # the name of what ComputeConfig.remat = "elementwise" saves for the backward pass
@@ -71,7 +71,11 @@ class Adapted:
     """A matrix with a low-rank update, LoRA (arXiv:2106.09685): base + scale x (b a).
 
     With a magnitude it is DoRA (arXiv:2402.09353): for each output, the row of that sum is rescaled to the length
-    `magnitude`. The length that it has before is not differentiated.
+    `magnitude`. The length that it has before is not differentiated. A scale of 0 leaves the base as it is: stacked
+    layers need not all have an adapter.
+
+    In training, inputs of the factors are dropped with the probability `context.adapter_dropout`. Those of the base are
+    not, except for the part that a magnitude adds to its product, as in PEFT.
 
     `context.adapters`, if given, is negative for rows of the batch that use the base alone. A leaf may also hold N
     adapters of one base, of which it selects one for each row; the caller checks that indices are below N. Then `a`,
@@ -114,21 +118,23 @@ class Adapted:
         """x times the transposed matrix, in `dtype`."""
         a, b, scale = self._factors()
         index, off = self._index(context), None if context.adapters is None else context.adapters < 0
+        given = dropout(x, context.adapter_dropout, f"adapter of {context.module}", context)
         if index is not None:
             a, b, scale = a[index], b[index], scale[index]
         if off is not None:
             scale = jnp.where(off, 0.0, scale)[:, None, None]
-        h = checkpoint_name(_rowwise_product(x, a, x.dtype), KEPT).astype(jnp.float32) * scale
+        h = checkpoint_name(_rowwise_product(given, a, x.dtype), KEPT).astype(jnp.float32) * scale
         delta = _rowwise_product(h.astype(x.dtype), b, dtype)
-        # Saved before it is rescaled: the gradient of the magnitude needs this value.
-        y = checkpoint_name(_base_product(x, self._base, dtype) + delta, KEPT)
         if self.magnitude is None:
-            return y
+            return checkpoint_name(_base_product(x, self._base, dtype) + delta, KEPT)
+        # Saved before it is rescaled: the gradient of the magnitude needs this value.
+        y = checkpoint_name(_base_product(given, self._base, dtype) + delta, KEPT)
         ratio = checkpoint_name(self._ratio(), KEPT)
         ratio = ratio if index is None else ratio[index]
         if off is not None:
             ratio = jnp.where(off[:, None], 1.0, ratio)[:, None]
-        return (y.astype(jnp.float32) * ratio).astype(dtype)
+        y = (y.astype(jnp.float32) * ratio).astype(dtype)
+        return y if given is x else y + _base_product(x - given, self._base, dtype)
 
     def rows(self, tokens: Int[Array, "B S"], context: Context) -> Float32[Array, "B S E"]:
         """The rows of the table for these tokens, in float32."""
@@ -143,7 +149,7 @@ class Adapted:
         rows = lookup(self._base, tokens, context, jnp.float32) + scale * delta
         if self.magnitude is None:
             return rows
-        ratio = self.magnitude[at].astype(jnp.float32) / _length(rows)
+        ratio = self.magnitude[at].astype(jnp.float32) / row_lengths(rows)
         if off is not None:
             ratio = jnp.where(off[:, None], 1.0, ratio)
         return rows * ratio[..., None]
@@ -171,13 +177,14 @@ class Adapted:
     def _merged(self) -> Float32[Array, "*N O I"]:
         a, b, scale = self._factors()
         delta = dot("...OR,...RI->...OI", b.astype(jnp.float32), a.astype(jnp.float32))
-        return dense(self._base).reshape(b.shape[-2], -1) + scale[..., None, None] * delta
+        return dense(self._base).astype(jnp.float32).reshape(b.shape[-2], -1) + scale[..., None, None] * delta
 
     def _ratio(self) -> Float32[Array, "*N O"]:
         """What DoRA multiplies each output by: its magnitude over the length of its row of the merged matrix."""
         assert self.magnitude is not None
-        lengths = _length(self._merged())
-        return self.magnitude.reshape(lengths.shape).astype(jnp.float32) / lengths
+        lengths = row_lengths(self._merged())
+        ratio = self.magnitude.reshape(lengths.shape).astype(jnp.float32) / lengths
+        return jnp.where(self.scale[..., None] == 0, 1.0, ratio)
 
 
 Weight = Array | Adapted | Quantized
@@ -246,7 +253,7 @@ def _rowwise_product(
     return dot("BSI,BOI->BSO", x, weight.astype(x.dtype)).astype(dtype)
 
 
-def _length(rows: Float[Array, "*rows I"]) -> Float[Array, "*rows"]:
+def row_lengths(rows: Float[Array, "*rows I"]) -> Float[Array, "*rows"]:
     """The Euclidean norm of each row, not differentiated; 1 for a row of zeros."""
     norm = lax.stop_gradient(jnp.linalg.norm(rows, axis=-1))
     return jnp.where(norm > 0, norm, 1.0)

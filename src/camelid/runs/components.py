@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
 from camelid.checkpoint.checkpoint import Checkpoint, companions_in
 from camelid.checkpoint.formats import hf
 from camelid.checkpoint.formats.config_source import read_model_config
@@ -21,11 +23,13 @@ from camelid.data.rows.loader import Loader
 from camelid.data.rows.stores import Split, mark_used
 from camelid.disk.json_files import hf_json
 from camelid.errors import UserError
+from camelid.model.adapters import LoRAPlan, declare_adapters
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import map_specs
 from camelid.parallel.hosts import is_main, main_first
 from camelid.parallel.rules import check_divides
+from camelid.runs.lora import base_of
+from camelid.runs.lora_targets import plan_adapters
 from camelid.runs.recipe import Recipe
 from camelid.runs.run_folder import FILES, Data, kept_data
 from camelid.text.chat import load_template
@@ -45,7 +49,8 @@ class Components:
 
     recipe: Recipe
     source: Checkpoint | None
-    """the checkpoint `init`; None for new parameters, and for a run that resumes from its own checkpoints"""
+    """the checkpoint `init`; None for new parameters, and for a run that resumes from its own checkpoints, unless it
+    trains an adapter of `init`"""
     inherited: Sequence[Path]
     """the files of `init`, apart from its tokenizer, that are copied with a model"""
     config: ModelConfig
@@ -53,12 +58,18 @@ class Components:
     loader: Loader
     validation: Loader | None
     step: TrainStep
+    lora: LoRAPlan | None = None
+    """the adapters that are trained; None if all parameters are"""
     notes: tuple[str, ...] = ()
 
     @property
     def precomputes_reference(self) -> bool:
-        """Whether the rows have the log-probabilities of the reference of a preference loss, as PairBatch."""
-        return self.recipe.dpo is not None
+        """Whether the rows have the log-probabilities of the reference of a preference loss, as PairBatch.
+
+        New adapters need none: their base is the reference, also while they are trained.
+        """
+        new_adapters = self.lora is not None and not isinstance(self.source, AdaptedCheckpoint)
+        return self.recipe.dpo is not None and not new_adapters
 
     @property
     def companions(self) -> dict[str, Path]:
@@ -116,6 +127,7 @@ def build_components(recipe: Recipe, mesh: Mesh, started: bool = False) -> Compo
             f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.max_length}",
             "Use shorter rows.",
         )
+    plan = None if recipe.lora is None else plan_adapters(recipe.lora, config)
     for name in recipe.train.trackers:
         check_installed(name)
     progress = tokenizing() if is_main() else None
@@ -137,7 +149,7 @@ def build_components(recipe: Recipe, mesh: Mesh, started: bool = False) -> Compo
     if validation is not None and validation.pairs:
         notes = (*notes, *validation.notes)
     return Components(
-        recipe, source, inherited, config, tokenizer, train, validation, _train_step(recipe, config), notes
+        recipe, source, inherited, config, tokenizer, train, validation, _train_step(recipe, config, plan), plan, notes
     )
 
 
@@ -147,10 +159,11 @@ def _model(recipe: Recipe, started: bool) -> tuple[Checkpoint | None, ModelConfi
         assert recipe.model is not None, "a Recipe has init or model"
         return None, recipe.model, ()
     folder = Path(recipe.run)
-    if started and (folder / "config.json").is_file():  # runs that an older camelid started have none
+    # Runs that an older camelid started have no config.json; those that train an adapter need the base again.
+    if started and recipe.lora is None and (folder / "config.json").is_file():
         return None, read_model_config(folder), companions_in(folder)
     source = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore)
-    return source, source.config, source.other_companions
+    return source, (source if recipe.lora is None else base_of(source)).config, source.other_companions
 
 
 def _tokenizer(recipe: Recipe, started: bool, source: Checkpoint | None) -> Tokenizer:
@@ -213,13 +226,17 @@ def _text_files(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 def _check_training(source: Checkpoint, recipe: Recipe) -> None:
     """Raises UserError if `init` has no optimizer state to continue from, or no step is left."""
-    if source.training is None:
+    step = None if source.training is None else source.training.step
+    if recipe.lora is not None:  # of all parameters, the moments are of no use
+        step = int(source.step.name) if isinstance(source, AdaptedCheckpoint) and source.step is not None else None
+    if step is None:
+        kind = "" if recipe.lora is None else " for an adapter"
         raise UserError(
-            f"init = {recipe.init!r} has no step and no moments of AdamW",
+            f"init = {recipe.init!r} has no step and no moments of AdamW{kind}",
             "Train states of EasyLM and checkpoints of runs have them; without init_optimizer, training starts at "
             "step 0.",
         )
-    if (step := source.training.step) >= recipe.train.steps:
+    if step >= recipe.train.steps:
         raise UserError(
             f"init has already made {step} steps, and the recipe sets train.steps = {recipe.train.steps}",
             f"train.steps includes the steps of init: set it to more than {step}.",
@@ -248,11 +265,13 @@ def _objective(recipe: Recipe, config: ModelConfig) -> NextTokenLoss:
         embedding_dropout=recipe.train.embedding_dropout,
         attention_dropout=recipe.train.attention_dropout,
         residual_dropout=recipe.train.residual_dropout,
+        adapter_dropout=0.0 if recipe.lora is None else recipe.lora.dropout,
     )
 
 
-def _train_step(recipe: Recipe, config: ModelConfig) -> TrainStep:
-    decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(config))
+def _train_step(recipe: Recipe, config: ModelConfig, lora: LoRAPlan | None = None) -> TrainStep:
+    trained = declare_decoder(config) if lora is None else declare_adapters(lora, config)
+    decay = jax.tree.map(lambda spec: spec.is_matrix, trained)
     return TrainStep(
         objective=_objective(recipe, config),
         optimizer=make_optimizer(recipe.optimizer, recipe.train.steps, decay),

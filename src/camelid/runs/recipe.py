@@ -1,6 +1,7 @@
 """Recipes: the description of a training run, as strict TOML with dotted overrides."""
 
 import builtins
+import collections.abc
 import dataclasses
 import tomllib
 import types
@@ -20,6 +21,7 @@ from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
 from camelid.runs.suggestions import as_option, suggest
 from camelid.train.config import DPOConfig, TrainConfig
+from camelid.train.lora_config import LoRAConfig
 from camelid.train.optimizer import OptimizerConfig
 
 PRESET = "preset"  # in [model]: the name of a model whose fields are the defaults of the others
@@ -48,6 +50,8 @@ class Recipe:
     dpo: DPOConfig | None = None
     """train on pairs of answers, of sources of kind = "preference", by direct preference optimization"""
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoRAConfig | None = None
+    """adapters that are trained instead of all parameters; without the table, all parameters are trained"""
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
 
@@ -65,6 +69,11 @@ class Recipe:
             raise UserError(
                 "the recipe has init_optimizer and no init",
                 "Set init to a train state of EasyLM or to the folder of a run.",
+            )
+        if self.init is None and self.lora is not None:
+            raise UserError(
+                "the recipe has [lora] and no init",
+                "Set init to the checkpoint whose parameters stay as they are, or remove [lora] to train from scratch.",
             )
         if self.init is None and self.tokenizer is None:
             raise UserError("the recipe has a model and no tokenizer", "Set tokenizer to a folder with tokenizer.json.")
@@ -195,6 +204,8 @@ def _takes(hint: Any, value: Any) -> bool:
             return isinstance(value, str)
         case types.UnionType:
             return any(_takes(arm, value) for arm in typing.get_args(hint))
+        case collections.abc.Mapping:
+            return isinstance(value, Mapping)
         case builtins.tuple:
             inner = typing.get_args(hint)[0]
             return all(_takes(inner, item) for item in value) if isinstance(value, list) else _takes(inner, value)

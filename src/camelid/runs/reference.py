@@ -32,6 +32,7 @@ from camelid.runs.start import Start
 from camelid.train.loggers import Terminal
 from camelid.train.objective import Arrays
 from camelid.train.preference import DPOLoss
+from camelid.train.trainable import combine
 
 REFERENCE = "reference.npz"
 """name of the file: an array `SPLIT.N` for store N of each split, and ABOUT"""
@@ -52,8 +53,9 @@ def with_reference(components: Components, start: Start, folder: Path, mesh: Mes
     if components.validation is not None:
         loaders["validation"] = components.validation
     about = _about(components, loaders)
+    params = combine(start.state.trainable, start.frozen)
     if start.resumed is None:
-        about["init"] = checksum_arrays(start.state.trainable)[0]
+        about["init"] = checksum_arrays(params)[0]
     if broadcast_from_main(lambda: _is_kept(folder / REFERENCE, about)):
         values = _read(folder / REFERENCE, loaders)
     elif start.resumed is not None:
@@ -62,7 +64,7 @@ def with_reference(components: Components, start: Start, folder: Path, mesh: Mes
             "Restore it from a copy of the folder, or train from init again with another --run.",
         )
     else:
-        values = _computed(components, loaders, start.state.trainable, mesh, terminal)
+        values = _computed(components, loaders, params, mesh, terminal)
         if is_main():
             _write(folder / REFERENCE, values, about)
     loaders = {split: loader.with_reference(values[split]) for split, loader in loaders.items()}

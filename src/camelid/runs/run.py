@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,15 @@ from camelid.errors import UserError
 from camelid.model.decoder import Decoder
 from camelid.model.flops import peak_flops, training_flops
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
-from camelid.parallel.hosts import StopSignal, broadcast_from_main, is_main, to_host
+from camelid.parallel.hosts import broadcast_from_main, is_main, to_host
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
+from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.components import Components, build_components
+from camelid.runs.lora import Base, base_dtype, save_adapter
 from camelid.runs.recipe import Recipe, completed
 from camelid.runs.reference import with_reference
-from camelid.runs.run_folder import MODEL, STEPS, check_folder, claimed, kept_recipe, record
+from camelid.runs.run_folder import ADAPTER, MODEL, STEPS, check_folder, claimed, kept_recipe, record
 from camelid.runs.start import Start, find_start, shardings
 from camelid.runs.summary import start_summary
 from camelid.text.tokenizer import CHAT_TEMPLATE
@@ -40,6 +43,7 @@ from camelid.train.objective import Arrays, Objective, Sum
 from camelid.train.state import TrainState
 from camelid.train.step import TrainStep
 from camelid.train.trackers import make_tracker
+from camelid.train.trainable import combine
 
 METRICS = "metrics.jsonl"
 
@@ -54,6 +58,8 @@ class Outcome:
     finished: bool
     """False if a signal stopped the run, which the same command resumes"""
     model: Model
+    saved: tuple[Path, ...] = ()
+    """the folders that were written for use elsewhere: model/ or adapter/"""
 
 
 def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
@@ -75,14 +81,15 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         components = build_components(recipe, mesh, started=previous is not None)
-        check_destination(folder / MODEL, True, {"config.json": None, **components.companions})
+        for written in (MODEL,) if components.lora is None else (MODEL, ADAPTER):
+            check_destination(folder / written, True, {"config.json": None, **components.companions})
         with (
             claimed(folder, recipe, components.data),
             contextlib.closing(RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints)) as checkpoints,
         ):
             start = find_start(recipe, previous, from_step, components, checkpoints, mesh)
             state, finished = _train(recipe, components, folder, checkpoints, mesh, start)
-            return _finish(recipe, components, folder, mesh, state, finished)
+            return _finish(recipe, components, folder, mesh, start, state, finished)
 
 
 def _train(
@@ -97,19 +104,22 @@ def _train(
     kind = PairBatch if components.precomputes_reference else Batch
     step, starting = components.step, first < config.steps
     if starting:
-        step = compile_step(step, state, recipe, mesh, terminal, kind)
+        step = compile_step(step, state, recipe, mesh, terminal, start.frozen, kind)
     # Kernels may refuse the model when they are compiled, so nothing is written before this line.
-    record(folder, recipe, components.files, components.data)
+    base_files = {} if start.base is None else start.base.files
+    record(folder, recipe, components.files | base_files, components.data)
     if starting and components.precomputes_reference:
         components = with_reference(components, start, folder, mesh, terminal)
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in config.trackers)
         sinks = [MetricsFile(folder / METRICS, start.resumed or 0), *trackers]
     tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
-    speed = Speed(first, config.steps, training_flops(components.config, recipe.data.sequence_length), _peak_flops())
+    flops = training_flops(components.config, recipe.data.sequence_length, frozen=recipe.lora is not None)
+    speed = Speed(first, config.steps, flops, _peak_flops())
     validate = None
     if components.validation is not None:
-        validate = partial(_validation_loss, components.step.objective, components.validation, recipe, mesh)
+        about = components.step.objective, components.validation, recipe, mesh, start.frozen
+        validate = partial(_validation_loss, *about)
     with MetricsLog(config, terminal, speed, sinks, tokens_per_step, checkpoints.recovery_advice) as log:
         if validate is not None and start.resumed is None:
             with log.paused():
@@ -117,7 +127,8 @@ def _train(
             log.validation(first, found)
         with StopSignal(first, config.steps) as stop, contextlib.closing(terminal):
             batches = _batches(recipe, components.loader, mesh, first, speed)
-            state = train_steps(step, state, batches, config, log, validate, checkpoints, stop)
+            export = None if start.base is None else partial(_save_adapter, components, folder, start.base)
+            state = train_steps(step, state, batches, config, log, validate, checkpoints, stop, export)
             checkpoints.wait()
     return state, int(state.step) == config.steps and not stop.requested
 
@@ -131,8 +142,12 @@ def train_steps(
     validate: Callable[[TrainState], Mapping[str, float]] | None,
     checkpoints: RunCheckpoints,
     stop: StopSignal,
+    export: Callable[[TrainState], None] | None = None,
 ) -> TrainState:
-    """Trains until step `config.steps` or a signal to stop; every process runs the same loop in step."""
+    """Trains until step `config.steps` or a signal to stop; every process runs the same loop in step.
+
+    `export` writes the state in another form too, whenever a checkpoint is saved.
+    """
     made = int(state.step)
     for batch in batches:
         state, metrics = step(state, batch)
@@ -153,6 +168,8 @@ def train_steps(
         if saves:  # after the validation, which a resumed run does not repeat
             with log.paused():
                 checkpoints.save(made, state)
+                if export is not None:
+                    export(state)
             interrupts.set_advice(interrupts.RESUME)
         if stopping:
             break
@@ -161,25 +178,45 @@ def train_steps(
 
 
 def _finish(
-    recipe: Recipe, components: Components, folder: Path, mesh: Mesh, state: TrainState, finished: bool
+    recipe: Recipe, components: Components, folder: Path, mesh: Mesh, start: Start, state: TrainState, finished: bool
 ) -> Outcome:
     """Saves the model of a finished run, and draws the losses."""
-    companions = components.companions
-    if components.chat_template is not None:
-        companions = companions | {CHAT_TEMPLATE: folder / CHAT_TEMPLATE}
-    tokenizer, files = components.tokenizer, tuple(companions.values())
-    model = Model(components.config, state.trainable, tokenizer, recipe.compute, mesh, files)
-    if finished:
-        model.save(folder / MODEL, overwrite=True)
+    params = combine(state.trainable, start.frozen)
+    files = tuple(_companions(components, folder).values())
+    model = Model(components.config, params, components.tokenizer, recipe.compute, mesh, files)
+    saved = []
+    if start.base is not None:
+        saved.append(folder / ADAPTER)
+    if finished and (recipe.lora is None or recipe.lora.merge):
+        saved.append(folder / MODEL)
+        model.save(folder / MODEL, dtype=None if recipe.lora is None else base_dtype(recipe), overwrite=True)
     if is_main():
         draw_losses(read_metrics(folder / METRICS), folder / "loss.png")
-    return Outcome(folder, int(state.step), finished, model)
+    return Outcome(folder, int(state.step), finished, model, tuple(saved))
+
+
+def _companions(components: Components, folder: Path) -> dict[str, Path]:
+    """The files that are copied with the model, with the chat template of the training data."""
+    template = {} if components.chat_template is None else {CHAT_TEMPLATE: folder / CHAT_TEMPLATE}
+    return components.companions | template
+
+
+def _save_adapter(components: Components, folder: Path, base: Base, state: TrainState) -> None:
+    """Writes adapter/ in the folder of the run."""
+    save_adapter(folder / ADAPTER, state.trainable, base, _companions(components, folder))
 
 
 def compile_step(
-    step: TrainStep, state: TrainState, recipe: Recipe, mesh: Mesh, terminal: Terminal, kind: type[Batch] = Batch
+    step: TrainStep,
+    state: TrainState,
+    recipe: Recipe,
+    mesh: Mesh,
+    terminal: Terminal,
+    frozen: Any = None,
+    kind: type[Batch] = Batch,
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
-    """The compiled step for batches of this kind. The memory of the state that it is given is reused for the next."""
+    """The compiled step for batches of this kind, as `step(state, batch)`. The memory of the state that it is given is
+    reused for the state that it returns; `frozen`, the parameters that are not trained, stays."""
     if is_main():
         terminal.print("compiling the training step ...")
     start = time.perf_counter()
@@ -189,10 +226,11 @@ def compile_step(
     dtypes = {field.name: jnp.float32 if field.name in floats else jnp.int32 for field in fields(kind)}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     # The state keeps its shardings, whatever the compiler would choose for the updates of an optimizer.
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)).lower(state, batch).compile()
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None))
+    compiled = jitted.lower(state, batch, frozen).compile()
     if is_main():
         terminal.print(f"compiled in {time.perf_counter() - start:.1f} s")
-    return compiled
+    return lambda state, batch: compiled(state, batch, frozen)
 
 
 def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int, speed: Speed) -> Iterator[Arrays]:
@@ -204,14 +242,15 @@ def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int, speed: Spee
 
 
 def _validation_loss(
-    objective: Objective, loader: Loader, recipe: Recipe, mesh: Mesh, state: TrainState
+    objective: Objective, loader: Loader, recipe: Recipe, mesh: Mesh, frozen: Any, state: TrainState
 ) -> dict[str, float]:
     """The mean `loss` over the entire validation split, and the means of the objective's metrics."""
     rows = recipe.data.batch_size // recipe.train.accumulate
     sharding = BatchSharding(rows, mesh)
+    params = combine(state.trainable, frozen)
     sums: dict[str, np.ndarray] = {}
     for batch in loader.in_order(rows):
-        for name, pair in to_host(_sums(state.trainable, sharding.place(vars(batch)), objective)).items():
+        for name, pair in to_host(_sums(params, sharding.place(vars(batch)), objective)).items():
             sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
     return {name: float(total / weight) for name, (total, weight) in sums.items()}
 

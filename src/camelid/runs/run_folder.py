@@ -24,6 +24,8 @@ STEPS = "checkpoints"
 """name of the folder of the checkpoints"""
 MODEL = "model"
 """name of the folder of the finished model"""
+ADAPTER = "adapter"
+"""name of the folder of the adapter, in PEFT's form"""
 DATA = "data.json"
 """name of the file that describes the stores from which batches are read"""
 FILES = "files"
@@ -61,12 +63,13 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             raise UserError(f"{folder} has files and is not the folder of a run", "Choose another folder with --run.")
         return
     if (text := _kept_text(folder)) is None:
-        if (folder / MODEL).exists():
-            raise UserError(
-                f"{folder} has the model of a run without checkpoints: training would start again at step 0 and "
-                "replace it",
-                "Choose another --run, or move the model away if it is not needed.",
-            )
+        for name in (MODEL, ADAPTER):
+            if (folder / name).exists():
+                raise UserError(
+                    f"{folder} has the {name} of a run without checkpoints: training would start again at step 0 and "
+                    "replace it",
+                    f"Choose another --run, or move the {name} away if it is not needed.",
+                )
         return
     before = structure(tomllib.loads(text))
     if changed := _changed(write_recipe(completed(before, None)), write_recipe(recipe)):

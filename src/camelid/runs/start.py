@@ -15,12 +15,14 @@ from camelid.checkpoint.integrity import checksum_arrays, describe_counts
 from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
+from camelid.model.adapters import LoRAPlan, declare_adapters
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import abstract, initialize
 from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 from camelid.runs.adamw_import import import_adamw
 from camelid.runs.components import Components
+from camelid.runs.lora import Base, first_state, load_base
 from camelid.runs.recipe import Recipe
 from camelid.runs.run_folder import STEPS, new_aside
 from camelid.train.state import TrainState, abstract_state, start_state
@@ -35,8 +37,15 @@ class Start:
     """the step of the run's own checkpoint that is resumed; None for a new run"""
     previous: Recipe | None
     """the recipe of the run so far; None for a new run"""
+    base: Base | None
+    """the frozen parameters of a run that trains an adapter"""
     aside: Path | None
     """the folder to which checkpoints of later steps were moved"""
+
+    @property
+    def frozen(self) -> Any:
+        """What the step receives beside the state; None if all parameters are trained."""
+        return None if self.base is None else self.base.frozen
 
 
 def find_start(
@@ -55,22 +64,33 @@ def find_start(
     folder = Path(recipe.run).resolve()
     resumed = broadcast_from_main(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))
     optimizer = components.step.optimizer
-    target = abstract_start(components.config, optimizer, recipe.compute, mesh)
+    target = abstract_start(components.config, optimizer, recipe.compute, mesh, components.lora)
+    base = None
+    if components.lora is not None:
+        assert components.source is not None, "an adapter has a base"
+        base = load_base(recipe, components.source, components.lora, mesh)
     if resumed is not None:
         state = checkpoints.restore(resumed, target)
+    elif base is not None:
+        state = first_state(recipe, base, optimizer, target)
     elif components.source is not None:
         state = _from_init(recipe, components.source, optimizer, target, mesh)
     else:
         state = _from_scratch(recipe, components.config, optimizer, target)
     aside = None if from_step is None else _move_later_aside(folder, from_step)
-    return Start(state, resumed, previous, aside)
+    return Start(state, resumed, previous, base, aside)
 
 
 def abstract_start(
-    config: ModelConfig, optimizer: optax.GradientTransformation, compute: ComputeConfig, mesh: Mesh
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    lora: LoRAPlan | None = None,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state of a run that trains all parameters of a model."""
-    return abstract_state(abstract(declare_decoder(config), compute.param_dtype, mesh, compute.replicate), optimizer)
+    """Shapes, dtypes and shardings of the state of a run that trains all parameters of a model, or adapters of it."""
+    trained = declare_decoder(config) if lora is None else declare_adapters(lora, config)
+    return abstract_state(abstract(trained, compute.param_dtype, mesh, compute.replicate), optimizer)
 
 
 def _from_init(

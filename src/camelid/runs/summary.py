@@ -7,8 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
 from camelid.model.flops import count_parameters
 from camelid.runs.components import Components
+from camelid.runs.lora import base_dtype
 from camelid.runs.recipe import Recipe
 from camelid.runs.start import Start
 from camelid.train.optimizer import learning_rate
@@ -24,6 +26,8 @@ def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Sta
         f"{count_parameters(components.config):,} parameters on {sizes} ({jax.devices()[0].device_kind}); "
         f"{components.loader.num_tokens:,} tokens of text, {tokens_per_step:,} per step"
     )
+    if recipe.lora is not None:
+        yield _trained(recipe, components, start)
     if recipe.dpo is not None:
         yield f"{sum(store.num_documents for store in components.loader.stores) // 2:,} pairs of answers"
     step = int(start.state.step)
@@ -41,6 +45,19 @@ def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Sta
         yield f"note: checkpoints of later steps and a copy of metrics.jsonl were moved to {start.aside}"
     if start.previous is not None and (change := schedule_change(recipe, start.previous, step)) is not None:
         yield f"note: {change}"
+
+
+def _trained(recipe: Recipe, components: Components, start: Start) -> str:
+    """What a run with adapters trains."""
+    assert recipe.lora is not None
+    assert components.lora is not None
+    count = sum(leaf.size for leaf in jax.tree.leaves(start.state.trainable))
+    modules = ", ".join(path.rpartition(".")[2] for path in components.lora.matrices)
+    continued = isinstance(components.source, AdaptedCheckpoint)
+    return (
+        f"trains {count:,} parameters ({count / count_parameters(components.config):.2%}), adapters "
+        f"{'of init ' if continued else ''}for {modules}; the others stay as they are, in {base_dtype(recipe)}"
+    )
 
 
 def schedule_change(recipe: Recipe, previous: Recipe, step: int) -> str | None:

@@ -38,7 +38,7 @@ class Objective(Protocol):
 class NextTokenLoss:
     """The objective of language models: the cross-entropy of each target, in nats, times its weight.
 
-    With a key, elements are dropped with the three probabilities, which `Context` describes.
+    With a key, elements are dropped with these probabilities, which `Context` describes.
     """
 
     config: ModelConfig
@@ -46,6 +46,7 @@ class NextTokenLoss:
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+    adapter_dropout: float = 0.0
 
     def __call__(
         self, params: Decoder, batch: Arrays, key: jax.Array | None
@@ -62,6 +63,7 @@ class NextTokenLoss:
             embedding_dropout=self.embedding_dropout,
             attention_dropout=self.attention_dropout,
             residual_dropout=self.residual_dropout,
+            adapter_dropout=self.adapter_dropout,
             dropout_key=key,
             rows=rows,
         )

@@ -2,6 +2,8 @@
 
 W + scale * (B @ A)     W (outputs, inputs), B (outputs, rank), A (rank, inputs)
 scale                   alpha / rank, or with rsLoRA alpha / sqrt(rank)
+
+DoRA rescales each row (output) of that sum to the length `magnitude`.
 """
 
 import math
@@ -34,6 +36,8 @@ class Pair:
     b: np.ndarray
     """(outputs, rank), with the matrix's output axes flattened"""
     alpha: float
+    magnitude: np.ndarray | None = None
+    """(outputs,): the length of each row of the adapted matrix, with DoRA"""
 
     @property
     def rank(self) -> int:
@@ -54,6 +58,11 @@ class Adapter:
     """the dropout used in training"""
     base: str | None = None
     """a name on the Hub, or a path"""
+
+    @property
+    def dora(self) -> bool:
+        """Whether rows are rescaled to magnitudes (DoRA, arXiv:2402.09353)."""
+        return any(pair.magnitude is not None for pair in self.pairs.values())
 
     def scale(self, pair: Pair) -> float:
         """Returns the factor of b @ a."""
@@ -97,6 +106,8 @@ class AdaptedCheckpoint(Checkpoint):
 
     adapter: Adapter
     base: Checkpoint
+    step: Path | None = None
+    """the folder with the state of training, if it is a step of a run that trains the adapter"""
 
     @property
     def read_slice(self) -> SliceReader:
@@ -108,24 +119,38 @@ def merged_reader(adapter: Adapter, base: Checkpoint) -> SliceReader:
     """Returns a reader of a base of any format with an adapter; sums are computed in float32 and rounded once."""
     specs, read_base = named(declare_decoder(adapter.config)), base.read_slice
 
+    def values(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
+        """Those to which a pair of factors is added."""
+        if (saved := adapter.saved.get((path, layer))) is not None:
+            return saved.read(index, dtype)
+        tied = path == "lm_head" and base.config.tie_embeddings
+        return read_base("embed" if tied else path, layer, index, dtype)
+
     def read_slice(path: str, layer: int | None, index: Index, dtype: np.dtype) -> np.ndarray:
-        pair, saved = adapter.pairs.get((path, layer)), adapter.saved.get((path, layer))
-        read_dtype = dtype if pair is None else np.dtype(np.float32)
-        if saved is not None:
-            values = saved.read(index, read_dtype)
-        else:
-            tied = path == "lm_head" and base.config.tie_embeddings
-            values = read_base("embed" if tied else path, layer, index, read_dtype)
-        if pair is None:
-            return values
+        if (pair := adapter.pairs.get((path, layer))) is None:
+            return values(path, layer, index, dtype)
         spec = specs[path]
         shape, outputs = spec.shape[len(spec.stacked) :], len(spec.outputs)
-        added = _product(pair, _flat(index[:outputs], shape[:outputs]), _flat(index[outputs:], shape[outputs:]))
-        added = added.reshape(-1, *shape[1:outputs], index[outputs].stop - index[outputs].start, *shape[outputs + 1 :])
-        added = added[:, *index[1:outputs], :, *index[outputs + 1 :]]
-        return rounded(path, values + np.float32(adapter.scale(pair)) * added, dtype)
+        rows, columns = index[:outputs], index[outputs:]
+        if pair.magnitude is not None:  # the length of a row needs all of it
+            columns = tuple(slice(0, n) for n in shape[outputs:])
+        added = _product(pair, _flat(rows, shape[:outputs]), _flat(columns, shape[outputs:]))
+        added = added.reshape(-1, *shape[1:outputs], columns[0].stop - columns[0].start, *shape[outputs + 1 :])
+        added = added[:, *rows[1:], :, *columns[1:]]
+        merged = values(path, layer, (*rows, *columns), np.dtype(np.float32)) + np.float32(adapter.scale(pair)) * added
+        if pair.magnitude is not None:
+            merged *= _ratio(pair.magnitude.reshape(shape[:outputs])[rows], merged)
+            merged = merged[..., *index[outputs:]]
+        return rounded(path, merged, dtype)
 
     return read_slice
+
+
+def _ratio(magnitude: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Returns what DoRA multiplies each row of a matrix by, (outputs..., 1...); the length of a row of zeros is 1."""
+    lengths = np.linalg.norm(rows.reshape(*magnitude.shape, -1), axis=-1)
+    ratio = magnitude.astype(np.float32) / np.where(lengths > 0, lengths, np.float32(1))
+    return ratio.reshape(*magnitude.shape, *[1] * (rows.ndim - magnitude.ndim))
 
 
 def _flat(index: Index, shape: Sequence[int]) -> slice:

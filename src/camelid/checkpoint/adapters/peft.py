@@ -3,6 +3,7 @@
 The names of tensors (peft/utils/save_and_load.py), where M is a module of the model in transformers:
 
     base_model.model.M.lora_A.weight        A, and lora_B.weight B
+    base_model.model.M.lora_magnitude_vector  with DoRA, the length of each row
     base_model.model.M.lora_embedding_A     for the embedding table: B transposed; lora_embedding_B is A transposed
     base_model.model.M.weight               a module of modules_to_save, which replaces that of the base
     base_model.model.M.base_layer.weight    the same, if M has A and B too
@@ -51,13 +52,15 @@ FILES = {"adapter_model.safetensors": open_safetensors, "adapter_model.bin": ope
 START = "base_model.model."
 KEY = re.compile(
     re.escape(START)
-    + r"(?P<module>.+?)\.(?:(?P<factor>lora_[AB]\.weight|lora_embedding_[AB])|(?:base_layer\.)?(?P<tensor>weight|bias))"
+    + r"(?P<module>.+?)\.(?:(?P<factor>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)"
+    + r"|(?:base_layer\.)?(?P<tensor>weight|bias))"
 )
 COPY = re.compile(
     re.escape(START) + r"(?P<module>.+)\.(?P<which>modules_to_save|original_module)\.(?P<tensor>weight|bias)"
 )
 FACTORS = {False: ("lora_A.weight", "lora_B.weight"), True: ("lora_embedding_B", "lora_embedding_A")}
 """a and b of a pair, by whether it is the embedding table's, which PEFT transposes"""
+MAGNITUDE = "lora_magnitude_vector"
 HEAD = ("embed", "lm_head")
 TILE = (256, 2048)
 AGAIN = "Download or copy the adapter again."
@@ -98,22 +101,28 @@ def _base_of(folder: Path, ignore: Sequence[str]) -> Path:
         ) from error
 
 
-def on_base(adapter: Adapter, base: Checkpoint, folder: Path) -> AdaptedCheckpoint:
-    """Returns the checkpoint of a base, of any format, with an adapter; tensors are read on demand."""
+def on_base(
+    adapter: Adapter, base: Checkpoint, folder: Path, format: str = "peft", files: Sequence[Path] | None = None
+) -> AdaptedCheckpoint:
+    """Returns the checkpoint of a base, of any format, with an adapter; tensors are read on demand.
+
+    `files` hold the adapter; None: those of PEFT in `folder`.
+    """
     rows, reader, dtypes = plain_table(adapter.config), merged_reader(adapter, base), base.dtypes
     notes, tensors = base.notes, {}
-    files = frozenset({path for path in folder.iterdir() if path.name in (NAME, *FILES)})
-    files |= frozenset(base.files)
+    if files is None:
+        files = [path for path in folder.iterdir() if path.name in (NAME, *FILES)]
+    sources = frozenset([*files, *base.files])
     for name, [(part, layer)] in rows.tensors.items():
         parameter = part.rule.path, layer
         saved = adapter.saved.get(parameter)
         path = "embed" if parameter[0] == "lm_head" and base.config.tie_embeddings else parameter[0]
         dtype = dtypes[path] if saved is None else saved.dtype
-        tensors[name] = ComputedTensor(folder / NAME, name, 0, rows.shape(name), dtype, reader, parameter, files)
+        tensors[name] = ComputedTensor(folder / NAME, name, 0, rows.shape(name), dtype, reader, parameter, sources)
     if adapter.config.tie_embeddings != base.config.tie_embeddings:
         notes += ("the adapter changes the embedding table or the head, so the head is no longer tied",)
     tokenizer_folder = folder if any(folder.glob("tokenizer*")) else base.tokenizer_folder
-    return AdaptedCheckpoint("peft", tokenizer_folder, adapter.config, tensors, rows, notes, adapter=adapter, base=base)
+    return AdaptedCheckpoint(format, tokenizer_folder, adapter.config, tensors, rows, notes, adapter=adapter, base=base)
 
 
 def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
@@ -147,7 +156,9 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
     for module, found in factors.items():
         pair = _read_pair(module, found, settings, rows)
         for part, layer in rows.tensors[f"{module}.weight"]:
-            pairs[part.rule.path, layer] = replace(pair, b=pair.b[part.start : part.start + _height(part)])
+            own = slice(part.start, part.start + _height(part))
+            magnitude = None if pair.magnitude is None else pair.magnitude[own]
+            pairs[part.rule.path, layer] = replace(pair, b=pair.b[own], magnitude=magnitude)
     reader = slice_reader(rows, saved_tensors)
     saved = {
         (part.rule.path, layer): ComputedTensor(
@@ -237,12 +248,18 @@ def _read_pair(module: str, found: Mapping[str, Tensor], settings: Settings, row
     name = f"{module}.weight"
     flipped, rank = name == rows.entries["embed"].rule.name, settings.rank_of(module)
     outputs, inputs = rows.shape(name)
+    if settings.dora and flipped:
+        raise UserError(
+            f"{NAME} has use_dora, and the adapter contains {START}{module}",
+            "PEFT rescales the columns of an embedding table, and camelid rows; merge it with PEFT's merge_and_unload.",
+        )
+    shapes = dict(zip(FACTORS[flipped], ((rank, inputs), (outputs, rank)), strict=True))
+    shapes |= {MAGNITUDE: (outputs,)} if settings.dora else {}
+    if found.keys() != shapes.keys():
+        kind = "DoRA" if settings.dora else "LoRA"
+        raise UserError(f"{START}{module} has {' and '.join(found)}; {kind} has {' and '.join(sorted(shapes))}", AGAIN)
     arrays = []
-    for key, shape in zip(FACTORS[flipped], ((rank, inputs), (outputs, rank)), strict=True):
-        if key not in found or len(found) != 2:
-            raise UserError(
-                f"{START}{module} has {' and '.join(found)}; LoRA has {' and '.join(sorted(FACTORS[flipped]))}", AGAIN
-            )
+    for key, shape in shapes.items():
         tensor, shape = found[key], shape[::-1] if flipped else shape
         if tensor.shape != shape:
             raise UserError(
@@ -251,8 +268,8 @@ def _read_pair(module: str, found: Mapping[str, Tensor], settings: Settings, row
             )
         array = tensor.read(tuple(slice(0, n) for n in shape), tensor.dtype)
         arrays.append(array.T if flipped else array)
-    a, b = arrays
-    return Pair(a, b, settings.alpha_of(module))
+    a, b, *magnitude = arrays
+    return Pair(a, b, settings.alpha_of(module), *magnitude)
 
 
 # Writing --------------------------------------------------------------------------------
@@ -274,6 +291,8 @@ def adapter_files(adapter: Adapter) -> list[PlannedFile]:
             flipped = members[0][0].rule.path == "embed"
             for key, array in zip(FACTORS[flipped], (pair.a, pair.b), strict=True):
                 arrays[f"{START}{module}.{key}"] = np.ascontiguousarray(array.T if flipped else array)
+            if pair.magnitude is not None:
+                arrays[f"{START}{module}.{MAGNITUDE}"] = np.ascontiguousarray(pair.magnitude)
         if saved[0] is not None:
             assert all(saved), f"{name} is saved in part"
             saved_modules |= set() if any(pairs) else {module}
@@ -291,6 +310,7 @@ def adapter_files(adapter: Adapter) -> list[PlannedFile]:
         {name.rpartition(".")[0] for name in rows.tensors},
         base=adapter.base,
         rslora=adapter.rslora,
+        dora=adapter.dora,
         dropout=adapter.dropout,
     )
     return [safetensors_file(next(iter(FILES)), payloads), json_file(NAME, settings)]
@@ -311,12 +331,16 @@ def _joined(adapter: Adapter, pairs: Sequence[Pair | None], heights: Sequence[in
     first = given[0]
     if len(pairs) == 1:
         return first
+    magnitude = None
+    if first.magnitude is not None:
+        assert len(given) == len(pairs), "with DoRA, a row without a magnitude of its own would need that of the base"
+        magnitude = np.concatenate([pair.magnitude for pair in given if pair.magnitude is not None])
     if all(pair.alpha == first.alpha and np.array_equal(pair.a, first.a) for pair in given):
         b = [
             np.zeros((n, first.rank), first.b.dtype) if pair is None else pair.b
             for pair, n in zip(pairs, heights, strict=True)
         ]
-        return replace(first, b=np.concatenate(b))
+        return replace(first, b=np.concatenate(b), magnitude=magnitude)
     rank, top, left = sum(pair.rank for pair in given), 0, 0
     b = np.zeros((sum(heights), rank), first.b.dtype)
     for pair, height in zip(pairs, heights, strict=True):
@@ -326,4 +350,4 @@ def _joined(adapter: Adapter, pairs: Sequence[Pair | None], heights: Sequence[in
             left += pair.rank
         top += height
     alpha = adapter.scale(first) * (math.sqrt(rank) if adapter.rslora else rank)
-    return Pair(np.concatenate([pair.a for pair in given]), b, alpha)
+    return Pair(np.concatenate([pair.a for pair in given]), b, alpha, magnitude)

@@ -16,7 +16,7 @@ FIXED: Mapping[str, tuple] = {
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none", None),
     "runtime_config": (None, {}, {"ephemeral_gpu_offload": False}),
-    **dict.fromkeys("use_dora use_qalora lora_bias ensure_weight_tying".split(), (False, None)),
+    **dict.fromkeys("use_qalora lora_bias ensure_weight_tying".split(), (False, None)),
     **dict.fromkeys(
         """
         layer_replication trainable_token_indices target_parameters alora_invocation_tokens megatron_config
@@ -48,6 +48,7 @@ class Settings:
     rank: int
     alpha: float
     rslora: bool
+    dora: bool
     dropout: float
     ranks: Mapping[str, int]
     """rank of modules whose names end in a match of this regular expression; the first match counts"""
@@ -177,6 +178,7 @@ READ: Mapping[str, tuple[str, Any, Callable[[Any], bool]]] = {
     "r": ("rank", REQUIRED, _is_count),
     "lora_alpha": ("alpha", REQUIRED, _is_number),
     "use_rslora": ("rslora", False, lambda value: isinstance(value, bool)),
+    "use_dora": ("dora", False, lambda value: isinstance(value, bool)),
     "lora_dropout": ("dropout", 0.0, _is_number),
     "rank_pattern": ("ranks", {}, _table_of(_is_count)),
     "alpha_pattern": ("alphas", {}, _table_of(_is_number)),
@@ -199,6 +201,7 @@ def config_json(
     *,
     base: str | None,
     rslora: bool,
+    dora: bool,
     dropout: float,
 ) -> dict[str, Any]:
     """Returns adapter_config.json for modules with these ranks and alphas, and for modules that are saved entirely.
@@ -224,7 +227,7 @@ def config_json(
         "revision": None,
         "target_modules": _ends_of(ranks, modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": dora,
         "use_rslora": rslora,
     }
 
