@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import transformers
 import camelid
 from camelid import cli
 from camelid.cli.arguments import _arguments
+from camelid.cli.format_names import ReadableFormat, WritableFormat
 from camelid.cli.shared import print_json
 from camelid.errors import UserError
 from camelid.runs.recipe import completed, read_recipe, write_recipe
@@ -478,6 +479,18 @@ def test_help_shows_no_none_and_no_empty_default(name: str):
     assert "(default: False)" not in shown
 
 
+def test_the_formats_are_listed_once_in_the_help_of_convert():
+    shown = called("convert", "--help").stdout
+    notes = " ".join(shown.split("Notes:")[1].split("╭")[0].split())
+    writable, readable = get_args(WritableFormat), get_args(ReadableFormat)
+    only_read = [name for name in readable if name not in writable]
+    assert f"FORMAT is {', '.join(writable[:-1])} or {writable[-1]};" in notes
+    assert f"with --from also {', '.join(only_read[:-1])} or {only_read[-1]}." in notes
+    assert shown.count("mindspore-interleaved") == 1
+    assert "--to FORMAT" in shown
+    assert "--from FORMAT" in shown
+
+
 # What a newcomer meets ------------------------------------------------------------------
 
 
@@ -487,6 +500,14 @@ def test_options_of_sampling_without_a_temperature_are_reported(stories: Path):
     assert done.stderr.startswith("note: with --temperature 0, --top-k and --top-p have no effect")
     sampled = called("generate", stories, "One day", "--top-k", "3", "--max-new-tokens", "1", "--temperature", "1")
     assert sampled.stderr == ""
+
+
+def test_an_empty_prompt_begins_with_bos_and_empty_input_is_refused(stories: Path):
+    options = ("--max-new-tokens", 4, "--json")
+    (completion,) = json.loads(called("generate", stories, "", *options).stdout)["completions"]
+    model = camelid.load(stories)
+    assert completion["tokens"] == model.generate([[1]], max_new_tokens=4)[0].tokens
+    assert_refused(called("generate", stories, stdin="\n"), "there is no prompt: standard input is empty")
 
 
 def test_an_empty_folder_or_file_is_called_empty(tmp_path: Path):

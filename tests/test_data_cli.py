@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from camelid.data import report
 from camelid.data.config import Source, SourceOptions
 from camelid.data.preparation.store import Store
+from camelid.data.rows.loader import Loader
+from camelid.runs.notes import silent_row_notes
 from camelid.runs.recipe import read_recipe
+from camelid.text.tokenizer import load_tokenizer
 from runs import assert_refused, called, write_recipe_file
 from text.tiny import save_byte_tokenizer
 
@@ -363,6 +367,53 @@ def test_any_number_of_sources_of_any_name_is_drawn(count: int, tokenizer: Path)
     blue, orange = found.get((31, 119, 180), 0), found.get((255, 127, 14), 0)
     assert blue > 1000
     assert (orange > 1000) == (count == 3), "colours tell sources apart, as long as there are some"
+
+
+@pytest.fixture
+def masked_recipe(tokenizer: Path) -> Path:
+    """Long prompts, whose answers do not fit into rows of 16 tokens, and short ones."""
+    rows = [{"prompt": "prompt " * n, "answer": "answer"} for n in (9, 9, 9, 1)]
+    source = {"files": str(write_rows(Path("rows.jsonl"), rows)), "kind": "fields", "fields": "[prompt],answer"}
+    data = {"train": [source], "sequence_length": 16, "batch_size": 1, "overlong": "truncate", "cache": "cache"}
+    table = {"run": "run", "tokenizer": str(tokenizer), "model": {"preset": "tinyllama_1b"}, "train": {"steps": 4}}
+    return write_recipe_file(table | {"data": data | {"packing": "none"}}, Path("recipe.toml"))
+
+
+def test_overrides_change_what_is_inspected(masked_recipe: Path):
+    done = called("data", "inspect", masked_recipe, "--json", "--data.sequence_length", 128, "--train.steps=7")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert (told["sources"][0]["packing"]["sequence_length"], told["steps"]) == (128, 7)
+    wrong = called("data", "inspect", masked_recipe, "--data.sequence-lenght", 128)
+    assert_refused(wrong, "the recipe has no field 'data.sequence_lenght'")
+    assert "--data.sequence-length" in wrong.stderr
+    assert_refused(called("data", "inspect", masked_recipe, "--row", 1), "there is no option '--row'")
+
+
+def test_overrides_are_not_for_stores(store: Path):
+    done = called("data", "inspect", store, "--data.batch-size", 2)
+    assert_refused(done, "--data.batch-size is not an option for a store")
+
+
+def test_a_warmup_as_long_as_the_run_is_noted(masked_recipe: Path):
+    done = called("data", "inspect", masked_recipe, "--rows", 0, "--optimizer.warmup-steps", 8)
+    assert (done.returncode, done.stderr) == (
+        0,
+        "note: optimizer.warmup_steps = 8 is not less than train.steps = 4: the learning rate rises to 0.00015 at the "
+        "last step and does not decay\n",
+    )
+
+
+def test_rows_without_loss_are_noted_when_training_starts(masked_recipe: Path, tokenizer: Path):
+    recipe = read_recipe(masked_recipe)
+    (packing,) = Loader(recipe.data, load_tokenizer(tokenizer), "train").packings
+    for most, which in ((4, "3 of the 4"), (2, "2 of the first 2")):
+        (note,) = silent_row_notes([report.silent_among_first(packing, most)])
+        assert note == f"{which} rows of source 1 have no loss: the weights of all their tokens are 0"
+    (packing,) = Loader(
+        dataclasses.replace(recipe.data, sequence_length=128), load_tokenizer(tokenizer), "train"
+    ).packings
+    assert not list(silent_row_notes([report.silent_among_first(packing)]))
 
 
 def test_what_cannot_be_inspected_is_refused(store: Path, tokenizer: Path):

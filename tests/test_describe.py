@@ -12,13 +12,24 @@ import pytest
 
 from camelid import describe
 from camelid.checkpoint.registry import open_checkpoint
+from camelid.disk.space import format_bytes
 from camelid.model.config import LongRopeScaling, ModelConfig
 from camelid.model.flops import cache_bytes, forward_flops, training_flops
 from camelid.model.presets import ALIASES, PRESETS, preset
+from camelid.train.optimizer import OptimizerConfig, make_optimizer
+from camelid.train.state import start_state
 from runs import TIMEOUT_S, assert_refused, called
-from tiny import tiny_config
+from tiny import tiny_config, tiny_params
 
-COSTS = {"parameters", "formula", "bytes_in", "cache_bytes_per_token", "cache_bytes", "flops_per_token"}
+COSTS = {
+    "parameters",
+    "formula",
+    "bytes_in",
+    "training_bytes",
+    "cache_bytes_per_token",
+    "cache_bytes",
+    "flops_per_token",
+}
 
 
 def told(*arguments: object) -> dict[str, Any]:
@@ -41,6 +52,11 @@ def test_a_preset_is_told_in_full_and_nothing_is_allocated():
     assert whole["parameters"] == 68_976_648_192
     assert whole["formula"] == {"text": "2CM + (2N+1)M + 2NMRHK + 2NMHK + 3NMF", "parameters": 68_976_648_192}
     assert whole["bytes_in"] == {"float32": 4 * 68_976_648_192, "bfloat16": 2 * 68_976_648_192}
+    assert whole["training_bytes"] == {
+        "parameters": 4 * 68_976_648_192,
+        "gradients": 4 * 68_976_648_192,
+        "adamw_moments": 8 * 68_976_648_192,
+    }
     per_token = 2 * 80 * 8 * 128  # keys and values of each layer
     assert whole["cache_bytes_per_token"] == {"float32": 4 * per_token, "bfloat16": 2 * per_token}
     assert whole["cache_bytes"] == {"float32": 4096 * 4 * per_token, "bfloat16": 4096 * 2 * per_token}
@@ -125,6 +141,19 @@ def test_a_preset_fits_a_hundred_columns(name: str, monkeypatch: pytest.MonkeyPa
     assert lines[-1] == f"{whole['parameters']:,} parameters"
     assert max(map(len, lines)) <= 100
     assert not any("…" in line for line in lines)
+
+
+def test_training_memory_is_that_of_the_state_and_the_gradients(capsys: pytest.CaptureFixture[str]):
+    """The arrays that a step holds besides activations: those of the state that it is given, and one gradient each."""
+    config = tiny_config()
+    params = jax.eval_shape(lambda: tiny_params(config))
+    state = jax.eval_shape(lambda: start_state(tiny_params(config), make_optimizer(OptimizerConfig(), 1, True)))
+    arrays = [*jax.tree.leaves((state.trainable, state.opt_state, params))]
+    sizes = describe.of_config(config)["training_bytes"]
+    assert sum(sizes.values()) == sum(4 * leaf.size for leaf in arrays if leaf.ndim)
+    assert sizes["adamw_moments"] == sum(4 * leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    rows = [line.split() for line in shown(config, capsys).splitlines()]
+    assert ["total", "without", "activations", *format_bytes(sum(sizes.values())).split()] in rows
 
 
 def test_the_closed_formula_stands_beside_the_count():

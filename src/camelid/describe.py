@@ -27,6 +27,8 @@ from camelid.model.params import Spec, named
 from camelid.model.presets import ALIASES, PRESETS, preset
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
+TRAINING = {"parameters": 4, "gradients": 4, "adamw_moments": 8}
+"""Bytes per parameter that training keeps: all are float32, also if products are bfloat16."""
 
 
 def report(model: str, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def of_config(config: ModelConfig) -> dict[str, Any]:
         "parameters": parameters,
         "formula": None if formula is None else {"text": LLAMA_FORMULA, "parameters": formula},
         "bytes_in": {dtype: parameters * size for dtype, size in ITEMSIZE.items()},
+        "training_bytes": {name: parameters * size for name, size in TRAINING.items()},
         "cache_bytes_per_token": {dtype: cache_bytes(config, dtype) for dtype in ITEMSIZE},
         "cache_bytes": {dtype: cache_bytes(config, dtype) * length for dtype in ITEMSIZE},
         "flops_per_token": {
@@ -110,7 +113,7 @@ def show(report: Mapping[str, Any]) -> None:
     console = tables.console()
     if "preset" in report:
         console.print(f"{report['preset']}\n", style="bold")
-    for table in (_fields, _tree, _bytes, _flops):
+    for table in (_fields, _tree, _bytes, _training, _flops):
         console.print(table(report))
         console.print()
     if (formula := report["formula"]) is not None:
@@ -171,6 +174,15 @@ def _bytes(report: Mapping[str, Any]) -> Table:
         (f"cache, {report['config']['context_length']:,} tokens", report["cache_bytes"]),
     ):
         grid.add_row(label, *map(format_bytes, sizes.values()))
+    return grid
+
+
+def _training(report: Mapping[str, Any]) -> Table:
+    sizes = report["training_bytes"]
+    grid = tables.grid("training memory", ">float32")
+    for label, size in zip(("parameters", "gradients", "AdamW moments"), sizes.values(), strict=True):
+        grid.add_row(label, format_bytes(size))
+    grid.add_row("total without activations", format_bytes(sum(sizes.values())))
     return grid
 
 

@@ -140,6 +140,9 @@ def test_rows_without_loss_are_those_whose_weights_are_all_zero(
         told = report.of_packing(packing)
         assert told["rows_without_loss"] == {"count": len(silent), "first": silent[:5]}
         assert (told["rows"], told["filled"]) == (packing.num_rows, packing.fill_rate)
+        of_first = report.silent_among_first(packing, 3)
+        examined = min(3, packing.num_rows)
+        assert of_first == (sum(row < 3 for row in silent), examined, packing.num_rows)
 
 
 def test_plain_text_is_not_read_for_rows_that_must_have_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

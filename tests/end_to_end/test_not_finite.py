@@ -29,7 +29,9 @@ def _on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def diverging(folder: Path, **fields: Any) -> dict[str, Any]:
     """The loss of its second step is not finite, while the state after the first one is."""
     optimizer = {"learning_rate": 1e30, "clip_norm": math.inf, "warmup_steps": 0}
-    return tiny_run(folder, **{"train": {"steps": 6, "checkpoint_every": 1}, "optimizer": optimizer} | fields)
+    return tiny_run(
+        folder, **{"train": {"steps": 6, "checkpoint_every": 1, "max_skipped": 0}, "optimizer": optimizer} | fields
+    )
 
 
 def overflowing(folder: Path) -> dict[str, Any]:

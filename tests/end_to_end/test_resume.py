@@ -1,5 +1,6 @@
 """A run that is killed, or asked to stop, and started again by the same command is the run that never was disturbed."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -12,25 +13,32 @@ from camelid.train.loggers import read_metrics
 from runs import TIMEOUT_S, command, losses, started, tensor_bytes, tiny_run, wait_until, write_recipe_file
 
 STEPS = 40
+DROPOUT = {"embedding_dropout": 0.05, "attention_dropout": 0.05, "residual_dropout": 0.05}
 # What a row says about the machine, not about the run.
 ABOUT_TIME = ("tokens_per_second", "mfu", "step_s", "data_s", "eta_s")
 
 
 def write_run(folder: Path) -> Path:
-    """A recipe whose steps are slow enough to be interrupted at a chosen one."""
+    """A recipe whose steps are slow enough to be interrupted at a chosen one, with packing, mixing, dropout and EMA."""
     folder.mkdir()
+    (folder / "more.jsonl").write_text("".join(json.dumps({"text": f"abc {n} " * 9}) + "\n" for n in range(40)))
     return write_recipe_file(
         tiny_run(
             folder,
             model__embed_dim=96,
             model__mlp_dim=256,
             data={
-                "train": [str(folder / "text.jsonl")],
+                "train": [
+                    {"files": str(folder / "text.jsonl"), "weight": 3},
+                    {"files": str(folder / "more.jsonl"), "weight": 1},
+                ],
+                "packing": "best_fit",
                 "sequence_length": 64,
                 "batch_size": 32,
                 "validation_fraction": 0.1,
             },
-            train={"steps": STEPS, "checkpoint_every": 10, "evaluate_every": 10, "accumulate": 2},
+            train={"steps": STEPS, "checkpoint_every": 10, "evaluate_every": 10, "accumulate": 2, **DROPOUT},
+            ema={"decay": 0.9},
         ),
         folder / "recipe.toml",
     )
@@ -65,7 +73,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, user_env: dict[str, st
 
 def assert_as_undisturbed(folder: Path, undisturbed: Path) -> None:
     assert rows(folder) == rows(undisturbed)
-    assert tensor_bytes(folder / "run" / "model") == tensor_bytes(undisturbed / "run" / "model")
+    for name in ("model", "model_ema"):
+        assert tensor_bytes(folder / "run" / name) == tensor_bytes(undisturbed / "run" / name)
     assert {file.name for file in (folder / "run").iterdir()} == {file.name for file in (undisturbed / "run").iterdir()}
     assert sorted(file.name for file in (folder / "run" / "checkpoints").iterdir()) == ["30", "40"]
 

@@ -52,6 +52,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+def modified(folder: Path) -> dict[str, int]:
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
 # Going on --------------------------------------------------------------------------------
 
 
@@ -62,6 +66,7 @@ def test_a_finished_run_leaves_a_recipe_metrics_a_picture_and_a_model_that_opens
         ".lock",
         "recipe.toml",
         "data.json",
+        "finished.json",
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -88,7 +93,9 @@ def test_a_model_that_learnt_chats_has_their_template_beside_it(tmp_path: Path, 
         assert called("data", "prepare", chats, *words, "--out", tmp_path / "store").returncode == 0
         source = {"files": [str(tmp_path / "store")], "kind": "tokens"}
     table = lay_over(table, {"data__train": [source]})
-    assert called("train", write_recipe_file(table, tmp_path / "recipe.toml")).returncode == 0
+    done = called("train", write_recipe_file(table, tmp_path / "recipe.toml"))
+    assert done.returncode == 0
+    assert "note: optimizer.warmup_steps = 2 is not less than train.steps = 1" in done.stderr
     for folder in (tmp_path / "run", tmp_path / "run" / "model"):
         assert (folder / "chat_template.jinja").read_text() == NAMED["zephyr"].text
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
@@ -99,9 +106,12 @@ def test_a_model_that_learnt_chats_has_their_template_beside_it(tmp_path: Path, 
 
 
 def test_starting_a_finished_run_again_changes_nothing(finished: Path):
-    before = contents(finished / "run")
+    before, times = contents(finished / "run"), modified(finished / "run")
     again = train(finished)
-    assert (again.returncode, "resuming after step 4" in again.stderr) == (0, True)
+    assert again.returncode == 0
+    assert "this run is finished: it has made all 4 steps; a larger train.steps continues it" in again.stderr
+    assert "resuming" not in again.stderr
+    assert modified(finished / "run") == times
     after = contents(finished / "run")
     # The store is shared by all runs on the same text, and names the files of the run that prepared it last.
     stores = [json.loads(each.pop("data.json"))["train"] for each in (before, after)]
@@ -111,10 +121,26 @@ def test_starting_a_finished_run_again_changes_nothing(finished: Path):
     assert after == before
 
 
+def test_a_model_that_is_missing_or_of_an_earlier_step_is_saved_again(folder: Path, finished: Path):
+    """As of a run that was stopped after its last checkpoint, before its model was saved."""
+    run = finished / "run"
+    shutil.rmtree(run / "model")
+    assert train(finished).returncode == 0
+    assert contents(run / "model") == contents(folder / "run" / "model")
+    for spoiled in ('{"step": 3}', None):
+        (run / "finished.json").unlink() if spoiled is None else (run / "finished.json").write_text(spoiled)
+        before = modified(run / "model")
+        assert train(finished).returncode == 0
+        assert modified(run / "model")["model.safetensors"] > before["model.safetensors"]
+        assert contents(run / "model") == contents(folder / "run" / "model")
+        assert json.loads((run / "finished.json").read_text()) == {"step": 4}
+
+
 def test_a_run_may_be_asked_for_more_steps_and_other_notes(folder: Path, finished: Path):
     more = train(finished, train__steps=6, train__log_every=2, run=str(finished / "run"))
     assert more.returncode == 0, more.stderr
     assert [row["step"] for row in losses(finished / "run")] == [1, 2, 3, 4, 6]
+    assert json.loads((finished / "run" / "finished.json").read_text()) == {"step": 6}
     # Put back for the other tests.
     shutil.rmtree(finished / "run")
     shutil.copytree(folder / "run", finished / "run")

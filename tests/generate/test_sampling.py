@@ -56,6 +56,27 @@ def test_kept_tokens_are_those_of_transformers(logits, temperature: float, top_k
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("k", [1, 2, 5, 20, VOCAB - 1])
+def test_top_k_without_sorting_keeps_what_sorting_keeps(logits, k: int):
+    """With ties, which are all kept, and with excluded tokens, zeros of both signs and rows of one value."""
+    rows = np.concatenate([logits, np.round(logits), np.where(logits > 0, logits, -np.inf), np.zeros((2, VOCAB))])
+    rows = np.concatenate([rows, np.where(np.arange(VOCAB) % 2, 0.0, -0.0)[None]]).astype(np.float32)
+    threshold = np.sort(rows, -1)[:, [-k]]
+    expected = np.where(rows < threshold, -np.inf, rows)
+    ours = filter_logits(jnp.asarray(rows), np.full(len(rows), k, np.int32), np.float32([1]))
+    np.testing.assert_array_equal(ours, expected)
+    # A last row with top-p makes all rows take the other branch.
+    top_p = np.append(np.ones(len(rows) - 1), 0.5).astype(np.float32)
+    sorted_ones = filter_logits(jnp.asarray(rows), np.full(len(rows), k, np.int32), top_p)
+    np.testing.assert_array_equal(sorted_ones[:-1], expected[:-1])
+
+
+def test_only_top_p_sorts(logits):
+    jaxpr = jax.make_jaxpr(filter_logits)(jnp.asarray(logits), np.int32([5]), np.float32([1]))
+    (switch,) = (equation for equation in jaxpr.jaxpr.eqns if equation.primitive.name == "cond")
+    assert ["sort" in str(branch) for branch in switch.params["branches"]] == [False, False, True]
+
+
 def test_the_best_token_is_always_kept(logits):
     kept = filter_logits(jnp.asarray(logits), np.int32([0]), np.float32([1e-6]))
     np.testing.assert_array_equal(np.isfinite(kept).sum(-1), np.ones(ROWS))

@@ -12,8 +12,17 @@ import torch
 
 from camelid.generate.decode import generate
 from camelid.generate.sampling import Sampling, sampling, select
-from camelid.generate.state import DecodeState, admit, advance, prefill, release, reorder, rollback
-from camelid.model import attention
+from camelid.generate.state import (
+    DecodeState,
+    admit,
+    advance,
+    prefill,
+    prefill_with_log_probs,
+    release,
+    reorder,
+    rollback,
+)
+from camelid.model import attention, loss
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.kv_cache import empty_cache
@@ -21,6 +30,7 @@ from camelid.model.weights import Adapted
 from camelid.parallel.mesh import one_device
 from families import FAMILIES
 from leaves import adapted
+from programs import largest_array
 from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
 
 SLOTS, MAX_ROLLBACK = 64, 4
@@ -56,8 +66,9 @@ class Steps:
             self.params, padded, lengths, lengths + new, options, seeds, self.config, ComputeConfig(), self.max_rollback
         )
 
-    def advance(self, state: DecodeState, tokens) -> tuple[DecodeState, jax.Array]:
-        return _advance(self.params, state, jnp.asarray(tokens, jnp.int32), self.config, ComputeConfig())
+    def advance(self, state: DecodeState, tokens, counts=None) -> tuple[DecodeState, jax.Array]:
+        counts = None if counts is None else jnp.asarray(counts, jnp.int32)
+        return _advance(self.params, state, jnp.asarray(tokens, jnp.int32), self.config, ComputeConfig(), counts)
 
     def decode(self, state: DecodeState, logits, count: int) -> tuple[DecodeState, np.ndarray]:
         """`count` tokens of each row (B, count), whose last is not yet appended."""
@@ -142,6 +153,113 @@ def test_several_tokens_at_once_are_as_many_single_ones(steps: Steps):
     np.testing.assert_array_equal(several.lengths, one.lengths)
     following = [steps.advance(each, tokens[:, :1])[1] for each in (several, one)]
     np.testing.assert_allclose(*following, **CLOSE)
+
+
+# 4 tokens fit into a ring of 10 slots beside the window of 7, and 9 do not.
+@pytest.mark.parametrize(("size", "counts"), [(4, [4, 0, 2]), (9, [1, 9, 0])], ids=str)
+def test_rows_that_advance_by_different_numbers_of_tokens_are_as_each_alone(steps: Steps, size: int, counts: list[int]):
+    """As in speculation, where each row accepts another number: padding leaves no trace in any part of the state."""
+    state, logits = steps.prefill(prompts_of(steps.config))
+    state, _ = steps.decode(state, logits, 5)
+    tokens, other = (tiny_tokens(steps.config, 3, size, seed) for seed in (4, 5))
+    padding = np.arange(size) >= np.array(counts)[:, None]
+    ragged, logits = steps.advance(state, tokens, counts)
+    again, _ = steps.advance(state, np.where(padding, other, tokens), counts)
+    for ours, theirs in zip(*map(jax.tree.leaves, (ragged, again)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(ragged.lengths, state.lengths + jnp.asarray(counts))
+    np.testing.assert_array_equal(ragged.written, ragged.lengths)
+    _, following = steps.advance(ragged, other[:, :1])
+    for row, count in enumerate(counts):
+        alone, single = reorder(state, jnp.asarray([row])), []
+        for token in tokens[row, :count]:
+            alone, expected = steps.advance(alone, [[token]])
+            single.append(expected[0])
+        if count:
+            np.testing.assert_allclose(logits[row, :count], np.concatenate(single), **CLOSE)
+        else:
+            for before, after in zip(*map(jax.tree.leaves, (state.cache, ragged.cache)), strict=True):
+                np.testing.assert_array_equal(after[:, row], before[:, row])
+        _, expected = steps.advance(alone, other[row : row + 1, :1])
+        np.testing.assert_allclose(following[row], expected[0], **CLOSE)
+
+
+def test_counts_are_not_part_of_the_program():
+    steps = Steps(CONFIGS["llama"], tiny_params(CONFIGS["llama"]))
+    state, _ = steps.prefill(prompts_of(steps.config))
+    tokens = tiny_tokens(steps.config, 3, 6)
+    steps.advance(state, tokens, [6, 0, 2])
+    compiled = _advance._cache_size()
+    for counts in ([1, 1, 1], [0, 0, 0], [6, 6, 6]):
+        steps.advance(state, tokens, counts)
+    assert _advance._cache_size() == compiled
+
+
+@pytest.mark.parametrize("wrong", [7, -1])
+def test_counts_out_of_range_are_refused(wrong: int):
+    steps = Steps(CONFIGS["llama"], tiny_params(CONFIGS["llama"]))
+    state, _ = steps.prefill(prompts_of(steps.config))
+    tokens = jnp.asarray(tiny_tokens(steps.config, 3, 6))
+    with pytest.raises(ValueError, match=f"row 1 has 6 tokens and cannot be advanced by {wrong} of them"):
+        advance(steps.params, state, tokens, steps.config, ComputeConfig(), jnp.asarray([0, wrong, 6]))
+
+
+def scored_prefill(steps: Steps, prompts, lengths) -> tuple:
+    args = steps.params, jnp.asarray(prompts, jnp.int32), lengths, lengths + 30, SAMPLED
+    return _scored_prefill(*args, jnp.asarray([3, 5, 7], jnp.uint32), steps.config, ComputeConfig())
+
+
+@partial(jax.jit, static_argnums=(6, 7))
+def _scored_prefill(*args):
+    return prefill_with_log_probs(*args, slots=SLOTS, max_rollback=MAX_ROLLBACK, top_k=3)
+
+
+def test_prompts_are_scored_while_they_are_processed(steps: Steps):
+    """The log-probabilities are those of a forward pass without a cache; the rest is as without them."""
+    prompts = prompts_of(steps.config)
+    padded = np.zeros((3, 32), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    *rest, predicted = scored_prefill(steps, padded, jnp.asarray([len(prompt) for prompt in prompts]))
+    for ours, theirs in zip(*map(jax.tree.leaves, (rest, steps.prefill(prompts, [3, 5, 7]))), strict=True):
+        np.testing.assert_allclose(ours, theirs, **CLOSE)
+    assert predicted.log_prob.shape == (3, 31)
+    assert predicted.top_ids is not None
+    forward = jax.jit(lambda params, *args: params(*args, None, steps.config, ComputeConfig())[0])
+    whole = forward(steps.params, padded, jnp.broadcast_to(jnp.arange(32), (3, 32)))
+    for row, prompt in enumerate(prompts):
+        end = len(prompt) - 1
+        expected = np.asarray(jax.nn.log_softmax(whole[row, :end]))
+        np.testing.assert_allclose(predicted.log_prob[row, :end], expected[np.arange(end), prompt[1:]], **CLOSE)
+        np.testing.assert_array_equal(predicted.top_ids[row, :end], np.argsort(-expected, kind="stable")[:, :3])
+        np.testing.assert_array_equal(predicted.is_argmax[row, :end], expected.argmax(-1) == prompt[1:])
+
+
+def test_scores_of_prompts_are_those_of_transformers():
+    config, params = CONFIGS["mistral"], tiny_params(CONFIGS["mistral"])
+    twin = transformers_twin(config, params, FAMILIES["mistral, sliding window"].theirs())
+    prompts = tiny_tokens(config, 3, 32)
+    predicted = scored_prefill(Steps(config, params), prompts, jnp.full(3, 32))[2]
+    tokens = torch.from_numpy(prompts.astype(np.int64))
+    with torch.no_grad():
+        theirs = twin(tokens).logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0].numpy()
+    np.testing.assert_allclose(predicted.log_prob, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_scoring_prompts_stores_the_logits_of_a_chunk_at_a_time(monkeypatch):
+    """And without scores there are logits of the last tokens only."""
+    config = dataclasses.replace(CONFIGS["llama"], vocab_size=4096)
+    params, rows, length = jax.eval_shape(lambda: tiny_params(config)), 2, 32
+    last, chunk, whole = (tokens * rows * config.vocab_size for tokens in (1, 4, length))
+    monkeypatch.setattr(loss, "MAX_LOGITS", chunk)
+    args = jax.ShapeDtypeStruct((rows, length), jnp.int32), *(jax.ShapeDtypeStruct((rows,), jnp.int32),) * 2
+
+    def largest(function) -> int:
+        options = {"config": config, "compute": ComputeConfig(), "slots": SLOTS}
+        run = partial(function, sampling=GREEDY, seeds=jnp.zeros(rows, jnp.uint32), **options)
+        return largest_array(run, params, *args)
+
+    assert last <= largest(prefill) < chunk <= largest(prefill_with_log_probs) < whole
 
 
 def test_a_row_that_was_rolled_back_is_as_if_nothing_had_happened(steps: Steps):

@@ -19,7 +19,7 @@ from camelid.model.attention import View
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.kernels import Scoring, choose_kernel
-from camelid.model.mask import Mask
+from camelid.model.mask import EVERY_SEGMENT, Mask
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from programs import largest_array
 
@@ -116,6 +116,47 @@ def test_attention_is_the_plain_loop(compute: ComputeConfig, segments, config: M
     np.testing.assert_allclose(ours, plain_loop(q, k, v, order, segments, config), **CLOSE)
 
 
+@pytest.mark.parametrize("local", [True, jnp.asarray(True)], ids=["static", "traced"])
+@pytest.mark.parametrize("config", [PLAIN, CAPPED_WINDOW], ids=["plain", "capped window"])
+def test_packed_continuations_of_a_cached_prompt_are_as_rows_of_their_own(config: ModelConfig, local, block):
+    """Each continuation sees the prompt and itself, at the distances of a row of its own."""
+    prompt, lengths = 12, [5, 3, 9, 1]
+    packed = prompt + sum(lengths)
+    q, k, v, _ = inputs(packed)
+    segments = np.repeat([EVERY_SEGMENT, 1, 2, 3, 4], [prompt, *lengths])
+    positions = np.concatenate([np.arange(prompt), *(prompt + np.arange(n) for n in lengths)])
+    order = np.random.default_rng(0).permutation(packed)  # of the keys
+    view = View(
+        k[:, :, order],
+        v[:, :, order],
+        jnp.asarray(positions[order], jnp.int32)[None],
+        jnp.asarray(np.stack([segments[order]] * BATCH), jnp.int32),
+    )
+
+    def continued(queries: slice):
+        at, of = (jnp.asarray(np.stack([x[queries]] * BATCH), jnp.int32) for x in (positions, segments))
+        return attention.attend(q[:, queries], view, at, local, config, ComputeConfig(), SCORING, of)
+
+    together, last = continued(slice(prompt, None)), continued(slice(packed - 1, None))
+    for n, length in enumerate(lengths):
+        start = prompt + sum(lengths[:n])
+        row = np.r_[:prompt, start : start + length]
+        alone = attend(q[:, row], k[:, :, row], v[:, :, row], None, None, True, config, DENSE)[:, prompt:]
+        np.testing.assert_allclose(together[:, start - prompt :][:, :length], alone, **CLOSE)
+    np.testing.assert_allclose(last, together[:, -1:], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("positions", "of_keys", "of_queries"), [(True, True, False), (True, False, True), (False, True, True)]
+)
+def test_segments_of_only_queries_or_only_keys_are_refused(positions: bool, of_keys: bool, of_queries: bool):
+    q, k, v, _ = inputs(13)
+    at = jnp.broadcast_to(jnp.arange(13), (BATCH, 13)) if positions else None
+    view = View(k, v, segments=documents(13) if of_keys else None)
+    with pytest.raises(ValueError, match="segments"):
+        attention.attend(q, view, at, True, PLAIN, DENSE, SCORING, documents(13) if of_queries else None)
+
+
 @pytest.mark.parametrize("window", [1, 5, 8, 9, 12, 13, 14])
 @pytest.mark.parametrize("compute", [DENSE, BLOCKWISE], ids=["dense", "blockwise"])
 def test_a_query_sees_as_many_tokens_as_the_window_its_own_the_last(compute: ComputeConfig, window: int, block):
@@ -181,7 +222,7 @@ def in_any_order(kernel: str, order: np.ndarray, config: ModelConfig, arrays, se
         None if valid is None else valid[:, order],
     )
     q, g = (x[:, order].reshape(BATCH, len(order), KV_HEADS, -1, HEAD_DIM).transpose(0, 2, 3, 1, 4) for x in (q, g))
-    mask = attention._mask(view, None, config.sliding_window and jnp.int32(config.sliding_window))
+    mask = attention._mask(view, None, None, config.sliding_window and jnp.int32(config.sliding_window))
     scoring = Scoring(1 / math.sqrt(7), config.attn_softcap)
     run = {"dense": attention.dense, "blockwise": blockwise.blockwise}[kernel]
     out, pullback = jax.vjp(lambda *qkv: run(*qkv, mask, None, scoring), q, view.keys, view.values)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -218,24 +219,27 @@ def test_slices_of_the_layers_run_in_turn_give_what_all_layers_give(kind: ModelC
     assert_close(x, whole)
 
 
-def test_an_observer_sees_the_state_after_each_layer_and_only_one_layer_is_read_at_a_time(params: Decoder):
+def test_unrolled_layers_give_what_stacked_ones_give_and_only_one_is_read_at_a_time(params: Decoder):
     _, x, inputs = hidden_states(CONFIG)
-    events = []
+    held = []
 
-    def read_in_turn():
-        for index, layer in enumerate(layers_one_by_one(params)):
-            events.append(("read", index))
-            yield layer
+    def read(index: int) -> Layer:
+        assert all(each() is None for each in held)
+        layer = jax.tree.map(lambda stack: stack[index], params.layers)
+        held.append(weakref.ref(layer))
+        return layer
 
-    def observe(index: int, state: jax.Array) -> None:
-        events.append(("seen", index))
-        expected, _ = run_layers(jax.tree.map(lambda leaf: leaf[: index + 1], params.layers), x, **inputs)
-        assert_close(state, expected)
+    unrolled, _ = run_layers(map(read, range(CONFIG.num_layers)), x, **inputs)
+    assert len(held) == CONFIG.num_layers
+    stacked, _ = run_layers(params.layers, x, **inputs)
+    assert_close(unrolled, stacked)
 
-    run_layers(read_in_turn(), x, **inputs, observer=observe)
-    assert events == [(what, index) for index in range(CONFIG.num_layers) for what in ("read", "seen")]
-    with pytest.raises(ValueError, match="stacked layers cannot be observed"):
-        run_layers(params.layers, x, **inputs, observer=observe)
+
+def test_segments_and_a_cache_together_are_refused(params: Decoder):
+    _, x, inputs = hidden_states(CONFIG)
+    cache = empty_cache(CONFIG, 2, 20, jnp.dtype("float32"), ())
+    with pytest.raises(ValueError, match="have no segments"):
+        run_layers(params.layers, x, **inputs | {"segments": jnp.ones((2, 20), jnp.int32)}, cache=cache)
 
 
 def test_unrolled_layers_are_rematerialized_as_stacked_ones_are(params: Decoder):

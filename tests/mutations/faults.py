@@ -21,8 +21,8 @@ FAULTS = (
     Fault(
         "segments are ignored",
         "model/mask.py",
-        "return mask & (self.query_segments[:, :, None] == self.key_segments[:, None, :])",
-        "return mask & (self.query_segments[:, :, None] > -1)",
+        "return mask & ((queries == keys) | (keys == EVERY_SEGMENT))",
+        "return mask",
         PACKED,
     ),
     Fault(
@@ -594,15 +594,15 @@ FAULTS = (
     Fault(
         "the first new token follows the padding, not the prompt",
         "generate/state.py",
-        "jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], 1)",
+        "jnp.take_along_axis(x, jnp.maximum(state.lengths - 1, 0)[:, None, None], 1)",
         "x[:, -1:]",
         "generate/test_decode.py::test_sampled_tokens_are_those_of_full_forwards_without_a_cache",
     ),
     Fault(
         "new tokens are placed after the longest prompt",
         "generate/state.py",
-        "state.lengths[:, None] + jnp.arange(count)",
-        "(state.lengths.max() + 0 * state.lengths)[:, None] + jnp.arange(count)",
+        "state.lengths[:, None] + offsets",
+        "(state.lengths.max() + 0 * state.lengths)[:, None] + offsets",
         "generate/test_decode.py::test_a_row_of_a_batch_is_what_it_is_alone[greedy]",
     ),
     Fault(
@@ -694,7 +694,7 @@ FAULTS = (
     Fault(
         "a step is reported after its checkpoint",
         "runs/run.py",
-        "        if validates or saves:\n            log.flush()",
+        "        if validates or due or ending or stopping:\n            log.flush()",
         "        if False:\n            log.flush()",
         "train/test_loop.py::test_a_step_is_reported_before_it_is_validated_and_validated_before_it_is_saved",
     ),

@@ -17,8 +17,8 @@ FAULTS = (
     Fault(
         "frozen layers count in the norm of the gradients",
         "train/step.py",
-        "return sums, self._masked(jax.tree.map(lambda g: _mean(g, sums[1]), grads))",
-        "return sums, jax.tree.map(lambda g: _mean(g, sums[1]), grads)",
+        "return self._masked(jax.tree.map(lambda g: _mean(g, weight), summed))",
+        "return jax.tree.map(lambda g: _mean(g, weight), summed)",
         f"{TRAINABLE}test_layers_that_are_not_trained_stay_although_weights_decay",
     ),
     Fault(

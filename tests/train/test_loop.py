@@ -1,5 +1,7 @@
 """The loop over batches: in which order a run steps, logs, validates, saves and stops."""
 
+import dataclasses
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from camelid.errors import UserError
 from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.run import train_steps
 from camelid.train.config import TrainConfig
@@ -29,6 +32,10 @@ class Story(StopSignal):
         super().__init__()
         self.events: list[Any] = []
         self.stop_after: int | None = None
+        self.not_finite: tuple[int, ...] = ()
+        self.in_a_row = 0
+        self.deviations: dict[int, float] = {}
+        self.rows: list[dict] = []
 
     def run(self, first: int = 0, validates: bool = True, **config: Any) -> TrainState:
         train = TrainConfig(**config)
@@ -55,6 +62,10 @@ class Story(StopSignal):
         made = int(state.step) + 1
         self.events.append(("step", made))
         metrics = {"loss": made / 2, "weight": made, "gradient_norm": 1.0, "learning_rate": 0.1}
+        self.in_a_row = self.in_a_row + 1 if made in self.not_finite else 0
+        metrics |= {"skipped": float(self.in_a_row), "skipped_in_a_row": float(self.in_a_row)}
+        metrics["loss_deviation"] = self.deviations.get(made, 0.0)
+        metrics["gradient_norm"] = math.inf if made in self.not_finite else 1.0
         return TrainState(jnp.int32(made), PARAMS, ()), {name: jnp.asarray(value) for name, value in metrics.items()}
 
     def write(self, row: dict) -> None:
@@ -62,6 +73,7 @@ class Story(StopSignal):
             assert row == {"step": row["step"], "validation_loss": 1.5}
             return
         self.events.append(("report", row["step"]))
+        self.rows.append(row)
         assert (row["loss"], row["weight"]) == (row["step"] / 2, row["step"])
         assert {type(row["loss"]), type(row["weight"])} == {float, int}
 
@@ -171,6 +183,73 @@ def test_a_stop_at_a_step_that_is_saved_anyway_saves_once(story: Story):
     story.stop_after = 4
     story.run(steps=9, checkpoint_every=2)
     assert story.steps("save") == [2, 4]
+
+
+def test_while_updates_are_skipped_checkpoints_wait(story: Story):
+    """The parameters may be the reason: checkpoints of them would replace the good ones."""
+    story.not_finite = (4, 5, 7)
+    story.run(steps=9, checkpoint_every=4)
+    assert story.steps("save") == [6, 8, 9]
+    assert story.steps("report") == list(range(1, 10))
+
+
+def test_a_stop_and_the_end_save_although_the_update_was_skipped(story: Story):
+    story.not_finite, story.stop_after = (3, 4), 3
+    story.run(steps=4, checkpoint_every=9)
+    assert story.steps("save") == [3]
+    story.stop_after = None
+    story.run(first=3, steps=4)
+    assert story.steps("save") == [3, 4]
+
+
+def test_more_skipped_updates_in_a_row_than_allowed_end_the_run(story: Story):
+    story.not_finite = (2, 4, 5, 6, 7)
+    with pytest.raises(
+        UserError, match=r"^step 6 has loss 3.0 and gradient norm inf, and the 2 updates before it were "
+    ):
+        story.run(steps=9, max_skipped=2)
+    # Steps are read when the next one is on its way.
+    assert story.steps("step") == list(range(1, 8))
+    assert story.steps("report") == list(range(1, 7))
+
+
+def test_a_step_that_was_skipped_is_reported_whatever_log_every_is(story: Story, capsys: pytest.CaptureFixture[str]):
+    story.not_finite = (4,)
+    story.run(steps=9, log_every=6)
+    assert story.steps("report") == [4, 6, 9]
+    assert (
+        "step 4: the update is skipped: loss 2.0, gradient norm inf (1 in a row, 1 in the run)"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_spike_is_reported_whatever_log_every_is_and_changes_nothing(
+    story: Story, capsys: pytest.CaptureFixture[str]
+):
+    story.deviations = {3: 6.5, 5: 5.9}
+    story.run(steps=9, log_every=4, checkpoint_every=3)
+    assert story.steps("report") == [3, 4, 8, 9]
+    assert story.steps("save") == [3, 6, 9]
+    said = [line for line in capsys.readouterr().err.splitlines() if "deviations" in line]
+    assert said == ["step 3: loss 1.5000 is 6.5 standard deviations above its mean"]
+    assert [("loss_deviation" in row) for row in story.rows] == [True, False, False, False]
+
+
+def test_the_average_is_validated_beside_the_parameters(story: Story):
+    average, seen = tiny_params(tiny_config(), seed=1), []
+    log = MetricsLog(TrainConfig(steps=1), Terminal(0, 1), Speed(0, 1, 1.0, None), [story], 1, str)
+    log.validation = lambda step, *found: seen.append((step, *found))  # type: ignore
+
+    def validate(state: TrainState) -> float:
+        return 2.5 if state.trainable is average else 1.5
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        after, metrics = story.step(state, batch)
+        return dataclasses.replace(after, ema=average), metrics
+
+    state, checkpoints = TrainState(jnp.int32(0), PARAMS, (), ema=average), story
+    train_steps(step, state, story.batches(0, 1), TrainConfig(steps=1), log, validate, checkpoints, story)  # type: ignore
+    assert seen == [(1, 1.5, 2.5)]
 
 
 def test_a_later_start_counts_from_the_steps_made_before(story: Story):

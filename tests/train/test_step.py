@@ -132,8 +132,9 @@ def test_microbatches_share_the_rows_without_loss():
 
 
 def test_gradients_are_those_of_the_mean_over_all_weights():
-    params, given = tiny_params(CONFIG), batch(0)
-    (_, weight, _), grads = jax.jit(trainer(accumulate=4).gradients)(params, None, given, jax.random.key(0))
+    params, given, step = tiny_params(CONFIG), batch(0), trainer(accumulate=4)
+    (_, weight, _), summed = jax.jit(step.summed_gradients)(params, None, given, jax.random.key(0))
+    grads = step.mean_gradients(summed, weight)
 
     def mean(params: Decoder) -> jax.Array:
         total, weight, _ = trainer().objective(params, given, None)

@@ -10,6 +10,7 @@ from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.containers import mindspore_file, torch_zip
 from camelid.checkpoint.layout import Index, chunk_indices
 from camelid.checkpoint.state import saved_state
+from camelid.checkpoint.tensors import dtype_named
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.params import Spec
@@ -28,7 +29,12 @@ class Difference:
     equal: bool
     """whether all values are equal"""
     rounded: bool
-    """whether the values of the first, cast to the dtype of the second, are equal to those of the second"""
+    """whether all values are equal after rounding to `narrower`"""
+
+    @property
+    def narrower(self) -> str:
+        """The name of the dtype with fewer bits, that of the second if they have equally many."""
+        return _narrower(*map(dtype_named, self.dtypes)).name
 
 
 def compare(
@@ -51,7 +57,7 @@ def compare(
         for layer, index in slices(entry.spec):
             x, y = (read(path, layer, index, FLOAT32) for read in readers)
             if x.tobytes() != y.tobytes():
-                equal, rounded = False, rounded and _rounds_to(x, y, dtypes[1])
+                equal, rounded = False, rounded and _rounds_to(x, y, _narrower(*dtypes))
                 largest = float(np.maximum(largest, _largest_difference(x, y)))
             done += x.size
             progress(done, total)
@@ -63,6 +69,10 @@ def shape_differences(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[tuple[int
     shapes = [{path: entry.spec.shape for path, entry in each.table.entries.items()} for each in (a, b)]
     pairs = {path: tuple(each.get(path) for each in shapes) for path in shapes[0] | shapes[1]}
     return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _narrower(a: np.dtype, b: np.dtype) -> np.dtype:
+    return a if a.itemsize < b.itemsize else b
 
 
 def _rounds_to(x: np.ndarray, y: np.ndarray, dtype: np.dtype) -> bool:

@@ -14,6 +14,9 @@ from camelid.inputs import expand_home
 NAME = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(@(?P<revision>\S+))?")
 FORMS = ("model.safetensors", "pytorch_model.bin")
 """files of weights, in the order of preference; each may also be shards that an index lists"""
+UNREACHABLE = ("ConnectError", "ConnectTimeout")
+"""names of the errors of a connection; the module of their classes depends on the version of huggingface_hub"""
+ERROR_NUMBER = re.compile(r"^\[Errno -?\d+\] ")
 ADAPTER, ADAPTER_FORMS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -119,6 +122,12 @@ def _refusal(repo: str, revision: str | None, error: BaseException) -> UserError
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             why = f"the Hub refused it: {_first_line(error)}"
             advice = f"Set HF_TOKEN to a valid token that may read {page}."
+        case _ if type(error).__name__ in UNREACHABLE:
+            why = f"the Hub cannot be reached: {ERROR_NUMBER.sub('', _first_line(error))}"
+            advice = (
+                "Check the path. If it is a name on the Hub, check the network; what was downloaded before opens "
+                "without one."
+            )
         case _:
             why = f"the Hub did not give it: {_first_line(error)}"
             advice = "Check the name and the network, and try again; what was downloaded before opens without one."

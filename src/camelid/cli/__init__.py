@@ -45,6 +45,9 @@ COMMANDS: dict[str, Callable] = {
 RESUMABLE = ("train", "demo", "data prepare")
 """Commands that continue where they were interrupted."""
 
+TAKES_OVERRIDES = ("train", "data inspect")
+"""Commands whose other options are fields of the recipe."""
+
 OTHER_NAMES = {
     "finetune": "train",
     "fine-tune": "train",
@@ -120,8 +123,8 @@ def _run(arguments: list[str]) -> None:
     if name in RESUMABLE:
         interrupts.set_advice(interrupts.RESUME)
     rest, overrides = arguments[len(name.split()) :], []
-    if name == "train":
-        rest, overrides = _split_overrides(rest)
+    if name in TAKES_OVERRIDES:
+        rest, overrides = _split_overrides(name, rest)
     check_arguments(COMMANDS[name], name, rest)
     command = with_plain_help(COMMANDS[name])
     return tyro.cli(
@@ -172,14 +175,17 @@ def _unknown_command(arguments: list[str]) -> UserError:
     return UserError(f"there is no command {name!r}", advice)
 
 
-def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Separates the options of `train` itself from overrides of recipe fields, `--table.field VALUE`."""
-    parameters = inspect_module.signature(train).parameters
-    own = {f"--{name.replace('_', '-')}" for name in parameters} | {"--help", "-h"}
+def _split_overrides(name: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Separates the options of a command itself from overrides of recipe fields, `--table.field VALUE`."""
+    parameters = inspect_module.signature(COMMANDS[name]).parameters
+    own = {f"--{parameter.replace('_', '-')}" for parameter in parameters} | {"--help", "-h"}
     options, overrides, rest = [], [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("--") or argument.partition("=")[0].replace("_", "-") in own:
+        option = argument.partition("=")[0]
+        # Only `train` has so many fields as options that an unknown one is more likely a field.
+        is_field = argument.startswith("--") and (name == "train" or "." in option)
+        if not is_field or option.replace("_", "-") in own:
             options.append(argument)
         else:
             overrides.append(argument)

@@ -4,9 +4,10 @@ import dataclasses
 import math
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -24,6 +25,9 @@ from camelid.errors import UserError
 from camelid.inputs import read_text
 from camelid.interrupts import cleaned_up
 
+if TYPE_CHECKING:
+    from camelid.checkpoint.compare import Difference
+
 
 def convert(
     source: Annotated[
@@ -33,8 +37,8 @@ def convert(
         Positional[Path | None],
         arg(metavar="[DESTINATION]", help="folder to create, or a single file if it ends in .gguf"),
     ] = None,
-    to: WritableFormat | None = None,
-    from_format: Annotated[ReadableFormat | None, arg(name="from")] = None,
+    to: Annotated[WritableFormat | None, arg(metavar="FORMAT")] = None,
+    from_format: Annotated[ReadableFormat | None, arg(name="from", metavar="FORMAT")] = None,
     config: str | None = None,
     ignore_config_field: Ignore = (),
     tokenizer: str | None = None,
@@ -68,6 +72,10 @@ def convert(
     camelid convert ./TinyLlama tinyllama.gguf --to gguf-q8_0
     camelid convert ./TinyLlama ./merged --adapter ./lora-a --adapter ./lora-b=0.5
     camelid convert ./TinyLlama --check
+
+    FORMAT is hf, meta, easylm, easylm-flax, easylm-trainstate, mindspore, mindspore-safetensors,
+    mindspore-interleaved, megatron, megatron-legacy, llama2-jax, llama2c, llama2c-v1, llama2c-v2, gguf, gguf-q8_0 or
+    gguf-q4_0; with --from also dcp, run or peft. docs/migrating has a page for each system.
 
     Args:
         to: format to write; by default gguf if DESTINATION ends in .gguf, otherwise hf
@@ -282,9 +290,15 @@ def diff(
             dtypes = " and ".join(difference.dtypes)
             print(f"{difference.path}: {dtypes}, maximum absolute difference {difference.largest:.3g}")
         if not shapes:
-            print(f"{len(found) - len(differ)} of {len(found)} parameters are equal")
+            print(f"{len(found) - len(differ)} of {len(found)} parameters are equal{_equal_if_rounded(differ)}")
     if fields or shapes or differ:
         sys.exit(1)
+
+
+def _equal_if_rounded(differ: Sequence["Difference"]) -> str:
+    """How many of the parameters that differ are equal when both are rounded to the narrower of their dtypes."""
+    rounded = Counter(each.narrower for each in differ if each.rounded)
+    return "".join(f"; {count} more are equal after rounding to {dtype}" for dtype, count in sorted(rounded.items()))
 
 
 def _with_path(path: str, text: str) -> str:

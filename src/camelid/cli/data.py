@@ -5,11 +5,11 @@ import dataclasses
 import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from camelid.cli.shared import print_json, progress_bar, tell
 from camelid.data.config import Source, SourceOptions
@@ -143,13 +143,16 @@ def inspect(
     tokenizer: Annotated[str | None, arg(metavar="MODEL")] = None,
     histogram: Annotated[Path | None, arg(metavar="FILE.png")] = None,
     json: bool = False,
+    overrides: Suppress[tuple[str, ...]] = (),
 ) -> None:
     """Show what training reads: counts, lengths, mixture shares and repeats, rows without loss, the first rows as text.
 
     camelid data inspect recipes/finetune.toml --rows 4
+    camelid data inspect recipes/finetune.toml --data.sequence-length 1024 --data.packing best_fit
     camelid data inspect stores/chats --histogram lengths.png
 
-    Sources of a recipe that are not prepared yet are prepared first, as in training.
+    Sources of a recipe that are not prepared yet are prepared first, as in training. Any field of the recipe can be
+    overridden by --table.field VALUE.
 
     Args:
         rows: number of rows of training, or of documents of a store, to show as text
@@ -165,11 +168,15 @@ def inspect(
         raise UserError(f"{data} does not exist", "Give a recipe's .toml, or the folder of a store.")
     if not data.is_dir() and tokenizer is not None:
         raise UserError("--tokenizer applies to stores only", "Leave it out: the recipe sets its tokenizer.")
+    if data.is_dir() and overrides:
+        raise UserError(
+            f"{overrides[0]} is not an option for a store", "Fields of a recipe are set with a RECIPE.toml."
+        )
 
     from camelid.cli.data_plot import draw_lengths
     from camelid.cli.data_view import show
 
-    summary = _of_store(data, rows, tokenizer) if data.is_dir() else _of_recipe(data, rows)
+    summary = _of_store(data, rows, tokenizer) if data.is_dir() else _of_recipe(data, rows, overrides)
     if histogram is not None:
         draw_lengths(summary, histogram)
     return print_json(summary) if json else show(summary)
@@ -249,15 +256,16 @@ def _tokenizer_of(manifest: dict[str, Any], folder: Path, given: str | None) -> 
     return load_tokenizer(path)
 
 
-def _of_recipe(path: Path, rows: int) -> dict[str, Any]:
+def _of_recipe(path: Path, rows: int, overrides: Sequence[str]) -> dict[str, Any]:
     from camelid.data import report
     from camelid.data.rows.loader import Loader
     from camelid.data.samples import rows_as_text
+    from camelid.runs.notes import warmup_notes
     from camelid.runs.recipe import completed, read_recipe
     from camelid.runs.run_folder import kept_recipe
     from camelid.text.tokenizer import load_tokenizer
 
-    recipe = read_recipe(path)
+    recipe = read_recipe(path, overrides)
     recipe = completed(recipe, kept_recipe(Path(recipe.run)))
     location = recipe.tokenizer
     if location is None:
@@ -270,7 +278,7 @@ def _of_recipe(path: Path, rows: int) -> dict[str, Any]:
         loaders = {"train": Loader(recipe.data, tokenizer, "train", progress)}
         if recipe.data.validation or recipe.data.validation_fraction:
             loaders["validation"] = Loader(recipe.data, tokenizer, "validation", progress)
-    tell(loaders["train"].notes)
+    tell((*loaders["train"].notes, *warmup_notes(recipe)))
     with progress_bar("inspect") as progress:
         summary = report.of_loader(loaders["train"], recipe.train.steps, progress)
     if "validation" in loaders:

@@ -222,7 +222,7 @@ def _silent(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _stages(summary: Mapping[str, Any]) -> list[Table]:
     """The shares of the tokens in each stage, and how often sources are read."""
-    tables = []
+    shown = []
     for stage in summary["stages"]:
         last = stage["first_step"] + stage["steps"]
         title = (
@@ -239,13 +239,13 @@ def _stages(summary: Mapping[str, Any]) -> list[Table]:
                 f"{stage['rows'][n]:,}",
                 f"{stage['repeats'][n]:.2f}",
             )
-        tables.append(grid)
-    if len(tables) > 1:
+        shown.append(grid)
+    if len(shown) > 1:
         grid = tables.grid(f"all {summary['steps']:,} steps", ">repeats")
         for n, repeats in enumerate(summary["repeats"]):
             grid.add_row(source_label(n + 1, summary["sources"][n]), f"{repeats:.2f}")
-        tables.append(grid)
-    return tables
+        shown.append(grid)
+    return shown
 
 
 def _lengths(summary: Mapping[str, Any]) -> Table:

@@ -27,7 +27,10 @@ from camelid.inputs import expand_home, read_text
 
 Prompts = Annotated[
     Positional[tuple[str, ...]],
-    arg(metavar="[PROMPT...]", help="texts to continue; if none is given, the prompt is read from standard input"),
+    arg(
+        metavar="[PROMPT...]",
+        help='texts to continue, "" to begin with BOS alone; if none is given, one is read from standard input',
+    ),
 ]
 Texts = Annotated[
     Positional[tuple[str, ...]],
@@ -66,7 +69,7 @@ def generate(
         seed: seed of the random numbers; prompt i uses seed + i
         json: print the result as one JSON object
     """
-    texts = list(prompts) or [sys.stdin.read().removesuffix("\n")]
+    texts = list(prompts) or [_prompt_from_input()]
     loaded = load(model, dtype, config, ignore_config_field, tokenizer)
     if loaded.tokenizer is not None and loaded.tokenizer.has_chat_template:
         note(
@@ -85,6 +88,15 @@ def generate(
             print_text(completion.prompt + completion.text)
     if any(completion.finish_reason == "error" for completion in completions):
         sys.exit(1)
+
+
+def _prompt_from_input() -> str:
+    if not (text := sys.stdin.read().removesuffix("\n")):
+        raise UserError(
+            "there is no prompt: standard input is empty",
+            'Give a prompt; "" generates a text that begins with BOS alone.',
+        )
+    return text
 
 
 def perplexity(

@@ -15,6 +15,7 @@ from camelid.data.rows.packing import Packing
 
 BLOCK = 2**20  # tokens or documents that are in memory at once
 FIRST = 5  # examples that are named of a finding
+FIRST_ROWS = 1024  # that are examined when training starts
 BARS = 20  # of a histogram
 
 Progress = Callable[[int, int], None]
@@ -26,6 +27,16 @@ class Lengths(NamedTuple):
     tokens: Int64[np.ndarray, " lengths"]
     """Different lengths, ascending."""
     documents: Int64[np.ndarray, " lengths"]
+
+
+class SilentRows(NamedTuple):
+    """Rows of a source in which no token has a loss."""
+
+    number: int
+    examined: int
+    """Number of rows that were examined, from the first on."""
+    rows: int
+    """Number of all rows of the source."""
 
 
 # Stores ---------------------------------------------------------------------------------
@@ -209,6 +220,12 @@ def of_packing(packing: Packing, progress: Callable[[int], None] = lambda rows: 
     }
 
 
+def silent_among_first(packing: Packing, most: int = FIRST_ROWS) -> SilentRows:
+    """Examines the first `most` rows of a source, and reads no others."""
+    examined = min(most, _rows(packing))
+    return SilentRows(_examine(packing, examined)[0], examined, _rows(packing))
+
+
 def _rows(packing: Packing) -> int:
     """The number of rows in which every document appears once."""
     return math.ceil(packing.rows_per_epoch)
@@ -227,12 +244,15 @@ def _split_by_stream(packing: Packing) -> int:
 
 def _rows_without_loss(packing: Packing, progress: Callable[[int], None]) -> tuple[int, list[int]]:
     """The number of rows without a loss, and the first of them."""
-    if _always_has_loss(packing):
-        return 0, []
+    return (0, []) if _always_has_loss(packing) else _examine(packing, _rows(packing), progress)
+
+
+def _examine(packing: Packing, stop: int, progress: Callable[[int], None] = lambda rows: None) -> tuple[int, list[int]]:
+    """The number of rows without a loss among those before `stop`, and the first of them."""
     count, named = 0, []
     at_once = max(1, BLOCK // packing.sequence_length)
-    for first in range(0, _rows(packing), at_once):
-        rows = np.arange(first, min(first + at_once, _rows(packing)))
+    for first in range(0, stop, at_once):
+        rows = np.arange(first, min(first + at_once, stop))
         silent = rows[~packing.rows(rows).weights.any(axis=1)]
         count += len(silent)
         named += silent[:FIRST].tolist()

@@ -7,11 +7,11 @@
         logits = logits[:, -1]
 
 Everything specific acts between `advance` and `select`: streaming, stopping, a mask of the allowed tokens. Beam search
-selects rows with `reorder`; speculative decoding advances by several tokens and takes back those that are rejected with
-`rollback`; a server frees a row with `release` and fills it with another prompt with `admit`. All are pure functions of
-arrays, for use inside or outside jax.jit.
+selects rows with `reorder`; speculative decoding advances each row by its own number of tokens and takes back those
+that are rejected with `rollback`; a server frees a row with `release` and fills it with another prompt with `admit`.
+All are pure functions of arrays, for use inside or outside jax.jit.
 
-Axes: B batch, P tokens of the longest prompt, S tokens of a step, V vocab.
+Axes: B batch, P tokens of the longest prompt, S tokens of a step, E embed, V vocab.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.decoder import Decoder
 from camelid.model.kv_cache import KVCache, empty_cache
+from camelid.model.loss import TokenLogProbs
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +85,57 @@ def prefill(
     empty_cache); None: no bound. `cache` is an empty cache of another kind, with at least `slots` slots in each row.
     `adapters` selects an adapter for each row.
     """
+    rows = prompts, lengths, final_lengths, sampling, seeds
+    state, x = _process(params, *rows, config, compute, slots, max_rollback, cache, adapters)
+    return state, _next_logits(params, state, x, config, compute)
+
+
+def prefill_with_log_probs(
+    params: Decoder,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    final_lengths: Int[Array, " B"],
+    sampling: Sampling,
+    seeds: UInt32[Array, " B"],
+    config: ModelConfig,
+    compute: ComputeConfig,
+    *,
+    slots: int,
+    max_rollback: int | None = 1,
+    cache: KVCache | None = None,
+    adapters: Int[Array, " B"] | None = None,
+    top_k: int = 0,
+) -> tuple[DecodeState, Float[Array, "B V"], TokenLogProbs]:
+    """As `prefill`, and also what the model predicts for the tokens of the prompts, in arrays of (B, P - 1).
+
+    Element [b, t] is about the token prompts[b, t + 1], given the tokens up to t: the first token is not predicted.
+    Those from t = lengths[b] - 1 on are about padding and have no meaning. `top_k` > 0 adds the most probable tokens.
+    The logits of all positions are never stored (see Decoder.token_log_probs).
+    """
+    rows = prompts, lengths, final_lengths, sampling, seeds
+    state, x = _process(params, *rows, config, compute, slots, max_rollback, cache, adapters)
+    context = Context(phase="prefill", adapters=adapters)
+    # The last position has no target; it is kept, so that prompts of one token need no case of their own.
+    predicted = params.token_log_probs(x, jnp.roll(prompts, -1, 1), config, context=context, top_k=top_k)
+    predicted = jax.tree.map(lambda statistic: statistic[:, :-1], predicted)
+    return state, _next_logits(params, state, x, config, compute), predicted
+
+
+def _process(
+    params: Decoder,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    final_lengths: Int[Array, " B"],
+    sampling: Sampling,
+    seeds: UInt32[Array, " B"],
+    config: ModelConfig,
+    compute: ComputeConfig,
+    slots: int,
+    max_rollback: int | None,
+    cache: KVCache | None,
+    adapters: Int[Array, " B"] | None,
+) -> tuple[DecodeState, Float[Array, "B P E"]]:
+    """The state after the prompts, and the output of `Decoder.hidden` for all their tokens."""
     batch, padded = prompts.shape
     if cache is None:
         cache = empty_cache(config, batch, slots, jnp.dtype(compute.dtype), compute.replicate, max_rollback)
@@ -93,24 +145,51 @@ def prefill(
         prompts, positions, None, config, compute, context=context, cache=cache, lengths=final_lengths
     )
     assert cache is not None
-    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], 1)
     rows = jax.tree.map(lambda setting: jnp.broadcast_to(setting, (batch,)), sampling)
     state = DecodeState(cache, lengths, lengths, lengths, final_lengths, lengths > 0, rows, seeds, adapters)
-    return state, params.logits(last, config, compute, context=context)[:, 0]
+    return state, x
+
+
+def _next_logits(
+    params: Decoder, state: DecodeState, x: Float[Array, "B P E"], config: ModelConfig, compute: ComputeConfig
+) -> Float[Array, "B V"]:
+    """The logits of the token after each prompt."""
+    last = jnp.take_along_axis(x, jnp.maximum(state.lengths - 1, 0)[:, None, None], 1)
+    return params.logits(last, config, compute, context=Context(phase="prefill", adapters=state.adapters))[:, 0]
 
 
 def advance(
-    params: Decoder, state: DecodeState, tokens: Int[Array, "B S"], config: ModelConfig, compute: ComputeConfig
+    params: Decoder,
+    state: DecodeState,
+    tokens: Int[Array, "B S"],
+    config: ModelConfig,
+    compute: ComputeConfig,
+    counts: Int[Array, " B"] | None = None,
 ) -> tuple[DecodeState, Float[Array, "B S V"]]:
-    """Appends tokens to each active row, and returns the logits (float32) of the token after each of them."""
-    count = tokens.shape[1]
-    positions = jnp.where(state.active[:, None], state.lengths[:, None] + jnp.arange(count), -1)
+    """Appends tokens to each active row, and returns the logits (float32) of the token after each of them.
+
+    With `counts`, row b is advanced by the first counts[b] of its tokens, 0 to S. The others are padding: they leave no
+    trace in the state, and their logits have no meaning. The logits of the row's next token are
+    logits[b, counts[b] - 1]. Counts are not part of the compiled program.
+
+    Raises ValueError if a count is not in 0 to S. Under jax.jit counts have no values yet, and this is the caller's
+    responsibility.
+    """
+    size = tokens.shape[1]
+    if counts is None:
+        counts = jnp.full_like(state.lengths, size)
+    elif not isinstance(counts, Tracer):
+        for row in np.flatnonzero((counts < 0) | (counts > size)):
+            raise ValueError(f"row {row} has {size} tokens and cannot be advanced by {counts[row]} of them")
+    counts = jnp.where(state.active, counts, 0)
+    offsets = jnp.arange(size)
+    positions = jnp.where(offsets < counts[:, None], state.lengths[:, None] + offsets, -1)
     context = Context(phase="decode", adapters=state.adapters)
     logits, cache = params(
         tokens, positions, None, config, compute, context=context, cache=state.cache, lengths=state.final_lengths
     )
     assert cache is not None
-    lengths = jnp.where(state.active, state.lengths + count, state.lengths)
+    lengths = state.lengths + counts
     written = jnp.maximum(state.written, lengths)
     return dataclasses.replace(state, cache=cache, lengths=lengths, written=written), logits
 

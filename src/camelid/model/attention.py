@@ -36,7 +36,8 @@ class View:
     """the place of each key within its row, which is not reset where a packed row starts a new document; None: key t is
     at position t"""
     segments: Int[Array, "B T"] | None = None
-    """the document of each key within a packed row; None: each row is one document"""
+    """the document of each key within a packed row; None: each row is one document. EVERY_SEGMENT, for keys that all
+    documents share, is possible where the queries have segments of their own (see `attend`)"""
     valid: Bool[Array, "B T"] | None = None
     """whether there is a key; what is stored in the other places is never seen. None: all are keys"""
 
@@ -60,22 +61,29 @@ def attend(
     config: ModelConfig,
     compute: ComputeConfig,
     context: Context,
+    query_segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H D"]:
     """softmax(scores of the queries and the keys that they see) times the values; scores and softmax are float32.
 
     A query sees the keys of its segment up to its own position, and within the window if the layer has one (see Mask).
     `query_positions` are compared with `view.positions`; negative ones belong to padding, which sees nothing. None: the
     queries are of the same tokens as the keys, in the same order (training, scoring, the first chunk of a prompt).
+    `query_segments`: the documents of queries that have positions, if `view.segments` are given. Packed continuations
+    of a cached prompt, for example, see keys of EVERY_SEGMENT (the prompt) and of their own segments, and their
+    positions continue from the prompt in each segment.
     `windowed`: whether this layer has config.sliding_window; a traced value if one program serves layers of both kinds.
-    Raises UserError if compute.attention requests a kernel that the device, the model, the shapes or dropout rule out.
+    Raises UserError if compute.attention requests a kernel that the device, the model, the shapes or dropout rule out,
+    and ValueError if only one of queries with positions and keys has segments.
     """
     if isinstance(view, ViewByKind):
 
         def of_kind(windowed: bool) -> Array:
-            return attend(q, view.read(windowed), query_positions, windowed, config, compute, context)
+            return attend(q, view.read(windowed), query_positions, windowed, config, compute, context, query_segments)
 
         return lax.cond(view.windowed, lambda: of_kind(True), lambda: of_kind(False))
 
+    if (query_segments is not None) != (query_positions is not None and view.segments is not None):
+        raise ValueError("queries with positions have segments if the keys have them, and only then")
     B, S, H, D = q.shape
     K, T = view.keys.shape[1:3]
     width = D if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar
@@ -103,18 +111,24 @@ def attend(
         run = partial(splash, segments=view.segments, scoring=scoring, replicate=compute.replicate)
         return either(run, windowed, window, q, view.keys, view.values)
     grouped = q.reshape(B, S, K, -1, D).transpose(0, 2, 3, 1, 4)
-    mask = _mask(view, query_positions, None if window is None else jnp.where(windowed, window, NO_WINDOW))
+    mask = _mask(
+        view, query_positions, query_segments, None if window is None else jnp.where(windowed, window, NO_WINDOW)
+    )
     out = {"dense": dense, "blockwise": blockwise}[kernel](grouped, view.keys, view.values, mask, dropout, scoring)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, D)
 
 
-def _mask(view: View, query_positions: Int[Array, "B S"] | None, window: Int[Array, ""] | None) -> Mask:
+def _mask(
+    view: View,
+    query_positions: Int[Array, "B S"] | None,
+    query_segments: Int[Array, "B S"] | None,
+    window: Int[Array, ""] | None,
+) -> Mask:
     positions = jnp.arange(view.keys.shape[2])[None] if view.positions is None else view.positions
     visible = positions if view.valid is None else jnp.where(view.valid, positions, INVISIBLE)
     if query_positions is None:
-        return Mask(positions, visible, view.segments, view.segments, window)
-    assert view.segments is None, "a row that is decoded is one document"
-    return Mask(query_positions, visible, None, None, window)
+        query_positions, query_segments = positions, view.segments
+    return Mask(query_positions, visible, query_segments, view.segments, window)
 
 
 def dense(

@@ -212,7 +212,7 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of matrix products and activations; norms, rotary angles, softmax, logits and loss are always float32.
-    Training does not support float16, which would need loss scaling"""
+    Training in float16 scales the loss"""
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of stored parameters; float32 in training, because 16 bits would round most updates away"""
     remat: Literal["none", "elementwise", "layer"] = "elementwise"

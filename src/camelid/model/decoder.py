@@ -308,7 +308,6 @@ def run_layers(
     context: Context,
     cache: KVCache | None = None,
     first: int = 0,
-    observer: Callable[[int, Float[Array, "B S E"]], None] | None = None,
 ) -> tuple[Float[Array, "B S E"], KVCache | None]:
     """The hidden state after some layers of a model, and the updated cache.
 
@@ -322,11 +321,12 @@ def run_layers(
       context: The context of the forward pass; each layer gets its own from it.
       cache: The cache of all layers of the model.
       first: The number of the first of these layers within the model, an int.
-      observer: Called with the number of each layer and the hidden state after it; for unrolled layers only.
 
     Raises:
-      ValueError: If `layers` are stacked and there is an observer.
+      ValueError: If there are segments and a cache, whose rows are one document each.
     """
+    if segments is not None and cache is not None:
+        raise ValueError("tokens that are added to a cache have no segments: each of its rows is one document")
     cos, sin = rotations(positions, segments, lengths, config)
 
     def one_layer(x, cache, index, windowed, layer):
@@ -335,16 +335,15 @@ def run_layers(
         return layer(x, inputs, cache, config, compute, context.layer(index))
 
     if not isinstance(layers, Layer):
-        for index, layer in enumerate(layers, first):
+        index = first
+        # A `for` with enumerate or zip would hold each layer while the next one is read.
+        for layer in layers:
             unrolled = partial(one_layer, index=jnp.int32(index), windowed=config.windowed[index])
             x, cache = rematerialized(unrolled, compute, prevent_cse=True)(x, cache, layer=layer)
             del layer, unrolled  # before the next one is read
-            if observer is not None:
-                observer(index, x)
+            index += 1
         return x, cache
 
-    if observer is not None:
-        raise ValueError("stacked layers cannot be observed one by one; unstack them first")
     count = jax.tree.leaves(layers)[0].shape[0]
     kinds = config.windowed[first : first + count]
     alike = len(set(kinds)) == 1

@@ -15,6 +15,7 @@ from camelid.model.context import Context
 
 INVISIBLE = np.int32(2**31 - 1)  # the position of a key that no query sees
 NO_WINDOW = 2**30  # a window that excludes no key
+EVERY_SEGMENT = -1  # the segment of a key that the queries of all segments see, such as one of a shared prompt
 MASKED = (
     -1e30
 )  # the score of a key that is not seen; finite: -inf minus -inf is NaN for a query that has seen no key yet
@@ -25,8 +26,8 @@ MASKED = (
 class Mask:
     """A causal mask, described by the positions of queries and keys, which may be in any order.
 
-    A query attends to keys of its own segment whose positions are at most its own and, with a window W, greater than
-    its own minus W:
+    A query attends to keys of its own segment, and of EVERY_SEGMENT, whose positions are at most its own and, with a
+    window W, greater than its own minus W:
 
         segments  1 1 1 1 2 2     sees   x . . . . .
                                          x x . . . .
@@ -52,7 +53,8 @@ class Mask:
             mask = mask & (keys > queries - self.window)
         if self.query_segments is None or self.key_segments is None:
             return mask
-        return mask & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
+        queries, keys = self.query_segments[:, :, None], self.key_segments[:, None, :]
+        return mask & ((queries == keys) | (keys == EVERY_SEGMENT))
 
     def apply(self, scores: Float[Array, "B K G S T"]) -> Float[Array, "B K G S T"]:
         """The scores, MASKED for keys that the query does not attend to."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -14,14 +15,23 @@ from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.tensors import Tensor
 from camelid.model.config import ComputeConfig
 from camelid.model.params import named
+from camelid.train.config import LossScaleConfig
+from camelid.train.counters import start_counters
 from camelid.train.state import TrainState
 
 
-def import_adamw(source: Checkpoint, target: TrainState, compute: ComputeConfig, mesh: Mesh) -> TrainState:
+def import_adamw(
+    source: Checkpoint,
+    target: TrainState,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    loss_scale: LossScaleConfig | None = None,
+) -> TrainState:
     """The state with the parameters, the step and the moments of `source`, whose `training` must not be None.
 
     `target` holds shapes, dtypes and shardings. Its optimizer is optax.adamw, possibly with transformations whose state
-    consists of counts, which are set to the step. The part of each device is read for that device.
+    consists of counts, which are set to the step. The part of each device is read for that device. Counters and the
+    moving average of the parameters, if `target` has one, are as before the first step.
     """
     assert source.training is not None
     step, mu, nu = source.training.step, source.training.mu, source.training.nu
@@ -37,4 +47,10 @@ def import_adamw(source: Checkpoint, target: TrainState, compute: ComputeConfig,
         return jax.device_put(np.asarray(step, part.dtype), part.sharding)
 
     opt_state = jax.tree.map(imported, target.opt_state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState))
-    return TrainState(imported(target.step), load_params(source, compute, mesh), opt_state)
+    params = load_params(source, compute, mesh)
+    ema = None if target.ema is None else jax.tree.map(lambda p: jnp.copy(p.astype(jnp.float32)), params)
+    counters = {
+        name: jax.device_put(np.asarray(value), target.counters[name].sharding)
+        for name, value in start_counters(loss_scale).items()
+    }
+    return TrainState(imported(target.step), params, opt_state, ema, counters)

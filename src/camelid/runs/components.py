@@ -279,4 +279,6 @@ def _train_step(recipe: Recipe, config: ModelConfig, lora: LoRAPlan | None = Non
         clip_norm=recipe.optimizer.clip_norm,
         accumulate=recipe.train.accumulate,
         seed=recipe.train.seed,
+        ema_decay=None if recipe.ema is None else recipe.ema.decay,
+        loss_scale=recipe.loss_scale,
     )

@@ -1,7 +1,7 @@
 """A run that trains an adapter: its frozen base, its first state, and the folder adapter/ in PEFT's form."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
@@ -34,7 +33,7 @@ from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.rules import placement
 from camelid.runs.recipe import Recipe
 from camelid.runs.run_folder import STEPS
-from camelid.train.state import TrainState, start_state
+from camelid.train.state import TrainState
 
 MERGE = (
     "`camelid convert ADAPTER MODEL` writes a model with the adapter merged into it, from which a new one can start."
@@ -129,8 +128,10 @@ def _name_of_base(recipe: Recipe, source: Checkpoint) -> str:
 # The first state ------------------------------------------------------------------------------
 
 
-def first_state(recipe: Recipe, base: Base, optimizer: optax.GradientTransformation, target: TrainState) -> TrainState:
+def first_state(recipe: Recipe, base: Base, create: Callable[[Decoder], TrainState], target: TrainState) -> TrainState:
     """The state before the first step: new adapters, or those of `init` if it is an adapter.
+
+    `create` is `start_state` with the options of the run.
 
     With `init_optimizer`, it is the entire state of the step of another run. Raises UserError if the adapter of `init`
     is not of the form that the recipe describes.
@@ -145,12 +146,12 @@ def first_state(recipe: Recipe, base: Base, optimizer: optax.GradientTransformat
         given = jax.tree.map_with_path(
             lambda path, x: jax.device_put(arrays[path_name(path)], x.sharding), target.trainable
         )
-        return jax.jit(lambda adapters: start_state(adapters, optimizer), out_shardings=places)(given)
+        return jax.jit(create, out_shardings=places)(given)
 
-    def create(key: jax.Array, params: Decoder) -> TrainState:
-        return start_state(initialize_adapters(plan, config, key, params), optimizer)
+    def initialized(key: jax.Array, params: Decoder) -> TrainState:
+        return create(initialize_adapters(plan, config, key, params))
 
-    return jax.jit(create, out_shardings=places)(jax.random.key(recipe.train.seed), base.params)
+    return jax.jit(initialized, out_shardings=places)(jax.random.key(recipe.train.seed), base.params)
 
 
 def _check_continues(recipe: Recipe, source: AdaptedCheckpoint, plan: LoRAPlan) -> None:

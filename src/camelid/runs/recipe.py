@@ -20,7 +20,7 @@ from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
 from camelid.runs.suggestions import as_option, suggest
-from camelid.train.config import DPOConfig, TrainConfig
+from camelid.train.config import DPOConfig, EmaConfig, LossScaleConfig, TrainConfig
 from camelid.train.lora_config import LoRAConfig
 from camelid.train.optimizer import OptimizerConfig
 
@@ -52,6 +52,10 @@ class Recipe:
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAConfig | None = None
     """adapters that are trained instead of all parameters; without the table, all parameters are trained"""
+    ema: EmaConfig | None = None
+    """a moving average of the parameters; None: none is kept"""
+    loss_scale: LossScaleConfig | None = None
+    """loss scaling, which only compute.dtype = "float16" has and needs; None: its defaults"""
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
 
@@ -85,10 +89,11 @@ class Recipe:
                 "Leave it out, so that parameters are float32. compute.dtype = 'bfloat16' multiplies in 16 bits.",
             )
         if self.compute.dtype == "float16":
+            object.__setattr__(self, "loss_scale", self.loss_scale or LossScaleConfig())
+        elif self.loss_scale is not None:
             raise UserError(
-                "compute.dtype = 'float16' needs loss scaling in training, which camelid does not have: small "
-                "gradients would become zero",
-                "Use 'bfloat16', which has the range of float32.",
+                f"the recipe has a loss_scale and compute.dtype = {self.compute.dtype!r}",
+                "Only float16 needs loss scaling: remove the table, or set compute.dtype = 'float16'.",
             )
 
     def _check_preference(self) -> None:

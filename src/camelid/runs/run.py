@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,19 @@ from camelid.runs.components import Components, build_components
 from camelid.runs.lora import Base, base_dtype, save_adapter
 from camelid.runs.recipe import Recipe, completed
 from camelid.runs.reference import with_reference
-from camelid.runs.run_folder import ADAPTER, MODEL, STEPS, check_folder, claimed, kept_recipe, record
+from camelid.runs.run_folder import (
+    ADAPTER,
+    MODEL,
+    MODEL_EMA,
+    STEPS,
+    check_folder,
+    claimed,
+    is_finished,
+    kept_recipe,
+    mark_finished,
+    mark_unfinished,
+    record,
+)
 from camelid.runs.start import Start, find_start, shardings
 from camelid.runs.summary import start_summary
 from camelid.text.tokenizer import CHAT_TEMPLATE
@@ -69,7 +81,8 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl.
 
     Raises UserError for a recipe that does not fit the data, the model, the machine or the folder, for a damaged
-    checkpoint, and when a loss or a gradient becomes infinite or NaN. Nothing is written before training can start.
+    checkpoint, and when losses or gradients of more than `train.max_skipped` steps in a row are infinite or NaN.
+    Nothing is written before training can start.
     """
     folder = Path(recipe.run).resolve()
     previous = kept_recipe(folder)
@@ -81,26 +94,36 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         components = build_components(recipe, mesh, started=previous is not None)
-        for written in (MODEL,) if components.lora is None else (MODEL, ADAPTER):
+        for written in _written(recipe):
             check_destination(folder / written, True, {"config.json": None, **components.companions})
         with (
             claimed(folder, recipe, components.data),
             contextlib.closing(RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints)) as checkpoints,
         ):
             start = find_start(recipe, previous, from_step, components, checkpoints, mesh)
-            state, finished = _train(recipe, components, folder, checkpoints, mesh, start)
+            terminal = Terminal(int(start.state.step), recipe.train.steps)
+            if is_main():
+                for line in start_summary(recipe, components, mesh, start):
+                    terminal.print(line)
+            written = _written(recipe)
+            if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, written):
+                model = _model(recipe, components, folder, mesh, combine(start.state.trainable, start.frozen))
+                return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in written))
+            state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal)
             return _finish(recipe, components, folder, mesh, start, state, finished)
 
 
 def _train(
-    recipe: Recipe, components: Components, folder: Path, checkpoints: RunCheckpoints, mesh: Mesh, start: Start
+    recipe: Recipe,
+    components: Components,
+    folder: Path,
+    checkpoints: RunCheckpoints,
+    mesh: Mesh,
+    start: Start,
+    terminal: Terminal,
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
-    config, state, first = recipe.train, start.state, int(start.state.step)
-    terminal, sinks = Terminal(first, config.steps), []
-    if is_main():
-        for line in start_summary(recipe, components, mesh, start):
-            terminal.print(line)
+    config, state, first, sinks = recipe.train, start.state, int(start.state.step), []
     kind = PairBatch if components.precomputes_reference else Batch
     step, starting = components.step, first < config.steps
     if starting:
@@ -108,6 +131,7 @@ def _train(
     # Kernels may refuse the model when they are compiled, so nothing is written before this line.
     base_files = {} if start.base is None else start.base.files
     record(folder, recipe, components.files | base_files, components.data)
+    mark_unfinished(folder)
     if starting and components.precomputes_reference:
         components = with_reference(components, start, folder, mesh, terminal)
     if is_main():
@@ -148,7 +172,7 @@ def train_steps(
 
     `export` writes the state in another form too, whenever a checkpoint is saved.
     """
-    made = int(state.step)
+    made, due = int(state.step), False
     for batch in batches:
         state, metrics = step(state, batch)
         made += 1
@@ -158,19 +182,23 @@ def train_steps(
         stopping, ending = stop.should_stop(made), made == config.steps
 
         validates = made % (config.evaluate_every or config.steps) == 0 or (ending and not stopping)
-        saves = made % config.checkpoint_every == 0 or ending or stopping
-        if validates or saves:
+        due = due or made % config.checkpoint_every == 0
+        if validates or due or ending or stopping:
             log.flush()  # whoever ends the process after a checkpoint must find its step in metrics.jsonl
         if validate is not None and validates:
             with log.paused():
                 found = validate(state)
-            log.validation(made, found)
+                ema_loss = None if state.ema is None else validate(replace(state, trainable=state.ema))["loss"]
+            log.validation(made, found, ema_loss)
+        # The parameters may be the reason that updates are skipped: good checkpoints are not replaced until it is over.
+        saves = (due and not log.skipping) or ending or stopping
         if saves:  # after the validation, which a resumed run does not repeat
             with log.paused():
                 checkpoints.save(made, state)
                 if export is not None:
                     export(state)
             interrupts.set_advice(interrupts.RESUME)
+            due = False
         if stopping:
             break
     log.flush()
@@ -180,19 +208,31 @@ def train_steps(
 def _finish(
     recipe: Recipe, components: Components, folder: Path, mesh: Mesh, start: Start, state: TrainState, finished: bool
 ) -> Outcome:
-    """Saves the model of a finished run, and draws the losses."""
-    params = combine(state.trainable, start.frozen)
-    files = tuple(_companions(components, folder).values())
-    model = Model(components.config, params, components.tokenizer, recipe.compute, mesh, files)
-    saved = []
-    if start.base is not None:
-        saved.append(folder / ADAPTER)
-    if finished and (recipe.lora is None or recipe.lora.merge):
-        saved.append(folder / MODEL)
-        model.save(folder / MODEL, dtype=None if recipe.lora is None else base_dtype(recipe), overwrite=True)
+    """Saves the results of a finished run: the model or adapter, and the moving average; and draws the losses."""
+    model = _model(recipe, components, folder, mesh, combine(state.trainable, start.frozen))
+    dtype = None if recipe.lora is None else base_dtype(recipe)
+    if finished and MODEL in _written(recipe):
+        model.save(folder / MODEL, dtype=dtype, overwrite=True)
+    if finished and state.ema is not None:
+        averaged = replace(model, params=combine(state.ema, start.frozen))
+        averaged.save(folder / MODEL_EMA, dtype=dtype, overwrite=True)
+    if finished:
+        mark_finished(folder, int(state.step))
     if is_main():
         draw_losses(read_metrics(folder / METRICS), folder / "loss.png")
+    saved = (folder / name for name in _written(recipe) if (folder / name).is_dir())
     return Outcome(folder, int(state.step), finished, model, tuple(saved))
+
+
+def _written(recipe: Recipe) -> tuple[str, ...]:
+    """The folders in that of a finished run that are written for use elsewhere."""
+    result = (MODEL,) if recipe.lora is None else (ADAPTER, MODEL) if recipe.lora.merge else (ADAPTER,)
+    return result if recipe.ema is None else (*result, MODEL_EMA)
+
+
+def _model(recipe: Recipe, components: Components, folder: Path, mesh: Mesh, params: Decoder) -> Model:
+    files = tuple(_companions(components, folder).values())
+    return Model(components.config, params, components.tokenizer, recipe.compute, mesh, files)
 
 
 def _companions(components: Components, folder: Path) -> dict[str, Path]:

@@ -17,7 +17,16 @@ from camelid.runs.recipe import Recipe, completed, structure, write_recipe
 
 FREE = {
     f"train.{name}"
-    for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every", "trackers")
+    for name in (
+        "steps",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "evaluate_every",
+        "trackers",
+        "max_skipped",
+        "spike_sigma",
+    )
 } | {"run", "data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
 """Recipe fields that may change when a run is resumed, apart from the mesh; `run`, because a folder may be moved."""
 STEPS = "checkpoints"
@@ -26,6 +35,10 @@ MODEL = "model"
 """name of the folder of the finished model"""
 ADAPTER = "adapter"
 """name of the folder of the adapter, in PEFT's form"""
+MODEL_EMA = "model_ema"
+"""name of the folder of the moving average of the parameters of a finished run"""
+FINISHED = "finished.json"
+"""name of the file that tells after which step the model was saved"""
 DATA = "data.json"
 """name of the file that describes the stores from which batches are read"""
 FILES = "files"
@@ -35,6 +48,28 @@ FILES = "files"
 def has_started(folder: Path) -> bool:
     """Whether a run has checkpoints to resume from."""
     return bool(steps_in(folder / STEPS))
+
+
+def is_finished(folder: Path, step: int, written: Sequence[str]) -> bool:
+    """Whether the folders `written` in that of a run exist and are those after `step`; every process calls this."""
+    return broadcast_from_main(lambda: all((folder / name).is_dir() for name in written) and _step(folder) == step)
+
+
+def _step(folder: Path) -> int | None:
+    """The step of the model in the folder of a run, if it is finished."""
+    return json.loads(file.read_text("utf-8"))["step"] if (file := folder / FINISHED).is_file() else None
+
+
+def mark_finished(folder: Path, step: int) -> None:
+    """Records that the model in the folder of a run is that after `step`."""
+    if is_main():
+        write_atomically(folder / FINISHED, f"{json.dumps({'step': step})}\n".encode())
+
+
+def mark_unfinished(folder: Path) -> None:
+    """Records that the run continues; its model, if there is one, is that of an earlier step."""
+    if is_main():
+        (folder / FINISHED).unlink(missing_ok=True)
 
 
 def kept_recipe(folder: Path) -> Recipe | None:
@@ -63,7 +98,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             raise UserError(f"{folder} has files and is not the folder of a run", "Choose another folder with --run.")
         return
     if (text := _kept_text(folder)) is None:
-        for name in (MODEL, ADAPTER):
+        for name in (MODEL, ADAPTER, MODEL_EMA):
             if (folder / name).exists():
                 raise UserError(
                     f"{folder} has the {name} of a run without checkpoints: training would start again at step 0 and "

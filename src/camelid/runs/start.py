@@ -1,6 +1,8 @@
 """The state that training starts from: a checkpoint of the run, the checkpoint `init`, or new parameters."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from camelid.runs.components import Components
 from camelid.runs.lora import Base, first_state, load_base
 from camelid.runs.recipe import Recipe
 from camelid.runs.run_folder import STEPS, new_aside
+from camelid.train.counters import start_counters
 from camelid.train.state import TrainState, abstract_state, start_state
 
 
@@ -64,19 +67,23 @@ def find_start(
     folder = Path(recipe.run).resolve()
     resumed = broadcast_from_main(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))
     optimizer = components.step.optimizer
-    target = abstract_start(components.config, optimizer, recipe.compute, mesh, components.lora)
+    options = {"averaged": recipe.ema is not None, "loss_scale": recipe.loss_scale}
+    target = abstract_start(components.config, optimizer, recipe.compute, mesh, components.lora, **options)
+    create = partial(start_state, optimizer=optimizer, **options)
     base = None
     if components.lora is not None:
         assert components.source is not None, "an adapter has a base"
         base = load_base(recipe, components.source, components.lora, mesh)
     if resumed is not None:
-        state = checkpoints.restore(resumed, target)
+        # Checkpoints of an older camelid have no counters.
+        counters = {f"counters.{name}": value for name, value in start_counters(recipe.loss_scale).items()}
+        state = checkpoints.restore(resumed, target, counters)
     elif base is not None:
-        state = first_state(recipe, base, optimizer, target)
+        state = first_state(recipe, base, create, target)
     elif components.source is not None:
-        state = _from_init(recipe, components.source, optimizer, target, mesh)
+        state = _from_init(recipe, components.source, create, target, mesh)
     else:
-        state = _from_scratch(recipe, components.config, optimizer, target)
+        state = _from_scratch(recipe, components.config, create, target)
     aside = None if from_step is None else _move_later_aside(folder, from_step)
     return Start(state, resumed, previous, base, aside)
 
@@ -87,20 +94,20 @@ def abstract_start(
     compute: ComputeConfig,
     mesh: Mesh,
     lora: LoRAPlan | None = None,
+    **options: Any,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state of a run that trains all parameters of a model, or adapters of it."""
+    """Shapes, dtypes and shardings of `start_state` for a run that trains all parameters, or adapters of them."""
     trained = declare_decoder(config) if lora is None else declare_adapters(lora, config)
-    return abstract_state(abstract(trained, compute.param_dtype, mesh, compute.replicate), optimizer)
+    return abstract_state(abstract(trained, compute.param_dtype, mesh, compute.replicate), optimizer, **options)
 
 
 def _from_init(
-    recipe: Recipe, source: Checkpoint, optimizer: optax.GradientTransformation, target: TrainState, mesh: Mesh
+    recipe: Recipe, source: Checkpoint, create: Callable[[Any], TrainState], target: TrainState, mesh: Mesh
 ) -> TrainState:
     if recipe.init_optimizer:
-        state = import_adamw(source, target, recipe.compute, mesh)
+        state = import_adamw(source, target, recipe.compute, mesh, recipe.loss_scale)
     else:
-        create = jax.jit(lambda params: start_state(params, optimizer), out_shardings=shardings(target))
-        state = create(load_params(source, recipe.compute, mesh))
+        state = jax.jit(create, out_shardings=shardings(target))(load_params(source, recipe.compute, mesh))
     if not_finite := checksum_arrays(state)[1]:
         raise UserError(
             f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(not_finite)}",
@@ -110,15 +117,14 @@ def _from_init(
 
 
 def _from_scratch(
-    recipe: Recipe, config: ModelConfig, optimizer: optax.GradientTransformation, target: TrainState
+    recipe: Recipe, config: ModelConfig, create: Callable[[Any], TrainState], target: TrainState
 ) -> TrainState:
     """New parameters; each array is created on the devices that hold it."""
 
-    def create(key: jax.Array) -> TrainState:
-        params = initialize(declare_decoder(config), config, key, jnp.dtype(recipe.compute.param_dtype))
-        return start_state(params, optimizer)
+    def initialized(key: jax.Array) -> TrainState:
+        return create(initialize(declare_decoder(config), config, key, jnp.dtype(recipe.compute.param_dtype)))
 
-    return jax.jit(create, out_shardings=shardings(target))(jax.random.key(recipe.train.seed))
+    return jax.jit(initialized, out_shardings=shardings(target))(jax.random.key(recipe.train.seed))
 
 
 def shardings(tree: Any) -> Any:

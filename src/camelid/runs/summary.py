@@ -8,9 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
+from camelid.data.report import silent_among_first
 from camelid.model.flops import count_parameters
 from camelid.runs.components import Components
 from camelid.runs.lora import base_dtype
+from camelid.runs.notes import silent_row_notes, warmup_notes
 from camelid.runs.recipe import Recipe
 from camelid.runs.start import Start
 from camelid.train.optimizer import learning_rate
@@ -18,7 +20,8 @@ from camelid.train.optimizer import learning_rate
 
 def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Start) -> Iterator[str]:
     """The lines, in order."""
-    for note in components.notes:
+    silent = [silent_among_first(packing) for packing in components.loader.packings]
+    for note in (*components.notes, *silent_row_notes(silent), *warmup_notes(recipe)):
         yield f"note: {note}"
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
@@ -31,7 +34,9 @@ def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Sta
     if recipe.dpo is not None:
         yield f"{sum(store.num_documents for store in components.loader.stores) // 2:,} pairs of answers"
     step = int(start.state.step)
-    if start.resumed is not None:
+    if start.resumed == recipe.train.steps:
+        yield f"this run is finished: it has made all {step} steps; a larger train.steps continues it"
+    elif start.resumed is not None:
         yield f"resuming after step {step}"
     elif step:
         rate = np.asarray(components.step.schedule(step))

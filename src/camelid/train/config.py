@@ -8,6 +8,40 @@ from camelid.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """An exponential moving average of the trained parameters, which is saved beside them."""
+
+    decay: float = 0.999
+    """weight of the previous average in that after a step; the parameters have 1 - decay"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"ema.decay = {self.decay}", "Choose a number from 0 up to 1, such as 0.999.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossScaleConfig:
+    """Dynamic loss scaling for float16 (arXiv:1710.03740): gradients are computed of the loss times a factor."""
+
+    initial: float = 65536.0
+    """loss scale of the first step"""
+    factor: float = 2.0
+    """the scale is divided by it when a gradient overflows, to no less than 1, and multiplied by it after `window`
+    steps"""
+    window: int = 1000
+    """number of steps without an overflow after which the scale grows"""
+
+    def __post_init__(self) -> None:
+        for name, fits, advice in (
+            ("initial", 1 <= self.initial < math.inf, "a number of 1 or more"),
+            ("factor", 1 < self.factor < math.inf, "a number above 1"),
+            ("window", self.window >= 1, "a number of steps: 1 or more"),
+        ):
+            if not fits:
+                raise UserError(f"loss_scale.{name} = {getattr(self, name)}", f"Choose {advice}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int
     """total number of updates, including those of earlier starts of the run and of init_optimizer"""
@@ -29,6 +63,10 @@ class TrainConfig:
     """number of steps between validation losses; with validation text, the last step is always validated"""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """services that also receive the metrics; each is an optional dependency of the same name"""
+    max_skipped: int = 10
+    """number of updates in a row that may be skipped because a loss or gradient is infinite or NaN; 0 stops at once"""
+    spike_sigma: float = 6.0
+    """a loss this many standard deviations above its running mean is reported as a spike; inf reports none"""
     seed: int = 0
     """seed of newly initialized parameters and of dropout"""
 
@@ -37,6 +75,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name} = {value}", "It is a number of items or steps: choose 1 or more.")
+        if self.max_skipped < 0:
+            raise UserError(f"train.max_skipped = {self.max_skipped}", "It is a number of steps: choose 0 or more.")
+        if not self.spike_sigma > 0:
+            raise UserError(f"train.spike_sigma = {self.spike_sigma}", "Choose a number above 0; inf reports none.")
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise UserError(f"train.{name} = {value}", "It is a probability: choose 0 or more, and less than 1.")

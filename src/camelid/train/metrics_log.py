@@ -38,10 +38,12 @@ class MetricsLog(contextlib.AbstractContextManager):
         tokens_per_step: int,
         advice: Callable[[], str],
     ):
-        """`advice` is what to do after a loss or a gradient that is infinite or NaN."""
+        """`advice` is what to do when training stops because losses or gradients are infinite or NaN."""
         self._config, self._terminal, self._speed, self._sinks = config, terminal, speed, sinks
         self._tokens_per_step, self._advice = tokens_per_step, advice
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+        self.skipping = False
+        """whether the update of the last step that was read was skipped, because its loss or gradient was not finite"""
 
     def __exit__(self, *error: object) -> None:
         with contextlib.ExitStack() as closing:
@@ -53,22 +55,27 @@ class MetricsLog(contextlib.AbstractContextManager):
         self._pending.append((step, metrics))
 
     def flush(self) -> None:
-        """Writes all metrics that were added; raises UserError if a loss or gradient norm is infinite or NaN."""
+        """Writes all metrics that were added; raises UserError if too many updates in a row were skipped."""
         pending, self._pending = self._pending, []
         for step, metrics in pending:
             self._write_step(step, {name: value.item() for name, value in to_host(metrics).items()})
 
-    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def validation(self, step: int, metrics: Mapping[str, float], ema_loss: float | None = None) -> None:
         """Writes the validation loss after a step, `loss` of the metrics, and the others; each name begins with
-        `validation_`. Raises UserError if the loss is infinite or NaN."""
-        self._write({"step": step, **{f"validation_{name}": value for name, value in metrics.items()}})
+        `validation_`. Raises UserError if the loss is infinite or NaN.
+
+        `ema_loss` is that of the moving average of the parameters; None if there is none.
+        """
+        averaged = {} if ema_loss is None else {"validation_loss_ema": ema_loss}
+        self._write({"step": step, **{f"validation_{name}": value for name, value in metrics.items()}, **averaged})
         loss = metrics["loss"]
         if not math.isfinite(loss):
             raise UserError(f"after step {step} the validation loss is {loss}", self._advice())
         if is_main():
+            average = "" if ema_loss is None else f"; of the moving average {ema_loss:.4f}"
             with np.errstate(over="ignore"):
                 about = rewards(metrics) or f"perplexity {np.exp(loss):.2f}"
-            self._terminal.print(f"step {step}: validation loss {loss:.4f}, {about}")
+            self._terminal.print(f"step {step}: validation loss {loss:.4f}, {about}{average}")
 
     def paused(self) -> AbstractContextManager[None]:
         """While the block runs, no time is counted as that of steps: for validation and checkpoints."""
@@ -77,15 +84,37 @@ class MetricsLog(contextlib.AbstractContextManager):
     def _write_step(self, step: int, metrics: Mapping[str, float]) -> None:
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite and step % self._config.log_every and step != self._config.steps:
+        in_a_row = int(metrics["skipped_in_a_row"])
+        self.skipping = in_a_row > 0
+        spike = finite and metrics["loss_deviation"] > self._config.spike_sigma
+        if finite and not spike and step % self._config.log_every and step != self._config.steps:
             return
         row = {"step": step, **metrics, **self._speed.read(step, self._tokens_per_step)}
+        if not spike:
+            del row["loss_deviation"]
         self._write(row)
+        if in_a_row > self._config.max_skipped:
+            before = f", and the {in_a_row - 1} updates before it were skipped" if in_a_row > 1 else ""
+            raise UserError(f"step {step} has loss {loss} and gradient norm {norm}{before}", self._advice())
         if is_main():
             self._terminal.show(step, row)
-        if not finite:
-            raise UserError(f"step {step} has loss {loss} and gradient norm {norm}", self._advice())
+            if (note := _note(metrics, finite, spike)) is not None:
+                self._terminal.print(f"step {step}: {note}")
 
     def _write(self, row: Mapping[str, Any]) -> None:
         for sink in self._sinks:
             sink.write(row)
+
+
+def _note(metrics: Mapping[str, float], finite: bool, spike: bool) -> str | None:
+    """What is said about a step whose update was skipped or whose loss is a spike; None for other steps."""
+    if spike:
+        return f"loss {metrics['loss']:.4f} is {metrics['loss_deviation']:.1f} standard deviations above its mean"
+    if finite:
+        return None
+    if not metrics["skipped_in_a_row"]:
+        return f"the update is skipped: gradients overflow float16; the loss scale is now {metrics['loss_scale']:g}"
+    return (
+        f"the update is skipped: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} "
+        f"({metrics['skipped_in_a_row']:.0f} in a row, {metrics['skipped']:.0f} in the run)"
+    )

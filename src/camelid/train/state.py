@@ -11,6 +11,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from camelid.model.pytree import path_name
+from camelid.train.config import LossScaleConfig
+from camelid.train.counters import start_counters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +30,9 @@ class TrainState:
     opt_state: Any
     """the state of the optax optimizer for `trainable`"""
     ema: Any = None
-    """a moving average of `trainable`, with the same structure, which is saved and restored; None if none is kept.
-    TrainStep leaves it unchanged"""
+    """an exponential moving average of `trainable`, with the same structure, in float32; None if none is kept"""
     counters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """further scalars that later steps depend on, by name, such as a number of skipped updates or a loss scale, which
-    are saved and restored. TrainStep leaves them unchanged"""
+    """further scalars that later steps depend on, by name, as `start_counters` returns them"""
 
 
 SAVED_NAMES = {"trainable": "params"}
@@ -49,19 +49,29 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def start_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the optimizer's state is float32 whatever the dtype of the parameters."""
+def start_state(
+    trainable: Any,
+    optimizer: optax.GradientTransformation,
+    averaged: bool = False,
+    loss_scale: LossScaleConfig | None = None,
+) -> TrainState:
+    """The state before the first step; the optimizer's state is float32 whatever the dtype of the parameters.
+
+    If `averaged`, it has a moving average of the parameters, which starts as a float32 copy of them.
+    """
     masters = jax.tree.map(lambda p: p.astype(jnp.float32), trainable)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(masters))
+    # Copies, because the step donates the state: an array may be in it only once.
+    ema = jax.tree.map(jnp.copy, masters) if averaged else None
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(masters), ema, start_counters(loss_scale))
 
 
-def abstract_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes, dtypes and shardings of `start_state`; nothing is allocated.
+def abstract_state(trainable: Any, optimizer: optax.GradientTransformation, **options: Any) -> TrainState:
+    """Shapes, dtypes and shardings of `start_state`, which has the same options; nothing is allocated.
 
     `trainable` holds a `jax.ShapeDtypeStruct` with a NamedSharding for each array. The optimizer's state is sharded as
     `sharded_like` describes.
     """
-    state = jax.eval_shape(lambda p: start_state(p, optimizer), trainable)
+    state = jax.eval_shape(lambda p: start_state(p, optimizer, **options), trainable)
     state = dataclasses.replace(state, trainable=None)
     return dataclasses.replace(sharded_like(state, trainable), trainable=trainable)
 

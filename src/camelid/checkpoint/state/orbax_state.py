@@ -2,11 +2,12 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from camelid.checkpoint.integrity import checksum_arrays, describe_counts
@@ -133,8 +134,10 @@ class RunCheckpoints:
             "or another data.seed."
         )
 
-    def restore(self, step: int, target: Any) -> Any:
+    def restore(self, step: int, target: Any, initial: Mapping[str, Any] | None = None) -> Any:
         """Restores the state of a step in the shardings of `target`; every process calls this.
+
+        `initial` holds values, by path, of arrays that checkpoints of an older camelid may lack.
 
         Raises UserError if the step is damaged, or has other shapes or dtypes than `target`.
         """
@@ -143,7 +146,8 @@ class RunCheckpoints:
         try:
             arrays = on_all_processes(lambda: open_arrays(place))
             theirs = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
-            _check_same(step, theirs, array_specs(target))
+            added = {name: np.asarray(value) for name, value in (initial or {}).items() if name not in arrays}
+            _check_same(step, {**theirs, **array_specs(added)}, array_specs(target))
             restored, not_finite = on_devices(arrays, targets)
             if not_finite:
                 raise DamagedState(f"infinite or NaN values in {describe_counts(not_finite)}")
@@ -151,6 +155,7 @@ class RunCheckpoints:
             # Every process is here; the main one reads the other steps.
             intact = broadcast_from_main(lambda: other_intact_steps(place))
             raise damage_error(place, str(error), intact, resuming=True) from error
+        restored |= {name: jax.device_put(value, targets[name].sharding) for name, value in added.items()}
         return jax.tree.map_with_path(lambda path, _: restored[path_name(path)], target)
 
     def wait(self) -> None:
