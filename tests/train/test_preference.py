@@ -216,7 +216,8 @@ def assert_equal_to_trl(found: Found, expected: Found) -> None:
     assert found.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
         shaped = found.gradients[name].reshape(gradient.shape)
-        np.testing.assert_allclose(shaped, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
+        # Of a tensor, as a whole: single elements of attention's gradients are small differences of large numbers.
+        assert np.linalg.norm(shaped - gradient) <= 1e-5 * np.linalg.norm(gradient), name
 
 
 @pytest.fixture(scope="module")
