@@ -26,6 +26,8 @@ from camelid.model.presets import PRESETS, preset
 from camelid.runs.components import _train_step
 from camelid.runs.recipe import Recipe, completed, read_recipe, structure, write_recipe
 from camelid.runs.run_folder import check_folder, kept_recipe
+from camelid.train.config import DropoutConfig, LossConfig
+from camelid.train.objective import NextTokenLoss
 from runs import called
 
 MODEL = {
@@ -452,9 +454,24 @@ def test_an_override_that_fits_nowhere_is_refused(file: Path, words: list[str], 
         ({"compute": {"replicate": {"a": 1}}}, r"compute\.replicate.*is not a list"),
         ({"train": {"steps": 0}}, r"train\.steps = 0\n.*1 or more"),
         ({"train": {"steps": 5, "evaluate_every": 0}}, r"train\.evaluate_every = 0"),
-        ({"train": {"steps": 5, "residual_dropout": 1.0}}, r"train\.residual_dropout = 1\.0\nIt is a probability"),
-        ({"train": {"steps": 5, "attention_dropout": -0.1}}, r"train\.attention_dropout = -0\.1\nIt is a probability"),
-        ({"train": {"steps": 5, "embedding_dropout": math.nan}}, r"train\.embedding_dropout = nan\nIt is a prob"),
+        ({"dropout": {"residual": 1.0}}, r"dropout\.residual = 1\.0\nIt is a probability"),
+        ({"dropout": {"attention": -0.1}}, r"dropout\.attention = -0\.1\nIt is a probability"),
+        ({"dropout": {"embedding": math.nan}}, r"dropout\.embedding = nan\nIt is a prob"),
+        ({"dropout": {"mlp": 1.5}}, r"dropout\.mlp = 1\.5\nIt is a probability"),
+        ({"dropout": {"forgetful_max_ratio": 1.0}}, r"dropout\.forgetful_max_ratio = 1\.0\nIt is a probability"),
+        (
+            {"dropout": {"forgetful_min_ratio": 0.2, "forgetful_max_ratio": 0.1}},
+            r"forgetful_min_ratio = 0\.2 exceeds forgetful_max_ratio = 0\.1\nSet dropout\.forgetful_max_ratio",
+        ),
+        (
+            {"train": {"steps": 5, "residual_dropout": 0.1}},
+            r"no field 'train\.residual_dropout'\nDid you mean 'dropout\.residual'\? The field was renamed",
+        ),
+        ({"loss": {"z": -1e-4}}, r"loss\.z = -0\.0001\nChoose a number of 0 or more"),
+        ({"loss": {"z": math.inf}}, r"loss\.z = inf\nChoose a number"),
+        ({"loss": {"label_smoothing": 1.0}}, r"loss\.label_smoothing = 1\.0\nIt is a probability"),
+        ({"loss": {"average": "row"}}, r"loss\.average: 'row' is not one of 'tokens', 'rows'"),
+        ({"train": {"steps": 5, "metrics": ["acc"]}}, r"train\.metrics: 'acc' is not one of 'accuracy', 'param_norm'"),
         ({"train": {"steps": 5, "checkpoint_every": -1}}, r"train\.checkpoint_every = -1"),
         ({"init": None}, r"neither init nor model"),
         ({"init": None, "model": MODEL}, r"has a model and no tokenizer"),
@@ -469,13 +486,38 @@ def test_a_recipe_that_is_not_understood_is_refused_with_the_field_and_a_way_out
     assert refusal.value.advice
 
 
-def test_dropout_rates_reach_the_objective():
-    rates = {"embedding_dropout": 0.1, "attention_dropout": 0.2, "residual_dropout": 0.3}
-    recipe = structure(table(init=None, tokenizer="tok", model=MODEL, train={"steps": 5, "seed": 3, **rates}))
+def test_loss_dropout_and_metrics_reach_the_step():
+    tables = {
+        "loss": {"average": "rows", "z": 1e-4, "label_smoothing": 0.1},
+        "dropout": {"embedding": 0.1, "attention": 0.2, "residual": 0.3, "mlp": 0.4, "forgetful_max_ratio": 0.15},
+    }
+    fields = {**tables, "train": {"steps": 5, "seed": 3, "metrics": ["accuracy", "param_norm"]}}
+    recipe = structure(table(init=None, tokenizer="tok", model=MODEL, **fields))
     assert recipe.model is not None
     step = _train_step(recipe, recipe.model)
-    assert {name: getattr(step.objective, name) for name in rates} == rates
-    assert step.seed == 3
+    assert isinstance(step.objective, NextTokenLoss)
+    assert step.objective.loss == LossConfig(**tables["loss"])
+    assert step.objective.dropout == DropoutConfig(**tables["dropout"])
+    assert (step.objective.accuracy, step.param_norm, step.seed) == (True, True, 3)
+    plain = _train_step(structure(table(init=None, tokenizer="tok", model=MODEL)), recipe.model)
+    assert isinstance(plain.objective, NextTokenLoss)
+    assert (plain.objective.accuracy, plain.param_norm) == (False, False)
+
+
+def test_an_older_run_with_dropout_is_resumed_by_the_new_names(tmp_path: Path):
+    """The recipe in its folder has the old ones, and no [loss] or [dropout]."""
+    old = {"embedding_dropout": 0.1, "attention_dropout": 0.2, "residual_dropout": 0.3}
+    run = tmp_path / "run"
+    (run / "checkpoints" / "10").mkdir(parents=True)
+    (run / "recipe.toml").write_text(tomli_w.dumps(table(run=str(run), train={"steps": 20, **old})))
+    kept = kept_recipe(run)
+    assert kept is not None
+    assert kept.dropout == DropoutConfig(embedding=0.1, attention=0.2, residual=0.3)
+    assert kept.loss == LossConfig()
+    rates = {"embedding": 0.1, "attention": 0.2, "residual": 0.3}
+    check_folder(run, completed(structure(table(run=str(run), dropout=rates)), kept))
+    with pytest.raises(UserError, match=r"dropout\.residual = 0\.3 there, 0\.0 here"):
+        check_folder(run, completed(structure(table(run=str(run), dropout=rates | {"residual": 0.0})), kept))
 
 
 def test_a_boolean_is_a_boolean():

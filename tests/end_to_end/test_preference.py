@@ -295,6 +295,8 @@ def test_a_recipe_with_dpo_is_read_and_written():
         ({"data__train": [PAIRS, {"files": ["b.jsonl"], "kind": "chat"}]}, r"a source of kind = 'chat'"),
         ({"data__validation": ["b.txt"]}, r"a source of kind = 'text'"),
         ({"init": None, "tokenizer": "t", "model": {"preset": "llama2_7b"}}, r"\[dpo\] and no init\nSet init"),
+        ({"loss": {"z": 1e-4}}, r"\[loss\] does not apply to the loss of \[dpo\]"),
+        ({"train__metrics": ["accuracy"]}, r"train\.metrics = 'accuracy' does not apply to the loss of \[dpo\]"),
         ({"dpo__loss": "hinge"}, r"dpo\.loss: 'hinge' is not one of 'sigmoid', 'ipo'"),
         ({"dpo__pref_beta": 0.1}, r"no field 'dpo\.pref_beta'\nDid you mean 'dpo\.beta'\?"),
     ],

@@ -19,7 +19,7 @@ from tiny import tiny_config, tiny_params, tiny_tokens
 CONFIG = tiny_config(vocab_size=96)
 ROWS, LENGTH = 8, 14
 TOKENS = tiny_tokens(CONFIG, ROWS, LENGTH)
-RATES = {"embedding_dropout": 0.2, "residual_dropout": 0.3}
+RATES = {"embedding_dropout": 0.2, "residual_dropout": 0.3, "mlp_dropout": 0.25}
 BOTH = tuple(RATES.items())
 
 
@@ -93,12 +93,13 @@ def test_the_share_of_dropped_elements_is_the_rate_and_the_mean_is_kept():
     np.testing.assert_allclose(np.unique(x), [0, 1 / 0.7], rtol=1e-6)
 
 
-def test_layers_and_purposes_drop_different_elements():
-    context = Context(residual_dropout=0.5, dropout_key=jax.random.key(1), rows=jnp.arange(4))
+@pytest.mark.parametrize("rate", ["residual_dropout", "mlp_dropout"])
+def test_layers_and_purposes_drop_different_elements(rate: str):
+    context = Context(dropout_key=jax.random.key(1), rows=jnp.arange(4), **{rate: 0.5})
     masks = [
         np.asarray(dropout(jnp.ones((4, 9, 30)), 0.5, purpose, context.layer(layer))) > 0
         for layer in (0, 1)
-        for purpose in ("attention output", "mlp output")
+        for purpose in ("attention output", "mlp output", "mlp hidden")
     ]
     for i, mask in enumerate(masks):
         for other in masks[:i]:

@@ -58,8 +58,8 @@ FAULTS = (
     Fault(
         "a fused kernel ignores dropout",
         "model/kernels.py",
-        "        and dropout == 0,\n",
-        ",\n",
+        "        and dropout == 0\n        and not keys_hidden,\n",
+        "        and not keys_hidden,\n",
         f"{DROPOUT}test_kernels_that_cannot_reproduce_it_are_refused",
     ),
     # Caches

@@ -459,8 +459,8 @@ FAULTS = (
     Fault(
         "the loss is divided by each row's own weight",
         "model/loss.py",
-        "total + jnp.sum(softmax.log_prob * c.log_prob)",
-        "total + jnp.sum(softmax.log_prob * c.log_prob / jnp.maximum(-c.log_prob.sum(-1, keepdims=True), 1))",
+        "jnp.sum(-softmax.log_prob * weights)",
+        "jnp.sum(-softmax.log_prob * weights / jnp.maximum(weights.sum(-1, keepdims=True), 1))",
         LOSS,
     ),
     Fault(
@@ -480,7 +480,7 @@ FAULTS = (
     Fault(
         "what is done with the loss afterwards does not reach the gradients",
         "model/loss.py",
-        "lambda x: x * g.astype(x.dtype), gradients",
+        "lambda x: x * loss.astype(x.dtype), gradients",
         "lambda x: x, gradients",
         LOSS,
     ),

@@ -27,8 +27,8 @@ FAULTS = (
     Fault(
         "any of several equal logits is the argmax",
         "model/loss.py",
-        "is_argmax = jnp.argmax(softmax.logits, -1) == y",
-        "is_argmax = jnp.where(softmax.hit, softmax.logits == softmax.top, False).any(-1)",
+        "return jnp.argmax(self.logits, -1) == targets",
+        "return jnp.where(self.hit, self.logits == self.top, False).any(-1)",
         TIES,
     ),
     Fault(

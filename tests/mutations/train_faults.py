@@ -52,16 +52,16 @@ FAULTS = (
     Fault(
         "validation drops",
         "train/objective.py",
-        'Context("scoring") if key is None else self._training_context(key, batch["rows"])',
-        'self._training_context(jax.random.key(0) if key is None else key, batch["rows"])',
-        f"{STEP}test_dropout_changes_the_loss_of_training_from_step_to_step_and_never_that_of_validation[residual_dropout]",
+        "        if key is not None:\n",
+        "        key = jax.random.key(0) if key is None else key\n        if key is not None:\n",
+        f"{STEP}test_dropout_changes_the_loss_of_training_from_step_to_step_and_never_that_of_validation[residual]",
     ),
     Fault(
-        "residual dropout of a recipe is ignored",
+        "dropout of a recipe is ignored",
         "runs/components.py",
-        "residual_dropout=recipe.train.residual_dropout",
-        "residual_dropout=0.0",
-        "test_recipe.py::test_dropout_rates_reach_the_objective",
+        "        dropout=recipe.dropout,\n",
+        "",
+        "test_recipe.py::test_loss_dropout_and_metrics_reach_the_step",
     ),
     Fault(
         "moments are replicated",

@@ -64,8 +64,8 @@ def test_microbatches_on_a_mesh_change_nothing(assets: Path, alone: list[dict], 
     assert_same_training(losses(tmp_path / "run"), alone, rtol=1e-4)
 
 
-DROPOUT = {"train__steps": 8, "train__residual_dropout": 0.1, "train__embedding_dropout": 0.1}
-DROPOUT |= {"train__attention_dropout": 0.1}
+RATES = ("embedding", "attention", "residual", "mlp", "forgetful_max_ratio")
+DROPOUT = {"train__steps": 8, **{f"dropout__{name}": 0.1 for name in RATES}}
 
 
 def test_dropout_depends_on_no_mesh_and_no_microbatch(

@@ -27,7 +27,7 @@ from camelid.model.context import Context
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import build, named
 from camelid.text.tokenizer import load_tokenizer
-from camelid.train.config import DPOConfig
+from camelid.train.config import DPOConfig, DropoutConfig
 from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from camelid.train.preference import DPOLoss, by_answer
 from camelid.train.state import start_state
@@ -319,7 +319,7 @@ def test_sums_are_those_of_each_answer_alone(length: int):
 def step_of(dpo: DPOConfig, accumulate: int) -> TrainStep:
     optimizer = OptimizerConfig(learning_rate=1e-3)
     return TrainStep(
-        objective(dpo, residual_dropout=0.1),
+        objective(dpo, dropout=DropoutConfig(residual=0.1)),
         make_optimizer(optimizer, 4, True),
         learning_rate(optimizer, 4),
         optimizer.clip_norm,

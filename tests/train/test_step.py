@@ -15,6 +15,7 @@ from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import abstract, map_specs, named
 from camelid.parallel.mesh import one_device
+from camelid.train.config import DropoutConfig
 from camelid.train.objective import NextTokenLoss
 from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from camelid.train.state import TrainState, abstract_state, start_state
@@ -232,14 +233,14 @@ def test_metrics_of_an_objective_are_means_that_no_microbatch_changes(accumulate
         assert float(metrics["draw"]) == pytest.approx(float(jax.random.uniform(key)), rel=1e-6)
 
 
-RATES = ("embedding_dropout", "attention_dropout", "residual_dropout")
+RATES = ("embedding", "attention", "residual", "mlp")
 
 
 @pytest.mark.parametrize("rate", RATES)
 def test_dropout_changes_the_loss_of_training_from_step_to_step_and_never_that_of_validation(rate: str):
     params, given = tiny_params(CONFIG), batch(0) | {"rows": jnp.arange(8)}
     plain = NextTokenLoss(config=CONFIG, compute=ComputeConfig())
-    drops = dataclasses.replace(plain, **{rate: 0.3})
+    drops = dataclasses.replace(plain, dropout=DropoutConfig(**{rate: 0.3}))
     dropped = jax.jit(drops)
     first, second = (float(dropped(params, given, jax.random.key(step))[0]) for step in range(2))
     without = float(plain(params, given, jax.random.key(0))[0])
@@ -254,7 +255,8 @@ def test_dropout_is_the_same_for_any_number_of_microbatches():
     seen = []
     for accumulate in (1, 2):
         step = trainer(optimizer, accumulate)
-        step = dataclasses.replace(step, objective=dataclasses.replace(step.objective, **dict.fromkeys(RATES, 0.3)))
+        dropout = DropoutConfig(**dict.fromkeys(RATES, 0.3))
+        step = dataclasses.replace(step, objective=dataclasses.replace(step.objective, dropout=dropout))
         seen.append(train(step, params, 3)[1])
     for one, other in zip(*seen, strict=True):
         assert other == pytest.approx(one, rel=1e-5)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from camelid.errors import UserError
 from camelid.model.blockwise import blockwise
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
@@ -39,7 +40,7 @@ class View:
     """the document of each key within a packed row; None: each row is one document. EVERY_SEGMENT, for keys that all
     documents share, is possible where the queries have segments of their own (see `attend`)"""
     valid: Bool[Array, "B T"] | None = None
-    """whether there is a key; what is stored in the other places is never seen. None: all are keys"""
+    """whether there is a key that queries may see; what is in the other places is never seen. None: all are keys"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ def attend(
         window = None  # it would exclude nothing
     dropout = attention_dropout(context, K, H // K)
     own_keys = query_positions is None and view.positions is None
+    if own_keys and view.valid is not None and window is not None:
+        raise UserError(
+            "forgetful causal masking does not fit a model with a sliding window: all keys in a window may be hidden",
+            "Leave dropout.forgetful_max_ratio out.",
+        )
     rate = 0.0 if dropout is None else dropout.rate
     kernel = choose_kernel(
         compute.attention,
@@ -102,6 +108,7 @@ def attend(
         own_keys=own_keys,
         cap=scoring.cap,
         dropout=rate,
+        keys_hidden=view.valid is not None,
         required=context.phase != "prefill",  # prompts have lengths that no user chooses
     )
     if kernel == "cudnn":

@@ -30,6 +30,10 @@ class Context:
     """probability with which an element that attention or the MLP adds to the residual stream is dropped"""
     adapter_dropout: float = field(default=0.0, metadata={"static": True})
     """probability with which an input of an adapter's factors is dropped; lookups in a table drop nothing"""
+    mlp_dropout: float = field(default=0.0, metadata={"static": True})
+    """probability with which an element of the MLP's hidden layer, the input of its last matrix, is dropped"""
+    forgetful_ratios: tuple[float, float] = field(default=(0.0, 0.0), metadata={"static": True})
+    """the smallest and largest fraction of a row's tokens that attention forgets; see `mask.forgetful_mask`"""
     module: str = field(default="", metadata={"static": True})
     """the name of the weight that is multiplied, so that adapters with the same input drop different elements"""
     dropout_key: Key[Array, ""] | None = None
@@ -48,7 +52,8 @@ class Context:
 
     @property
     def _drops(self) -> bool:
-        return any((self.embedding_dropout, self.attention_dropout, self.residual_dropout, self.adapter_dropout))
+        rates = self.embedding_dropout, self.attention_dropout, self.residual_dropout, self.mlp_dropout
+        return any((*rates, self.adapter_dropout))
 
     def at(self, module: str) -> "Context":
         """The context of the product with one weight of a layer."""
@@ -62,7 +67,7 @@ class Context:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, self.rows)
 
 
-def dropout(x: Float[Array, "B S E"], rate: float, purpose: str, context: Context) -> Float[Array, "B S E"]:
+def dropout(x: Float[Array, "B S F"], rate: float, purpose: str, context: Context) -> Float[Array, "B S F"]:
     """Sets elements of `x` to 0 with probability `rate` and divides the others by 1 - rate (arXiv:1207.0580).
 
     Which elements are dropped depends on the context's key, the row's number within the global batch, the purpose, and

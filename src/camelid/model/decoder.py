@@ -17,7 +17,8 @@ from camelid.model.attention import View, attend
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context, dropout
 from camelid.model.kv_cache import KVCache
-from camelid.model.loss import TokenLogProbs, cross_entropy, project, token_log_probs
+from camelid.model.loss import LossSums, TokenLogProbs, project, summed_loss, token_log_probs
+from camelid.model.mask import forgetful_mask
 from camelid.model.params import child, declare, module, param
 from camelid.model.rope import rotate, rotations
 from camelid.model.weights import KEPT, Adapted, Weight, add_bias, einsum, lookup
@@ -78,7 +79,8 @@ class Attention:
         q = shard(rotate(q, inputs.rotation), "batch seq heads head_dim", compute.replicate)
         k = shard(rotate(k, inputs.rotation), "batch seq kv_heads head_dim", compute.replicate)
         v = shard(v, "batch seq kv_heads head_dim", compute.replicate)
-        view, query_positions = View(*(y.transpose(0, 2, 1, 3) for y in (k, v)), segments=inputs.segments), None
+        k_heads, v_heads = (y.transpose(0, 2, 1, 3) for y in (k, v))
+        view, query_positions = View(k_heads, v_heads, segments=inputs.segments, valid=inputs.valid), None
         if cache is not None:
             cache, stored = cache.update(inputs.windowed, inputs.index, k, v, inputs.positions)
             # The first chunk of a prompt sees no keys but its own, for which devices have fused kernels.
@@ -116,6 +118,7 @@ class MLP:
         else:
             gate = add_bias(einsum("BSE,ME->BSM", x, self.gate_proj, context.at("gate_proj")), self.gate_bias)
             hidden = activation(gate) * hidden
+        hidden = dropout(hidden, context.mlp_dropout, "mlp hidden", context)
         hidden = shard(hidden, "batch seq mlp", compute.replicate)
         return add_bias(einsum("BSM,EM->BSE", hidden, self.down_proj, context.at("down_proj")), self.down_bias)
 
@@ -132,6 +135,8 @@ class LayerInputs:
     """cosine and sine of the rotary angles"""
     windowed: bool | Bool[Array, ""]
     """whether the layer uses the sliding window"""
+    valid: Bool[Array, "B S"] | None = None
+    """whether attention may see each token as a key; None: all, as far as they are visible"""
 
 
 @module
@@ -257,13 +262,26 @@ class Decoder:
         config: ModelConfig,
         *,
         context: Context = Context(),
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The sum of weight x -log p(target), from the output of `hidden`, and the sum of the weights.
+        z: float = 0.0,
+        label_smoothing: float = 0.0,
+        accuracy: bool = False,
+    ) -> LossSums:
+        """The sums over tokens of weight x loss and of its parts, from the output of `hidden`; see `loss.summed_loss`.
 
         The logits of the complete batch are never stored.
         """
-        cap = config.logits_softcap
-        return cross_entropy(x, self.head, targets, weights, bias=self.lm_head_bias, softcap=cap, context=context)
+        return summed_loss(
+            x,
+            self.head,
+            targets,
+            weights,
+            bias=self.lm_head_bias,
+            softcap=config.logits_softcap,
+            context=context,
+            z=z,
+            label_smoothing=label_smoothing,
+            accuracy=accuracy,
+        )
 
     def token_log_probs(
         self,
@@ -328,10 +346,11 @@ def run_layers(
     if segments is not None and cache is not None:
         raise ValueError("tokens that are added to a cache have no segments: each of its rows is one document")
     cos, sin = rotations(positions, segments, lengths, config)
+    valid = forgetful_mask(context, segments, *positions.shape)
 
     def one_layer(x, cache, index, windowed, layer):
         kind = 0 if config.local_rope_theta is None else jnp.int32(windowed)
-        inputs = LayerInputs(index, positions, segments, (cos[kind], sin[kind]), windowed)
+        inputs = LayerInputs(index, positions, segments, (cos[kind], sin[kind]), windowed, valid)
         return layer(x, inputs, cache, config, compute, context.layer(index))
 
     if not isinstance(layers, Layer):

@@ -40,8 +40,9 @@ class Scoring:
 
 NEEDS = {
     "cudnn": "NVIDIA GPUs of compute capability 8.0 (Ampere) or higher, a 16-bit compute.dtype, a head_dim that is a "
-    "multiple of 8 up to 128, an even number of tokens, no attn_softcap and no attention dropout",
-    "splash": "a TPU, a head_dim and a number of tokens that are multiples of 128, and no attention dropout",
+    "multiple of 8 up to 128, an even number of tokens, no attn_softcap, no attention dropout and no forgetful mask",
+    "splash": "a TPU, a head_dim and a number of tokens that are multiples of 128, no attention dropout and no "
+    "forgetful mask",
 }
 
 
@@ -54,12 +55,14 @@ def choose_kernel(
     own_keys: bool,
     cap: float | None,
     dropout: float,
+    keys_hidden: bool = False,
     required: bool = True,
 ) -> str:
     """The name of the kernel for `length` queries on this process's devices: dense, blockwise, cudnn or splash.
 
     `requested` is ComputeConfig.attention. `own_keys`: the keys are of the same tokens as the queries, in the same
-    order. Warns if "auto" cannot use the fused kernel of a GPU or TPU. Raises UserError if `requested` cannot be used.
+    order. `keys_hidden`: some of them are hidden from all queries (View.valid). Warns if "auto" cannot use the fused
+    kernel of a GPU or TPU. Raises UserError if `requested` cannot be used.
     Not `required`: blockwise is used instead, without either.
     """
     if not own_keys:
@@ -71,15 +74,16 @@ def choose_kernel(
     kernel = {"gpu": "cudnn", "tpu": "splash"}.get(backend, "blockwise") if requested == "auto" else requested
     fits = {
         # JAX does not differentiate cuDNN's kernel with a mask for odd lengths. Neither fused kernel can reproduce the
-        # dropout of the other kernels, which depends on rows and positions alone.
+        # dropout of the other kernels, which depends on rows and positions alone, or is given the keys that are hidden.
         "cudnn": backend == "gpu"
         and all(map(_is_ampere_or_newer, jax.local_devices()))
         and jnp.dtype(dtype).itemsize == 2
         and head_dim in range(8, 129, 8)
         and length % 2 == 0
         and cap is None
-        and dropout == 0,
-        "splash": backend == "tpu" and head_dim % 128 == 0 and length % 128 == 0 and dropout == 0,
+        and dropout == 0
+        and not keys_hidden,
+        "splash": backend == "tpu" and head_dim % 128 == 0 and length % 128 == 0 and dropout == 0 and not keys_hidden,
         "blockwise": True,
     }
     if fits[kernel]:
@@ -89,7 +93,8 @@ def choose_kernel(
     device = backend if backend == "cpu" else f"{backend} ({jax.local_devices()[0].device_kind})"
     reason = (
         f"{kernel} requires {NEEDS[kernel]}; this run has {device}, {jnp.dtype(dtype).name}, head_dim = {head_dim}, "
-        f"{length} tokens, attn_softcap = {cap} and attention dropout = {dropout:g}"
+        f"{length} tokens, attn_softcap = {cap}, attention dropout = {dropout:g} and "
+        f"{'a' if keys_hidden else 'no'} forgetful mask"
     )
     if requested != "auto":
         raise UserError(

@@ -1,13 +1,14 @@
 """Logits, the cross-entropy loss and the log-probabilities of tokens, computed in chunks of the sequence.
 
 The logits of a complete batch would be the largest array of a training step; here only those of one chunk exist at a
-time. `token_log_probs` computes them again in the backward pass. `cross_entropy`, which knows the weight of every token
+time. `token_log_probs` computes them again in the backward pass. `summed_loss`, which knows the weight of every token
 beforehand, computes the gradients in the forward pass instead.
 
 Axes: B batch, S tokens of a row, C tokens of a row in one chunk, E embed, V vocab, K candidates.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,6 +45,19 @@ class TokenLogProbs(NamedTuple):
     """log-probabilities of `top_ids`; None without `top_k`"""
 
 
+class LossSums(NamedTuple):
+    """Sums over tokens of weight x a statistic, float32 scalars. `loss` is differentiable, the others are constants."""
+
+    loss: Float[Array, ""]
+    """what training minimizes: the cross-entropy, smoothed if that is asked for, and the z-loss"""
+    cross_entropy: Float[Array, ""]
+    """-log p(target), in nats, without smoothing"""
+    z_loss: Float[Array, ""] | None
+    """z x logsumexp^2; None if z = 0"""
+    correct: Float[Array, ""] | None
+    """1 where greedy decoding would choose the target, and 0 elsewhere; None unless it is asked for"""
+
+
 def project(
     x: Float[Array, "B S E"],
     head: Weight,
@@ -55,7 +69,7 @@ def project(
     return _capped(_uncapped(x, head, bias, context), softcap)
 
 
-def cross_entropy(
+def summed_loss(
     hidden: Float[Array, "B S E"],
     head: Weight,
     targets: Int[Array, "B S"],
@@ -64,10 +78,18 @@ def cross_entropy(
     bias: Float[Array, " V"] | None = None,
     softcap: float | None = None,
     context: Context = Context(),
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted cross-entropy, as two float32 sums: of weight x -log p(target) in nats, and of the weights.
+    *,
+    z: float = 0.0,
+    label_smoothing: float = 0.0,
+    accuracy: bool = False,
+) -> LossSums:
+    """The loss of each token times its weight, summed:
 
-    The loss is the quotient of the two, taken by the caller after all microbatches and devices are added.
+        -(1 - a) log p(target) - a mean over the vocabulary of log p + z logsumexp^2
+
+    with a = `label_smoothing` (arXiv:1512.00567, section 7; defined as in PyTorch) and the z-loss of PaLM
+    (arXiv:2204.02311, section 5), which keeps the logits from drifting away from 0. A mean is the quotient of such a
+    sum and of that of the weights, taken by the caller after all microbatches and devices are added.
 
     Under differentiation, the gradients are computed with the loss, while the logits of a chunk exist: no product is
     computed twice. They are accumulated in float32, and only for those of `hidden`, `head` and `bias` that are
@@ -82,10 +104,34 @@ def cross_entropy(
       bias: Bias of the logits.
       softcap: See `project`.
       context: Context of the forward pass.
+      z: Coefficient of the z-loss; PaLM has 1e-4.
+      label_smoothing: Probability that the smoothed targets divide equally among all tokens of the vocabulary.
+      accuracy: Whether `correct` is wanted.
     """
     (hidden, targets, weights), chunk = _chunked(chunk, head.shape[0], hidden, targets, weights)
     leaves, tree = jax.tree.flatten((hidden, head, bias, context))
-    return _weighted_loss(tree, softcap, chunk, leaves, targets, weights), weights.sum()
+    terms = _Terms(z, label_smoothing, accuracy)
+    result: tuple[Array, _Sums] = _weighted_loss(tree, softcap, chunk, terms, leaves, targets, weights)
+    loss, sums = result[0], lax.stop_gradient(result[1])
+    z_loss = None if sums.logsumexp_squared is None else z * sums.logsumexp_squared
+    return LossSums(loss, sums.cross_entropy, z_loss, sums.correct)
+
+
+def cross_entropy(
+    hidden: Float[Array, "B S E"],
+    head: Weight,
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
+    chunk: int | None = None,
+    bias: Float[Array, " V"] | None = None,
+    softcap: float | None = None,
+    context: Context = Context(),
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted cross-entropy, as two float32 sums: of weight x -log p(target) in nats, and of the weights.
+
+    The same as `summed_loss` without other terms.
+    """
+    return summed_loss(hidden, head, targets, weights, chunk, bias, softcap, context).loss, weights.sum()
 
 
 def token_log_probs(
@@ -98,14 +144,11 @@ def token_log_probs(
     context: Context = Context(),
     top_k: int = 0,
 ) -> TokenLogProbs:
-    """Log-probabilities of `targets` and related statistics of each token's logits; arguments as in `cross_entropy`.
+    """Log-probabilities of `targets` and related statistics of each token's logits; arguments as in `summed_loss`.
 
     `log_prob`, `logsumexp` and `mean_log_prob` are differentiable with respect to `hidden`, `head` and `bias`, by any
     function of them: the backward pass computes the logits again. Use it where the coefficient of a token is known only
-    after the forward pass, as in a preference loss, or is not linear in its log-probability. Examples, per token:
-
-      label smoothing  -(1 - a) log_prob - a mean_log_prob    (arXiv:1512.00567, section 7)
-      z-loss           z logsumexp^2                          (arXiv:2204.02311, section 5)
+    after the forward pass, as in a preference loss, or is not linear in its log-probability.
 
     `top_k` > 0 also returns the K most probable tokens, which are not differentiated.
     """
@@ -145,6 +188,13 @@ class _Softmax(NamedTuple):
     def logsumexp(self) -> Array:
         return (self.top + jnp.log(self.total))[..., 0]
 
+    @property
+    def mean_log_prob(self) -> Array:
+        return self.logits.mean(-1) - self.logsumexp
+
+    def is_argmax(self, targets: Array) -> Array:
+        return jnp.argmax(self.logits, -1) == targets
+
     def gradient(self, coefficients: "_Coefficients", softcap: float | None) -> Array:
         """The derivative of sum(coefficient x statistic) with respect to the logits before the softcap."""
         probabilities = self.exp / self.total
@@ -165,6 +215,50 @@ class _Coefficients(NamedTuple):
     log_prob: Array | None
     logsumexp: Array | None = None
     mean_log_prob: Array | None = None
+
+
+class _Terms(NamedTuple):
+    """What `summed_loss` computes; see its arguments."""
+
+    z: float
+    label_smoothing: float
+    accuracy: bool
+
+
+class _Sums(NamedTuple):
+    """Sums over tokens of weight x a statistic; None where the terms do not need one."""
+
+    cross_entropy: Array
+    uniform: Array | None
+    logsumexp_squared: Array | None
+    correct: Array | None
+
+    def loss(self, terms: _Terms) -> Array:
+        loss = self.cross_entropy
+        if self.uniform is not None:
+            loss = (1 - terms.label_smoothing) * loss + terms.label_smoothing * self.uniform
+        if self.logsumexp_squared is not None:
+            loss = loss + terms.z * self.logsumexp_squared
+        return loss
+
+
+def _sums(softmax: _Softmax, targets: Array, weights: Array, terms: _Terms) -> _Sums:
+    return _Sums(
+        jnp.sum(-softmax.log_prob * weights),
+        jnp.sum(-softmax.mean_log_prob * weights) if terms.label_smoothing else None,
+        jnp.sum(softmax.logsumexp**2 * weights) if terms.z else None,
+        jnp.sum(jnp.where(softmax.is_argmax(targets), weights, 0.0)) if terms.accuracy else None,
+    )
+
+
+def _coefficients(softmax: _Softmax, weights: Array, terms: _Terms) -> _Coefficients:
+    """The derivatives of the loss, `_Sums.loss`, with respect to the statistics of each token."""
+    if not terms.label_smoothing:
+        log_prob, mean_log_prob = -weights, None
+    else:
+        log_prob, mean_log_prob = (terms.label_smoothing - 1) * weights, -terms.label_smoothing * weights
+    logsumexp = 2 * terms.z * softmax.logsumexp * weights if terms.z else None
+    return _Coefficients(log_prob, logsumexp, mean_log_prob)
 
 
 def _softmax(logits: Array, targets: Array) -> _Softmax:
@@ -235,48 +329,64 @@ def _combine(trained: list, frozen: list) -> list:
     return [b if a is None else a for a, b in zip(trained, frozen, strict=True)]
 
 
-def _differentiate(tree, softcap, chunk: int, trained: list, frozen: list, targets: Array, coefficients: _Coefficients):
-    """The sum of coefficient x log_prob over all tokens, and the gradients of sum(coefficient x statistic).
+def _differentiate(tree, softcap, chunk: int, trained: list, frozen: list, of_chunk: Callable, start: Any, arrays: Any):
+    """The sums of all chunks, and the gradients of sum(coefficient x statistic) for `trained`, in its dtypes.
 
-    The gradients are those of `trained`, in its dtypes; they are accumulated in float32.
+    `of_chunk` gives the softmax of a chunk, its sums, which are added to `start`, and its _Coefficients; it is called
+    with the logits and the part of `arrays`, a pytree of arrays with tokens on axis 1. The gradients are accumulated in
+    float32.
     """
     (hidden, *head), (frozen_hidden, *frozen_head) = trained, frozen
 
-    def one_chunk(carry, arrays):
-        (total, sums), (x, frozen_x, y, c) = carry, arrays
+    def one_chunk(carry, chunk_arrays):
+        (totals, sums), (x, frozen_x, own) = carry, chunk_arrays
 
         def uncapped(x, head):
             return _uncapped(*tree.unflatten(_combine([x, *head], [frozen_x, *frozen_head])))
 
         # Through float32, so that the gradients of a chunk are float32; XLA removes the conversion of the values.
         logits, pull_back = jax.vjp(uncapped, x, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), head))
-        softmax = _softmax(_capped(logits, softcap), y)
-        dx, dhead = pull_back(softmax.gradient(c, softcap))
-        total = total if c.log_prob is None else total + jnp.sum(softmax.log_prob * c.log_prob)
-        return (total, jax.tree.map(jnp.add, sums, dhead)), dx
+        softmax, found, coefficients = of_chunk(_capped(logits, softcap), own)
+        dx, dhead = pull_back(softmax.gradient(coefficients, softcap))
+        return (jax.tree.map(jnp.add, totals, found), jax.tree.map(jnp.add, sums, dhead)), dx
 
-    start = jnp.zeros(()), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
-    (total, sums), dx = _scan(one_chunk, start, chunk, (hidden, frozen_hidden, targets, coefficients))
-    return total, [dx, *jax.tree.map(lambda leaf, own: own.astype(leaf.dtype), head, sums)]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+    (totals, sums), dx = _scan(one_chunk, (start, zeros), chunk, (hidden, frozen_hidden, arrays))
+    return totals, [dx, *jax.tree.map(lambda leaf, own: own.astype(leaf.dtype), head, sums)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _weighted_loss(tree, softcap: float | None, chunk: int, leaves: list, targets: Array, weights: Array) -> Array:
-    def one_chunk(total, arrays):
+def _no_sums(terms: _Terms) -> _Sums:
+    zero = jnp.zeros(())
+    return _Sums(zero, *(zero if term else None for term in (terms.label_smoothing, terms.z, terms.accuracy)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _weighted_loss(
+    tree, softcap: float | None, chunk: int, terms: _Terms, leaves: list, targets: Array, weights: Array
+) -> tuple[Array, _Sums]:
+    def one_chunk(sums, arrays):
         x, y, w = arrays
-        logits = _capped(_uncapped(*tree.unflatten([x, *leaves[1:]])), softcap)
-        return total + jnp.sum(-_softmax(logits, y).log_prob * w), None
+        softmax = _softmax(_capped(_uncapped(*tree.unflatten([x, *leaves[1:]])), softcap), y)
+        return jax.tree.map(jnp.add, sums, _sums(softmax, y, w, terms)), None
 
-    return _scan(one_chunk, jnp.zeros(()), chunk, (leaves[0], targets, weights))[0]
-
-
-def _weighted_loss_forward(tree, softcap, chunk, leaves, targets, weights):
-    coefficients = _Coefficients(-weights.value)
-    return _differentiate(tree, softcap, chunk, *_partition(leaves), targets.value, coefficients)
+    sums = _scan(one_chunk, _no_sums(terms), chunk, (leaves[0], targets, weights))[0]
+    return sums.loss(terms), sums
 
 
-def _weighted_loss_backward(tree, softcap, chunk, gradients, g):
-    return jax.tree.map(lambda x: x * g.astype(x.dtype), gradients), None, None
+def _weighted_loss_forward(tree, softcap, chunk, terms, leaves, targets, weights):
+    def of_chunk(logits, arrays):
+        y, w = arrays
+        softmax = _softmax(logits, y)
+        return softmax, _sums(softmax, y, w, terms), _coefficients(softmax, w, terms)
+
+    arrays = targets.value, weights.value
+    sums, gradients = _differentiate(tree, softcap, chunk, *_partition(leaves), of_chunk, _no_sums(terms), arrays)
+    return (sums.loss(terms), sums), gradients
+
+
+def _weighted_loss_backward(tree, softcap, chunk, terms, gradients, g):
+    loss, _ = g  # the gradients are those of the loss; `summed_loss` makes the sums constants
+    return jax.tree.map(lambda x: x * loss.astype(x.dtype), gradients), None, None
 
 
 _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward, symbolic_zeros=True)
@@ -289,11 +399,11 @@ def _statistics_of_tokens(
     def one_chunk(_, arrays):
         x, y = arrays
         softmax = _softmax(_capped(_uncapped(*tree.unflatten([x, *leaves[1:]])), softcap), y)
-        logsumexp, mean = softmax.logsumexp, softmax.logits.mean(-1)
-        is_argmax = jnp.argmax(softmax.logits, -1) == y
+        logsumexp = softmax.logsumexp
         values, ids = _top(softmax.logits, top_k) if top_k else (None, None)
         top_log_probs = None if values is None else values - logsumexp[..., None]
-        return None, TokenLogProbs(softmax.log_prob, logsumexp, mean - logsumexp, is_argmax, ids, top_log_probs)
+        statistics = softmax.log_prob, logsumexp, softmax.mean_log_prob, softmax.is_argmax(y)
+        return None, TokenLogProbs(*statistics, ids, top_log_probs)
 
     return _scan(one_chunk, None, chunk, (leaves[0], targets))[1]
 
@@ -308,7 +418,12 @@ def _statistics_backward(tree, softcap, chunk, top_k, saved, g: TokenLogProbs):
     cotangents = g.log_prob, g.logsumexp, g.mean_log_prob
     coefficients = _Coefficients(*(None if isinstance(c, SymbolicZero) else c for c in cotangents))
     trained, frozen, targets = saved
-    return _differentiate(tree, softcap, chunk, trained, frozen, targets, coefficients)[1], None
+
+    def of_chunk(logits, arrays):
+        y, c = arrays
+        return _softmax(logits, y), None, c
+
+    return _differentiate(tree, softcap, chunk, trained, frozen, of_chunk, None, (targets, coefficients))[1], None
 
 
 _statistics_of_tokens.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=True)

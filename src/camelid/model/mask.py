@@ -1,4 +1,4 @@
-"""Which keys each query of attention sees, and which attention weights dropout removes.
+"""Which keys each query of attention sees, and which attention weights and keys dropout removes.
 
 Axes: B batch, S queries, T keys, K key/value heads, G query heads per key/value head, I blocks of queries, J of keys.
 """
@@ -128,6 +128,27 @@ def attention_dropout(context: Context, kv_heads: int, group: int) -> AttentionD
         return None
     bits = jax.vmap(lambda key: jax.random.bits(key, (kv_heads, group, 2), jnp.uint32))(context.row_keys("attention"))
     return AttentionDropout(context.attention_dropout, bits)
+
+
+def forgetful_mask(
+    context: Context, segments: Int[Array, "B S"] | None, rows: int, length: int
+) -> Bool[Array, "B S"] | None:
+    """Which tokens of each row attention may see as keys: forgetful causal masking (arXiv:2210.13432).
+
+    Each row draws a ratio, uniformly between `context.forgetful_ratios`, and each of its tokens is hidden with that
+    probability from all queries of all layers, its own included. The first token of each document is never hidden, so
+    every query sees at least one key. Like dropout, the draws depend on the step's key and the row's number alone.
+    Returns None, for no mask, if the ratios are 0 or the context has no dropout key.
+    """
+    low, high = context.forgetful_ratios
+    if high == 0 or context.dropout_key is None:
+        return None
+    ratios = jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high))(context.row_keys("forgetful ratio"))
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(context.row_keys("forgetful mask"))
+    first = jnp.zeros((rows, length), bool).at[:, 0].set(True)
+    if segments is not None:
+        first = first.at[:, 1:].set(segments[:, 1:] != segments[:, :-1])
+    return first | (draws >= ratios[:, None])
 
 
 def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

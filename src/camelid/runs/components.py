@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
 from camelid.train.loggers import tokenizing
-from camelid.train.objective import NextTokenLoss
+from camelid.train.objective import NextTokenLoss, Objective
 from camelid.train.optimizer import learning_rate, make_optimizer
 from camelid.train.preference import DPOLoss
 from camelid.train.step import TrainStep
@@ -257,15 +256,19 @@ def _check_pairs(loader: Loader, recipe: Recipe) -> None:
         )
 
 
-def _objective(recipe: Recipe, config: ModelConfig) -> NextTokenLoss:
-    kind = NextTokenLoss if recipe.dpo is None else partial(DPOLoss, dpo=recipe.dpo)
-    return kind(
+def _objective(recipe: Recipe, config: ModelConfig) -> Objective:
+    compute, adapter_dropout = recipe.compute, 0.0 if recipe.lora is None else recipe.lora.dropout
+    if recipe.dpo is not None:
+        return DPOLoss(
+            config=config, compute=compute, dpo=recipe.dpo, dropout=recipe.dropout, adapter_dropout=adapter_dropout
+        )
+    return NextTokenLoss(
         config=config,
-        compute=recipe.compute,
-        embedding_dropout=recipe.train.embedding_dropout,
-        attention_dropout=recipe.train.attention_dropout,
-        residual_dropout=recipe.train.residual_dropout,
-        adapter_dropout=0.0 if recipe.lora is None else recipe.lora.dropout,
+        compute=compute,
+        loss=recipe.loss,
+        dropout=recipe.dropout,
+        adapter_dropout=adapter_dropout,
+        accuracy="accuracy" in recipe.train.metrics,
     )
 
 
@@ -281,4 +284,5 @@ def _train_step(recipe: Recipe, config: ModelConfig, lora: LoRAPlan | None = Non
         seed=recipe.train.seed,
         ema_decay=None if recipe.ema is None else recipe.ema.decay,
         loss_scale=recipe.loss_scale,
+        param_norm="param_norm" in recipe.train.metrics,
     )

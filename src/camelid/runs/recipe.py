@@ -19,8 +19,9 @@ from camelid.inputs import expand_home, named_path, read_text
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
+from camelid.runs.renamed import renamed_advice
 from camelid.runs.suggestions import as_option, suggest
-from camelid.train.config import DPOConfig, EmaConfig, LossScaleConfig, TrainConfig
+from camelid.train.config import DPOConfig, DropoutConfig, EmaConfig, LossConfig, LossScaleConfig, TrainConfig
 from camelid.train.lora_config import LoRAConfig
 from camelid.train.optimizer import OptimizerConfig
 
@@ -47,8 +48,10 @@ class Recipe:
     """folder with tokenizer.json or tokenizer.model; default: the tokenizer of `init`"""
     data: DataConfig
     train: TrainConfig
+    loss: LossConfig = LossConfig()
     dpo: DPOConfig | None = None
     """train on pairs of answers, of sources of kind = "preference", by direct preference optimization"""
+    dropout: DropoutConfig = DropoutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAConfig | None = None
     """adapters that are trained instead of all parameters; without the table, all parameters are trained"""
@@ -111,6 +114,12 @@ class Recipe:
             raise UserError(
                 f"[dpo] compares pairs of answers, and the data has a source of kind = {others[0]!r}",
                 "Use kind = 'preference' for every source, or remove [dpo].",
+            )
+        if self.loss != LossConfig() or "accuracy" in self.train.metrics:
+            field = "[loss]" if self.loss != LossConfig() else "train.metrics = 'accuracy'"
+            raise UserError(
+                f"{field} does not apply to the loss of [dpo], which is of pairs of answers and not of tokens",
+                "Leave it out; dpo.label_smoothing is the one of [dpo].",
             )
         if self.init is None:
             raise UserError(
@@ -272,7 +281,8 @@ def _refuse_unknown(table: Mapping[str, Any], cls: type, prefix: str) -> None:
     known = [*hints, PRESET] if cls is ModelConfig else hints
     for key, value in table.items():
         if key not in hints:
-            raise UserError(f"the recipe has no field {prefix + key!r}", suggest(prefix + key, known))
+            advice = renamed_advice(prefix + key) or suggest(prefix + key, known)
+            raise UserError(f"the recipe has no field {prefix + key!r}", advice)
         for name, item, hint in _items(f"{prefix}{key}", value, hints[key]):
             if inner := _table_class(hint, item, name):
                 _refuse_unknown(item, inner, f"{name}.")

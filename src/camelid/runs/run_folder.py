@@ -14,6 +14,7 @@ from camelid.disk.locks import LOCK, locked, no_empty_folders
 from camelid.errors import UserError
 from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 from camelid.runs.recipe import Recipe, completed, structure, write_recipe
+from camelid.runs.renamed import with_new_names
 
 FREE = {
     f"train.{name}"
@@ -24,6 +25,7 @@ FREE = {
         "keep_checkpoints",
         "evaluate_every",
         "trackers",
+        "metrics",
         "max_skipped",
         "spike_sigma",
     )
@@ -75,7 +77,12 @@ def mark_unfinished(folder: Path) -> None:
 def kept_recipe(folder: Path) -> Recipe | None:
     """The recipe of a run that has checkpoints, and None for any other; every process calls this."""
     text = broadcast_from_main(lambda: _kept_text(folder))
-    return None if text is None else structure(tomllib.loads(text))
+    return None if text is None else _structured(text)
+
+
+def _structured(kept: str) -> Recipe:
+    """A recipe that a run has kept, perhaps one that an older camelid started."""
+    return structure(with_new_names(tomllib.loads(kept)))
 
 
 def _kept_text(folder: Path) -> str | None:
@@ -106,7 +113,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
                     f"Choose another --run, or move the {name} away if it is not needed.",
                 )
         return
-    before = structure(tomllib.loads(text))
+    before = _structured(text)
     if changed := _changed(write_recipe(completed(before, None)), write_recipe(recipe)):
         raise UserError(
             f"{folder} has a run with another recipe: {changed}",

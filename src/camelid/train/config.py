@@ -1,8 +1,8 @@
-"""How long a run trains, on which loss, and what it saves; declared without JAX, so that the CLI starts fast."""
+"""How long a run trains, its loss and dropout, and what it saves; declared without JAX, so that the CLI starts fast."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, NoReturn
 
 from camelid.errors import UserError
 
@@ -47,12 +47,6 @@ class TrainConfig:
     """total number of updates, including those of earlier starts of the run and of init_optimizer"""
     accumulate: int = 1
     """microbatches per step (gradient accumulation); each has batch_size / accumulate rows"""
-    embedding_dropout: float = 0.0
-    """probability of dropping an element of the token embeddings; validation never drops"""
-    attention_dropout: float = 0.0
-    """probability of dropping an attention weight"""
-    residual_dropout: float = 0.0
-    """probability of dropping an element of what attention or the MLP adds to the residual stream"""
     log_every: int = 1
     """number of steps between lines of metrics.jsonl"""
     checkpoint_every: int = 1000
@@ -67,6 +61,9 @@ class TrainConfig:
     """number of updates in a row that may be skipped because a loss or gradient is infinite or NaN; 0 stops at once"""
     spike_sigma: float = 6.0
     """a loss this many standard deviations above its running mean is reported as a spike; inf reports none"""
+    metrics: tuple[Literal["accuracy", "param_norm"], ...] = ()
+    """further metrics of each step: the fraction of targets that are the most probable token, averaged as the loss is;
+    the global norm of the trained parameters after the update"""
     seed: int = 0
     """seed of newly initialized parameters and of dropout"""
 
@@ -79,9 +76,6 @@ class TrainConfig:
             raise UserError(f"train.max_skipped = {self.max_skipped}", "It is a number of steps: choose 0 or more.")
         if not self.spike_sigma > 0:
             raise UserError(f"train.spike_sigma = {self.spike_sigma}", "Choose a number above 0; inf reports none.")
-        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise UserError(f"train.{name} = {value}", "It is a probability: choose 0 or more, and less than 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +101,55 @@ class DPOConfig:
                 f"dpo.label_smoothing = {self.label_smoothing} does not apply to dpo.loss = 'ipo'",
                 "Leave it out, or use loss = 'sigmoid'.",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The loss of training; that of validation is the cross-entropy alone, with the same average."""
+
+    average: Literal["tokens", "rows"] = "tokens"
+    """mean over all tokens of the batch; or over its rows, of the mean over the tokens of each row that has a weight"""
+    z: float = 0.0
+    """coefficient of the z-loss, which is logsumexp(logits)^2 (arXiv:2204.02311); PaLM has 1e-4"""
+    label_smoothing: float = 0.0
+    """probability that the targets divide equally among all tokens of the vocabulary, as in PyTorch"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.z < math.inf:
+            raise UserError(f"loss.z = {self.z}", "Choose a number of 0 or more; PaLM has 1e-4.")
+        if not 0 <= self.label_smoothing < 1:
+            _refuse_probability("loss.label_smoothing", self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutConfig:
+    """What training drops at random (arXiv:1207.0580); validation drops nothing."""
+
+    embedding: float = 0.0
+    """probability of dropping an element of the token embeddings"""
+    attention: float = 0.0
+    """probability of dropping an attention weight"""
+    residual: float = 0.0
+    """probability of dropping an element of what attention or the MLP adds to the residual stream"""
+    mlp: float = 0.0
+    """probability of dropping an element of the MLP's hidden layer, the input of its last matrix"""
+    forgetful_min_ratio: float = 0.0
+    """smallest fraction of a row's tokens that attention forgets"""
+    forgetful_max_ratio: float = 0.0
+    """largest fraction of a row's tokens that attention forgets (arXiv:2210.13432): each row draws its fraction, and
+    each of its tokens but the first of a document is then hidden from all queries with that probability"""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not 0 <= (value := getattr(self, field.name)) < 1:
+                _refuse_probability(f"dropout.{field.name}", value)
+        if self.forgetful_min_ratio > self.forgetful_max_ratio:
+            raise UserError(
+                f"dropout.forgetful_min_ratio = {self.forgetful_min_ratio} exceeds forgetful_max_ratio = "
+                f"{self.forgetful_max_ratio}",
+                "Set dropout.forgetful_max_ratio to at least as much.",
+            )
+
+
+def _refuse_probability(name: str, value: float) -> NoReturn:
+    raise UserError(f"{name} = {value}", "It is a probability: choose 0 or more, and less than 1.")

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.decoder import Decoder
 from camelid.model.weights import Adapted
-from camelid.train.config import DPOConfig
-from camelid.train.objective import Arrays, NextTokenLoss, Sum
+from camelid.train.config import DPOConfig, DropoutConfig
+from camelid.train.objective import Arrays, Sum, training_context
 
 # B rows of a batch, S tokens of a row, P pairs of a row: as many as fit, S / 2 rounded up
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOLoss(NextTokenLoss):
+class DPOLoss:
     """The loss of direct preference optimization (DPO, arXiv:2305.18290), or of IPO (arXiv:2310.12036), of each pair.
 
     A batch has the fields of `data.rows.batch.Batch`, whose segments 2 n - 1 and 2 n are the two answers of pair n. The
@@ -38,12 +39,19 @@ class DPOLoss(NextTokenLoss):
     `logps/rejected`.
     """
 
+    config: ModelConfig
+    compute: ComputeConfig
     dpo: DPOConfig = DPOConfig()
+    dropout: DropoutConfig = DropoutConfig()
+    adapter_dropout: float = 0.0
+    """probability of dropping an input of an adapter's factors"""
 
     def __call__(
         self, params: Decoder, batch: Arrays, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Mapping[str, Sum]]:
-        context = Context("scoring") if key is None else self._training_context(key, batch["rows"])
+        context = Context("scoring")
+        if key is not None:
+            context = training_context(self.dropout, self.adapter_dropout, key, batch["rows"])
         logps = self.answer_log_probs(params, batch, context)
         ratios = logps - self._reference(params, batch)
         lengths = by_answer(batch["weights"], batch["segments"])

@@ -40,6 +40,8 @@ class TrainStep:
     """decay of the moving average of the parameters; None if the state has none"""
     loss_scale: LossScaleConfig | None = None
     """how the loss scale of float16 changes; None: gradients are not scaled"""
+    param_norm: bool = False
+    """whether the metrics contain param_norm, the global norm of the trained parameters after the update"""
 
     def __call__(self, state: TrainState, batch: Arrays, frozen: Any = None) -> tuple[TrainState, Arrays]:
         """The state after one update, and the metrics of the step.
@@ -74,6 +76,7 @@ class TrainStep:
             "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
             "loss_deviation": loss_deviation(state.counters, loss),
             **{name: counters[name].astype(jnp.float32) for name in REPORTED if name in counters},
+            **({"param_norm": optax.tree.norm(_float32(updated.trainable))} if self.param_norm else {}),
         }
         return dataclasses.replace(updated, step=state.step + 1, counters=counters), metrics
 

@@ -67,7 +67,7 @@ def remarks(hf: Mapping[str, Any]) -> tuple[str, ...]:
     if drops := [f"{name} = {hf[name]}" for name in sorted(DROPOUTS & hf.keys()) if hf[name]]:
         notes.append(
             f"config.json requests dropout in training ({', '.join(drops)}), which is not applied; recipes set "
-            "train.embedding_dropout, train.attention_dropout and train.residual_dropout"
+            "dropout.embedding, dropout.attention and dropout.residual"
         )
     for name in ("rope_scaling", "rope_parameters"):
         table = hf.get(name)
