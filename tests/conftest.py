@@ -1,6 +1,8 @@
 """What every test sees: eight CPU devices, strict dtype promotion, annotated shapes that are checked, no network."""
 
 import atexit
+import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -11,6 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ON_GPU = os.environ.get("CAMELID_TEST_PLATFORM", "cpu") == "gpu"
 
+PROGRAMS = ROOT / ".cache" / "programs"
+PROGRAMS_BYTES = 2 << 30
+
 # Prepared data is of files in temporary folders, which no other run will see.
 DATA_CACHE = tempfile.mkdtemp(prefix="camelid-tests-")
 atexit.register(shutil.rmtree, DATA_CACHE, ignore_errors=True)
@@ -19,10 +24,11 @@ ENVIRONMENT = {
     "CAMELID_CACHE": DATA_CACHE,
     "HF_HUB_OFFLINE": "1",
     "JAX_PLATFORMS": "cuda,cpu" if ON_GPU else "cpu",
-    # Compiled programs are kept for the next run. With a size limit jax also locks the folder, so two runs can share
-    # it; its keys know the processor and the devices, and a loaded program gives the same bits as a compiled one.
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 << 30),
+    # Compiled programs are kept for the next run. JAX's keys contain the processor and the devices, and a loaded
+    # program gives the same bits as a compiled one. With a size limit JAX would read the size and the age of every
+    # entry at each write, and keep other processes waiting meanwhile: `discard_old_programs` limits the size.
+    "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": "-1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes test on one GPU
 }
@@ -58,11 +64,51 @@ jaxtyping.install_import_hook(
 )
 
 
+def discard_old_programs() -> None:
+    """Removes the oldest compiled programs until the others take at most PROGRAMS_BYTES."""
+    found = []
+    for file in PROGRAMS.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another run may discard them too
+            status = file.stat()
+            found.append((status.st_mtime, status.st_size, file))
+    total = 0
+    for _, size, file in sorted(found, reverse=True):
+        total += size
+        if total > PROGRAMS_BYTES:
+            file.unlink(missing_ok=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # once, not in each process of pytest-xdist
+        discard_old_programs()
+
+
+def takes_long(item: pytest.Item) -> bool:
+    return item.path.parent.name == "sharded" or item.path.name in ("test_docs.py", "test_migrating.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # One process would wait for the other if the longest tests were the last.
+    items.sort(key=takes_long, reverse=True)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and jax.default_backend() != "gpu":
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and CAMELID_TEST_PLATFORM=gpu"))
+
+
+def pytest_collection_finish() -> None:
+    # Half a million objects of imported modules live as long as the process: the garbage collector skips them now.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Turns XLA's optimizations off or on, before any fixture; what was compiled the other way is not used again."""
+    quick = item.get_closest_marker("quick_compile") is not None
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +129,7 @@ def stories(assets: Path) -> Path:
 
 
 @pytest.fixture
-def user_env() -> dict[str, str]:
+def user_env(request: pytest.FixtureRequest) -> dict[str, str]:
     """The environment of a command that is run as a user would run it: one CPU device, this Python's scripts first."""
-    return dict(USER_ENVIRONMENT)
+    quick = request.node.get_closest_marker("quick_compile")
+    return USER_ENVIRONMENT | ({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if quick else {})

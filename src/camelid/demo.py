@@ -26,7 +26,7 @@ from camelid.runs.run import Outcome, run
 from camelid.runs.run_folder import STEPS
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import read_metrics
-from camelid.train.optimizer import OptimizerConfig
+from camelid.train.optimizer_config import OptimizerConfig
 
 VOCAB = 2048
 HELD_OUT = 0.08  # fraction of the topics used for validation

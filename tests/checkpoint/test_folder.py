@@ -266,6 +266,8 @@ def test_a_link_is_written_where_it_leads(tmp_path: Path, there: bool):
     if there:
         (tmp_path / "real").mkdir()
     with new_folder(tmp_path / "link", 0, overwrite=there) as folder:
+        # With the lock of this name, whoever writes by the link and whoever writes "real" exclude each other.
+        assert folder == tmp_path / ".real.incomplete"
         (folder / "new").write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert entries(tmp_path / "real") == {"new"}

@@ -360,6 +360,7 @@ def test_a_file_has_its_own_tokenizer_and_a_folder_the_one_beside(llama2: Path, 
     assert not (tmp_path / "hf" / "chat_template.jinja").exists()
     assert load_tokenizer(tmp_path / "hf").encode("Hello") == load_tokenizer(llama2).encode("Hello")
     convert(path, tmp_path / "converted")
+    assert not (tmp_path / "converted" / "chat_template.jinja").exists()
     assert load_tokenizer(tmp_path / "converted").encode("Hello") == load_tokenizer(llama2).encode("Hello")
     beside = camelid.load(tmp_path).tokenizer
     assert beside is not None

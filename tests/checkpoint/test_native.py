@@ -15,9 +15,10 @@ from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import abstract, map_specs
+from camelid.model.params import abstract
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
-from camelid.train.optimizer import OptimizerConfig, make_optimizer
+from camelid.train.optimizer import make_optimizer
+from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.state import TrainState, abstract_state
 from tiny import tiny_config
 
@@ -26,7 +27,7 @@ CONFIG = tiny_config(vocab_size=96)  # eight devices divide it
 
 def target(mesh: Mesh, config: ModelConfig = CONFIG, dtype: str = "float32") -> TrainState:
     specs = declare_decoder(config)
-    optimizer = make_optimizer(OptimizerConfig(), 9, map_specs(lambda spec: spec.is_matrix, specs))
+    optimizer = make_optimizer(OptimizerConfig(), 9, specs)
     return abstract_state(abstract(specs, dtype, mesh), optimizer)
 
 

@@ -22,10 +22,11 @@ from camelid.data.preparation.store import Store
 from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import abstract, map_specs
+from camelid.model.params import abstract
 from camelid.parallel.mesh import one_device
 from camelid.text.tokenizer import load_tokenizer
-from camelid.train.optimizer import OptimizerConfig, make_optimizer
+from camelid.train.optimizer import make_optimizer
+from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.state import TrainState, abstract_state
 from names import KINDS, random_names
 from runs import contents, write_text
@@ -38,7 +39,7 @@ WRITTEN = [name for name, format in FORMATS.items() if format.plan_files is not 
 
 def target() -> TrainState:
     specs = declare_decoder(CONFIG)
-    optimizer = make_optimizer(OptimizerConfig(), 9, map_specs(lambda spec: spec.is_matrix, specs))
+    optimizer = make_optimizer(OptimizerConfig(), 9, specs)
     return abstract_state(abstract(specs, "float32", one_device()), optimizer)
 
 
@@ -74,9 +75,9 @@ def bits(state: TrainState) -> list[bytes]:
 # Names -----------------------------------------------------------------------------------
 
 
-def test_200_names_are_saved_restored_opened_and_converted(tmp_path: Path):
+def test_100_names_are_saved_restored_opened_and_converted(tmp_path: Path):
     """Runs below ten folders each, which saves much time; and a checkpoint in a folder of each name."""
-    names, state = random_names(200), state_of(0)
+    names, state = random_names(100), state_of(0)
     plain = open_checkpoint(run_of(tmp_path / "plain", state))
     for start in range(0, len(names), 10):
         run = run_of(tmp_path.joinpath(*names[start : start + 10]), state)

@@ -27,9 +27,10 @@ from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import abstract, map_specs, named
+from camelid.model.params import abstract, named
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
-from camelid.train.optimizer import OptimizerConfig, make_optimizer
+from camelid.train.optimizer import make_optimizer
+from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.state import TrainState, abstract_state
 from families import FAMILIES
 from runs import contents
@@ -41,7 +42,7 @@ CONFIG = tiny_config(vocab_size=96, qkv_bias=True)  # eight devices divide it
 def state_of(seed: int, mesh: Mesh, config: ModelConfig = CONFIG, dtype: str = "float32") -> TrainState:
     """Every leaf different; of the moments, one is all zeros, as those of an unused parameter are."""
     specs = declare_decoder(config)
-    optimizer = make_optimizer(OptimizerConfig(), 9, map_specs(lambda spec: spec.is_matrix, specs))
+    optimizer = make_optimizer(OptimizerConfig(), 9, specs)
     target = abstract_state(abstract(specs, dtype, mesh), optimizer)
     draw = np.random.default_rng(seed)
 

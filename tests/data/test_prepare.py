@@ -639,7 +639,7 @@ def test_a_store_of_chats_whose_training_flags_were_ignored_is_refused(tokenizer
     chats = [Source(files=("a.jsonl",), kind="chat", template="vicuna_v1.1")]
     prepare(chats, tokenizer, Path("store"))
     manifest = json.loads(Path("store", MANIFEST).read_text())
-    assert manifest["prepared"]["options"].pop("version_of_messages") == 2
+    manifest["prepared"]["options"].pop("version_of_messages", None)
     Path("store", MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="version_of_messages was None and is now 2"):
         prepare(chats, tokenizer, Path("store"))

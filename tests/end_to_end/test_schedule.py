@@ -10,7 +10,7 @@ import pytest
 import camelid.runs.run
 from camelid.parallel.mesh import one_device
 from camelid.runs.recipe import Recipe, completed, read_recipe
-from camelid.train.optimizer import learning_rate
+from camelid.train.schedules import learning_rate
 from runs import called, column, lay_over, losses, recipe, tiny_run, write_recipe_file
 
 PEAK, FINAL = 1e-3, 1e-4

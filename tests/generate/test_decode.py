@@ -16,6 +16,8 @@ from camelid.model.params import abstract
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from tiny import tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config()
 GREEDY, SAMPLED = sampling(0.0, None, None), sampling(0.8, 40, 0.95)
 PROMPTS = [tiny_tokens(CONFIG, 1, length, seed=length)[0].tolist() for length in (1, 9, 30, 5)]

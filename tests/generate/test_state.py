@@ -33,6 +33,8 @@ from leaves import adapted
 from programs import largest_array
 from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
 
+pytestmark = pytest.mark.quick_compile
+
 SLOTS, MAX_ROLLBACK = 64, 4
 GREEDY, SAMPLED = sampling(0.0, None, None), sampling(0.8, 40, 0.95)
 SEEDS = [3, 2**32 + 5, -7]

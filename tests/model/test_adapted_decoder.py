@@ -27,6 +27,8 @@ from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from leaves import adapted, quantized
 from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config(vocab_size=96)
 RANKS = [3, 1, 4, 2]
 COMPUTE = ComputeConfig()

@@ -17,6 +17,8 @@ from camelid.model.params import named
 from families import FAMILIES
 from tiny import tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config()
 # Every way in which a token's logits may depend on its place: windows, rotations, both kinds of layers in turn.
 KINDS = [

@@ -33,7 +33,7 @@ FAULTS = (
         "prompts count in the log-probability of an answer",
         "train/preference.py",
         'return by_answer(log_probs * batch["weights"], segments)',
-        "return by_answer(log_probs * (segments > 0), segments)",
+        "return by_answer(log_probs * jnp.minimum(segments, 1).astype(jnp.float32), segments)",
         f"{EQUAL}[sigmoid]",
     ),
     Fault(

@@ -40,7 +40,7 @@ FAULTS = (
         "tokens that fill up the vocabulary are ordinary ones",
         "checkpoint/formats/gguf_tokenizer.py",
         'f"[PAD{token}]", UNUSED, -10000.0',
-        'f"[PAD{token}]", NORMAL, -10000.0',
+        'f"[PAD{token}]", 1, -10000.0',
         f"{TOKENIZER}test_sentencepieces_tokens_scores_and_types_are_those_of_the_gguf_package",
     ),
     Fault(

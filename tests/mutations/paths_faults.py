@@ -3,7 +3,7 @@
 from mutations.fault import Fault
 
 PATHS = "checkpoint/test_paths.py::"
-NAMES = f"{PATHS}test_200_names_are_saved_restored_opened_and_converted"
+NAMES = f"{PATHS}test_100_names_are_saved_restored_opened_and_converted"
 MATCHING = f"{PATHS}test_runs_whose_names_match_each_other_are_not_mixed"
 DOTS = f"{PATHS}test_a_path_with_dots_in_it_is_opened"
 INCOMPLETE = f"{PATHS}test_a_checkpoint_that_was_not_written_completely_ends_training_and_removes_none"

@@ -65,7 +65,7 @@ FAULTS = (
     Fault(
         "a run that goes on opens its init",
         "runs/components.py",
-        'if started and (folder / "config.json").is_file():',
+        'if started and recipe.lora is None and (folder / "config.json").is_file():',
         "if False:",
         f"{OWN}test_init_may_be_gone",
     ),
@@ -187,15 +187,15 @@ FAULTS = (
     Fault(
         "more steps stretch the schedule",
         "runs/recipe.py",
-        "    if steps is None and kept is not None:",
+        "    if steps is None and kept is not None and recipe.optimizer.has_end:",
         "    if False:",
         f"{SCHEDULE}test_more_steps_keep_the_schedule_and_say_so_once",
     ),
     Fault(
         "decay_steps is ignored",
-        "train/optimizer.py",
-        "max(config.decay_steps or steps, config.warmup_steps + 1)",
-        "max(steps, config.warmup_steps + 1)",
+        "train/optimizer_config.py",
+        "max(self.decay_steps or steps, self.warmup(steps) + 1)",
+        "max(steps, self.warmup(steps) + 1)",
         f"{SCHEDULE}test_a_run_of_1000_steps_that_gets_1000_more_does_not_jump",
     ),
     Fault(

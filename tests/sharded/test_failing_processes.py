@@ -14,6 +14,8 @@ import pytest
 from camelid.interrupts import INTERRUPTED
 from runs import TIMEOUT_S, lines, tiny_run, wait_until, write_recipe_file
 
+pytestmark = pytest.mark.quick_compile
+
 COMMAND = "from camelid.__main__ import main; main()"
 PATCHED = f"""
 import camelid.runs.components, camelid.runs.run

@@ -28,6 +28,8 @@ from runs import (
     write_recipe_file,
 )
 
+pytestmark = pytest.mark.quick_compile
+
 STEPS = 24
 
 

@@ -9,11 +9,13 @@ from jax.sharding import NamedSharding
 
 from camelid.model.config import ComputeConfig
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import abstract, map_specs
+from camelid.model.params import abstract
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.train.objective import NextTokenLoss
-from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from camelid.train.optimizer import make_optimizer
+from camelid.train.optimizer_config import OptimizerConfig
+from camelid.train.schedules import learning_rate
 from camelid.train.state import abstract_state
 from camelid.train.step import TrainStep
 from tiny import tiny_config
@@ -25,7 +27,7 @@ ROWS, LENGTH = 16, 64
 def test_no_device_gathers_the_activations_of_others(sizes):
     config = tiny_config(vocab_size=96, embed_dim=48, mlp_dim=80, num_heads=6, num_kv_heads=2, head_dim=10)
     mesh, specs, optimizer = make_mesh(MeshConfig(**sizes)), declare_decoder(config), OptimizerConfig()
-    adam = make_optimizer(optimizer, 10, map_specs(lambda spec: spec.is_matrix, specs))
+    adam = make_optimizer(optimizer, 10, specs)
     step = TrainStep(
         NextTokenLoss(config=config, compute=ComputeConfig(dtype="bfloat16")), adam, learning_rate(optimizer, 10), 1.0
     )

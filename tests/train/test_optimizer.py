@@ -8,8 +8,10 @@ import pytest
 
 from camelid.errors import UserError
 from camelid.model.decoder import declare_decoder
-from camelid.model.params import map_specs, named
-from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from camelid.model.params import named
+from camelid.train.optimizer import make_optimizer
+from camelid.train.optimizer_config import OptimizerConfig
+from camelid.train.schedules import learning_rate
 from tiny import tiny_config, tiny_params
 
 CONFIG = OptimizerConfig(learning_rate=0.5, final_fraction=0.1, warmup_steps=10)
@@ -50,8 +52,8 @@ def test_a_run_that_is_no_longer_than_its_warmup_rises_to_the_end(steps: int):
 def test_matrices_decay_and_norms_do_not():
     config = tiny_config()
     params = tiny_params(config)
-    decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(config))
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, final_fraction=1.0, weight_decay=0.25), 9, decay)
+    specs = declare_decoder(config)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, final_fraction=1.0, weight_decay=0.25), 9, specs)
     nothing = jax.tree.map(np.zeros_like, params)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(nothing, optimizer.init(params), params)

@@ -28,8 +28,10 @@ from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import build, named
 from camelid.text.tokenizer import load_tokenizer
 from camelid.train.config import DPOConfig, DropoutConfig
-from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from camelid.train.optimizer import make_optimizer
+from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.preference import DPOLoss, by_answer
+from camelid.train.schedules import learning_rate
 from camelid.train.state import start_state
 from camelid.train.step import TrainStep
 from data.stores import write_store
@@ -320,7 +322,7 @@ def step_of(dpo: DPOConfig, accumulate: int) -> TrainStep:
     optimizer = OptimizerConfig(learning_rate=1e-3)
     return TrainStep(
         objective(dpo, dropout=DropoutConfig(residual=0.1)),
-        make_optimizer(optimizer, 4, True),
+        make_optimizer(optimizer, 4, declare_decoder(CONFIG)),
         learning_rate(optimizer, 4),
         optimizer.clip_norm,
         accumulate,

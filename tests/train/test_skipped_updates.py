@@ -122,6 +122,13 @@ def test_training_with_skipped_updates_and_its_average_equal_torch():
     assert [row["skipped_in_a_row"] for row in seen] == [0, 0, 1, 2, 0, 0, 1, 0]
 
 
+def test_the_average_starts_as_a_copy_which_can_be_donated_with_the_parameters():
+    state = start()
+    copies = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.ema)}
+    assert bits(state.ema) == bits(state.trainable)
+    assert copies.isdisjoint(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.trainable))
+
+
 def test_a_mesh_skips_the_same_updates_and_keeps_the_same_sharded_average():
     mesh = make_mesh(MeshConfig(fsdp=8))
     axes = {"w": jax.P(None, "fsdp"), "b": jax.P("fsdp")}
@@ -147,8 +154,8 @@ def test_a_mesh_skips_the_same_updates_and_keeps_the_same_sharded_average():
 SCALE = LossScaleConfig(initial=2.0**12, factor=2.0, window=3)
 
 
-def next_counters(counters: dict, loss: float, finite: bool, scale: LossScaleConfig | None = SCALE) -> dict:
-    return update_counters(counters, jnp.float32(loss), jnp.float32(1), jnp.asarray(finite), scale)
+def next_counters(counters: dict, loss: Any, finite: Any, scale: LossScaleConfig = SCALE) -> dict:
+    return update_counters(counters, jnp.asarray(loss, jnp.float32), jnp.float32(1), jnp.asarray(finite), scale)
 
 
 def test_the_loss_scale_follows_the_rule_of_torch():
@@ -172,7 +179,9 @@ def test_the_loss_scale_follows_the_rule_of_torch():
 
 
 def test_an_overflow_that_no_smaller_scale_can_prevent_counts_as_skipped():
-    counters = start_counters(LossScaleConfig(initial=2, window=2))
+    scale_config = LossScaleConfig(initial=2, window=2)
+    counters = start_counters(scale_config)
+    advance = jax.jit(lambda counters, loss, finite: next_counters(counters, loss, finite, scale_config))
     for loss, finite, scale, overflows, in_a_row in [
         (1.0, False, 1, 1, 0),
         (1.0, False, 1, 1, 1),  # the scale is as small as it can be
@@ -181,7 +190,7 @@ def test_an_overflow_that_no_smaller_scale_can_prevent_counts_as_skipped():
         (1.0, True, 2, 1, 0),
         (math.nan, False, 1, 1, 1),  # not because of the scale, although torch divides it too
     ]:
-        counters = next_counters(counters, loss, finite, LossScaleConfig(initial=2, window=2))
+        counters = advance(counters, loss, finite)
         found = [counters[name] for name in ("loss_scale", "overflows", "skipped_in_a_row")]
         assert [float(value) for value in found] == [scale, overflows, in_a_row]
     assert int(counters["skipped"]) == 3

@@ -13,14 +13,18 @@ import torch
 from camelid.data.rows.batch import Batch
 from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
-from camelid.model.params import abstract, map_specs, named
+from camelid.model.params import abstract, named
 from camelid.parallel.mesh import one_device
 from camelid.train.config import DropoutConfig
 from camelid.train.objective import NextTokenLoss
-from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from camelid.train.optimizer import make_optimizer
+from camelid.train.optimizer_config import OptimizerConfig
+from camelid.train.schedules import learning_rate
 from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import TrainStep
 from tiny import tiny_config, tiny_params, tiny_tokens, to_transformers, transformers_twin
+
+pytestmark = pytest.mark.quick_compile
 
 CONFIG = tiny_config()
 STEPS = 6
@@ -35,10 +39,9 @@ def trainer(
     compute: ComputeConfig = ComputeConfig(),
     seed: int = 0,
 ) -> TrainStep:
-    decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
     return TrainStep(
         NextTokenLoss(config=CONFIG, compute=compute),
-        make_optimizer(optimizer, STEPS, decay),
+        make_optimizer(optimizer, STEPS, declare_decoder(CONFIG)),
         learning_rate(optimizer, STEPS),
         optimizer.clip_norm,
         accumulate,

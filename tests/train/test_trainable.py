@@ -16,16 +16,20 @@ from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.checkpoint.state.saved_state import open_arrays
 from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
-from camelid.model.params import map_specs, named
+from camelid.model.params import named
 from camelid.model.pytree import path_name
 from camelid.model.weights import Adapted, Quantized
 from camelid.parallel.mesh import one_device
 from camelid.train.objective import NextTokenLoss
-from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from camelid.train.optimizer import make_optimizer
+from camelid.train.optimizer_config import OptimizerConfig
+from camelid.train.schedules import learning_rate
 from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import TrainStep
-from camelid.train.trainable import combine, partition
+from camelid.train.trainable import combine, make_mask, partition
 from tiny import tiny_config, tiny_params, tiny_tokens
+
+pytestmark = pytest.mark.quick_compile
 
 CONFIG = tiny_config()
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, final_fraction=1.0, weight_decay=0.1)
@@ -61,10 +65,9 @@ def is_factor(path: str, leaf: Any) -> bool:
 
 
 def train_step(**fields: Any) -> TrainStep:
-    decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
     return TrainStep(
         NextTokenLoss(config=CONFIG, compute=ComputeConfig()),
-        make_optimizer(OPTIMIZER, 20, decay),
+        make_optimizer(OPTIMIZER, 20, declare_decoder(CONFIG)),
         learning_rate(OPTIMIZER, 20),
         1.0,
         **fields,
@@ -160,7 +163,7 @@ def test_adapters_are_saved_without_the_frozen_weights_and_resume_to_the_same_bi
 
 def test_layers_that_are_not_trained_stay_although_weights_decay():
     params, trained = tiny_params(CONFIG), (False, True, True, False)
-    step = train_step(trained_layers=trained)
+    step = train_step(mask=make_mask(["layers.0", "layers.3"], declare_decoder(CONFIG)))
     state, metrics = jax.jit(step)(start_state(params, step.optimizer), batch(0))
     (adam,) = (part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
     for path, leaf in named(state.trainable).items():

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
@@ -36,10 +35,12 @@ from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
 from camelid.train.loggers import tokenizing
 from camelid.train.objective import NextTokenLoss, Objective
-from camelid.train.optimizer import learning_rate, make_optimizer
+from camelid.train.optimizer import make_optimizer
 from camelid.train.preference import DPOLoss
+from camelid.train.schedules import learning_rate
 from camelid.train.step import TrainStep
 from camelid.train.trackers import check_installed
+from camelid.train.trainable import make_mask
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,11 @@ def _text_files(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 def _check_training(source: Checkpoint, recipe: Recipe) -> None:
     """Raises UserError if `init` has no optimizer state to continue from, or no step is left."""
+    if recipe.lora is None and recipe.optimizer.name != "adamw":
+        raise UserError(
+            f"init_optimizer = true continues with moments of AdamW, and optimizer.name = {recipe.optimizer.name!r}",
+            "Leave out init_optimizer, so that only the parameters are used, or use AdamW.",
+        )
     step = None if source.training is None else source.training.step
     if recipe.lora is not None:  # of all parameters, the moments are of no use
         step = int(source.step.name) if isinstance(source, AdaptedCheckpoint) and source.step is not None else None
@@ -273,11 +279,11 @@ def _objective(recipe: Recipe, config: ModelConfig) -> Objective:
 
 
 def _train_step(recipe: Recipe, config: ModelConfig, lora: LoRAPlan | None = None) -> TrainStep:
-    trained = declare_decoder(config) if lora is None else declare_adapters(lora, config)
-    decay = jax.tree.map(lambda spec: spec.is_matrix, trained)
+    recipe.optimizer.check_decay()
+    specs, freeze = declare_decoder(config) if lora is None else declare_adapters(lora, config), recipe.train.freeze
     return TrainStep(
         objective=_objective(recipe, config),
-        optimizer=make_optimizer(recipe.optimizer, recipe.train.steps, decay),
+        optimizer=make_optimizer(recipe.optimizer, recipe.train.steps, specs, freeze),
         schedule=learning_rate(recipe.optimizer, recipe.train.steps),
         clip_norm=recipe.optimizer.clip_norm,
         accumulate=recipe.train.accumulate,
@@ -285,4 +291,5 @@ def _train_step(recipe: Recipe, config: ModelConfig, lora: LoRAPlan | None = Non
         ema_decay=None if recipe.ema is None else recipe.ema.decay,
         loss_scale=recipe.loss_scale,
         param_norm="param_norm" in recipe.train.metrics,
+        mask=make_mask(freeze, specs),
     )

@@ -8,12 +8,13 @@ from camelid.runs.recipe import Recipe
 
 def warmup_notes(recipe: Recipe) -> Iterator[str]:
     """A note if the learning rate only rises."""
-    steps, warmup = recipe.train.steps, recipe.optimizer.warmup_steps
+    steps, warmup = recipe.train.steps, recipe.optimizer.warmup(recipe.train.steps)
     if warmup >= steps:
-        highest = recipe.optimizer.learning_rate * steps / warmup
+        name = "warmup_steps" if recipe.optimizer.warmup_ratio is None else "warmup_ratio"
+        first, peak = (recipe.optimizer.options[key] for key in ("warmup_start", "learning_rate"))
         yield (
-            f"optimizer.warmup_steps = {warmup} is not less than train.steps = {steps}: the learning rate rises to "
-            f"{highest:.3g} at the last step and does not decay"
+            f"optimizer.{name} = {getattr(recipe.optimizer, name)} is not less than train.steps = {steps}: the "
+            f"learning rate rises to {first + (peak - first) * steps / warmup:.3g} at the last step and does not decay"
         )
 
 

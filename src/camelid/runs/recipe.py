@@ -23,7 +23,7 @@ from camelid.runs.renamed import renamed_advice
 from camelid.runs.suggestions import as_option, suggest
 from camelid.train.config import DPOConfig, DropoutConfig, EmaConfig, LossConfig, LossScaleConfig, TrainConfig
 from camelid.train.lora_config import LoRAConfig
-from camelid.train.optimizer import OptimizerConfig
+from camelid.train.optimizer_config import OptimizerConfig
 
 PRESET = "preset"  # in [model]: the name of a model whose fields are the defaults of the others
 
@@ -173,8 +173,8 @@ def completed(recipe: Recipe, kept: Recipe | None) -> Recipe:
     - `data.packing`, whose default was `stream` for all kinds of sources when some runs were started.
     """
     steps, data = recipe.optimizer.decay_steps, recipe.data
-    if steps is None and kept is not None:
-        steps = kept.optimizer.decay_steps or kept.train.steps
+    if steps is None and kept is not None and recipe.optimizer.has_end:
+        steps = kept.optimizer.end(kept.train.steps)
     optimizer = dataclasses.replace(recipe.optimizer, decay_steps=None if steps == recipe.train.steps else steps)
     if data.packing is None:
         method = (data if kept is None else kept.data).packing_method
@@ -216,13 +216,15 @@ def _takes(hint: Any, value: Any) -> bool:
     match typing.get_origin(hint):
         case typing.Literal:
             return isinstance(value, str)
-        case types.UnionType:
+        case types.UnionType | typing.Union:
             return any(_takes(arm, value) for arm in typing.get_args(hint))
         case collections.abc.Mapping:
             return isinstance(value, Mapping)
         case builtins.tuple:
             inner = typing.get_args(hint)[0]
             return all(_takes(inner, item) for item in value) if isinstance(value, list) else _takes(inner, value)
+    if typing.get_origin(hint) is collections.abc.Mapping:
+        return isinstance(value, Mapping)
     if dataclasses.is_dataclass(hint):
         return isinstance(value, Mapping) or (hint is Source and isinstance(value, str))
     return isinstance(value, hint)

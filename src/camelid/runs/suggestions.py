@@ -7,6 +7,9 @@ from collections.abc import Iterable
 OTHER_NAMES = {
     # axolotl, LitGPT, torchtune and transformers.TrainingArguments; without "-", "_" and the case of letters.
     "optimizer.learning_rate": "lr learningrate maxlearningrate peaklr",
+    "optimizer.name": "optim optimizertype optimizername",
+    "optimizer.schedule": "lrscheduler lrschedulertype scheduler lrschedule lrdecaystyle",
+    "optimizer.warmup_ratio": "warmupratio warmupfraction lrwarmupfraction lrwarmupratio",
     "optimizer.warmup_steps": "warmup numwarmupsteps lrwarmupsteps lrwarmupiters warmupiters",
     "optimizer.beta1": "adambeta1",
     "optimizer.beta2": "adambeta2",

@@ -15,7 +15,7 @@ from camelid.runs.lora import base_dtype
 from camelid.runs.notes import silent_row_notes, warmup_notes
 from camelid.runs.recipe import Recipe
 from camelid.runs.start import Start
-from camelid.train.optimizer import learning_rate
+from camelid.train.schedules import learning_rate
 
 
 def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Start) -> Iterator[str]:
@@ -59,15 +59,18 @@ def _trained(recipe: Recipe, components: Components, start: Start) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(start.state.trainable))
     modules = ", ".join(path.rpartition(".")[2] for path in components.lora.matrices)
     continued = isinstance(components.source, AdaptedCheckpoint)
+    held = recipe.lora.base or base_dtype(recipe)
     return (
         f"trains {count:,} parameters ({count / count_parameters(components.config):.2%}), adapters "
-        f"{'of init ' if continued else ''}for {modules}; the others stay as they are, in {base_dtype(recipe)}"
+        f"{'of init ' if continued else ''}for {modules}; the others stay as they are, in {held}"
     )
 
 
 def schedule_change(recipe: Recipe, previous: Recipe, step: int) -> str | None:
     """How the learning rate of a run that is resumed after `step` changes with its length or schedule, if it does."""
-    before, now = (each.optimizer.decay_steps or each.train.steps for each in (previous, recipe))
+    if not recipe.optimizer.has_end:
+        return None
+    before, now = (each.optimizer.end(each.train.steps) for each in (previous, recipe))
     was, rate = (
         np.asarray(learning_rate(replace(recipe.optimizer, decay_steps=steps), steps)(step)) for steps in (before, now)
     )
@@ -76,9 +79,9 @@ def schedule_change(recipe: Recipe, previous: Recipe, step: int) -> str | None:
             f"optimizer.decay_steps changes from {before} to {now}: the learning rate of step {step + 1} is "
             f"{rate:.3g} instead of {was:.3g}"
         )
-    if recipe.train.steps in (previous.train.steps, now):
+    if recipe.train.steps in (previous.train.steps, now) or recipe.optimizer.final_fraction is None:
         return None
-    final = recipe.optimizer.learning_rate * recipe.optimizer.final_fraction
+    final = np.asarray(learning_rate(recipe.optimizer, now)(now))
     return (
         f"train.steps changes from {previous.train.steps} to {recipe.train.steps}; the learning rate still decays to "
         f"{final:.3g} at step {now} and stays there (optimizer.decay_steps = {recipe.train.steps} stretches the decay)"

@@ -47,6 +47,8 @@ class TrainConfig:
     """total number of updates, including those of earlier starts of the run and of init_optimizer"""
     accumulate: int = 1
     """microbatches per step (gradient accumulation); each has batch_size / accumulate rows"""
+    freeze: tuple[str, ...] = ()
+    """patterns of parameters that are not trained, such as "embed" or "layers.0-3\""""
     log_every: int = 1
     """number of steps between lines of metrics.jsonl"""
     checkpoint_every: int = 1000

@@ -1,6 +1,7 @@
 """One training step: gradients of the microbatches, clipping, update, metrics."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from camelid.train.config import LossScaleConfig
 from camelid.train.counters import loss_deviation, update_counters
 from camelid.train.objective import Arrays, Objective
 from camelid.train.state import TrainState
-from camelid.train.trainable import combine, mask_layers
+from camelid.train.trainable import combine
 
 REPORTED = ("skipped", "skipped_in_a_row", "loss_scale", "overflows")
 """the counters of a state that are metrics of the step"""
@@ -34,14 +35,14 @@ class TrainStep:
     """number of microbatches per step"""
     seed: int = 0
     """of everything random in a step; the key of step s is fold_in(key(seed), s)"""
-    trained_layers: tuple[bool, ...] | None = None
-    """for each layer, whether it is trained; None if all are"""
     ema_decay: float | None = None
     """decay of the moving average of the parameters; None if the state has none"""
     loss_scale: LossScaleConfig | None = None
     """how the loss scale of float16 changes; None: gradients are not scaled"""
     param_norm: bool = False
     """whether the metrics contain param_norm, the global norm of the trained parameters after the update"""
+    mask: Callable[[Any], Any] | None = None
+    """sets the gradients and the updates of what is not trained to zero; None if all parameters are trained"""
 
     def __call__(self, state: TrainState, batch: Arrays, frozen: Any = None) -> tuple[TrainState, Arrays]:
         """The state after one update, and the metrics of the step.
@@ -147,8 +148,8 @@ class TrainStep:
         return {name: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
     def _masked(self, tree: Any) -> Any:
-        """Gradients or updates without those of frozen layers, which weight decay must not move either."""
-        return tree if self.trained_layers is None else mask_layers(tree, self.trained_layers)
+        """Gradients or updates without those that are frozen, which weight decay must not move either."""
+        return tree if self.mask is None else self.mask(tree)
 
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:

@@ -1,12 +1,15 @@
 """Which parameters are trained: a tree is split into its trainable and its frozen arrays, and joined again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from camelid.errors import UserError
 from camelid.model.pytree import path_name
+from camelid.train.patterns import per_layer, select
 
 
 def partition(params: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, Any]:
@@ -29,16 +32,28 @@ def combine(trainable: Any, frozen: Any) -> Any:
     return jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda x: x is None)
 
 
-def mask_layers(tree: Any, trained: tuple[bool, ...]) -> Any:
-    """`tree`, gradients or updates, with zeros for the layers that are not trained.
+def trained_parameters(freeze: Sequence[str], specs: Any) -> dict[str, np.ndarray]:
+    """Which parameters are trained, by path: booleans of shape (), or of shape (layers,).
 
-    `trained` has one value per layer, that is per index of the first axis of each array below `layers`, wherever in the
-    tree that is.
+    Raises UserError if a pattern of `freeze` matches no parameter, or if nothing is left to train.
     """
+    trained = {path: ~mask for path, mask in select(freeze, specs, "train.freeze").items()}
+    if not any(mask.any() for mask in trained.values()):
+        raise UserError(
+            f"train.freeze = {list(freeze)} freezes every parameter", "Leave at least one parameter to train."
+        )
+    return trained
 
-    def mask(path: Any, leaf: jax.Array) -> jax.Array:
-        if "layers" not in path_name(path).split("."):
-            return leaf
-        return jnp.where(jnp.array(trained).reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
 
-    return jax.tree.map_with_path(mask, tree)
+def make_mask(freeze: Sequence[str], specs: Any) -> Callable[[Any], Any] | None:
+    """A function that sets gradients or updates of frozen parameters and layers to zero; None if nothing is frozen."""
+    if not freeze:
+        return None
+    trained = jax.tree.unflatten(jax.tree.structure(specs), list(trained_parameters(freeze, specs).values()))
+
+    def masked(mask: np.ndarray, leaf: jax.Array) -> jax.Array:
+        return leaf if mask.all() else jnp.where(per_layer(mask, leaf), leaf, jnp.zeros_like(leaf))
+
+    return lambda tree: jax.tree.map(
+        lambda mask, part: jax.tree.map(lambda leaf: masked(mask, leaf), part), trained, tree
+    )
