@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from camelid import interrupts
 from camelid.api import Model
 from camelid.checkpoint.folder import check_destination
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.data.rows.batch import Batch
+from camelid.data.rows.batch import Batch, PairBatch
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.prefetch import prefetched
 from camelid.errors import UserError
@@ -30,6 +31,7 @@ from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.components import Components, build_components
 from camelid.runs.lora import Base, base_dtype, save_adapter
 from camelid.runs.recipe import Recipe, completed
+from camelid.runs.reference import with_reference
 from camelid.runs.run_folder import (
     ADAPTER,
     ADAPTER_EMA,
@@ -50,7 +52,7 @@ from camelid.text.tokenizer import CHAT_TEMPLATE
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.metrics_log import MetricsLog
-from camelid.train.objective import Arrays, Objective
+from camelid.train.objective import Arrays, Objective, Sum
 from camelid.train.state import TrainState
 from camelid.train.step import TrainStep
 from camelid.train.trackers import make_tracker
@@ -127,13 +129,16 @@ def _train(
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
     config, state, first, sinks = recipe.train, start.state, int(start.state.step), []
-    step = components.step
-    if first < config.steps:
-        step = compile_step(components.step, state, recipe, mesh, terminal, start.frozen)
+    kind = PairBatch if components.precomputes_reference else Batch
+    step, starting = components.step, first < config.steps
+    if starting:
+        step = compile_step(step, state, recipe, mesh, terminal, start.frozen, kind)
     # Kernels may refuse the model when they are compiled, so nothing is written before this line.
     base_files = {} if start.base is None else start.base.files
     record(folder, recipe, components.files | base_files, components.data)
     mark_unfinished(folder)
+    if starting and components.precomputes_reference:
+        components = with_reference(components, start, folder, mesh, terminal)
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in config.trackers)
         sinks = [MetricsFile(folder / METRICS, start.resumed or 0), *trackers]
@@ -147,8 +152,8 @@ def _train(
     with MetricsLog(config, terminal, speed, sinks, tokens_per_step, checkpoints.recovery_advice) as log:
         if validate is not None and start.resumed is None:
             with log.paused():
-                loss = validate(state)
-            log.validation(first, loss)
+                found = validate(state)
+            log.validation(first, found)
         with StopSignal(first, config.steps) as stop, contextlib.closing(terminal):
             batches = _batches(recipe, components.loader, mesh, first, speed)
             export = None if start.base is None else partial(_save_adapter, components, folder, start.base)
@@ -163,7 +168,7 @@ def train_steps(
     batches: Iterable[Arrays],
     config: TrainConfig,
     log: MetricsLog,
-    validate: Callable[[TrainState], float] | None,
+    validate: Callable[[TrainState], Mapping[str, float]] | None,
     checkpoints: RunCheckpoints,
     stop: StopSignal,
     export: Callable[[TrainState], None] | None = None,
@@ -187,9 +192,9 @@ def train_steps(
             log.flush()  # whoever ends the process after a checkpoint must find its step in metrics.jsonl
         if validate is not None and validates:
             with log.paused():
-                loss = validate(state)
-                ema_loss = None if state.ema is None else validate(replace(state, trainable=state.ema))
-            log.validation(made, loss, ema_loss)
+                found = validate(state)
+                ema_loss = None if state.ema is None else validate(replace(state, trainable=state.ema))["loss"]
+            log.validation(made, found, ema_loss)
         # The parameters may be the reason that updates are skipped: good checkpoints are not replaced until it is over.
         saves = (due and not log.skipping) or ending or stopping
         if saves:  # after the validation, which a resumed run does not repeat
@@ -252,16 +257,23 @@ def _save_adapter(components: Components, folder: Path, base: Base, state: Train
 
 
 def compile_step(
-    step: TrainStep, state: TrainState, recipe: Recipe, mesh: Mesh, terminal: Terminal, frozen: Any = None
+    step: TrainStep,
+    state: TrainState,
+    recipe: Recipe,
+    mesh: Mesh,
+    terminal: Terminal,
+    frozen: Any = None,
+    kind: type[Batch] = Batch,
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
-    """The compiled step, as `step(state, batch)`. The memory of the state that it is given is reused for the state that
-    it returns; `frozen`, the parameters that are not trained, stays."""
+    """The compiled step for batches of this kind, as `step(state, batch)`. The memory of the state that it is given is
+    reused for the state that it returns; `frozen`, the parameters that are not trained, stays."""
     if is_main():
         terminal.print("compiling the training step ...")
     start = time.perf_counter()
     shape = (recipe.data.batch_size, recipe.data.sequence_length)
     sharding = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
-    dtypes = {field.name: jnp.float32 if field.name == "weights" else jnp.int32 for field in fields(Batch)}
+    floats = ("weights", "reference")
+    dtypes = {field.name: jnp.float32 if field.name in floats else jnp.int32 for field in fields(kind)}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     # The state keeps its shardings, whatever the compiler would choose for the updates of an optimizer.
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None))
@@ -281,21 +293,22 @@ def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int, speed: Spee
 
 def _validation_loss(
     objective: Objective, loader: Loader, recipe: Recipe, mesh: Mesh, frozen: Any, state: TrainState
-) -> float:
-    """The mean loss in nats per token over the entire validation split."""
+) -> dict[str, float]:
+    """The mean `loss` over the entire validation split, and the means of the objective's metrics."""
     rows = recipe.data.batch_size // recipe.train.accumulate
     sharding = BatchSharding(rows, mesh)
-    params, total, weight = combine(state.trainable, frozen), 0.0, 0.0
+    params = combine(state.trainable, frozen)
+    sums: dict[str, np.ndarray] = {}
     for batch in loader.in_order(rows):
-        sums = to_host(_summed_loss(params, sharding.place(vars(batch)), objective))
-        total, weight = total + float(sums[0]), weight + float(sums[1])
-    return total / weight
+        for name, pair in to_host(_sums(params, sharding.place(vars(batch)), objective)).items():
+            sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
+    return {name: float(total / weight) for name, (total, weight) in sums.items()}
 
 
 @partial(jax.jit, static_argnames="objective")
-def _summed_loss(params: Decoder, batch: Arrays, objective: Objective) -> tuple[jax.Array, jax.Array]:
-    total, weight, _ = objective(params, batch, None)
-    return total, weight
+def _sums(params: Decoder, batch: Arrays, objective: Objective) -> dict[str, Sum]:
+    total, weight, metrics = objective(params, batch, None)
+    return {"loss": (total, weight), **metrics}
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

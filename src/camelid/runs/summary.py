@@ -31,6 +31,8 @@ def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Sta
     )
     if recipe.lora is not None:
         yield _trained(recipe, components, start)
+    if recipe.dpo is not None:
+        yield f"{sum(store.num_documents for store in components.loader.stores) // 2:,} pairs of answers"
     step = int(start.state.step)
     if start.resumed is not None:
         if step < recipe.train.steps:
