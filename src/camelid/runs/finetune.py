@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,8 +134,8 @@ def _new_table(request: Request) -> tuple[dict[str, Any], list[str]]:
     table: dict[str, Any] = {"run": request.run, "init": request.model}
     if request.ignore:
         table["init_ignore"] = list(request.ignore)
-    sources = [{"files": [name], **each} for name, each in zip(request.data, options, strict=True)]
-    return table | Chooser(source.config, tokenizer, given, notes).tables(_joined(sources)), notes
+    table |= Chooser(source.config, tokenizer, given, notes).tables(_sources(request.data, options))
+    return table, notes
 
 
 def _options(name: str, request: Request, dpo: bool) -> dict[str, Any]:
@@ -163,14 +163,12 @@ def _choose_templates(options: list[dict[str, Any]], tokenizer: "Tokenizer", mod
         yield f"{model} has no chat template: {name!r} is used; --template chooses another"
 
 
-def _joined(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sources, those with the same options as one."""
-    joined: list[dict[str, Any]] = []
-    for source in sources:
-        for other in joined:
-            if {**other, "files": None} == {**source, "files": None}:
-                other["files"] += source["files"]
-                break
-        else:
-            joined.append(source)
-    return joined
+def _sources(names: Sequence[str], options: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sources that read the names; those with the same options are one."""
+    files: dict[str, list[str]] = {}
+    of: dict[str, dict[str, Any]] = {}
+    for name, each in zip(names, options, strict=True):
+        key = repr(sorted(each.items()))
+        files.setdefault(key, []).append(name)
+        of[key] = each
+    return [{"files": found[0] if len(found) == 1 else found, **of[key]} for key, found in files.items()]

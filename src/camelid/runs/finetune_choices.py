@@ -43,7 +43,9 @@ class Chooser:
         steps = self._value("train", "steps", defaults.steps(rows, batch, times))
         dtype = self._value("compute", "dtype", devices.dtype)
         parts, remat = self._memory(parameters, length, batch, devices, dtype)
-        validates = "validation_fraction" in data or bool(self._value("data", "validation", None))
+        validates = any(
+            {**data, **self.given.get("data", {})}.get(name) for name in ("validation", "validation_fraction")
+        )
         optimizer: dict[str, Any] = {}
         if self._value("optimizer", "name", "adamw") == "adamw":
             optimizer["learning_rate"] = defaults.learning_rate(parameters, lora, dpo)
@@ -79,14 +81,15 @@ class Chooser:
         from camelid.train.loggers import tokenizing
 
         table: dict[str, Any] = {"train": sources}
-        if "validation" not in self.given.get("data", {}) and (fraction := _held_out(sources)):
-            table["validation_fraction"] = fraction
         given = {name: value for name, value in self.given.get("data", {}).items() if name != "batch_size"}
 
         def config(**chosen: Any) -> DataConfig:
-            recipe = {"run": "-", "init": "-", "train": {"steps": 1}}
-            return recipe_of({**recipe, "data": {**table, "batch_size": 1, **chosen, **given}}).data
+            others = {"run": "-", "init": "-", "train": {"steps": 1}} | ({"dpo": {}} if dpo else {})
+            return recipe_of({**others, "data": {**table, "batch_size": 1, **chosen, **given}}).data
 
+        fraction = _held_out(config(sequence_length=1).train)
+        if fraction and not given.keys() & {"validation", "validation_fraction"}:
+            table["validation_fraction"] = fraction
         stores = open_stores(config(sequence_length=self.config.max_length), self.tokenizer, "train", tokenizing())
         lengths = _lengths(stores, dpo)
         if texts and any(store.codes is not None for store in stores):  # prepared examples, which have prompts
@@ -135,13 +138,11 @@ class Chooser:
         self.notes.insert(0, what)
 
 
-def _held_out(sources: list[dict[str, Any]]) -> float:
+def _held_out(sources: Sequence[Source]) -> float:
     """The fraction of the records to hold out for validation; no more are read than is needed to choose it."""
     from camelid.data.readers.sources import read_records
 
-    records = itertools.chain.from_iterable(
-        read_records(Source(**{**source, "files": tuple(source["files"])})) for source in sources
-    )
+    records = itertools.chain.from_iterable(map(read_records, sources))
     return defaults.validation_fraction(sum(1 for _ in itertools.islice(records, defaults.HELD_OUT[0][0])))
 
 
