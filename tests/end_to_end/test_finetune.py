@@ -128,6 +128,11 @@ def test_what_is_contradictory_is_refused_before_the_model_is_read(work: Path):
         assert advice in done.stderr
 
 
+def test_the_data_are_named_by_arguments_alone(stories: Path, work: Path):
+    done = called("finetune", stories, "instruct.jsonl", "--data.train", "other.jsonl")
+    assert_refused(done, "data.train is set by the arguments after MODEL")
+
+
 def test_a_field_that_does_not_exist_is_named_with_the_option_to_set(stories: Path, work: Path):
     done = called("finetune", stories, "instruct.jsonl", "--optimizer.lr", 1e-4)
     assert_refused(done, "no field 'optimizer.lr'")

@@ -32,15 +32,15 @@ def finetune(
     ignore_config_field: Ignore = (),
     overrides: Suppress[tuple[str, ...]] = (),
 ) -> None:
-    """Finetune a checkpoint on files: detects their kind, chooses a recipe, prints it and trains; rerun to resume.
+    """Finetune a checkpoint on files, by a recipe that is chosen for them; rerun the command to resume.
 
     camelid finetune ./TinyLlama chats.jsonl
     camelid finetune ./TinyLlama instructions.json --lora --out runs/assistant
     camelid finetune ./TinyLlama pairs.jsonl --dpo --lora --print-recipe > dpo.toml
     camelid finetune ./TinyLlama 'texts/*.txt' --train.steps 500 --optimizer.learning-rate 1e-5
 
-    The recipe depends on the size of the model, on the data and on the devices. Any field of it can be set by
-    --table.field VALUE, and the others are chosen around it; docs/finetune.md describes how.
+    The kind of the data is detected. The recipe depends on the size of the model, on the data and on the devices, and
+    is printed. Any field of it can be set by --table.field VALUE; the others are chosen around it.
 
     Args:
         lora: train LoRA adapters instead of all parameters; --lora.rank 8 sets a field of [lora]

@@ -14,7 +14,7 @@ Name = Annotated[Positional[str], arg(metavar="NAME", help="a name that `camelid
 
 
 def list_recipes() -> None:
-    """List the recipes that are installed with camelid; `camelid train NAME` runs one.
+    """List the recipes that are installed with camelid, which `camelid train NAME` runs.
 
     camelid recipes ls
     """

@@ -47,7 +47,7 @@ class Request:
     @property
     def run(self) -> str:
         """The folder of the run, which by default is named after the model, the data and the method."""
-        return self.given.get("run") or self.out or str(Path("runs", self._name()))
+        return self.out or str(Path("runs", self._name()))
 
     def _name(self) -> str:
         model = [part for part in re.split(r"[/\\]|::", self.model) if part.strip(".")]
@@ -127,6 +127,11 @@ def _new_table(request: Request) -> tuple[dict[str, Any], list[str]]:
     from camelid.text.tokenizer import load_tokenizer
 
     given = request.given
+    if "train" in given.get("data", {}):
+        raise UserError(
+            "data.train is set by the arguments after MODEL",
+            "Name the files there; --kind, --fields, --text-key and --template set how they are read.",
+        )
     options = [_options(name, request, "dpo" in given) for name in request.data]
     source = open_checkpoint(request.model, ignore=request.ignore)
     tokenizer = load_tokenizer(source.tokenizer_folder)
