@@ -2,6 +2,7 @@
 
 import builtins
 import collections.abc
+import copy
 import dataclasses
 import tomllib
 import types
@@ -134,15 +135,26 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         table = tomllib.loads(read_text(path, "a recipe (.toml)"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {error}", "docs/recipes.md has an example.") from error
-    pairs = _pairs(overrides)
-    for key, text in pairs:
-        _set(table, key, _value(text, _type_of(key)))
+    return recipe_of(table, overrides)
+
+
+def recipe_of(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a table, in which `--a.b value` pairs replace fields; raises UserError for anything unknown."""
+    changed = overridden(table, overrides)
     try:
-        return structure(table)
+        return structure(changed)
     except UserError as error:
-        if any(repr(key) in error.problem for key, _ in pairs):
+        if any(repr(key) in error.problem for key, _ in _pairs(overrides)):
             raise UserError(error.problem, as_option(error.advice)) from error
         raise
+
+
+def overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the table, in which `--a.b value` pairs replace fields."""
+    changed = copy.deepcopy(dict(table))
+    for key, text in _pairs(overrides):
+        _set(changed, key, _value(text, _type_of(key)))
+    return changed
 
 
 def structure(table: Mapping[str, Any]) -> Recipe:
