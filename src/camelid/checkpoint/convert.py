@@ -110,7 +110,9 @@ def _counting(read_slice: SliceReader, counts: dict[tuple, int]) -> SliceReader:
 
 
 def _training(checkpoint: Checkpoint) -> AdamExport | None:
-    if (state := checkpoint.training) is None:
+    """The state of AdamW; None if there is none, or if it lacks the moments of parameters that were not trained."""
+    state = checkpoint.training
+    if state is None or not checkpoint.table.tensors.keys() <= state.mu.keys():
         return None
     return AdamExport(state.step, *(slice_reader(checkpoint.table, moments) for moments in (state.mu, state.nu)))
 
