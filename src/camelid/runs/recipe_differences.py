@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 CAUSES = ("optimizer.name", "optimizer.schedule")
 """fields that decide the defaults of others; they are listed before those, and after init, model and entire tables"""
@@ -26,8 +26,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str)
         if isinstance(there, dict) and isinstance(here, dict):
             yield from _differences(there, here, f"{name}.")
         elif _are_tables(there) and _are_tables(here) and len(there) == len(here):
-            for number, pair in enumerate(zip(there, here, strict=True)):
-                yield from _differences(*pair, f"{name}[{number}].")
+            for number, (item, other) in enumerate(zip(there, here, strict=True)):
+                yield from _differences(item, other, f"{name}[{number}].")
         elif isinstance(there, dict) and here is None:
             yield _rank(name, True), name, f"[{name}] there, no [{name}] here"
         elif isinstance(here, dict) and there is None:
@@ -44,7 +44,7 @@ def _rank(name: str, is_table: bool) -> int:
     return 2 + (CAUSES.index(name) if name in CAUSES else len(CAUSES))
 
 
-def _are_tables(value: Any) -> bool:
+def _are_tables(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
