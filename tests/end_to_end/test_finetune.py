@@ -136,6 +136,8 @@ def test_the_data_are_named_by_arguments_alone(stories: Path, work: Path):
 def test_a_field_that_does_not_exist_is_named_with_the_option_to_set(stories: Path, work: Path):
     done = called("finetune", stories, "instruct.jsonl", "--optimizer.lr", 1e-4)
     assert_refused(done, "no field 'optimizer.lr'")
+    assert_refused(called("finetune", stories, "instruct.jsonl", "--train.steps", "many"), "train.steps: 'many'")
+    done = called("finetune", stories, "instruct.jsonl", "--optimizer.lr", 1e-4)
     assert "--optimizer.learning-rate" in done.stderr
 
 
