@@ -77,9 +77,9 @@ class Story(StopSignal):
         assert (row["loss"], row["weight"]) == (row["step"] / 2, row["step"])
         assert {type(row["loss"]), type(row["weight"])} == {float, int}
 
-    def validate(self, state: TrainState) -> float:
+    def validate(self, state: TrainState) -> dict[str, float]:
         self.events.append(("validate", int(state.step)))
-        return 1.5
+        return {"loss": 1.5}
 
     def save(self, step: int, state: TrainState) -> None:
         assert int(state.step) == step

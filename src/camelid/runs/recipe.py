@@ -22,7 +22,7 @@ from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
 from camelid.runs.renamed import renamed_advice
 from camelid.runs.suggestions import as_option, suggest
-from camelid.train.config import DropoutConfig, EmaConfig, LossConfig, LossScaleConfig, TrainConfig
+from camelid.train.config import DPOConfig, DropoutConfig, EmaConfig, LossConfig, LossScaleConfig, TrainConfig
 from camelid.train.lora_config import LoRAConfig
 from camelid.train.optimizer_config import OptimizerConfig
 
@@ -50,6 +50,8 @@ class Recipe:
     data: DataConfig
     train: TrainConfig
     loss: LossConfig = LossConfig()
+    dpo: DPOConfig | None = None
+    """train on pairs of answers, of sources of kind = "preference", by direct preference optimization"""
     dropout: DropoutConfig = DropoutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAConfig | None = None
@@ -83,6 +85,7 @@ class Recipe:
             )
         if self.init is None and self.tokenizer is None:
             raise UserError("the recipe has a model and no tokenizer", "Set tokenizer to a folder with tokenizer.json.")
+        self._check_preference()
         if self.compute.param_dtype != "float32":
             raise UserError(
                 f"compute.param_dtype = {self.compute.param_dtype!r} loses updates in training: most are smaller than "
@@ -95,6 +98,34 @@ class Recipe:
             raise UserError(
                 f"the recipe has a loss_scale and compute.dtype = {self.compute.dtype!r}",
                 "Only float16 needs loss scaling: remove the table, or set compute.dtype = 'float16'.",
+            )
+
+    def _check_preference(self) -> None:
+        """Raises UserError if the kinds of the sources do not fit the loss; stores are checked when they are opened."""
+        kinds = {source.kind for source in (*self.data.train, *self.data.validation)}
+        if self.dpo is None:
+            if "preference" in kinds:
+                raise UserError(
+                    "kind = 'preference' holds pairs of answers, and the recipe has no loss that compares them",
+                    "Add a table [dpo], for example with beta = 0.1. To train on the chosen answers alone, use "
+                    "kind = 'fields' and fields = '[prompt],chosen'.",
+                )
+            return
+        if others := sorted(kinds - {"preference", "tokens"}):
+            raise UserError(
+                f"[dpo] compares pairs of answers, and the data has a source of kind = {others[0]!r}",
+                "Use kind = 'preference' for every source, or remove [dpo].",
+            )
+        if self.loss != LossConfig() or "accuracy" in self.train.metrics:
+            field = "[loss]" if self.loss != LossConfig() else "train.metrics = 'accuracy'"
+            raise UserError(
+                f"{field} does not apply to the loss of [dpo], which is of pairs of answers and not of tokens",
+                "Leave it out; dpo.label_smoothing is the one of [dpo].",
+            )
+        if self.init is None:
+            raise UserError(
+                "the recipe has [dpo] and no init",
+                "Set init to the checkpoint to finetune, which is also the reference.",
             )
 
 

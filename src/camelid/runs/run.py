@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from camelid import interrupts
 from camelid.api import Model
 from camelid.checkpoint.folder import check_destination
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.data.rows.batch import Batch
+from camelid.data.rows.batch import Batch, PairBatch
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.prefetch import prefetched
 from camelid.errors import UserError
@@ -30,8 +31,10 @@ from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.components import Components, build_components
 from camelid.runs.lora import Base, base_dtype, save_adapter
 from camelid.runs.recipe import Recipe, completed
+from camelid.runs.reference import with_reference
 from camelid.runs.run_folder import (
     ADAPTER,
+    ADAPTER_EMA,
     MODEL,
     MODEL_EMA,
     STEPS,
@@ -49,7 +52,7 @@ from camelid.text.tokenizer import CHAT_TEMPLATE
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.metrics_log import MetricsLog
-from camelid.train.objective import Arrays, Objective
+from camelid.train.objective import Arrays, Objective, Sum
 from camelid.train.state import TrainState
 from camelid.train.step import TrainStep
 from camelid.train.trackers import make_tracker
@@ -86,6 +89,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     previous = kept_recipe(folder)
     if previous is None:
         interrupts.set_advice("no step was saved; run the same command again to start from the beginning")
+        recipe.optimizer.check_decay()
     recipe = completed(recipe, previous)
     broadcast_from_main(lambda: check_folder(folder, recipe))
     mesh = make_mesh(recipe.mesh)
@@ -105,6 +109,9 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
                     terminal.print(line)
             written = _written(recipe)
             if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, written):
+                if is_main():
+                    made = f"it has made all {recipe.train.steps} steps"
+                    terminal.print(f"this run is finished: {made}; a larger train.steps continues it")
                 model = _model(recipe, components, folder, mesh, combine(start.state.trainable, start.frozen))
                 return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in written))
             state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal)
@@ -122,13 +129,16 @@ def _train(
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
     config, state, first, sinks = recipe.train, start.state, int(start.state.step), []
-    step = components.step
-    if first < config.steps:
-        step = compile_step(components.step, state, recipe, mesh, terminal, start.frozen)
+    kind = PairBatch if components.precomputes_reference else Batch
+    step, starting = components.step, first < config.steps
+    if starting:
+        step = compile_step(step, state, recipe, mesh, terminal, start.frozen, kind)
     # Kernels may refuse the model when they are compiled, so nothing is written before this line.
     base_files = {} if start.base is None else start.base.files
     record(folder, recipe, components.files | base_files, components.data)
     mark_unfinished(folder)
+    if starting and components.precomputes_reference:
+        components = with_reference(components, start, folder, mesh, terminal)
     if is_main():
         trackers = (make_tracker(name, folder, asdict(recipe)) for name in config.trackers)
         sinks = [MetricsFile(folder / METRICS, start.resumed or 0), *trackers]
@@ -142,8 +152,8 @@ def _train(
     with MetricsLog(config, terminal, speed, sinks, tokens_per_step, checkpoints.recovery_advice) as log:
         if validate is not None and start.resumed is None:
             with log.paused():
-                loss = validate(state)
-            log.validation(first, loss)
+                found = validate(state)
+            log.validation(first, found)
         with StopSignal(first, config.steps) as stop, contextlib.closing(terminal):
             batches = _batches(recipe, components.loader, mesh, first, speed)
             export = None if start.base is None else partial(_save_adapter, components, folder, start.base)
@@ -158,7 +168,7 @@ def train_steps(
     batches: Iterable[Arrays],
     config: TrainConfig,
     log: MetricsLog,
-    validate: Callable[[TrainState], float] | None,
+    validate: Callable[[TrainState], Mapping[str, float]] | None,
     checkpoints: RunCheckpoints,
     stop: StopSignal,
     export: Callable[[TrainState], None] | None = None,
@@ -182,9 +192,9 @@ def train_steps(
             log.flush()  # whoever ends the process after a checkpoint must find its step in metrics.jsonl
         if validate is not None and validates:
             with log.paused():
-                loss = validate(state)
-                ema_loss = None if state.ema is None else validate(replace(state, trainable=state.ema))
-            log.validation(made, loss, ema_loss)
+                found = validate(state)
+                ema_loss = None if state.ema is None else validate(replace(state, trainable=state.ema))["loss"]
+            log.validation(made, found, ema_loss)
         # The parameters may be the reason that updates are skipped: good checkpoints are not replaced until it is over.
         saves = (due and not log.skipping) or ending or stopping
         if saves:  # after the validation, which a resumed run does not repeat
@@ -203,26 +213,31 @@ def train_steps(
 def _finish(
     recipe: Recipe, components: Components, folder: Path, mesh: Mesh, start: Start, state: TrainState, finished: bool
 ) -> Outcome:
-    """Saves the results of a finished run: the model or adapter, and the moving average; and draws the losses."""
+    """Saves the results of a finished run: models and adapters of the last step; and draws the losses."""
     model = _model(recipe, components, folder, mesh, combine(state.trainable, start.frozen))
-    dtype = None if recipe.lora is None else base_dtype(recipe)
-    if finished and MODEL in _written(recipe):
-        model.save(folder / MODEL, dtype=dtype, overwrite=True)
-    if finished and state.ema is not None:
-        averaged = replace(model, params=combine(state.ema, start.frozen))
-        averaged.save(folder / MODEL_EMA, dtype=dtype, overwrite=True)
     if finished:
+        params = {ADAPTER: state.trainable, MODEL: state.trainable, ADAPTER_EMA: state.ema, MODEL_EMA: state.ema}
+        dtype = None if recipe.lora is None else base_dtype(recipe)
+        for name in _written(recipe):
+            if start.base is not None and name in (ADAPTER, ADAPTER_EMA):
+                save_adapter(folder / name, params[name], start.base, _companions(components, folder))
+            else:
+                saved = replace(model, params=combine(params[name], start.frozen))
+                saved.save(folder / name, dtype=dtype, overwrite=True)
         mark_finished(folder, int(state.step))
     if is_main():
         draw_losses(read_metrics(folder / METRICS), folder / "loss.png")
-    saved = (folder / name for name in _written(recipe) if (folder / name).is_dir())
-    return Outcome(folder, int(state.step), finished, model, tuple(saved))
+    written = tuple(folder / name for name in _written(recipe) if (folder / name).is_dir())
+    return Outcome(folder, int(state.step), finished, model, written)
 
 
 def _written(recipe: Recipe) -> tuple[str, ...]:
     """The folders in that of a finished run that are written for use elsewhere."""
-    result = (MODEL,) if recipe.lora is None else (ADAPTER, MODEL) if recipe.lora.merge else (ADAPTER,)
-    return result if recipe.ema is None else (*result, MODEL_EMA)
+    models = (MODEL,) if recipe.ema is None else (MODEL, MODEL_EMA)
+    if recipe.lora is None:
+        return models
+    adapters = (ADAPTER,) if recipe.ema is None else (ADAPTER, ADAPTER_EMA)
+    return (*adapters, *models) if recipe.lora.merge else adapters
 
 
 def _model(recipe: Recipe, components: Components, folder: Path, mesh: Mesh, params: Decoder) -> Model:
@@ -242,16 +257,23 @@ def _save_adapter(components: Components, folder: Path, base: Base, state: Train
 
 
 def compile_step(
-    step: TrainStep, state: TrainState, recipe: Recipe, mesh: Mesh, terminal: Terminal, frozen: Any = None
+    step: TrainStep,
+    state: TrainState,
+    recipe: Recipe,
+    mesh: Mesh,
+    terminal: Terminal,
+    frozen: Any = None,
+    kind: type[Batch] = Batch,
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
-    """The compiled step, as `step(state, batch)`. The memory of the state that it is given is reused for the state that
-    it returns; `frozen`, the parameters that are not trained, stays."""
+    """The compiled step for batches of this kind, as `step(state, batch)`. The memory of the state that it is given is
+    reused for the state that it returns; `frozen`, the parameters that are not trained, stays."""
     if is_main():
         terminal.print("compiling the training step ...")
     start = time.perf_counter()
     shape = (recipe.data.batch_size, recipe.data.sequence_length)
     sharding = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
-    dtypes = {field.name: jnp.float32 if field.name == "weights" else jnp.int32 for field in fields(Batch)}
+    floats = ("weights", "reference")
+    dtypes = {field.name: jnp.float32 if field.name in floats else jnp.int32 for field in fields(kind)}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     # The state keeps its shardings, whatever the compiler would choose for the updates of an optimizer.
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None))
@@ -271,21 +293,22 @@ def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int, speed: Spee
 
 def _validation_loss(
     objective: Objective, loader: Loader, recipe: Recipe, mesh: Mesh, frozen: Any, state: TrainState
-) -> float:
-    """The mean loss in nats per token over the entire validation split."""
+) -> dict[str, float]:
+    """The mean `loss` over the entire validation split, and the means of the objective's metrics."""
     rows = recipe.data.batch_size // recipe.train.accumulate
     sharding = BatchSharding(rows, mesh)
-    params, total, weight = combine(state.trainable, frozen), 0.0, 0.0
+    params = combine(state.trainable, frozen)
+    sums: dict[str, np.ndarray] = {}
     for batch in loader.in_order(rows):
-        sums = to_host(_summed_loss(params, sharding.place(vars(batch)), objective))
-        total, weight = total + float(sums[0]), weight + float(sums[1])
-    return total / weight
+        for name, pair in to_host(_sums(params, sharding.place(vars(batch)), objective)).items():
+            sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
+    return {name: float(total / weight) for name, (total, weight) in sums.items()}
 
 
 @partial(jax.jit, static_argnames="objective")
-def _summed_loss(params: Decoder, batch: Arrays, objective: Objective) -> tuple[jax.Array, jax.Array]:
-    total, weight, _ = objective(params, batch, None)
-    return total, weight
+def _sums(params: Decoder, batch: Arrays, objective: Objective) -> dict[str, Sum]:
+    total, weight, metrics = objective(params, batch, None)
+    return {"loss": (total, weight), **metrics}
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

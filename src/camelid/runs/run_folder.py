@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from camelid.checkpoint.adapters.peft_config import NAME as CONFIG
+from camelid.checkpoint.adapters.trained import NAME as LORA
 from camelid.checkpoint.state.saved_state import steps_in
 from camelid.disk.atomic import write_atomically
 from camelid.disk.locks import LOCK, locked, no_empty_folders
@@ -29,7 +31,7 @@ FREE = {
         "max_skipped",
         "spike_sigma",
     )
-} | {"run", "data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
+} | {"run", "lora.merge", "data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
 """Recipe fields that may change when a run is resumed, apart from the mesh; `run`, because a folder may be moved."""
 STEPS = "checkpoints"
 """name of the folder of the checkpoints"""
@@ -37,6 +39,8 @@ MODEL = "model"
 """name of the folder of the finished model"""
 ADAPTER = "adapter"
 """name of the folder of the adapter, in PEFT's form"""
+ADAPTER_EMA = "adapter_ema"
+"""name of the folder of the moving average of the adapter of a finished run"""
 MODEL_EMA = "model_ema"
 """name of the folder of the moving average of the parameters of a finished run"""
 FINISHED = "finished.json"
@@ -54,7 +58,11 @@ def has_started(folder: Path) -> bool:
 
 def is_finished(folder: Path, step: int, written: Sequence[str]) -> bool:
     """Whether the folders `written` in that of a run exist and are those after `step`; every process calls this."""
-    return broadcast_from_main(lambda: all((folder / name).is_dir() for name in written) and _step(folder) == step)
+
+    def exists(name: str) -> bool:
+        return (folder / name / (CONFIG if name in (ADAPTER, ADAPTER_EMA) else "config.json")).is_file()
+
+    return broadcast_from_main(lambda: all(map(exists, written)) and _step(folder) == step)
 
 
 def _step(folder: Path) -> int | None:
@@ -105,7 +113,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             raise UserError(f"{folder} has files and is not the folder of a run", "Choose another folder with --run.")
         return
     if (text := _kept_text(folder)) is None:
-        for name in (MODEL, ADAPTER, MODEL_EMA):
+        for name in (MODEL, ADAPTER, MODEL_EMA, ADAPTER_EMA):
             if (folder / name).exists():
                 raise UserError(
                     f"{folder} has the {name} of a run without checkpoints: training would start again at step 0 and "
@@ -191,6 +199,8 @@ def record(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data)
     for name, content in {**about, **files}.items():
         if name not in kept:
             write_atomically(folder / name, content)
+    if LORA not in files:  # of an earlier start with another recipe, before its first checkpoint
+        (folder / LORA).unlink(missing_ok=True)
 
 
 def _remove_lock_alone(folder: Path) -> None:

@@ -91,6 +91,8 @@ class Terminal:
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of a step: loss, learning_rate, those of Speed, and mfu if it is known."""
         text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
+        if about := rewards(metrics):
+            text += f"  {about}"
         text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
         if metrics.get("mfu") is not None:
             text += f"  MFU {metrics['mfu']:.1%}"
@@ -117,6 +119,27 @@ class Terminal:
         bar.start()
         return bar
 
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int, every: float = 10.0) -> Iterator[Callable[[int], None]]:
+        """Shows the progress of something that precedes training; gives a function of the number of items done.
+
+        Without a terminal it prints a line at most once in `every` seconds.
+        """
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=self.console, transient=True, disable=not self._draws) as bar:
+            task, printed = bar.add_task("", total=total), time.monotonic()
+
+            def show(done: int) -> None:
+                nonlocal printed
+                bar.update(task, completed=done)
+                if not self._draws and (now := time.monotonic()) - printed >= every:
+                    printed = now
+                    self.print(f"{what}: {done:,} of {total:,}")
+
+            yield show
+
     def print(self, text: str) -> None:
         """Prints a line above the bar."""
         self.console.print(text, markup=False, soft_wrap=True)
@@ -124,6 +147,13 @@ class Terminal:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def rewards(metrics: Mapping[str, Any]) -> str:
+    """The metrics of a preference loss as text; empty for other losses."""
+    if "rewards/margins" not in metrics:
+        return ""
+    return f"reward accuracy {metrics['rewards/accuracies']:.1%}  margin {metrics['rewards/margins']:.3f}"
 
 
 class Speed:
@@ -178,6 +208,7 @@ def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, style, label=name.replace("_", " "))
             axes.legend()
-    axes.set(xlabel="step", ylabel="nats per token", title="Loss")
+    unit = "loss per pair" if any("rewards/margins" in row for row in rows) else "nats per token"
+    axes.set(xlabel="step", ylabel=unit, title="Loss")
     axes.grid(alpha=0.3)
     figure.savefig(path)

@@ -12,7 +12,7 @@ import numpy as np
 from camelid.errors import UserError
 from camelid.parallel.hosts import is_main, to_host
 from camelid.train.config import TrainConfig
-from camelid.train.loggers import Speed, Terminal
+from camelid.train.loggers import Speed, Terminal, rewards
 
 
 class Sink(Protocol):
@@ -60,19 +60,22 @@ class MetricsLog(contextlib.AbstractContextManager):
         for step, metrics in pending:
             self._write_step(step, {name: value.item() for name, value in to_host(metrics).items()})
 
-    def validation(self, step: int, loss: float, ema_loss: float | None = None) -> None:
-        """Writes the validation loss after a step; raises UserError if it is infinite or NaN.
+    def validation(self, step: int, metrics: Mapping[str, float], ema_loss: float | None = None) -> None:
+        """Writes the validation loss after a step, `loss` of the metrics, and the others; each name begins with
+        `validation_`. Raises UserError if the loss is infinite or NaN.
 
         `ema_loss` is that of the moving average of the parameters; None if there is none.
         """
         averaged = {} if ema_loss is None else {"validation_loss_ema": ema_loss}
-        self._write({"step": step, "validation_loss": loss, **averaged})
+        self._write({"step": step, **{f"validation_{name}": value for name, value in metrics.items()}, **averaged})
+        loss = metrics["loss"]
         if not math.isfinite(loss):
             raise UserError(f"after step {step} the validation loss is {loss}", self._advice())
         if is_main():
             average = "" if ema_loss is None else f"; of the moving average {ema_loss:.4f}"
             with np.errstate(over="ignore"):
-                self._terminal.print(f"step {step}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}{average}")
+                about = rewards(metrics) or f"perplexity {np.exp(loss):.2f}"
+            self._terminal.print(f"step {step}: validation loss {loss:.4f}, {about}{average}")
 
     def paused(self) -> AbstractContextManager[None]:
         """While the block runs, no time is counted as that of steps: for validation and checkpoints."""
