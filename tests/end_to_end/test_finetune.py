@@ -1,6 +1,7 @@
 """`camelid finetune`: the recipe that it prints, the run that it trains, and what it refuses."""
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,21 @@ def test_fields_that_are_given_are_kept_and_the_others_chosen_around_them(storie
     assert table["data"]["overlong"] == "truncate"  # some are longer than 128
     assert table["train"]["steps"] != usual["train"]["steps"]  # of shorter rows, and more of them
     assert structure(table).lora is not None
+
+
+def test_preferences_are_trained_on_with_dpo(stories: Path, work: Path):
+    write(Path("pairs.jsonl"), *({**PAIR, "prompt": f"Who is {n}?"} for n in range(300)))
+    table = printed(stories, "pairs.jsonl", "--dpo", "--lora")
+    assert table["data"]["train"] == [{"files": "pairs.jsonl", "kind": "preference", "template": "zephyr"}]
+    assert table["run"] == "runs/stories260K-pairs-lora-dpo"
+    assert table["dpo"] == {"beta": 0.1}
+    assert table["optimizer"] == {"learning_rate": 2.5e-4, "warmup_ratio": 0.1, "weight_decay": 0.0}
+    # One epoch of pairs, both answers of which are in one row.
+    assert table["data"]["sequence_length"] == 256
+    done = called("finetune", stories, "pairs.jsonl", "--dpo", "--lora", "--train.steps", 2, "--out", "x")
+    assert done.returncode == 0, done.stderr
+    (first, _) = [row for row in read_metrics(Path("x/metrics.jsonl")) if "loss" in row]
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-4)
 
 
 def test_several_files_and_texts(stories: Path, work: Path, assets: Path):

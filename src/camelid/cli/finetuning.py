@@ -28,6 +28,7 @@ def finetune(
     fields: str | None = None,
     text_key: str | None = None,
     template: str | None = None,
+    max_unreadable: float | None = None,
     print_recipe: bool = False,
     ignore_config_field: Ignore = (),
     overrides: Suppress[tuple[str, ...]] = (),
@@ -50,6 +51,7 @@ def finetune(
         fields: train on fields of the records, those in brackets without a loss: '[question],answer'
         text_key: train on texts, which are in this field of the records
         template: chat template of chats, instructions and pairs (default: that of the checkpoint)
+        max_unreadable: maximum fraction of records that may be unreadable; they are counted and skipped
         print_recipe: print the recipe as TOML, for `camelid train`, and exit
     """
     from camelid.parallel.compilation_cache import keep_compiled
@@ -57,7 +59,13 @@ def finetune(
     keep_compiled()
     from camelid.runs.finetune import Request, make_plan
 
-    options = {"kind": kind, "fields": fields, "text_key": text_key, "template": template}
+    options = {
+        "kind": kind,
+        "fields": fields,
+        "text_key": text_key,
+        "template": template,
+        "max_unreadable": max_unreadable,
+    }
     request = Request(
         model=model,
         data=data,

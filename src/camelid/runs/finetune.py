@@ -34,7 +34,7 @@ class Request:
     dpo: bool = False
     out: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    """options of the sources that are given instead of detected: kind, fields, text_key, template"""
+    """options of the sources that are given instead of detected: kind, fields, text_key, template, max_unreadable"""
     ignore: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     """fields of the recipe, as `--a.b value`"""

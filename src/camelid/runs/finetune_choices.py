@@ -136,7 +136,7 @@ class Chooser:
 
     def _tell(self, rows: int, examples: int, batch: int, steps: int) -> None:
         epochs = steps * batch / rows
-        what = f"{examples:,} documents make {rows:,} rows: {steps:,} steps of {batch} rows are {epochs:.2g} epochs"
+        what = f"{examples:,} examples fill {rows:,} rows, which {steps:,} steps of {batch} rows read {epochs:.2g} times"
         self.notes.insert(0, what)
 
 

@@ -69,7 +69,7 @@ def learning_rate(parameters: int, lora: bool, dpo: bool) -> float:
     """The peak learning rate of AdamW."""
     full, adapters = next((full, adapters) for most, full, adapters in LEARNING_RATES if parameters <= most)
     rate = adapters if lora else full
-    return float(f"{rate * DPO_FACTOR:.1g}") if dpo else rate
+    return float(f"{rate * DPO_FACTOR:.2g}") if dpo else rate
 
 
 def epochs(examples: int, texts: bool, dpo: bool) -> int:
