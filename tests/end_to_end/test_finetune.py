@@ -68,6 +68,7 @@ def test_fields_that_are_given_are_kept_and_the_others_chosen_around_them(storie
     assert structure(table).lora is not None
 
 
+@pytest.mark.quick_compile
 def test_preferences_are_trained_on_with_dpo(stories: Path, work: Path):
     write(Path("pairs.jsonl"), *({**PAIR, "prompt": f"Who is {n}?"} for n in range(300)))
     table = printed(stories, "pairs.jsonl", "--dpo", "--lora")
@@ -96,6 +97,7 @@ def test_several_files_and_texts(stories: Path, work: Path, assets: Path):
     assert "overlong" not in texts["data"]
 
 
+@pytest.mark.quick_compile
 def test_a_run_trains_says_what_to_try_next_and_is_resumed_by_the_same_command(
     stories: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -59,7 +59,7 @@ class Request:
             data = first.parent.name
         more = [f"{len(self.data) - 1} more"] if len(self.data) > 1 else []
         words = [*model[-1:], data, *more, *(name for name in ("lora", "dpo") if name in self.given)]
-        return "-".join(filter(None, (re.sub(r"[^\w.]+", "_", word).strip("_.") for word in words)))
+        return "-".join(filter(None, (re.sub(r"[^\w.-]+", "_", word).strip("_.-") for word in words)))
 
 
 @dataclass(frozen=True)

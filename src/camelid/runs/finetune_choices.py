@@ -136,7 +136,9 @@ class Chooser:
 
     def _tell(self, rows: int, examples: int, batch: int, steps: int) -> None:
         epochs = steps * batch / rows
-        what = f"{examples:,} examples fill {rows:,} rows, which {steps:,} steps of {batch} rows read {epochs:.2g} times"
+        what = (
+            f"{examples:,} examples fill {rows:,} rows, which {steps:,} steps of {batch} rows read {epochs:.2g} times"
+        )
         self.notes.insert(0, what)
 
 
