@@ -40,8 +40,8 @@ def finetune(
     camelid finetune ./TinyLlama pairs.jsonl --dpo --lora --print-recipe > dpo.toml
     camelid finetune ./TinyLlama 'texts/*.txt' --train.steps 500 --optimizer.learning-rate 1e-5
 
-    The kind of the data is detected. The recipe depends on the size of the model, on the data and on the devices, and
-    is printed. Any field of it can be set by --table.field VALUE; the others are chosen around it.
+    Any field of the recipe can be set by --table.field VALUE, and the others are chosen around it, for the size of the
+    model, the kind and lengths of the data, and the devices. The recipe is printed before training starts.
 
     Args:
         lora: train LoRA adapters instead of all parameters; --lora.rank 8 sets a field of [lora]
