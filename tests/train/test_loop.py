@@ -240,8 +240,8 @@ def test_the_average_is_validated_beside_the_parameters(story: Story):
     log = MetricsLog(TrainConfig(steps=1), Terminal(0, 1), Speed(0, 1, 1.0, None), [story], 1, str)
     log.validation = lambda step, *found: seen.append((step, *found))  # type: ignore
 
-    def validate(state: TrainState) -> float:
-        return 2.5 if state.trainable is average else 1.5
+    def validate(state: TrainState) -> dict[str, float]:
+        return {"loss": 2.5 if state.trainable is average else 1.5}
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         after, metrics = story.step(state, batch)
@@ -249,7 +249,7 @@ def test_the_average_is_validated_beside_the_parameters(story: Story):
 
     state, checkpoints = TrainState(jnp.int32(0), PARAMS, (), ema=average), story
     train_steps(step, state, story.batches(0, 1), TrainConfig(steps=1), log, validate, checkpoints, story)  # type: ignore
-    assert seen == [(1, 1.5, 2.5)]
+    assert seen == [(1, {"loss": 1.5}, 2.5)]
 
 
 def test_a_later_start_counts_from_the_steps_made_before(story: Story):
