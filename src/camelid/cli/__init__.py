@@ -23,6 +23,7 @@ from camelid.cli.deltas import delta_apply, delta_make
 from camelid.cli.failures import as_user_error
 from camelid.cli.help import help_text, summary, with_plain_help
 from camelid.cli.models import generate, inspect, perplexity
+from camelid.cli.runs import plot, runs
 from camelid.cli.shared import path_options
 from camelid.cli.training import demo, train
 from camelid.errors import UserError
@@ -31,6 +32,8 @@ COMMANDS: dict[str, Callable] = {
     "generate": generate,
     "evaluate perplexity": perplexity,
     "train": train,
+    "runs": runs,
+    "plot": plot,
     "convert": convert,
     "diff": diff,
     "delta make": delta_make,
@@ -72,6 +75,9 @@ OTHER_NAMES = {
     "info": "inspect",
     "show": "inspect",
     "quickstart": "demo",
+    "list": "runs",
+    "ls": "runs",
+    "status": "runs",
 }
 """What other systems call the commands; suggested, never accepted."""
 

@@ -28,13 +28,10 @@ from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.components import Components, build_components
+from camelid.runs.file_names import ADAPTER, METRICS, MODEL, MODEL_EMA, STEPS
 from camelid.runs.lora import Base, base_dtype, save_adapter
 from camelid.runs.recipe import Recipe, completed
 from camelid.runs.run_folder import (
-    ADAPTER,
-    MODEL,
-    MODEL_EMA,
-    STEPS,
     check_folder,
     claimed,
     is_finished,
@@ -54,8 +51,6 @@ from camelid.train.state import TrainState
 from camelid.train.step import TrainStep
 from camelid.train.trackers import make_tracker
 from camelid.train.trainable import combine
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -214,7 +209,7 @@ def _finish(
     if finished:
         mark_finished(folder, int(state.step))
     if is_main():
-        draw_losses(read_metrics(folder / METRICS), folder / "loss.png")
+        draw_losses({folder.name: read_metrics(folder / METRICS)}, folder / "loss.png")
     saved = (folder / name for name in _written(recipe) if (folder / name).is_dir())
     return Outcome(folder, int(state.step), finished, model, tuple(saved))
 

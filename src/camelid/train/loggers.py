@@ -166,18 +166,22 @@ class Speed:
         return {"tokens_per_second": speed, "mfu": mfu, "step_s": seconds, "data_s": waited, "eta_s": left}
 
 
-def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the training and validation losses as a PNG."""
+def draw_losses(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draws the training and validation losses of runs, by name, as a PNG; each run has a color."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for name, style in (("loss", "-"), ("validation_loss", "o-")):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        if points:
-            steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, style, label=name.replace("_", " "))
-            axes.legend()
+    several = len(runs) > 1
+    for number, (run, rows) in enumerate(runs.items()):
+        run_name = run.replace("$", r"\$") + ": " if several else ""  # a $ starts a formula
+        for order, (name, style) in enumerate((("loss", "-"), ("validation_loss", "o-"))):
+            if points := [(row["step"], row[name]) for row in rows if row.get(name) is not None]:
+                steps, losses = zip(*points, strict=True)
+                color, width = f"C{number if several else order}", 1.0 if several and name == "loss" else 1.5
+                axes.plot(steps, losses, style, color=color, lw=width, label=run_name + name.replace("_", " "))
+    if axes.lines:
+        axes.legend()
     axes.set(xlabel="step", ylabel="nats per token", title="Loss")
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
