@@ -14,9 +14,11 @@ from camelid import describe
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.disk.space import format_bytes
 from camelid.model.config import LongRopeScaling, ModelConfig
+from camelid.model.decoder import declare_decoder
 from camelid.model.flops import cache_bytes, forward_flops, training_flops
 from camelid.model.presets import ALIASES, PRESETS, preset
-from camelid.train.optimizer import OptimizerConfig, make_optimizer
+from camelid.train.optimizer import make_optimizer
+from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.state import start_state
 from runs import TIMEOUT_S, assert_refused, called
 from tiny import tiny_config, tiny_params
@@ -147,7 +149,8 @@ def test_training_memory_is_that_of_the_state_and_the_gradients(capsys: pytest.C
     """The arrays that a step holds besides activations: those of the state that it is given, and one gradient each."""
     config = tiny_config()
     params = jax.eval_shape(lambda: tiny_params(config))
-    state = jax.eval_shape(lambda: start_state(tiny_params(config), make_optimizer(OptimizerConfig(), 1, True)))
+    optimizer = make_optimizer(OptimizerConfig(), 1, declare_decoder(config))
+    state = jax.eval_shape(lambda: start_state(tiny_params(config), optimizer))
     arrays = [*jax.tree.leaves((state.trainable, state.opt_state, params))]
     sizes = describe.of_config(config)["training_bytes"]
     assert sum(sizes.values()) == sum(4 * leaf.size for leaf in arrays if leaf.ndim)

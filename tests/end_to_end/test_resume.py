@@ -13,7 +13,7 @@ from camelid.train.loggers import read_metrics
 from runs import TIMEOUT_S, command, losses, started, tensor_bytes, tiny_run, wait_until, write_recipe_file
 
 STEPS = 40
-DROPOUT = {"embedding_dropout": 0.05, "attention_dropout": 0.05, "residual_dropout": 0.05}
+DROPOUT = {"embedding": 0.05, "attention": 0.05, "residual": 0.05}
 # What a row says about the machine, not about the run.
 ABOUT_TIME = ("tokens_per_second", "mfu", "step_s", "data_s", "eta_s")
 
@@ -37,7 +37,8 @@ def write_run(folder: Path) -> Path:
                 "batch_size": 32,
                 "validation_fraction": 0.1,
             },
-            train={"steps": STEPS, "checkpoint_every": 10, "evaluate_every": 10, "accumulate": 2, **DROPOUT},
+            train={"steps": STEPS, "checkpoint_every": 10, "evaluate_every": 10, "accumulate": 2},
+            dropout=DROPOUT,
             ema={"decay": 0.9},
         ),
         folder / "recipe.toml",

@@ -14,8 +14,8 @@ import camelid.runs.run
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.checkpoint.state.saved_state import open_step, steps_in
 from camelid.errors import UserError
-from camelid.parallel.hosts import StopSignal
 from camelid.parallel.mesh import one_device
+from camelid.parallel.stop_signal import StopSignal
 from camelid.train.loggers import read_metrics
 from runs import column, losses, recipe, tensor_bytes, tiny_run
 
@@ -90,12 +90,10 @@ def test_a_stop_among_skipped_updates_saves_and_the_count_goes_on(tmp_path: Path
         train(tmp_path, bad=range(3, 10), **fields)
 
 
-STATE = {"embedding_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.1}
-
-
 def test_a_float16_run_with_an_average_that_overflows_resumes_to_the_same_bits(tmp_path: Path):
     fields: dict[str, Any] = {
-        "train": {"steps": 8, "evaluate_every": 4, "checkpoint_every": 4, **STATE},
+        "train": {"steps": 8, "evaluate_every": 4, "checkpoint_every": 4},
+        "dropout": {"embedding": 0.1, "residual": 0.1, "attention": 0.1},
         "compute__dtype": "float16",
         "loss_scale": {"initial": 2.0**26, "window": 2},
         "ema": {"decay": 0.5},

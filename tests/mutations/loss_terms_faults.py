@@ -6,7 +6,7 @@ TERMS = "model/test_summed_loss.py::"
 TORCH = f"{TERMS}test_the_loss_its_parts_and_its_gradients_equal_torch"
 OBJECTIVE = "train/test_objective.py::"
 DEFINED = f"{OBJECTIVE}test_loss_and_metrics_are_those_of_their_definitions"
-EASYLM = f"{OBJECTIVE}test_six_steps_of_easylm_have_its_losses_accuracies_and_norms"
+EASYLM = "end_to_end/test_train_state.py::test_a_run_of_easylm_is_reproduced_and_goes_on_from_the_state_that_it_left"
 ACCUMULATION = "train/test_accumulation.py::"
 FORGETFUL = "model/test_forgetful_mask.py::"
 RECIPE = "test_recipe.py::"
@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "param_norm is that before the update",
         "train/step.py",
-        "optax.tree.norm(_float32(new))",
-        "optax.tree.norm(params)",
+        "optax.tree.norm(_float32(updated.trainable))",
+        "optax.tree.norm(_float32(state.trainable))",
         EASYLM,
     ),
     Fault(
@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "every layer drops the same elements of the MLP",
         "model/context.py",
-        "self.residual_dropout, self.mlp_dropout))",
-        "self.residual_dropout))",
+        "self.residual_dropout, self.mlp_dropout\n",
+        "self.residual_dropout\n",
         "model/test_context.py::test_layers_and_purposes_drop_different_elements[mlp_dropout]",
     ),
     Fault(

@@ -75,15 +75,15 @@ FAULTS = (
     Fault(
         "a finished run is saved again",
         "runs/run.py",
-        "if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps):",
+        "if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, written):",
         "if start.resumed != start.resumed:",
         f"{RUN_FOLDER}test_starting_a_finished_run_again_changes_nothing",
     ),
     Fault(
         "the model of an earlier step passes for that of a finished run",
         "runs/run_folder.py",
-        "_model_step(folder) == step",
-        "_model_step(folder) is not None",
+        "_step(folder) == step",
+        "_step(folder) is not None",
         f"{RUN_FOLDER}test_a_model_that_is_missing_or_of_an_earlier_step_is_saved_again",
     ),
     Fault(

@@ -117,8 +117,8 @@ FAULTS = (
     Fault(
         "the trained parameters are saved as their average",
         "runs/run.py",
-        "replace(model, params=state.ema).save(",
-        "model.save(",
+        "params=combine(state.ema, start.frozen)",
+        "params=combine(state.trainable, start.frozen)",
         RESUMED,
     ),
     Fault(

@@ -64,7 +64,8 @@ def step(average, accumulate: int, dropout: DropoutConfig = EVERYTHING) -> Train
 def updated(step: TrainStep, params: Decoder, given: dict[str, jax.Array]):
     """The state and the metrics of a step, and the gradients that it used."""
     state, metrics = step(start_state(params, ADAM), given)
-    return state, metrics, step.gradients(params, None, given, jax.random.fold_in(jax.random.key(3), 0))[1]
+    (_, weight, _), summed = step.summed_gradients(params, None, given, jax.random.fold_in(jax.random.key(3), 0))
+    return state, metrics, step.mean_gradients(summed, weight)
 
 
 def assert_same(ours, reference) -> None:

@@ -1,25 +1,14 @@
-"""What training minimizes and reports: averages, terms of the loss, accuracy; beside a run of EasyLM's own."""
-
-import dataclasses
-import json
-from pathlib import Path
+"""What training minimizes and reports: averages, terms of the loss, accuracy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from camelid.api import load
-from camelid.checkpoint.formats.config_source import read_model_config
-from camelid.data.rows.loader import Loader
 from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder
-from camelid.runs.recipe import structure
 from camelid.train.config import LossConfig
 from camelid.train.objective import NextTokenLoss, averaged
-from camelid.train.state import start_state
-from camelid.train.step import TrainStep
 from tiny import tiny_config, tiny_params, tiny_tokens
 
 CONFIG = tiny_config(num_layers=1)
@@ -116,39 +105,3 @@ def test_of_rows_without_weight_nothing_is_divided():
     weights, count = averaged(jnp.zeros((3, 5)), "rows")
     assert float(count) == 0
     assert not np.asarray(weights).any()
-
-
-def test_six_steps_of_easylm_have_its_losses_accuracies_and_norms(assets: Path, stories: Path):
-    """Its rows' average, from its parameters and in its batches, with its schedule and its decay of all parameters."""
-    golden = json.loads((assets / "golden/easylm/training_run.json").read_text())
-    told, adamw = golden["data"], golden["optimizer"]
-    data = {
-        "train": [{"files": str(assets / "golden/easylm/train.jsonl"), "kind": "fields", "fields": told["fields"]}],
-        "sequence_length": told["seq_length"],
-        "batch_size": told["batch_size"],
-        "shuffle": False,
-        "cross_documents": True,
-    }
-    # EasyLM has no tied embeddings: its head is a matrix of its own.
-    config = dataclasses.replace(read_model_config(stories), tie_embeddings=False)
-    model = load(assets / "golden/easylm/streaming_params_fp32", config=config, tokenizer=stories)
-    recipe = structure({"run": "r", "init": "m", "data": data, "train": {"steps": 6}})
-    loader = Loader(recipe.data, model.tokenizer)
-    cosine = optax.warmup_cosine_decay_schedule(
-        adamw["init_lr"], adamw["lr"], adamw["lr_warmup_steps"], adamw["lr_decay_steps"], adamw["end_lr"]
-    )
-
-    def schedule(count: jax.Array) -> jax.Array:  # its first update has learning rate 0
-        return cosine(jnp.asarray(count, jnp.float32))
-
-    optimizer = optax.adamw(schedule, b1=adamw["b1"], b2=adamw["b2"], eps=adamw["eps"], weight_decay=1e-4)
-    objective = NextTokenLoss(
-        config=model.config, compute=ComputeConfig(), loss=LossConfig(average="rows"), accuracy=True
-    )
-    step = TrainStep(objective, optimizer, schedule, adamw["clip_gradient"], param_norm=True)
-    state, compiled = start_state(model.params, optimizer), jax.jit(step)
-    for number, expected in enumerate(golden["steps"]):
-        given = {name: jnp.asarray(x) for name, x in vars(loader.batch(number)).items()}
-        state, metrics = compiled(state, given)
-        for name in ("loss", "accuracy", "gradient_norm", "param_norm"):
-            assert float(metrics[name]) == pytest.approx(expected[name], rel=1e-5), (number, name)

@@ -11,14 +11,18 @@ import optax
 import pytest
 import torch
 
+from camelid.model.params import Spec
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from camelid.train.config import LossScaleConfig
 from camelid.train.counters import STATISTICS_STEPS, loss_deviation, start_counters, update_counters
-from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from camelid.train.optimizer import make_optimizer
+from camelid.train.optimizer_config import OptimizerConfig
+from camelid.train.schedules import learning_rate
 from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import TrainStep
 
-OPTIMIZER = OptimizerConfig(learning_rate=0.1, warmup_steps=3, weight_decay=0.2, clip_norm=0.5)
+OPTIMIZER = OptimizerConfig(learning_rate=0.1, warmup_steps=3, weight_decay=0.2, decay=("all",), clip_norm=0.5)
+SPECS = {"w": Spec((), ("mlp",), ("embed",), (6, 8), "normal"), "b": Spec((), ("embed",), (), (8,), "zeros")}
 DECAY, STEPS, ROWS = 0.9, 8, 8
 
 
@@ -30,7 +34,7 @@ def regression(params: dict, rows: dict, key: jax.Array | None):
 
 
 def make_step(**fields: Any) -> TrainStep:
-    optimizer = make_optimizer(OPTIMIZER, STEPS, True)
+    optimizer = make_optimizer(OPTIMIZER, STEPS, SPECS)
     schedule = learning_rate(OPTIMIZER, STEPS)
     return TrainStep(regression, optimizer, schedule, OPTIMIZER.clip_norm, ema_decay=DECAY, **fields)
 

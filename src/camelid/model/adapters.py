@@ -18,7 +18,7 @@ from camelid.model.config import ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import Spec, build, named
 from camelid.model.pytree import from_fields
-from camelid.model.weights import Adapted, row_lengths
+from camelid.model.weights import Adapted, dense, row_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,8 @@ def initialize_adapters(plan: LoRAPlan, config: ModelConfig, key: jax.Array, par
         magnitude = None
         if adapter.magnitude is not None:
             base = held["embed" if path == "lm_head" and path not in held else path]
-            rows = base.astype(jnp.float32).reshape(*adapter.magnitude.shape, -1)
+            values = (jax.vmap(dense) if spec.stacked else dense)(base)
+            rows = values.astype(jnp.float32).reshape(*adapter.magnitude.shape, -1)
             magnitude = jnp.where(ranks.reshape(*stack, *[1] * len(spec.outputs)) > 0, row_lengths(rows), 0.0)
         return _adapted(a=a, b=jnp.zeros(adapter.b.shape, jnp.float32), magnitude=magnitude)
 

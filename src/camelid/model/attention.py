@@ -22,7 +22,7 @@ from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.kernels import Scoring, choose_kernel, cudnn, either, splash
 from camelid.model.mask import INVISIBLE, NO_WINDOW, AttentionDropout, Mask, attention_dropout
-from camelid.model.weights import dot
+from camelid.model.products import dot
 
 
 @jax.tree_util.register_dataclass

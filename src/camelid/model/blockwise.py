@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from camelid.model.kernels import Scoring
 from camelid.model.mask import MASKED, AttentionDropout, Mask
-from camelid.model.weights import KEPT, dot
+from camelid.model.products import KEPT, dot
 
 BLOCK = 256  # tokens; the scores of one pair of blocks stay in a CPU's cache, and products are still large
 

@@ -20,8 +20,9 @@ from camelid.model.kv_cache import KVCache
 from camelid.model.loss import LossSums, TokenLogProbs, project, summed_loss, token_log_probs
 from camelid.model.mask import forgetful_mask
 from camelid.model.params import child, declare, module, param
+from camelid.model.products import KEPT
 from camelid.model.rope import rotate, rotations
-from camelid.model.weights import KEPT, Adapted, Weight, add_bias, einsum, lookup
+from camelid.model.weights import Adapted, Weight, add_bias, einsum, lookup
 from camelid.parallel.rules import shard
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from camelid.errors import UserError
 from camelid.model.mask import Mask
-from camelid.model.weights import dot
+from camelid.model.products import dot
 from camelid.parallel.rules import COMPUTE, partition
 
 

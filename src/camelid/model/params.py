@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from camelid.model.config import ModelConfig
 from camelid.model.pytree import from_fields, path_name, register_pytree
-from camelid.model.weights import Adapted, Quantized
+from camelid.model.weights import NF4, Adapted, Quantized
 from camelid.parallel.rules import num_shards, placement
 
 
@@ -94,7 +94,7 @@ def _declare(field: dataclasses.Field, config: ModelConfig, stacked: tuple[str, 
 
 def is_entry(x: Any) -> bool:
     """Whether `x` represents a declared parameter without being an array: a Spec, or a weight of another type."""
-    return isinstance(x, Spec | Adapted | Quantized)
+    return isinstance(x, Spec | Adapted | Quantized | NF4)
 
 
 def map_specs(f: Callable, specs: Any, *rest: Any) -> Any:
@@ -125,6 +125,7 @@ def shardings(specs: Any, params: Any, mesh: Mesh, replicate: tuple[str, ...] = 
 
     An adapter's factors are sharded like the inputs and outputs of its weight, with the rank unsharded. The scales of a
     quantized weight are sharded like its outputs, and their groups like the first axis of the inputs if they divide.
+    The last axis of NF4 codes, which holds two elements per byte, is sharded if that number of bytes divides.
 
     Args:
       specs: The declared parameters; see `decoder.specs_of`.
@@ -136,16 +137,26 @@ def shardings(specs: Any, params: Any, mesh: Mesh, replicate: tuple[str, ...] = 
     def place(*axes: str) -> NamedSharding:
         return placement(axes, mesh, replicate)
 
+    def divided(axis: str, length: int, otherwise: str) -> str:
+        """`axis` if `length` divides over the devices that it is sharded over, and `otherwise`, which has no rule."""
+        return axis if length % num_shards(axis, mesh, replicate) == 0 else otherwise
+
     def one(spec: Spec, leaf: Any) -> Any:
         match leaf:
             case None:
                 return None
             case Quantized(scale=scale):
-                first = spec.inputs[0]
-                divides = scale.shape[-1] % num_shards(first, mesh, replicate) == 0
-                groups = first if divides else "groups"
+                groups = divided(spec.inputs[0], scale.shape[-1], "groups")
                 scale = place(*spec.stacked, *spec.outputs, groups)
                 return from_fields(Quantized, {"codes": place(*spec.axes), "scale": scale})
+            case NF4(codes=codes, absmax=absmax):
+                fields = {
+                    "codes": place(*spec.axes[:-1], divided(spec.inputs[-1], codes.shape[-1], "bytes")),
+                    "absmax": place(*spec.stacked, *spec.outputs, divided(spec.inputs[0], absmax.shape[-1], "groups")),
+                    "absmax_scale": place(*spec.stacked, "groups"),
+                    "absmax_offset": place(*spec.stacked),
+                }
+                return from_fields(NF4, fields)
             case Adapted(base=base, scale=scale, magnitude=magnitude):
                 lead = spec.stacked if scale.ndim == len(spec.stacked) else (*spec.stacked, "adapters")
                 fields = {

@@ -12,20 +12,17 @@ Axes: B batch, S tokens, I inputs and O outputs of a matrix (flattened), R rank,
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Int
 
 from camelid.model.context import Context, dropout
+from camelid.model.nf4 import NF4
+from camelid.model.products import KEPT, dequantized_product, dot, product
 from camelid.model.pytree import register_pytree
-
-KEPT = "kept"  # the name of what ComputeConfig.remat = "elementwise" saves for the backward pass
 
 
 @register_pytree
@@ -83,7 +80,7 @@ class Adapted:
     Factors of different ranks are stacked by padding the shorter ones with zeros.
     """
 
-    base: Array | Quantized | None
+    base: "Base | None"
     """(outputs..., inputs...). None in `Decoder.lm_head` of a model with tied embeddings: the embedding table; and in
     trees that hold only some of the parameters, such as gradients"""
     a: Float[Array, "..."]
@@ -155,7 +152,7 @@ class Adapted:
         return rows * ratio[..., None]
 
     @property
-    def _base(self) -> Array | Quantized:
+    def _base(self) -> "Base":
         assert self.base is not None, "the base of a tied head is the embedding table: use Decoder.head"
         return self.base
 
@@ -187,7 +184,8 @@ class Adapted:
         return jnp.where(self.scale[..., None] == 0, 1.0, ratio)
 
 
-Weight = Array | Adapted | Quantized
+Base = Array | Quantized | NF4
+Weight = Base | Adapted
 
 
 def einsum(equation: str, x: Array, weight: Weight, context: Context, dtype: Any = None) -> Array:
@@ -227,21 +225,11 @@ def add_bias(y: Float[Array, "*rows"], bias: Float[Array, "*outputs"] | None) ->
     return y if bias is None else (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
 
 
-# Products of arrays -------------------------------------------------------------------------------
-
-
-def _base_product(x: Float[Array, "B S I"], weight: Array | Quantized, dtype: Any) -> Float[Array, "B S O"]:
-    width = x.shape[-1]
+def _base_product(x: Float[Array, "B S I"], weight: Base, dtype: Any) -> Float[Array, "B S O"]:
     if isinstance(weight, Array):
         # Two axes: XLA's CPU backend copies a weight with three before it multiplies.
-        return product(x, weight.reshape(-1, width), dtype)
-
-    # Dequantized again in the backward pass, which would otherwise keep the dense matrices of all layers.
-    @jax.checkpoint
-    def dequantized_product(x: Array, weight: Quantized) -> Array:
-        return product(x, weight.dense().astype(x.dtype).reshape(-1, width), dtype)
-
-    return dequantized_product(x, weight)
+        return product(x, weight.reshape(-1, x.shape[-1]), dtype)
+    return dequantized_product(x, weight, dtype)
 
 
 def _rowwise_product(
@@ -257,47 +245,3 @@ def row_lengths(rows: Float[Array, "*rows I"]) -> Float[Array, "*rows"]:
     """The Euclidean norm of each row, not differentiated; 1 for a row of zeros."""
     norm = lax.stop_gradient(jnp.linalg.norm(rows, axis=-1))
     return jnp.where(norm > 0, norm, 1.0)
-
-
-# The default gradient of a bfloat16 product mixes float32 and bfloat16 operands, for which CPUs have no fast kernel,
-# and rounds the weight's gradient to bfloat16; this one casts the cotangent once and keeps the gradient in float32.
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: Float[Array, "B S I"], weight: Float[Array, "O I"], dtype: Any) -> Float[Array, "B S O"]:
-    """x times the transposed weight, in `dtype`; the weight is cast to the dtype of `x`."""
-    return dot("BSI,OI->BSO", x, weight.astype(x.dtype)).astype(dtype)
-
-
-def _forward(x: Array, weight: Array, dtype: Any):
-    return product(x, weight, dtype), (x, weight)
-
-
-def _backward(dtype: Any, saved: tuple[Array, Array], g: Array):
-    x, weight = saved
-    g = g.astype(x.dtype)
-    dx = dot("BSO,OI->BSI", g, weight.astype(x.dtype)).astype(x.dtype)
-    return dx, weight_gradient(g, x).astype(weight.dtype)
-
-
-product.defvjp(_forward, _backward)
-
-
-def weight_gradient(g: Float[Array, "B S O"], x: Float[Array, "B S I"]) -> Float[Array, "O I"]:
-    """The gradient of a weight from that of its outputs `g` and its inputs `x`, summed over all tokens, in float32."""
-
-    def plain(g: Array, x: Array) -> Array:
-        return dot("BSO,BSI->OI", g, x)
-
-    def transposed_first(g: Array, x: Array) -> Array:
-        # XLA's CPU backend folds the transpose of `g` into the product, which then runs at a third of its speed in
-        # bfloat16; computing the transpose beforehand costs far less than it saves.
-        transposed = with_layout_constraint(g.reshape(-1, g.shape[-1]).T, Layout(major_to_minor=(0, 1)))
-        return dot("ON,NI->OI", transposed, x.reshape(-1, x.shape[-1]))
-
-    if jax.sharding.get_abstract_mesh().size > 1:
-        return plain(g, x)  # the partitioner cannot see through a layout: it would gather all tokens on every device
-    return lax.platform_dependent(g, x, cpu=transposed_first, default=plain)
-
-
-def dot(equation: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum` of two arrays of one dtype, accumulated and returned in float32."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

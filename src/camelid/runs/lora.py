@@ -29,6 +29,7 @@ from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import build, map_specs, named
 from camelid.model.pytree import path_name
+from camelid.model.quantize import quantize_layers
 from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.rules import placement
 from camelid.runs.file_names import STEPS
@@ -67,12 +68,13 @@ def base_of(source: Checkpoint) -> Checkpoint:
 
 
 def base_dtype(recipe: Recipe) -> str:
-    """The dtype in which the frozen matrices are held."""
-    return (recipe.lora and recipe.lora.base) or recipe.compute.dtype
+    """The dtype in which the frozen matrices are held, or from which they are quantized."""
+    base = (recipe.lora and recipe.lora.base) or recipe.compute.dtype
+    return "bfloat16" if base in ("int8", "nf4") else base
 
 
 def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) -> Base:
-    """Reads the frozen parameters: matrices in `lora.base`, and norms and biases in float32.
+    """Reads the frozen parameters: matrices in the form `lora.base`, and norms and biases in float32.
 
     Raises UserError if they are infinite or NaN, or if they are not those with which the run was started.
     """
@@ -94,6 +96,8 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
                 "Restore it: the adapter was trained on the values that it had. To train on the new ones, choose "
                 "another --run.",
             )
+    if (bits := recipe.lora.base) == "int8" or bits == "nf4":
+        params = quantize_layers(params, base.config, bits, mesh, recipe.compute.replicate)
     about = RunAdapter(_name_of_base(recipe, source), recipe.init_ignore, checksums, plan, recipe.lora.dropout)
     frozen, everywhere = freeze(params, plan, base.config), placement((), mesh)
     frozen = jax.tree.map(lambda x: jax.device_put(x, everywhere) if isinstance(x, np.ndarray) else x, frozen)

@@ -57,9 +57,10 @@ def _trained(recipe: Recipe, components: Components, start: Start) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(start.state.trainable))
     modules = ", ".join(path.rpartition(".")[2] for path in components.lora.matrices)
     continued = isinstance(components.source, AdaptedCheckpoint)
+    held = recipe.lora.base or base_dtype(recipe)
     return (
         f"trains {count:,} parameters ({count / count_parameters(components.config):.2%}), adapters "
-        f"{'of init ' if continued else ''}for {modules}; the others stay as they are, in {base_dtype(recipe)}"
+        f"{'of init ' if continued else ''}for {modules}; the others stay as they are, in {held}"
     )
 
 

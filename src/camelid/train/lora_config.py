@@ -40,8 +40,9 @@ class LoRAConfig:
     """other ranks for some modules, by name or regular expression; the first that matches counts"""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """other values of alpha, in the same form"""
-    base: Literal["float32", "bfloat16"] | None = None
-    """dtype in which the frozen matrices are held; default: compute.dtype, in which they are multiplied"""
+    base: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
+    """form in which the frozen matrices are held; default: compute.dtype, in which they are multiplied. int8 and nf4
+    (QLoRA, arXiv:2305.14314) quantize the matrices of the layers, and hold the others in bfloat16"""
     merge: bool = False
     """also write the model with the adapter merged into it, in model/, when the run is finished"""
 
