@@ -33,7 +33,15 @@ FREE = {
         "max_skipped",
         "spike_sigma",
     )
-} | {"run", "data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
+} | {
+    "run",
+    "data.workers",
+    "data.prepare_workers",
+    "data.cache",
+    "optimizer.decay_steps",
+    "profile.first_step",
+    "profile.steps",
+}
 """Recipe fields that may change when a run is resumed, apart from the mesh; `run`, because a folder may be moved."""
 
 

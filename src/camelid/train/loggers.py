@@ -89,8 +89,10 @@ class Terminal:
         self._bar: Progress | None = None
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows the metrics of a step: loss, learning_rate, those of Speed, and mfu if it is known."""
+        """Shows the metrics of a step: loss, learning_rate, those of Speed, and others if there are any."""
         text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
+        if "epoch" in metrics:
+            text += f"  epoch {metrics['epoch']:.2f}  {metrics['tokens'] / 1e6:,.2f}M tokens"
         text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
         if metrics.get("mfu") is not None:
             text += f"  MFU {metrics['mfu']:.1%}"
@@ -103,19 +105,49 @@ class Terminal:
         elif step % self._every == 0 or step == self._steps:
             self.print(f"step {step}/{self._steps}  {text}  {metrics['eta_s']:.0f} s left")
 
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int, every: float = 10.0) -> Iterator[Callable[[int], None]]:
+        """Shows the progress of something beside the steps; gives a function of the number of items that are done.
+
+        Without a terminal it prints a line at most once in `every` seconds.
+        """
+        bar, printed = self._bar or (self._new_bar() if self._draws else None), time.monotonic()
+        task = None if bar is None else bar.add_task("", name=what, total=total)
+
+        def show(done: int) -> None:
+            nonlocal printed
+            if bar is not None and task is not None:
+                bar.update(task, completed=done)
+            elif (now := time.monotonic()) - printed >= every:
+                printed = now
+                self.print(f"{what}: {done:,} of {total:,}")
+
+        if bar is not None:
+            bar.start()
+        try:
+            yield show
+        finally:
+            if bar is not None and task is not None:
+                bar.remove_task(task)
+            if bar is not None and bar is not self._bar:
+                bar.stop()
+
     def _started_bar(self) -> "Progress":
+        bar = self._new_bar()
+        self._task = bar.add_task("", name="train", total=self._steps, completed=self._first)
+        bar.start()
+        return bar
+
+    def _new_bar(self) -> "Progress":
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        bar = Progress(
-            TextColumn("train"),
+        return Progress(
+            TextColumn("{task.fields[name]}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             console=self.console,
         )
-        self._task = bar.add_task("", total=self._steps, completed=self._first)
-        bar.start()
-        return bar
 
     def print(self, text: str) -> None:
         """Prints a line above the bar."""
