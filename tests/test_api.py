@@ -24,6 +24,8 @@ from runs import assert_refused, called
 from text.tiny import BOS, VOCAB_SIZE, save_byte_tokenizer
 from tiny import save_hf, tiny_config, tiny_params, tiny_tokens, transformers_twin
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config(vocab_size=VOCAB_SIZE, bos_id=BOS)
 
 

@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "camelid"
 MAY_IMPORT = {
     "errors": "",
     "inputs": "",
+    "recipes": "",
     "extras": "",
     "tables": "",
     "interrupts": "",

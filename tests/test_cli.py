@@ -401,6 +401,10 @@ def test_help_mistakes_and_recipes_do_not_wait_for_jax(recipe: Path, user_env: d
         ["train", "--help"],
         ["train", str(recipe), "--train.stpes", "1"],
         ["train", str(recipe), "--print-recipe"],
+        ["finetune", "--help"],
+        ["recipes"],
+        ["recipes", "show", "finetune"],
+        ["train", "fintune"],
     ]
     program = FAST.format(commands=commands)
     done = subprocess.run(
@@ -438,7 +442,13 @@ def test_an_empty_path_and_the_root_are_refused(stories: Path):
 
 @pytest.mark.parametrize(
     ("name", "suggestion"),
-    [("eval", "evaluate perplexity"), ("finetune", "train"), ("pretrain", "train"), ("tokenize", "data prepare")],
+    [
+        ("eval", "evaluate perplexity"),
+        ("fine-tune", "finetune"),
+        ("sft", "finetune"),
+        ("pretrain", "train"),
+        ("tokenize", "data prepare"),
+    ],
 )
 def test_the_name_of_a_command_in_other_systems_is_refused_with_ours(name: str, suggestion: str):
     done = called(name, "model")

@@ -13,6 +13,7 @@ from camelid.data import report
 from camelid.data.config import Source, SourceOptions
 from camelid.data.preparation.store import Store
 from camelid.data.rows.loader import Loader
+from camelid.recipes import path_of
 from camelid.runs.notes import silent_row_notes
 from camelid.runs.recipe import read_recipe
 from camelid.text.tokenizer import load_tokenizer
@@ -567,7 +568,7 @@ def test_every_source_that_shares_a_store_is_listed(table: dict[str, Any]):
 
 
 def test_the_mixture_of_wikipedia_is_a_recipe():
-    recipe = read_recipe(Path(__file__).parent.parent / "recipes" / "wikipedia_mixture.toml")
+    recipe = read_recipe(path_of("wikipedia_mixture"))
     assert [source.weight for source in recipe.data.train] == [90.91, 9.09]
     assert recipe.data.stages[0].weights == (1.0, 0.0)
     assert recipe.data.stages[0].first_step < recipe.train.steps

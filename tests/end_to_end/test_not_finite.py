@@ -20,6 +20,8 @@ from camelid.parallel.mesh import one_device
 from camelid.train.loggers import MetricsFile
 from runs import assert_refused, called, lay_over, recipe, tensor_bytes, tiny_run, write_recipe_file
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(autouse=True)
 def _on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def test_a_recipe_may_be_mended_as_long_as_nothing_was_trained_with_it(tmp_path:
         ({"data__train": ["empty.txt"]}, "empty.txt"),
         (
             {"data__train": [{"files": ["text.jsonl"], "kind": "preference"}]},
-            "kind = 'preference' cannot be trained on yet",
+            "the recipe has no loss that compares them",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -39,6 +39,8 @@ from camelid.train.state import TrainState, start_state
 from camelid.train.step import TrainStep
 from runs import assert_refused, called, column, losses, recipe, stories_run, tensor_bytes, tiny_run, write_recipe_file
 
+pytestmark = pytest.mark.quick_compile
+
 STATE = "streaming_train_state"
 
 
@@ -255,6 +257,7 @@ def test_without_the_flag_it_begins_at_step_0_and_says_what_is_left_out(
         in done.stderr
     )
     assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2]
+    table["train"]["steps"] = 3
     again = called("train", write_recipe_file(table, tmp_path / "recipe.toml"))
     assert "resuming after step 2" in again.stderr
     assert "are not used" not in again.stderr
@@ -318,12 +321,26 @@ def small(folder: Path, **fields: Any) -> dict[str, Any]:
     return tiny_run(folder, **{"train": {"steps": 6, "checkpoint_every": 2}, "data__shuffle": True} | fields)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps, all its checkpoints kept; its text and tokenizer are beside it."""
+    folder = tmp_path_factory.mktemp("shared") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        on_one_device(patch)
+        return camelid.runs.run.run(recipe(small(folder, train__keep_checkpoints=9))).folder
+
+
 @pytest.fixture
-def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of six steps, all its checkpoints kept."""
+def whole(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run that tests share and do not change; other runs of the test are on one device, as it is."""
     on_one_device(monkeypatch)
-    camelid.runs.run.run(recipe(small(tmp_path / "whole", train__keep_checkpoints=9)))
-    return tmp_path / "whole" / "run"
+    return shared
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the run, that a test may change."""
+    return shutil.copytree(whole, tmp_path / "copied")
 
 
 def killed(folder: Path, last: int) -> tuple[Path, dict[int, TrainState]]:
@@ -403,25 +420,23 @@ def test_a_run_goes_on_from_what_was_written_for_easylm(tmp_path: Path, monkeypa
     assert tensor_bytes(outcome.folder / "model") == tensor_bytes(whole / "model")
 
 
-def test_a_run_may_be_started_again_when_its_init_has_gone_on_further(tmp_path: Path, whole: Path):
-    table = small(tmp_path / "other", init=str(whole), init_optimizer=True, train={"steps": 7})
+def test_a_run_may_be_started_again_when_its_init_has_gone_on_further(tmp_path: Path, whole: Path, copied: Path):
+    table = small(tmp_path / "other", init=str(copied), init_optimizer=True, train={"steps": 7})
     del table["model"], table["tokenizer"]
     outcome = camelid.runs.run.run(recipe(table))
     assert [row["step"] for row in losses(outcome.folder)] == [7]
-    camelid.runs.run.run(recipe(small(whole.parent, train__steps=9)))
+    camelid.runs.run.run(recipe(small(whole.parent, run=str(copied), train__steps=9)))
     again = camelid.runs.run.run(recipe(table))
     assert (again.steps, again.finished) == (7, True)
 
 
-def test_a_run_of_an_older_camelid_may_go_on_and_opens_then(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Its folder has no config.json, and its recipe lacks the fields that came later."""
-    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (whole / file).unlink()
-    kept = (whole / "recipe.toml").read_text()
-    (whole / "recipe.toml").write_text(kept.replace("init_optimizer = false\n", ""))
-    assert (whole / "recipe.toml").read_text() != kept
-    assert_refused(called("inspect", whole), "has no config.json, so it was started by an older version of camelid")
-    camelid.runs.run.run(recipe(small(whole.parent, train__keep_checkpoints=9)))
-    assert camelid.load(whole).generate("ab", max_new_tokens=2)
+def test_a_run_of_an_older_camelid_may_go_on_and_opens_then(whole: Path, copied: Path):
+    """Its folder lacks files, and its recipe fields, that came later."""
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "finished.json"):
+        (copied / file).unlink()
+    kept = (copied / "recipe.toml").read_text()
+    (copied / "recipe.toml").write_text(kept.replace("init_optimizer = false\n", ""))
+    assert (copied / "recipe.toml").read_text() != kept
+    assert_refused(called("inspect", copied), "has no config.json, so it was started by an older version of camelid")
+    camelid.runs.run.run(recipe(small(whole.parent, run=str(copied), train__keep_checkpoints=9)))
+    assert camelid.load(copied).generate("ab", max_new_tokens=2)

@@ -16,6 +16,8 @@ from camelid.model.mask import forgetful_mask
 from model.test_attention import on_device as on_device  # a fixture
 from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config(num_layers=2)
 ROWS, LENGTH = 4, 24
 TOKENS = tiny_tokens(CONFIG, ROWS, LENGTH)

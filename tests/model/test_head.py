@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 from camelid.model.context import Context
-from camelid.model.loss import cross_entropy, project, token_log_probs
+from camelid.model.loss import project, summed_loss, token_log_probs
 from camelid.model.weights import Adapted, Quantized, dense
 
 ROWS, LENGTH, EMBED, VOCAB, RANK = 4, 24, 16, 520, 3
@@ -21,7 +21,7 @@ Operands = dict[str, Any]
 def fused(operands: Operands, targets: jax.Array, context: Context = Context()) -> jax.Array:
     weights = jnp.cos(jnp.arange(targets.size, dtype=jnp.float32)).reshape(targets.shape)
     hidden, head, bias = (operands[name] for name in ("hidden", "head", "bias"))
-    return cross_entropy(hidden, head, targets, weights, 8, bias, 20.0, context)[0]
+    return summed_loss(hidden, head, targets, weights, 8, bias, 20.0, context).loss
 
 
 def per_token(operands: Operands, targets: jax.Array, context: Context = Context()) -> jax.Array:
@@ -193,7 +193,7 @@ def test_gradients_of_a_bfloat16_head_are_added_in_float32(loss: Callable):
     def run(head):
         hidden = operands["hidden"]
         if loss is fused:
-            return cross_entropy(hidden, head, targets, jnp.ones((1, length)), 1)[0]
+            return summed_loss(hidden, head, targets, jnp.ones((1, length)), 1).loss
         return -token_log_probs(hidden, head, targets, 1).log_prob.sum()
 
     gradient = jax.jit(jax.grad(run))(jnp.zeros((3, 4), jnp.bfloat16))

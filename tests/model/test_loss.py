@@ -1,4 +1,4 @@
-"""cross_entropy against torch's, and that it never holds all logits."""
+"""summed_loss without other terms against torch's cross_entropy, and that it never holds all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from camelid.model import loss
-from camelid.model.loss import cross_entropy
+from camelid.model.loss import summed_loss
 from programs import largest_array
 
 ROWS, LENGTH, EMBED, VOCAB = 3, 13, 17, 41
@@ -39,24 +39,23 @@ def reference(arrays) -> dict[str, np.ndarray]:
 
 
 def ours(arrays, chunk: int | None, dtype=jnp.float32) -> dict[str, jax.Array]:
-    """Total, weight and gradients of 3 x total, so that a lost cotangent shows."""
+    """Total and gradients of 3 x total, so that a lost cotangent shows."""
 
     @jax.jit
     def run(hidden, head):
         targets, weights = (jnp.asarray(arrays[name]) for name in ("targets", "weights"))
-        total, weight = cross_entropy(hidden, head, targets, weights, chunk)
-        return 3 * total, (total, weight)
+        total = summed_loss(hidden, head, targets, weights, chunk).loss
+        return 3 * total, total
 
-    (_, (total, weight)), (hidden, head) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(
+    (_, total), (hidden, head) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(
         jnp.asarray(arrays["hidden"], dtype), jnp.asarray(arrays["head"])
     )
-    return {"total": total, "weight": weight, "hidden": hidden, "head": head}
+    return {"total": total, "hidden": hidden, "head": head}
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 5, LENGTH, 100], ids=["its own choice", "1", "not dividing", "all", "more"])
 def test_loss_and_gradients_equal_torch_for_any_chunk(arrays, reference, chunk: int | None):
     result = ours(arrays, chunk)
-    assert float(result["weight"]) == arrays["weights"].sum()
     assert float(result["total"]) == pytest.approx(reference["total"], rel=1e-6)
     for name in ("hidden", "head"):
         assert result[name].dtype == jnp.float32
@@ -65,8 +64,8 @@ def test_loss_and_gradients_equal_torch_for_any_chunk(arrays, reference, chunk: 
 
 
 def test_the_loss_without_its_gradient_is_the_same(arrays, reference):
-    run = jax.jit(cross_entropy, static_argnums=4)
-    total, _ = run(*(arrays[name] for name in ("hidden", "head", "targets", "weights")), 5)
+    run = jax.jit(summed_loss, static_argnums=4)
+    total = run(*(arrays[name] for name in ("hidden", "head", "targets", "weights")), 5).loss
     assert float(total) == pytest.approx(reference["total"], rel=1e-6)
 
 
@@ -97,7 +96,7 @@ def test_all_logits_are_never_held_at_once(monkeypatch):
     targets, weights = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length))
 
     def largest(chunk: int | None) -> int:
-        run = jax.grad(lambda *args: cross_entropy(*args, targets, weights, chunk)[0], argnums=(0, 1))
+        run = jax.grad(lambda *args: summed_loss(*args, targets, weights, chunk).loss, argnums=(0, 1))
         return largest_array(run, hidden, head)
 
     assert largest(length) == rows * length * vocab

@@ -11,6 +11,8 @@ from camelid.model.loss import LossSums, summed_loss
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from programs import largest_array
 
+pytestmark = pytest.mark.quick_compile
+
 ROWS, LENGTH, EMBED, VOCAB = 4, 13, 16, 48
 TERMS = pytest.mark.parametrize(
     ("z", "smoothing"), [(0.0, 0.1), (1e-2, 0.0), (1e-2, 0.1)], ids=["smoothing", "z-loss", "both"]

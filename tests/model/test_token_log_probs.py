@@ -12,7 +12,7 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
 from camelid.model.config import ComputeConfig
-from camelid.model.loss import TokenLogProbs, cross_entropy, token_log_probs
+from camelid.model.loss import TokenLogProbs, summed_loss, token_log_probs
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from families import FAMILIES
 from programs import largest_array
@@ -153,7 +153,7 @@ def test_a_weighted_sum_is_the_fused_loss_to_the_last_bit_of_its_gradients(array
         return -(token_log_probs(hidden, head, targets, 5).log_prob * weights).sum()
 
     def fused(hidden, head):
-        return cross_entropy(hidden, head, targets, weights, 5)[0]
+        return summed_loss(hidden, head, targets, weights, 5).loss
 
     value, gradients = jax.jit(jax.value_and_grad(per_token, (0, 1)))(arrays["hidden"], arrays["head"])
     expected, reference = jax.jit(jax.value_and_grad(fused, (0, 1)))(arrays["hidden"], arrays["head"])

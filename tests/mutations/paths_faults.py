@@ -138,7 +138,7 @@ FAULTS = (
         "any folder with a config.json is a checkpoint",
         REPLACES,
         'if "model_type" not in read_json_or_empty(folder / CONFIG) or not found:',
-        'if "model_type" not in read_json_or_empty(folder / CONFIG):',
+        'found = found or [()]\n        if "model_type" not in read_json_or_empty(folder / CONFIG):',
         f"{REPLACING}test_a_folder_that_is_not_a_checkpoint_is_refused_with_a_list",
     ),
     Fault(

@@ -52,8 +52,8 @@ FAULTS = (
     Fault(
         "validation drops",
         "train/objective.py",
-        'Context("scoring") if key is None else self._training_context(key, batch["rows"])',
-        'self._training_context(jax.random.key(0) if key is None else key, batch["rows"])',
+        "        if key is not None:\n",
+        "        key = jax.random.key(0) if key is None else key\n        if key is not None:\n",
         f"{STEP}test_dropout_changes_the_loss_of_training_from_step_to_step_and_never_that_of_validation[residual]",
     ),
     Fault(

@@ -16,7 +16,7 @@ FAULTS = (
         "options without a value are left to the parser",
         "cli/arguments.py",
         'if not rest or rest[0] == "--" or _is_option(rest[0]):',
-        "if not rest and equals:",
+        "if not rest:\n                    return\n                if False:",
         ARGUMENTS,
     ),
     Fault(

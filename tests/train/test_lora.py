@@ -20,10 +20,13 @@ from camelid.parallel.mesh import one_device
 from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.components import build_components
 from camelid.runs.run import run
+from camelid.runs.run_folder import record
 from camelid.runs.start import Start, find_start
 from camelid.train.loggers import read_metrics
 from runs import VOCAB, called, column, losses, recipe, tiny_run, write_recipe_file
 from tiny import tiny_config, tiny_params, tiny_tokens
+
+pytestmark = pytest.mark.quick_compile
 
 CONFIG = tiny_config(vocab_size=VOCAB, num_layers=3, bos_id=256, eos_ids=(257,))
 TOKENS = tiny_tokens(CONFIG, 2, 9)
@@ -252,3 +255,59 @@ def test_the_command_tells_what_is_trained_and_what_can_be_done_next(
     assert f"camelid convert {folder} DESTINATION" in result.stderr
     for file, dtype in (("adapter/adapter_model", "float32"), ("model/model", "bfloat16")):
         assert {dtype} == {array.dtype.name for array in load_file(folder / f"{file}.safetensors").values()}
+
+
+# What is written again, and what starts after a change -----------------------------------------
+
+
+def test_a_finished_run_writes_an_adapter_that_is_missing_from_its_last_state(
+    base: Path, straight: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    on_one_device(monkeypatch)
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / "adapter" / "adapter_config.json").unlink()
+    (folder / "adapter" / "adapter_model.safetensors").unlink()
+    outcome = run(recipe(shared_run(tmp_path, base, run=str(folder))))
+    assert outcome.saved == (folder / "adapter", folder / "model")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / "adapter" / file).read_bytes() == (straight[0] / "adapter" / file).read_bytes()
+
+
+def test_the_files_of_an_adapter_that_was_never_trained_do_not_stay_in_a_run_of_all_parameters(tmp_path: Path):
+    table = tiny_run(tmp_path)
+    folder = Path(table["run"])
+    folder.mkdir()
+    (folder / "lora.json").write_text("{}")
+    record(folder, recipe(table), {}, {})
+    assert not (folder / "lora.json").exists()
+
+
+def test_another_optimizer_is_refused_and_a_moving_average_starts_anew(
+    base: Path, straight: tuple[Path, Any], tmp_path: Path
+):
+    continued = {"init": str(straight[0] / "checkpoints" / "4"), "init_optimizer": True, "train__steps": 9}
+    state = start_of(lora_run(tmp_path, base, ema={"decay": 0.9}, **continued)).state
+    assert int(state.step) == 4
+    for average, trained in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.trainable), strict=True):
+        np.testing.assert_array_equal(average, trained)
+    with pytest.raises(UserError, match=r"init_optimizer = true: .*\n.*leave out init_optimizer"):
+        start_of(lora_run(tmp_path, base, optimizer__name="lion", **continued))
+
+
+def test_a_run_that_continued_an_adapter_resumes_without_it(base: Path, straight: tuple[Path, Any], tmp_path: Path):
+    table = lora_run(tmp_path, base, init=str(tmp_path / "gone"), run=str(tmp_path / "run"), train__steps=9)
+    shutil.copytree(straight[0], tmp_path / "run")
+    components = build_components(recipe(table), one_device(), started=True)
+    assert components.source is not None
+    assert components.source.folder == base.resolve()
+
+
+def test_an_adapter_with_nan_is_refused(base: Path, straight: tuple[Path, Any], tmp_path: Path):
+    shutil.copytree(straight[0] / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    arrays = load_file(file)
+    next(iter(arrays.values()))[0, 0] = np.nan
+    save_file(arrays, file)
+    with pytest.raises(UserError, match=r"init = .* has infinite or NaN values"):
+        start_of(lora_run(tmp_path, base, init=str(tmp_path / "adapter")))

@@ -111,7 +111,7 @@ def test_modules_have_the_names_of_their_family_and_those_of_camelid():
             "Leave embed out",
         ),
         ({"kind": "loha"}, r"lora\.kind: 'loha' is not one of 'lora', 'dora'", r"docs/recipes\.md"),
-        ({"base": "nf4"}, r"lora\.base: 'nf4' is not one of 'float32', 'bfloat16'", r"docs/recipes\.md"),
+        ({"base": "fp8"}, r"lora\.base: 'fp8' is not one of 'float32', 'bfloat16', 'int8', 'nf4'", r"docs/recipes\.md"),
         ({"r": 8}, r"no field 'lora\.r'", r"Did you mean 'lora\.rank'"),
         ({"target_modules": ["q_proj"]}, r"no field 'lora\.target_modules'", r"Did you mean 'lora\.targets'"),
         ({"modules_to_save": ["norm"]}, r"no field 'lora\.modules_to_save'", "It has rank"),

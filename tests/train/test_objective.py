@@ -11,6 +11,8 @@ from camelid.train.config import LossConfig
 from camelid.train.objective import NextTokenLoss, averaged
 from tiny import tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config(num_layers=1)
 ROWS, LENGTH = 4, 12
 

@@ -1,5 +1,7 @@
 """Every optimizer against its formula in NumPy, or against torch; sharded, saved and restored."""
 
+import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ from camelid.errors import UserError
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import abstract, build, map_specs, named
 from camelid.model.pytree import path_name
-from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
+from camelid.parallel.mesh import MeshConfig, make_mesh
 from camelid.train.optimizer import make_optimizer
 from camelid.train.optimizer_config import OPTIMIZERS, OptimizerConfig
 from camelid.train.patterns import select
 from camelid.train.schedules import learning_rate
-from camelid.train.state import abstract_state, start_state
+from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.trainable import make_mask
 from tiny import tiny_config
+
+pytestmark = pytest.mark.quick_compile
 
 CONFIG = tiny_config(vocab_size=96, num_layers=2)  # eight devices divide it
 SPECS = declare_decoder(CONFIG)
@@ -339,48 +343,42 @@ def test_freezing_everything_or_nothing_is_refused():
 # Sharding ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "uio"])  # its state is that of palm
 def test_the_state_on_eight_devices_is_sharded_saved_and_restored_and_the_result_is_that_of_one(
     tmp_path: Path, name: str
 ):
     settings = OptimizerConfig(name=name, warmup_steps=2, factors={"layers.1": 0.5})  # pyright: ignore[reportArgumentType]
-    optimizer = make_optimizer(settings, 9, SPECS)
+    optimizer, mesh = make_optimizer(settings, 9, SPECS), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    target = abstract_state(abstract(SPECS, "float32", mesh), optimizer)
+    places = jax.tree.map(lambda x: x.sharding, target)
 
-    def after_two_and_three(mesh: Any, checkpoints: RunCheckpoints | None) -> Any:
-        target = abstract_state(abstract(SPECS, "float32", mesh), optimizer)
-        places = jax.tree.map(lambda x: x.sharding, target)
-        grads = [
-            build(SPECS, [jax.device_put(arrays[path], place) for path, place in named(places.trainable).items()])
-            for arrays in GRADS
-        ]
-        params = build(SPECS, [jax.device_put(PARAMS[path], place) for path, place in named(places.trainable).items()])
+    def placed(arrays: Arrays) -> Any:
+        return build(SPECS, [jax.device_put(arrays[path], place) for path, place in named(places.trainable).items()])
 
-        def step(state: Any, grads: Any) -> Any:
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
-            return type(state)(state.step + 1, trainable, opt_state)
+    def step(state: TrainState, grads: Any) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state)
 
-        with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-            state = jax.jit(lambda p: start_state(p, optimizer), out_shardings=places)(params)
-            compiled = jax.jit(step, out_shardings=places)
-            for each in grads[:2]:
-                state = compiled(state, each)
-            if checkpoints is not None:
-                checkpoints.save(2, state)
-                checkpoints.wait()
-                before, state = state, checkpoints.restore(2, target)
-                for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(state), strict=True):
-                    np.testing.assert_array_equal(old, new, err_msg=path_name(path))
-                    assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
-            return compiled(state, grads[2])
-
-    checkpoints = RunCheckpoints(tmp_path, 1)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    sharded = after_two_and_three(mesh, checkpoints)
-    checkpoints.close()
-    one = after_two_and_three(one_device(), None)
+    with (
+        jax.set_mesh(mesh),
+        jax.numpy_dtype_promotion("standard"),
+        contextlib.closing(RunCheckpoints(tmp_path, 1)) as checkpoints,
+    ):
+        state = jax.jit(lambda p: start_state(p, optimizer), out_shardings=places)(placed(PARAMS))
+        compiled = jax.jit(step, out_shardings=places)
+        for arrays in GRADS[:2]:
+            state = compiled(state, placed(arrays))
+        checkpoints.save(2, state)
+        checkpoints.wait()
+        restored = checkpoints.restore(2, target)
+        for (path, old), new in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(restored), strict=True):
+            np.testing.assert_array_equal(old, new, err_msg=path_name(path))
+            assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+        sharded = compiled(restored, placed(GRADS[2]))
+    alone = updated(optimizer)
     for path, leaf in named(sharded.trainable).items():
-        np.testing.assert_allclose(leaf, named(one.trainable)[path], rtol=1e-5, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(leaf, alone[path], rtol=1e-5, atol=1e-5, err_msg=path)
     params = named(sharded.trainable)
     matched = [
         (path, leaf, params[path])

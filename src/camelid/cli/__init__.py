@@ -21,8 +21,10 @@ from camelid.cli.data import prepare as data_prepare
 from camelid.cli.data_cache import cache as data_cache
 from camelid.cli.deltas import delta_apply, delta_make
 from camelid.cli.failures import as_user_error
+from camelid.cli.finetuning import finetune
 from camelid.cli.help import help_text, summary, with_plain_help
 from camelid.cli.models import generate, inspect, perplexity
+from camelid.cli.packaged_recipes import copy_recipe, list_recipes, show_recipe
 from camelid.cli.runs import plot, runs
 from camelid.cli.shared import path_options
 from camelid.cli.training import demo, train
@@ -31,9 +33,13 @@ from camelid.errors import UserError
 COMMANDS: dict[str, Callable] = {
     "generate": generate,
     "evaluate perplexity": perplexity,
+    "finetune": finetune,
     "train": train,
     "runs": runs,
     "plot": plot,
+    "recipes ls": list_recipes,
+    "recipes show": show_recipe,
+    "recipes cp": copy_recipe,
     "convert": convert,
     "diff": diff,
     "delta make": delta_make,
@@ -45,18 +51,24 @@ COMMANDS: dict[str, Callable] = {
     "demo": demo,
 }
 
-RESUMABLE = ("train", "demo", "data prepare")
+RESUMABLE = ("train", "finetune", "demo", "data prepare")
 """Commands that continue where they were interrupted."""
 
-TAKES_OVERRIDES = ("train", "data inspect")
+TAKES_OVERRIDES = ("train", "finetune", "data inspect")
 """Commands whose other options are fields of the recipe."""
 
 OTHER_NAMES = {
-    "finetune": "train",
-    "fine-tune": "train",
+    "fine-tune": "finetune",
+    "tune": "finetune",
     "pretrain": "train",
     "fit": "train",
-    "sft": "train",
+    "sft": "finetune",
+    "lora": "finetune",
+    "dpo": "finetune",
+    "recipe": "recipes ls",
+    "ls": "recipes ls",
+    "cp": "recipes cp",
+    "run": "train",
     "eval": "evaluate perplexity",
     "ppl": "evaluate perplexity",
     "perplexity": "evaluate perplexity",
@@ -75,8 +87,6 @@ OTHER_NAMES = {
     "info": "inspect",
     "show": "inspect",
     "quickstart": "demo",
-    "list": "runs",
-    "ls": "runs",
     "status": "runs",
 }
 """What other systems call the commands; suggested, never accepted."""
@@ -121,6 +131,8 @@ def _run(arguments: list[str]) -> None:
         from camelid import __version__
 
         return print(f"camelid {__version__}")
+    if arguments == ["recipes"]:
+        arguments = ["recipes", "ls"]
     name = _command_name(arguments)
     if name is None:
         if arguments[1:] in ([], ["-h"], ["--help"], ["help"]) and (group := _group(arguments[0])):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
+from camelid import recipes
 from camelid.cli.shared import print_json, progress_bar, tell
 from camelid.data.config import Source, SourceOptions
 from camelid.errors import UserError
@@ -147,8 +148,8 @@ def inspect(
 ) -> None:
     """Show what training reads: counts, lengths, mixture shares and repeats, rows without loss, the first rows as text.
 
-    camelid data inspect recipes/finetune.toml --rows 4
-    camelid data inspect recipes/finetune.toml --data.sequence-length 1024 --data.packing best_fit
+    camelid data inspect recipe.toml --rows 4
+    camelid data inspect recipe.toml --data.sequence-length 1024 --data.packing best_fit
     camelid data inspect stores/chats --histogram lengths.png
 
     Sources of a recipe that are not prepared yet are prepared first, as in training. Any field of the recipe can be
@@ -164,6 +165,7 @@ def inspect(
         raise UserError(f"--rows {rows}", "Choose 0 or more.")
     if histogram is not None and histogram.suffix != ".png":
         raise UserError(f"--histogram {histogram} is not a PNG file", "Give a name that ends in .png.")
+    data = recipes.find(data)
     if not data.exists():
         raise UserError(f"{data} does not exist", "Give a recipe's .toml, or the folder of a store.")
     if not data.is_dir() and tokenizer is not None:

@@ -11,6 +11,7 @@ LESS_MEMORY = {
     "evaluate perplexity": "Use a shorter --sequence-length, or --dtype bfloat16.",
     "data prepare": "Use fewer --workers.",
 }
+LESS_MEMORY["finetune"] = f"Use --lora. {LESS_MEMORY['train']}"
 """Advice for each command that runs out of memory."""
 
 

@@ -1,6 +1,9 @@
 """Commands for training."""
 
+import os
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Positional[Path], arg(metavar="RECIPE.toml", help="docs/recipes.md describes its fields")],
+    recipe: Annotated[
+        Positional[Path], arg(metavar="RECIPE", help="a .toml file, or a name that `camelid recipes` lists")
+    ],
     print_recipe: bool = False,
     from_step: int | None = None,
     coordinator: str | None = None,
@@ -28,9 +33,9 @@ def train(
 ) -> None:
     """Train from a recipe; rerun the command to resume.
 
-    camelid train recipes/finetune.toml
-    camelid train recipes/finetune.toml --train.steps 500 --optimizer.learning-rate 1e-4 --run runs/second
-    camelid train recipes/finetune.toml --print-recipe
+    camelid train recipe.toml
+    camelid train recipe.toml --train.steps 500 --optimizer.learning-rate 1e-4 --run runs/second
+    camelid train llama2_7b_alpaca_lora --init ./Llama-2-7b-hf --print-recipe
 
     Any field of the recipe can be overridden by --table.field VALUE. On Ctrl-C or SIGTERM, training finishes the
     current step, saves a checkpoint and exits with status 75; a second Ctrl-C exits immediately.
@@ -43,9 +48,10 @@ def train(
         process_id: index of this process, from 0
         detect: take the three options above from the environment of SLURM, MPI or a TPU pod
     """
+    from camelid import recipes
     from camelid.runs.recipe import completed, read_recipe, write_recipe
 
-    resolved = read_recipe(recipe, overrides)
+    resolved = read_recipe(recipes.find(recipe), overrides)
     if print_recipe:
         kept = None
         if (folder := Path(resolved.run)).is_dir():
@@ -56,29 +62,46 @@ def train(
         return
     keep_compiled()
     from camelid.parallel import hosts
-    from camelid.parallel.failure import fail_together
 
     hosts.start(hosts.Processes(coordinator=coordinator, count=processes, id=process_id, detect=detect))
+    train_recipe(resolved, from_step)
+
+
+def train_recipe(recipe: "Recipe", from_step: int | None = None) -> None:
+    """Trains by a recipe and prints where the result is; exits with status 75 if a signal stopped the run."""
+    from camelid.parallel import hosts
+    from camelid.parallel.failure import fail_together
+
     with fail_together(lambda error: as_user_error(error, "train")):
         from camelid.runs.run import run
 
-        outcome = run(resolved, from_step)
+        outcome = run(recipe, from_step)
     if hosts.is_main():
-        _tell_end(outcome, resolved)
+        _tell_end(outcome, recipe)
     if not outcome.finished:
         sys.exit(STOPPED)
 
 
 def _tell_end(outcome: "Outcome", recipe: "Recipe") -> None:
-    """Tells where the result of a run is, and what can be done with it."""
+    """Prints where the result of a run is, and commands to try next."""
     if not outcome.finished:
         note(f"stopped after step {outcome.steps} of {recipe.train.steps}; run the same command again to resume")
         return
     written = (f"{folder.name} {folder}" for folder in outcome.saved)
     note("   ".join([*written, f"losses {outcome.folder / 'loss.png'}"]))
-    if recipe.lora is not None:
-        note(f"generate with the adapter:  camelid generate {outcome.folder} PROMPT")
-        note(f"merge it into the model:    camelid convert {outcome.folder} DESTINATION")
+    for what, command in _next(outcome.folder, recipe):
+        note(f"  {what:9} {command}")
+
+
+def _next(folder: Path, recipe: "Recipe") -> Iterator[tuple[str, str]]:
+    """Commands to try after a run, as what they do and how they are written."""
+    run = shlex.quote(os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder))
+    yield "generate", f'camelid generate {run} "Hello"'
+    if recipe.lora is None:
+        yield "convert", f"camelid convert {run} model.gguf"
+    else:
+        yield "merge", f"camelid convert {run} merged"
+    yield "evaluate", f"camelid evaluate perplexity {run} TEXT.txt"
 
 
 def demo(

@@ -176,7 +176,7 @@ class DataConfig:
     By default, a resumed run keeps its packing; for other runs see `packing_method`.
     """
     overlong: Literal["split", "truncate", "drop"] = "split"
-    """best_fit, none: what to do with a document longer than a row."""
+    """best_fit, none: what to do with a document longer than a row; a pair of a preference is not split but refused."""
     cross_documents: bool = False
     """stream: whether attention, positions and predictions continue across the borders of the documents in a row."""
     sequence_length: int

@@ -117,23 +117,6 @@ def summed_loss(
     return LossSums(loss, sums.cross_entropy, z_loss, sums.correct)
 
 
-def cross_entropy(
-    hidden: Float[Array, "B S E"],
-    head: Weight,
-    targets: Int[Array, "B S"],
-    weights: Float[Array, "B S"],
-    chunk: int | None = None,
-    bias: Float[Array, " V"] | None = None,
-    softcap: float | None = None,
-    context: Context = Context(),
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted cross-entropy, as two float32 sums: of weight x -log p(target) in nats, and of the weights.
-
-    The same as `summed_loss` without other terms.
-    """
-    return summed_loss(hidden, head, targets, weights, chunk, bias, softcap, context).loss, weights.sum()
-
-
 def token_log_probs(
     hidden: Float[Array, "B S E"],
     head: Weight,

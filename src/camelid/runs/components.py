@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
+from camelid.checkpoint.adapters.trained import read_run_adapter
 from camelid.checkpoint.checkpoint import Checkpoint, companions_in
 from camelid.checkpoint.formats import hf
 from camelid.checkpoint.formats.config_source import read_model_config
@@ -35,8 +36,9 @@ from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
 from camelid.train.loggers import tokenizing
-from camelid.train.objective import NextTokenLoss
+from camelid.train.objective import NextTokenLoss, Objective
 from camelid.train.optimizer import make_optimizer
+from camelid.train.preference import DPOLoss
 from camelid.train.schedules import learning_rate
 from camelid.train.step import TrainStep
 from camelid.train.trackers import check_installed
@@ -61,6 +63,15 @@ class Components:
     lora: LoRAPlan | None = None
     """the adapters that are trained; None if all parameters are"""
     notes: tuple[str, ...] = ()
+
+    @property
+    def precomputes_reference(self) -> bool:
+        """Whether the rows have the log-probabilities of the reference of a preference loss, as PairBatch.
+
+        New adapters need none: their base is the reference, also while they are trained.
+        """
+        new_adapters = self.lora is not None and not isinstance(self.source, AdaptedCheckpoint)
+        return self.recipe.dpo is not None and not new_adapters
 
     @property
     def companions(self) -> dict[str, Path]:
@@ -118,11 +129,6 @@ def build_components(recipe: Recipe, mesh: Mesh, started: bool = False) -> Compo
             f"data.sequence_length = {recipe.data.sequence_length} exceeds the context of {config.max_length}",
             "Use shorter rows.",
         )
-    if any(source.kind == "preference" for source in _sources(recipe)):
-        raise UserError(
-            "kind = 'preference' cannot be trained on yet: that needs a loss that compares the two answers",
-            "`camelid data prepare` and `inspect` accept it; to train on the chosen answers, use kind = 'chat'.",
-        )
     plan = None if recipe.lora is None else plan_adapters(recipe.lora, config)
     for name in recipe.train.trackers:
         check_installed(name)
@@ -135,12 +141,15 @@ def build_components(recipe: Recipe, mesh: Mesh, started: bool = False) -> Compo
     def loader(split: Split) -> Loader:
         created = Loader(recipe.data, tokenizer, split, progress, stores.get(split))
         created.check_ids(config.vocab_size)
+        _check_pairs(created, recipe)
         return created
 
     validates = bool(recipe.data.validation or recipe.data.validation_fraction)
     with main_first("data"):
         train, validation = loader("train"), loader("validation") if validates else None
     notes = (*notes, *tokenizer.notes, *vocabulary_notes(tokenizer, config.vocab_size), *train.notes)
+    if validation is not None and validation.pairs:
+        notes = (*notes, *validation.notes)
     return Components(
         recipe, source, inherited, config, tokenizer, train, validation, _train_step(recipe, config, plan), plan, notes
     )
@@ -155,7 +164,10 @@ def _model(recipe: Recipe, started: bool) -> tuple[Checkpoint | None, ModelConfi
     # Runs that an older camelid started have no config.json; those that train an adapter need the base again.
     if started and recipe.lora is None and (folder / "config.json").is_file():
         return None, read_model_config(folder), companions_in(folder)
-    source = open_checkpoint(recipe.init, config=recipe.model, ignore=recipe.init_ignore)
+    about = read_run_adapter(folder) if started and recipe.lora is not None else None
+    # An adapter that `init` continued from is not needed again.
+    init = recipe.init if about is None else about.base
+    source = open_checkpoint(init, config=recipe.model, ignore=recipe.init_ignore)
     return source, (source if recipe.lora is None else base_of(source)).config, source.other_companions
 
 
@@ -241,19 +253,40 @@ def _check_training(source: Checkpoint, recipe: Recipe) -> None:
         )
 
 
-def _train_step(recipe: Recipe, config: ModelConfig, lora: LoRAPlan | None = None) -> TrainStep:
-    recipe.optimizer.check_decay()
-    specs, freeze = declare_decoder(config) if lora is None else declare_adapters(lora, config), recipe.train.freeze
-    objective = NextTokenLoss(
+def _check_pairs(loader: Loader, recipe: Recipe) -> None:
+    """Raises UserError if a prepared store holds pairs of answers and the loss compares none, or the reverse."""
+    if loader.pairs and recipe.dpo is None:
+        raise UserError(
+            f"{loader.stores[0].folder} holds pairs of answers, and the recipe has no loss that compares them",
+            "Add a table [dpo], for example with beta = 0.1.",
+        )
+    if recipe.dpo is not None and not loader.pairs:
+        raise UserError(
+            f"[dpo] compares pairs of answers, and {loader.stores[0].folder} was not prepared with kind = 'preference'",
+            "Use a source of kind = 'preference', or remove [dpo].",
+        )
+
+
+def _objective(recipe: Recipe, config: ModelConfig) -> Objective:
+    compute, adapter_dropout = recipe.compute, 0.0 if recipe.lora is None else recipe.lora.dropout
+    if recipe.dpo is not None:
+        return DPOLoss(
+            config=config, compute=compute, dpo=recipe.dpo, dropout=recipe.dropout, adapter_dropout=adapter_dropout
+        )
+    return NextTokenLoss(
         config=config,
-        compute=recipe.compute,
+        compute=compute,
         loss=recipe.loss,
         dropout=recipe.dropout,
-        adapter_dropout=0.0 if recipe.lora is None else recipe.lora.dropout,
+        adapter_dropout=adapter_dropout,
         accuracy="accuracy" in recipe.train.metrics,
     )
+
+
+def _train_step(recipe: Recipe, config: ModelConfig, lora: LoRAPlan | None = None) -> TrainStep:
+    specs, freeze = declare_decoder(config) if lora is None else declare_adapters(lora, config), recipe.train.freeze
     return TrainStep(
-        objective=objective,
+        objective=_objective(recipe, config),
         optimizer=make_optimizer(recipe.optimizer, recipe.train.steps, specs, freeze),
         schedule=learning_rate(recipe.optimizer, recipe.train.steps),
         clip_norm=recipe.optimizer.clip_norm,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
             f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(not_finite)}",
             "Every loss would be NaN: use another checkpoint.",
         )
-    if saved_state.steps_in(folder / STEPS) and (kept := read_run_adapter(folder)) is not None:
+    kept = read_run_adapter(folder) if saved_state.steps_in(folder / STEPS) else None
+    if kept is not None:
         odd = list(config_differences(read_model_config(folder), base.config))
         odd += [path for path, found in checksums.items() if kept.checksums.get(path) != found]
         if odd:
@@ -98,7 +99,8 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
             )
     if (bits := recipe.lora.base) == "int8" or bits == "nf4":
         params = quantize_layers(params, base.config, bits, mesh, recipe.compute.replicate)
-    about = RunAdapter(_name_of_base(recipe, source), recipe.init_ignore, checksums, plan, recipe.lora.dropout)
+    name = kept.base if kept is not None else _name_of_base(recipe, source)
+    about = RunAdapter(name, recipe.init_ignore, checksums, plan, recipe.lora.dropout)
     frozen, everywhere = freeze(params, plan, base.config), placement((), mesh)
     frozen = jax.tree.map(lambda x: jax.device_put(x, everywhere) if isinstance(x, np.ndarray) else x, frozen)
     return Base(source, base, params, frozen, about)
@@ -137,15 +139,24 @@ def first_state(recipe: Recipe, base: Base, create: Callable[[Decoder], TrainSta
 
     `create` is `start_state` with the options of the run.
 
-    With `init_optimizer`, it is the entire state of the step of another run. Raises UserError if the adapter of `init`
-    is not of the form that the recipe describes.
+    With `init_optimizer`, step, adapters and optimizer state are those of a step of another run. Raises UserError if
+    the adapter of `init` is not of the form that the recipe describes, or has the state of another optimizer.
     """
     source, plan, config = base.source, base.about.plan, base.checkpoint.config
     places = jax.tree.map(lambda x: x.sharding, target)
     if isinstance(source, AdaptedCheckpoint):
         _check_continues(recipe, source, plan)
         if recipe.init_optimizer and source.step is not None:
-            return RunCheckpoints(source.step.parent, 1).restore(int(source.step.name), target)
+            wanted = replace(target, ema=None, counters={})
+            try:
+                found = RunCheckpoints(source.step.parent, 1).restore(int(source.step.name), wanted, only_target=True)
+            except UserError as error:
+                raise UserError(
+                    f"init_optimizer = true: {error.problem}",
+                    "Use the [lora] and [optimizer] tables of that run, or leave out init_optimizer.",
+                ) from error
+            new = jax.jit(create, out_shardings=places)(found.trainable)
+            return replace(new, step=found.step, opt_state=found.opt_state)
         arrays = to_arrays(source.adapter, plan, config)
         given = jax.tree.map_with_path(
             lambda path, x: jax.device_put(arrays[path_name(path)], x.sharding), target.trainable

@@ -2,6 +2,7 @@
 
 import builtins
 import collections.abc
+import copy
 import dataclasses
 import tomllib
 import types
@@ -21,7 +22,15 @@ from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
 from camelid.runs.renamed import renamed_advice
 from camelid.runs.suggestions import as_option, suggest
-from camelid.train.config import DropoutConfig, EmaConfig, LossConfig, LossScaleConfig, ProfileConfig, TrainConfig
+from camelid.train.config import (
+    DPOConfig,
+    DropoutConfig,
+    EmaConfig,
+    LossConfig,
+    LossScaleConfig,
+    ProfileConfig,
+    TrainConfig,
+)
 from camelid.train.lora_config import LoRAConfig
 from camelid.train.optimizer_config import OptimizerConfig
 
@@ -49,6 +58,8 @@ class Recipe:
     data: DataConfig
     train: TrainConfig
     loss: LossConfig = LossConfig()
+    dpo: DPOConfig | None = None
+    """train on pairs of answers, of sources of kind = "preference", by direct preference optimization"""
     dropout: DropoutConfig = DropoutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoRAConfig | None = None
@@ -84,6 +95,7 @@ class Recipe:
             )
         if self.init is None and self.tokenizer is None:
             raise UserError("the recipe has a model and no tokenizer", "Set tokenizer to a folder with tokenizer.json.")
+        self._check_preference()
         if self.train.keep_best and not (self.data.validation or self.data.validation_fraction):
             raise UserError(
                 "train.keep_best = true compares validation losses, and the recipe has no validation data",
@@ -108,6 +120,34 @@ class Recipe:
                 "Only float16 needs loss scaling: remove the table, or set compute.dtype = 'float16'.",
             )
 
+    def _check_preference(self) -> None:
+        """Raises UserError if the kinds of the sources do not fit the loss; stores are checked when they are opened."""
+        kinds = {source.kind for source in (*self.data.train, *self.data.validation)}
+        if self.dpo is None:
+            if "preference" in kinds:
+                raise UserError(
+                    "kind = 'preference' holds pairs of answers, and the recipe has no loss that compares them",
+                    "Add a table [dpo], for example with beta = 0.1. To train on the chosen answers alone, use "
+                    "kind = 'fields' and fields = '[prompt],chosen'.",
+                )
+            return
+        if others := sorted(kinds - {"preference", "tokens"}):
+            raise UserError(
+                f"[dpo] compares pairs of answers, and the data has a source of kind = {others[0]!r}",
+                "Use kind = 'preference' for every source, or remove [dpo].",
+            )
+        if self.loss != LossConfig() or "accuracy" in self.train.metrics:
+            field = "[loss]" if self.loss != LossConfig() else "train.metrics = 'accuracy'"
+            raise UserError(
+                f"{field} does not apply to the loss of [dpo], which is of pairs of answers and not of tokens",
+                "Leave it out; dpo.label_smoothing is the one of [dpo].",
+            )
+        if self.init is None:
+            raise UserError(
+                "the recipe has [dpo] and no init",
+                "Set init to the checkpoint to finetune, which is also the reference.",
+            )
+
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, in which `--a.b value` pairs replace fields; raises UserError for anything unknown."""
@@ -115,15 +155,26 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         table = tomllib.loads(read_text(path, "a recipe (.toml)"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {error}", "docs/recipes.md has an example.") from error
-    pairs = _pairs(overrides)
-    for key, text in pairs:
-        _set(table, key, _value(text, _type_of(key)))
+    return recipe_of(table, overrides)
+
+
+def recipe_of(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a table, in which `--a.b value` pairs replace fields; raises UserError for anything unknown."""
+    changed = overridden(table, overrides)
     try:
-        return structure(table)
+        return structure(changed)
     except UserError as error:
-        if any(repr(key) in error.problem for key, _ in pairs):
+        if any(repr(key) in error.problem for key, _ in _pairs(overrides)):
             raise UserError(error.problem, as_option(error.advice)) from error
         raise
+
+
+def overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the table, in which `--a.b value` pairs replace fields."""
+    changed = copy.deepcopy(dict(table))
+    for key, text in _pairs(overrides):
+        _set(changed, key, _value(text, _type_of(key)))
+    return changed
 
 
 def structure(table: Mapping[str, Any]) -> Recipe:

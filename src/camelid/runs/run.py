@@ -16,7 +16,7 @@ from camelid import interrupts
 from camelid.api import Model
 from camelid.checkpoint.folder import check_destination
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.data.rows.batch import Batch
+from camelid.data.rows.batch import Batch, PairBatch
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.prefetch import prefetched
 from camelid.errors import UserError
@@ -29,9 +29,10 @@ from camelid.parallel.rules import COMPUTE, partition
 from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.best import BestCheckpoint
 from camelid.runs.components import Components, build_components
-from camelid.runs.file_names import ADAPTER, METRICS, MODEL, MODEL_EMA, PROFILE, STEPS
+from camelid.runs.file_names import ADAPTER, ADAPTER_EMA, METRICS, MODEL, MODEL_EMA, PROFILE, STEPS
 from camelid.runs.lora import Base, base_dtype, save_adapter
 from camelid.runs.recipe import Recipe, completed
+from camelid.runs.reference import with_reference
 from camelid.runs.run_folder import (
     check_folder,
     claimed,
@@ -86,6 +87,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     previous = kept_recipe(folder)
     if previous is None:
         interrupts.set_advice("no step was saved; run the same command again to start from the beginning")
+        recipe.optimizer.check_decay()
     recipe = completed(recipe, previous)
     broadcast_from_main(lambda: check_folder(folder, recipe))
     mesh = make_mesh(recipe.mesh)
@@ -105,6 +107,9 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
                     terminal.print(line)
             written = _written(recipe)
             if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, written):
+                if is_main():
+                    made = f"it has made all {recipe.train.steps} steps"
+                    terminal.print(f"this run is finished: {made}; a larger train.steps continues it")
                 model = _model(recipe, components, folder, mesh, combine(start.state.trainable, start.frozen))
                 return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in written))
             state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal)
@@ -122,14 +127,17 @@ def _train(
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
     config, state, first = recipe.train, start.state, int(start.state.step)
-    step = components.step
-    if first < config.steps:
-        step = compile_step(components.step, state, recipe, mesh, terminal, start.frozen)
+    kind = PairBatch if components.precomputes_reference else Batch
+    step, starting = components.step, first < config.steps
+    if starting:
+        step = compile_step(step, state, recipe, mesh, terminal, start.frozen, kind)
     # Kernels may refuse the model when they are compiled, so nothing is written before this line.
     base_files = {} if start.base is None else start.base.files
     record(folder, recipe, components.files | base_files, components.data)
     record_versions(folder, start.resumed or 0)
     mark_unfinished(folder)
+    if components.precomputes_reference and (starting or components.validation is not None):
+        components = with_reference(components, start, folder, mesh, terminal)
     flops = training_flops(components.config, recipe.data.sequence_length, frozen=recipe.lora is not None)
     speed = Speed(first, config.steps, flops, _peak_flops())
     log = _metrics_log(recipe, components, folder, checkpoints, terminal, speed, start.resumed or 0)
@@ -229,26 +237,31 @@ def train_steps(
 def _finish(
     recipe: Recipe, components: Components, folder: Path, mesh: Mesh, start: Start, state: TrainState, finished: bool
 ) -> Outcome:
-    """Saves the results of a finished run: the model or adapter, and the moving average; and draws the losses."""
+    """Saves the results of a finished run: models and adapters of the last step; and draws the losses."""
     model = _model(recipe, components, folder, mesh, combine(state.trainable, start.frozen))
-    dtype = None if recipe.lora is None else base_dtype(recipe)
-    if finished and MODEL in _written(recipe):
-        model.save(folder / MODEL, dtype=dtype, overwrite=True)
-    if finished and state.ema is not None:
-        averaged = replace(model, params=combine(state.ema, start.frozen))
-        averaged.save(folder / MODEL_EMA, dtype=dtype, overwrite=True)
     if finished:
+        params = {ADAPTER: state.trainable, MODEL: state.trainable, ADAPTER_EMA: state.ema, MODEL_EMA: state.ema}
+        dtype = None if recipe.lora is None else base_dtype(recipe)
+        for name in _written(recipe):
+            if start.base is not None and name in (ADAPTER, ADAPTER_EMA):
+                save_adapter(folder / name, params[name], start.base, _companions(components, folder))
+            else:
+                saved = replace(model, params=combine(params[name], start.frozen))
+                saved.save(folder / name, dtype=dtype, overwrite=True)
         mark_finished(folder, int(state.step))
     if is_main():
         draw_losses({folder.name: read_metrics(folder / METRICS)}, folder / "loss.png")
-    saved = (folder / name for name in _written(recipe) if (folder / name).is_dir())
-    return Outcome(folder, int(state.step), finished, model, tuple(saved))
+    written = tuple(folder / name for name in _written(recipe) if (folder / name).is_dir())
+    return Outcome(folder, int(state.step), finished, model, written)
 
 
 def _written(recipe: Recipe) -> tuple[str, ...]:
     """The folders in that of a finished run that are written for use elsewhere."""
-    result = (MODEL,) if recipe.lora is None else (ADAPTER, MODEL) if recipe.lora.merge else (ADAPTER,)
-    return result if recipe.ema is None else (*result, MODEL_EMA)
+    models = (MODEL,) if recipe.ema is None else (MODEL, MODEL_EMA)
+    if recipe.lora is None:
+        return models
+    adapters = (ADAPTER,) if recipe.ema is None else (ADAPTER, ADAPTER_EMA)
+    return (*adapters, *models) if recipe.lora.merge else adapters
 
 
 def _model(recipe: Recipe, components: Components, folder: Path, mesh: Mesh, params: Decoder) -> Model:
@@ -268,16 +281,23 @@ def _save_adapter(components: Components, folder: Path, base: Base, state: Train
 
 
 def compile_step(
-    step: TrainStep, state: TrainState, recipe: Recipe, mesh: Mesh, terminal: Terminal, frozen: Any = None
+    step: TrainStep,
+    state: TrainState,
+    recipe: Recipe,
+    mesh: Mesh,
+    terminal: Terminal,
+    frozen: Any = None,
+    kind: type[Batch] = Batch,
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
-    """The compiled step, as `step(state, batch)`. The memory of the state that it is given is reused for the state that
-    it returns; `frozen`, the parameters that are not trained, stays."""
+    """The compiled step for batches of this kind, as `step(state, batch)`. The memory of the state that it is given is
+    reused for the state that it returns; `frozen`, the parameters that are not trained, stays."""
     if is_main():
         terminal.print("compiling the training step ...")
     start = time.perf_counter()
     shape = (recipe.data.batch_size, recipe.data.sequence_length)
     sharding = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
-    dtypes = {field.name: jnp.float32 if field.name == "weights" else jnp.int32 for field in fields(Batch)}
+    floats = ("weights", "reference")
+    dtypes = {field.name: jnp.float32 if field.name in floats else jnp.int32 for field in fields(kind)}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     # The state keeps its shardings, whatever the compiler would choose for the updates of an optimizer.
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None))

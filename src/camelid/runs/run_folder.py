@@ -8,12 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from camelid.checkpoint.adapters.peft_config import NAME as CONFIG
+from camelid.checkpoint.adapters.trained import NAME as LORA
 from camelid.checkpoint.state.saved_state import steps_in
 from camelid.disk.atomic import write_atomically
 from camelid.disk.locks import LOCK, locked, no_empty_folders
 from camelid.errors import UserError
 from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
-from camelid.runs.file_names import ADAPTER, DATA, FILES, FINISHED, METRICS, MODEL, MODEL_EMA, RECIPE, STEPS
+from camelid.runs.file_names import (
+    ADAPTER,
+    ADAPTER_EMA,
+    DATA,
+    FILES,
+    FINISHED,
+    METRICS,
+    MODEL,
+    MODEL_EMA,
+    RECIPE,
+    STEPS,
+)
 from camelid.runs.recipe import Recipe, completed, structure, write_recipe
 from camelid.runs.renamed import with_new_names
 
@@ -35,6 +48,7 @@ FREE = {
     )
 } | {
     "run",
+    "lora.merge",
     "data.workers",
     "data.prepare_workers",
     "data.cache",
@@ -52,7 +66,11 @@ def has_started(folder: Path) -> bool:
 
 def is_finished(folder: Path, step: int, written: Sequence[str]) -> bool:
     """Whether the folders `written` in that of a run exist and are those after `step`; every process calls this."""
-    return broadcast_from_main(lambda: all((folder / name).is_dir() for name in written) and _step(folder) == step)
+
+    def exists(name: str) -> bool:
+        return (folder / name / (CONFIG if name in (ADAPTER, ADAPTER_EMA) else "config.json")).is_file()
+
+    return broadcast_from_main(lambda: all(map(exists, written)) and _step(folder) == step)
 
 
 def _step(folder: Path) -> int | None:
@@ -103,7 +121,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             raise UserError(f"{folder} has files and is not the folder of a run", "Choose another folder with --run.")
         return
     if (text := _kept_text(folder)) is None:
-        for name in (MODEL, ADAPTER, MODEL_EMA):
+        for name in (MODEL, ADAPTER, MODEL_EMA, ADAPTER_EMA):
             if (folder / name).exists():
                 raise UserError(
                     f"{folder} has the {name} of a run without checkpoints: training would start again at step 0 and "
@@ -189,6 +207,8 @@ def record(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data)
     for name, content in {**about, **files}.items():
         if name not in kept:
             write_atomically(folder / name, content)
+    if LORA not in files:  # of an earlier start with another recipe, before its first checkpoint
+        (folder / LORA).unlink(missing_ok=True)
 
 
 def _remove_lock_alone(folder: Path) -> None:

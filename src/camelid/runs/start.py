@@ -85,6 +85,11 @@ def find_start(
         state = _from_init(recipe, components.source, create, target, mesh)
     else:
         state = _from_scratch(recipe, components.config, create, target)
+    if resumed is None and components.source is not None and (not_finite := checksum_arrays(state)[1]):
+        raise UserError(
+            f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(not_finite)}",
+            "Every loss would be NaN: use another checkpoint.",
+        )
     aside = None if from_step is None else _move_later_aside(folder, from_step)
     return Start(state, resumed, previous, base, aside)
 
@@ -109,11 +114,6 @@ def _from_init(
         state = import_adamw(source, target, recipe.compute, mesh, recipe.loss_scale)
     else:
         state = jax.jit(create, out_shardings=shardings(target))(load_params(source, recipe.compute, mesh))
-    if not_finite := checksum_arrays(state)[1]:
-        raise UserError(
-            f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(not_finite)}",
-            "Every loss would be NaN: use another checkpoint.",
-        )
     return state
 
 

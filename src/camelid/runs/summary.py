@@ -34,11 +34,12 @@ def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Sta
         yield f"validates {rows:,} of {total:,} rows of validation data, chosen by data.seed"
     if recipe.lora is not None:
         yield _trained(recipe, components, start)
+    if recipe.dpo is not None:
+        yield f"{sum(store.num_documents for store in components.loader.stores) // 2:,} pairs of answers"
     step = int(start.state.step)
-    if start.resumed == recipe.train.steps:
-        yield f"this run is finished: it has made all {step} steps; a larger train.steps continues it"
-    elif start.resumed is not None:
-        yield f"resuming after step {step}"
+    if start.resumed is not None:
+        if step < recipe.train.steps:
+            yield f"resuming after step {step}"
     elif step:
         rate = np.asarray(components.step.schedule(step))
         yield f"continuing after step {step} of init, with a learning rate of {rate:.3g}"

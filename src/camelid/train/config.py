@@ -112,6 +112,31 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """Direct preference optimization (arXiv:2305.18290): training on pairs of a chosen and a rejected answer."""
+
+    beta: float = 0.1
+    """how strongly the model is kept near the reference; the tau of IPO"""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """the loss of DPO, or of IPO (arXiv:2310.12036), which averages log-probabilities over the tokens of an answer"""
+    label_smoothing: float = 0.0
+    """sigmoid: assumed probability that the two answers of a pair are interchanged (conservative DPO)"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"dpo.beta = {self.beta}", "Choose a number above 0, such as 0.1.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(
+                f"dpo.label_smoothing = {self.label_smoothing}", "It is a probability: choose 0 or more, below 0.5."
+            )
+        if self.loss == "ipo" and self.label_smoothing:
+            raise UserError(
+                f"dpo.label_smoothing = {self.label_smoothing} does not apply to dpo.loss = 'ipo'",
+                "Leave it out, or use loss = 'sigmoid'.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The loss of training; that of validation is the cross-entropy alone, with the same average."""
 

@@ -93,6 +93,8 @@ class Terminal:
         text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
         if "epoch" in metrics:
             text += f"  epoch {metrics['epoch']:.2f}  {metrics['tokens'] / 1e6:,.2f}M tokens"
+        if about := rewards(metrics):
+            text += f"  {about}"
         text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
         if metrics.get("mfu") is not None:
             text += f"  MFU {metrics['mfu']:.1%}"
@@ -158,6 +160,13 @@ class Terminal:
             self._bar.stop()
 
 
+def rewards(metrics: Mapping[str, Any]) -> str:
+    """The metrics of a preference loss as text; empty for other losses."""
+    if "rewards/margins" not in metrics:
+        return ""
+    return f"reward accuracy {metrics['rewards/accuracies']:.1%}  margin {metrics['rewards/margins']:.3f}"
+
+
 class Speed:
     """Measures the training speed since the last call of `read`, and estimates the remaining time.
 
@@ -214,6 +223,7 @@ def draw_losses(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
                 axes.plot(steps, losses, style, color=color, lw=width, label=run_name + name.replace("_", " "))
     if axes.lines:
         axes.legend()
-    axes.set(xlabel="step", ylabel="nats per token", title="Loss")
+    pairs = any("rewards/margins" in row for rows in runs.values() for row in rows)
+    axes.set(xlabel="step", ylabel="loss per pair" if pairs else "nats per token", title="Loss")
     axes.grid(alpha=0.3)
     figure.savefig(path, format="png")

@@ -12,7 +12,7 @@ import numpy as np
 from camelid.errors import UserError
 from camelid.parallel.hosts import is_main, to_host
 from camelid.train.config import TrainConfig
-from camelid.train.loggers import Speed, Terminal
+from camelid.train.loggers import Speed, Terminal, rewards
 
 
 class Sink(Protocol):
@@ -78,7 +78,8 @@ class MetricsLog(contextlib.AbstractContextManager):
         if is_main():
             average = "" if averaged is None else f"; of the moving average {averaged['loss']:.4f}"
             with np.errstate(over="ignore"):
-                self._terminal.print(f"step {step}: validation loss {loss:.4f}, perplexity {np.exp(loss):.2f}{average}")
+                about = rewards(means) or f"perplexity {np.exp(loss):.2f}"
+            self._terminal.print(f"step {step}: validation loss {loss:.4f}, {about}{average}")
 
     def paused(self) -> AbstractContextManager[None]:
         """While the block runs, no time is counted as that of steps: for validation and checkpoints."""

@@ -61,7 +61,9 @@ class NextTokenLoss:
         self, params: Decoder, batch: Arrays, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Mapping[str, Sum]]:
         training = key is not None
-        context = Context("scoring") if key is None else self._training_context(key, batch["rows"])
+        context = Context("scoring")
+        if key is not None:
+            context = training_context(self.dropout, self.adapter_dropout, key, batch["rows"])
         tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
         x, _ = params.hidden(tokens, positions, segments, self.config, self.compute, context=context)
         weights, weight = averaged(batch["weights"], self.loss.average)
@@ -83,19 +85,20 @@ class NextTokenLoss:
             parts["cross_entropy"] = sums.cross_entropy
         return {name: total for name, total in parts.items() if total is not None}
 
-    def _training_context(self, key: jax.Array, rows: jax.Array) -> Context:
-        drop = self.dropout
-        return Context(
-            phase="training",
-            embedding_dropout=drop.embedding,
-            attention_dropout=drop.attention,
-            residual_dropout=drop.residual,
-            mlp_dropout=drop.mlp,
-            forgetful_ratios=(drop.forgetful_min_ratio, drop.forgetful_max_ratio),
-            adapter_dropout=self.adapter_dropout,
-            dropout_key=key,
-            rows=rows,
-        )
+
+def training_context(drop: DropoutConfig, adapter_dropout: float, key: jax.Array, rows: jax.Array) -> Context:
+    """The context of a training step with this key, for rows with these numbers within the global batch."""
+    return Context(
+        phase="training",
+        embedding_dropout=drop.embedding,
+        attention_dropout=drop.attention,
+        residual_dropout=drop.residual,
+        mlp_dropout=drop.mlp,
+        forgetful_ratios=(drop.forgetful_min_ratio, drop.forgetful_max_ratio),
+        adapter_dropout=adapter_dropout,
+        dropout_key=key,
+        rows=rows,
+    )
 
 
 def averaged(weights: jax.Array, average: Literal["tokens", "rows"]) -> tuple[jax.Array, jax.Array]:

@@ -152,14 +152,17 @@ class RunCheckpoints:
             return "There is no checkpoint yet. Start again with a lower learning rate, or with other data."
         return (
             f"The last checkpoint, of step {step}, is kept. The same command would stop here again: start another run "
-            f"from it with init = {str(self._folder / str(step))!r}, init_optimizer = true, and a lower learning rate "
-            "or another data.seed."
+            f"from it with init = {str(self._folder / str(step))!r}, with AdamW also init_optimizer = true, and a "
+            "lower learning rate or another data.seed."
         )
 
-    def restore(self, step: int, target: Any, initial: Mapping[str, Any] | None = None) -> Any:
+    def restore(
+        self, step: int, target: Any, initial: Mapping[str, Any] | None = None, only_target: bool = False
+    ) -> Any:
         """Restores the state of a step in the shardings of `target`; every process calls this.
 
-        `initial` holds values, by path, of arrays that checkpoints of an older camelid may lack.
+        `initial` holds values, by path, of arrays that checkpoints of an older camelid may lack. With `only_target`,
+        the checkpoint may have further arrays, which are not read.
 
         Raises UserError if the step is damaged, or has other shapes or dtypes than `target`.
         """
@@ -167,6 +170,8 @@ class RunCheckpoints:
         targets = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(target)}
         try:
             arrays = on_all_processes(lambda: open_arrays(place))
+            if only_target:
+                arrays = {name: array for name, array in arrays.items() if name in targets}
             theirs = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
             added = {name: np.asarray(value) for name, value in (initial or {}).items() if name not in arrays}
             _check_same(step, {**theirs, **array_specs(added)}, array_specs(target))

@@ -60,6 +60,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None, open_base: OpenBase)
     adapter = read_run_adapter(run)
     if step is None:
         complete_replacement(run / MODEL)
+        complete_replacement(run / ADAPTER)
         if adapter is not None and not hf.matches(run / MODEL) and peft.matches(run / ADAPTER):
             base = _open_base(adapter, run, config, open_base)
             return peft.on_base(peft.open_adapter(run / ADAPTER, base.config), base, run / ADAPTER)

@@ -92,8 +92,17 @@ class Store:
     @property
     def templates(self) -> set[str | None]:
         """Names of the templates of its chats; None is the default of the tokenizer."""
-        sources = (self.manifest.get("prepared") or {"options": {"sources": []}})["options"]["sources"]
-        return {source["template"] for source in sources if source["kind"] in ("chat", "instruct")}
+        return {source["template"] for source in self._made_of if source["kind"] in ("chat", "instruct", "preference")}
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of the sources that it was prepared from, as in `Source.kind`; empty if they are not known."""
+        return {source["kind"] for source in self._made_of}
+
+    @property
+    def _made_of(self) -> list[dict[str, Any]]:
+        """The options of each source that it was prepared from."""
+        return (self.manifest.get("prepared") or {"options": {"sources": []}})["options"]["sources"]
 
     def weights(self, start: int, stop: int) -> Float32[np.ndarray, " tokens"]:
         """Returns the loss weights of tokens [start, stop)."""

@@ -27,3 +27,14 @@ class Batch:
     """Positions within the part of the document that is in this row, from 0."""
     segments: Int32[np.ndarray, "B S"]
     """Number of the document within the row, from 1; 0 is padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch(Batch):
+    """Rows of pairs of answers, with what the reference of a preference loss predicts for them.
+
+    Segments 2 n - 1 and 2 n of a row are the chosen and the rejected answer of its pair n.
+    """
+
+    reference: Float32[np.ndarray, "B S"]
+    """At the first token of each answer, the sum of weight x log-probability of its targets; 0 at all other tokens."""

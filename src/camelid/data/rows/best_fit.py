@@ -74,7 +74,7 @@ def make_plan(
     if one_per_row:
         row_offsets = np.arange(len(starts) + 1)
     else:
-        row_offsets, starts, lengths = _packed(starts, lengths, sequence_length)
+        row_offsets, starts, lengths = pack(starts, lengths, sequence_length)
     counts = {name: over * (overlong == name) for name in ("split", "truncate", "drop")}
     return Plan(row_offsets, starts, lengths, counts["split"], counts["truncate"], counts["drop"], lost)
 
@@ -87,8 +87,11 @@ def _split(starts: np.ndarray, places: np.ndarray, sequence_length: int) -> tupl
     return np.repeat(starts, counts) + before, np.minimum(np.repeat(places, counts) - before, sequence_length)
 
 
-def _packed(starts: np.ndarray, lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The offsets of the rows, and the starts and lengths of the fragments in the order of the rows."""
+def pack(starts: np.ndarray, lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The offsets of the rows, and the starts and lengths of the fragments in the order of the rows.
+
+    Any other numbers may take the place of `starts`, such as those of the pairs whose lengths are given.
+    """
     patterns = fill(np.bincount(lengths, minlength=sequence_length + 1))
     in_rows = [np.repeat(*np.array(pattern.items, dtype=lengths.dtype).T) for pattern in patterns]
     num_rows = [pattern.num_rows for pattern in patterns]

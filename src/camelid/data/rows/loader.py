@@ -1,6 +1,8 @@
 """The batch of a step, as a function of the configuration and the step alone."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 
 import numpy as np
 
@@ -8,7 +10,7 @@ from camelid.data.config import DataConfig
 from camelid.data.preparation.store import AGAIN, Store
 from camelid.data.preparation.task import StageProgress
 from camelid.data.randomness import permute, seed_of
-from camelid.data.rows.batch import Batch
+from camelid.data.rows.batch import Batch, PairBatch
 from camelid.data.rows.mixture import Mixture, RowShares, row_shares
 from camelid.data.rows.packing import Packing
 from camelid.data.rows.stores import Split, is_mixed, open_stores
@@ -29,9 +31,10 @@ class Loader:
         progress: StageProgress | None = None,
         stores: Sequence[Store] | None = None,
     ):
-        self.config = config
+        self.config, self.split = config, split
         self.vocab_size = tokenizer.vocab_size
         stores = open_stores(config, tokenizer, split, progress) if stores is None else stores
+        self.pairs = _holds_pairs(stores, config)
         looped = config.cross_documents and not config.shuffle and len(stores) == 1 and split == "train"
         self.packings = tuple(
             Packing(
@@ -41,6 +44,7 @@ class Loader:
                 config.overlong,
                 config.cross_documents,
                 looped,
+                self.pairs,
             )
             for store in stores
         )
@@ -61,9 +65,19 @@ class Loader:
                     "Train a model with more embeddings, or remove the texts and templates that need this token.",
                 )
 
+    def with_reference(self, reference: Sequence[np.ndarray]) -> "Loader":
+        """The same rows as PairBatch; for each of `packings` its float32 values of `reference`, one per document."""
+        loader = copy(self)
+        loader.packings = tuple(
+            replace(packing, reference=values) for packing, values in zip(self.packings, reference, strict=True)
+        )
+        return loader
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know about the rows."""
+        if self.pairs:
+            return self._notes_of_pairs()
         # Stored weights mean that parts of documents have no loss: prompts.
         prompts = any(packing.method == "stream" and packing.store.codes is not None for packing in self.packings)
         if not (prompts or (self.config.packing_method == "stream" and any(s.has_prompts for s in self.config.train))):
@@ -71,6 +85,16 @@ class Loader:
         return (
             "packing = 'stream' splits documents that have prompts, so that rows start in the middle of them; "
             "best_fit splits only those that are longer than a row",
+        )
+
+    def _notes_of_pairs(self) -> tuple[str, ...]:
+        plans = [plan for packing in self.packings if (plan := packing.plan) is not None]
+        counts = {"truncated": sum(plan.truncated for plan in plans), "dropped": sum(plan.dropped for plan in plans)}
+        return tuple(
+            f"{count:,} of {sum(store.num_documents for store in self.stores):,} answers of the {self.split} data are "
+            f"{what}, because their pairs are longer than a row of {self.config.sequence_length} tokens"
+            for what, count in counts.items()
+            if count
         )
 
     @property
@@ -130,7 +154,8 @@ class Loader:
             return self._checked(self.packings[0], rows)
         parts = [vars(self._checked(packing, rows[which == n])) for n, packing in enumerate(self.packings)]
         order = np.argsort(np.argsort(which, kind="stable"))
-        return Batch(**{name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]})
+        kind = PairBatch if "reference" in parts[0] else Batch
+        return kind(**{name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]})
 
     def _checked(self, packing: Packing, rows: np.ndarray) -> Batch:
         """Rows of a packing; raises UserError for ids outside of the vocabulary."""
@@ -163,6 +188,25 @@ def _mixture(config: DataConfig, packings: Sequence[Packing], split: Split) -> M
         config.shuffle,
         config.seed,
     )
+
+
+def _holds_pairs(stores: Sequence[Store], config: DataConfig) -> bool:
+    """Whether all documents are the answers of pairs; raises UserError if some are, or if rows would separate them."""
+    paired = [store for store in stores if "preference" in store.kinds]
+    if not paired:
+        return False
+    if others := [store for store in stores if store.kinds != {"preference"}]:
+        raise UserError(
+            f"{paired[0].folder} holds pairs of answers (kind = 'preference'), and {others[0].folder} also holds "
+            "other documents",
+            "Train on sources of kind = 'preference' alone.",
+        )
+    if config.packing_method == "stream":
+        raise UserError(
+            "packing = 'stream' would separate the two answers of a preference",
+            "Set data.packing = 'best_fit', or 'none' for one pair in each row.",
+        )
+    return True
 
 
 def _check_size(packing: Packing, split: Split) -> None:

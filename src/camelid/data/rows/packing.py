@@ -6,11 +6,12 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer
+from jaxtyping import Bool, Float32, Int64, Integer
 
 from camelid.data.preparation.store import Store
-from camelid.data.rows.batch import Batch
+from camelid.data.rows.batch import Batch, PairBatch
 from camelid.data.rows.best_fit import Overlong, Plan, make_plan
+from camelid.data.rows.pairs import make_pair_plan
 
 # B rows of a batch, S tokens of a row
 
@@ -37,7 +38,7 @@ class Packing:
     - `stream`: row r holds tokens [r S, r S + S) of all documents concatenated. A document may continue in the next
       row, where it is the first segment and its positions start at 0 again.
     - `best_fit`: documents are kept intact, several in a row; those longer than a row are split, truncated or dropped.
-    - `none`: as `best_fit`, but with one document (or part of a split one) in each row.
+    - `none`: as `best_fit`, but with one document (or part of a split one, or pair) in each row.
     """
 
     store: Store
@@ -49,15 +50,19 @@ class Packing:
     looped: bool = False
     """With `stream` and `cross_documents`: the last row of an epoch continues with the first document, as in EasyLM; an
     epoch ends when a row ends with the last document."""
+    pairs: bool = False
+    """With `best_fit` and `none`: documents 2 n and 2 n + 1 are the answers of a pair, which are next to each other in
+    one row."""
+    reference: Float32[np.ndarray, " documents"] | None = None
+    """With pairs: for each document what PairBatch.reference holds; None: rows are without it."""
 
     @cached_property
     def plan(self) -> Plan | None:
         """Which fragments each row holds; None for `stream`."""
         if self.method == "stream":
             return None
-        return make_plan(
-            self.store.offsets, self.sequence_length, one_per_row=self.method == "none", overlong=self.overlong
-        )
+        plan = make_pair_plan if self.pairs else make_plan
+        return plan(self.store.offsets, self.sequence_length, one_per_row=self.method == "none", overlong=self.overlong)
 
     def __getstate__(self):
         # A process that receives a copy computes the plan again, which takes no longer than sending it.
@@ -96,7 +101,17 @@ class Packing:
         if self.looped:
             return self._looped(rows)
         fragments = self._streamed(rows) if self.plan is None else self._planned(self.plan, rows)
-        return self._assembled(len(rows), fragments)
+        batch = self._assembled(len(rows), fragments)
+        return batch if self.reference is None else self._with_reference(batch, fragments, self.reference)
+
+    def _with_reference(self, batch: Batch, fragments: Fragments, reference: np.ndarray) -> PairBatch:
+        found = np.zeros_like(batch.weights)
+        found[(batch.segments > 0) & (batch.positions == 0)] = reference[self.documents(fragments.start)]
+        return PairBatch(**vars(batch), reference=found)
+
+    def documents(self, starts: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """The numbers of the documents that hold these tokens of the store."""
+        return np.searchsorted(self.store.offsets, starts, "right") - 1
 
     def _looped(self, rows: np.ndarray) -> Batch:
         """Rows of one segment each, from a stream of tokens that starts again after the last document."""

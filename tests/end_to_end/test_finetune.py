@@ -1,0 +1,155 @@
+"""`camelid finetune`: the recipe that it prints, the run that it trains, and what it refuses."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from camelid.runs import finetune_defaults
+from camelid.runs.finetune import Request
+from camelid.runs.recipe import structure
+from camelid.train.loggers import read_metrics
+from runs import assert_refused, called
+
+PAIR = {"prompt": "Who is Tim?", "chosen": "A boy.", "rejected": "A dog."}
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assets: Path) -> Path:
+    """The current folder, with 240 real instructions."""
+    monkeypatch.chdir(tmp_path)
+    records = json.loads((assets / "data" / "instruct" / "rasbt-instruction-data.json").read_text())
+    write(Path("instruct.jsonl"), *records[:240])
+    return tmp_path
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def printed(*arguments: object) -> dict[str, Any]:
+    done = called("finetune", *arguments, "--print-recipe")
+    assert done.returncode == 0, done.stderr
+    Path("printed.toml").write_text(done.stdout)
+    again = called("train", "printed.toml", "--print-recipe")  # it is a recipe for `camelid train`
+    assert again.returncode == 0, again.stderr
+    return tomllib.loads(done.stdout)
+
+
+def test_the_recipe_fits_the_data_and_the_model(stories: Path, work: Path):
+    table = printed(stories, "instruct.jsonl")
+    assert table["run"] == "runs/stories260K-instruct"
+    assert table["init"] == str(stories)
+    assert table["data"]["train"] == [{"files": "instruct.jsonl", "kind": "instruct", "template": "alpaca"}]
+    assert table["data"]["sequence_length"] == 512  # the context
+    assert table["data"]["batch_size"] == 8  # one row for each device
+    assert table["data"]["validation_fraction"] == 0.05
+    assert table["compute"] == {"dtype": "float32"}
+    assert table["optimizer"] == {"learning_rate": 1e-3, "warmup_ratio": 0.03, "weight_decay": 0.0}
+    assert 20 < table["train"]["steps"] < 60
+    assert "lora" not in table
+    assert not Path("runs").exists()
+
+
+def test_fields_that_are_given_are_kept_and_the_others_chosen_around_them(stories: Path, work: Path):
+    options = ["--lora.rank", 4, "--data.sequence-length", 128, "--optimizer.warmup_steps", 5, "--data.batch_size", 16]
+    table = printed(stories, "instruct.jsonl", *options, "--template", "zephyr")
+    usual = printed(stories, "instruct.jsonl", "--lora")
+    assert (table["lora"], usual["lora"]) == ({"rank": 4}, {"rank": 16})
+    assert (table["run"], usual["run"]) == ("runs/stories260K-instruct-lora",) * 2
+    assert table["optimizer"] == {"learning_rate": 5e-3, "warmup_steps": 5, "weight_decay": 0.0}
+    assert table["data"]["train"][0]["template"] == "zephyr"
+    assert table["data"]["overlong"] == "truncate"  # some are longer than 128
+    assert table["train"]["steps"] != usual["train"]["steps"]  # of shorter rows, and more of them
+    assert structure(table).lora is not None
+
+
+def test_several_files_and_texts(stories: Path, work: Path, assets: Path):
+    story = assets / "data" / "tinystories" / "tinystories_sample.txt"
+    write(Path("more.jsonl"), {"instruction": "Say hello.", "output": "Hello."})
+    table = printed(stories, "instruct.jsonl", "more.jsonl", story)
+    first, second = table["data"]["train"]
+    assert first["files"] == ["instruct.jsonl", "more.jsonl"]
+    assert second == {"files": str(story), "kind": "text"}
+    assert table["run"] == "runs/stories260K-instruct-2_more"
+    texts = printed(stories, story)
+    assert texts["data"]["train"] == [{"files": str(story), "kind": "text"}]
+    assert "overlong" not in texts["data"]
+
+
+def test_a_run_trains_says_what_to_try_next_and_is_resumed_by_the_same_command(
+    stories: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+):
+    command = ["finetune", stories, "instruct.jsonl", "--lora", "--out", "x", "--data.sequence_length", 256]
+    command += ["--data.overlong", "drop", "--data.validation_fraction", 0.0]
+    done = called(*command, "--train.steps", 2)
+    assert done.returncode == 0, done.stderr
+    for line in ("[lora]", "camelid generate x ", "camelid convert x merged", "camelid evaluate perplexity x "):
+        assert line in done.stderr
+    assert Path("x/adapter/adapter_model.safetensors").is_file()
+    # What is chosen may change, with other devices for example; the run keeps what it began with.
+    monkeypatch.setattr(finetune_defaults, "learning_rate", lambda *size: 0.5)
+    again = called(*command)
+    assert again.returncode == 0, again.stderr
+    assert "x has a run of this model and data" in again.stderr
+    assert "this run is finished: it has made all 2 steps" in again.stderr
+    more = called(*command, "--train.steps", 3)
+    assert more.returncode == 0, more.stderr
+    rows = [row for row in read_metrics(Path("x/metrics.jsonl")) if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert max(row["learning_rate"] for row in rows) <= 5e-3
+    # Another run is refused, by the names of this command.
+    write(Path("other.jsonl"), {"instruction": "Say hello.", "output": "Hello."})
+    assert_refused(called("finetune", stories, "other.jsonl", "--lora", "--out", "x"), "x has a run", "data.train is")
+    full = called("finetune", stories, "instruct.jsonl", "--out", "x")
+    assert_refused(full, "x has a run with another recipe: lora is True there, and False here")
+    assert "Choose another --out" in full.stderr
+    rate = called(*command, "--optimizer.learning_rate", 1e-4)
+    assert_refused(rate, "another recipe", "learning_rate")
+    assert "Choose another --out" in rate.stderr
+
+
+def test_what_is_contradictory_is_refused_before_the_model_is_read(work: Path):
+    write(Path("pairs.jsonl"), PAIR)
+    write(Path("odd.jsonl"), {"q": "a", "a": "b"})
+    for arguments, problem, advice in (
+        (["pairs.jsonl"], "pairs.jsonl holds pairs", "Add --dpo"),
+        (["instruct.jsonl", "--dpo"], "instruct.jsonl holds no preferences", "leave it out"),
+        (["instruct.jsonl", "--dpo", "--kind", "instruct"], "read as kind 'instruct'", "Leave out --dpo"),
+        (["odd.jsonl"], "odd.jsonl: its records have the keys 'q', 'a'", "--fields '[q],a'"),
+        (["none.jsonl"], "none.jsonl matches no file", "Check the path"),
+        ([], "finetune needs DATA...", "camelid finetune --help"),
+    ):
+        done = called("finetune", "no-model-here", *arguments)
+        assert_refused(done, problem)
+        assert advice in done.stderr
+
+
+def test_the_data_are_named_by_arguments_alone(stories: Path, work: Path):
+    done = called("finetune", stories, "instruct.jsonl", "--data.train", "other.jsonl")
+    assert_refused(done, "data.train is set by the arguments after MODEL")
+
+
+def test_a_field_that_does_not_exist_is_named_with_the_option_to_set(stories: Path, work: Path):
+    done = called("finetune", stories, "instruct.jsonl", "--optimizer.lr", 1e-4)
+    assert_refused(done, "no field 'optimizer.lr'")
+    assert "--optimizer.learning-rate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "fields", "name"),
+    [
+        ("meta-llama/Llama-2-7b-hf", ["alpaca_data.json"], {}, "Llama-2-7b-hf-alpaca_data"),
+        ("models/stories/hf/", ["a.jsonl.gz", "b.txt"], {"lora": {}}, "stories-a-1_more-lora"),
+        ("easylm::x/streaming_params", ["chats/*.jsonl"], {"dpo": {}}, "streaming_params-chats-dpo"),
+        ("runs/chat/model", ["hf:tatsu-lab/alpaca"], {}, "chat-alpaca"),
+    ],
+)
+def test_the_folder_of_a_run_is_named_after_model_data_and_method(
+    model: str, data: list[str], fields: dict[str, Any], name: str
+):
+    request = Request(model=model, data=tuple(data), lora="lora" in fields, dpo="dpo" in fields)
+    assert request.run == str(Path("runs", name))
