@@ -94,8 +94,8 @@ FAULTS = (
     Fault(
         "the losses of sources are averaged without their weights",
         "runs/validation.py",
-        "together = {name: sum(found[name] for found in sums if found) for name in metrics}",
-        "together = {name: sum(found[name] / found[name][1] for found in sums if found) for name in metrics}",
+        "np.sum([found[name] for found in sums if found], 0)",
+        "np.sum([found[name] / found[name][1] for found in sums if found], 0)",
         f"{VALIDATION}test_the_loss_of_each_named_source_and_of_all_is_that_of_its_rows",
     ),
     Fault(

@@ -88,7 +88,7 @@ def _means(sums: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]) -> di
     if not present:
         raise UserError("no row that is validated has a token with a loss", "Increase data.max_validation_tokens.")
     metrics = sorted(next(filter(None, sums)), key=lambda name: name != "loss")  # the loss comes first
-    together = {name: sum(found[name] for found in sums if found) for name in metrics}
+    together = {name: np.sum([found[name] for found in sums if found], 0) for name in metrics}
     separate = {f"loss/{name}": pair for name, pair in present.items()} if len(sums) > 1 else {}
     return {name: float(total / weight) for name, (total, weight) in (together | separate).items()}
 

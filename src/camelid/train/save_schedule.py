@@ -1,5 +1,6 @@
 """After which steps of a run a checkpoint is saved."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ class SaveSchedule:
     def __init__(self, config: TrainConfig, step: int, clock: Callable[[], float] = time.monotonic):
         """`step` is the number of steps that were made before."""
         self._periods = [every for every in (config.checkpoint_every, config.milestones_every) if every is not None]
-        self._seconds = None if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes
+        self._seconds = math.inf if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes
         self._clock = clock
         self.saved(step)
 
@@ -31,15 +32,15 @@ class SaveSchedule:
         return any(step % every == 0 for every in self._periods) or self._is_time(step)
 
     def _is_time(self, step: int) -> bool:
-        if self._seconds is None or step < self._next:
+        if self._seconds == math.inf or step < self._next:
             return False
-        is_time, self._next = broadcast_from_main(lambda: self._decide(step, self._seconds))
+        is_time, self._next = broadcast_from_main(lambda: self._decide(step))
         return is_time
 
-    def _decide(self, step: int, seconds: float) -> tuple[bool, int]:
+    def _decide(self, step: int) -> tuple[bool, int]:
         """Whether it is time, and at which step to ask again."""
         passed = self._clock() - self._time
-        if passed >= seconds:
+        if passed >= self._seconds:
             return True, step + 1
-        steps_left = (seconds - passed) / passed * (step - self._saved) if passed > 0 else 1.0
+        steps_left = (self._seconds - passed) / passed * (step - self._saved) if passed > 0 else 1.0
         return False, step + max(1, int(steps_left / 2))
