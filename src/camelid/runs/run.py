@@ -145,8 +145,8 @@ def _train(
     if components.validation is not None:
         about = components.step.objective, components.validation, recipe, mesh, start.frozen, terminal
         validate = partial(mean_losses, *about)
-    best = BestCheckpoint(folder, checkpoints) if config.keep_best else None
     with log:
+        best = BestCheckpoint(folder, checkpoints) if config.keep_best else None
         if validate is not None and start.resumed is None:
             with log.paused():
                 means = validate(state)

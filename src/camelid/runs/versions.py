@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-import camelid
+from camelid import __version__
 from camelid.disk.atomic import write_atomically
 from camelid.extras import installed_commit
 from camelid.parallel.hosts import is_main
@@ -34,8 +34,8 @@ def record_versions(folder: Path, step: int) -> None:
 def current_versions() -> dict[str, Any]:
     """The versions of camelid, its git commit if it is known, JAX and Python; the kind and the number of devices."""
     return {
-        "camelid": camelid.__version__,
-        "commit": installed_commit() or _commit(Path(camelid.__file__)),
+        "camelid": __version__,
+        "commit": installed_commit() or _commit(Path(__file__)),
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "orbax-checkpoint")},
         "python": platform.python_version(),
         "platform": platform.platform(),
