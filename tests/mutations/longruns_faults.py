@@ -26,7 +26,7 @@ FAULTS = (
         "runs/best.py",
         "if loss is not None and step in saved]",
         "if loss is not None]",
-        f"{KEPT}test_a_best_checkpoint_that_was_moved_aside_is_not_the_best_any_more",
+        f"{KEPT}test_a_checkpoint_that_is_gone_is_not_the_best_any_more",
     ),
     Fault(
         "milestones are removed",

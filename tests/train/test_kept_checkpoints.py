@@ -50,11 +50,15 @@ def test_the_best_checkpoint_is_kept_and_named_also_by_a_resumed_run(tmp_path: P
     assert kept(tmp_path) == ([7, 8], {"step": 7, "validation_loss": 1.5})
 
 
-def test_a_best_checkpoint_that_was_moved_aside_is_not_the_best_any_more(tmp_path: Path):
-    trained(tmp_path, {1: 3.0, 2: 2.0}, every=1)
-    (tmp_path / "checkpoints" / "2").rename(tmp_path / "aside")
-    trained(tmp_path, {}, resume_from=1)
-    assert kept(tmp_path) == ([1], {"step": 1, "validation_loss": 3.0})
+def test_a_checkpoint_that_is_gone_is_not_the_best_any_more(tmp_path: Path):
+    trained(tmp_path, {1: 2.0, 2: 3.0, 3: 2.5}, every=1)
+    for gone, resume_from, best in (
+        (1, 3, {"step": 3, "validation_loss": 2.5}),
+        (3, 2, {"step": 2, "validation_loss": 3.0}),
+    ):
+        (tmp_path / "checkpoints" / str(gone)).rename(tmp_path / f"aside_{gone}")
+        trained(tmp_path, {}, resume_from=resume_from)
+        assert kept(tmp_path)[1] == best
 
 
 def test_a_step_without_a_checkpoint_is_saved_if_it_is_the_best(tmp_path: Path):
