@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -245,7 +246,7 @@ def test_a_run_does_not_resume_without_its_reference(alone: Path, tmp_path: Path
 @pytest.mark.usefixtures("one")
 def test_a_reference_that_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        camelid.runs.reference, "_log_probs", lambda params, batch, objective: np.full((8, 64, 2), np.nan)
+        camelid.runs.reference, "_log_probs", lambda params, batch, objective: jnp.full((8, 64, 2), jnp.nan)
     )
     with pytest.raises(UserError, match=r"reference gives to 64 of 64 answers are not finite\nUse compute\.dtype"):
         run(recipe(pairs_run(tmp_path)))

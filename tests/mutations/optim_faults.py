@@ -86,8 +86,8 @@ FAULTS = (
     ),
     Fault(
         "a decay that ends before the warmup is accepted",
-        "runs/components.py",
-        "    recipe.optimizer.check_decay()\n",
+        "runs/run.py",
+        "        recipe.optimizer.check_decay()\n",
         "",
         f"{SCHEDULES}test_a_decay_that_ends_before_the_warmup_is_refused_with_both_numbers",
     ),

@@ -150,8 +150,8 @@ FAULTS = (
     Fault(
         "training begins from weights that are not finite",
         "runs/start.py",
-        "if not_finite := checksum_arrays(state)[1]:",
-        "if not_finite := {}:",
+        "(not_finite := checksum_arrays(state)[1])",
+        "(not_finite := {})",
         f"{FINITE}test_training_does_not_begin_from_weights_that_are_not_finite",
     ),
     Fault(

@@ -117,8 +117,8 @@ FAULTS = (
     Fault(
         "the trained parameters are saved as their average",
         "runs/run.py",
-        "params=combine(state.ema, start.frozen)",
-        "params=combine(state.trainable, start.frozen)",
+        "MODEL_EMA: state.ema}",
+        "MODEL_EMA: state.trainable}",
         RESUMED,
     ),
     Fault(

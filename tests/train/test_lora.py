@@ -268,7 +268,7 @@ def test_a_finished_run_writes_an_adapter_that_is_missing_from_its_last_state(
     shutil.copytree(straight[0], folder)
     (folder / "adapter" / "adapter_config.json").unlink()
     (folder / "adapter" / "adapter_model.safetensors").unlink()
-    outcome = run(recipe(shared_run(tmp_path, base, run=str(folder))))
+    outcome = run(recipe(shared_run(straight[0].parent, base, run=str(folder))))
     assert outcome.saved == (folder / "adapter", folder / "model")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (folder / "adapter" / file).read_bytes() == (straight[0] / "adapter" / file).read_bytes()

@@ -10,11 +10,10 @@ import torch
 import transformers.optimization as theirs
 
 from camelid.errors import UserError
-from camelid.runs.components import _train_step
 from camelid.runs.recipe import completed, structure
+from camelid.runs.run import run
 from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.schedules import learning_rate
-from tiny import tiny_config
 
 PEAK, WARMUP, STEPS = 0.5, 4, 20
 
@@ -148,4 +147,4 @@ def test_a_decay_that_ends_before_the_warmup_is_refused_with_both_numbers(steps:
     recipe = structure(TABLE | {"train": {"steps": 20}, "optimizer": {"warmup_steps": 4, "decay_steps": steps}})
     message = rf"optimizer.decay_steps = {steps} is not above optimizer.warmup_steps = 4\n.*at least 5"
     with pytest.raises(UserError, match=message):
-        _train_step(recipe, tiny_config())
+        run(recipe)

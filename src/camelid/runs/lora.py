@@ -147,9 +147,9 @@ def first_state(recipe: Recipe, base: Base, create: Callable[[Decoder], TrainSta
     if isinstance(source, AdaptedCheckpoint):
         _check_continues(recipe, source, plan)
         if recipe.init_optimizer and source.step is not None:
-            wanted = replace(target, ema=None, counters={})
+            wanted, others = replace(target, ema=None, counters={}), ("ema", "counters")
             try:
-                found = RunCheckpoints(source.step.parent, 1).restore(int(source.step.name), wanted, only_target=True)
+                found = RunCheckpoints(source.step.parent, 1).restore(int(source.step.name), wanted, ignore=others)
             except UserError as error:
                 raise UserError(
                     f"init_optimizer = true: {error.problem}",

@@ -143,7 +143,8 @@ def _log_probs(params: Decoder, batch: Arrays, objective: DPOLoss) -> jax.Array:
 def _is_kept(path: Path, about: dict[str, Any]) -> bool:
     """Whether the file can be read, and was written for what `about` holds."""
     try:
-        with np.load(path) as arrays:
+        # NumPy leaves a damaged file open.
+        with path.open("rb") as file, np.load(file) as arrays:
             found = {name: arrays[name] for name in arrays.files}  # verifies the checksum of each
             kept = json.loads(found[ABOUT].item())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

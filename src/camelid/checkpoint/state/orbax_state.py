@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +157,12 @@ class RunCheckpoints:
         )
 
     def restore(
-        self, step: int, target: Any, initial: Mapping[str, Any] | None = None, only_target: bool = False
+        self, step: int, target: Any, initial: Mapping[str, Any] | None = None, ignore: Collection[str] = ()
     ) -> Any:
         """Restores the state of a step in the shardings of `target`; every process calls this.
 
-        `initial` holds values, by path, of arrays that checkpoints of an older camelid may lack. With `only_target`,
-        the checkpoint may have further arrays, which are not read.
+        `initial` holds values, by path, of arrays that checkpoints of an older camelid may lack. `ignore` names
+        fields of the state that `target` has not, and that are not read.
 
         Raises UserError if the step is damaged, or has other shapes or dtypes than `target`.
         """
@@ -170,8 +170,7 @@ class RunCheckpoints:
         targets = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(target)}
         try:
             arrays = on_all_processes(lambda: open_arrays(place))
-            if only_target:
-                arrays = {name: array for name, array in arrays.items() if name in targets}
+            arrays = {name: array for name, array in arrays.items() if name.partition(".")[0] not in ignore}
             theirs = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
             added = {name: np.asarray(value) for name, value in (initial or {}).items() if name not in arrays}
             _check_same(step, {**theirs, **array_specs(added)}, array_specs(target))
