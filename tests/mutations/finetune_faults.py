@@ -51,6 +51,13 @@ FAULTS = (
         f"{RUN}test_fields_that_are_given_are_kept_and_the_others_chosen_around_them",
     ),
     Fault(
+        "texts that are mixed with examples are truncated",
+        "runs/finetune_choices.py",
+        'all(source["kind"] != "text" for source in sources)',
+        "True",
+        f"{RUN}test_several_files_and_texts",
+    ),
+    Fault(
         "a batch does not divide over the devices",
         "runs/finetune_defaults.py",
         "return data_parallel * math.ceil(2 ** int(math.log2(wanted)) / data_parallel)",
