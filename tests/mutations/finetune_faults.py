@@ -46,8 +46,8 @@ FAULTS = (
     Fault(
         "the length that is given is not the one that rows are planned with",
         "runs/finetune_choices.py",
-        'length = self._value("data", "sequence_length", table["sequence_length"])\n        if not',
-        'length = table["sequence_length"]\n        if not',
+        'length = self._value("data", "sequence_length", table["sequence_length"])\n        longer',
+        'length = table["sequence_length"]\n        longer',
         f"{RUN}test_fields_that_are_given_are_kept_and_the_others_chosen_around_them",
     ),
     Fault(
