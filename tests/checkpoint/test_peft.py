@@ -295,6 +295,23 @@ def test_more_tokens_come_with_the_table_and_the_head(tmp_path: Path):
         open_checkpoint(tmp_path / "adapter")
 
 
+def test_an_added_adapter_keeps_the_tokens_that_another_one_brought(tmp_path: Path):
+    base = save_base(LLAMA, tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(101)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    peft.get_peft_model(model, replace(lora, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "more")
+    with_adapter(base, target_modules=["o_proj"]).save_pretrained(tmp_path / "plain")
+    opened, (more, plain) = open_checkpoint(base), (str(tmp_path / name) for name in ("more", "plain"))
+    one, other = with_adapters(opened, [more, plain]), with_adapters(opened, [plain, more])
+    assert one.config == other.config == replace(LLAMA, vocab_size=101)
+    for path, part in one.table.entries.items():
+        index = tuple(slice(0, n) for n in part.spec.shape[len(part.spec.stacked) :])
+        for layer in part.layers():
+            values = [held.read_slice(path, layer, index, np.dtype(np.float32)) for held in (one, other)]
+            np.testing.assert_array_equal(*values, err_msg=path)
+
+
 def test_a_table_that_the_adapter_holds_is_what_its_pair_is_added_to(tmp_path: Path):
     base = save_base(LLAMA, tmp_path / "base")
     with_adapter(base, target_modules=["q_proj", "embed_tokens"]).save_pretrained(tmp_path / "adapter")

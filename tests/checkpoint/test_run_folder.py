@@ -29,6 +29,7 @@ from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import abstract, named
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
+from camelid.runs.adamw_import import import_adamw
 from camelid.train.optimizer import make_optimizer
 from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.state import TrainState, abstract_state
@@ -110,6 +111,42 @@ def assert_holds(checkpoint: Checkpoint, state: TrainState, step: int) -> None:
 
 
 # What is opened ---------------------------------------------------------------------------
+
+
+def test_moments_are_those_of_the_parameters_that_are_trained(sound: Path, tmp_path: Path):
+    """From a run that trains all parameters to one that freezes an entire one, and on from that."""
+    specs, mesh, compute = declare_decoder(CONFIG), one_device(), ComputeConfig()
+
+    def target(*freeze: str) -> TrainState:
+        optimizer = make_optimizer(OptimizerConfig(), 9, specs, freeze)
+        return abstract_state(abstract(specs, "float32", mesh), optimizer)
+
+    def adam(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
+        moments = state.opt_state.inner_state[0]
+        return {name: named(jax.tree.map(np.asarray, getattr(moments, name))) for name in ("mu", "nu")}
+
+    everything = open_checkpoint(sound / "checkpoints" / "10")
+    state = import_adamw(everything, target("embed"), compute, mesh)
+    for name, found in adam(state).items():
+        held = held_by(everything)[name]
+        assert found.keys() == held.keys() - {"embed"}
+        for path, values in found.items():
+            np.testing.assert_array_equal(values, held[path], err_msg=path)
+
+    run = shutil.copytree(sound, tmp_path / "run")
+    checkpoints = RunCheckpoints(run / "checkpoints", 9)
+    checkpoints.save(11, state)
+    checkpoints.wait()
+    checkpoints.close()
+    opened = open_checkpoint(run)
+    assert opened.training is not None
+    assert (opened.training.step, opened.training.mu.keys()) == (11, adam(state)["mu"].keys())
+    again = import_adamw(opened, target("embed"), compute, mesh)
+    jax.tree.map(np.testing.assert_array_equal, adam(again), adam(state))
+    with pytest.raises(UserError, match=r"init has no moments of embed, which it did not train\nAdd it to train.freeze"):
+        import_adamw(opened, target(), compute, mesh)
+    with pytest.raises(UserError, match="no step and no AdamW moments"):
+        convert(run, tmp_path / "state", to="easylm-trainstate")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

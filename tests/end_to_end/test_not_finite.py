@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path):
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     validated = iter([3.0, 2.0, math.nan])
-    monkeypatch.setattr(camelid.runs.run, "_validation_loss", lambda *given: {"loss": next(validated)})
+    monkeypatch.setattr(camelid.runs.run, "mean_losses", lambda *given: {"loss": next(validated)})
     train_fields = {"steps": 6, "checkpoint_every": 2, "evaluate_every": 2}
     ended = train(tmp_path, tiny_run(tmp_path, train=train_fields, data__validation_fraction=0.1))
     assert_refused(ended, "after step 4 the validation loss is nan")
@@ -135,18 +137,33 @@ def test_metrics_are_json_whatever_the_numbers(tmp_path: Path, value: float):
 # Weights ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def finite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of a run."""
+    table = tiny_run(tmp_path_factory.mktemp("finite"), train={"steps": 1}, model__head_dim=8)  # as Meta's format asks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(camelid.runs.run, "make_mesh", lambda config: one_device())
+        return camelid.runs.run.run(recipe(table)).folder / "model"
+
+
+def edited(model: Path, folder: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    """A copy of a model with other values."""
+    shutil.copytree(model, folder)
+    tensors = {name: array.copy() for name, array in load_file(model / "model.safetensors").items()}
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A model of a run, with an infinity in one tensor and two NaN in another."""
-    camelid.runs.run.run(
-        recipe(tiny_run(tmp_path, train={"steps": 1}, model__head_dim=8))
-    )  # as wide as Meta's format asks
-    file = tmp_path / "run" / "model" / "model.safetensors"
-    tensors = {name: array.copy() for name, array in load_file(file).items()}
-    tensors["model.embed_tokens.weight"][3, 4] = -math.inf
-    tensors["model.layers.1.mlp.up_proj.weight"][5, :2] = math.nan
-    save_file(tensors, file, {"format": "pt"})
-    return file.parent
+def model(finite: Path, tmp_path: Path) -> Path:
+    """The same model, with an infinity in one tensor and two NaN in another."""
+
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.embed_tokens.weight"][3, 4] = -math.inf
+        tensors["model.layers.1.mlp.up_proj.weight"][5, :2] = math.nan
+
+    return edited(finite, tmp_path / "model", edit)
 
 
 def test_training_does_not_begin_from_weights_that_are_not_finite(tmp_path: Path, model: Path):
@@ -168,18 +185,15 @@ def test_a_conversion_keeps_them_and_says_where_they_are(tmp_path: Path, model: 
         assert tensor_bytes(tmp_path / "out") == tensor_bytes(model)
 
 
-def test_a_conversion_of_finite_weights_has_no_such_note(tmp_path: Path):
-    camelid.runs.run.run(recipe(tiny_run(tmp_path, train={"steps": 1})))
-    assert convert(tmp_path / "run" / "model", tmp_path / "out") == ()
+def test_a_conversion_of_finite_weights_has_no_such_note(tmp_path: Path, finite: Path):
+    assert convert(finite, tmp_path / "out") == ()
 
 
-def test_a_model_is_not_saved_in_a_dtype_that_cannot_hold_it(tmp_path: Path):
-    camelid.runs.run.run(recipe(tiny_run(tmp_path, train={"steps": 1})))
-    file = tmp_path / "run" / "model" / "model.safetensors"
-    tensors = {name: array.copy() for name, array in load_file(file).items()}
-    tensors["model.norm.weight"][3] = 1e6
-    save_file(tensors, file, {"format": "pt"})
-    model = camelid.load(file.parent)
+def test_a_model_is_not_saved_in_a_dtype_that_cannot_hold_it(tmp_path: Path, finite: Path):
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.norm.weight"][3] = 1e6
+
+    model = camelid.load(edited(finite, tmp_path / "model", edit))
     with pytest.raises(UserError, match=r"final_norm.scale holds 1e\+06, and the largest float16 is 65504"):
         model.save(tmp_path / "half", dtype="float16")
     assert not (tmp_path / "half").exists()

@@ -25,6 +25,17 @@ def test_16_bit_parameters_are_refused_with_the_reason_and_the_way_out(dtype: st
         structure(TABLE | {"compute": {"param_dtype": dtype}})
 
 
+def test_the_average_of_rows_is_refused_in_float16_because_it_loses_gradients():
+    rows = TABLE | {"loss": {"average": "rows"}}
+    with pytest.raises(UserError, match=r"^loss.average = 'rows' with compute.dtype = 'float16' loses gradients: .*\nSet"):
+        structure(rows | {"compute": {"dtype": "float16"}})
+    assert structure(rows | {"compute": {"dtype": "bfloat16"}}).loss.average == "rows"
+    # The reason: with a vocabulary of 32000 and 2048 tokens in a row, the gradients of logits become zero.
+    gradient, weight, scale = jnp.float32(1 / 32000), jnp.float32(1 / 2048), jnp.float16(2.0**15)
+    assert (gradient * weight).astype(jnp.float16) * scale == 0
+    assert gradient.astype(jnp.float16) != 0
+
+
 def test_products_in_float16_have_a_loss_scale_and_others_refuse_one():
     recipe = structure(TABLE | {"compute": {"dtype": "float16"}})
     assert recipe.loss_scale == LossScaleConfig(initial=65536, factor=2, window=1000)

@@ -269,6 +269,18 @@ def test_a_batch_without_weight_does_not_count_as_a_loss_of_zero():
     assert int(counters["loss_count"]) == 0
 
 
+@pytest.mark.parametrize("name", ["palm", "adafactor"])
+def test_the_schedule_of_weight_decay_advances_with_that_of_the_learning_rate(name: str):
+    config = OptimizerConfig(name=name, weight_decay=0.1, warmup_steps=3)
+    step = dataclasses.replace(make_step(), optimizer=make_optimizer(config, STEPS, SPECS))
+    state, _ = jax.jit(step)(start_state(params(), step.optimizer, averaged=True), batch(0, x=math.nan))
+    decay = state.opt_state[-1].inner_state
+    assert decay._fields == ("count",)
+    assert int(decay.count) == int(state.step) == 1
+    factored, *_ = jax.tree.leaves(state.opt_state[0], is_leaf=lambda node: isinstance(node, optax.FactoredState))
+    assert not np.asarray(factored.count).any()  # of the moments, which are as they were
+
+
 def test_schedules_of_chained_optimizers_advance_too():
     optimizer = optax.chain(optax.clip(1.0), optax.multi_transform({"a": optax.adam(lambda n: 0.1)}, "a"))
     step = dataclasses.replace(make_step(), optimizer=optimizer)

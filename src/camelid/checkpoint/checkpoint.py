@@ -43,7 +43,7 @@ class AdamState:
     step: int
     """number of parameter updates"""
     mu: Mapping[str, Tensor]
-    """first moments, by the tensor names of the checkpoint's table"""
+    """first moments, by the tensor names of the checkpoint's table; none of a parameter that was not trained"""
     nu: Mapping[str, Tensor]
     """second moments, by the same names"""
 

@@ -90,7 +90,8 @@ def convert(
         notes.append(f"the step and the optimizer's moments are left out; --to {TRAIN_STATE} keeps them")
     if not_finite:
         counts = Counter[str]()
-        for (path, *_), count in not_finite.items():
+        # Threads have added them in any order.
+        for (path, *_), count in sorted(not_finite.items(), key=lambda item: item[0][0]):
             counts[path] += count
         notes.append(f"infinite or NaN values are written as they are: {describe_counts(counts)}")
     return tuple(notes)
@@ -109,7 +110,9 @@ def _counting(read_slice: SliceReader, counts: dict[tuple, int]) -> SliceReader:
 
 
 def _training(checkpoint: Checkpoint) -> AdamExport | None:
-    if (state := checkpoint.training) is None:
+    """The state of AdamW; None if there is none, or if it lacks the moments of parameters that were not trained."""
+    state = checkpoint.training
+    if state is None or not checkpoint.table.tensors.keys() <= state.mu.keys():
         return None
     return AdamExport(state.step, *(slice_reader(checkpoint.table, moments) for moments in (state.mu, state.nu)))
 

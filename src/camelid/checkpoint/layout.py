@@ -259,9 +259,9 @@ def check_tensors(table: Table, tensors: Mapping[str, Tensor], known: str, descr
 def load(
     table: Table, tensors: Mapping[str, Tensor], targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Reads parameters by path, in the dtypes and shardings of `targets`; each device's shard is read separately."""
+    """Reads the parameters of `targets` by path, in its dtypes and shardings; each device's shard is read separately."""
     with ThreadPoolExecutor(READERS) as pool:
-        return {path: _load(entry, tensors, targets[path], pool) for path, entry in table.entries.items()}
+        return {path: _load(table.entries[path], tensors, target, pool) for path, target in targets.items()}
 
 
 def _load(

@@ -13,6 +13,7 @@ from camelid.api import load_params
 from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.tensors import Tensor
+from camelid.errors import UserError
 from camelid.model.config import ComputeConfig
 from camelid.model.params import named
 from camelid.train.config import LossScaleConfig
@@ -32,13 +33,24 @@ def import_adamw(
     `target` holds shapes, dtypes and shardings. Its optimizer is optax.adamw, possibly with transformations whose state
     consists of counts, which are set to the step. The part of each device is read for that device. Counters and the
     moving average of the parameters, if `target` has one, are as before the first step.
+
+    Of a parameter that `target` does not train, no moments are read. Raises UserError if `source` has none of a
+    parameter that it trains.
     """
     assert source.training is not None
     step, mu, nu = source.training.step, source.training.mu, source.training.nu
 
     def moments(tensors: Mapping[str, Tensor], like: Any) -> Any:
-        arrays = saved_state.load(source.table, tensors, named(like))
-        return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in named(like)])
+        targets = named(like)
+        for path in targets:
+            entry = source.table.entries[path]
+            if entry.name(entry.layers()[0]) not in tensors:
+                raise UserError(
+                    f"init_optimizer = true: init has no moments of {path}, which it did not train",
+                    "Add it to train.freeze, or leave out init_optimizer.",
+                )
+        arrays = saved_state.load(source.table, tensors, targets)
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in targets])
 
     def imported(part: Any) -> Any:
         if isinstance(part, optax.ScaleByAdamState):

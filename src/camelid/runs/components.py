@@ -27,10 +27,11 @@ from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.parallel.hosts import is_main, main_first
 from camelid.parallel.rules import check_divides
+from camelid.runs.file_names import FILES
 from camelid.runs.lora import base_of
 from camelid.runs.lora_targets import plan_adapters
 from camelid.runs.recipe import Recipe
-from camelid.runs.run_folder import FILES, Data, kept_data
+from camelid.runs.run_folder import Data, kept_data
 from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes

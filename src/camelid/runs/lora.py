@@ -32,8 +32,8 @@ from camelid.model.pytree import path_name
 from camelid.model.quantize import quantize_layers
 from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.rules import placement
+from camelid.runs.file_names import STEPS
 from camelid.runs.recipe import Recipe
-from camelid.runs.run_folder import STEPS
 from camelid.train.state import TrainState
 
 MERGE = (

@@ -55,9 +55,15 @@ class TrainConfig:
     """number of steps between checkpoints; another is saved at the end, and on SIGTERM"""
     keep_checkpoints: int = 2
     """number of checkpoints to keep; older ones are removed"""
+    checkpoint_minutes: float | None = None
+    """also save a checkpoint when this many minutes have passed since the last one"""
+    milestones_every: int | None = None
+    """number of steps between checkpoints that are never removed"""
+    keep_best: bool = False
+    """also keep the checkpoint with the lowest validation loss, which best.json names; it is saved when it is found"""
     evaluate_every: int | None = None
     """number of steps between validation losses; with validation text, the last step is always validated"""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """services that also receive the metrics; each is an optional dependency of the same name"""
     max_skipped: int = 10
     """number of updates in a row that may be skipped because a loss or gradient is infinite or NaN; 0 stops at once"""
@@ -70,14 +76,39 @@ class TrainConfig:
     """seed of newly initialized parameters and of dropout"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every"):
+        counts = ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every")
+        for name in (*counts, "milestones_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name} = {value}", "It is a number of items or steps: choose 1 or more.")
+        if self.checkpoint_minutes is not None and not 0 < self.checkpoint_minutes < math.inf:
+            raise UserError(
+                f"train.checkpoint_minutes = {self.checkpoint_minutes}", "Choose a number above 0, such as 30."
+            )
+        if self.keep_best and self.evaluate_every is None:
+            raise UserError(
+                "train.keep_best = true compares validation losses, and only the last step is validated",
+                "Set train.evaluate_every, for example to train.checkpoint_every.",
+            )
         if self.max_skipped < 0:
             raise UserError(f"train.max_skipped = {self.max_skipped}", "It is a number of steps: choose 0 or more.")
         if not self.spike_sigma > 0:
             raise UserError(f"train.spike_sigma = {self.spike_sigma}", "Choose a number above 0; inf reports none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Which steps the profiler of JAX traces."""
+
+    first_step: int = 10
+    """first step that is traced; the first steps of a run are slower than the others"""
+    steps: int = 3
+    """number of steps that are traced"""
+
+    def __post_init__(self) -> None:
+        for name in ("first_step", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"profile.{name} = {getattr(self, name)}", "Choose 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ class TrainStep:
         """The state after one update, and the metrics of the step.
 
         If the loss or the norm of the gradients is infinite or NaN, the update is skipped: parameters, their average
-        and the optimizer's state stay as they are. The step and the counts of learning-rate schedules advance.
+        and the optimizer's state stay as they are. The step and the counts of schedules advance.
 
         The metrics are loss, weight, gradient_norm, learning_rate, skipped, skipped_in_a_row, loss_deviation, in
         float16 loss_scale and overflows, and those of the objective, all float32 scalars.
@@ -94,10 +94,11 @@ class TrainStep:
         return dataclasses.replace(state, trainable=new, opt_state=opt_state, ema=ema)
 
     def _skipped(self, state: TrainState, grads: Any) -> TrainState:
-        """The state without an update; only the counts of learning-rate schedules advance, as the step does."""
+        """The state without an update; only the counts of schedules advance, as the step does."""
 
         def is_schedule(node: Any) -> bool:
-            return isinstance(node, optax.ScaleByScheduleState)
+            # The state of a learning rate's schedule, and of weight decay's, whose class Optax does not export.
+            return getattr(node, "_fields", ()) == ("count",)
 
         def advanced(node: Any) -> Any:
             return node._replace(count=optax.safe_increment(node.count)) if is_schedule(node) else node

@@ -37,7 +37,11 @@ def with_adapters(base: Checkpoint, requests: Sequence[str]) -> Checkpoint:
                 )
             whole[path] = name
     for _, _, folder, adapter in opened:
-        config = replace(adapter.config, tie_embeddings=adapter.config.tie_embeddings and base.config.tie_embeddings)
+        config = replace(
+            adapter.config,
+            tie_embeddings=adapter.config.tie_embeddings and base.config.tie_embeddings,
+            vocab_size=max(adapter.config.vocab_size, base.config.vocab_size),
+        )
         base = on_base(replace(adapter, config=config), base, folder)
     return base
 

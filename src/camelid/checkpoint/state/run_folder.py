@@ -27,6 +27,8 @@ from camelid.model.decoder import declare_decoder
 from camelid.model.params import named
 
 RECIPE, STEPS, MODEL, ADAPTER = "recipe.toml", "checkpoints", "model", "adapter"
+OPTIMIZER, MASKED = "opt_state.0.", "opt_state.inner_state.0."
+"""below which a step has its moments; the second, of `optax.masked`, where entire parameters are not trained"""
 
 OpenBase = Callable[..., Checkpoint]
 """`registry.open_checkpoint`, which opens a checkpoint of any format"""
@@ -80,15 +82,20 @@ def open_checkpoint(path: Path, config: ModelConfig | None, open_base: OpenBase)
     if adapter is not None:
         return _with_base(adapter, arrays, run, step, _open_base(adapter, run, config, open_base))
     rows = table_of(config)
+    masked = any(name.startswith(MASKED) for name in arrays)
+    optimizer = MASKED if masked else OPTIMIZER
     params, mu, nu = (
         {name.removeprefix(below): array for name, array in arrays.items() if name.startswith(below)}
-        for below in ("params.", "opt_state.0.mu.", "opt_state.0.nu.")
+        for below in ("params.", f"{optimizer}mu.", f"{optimizer}nu.")
     )
     check_tensors(rows, params, "", described_by)
     if not (mu and nu):  # of another optimizer than AdamW
         return Checkpoint("run", run, config, params, rows)
+    trained = rows
+    if masked:
+        trained = Table({path: entry for path, entry in rows.entries.items() if path in mu.keys() | nu.keys()})
     for moments in (mu, nu):
-        check_tensors(rows, moments, "", described_by)
+        check_tensors(trained, moments, "", described_by)
     return Checkpoint("run", run, config, params, rows, training=AdamState(step, mu, nu))
 
 

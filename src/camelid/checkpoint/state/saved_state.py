@@ -110,11 +110,11 @@ class SavedArray(Tensor):
 def load(
     table: Table, tensors: Mapping[str, Tensor], targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Reads parameters by path as `layout.load` does; checksums of a run's arrays are verified on the devices.
+    """Reads the parameters of `targets` as `layout.load` does; checksums of a run's arrays are verified on the devices.
 
     Raises UserError if an array is damaged.
     """
-    arrays = {path: tensor for path, tensor in tensors.items() if isinstance(tensor, SavedArray)}
+    arrays = {path: tensor for path, tensor in tensors.items() if path in targets and isinstance(tensor, SavedArray)}
     if not arrays or any(array.dtype != targets[path].dtype for path, array in arrays.items()):
         return layout.load(table, tensors, targets)  # `SavedArray.read_into` verifies arrays that are cast
     try:
