@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -31,6 +32,7 @@ from camelid.runs.run import run
 from camelid.runs.run_folder import record
 from camelid.runs.start import Start, find_start
 from camelid.train.loggers import read_metrics
+from camelid.train.state import start_state
 from programs import largest_array
 from runs import VOCAB, called, column, losses, recipe, tiny_run, write_recipe_file
 from tiny import tiny_config, tiny_params, tiny_tokens
@@ -194,6 +196,20 @@ def test_magnitudes_are_computed_of_one_layer_after_another(base: Path, tmp_path
     rows = jax.vmap(lambda layer: layer.dense())(matrix)
     np.testing.assert_allclose(jax.jit(magnitude)(given.params), jnp.linalg.norm(rows, axis=-1), rtol=1e-5)
     assert largest_array(magnitude, given.params) < rows.size
+
+
+def test_the_base_of_an_adapter_is_a_step_of_a_run_that_may_train_on(base: Path, tmp_path: Path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "recipe.toml").write_text("")
+    shutil.copy(base / "config.json", full)
+    checkpoints = RunCheckpoints(full / "checkpoints", 9)
+    checkpoints.save(2, start_state(tiny_params(CONFIG), optax.sgd(0.1)))
+    checkpoints.wait()
+    checkpoints.close()
+    for init in (str(full), f"run::{full}", str(full / "checkpoints" / "2")):
+        name = base_of(lora_run(tmp_path, base, {"targets": ["q_proj"]}, init=init)).about.base
+        assert name.removeprefix("run::") == str(full.resolve() / "checkpoints" / "2")
 
 
 # Resuming, microbatches, meshes ----------------------------------------------------------------

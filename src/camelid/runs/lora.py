@@ -131,6 +131,8 @@ def _name_of_base(recipe: Recipe, source: Checkpoint) -> str:
         near = Path(path) / name
         name = str(near) if near.exists() else name
     name = str(Path(name).resolve()) if Path(name).exists() else name
+    if (base := base_of(source)).format == "run":  # its step: the run may train on
+        name = str(next(iter(base.tensors.values())).file)
     return name if prefix is None else f"{prefix}::{name}"
 
 
