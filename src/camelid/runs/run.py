@@ -149,7 +149,8 @@ def _train(
     if components.validation is not None:
         about = components.step.objective, components.validation, recipe, mesh, start.frozen
         validate = partial(_validation_loss, *about)
-    with MetricsLog(config, terminal, speed, sinks, tokens_per_step, checkpoints.recovery_advice) as log:
+    of_tokens, advice = recipe.loss.average == "tokens", checkpoints.recovery_advice
+    with MetricsLog(config, terminal, speed, sinks, tokens_per_step, advice, of_tokens) as log:
         if validate is not None and start.resumed is None:
             with log.paused():
                 found = validate(state)

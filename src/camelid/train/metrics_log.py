@@ -37,10 +37,14 @@ class MetricsLog(contextlib.AbstractContextManager):
         sinks: Sequence[Sink],
         tokens_per_step: int,
         advice: Callable[[], str],
+        perplexity: bool = True,
     ):
-        """`advice` is what to do when training stops because losses or gradients are infinite or NaN."""
+        """`advice` is what to do when training stops because losses or gradients are infinite or NaN.
+
+        `perplexity` is whether the exponential of the validation loss is the perplexity of a token, and shown.
+        """
         self._config, self._terminal, self._speed, self._sinks = config, terminal, speed, sinks
-        self._tokens_per_step, self._advice = tokens_per_step, advice
+        self._tokens_per_step, self._advice, self._perplexity = tokens_per_step, advice, perplexity
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         self.skipping = False
         """whether the update of the last step that was read was skipped, because its loss or gradient was not finite"""
@@ -62,7 +66,7 @@ class MetricsLog(contextlib.AbstractContextManager):
 
     def validation(self, step: int, metrics: Mapping[str, float], ema_loss: float | None = None) -> None:
         """Writes the validation loss after a step, `loss` of the metrics, and the others; each name begins with
-        `validation_`. Raises UserError if the loss is infinite or NaN.
+        `validation_`. Raises UserError if a loss is infinite or NaN.
 
         `ema_loss` is that of the moving average of the parameters; None if there is none.
         """
@@ -71,11 +75,14 @@ class MetricsLog(contextlib.AbstractContextManager):
         loss = metrics["loss"]
         if not math.isfinite(loss):
             raise UserError(f"after step {step} the validation loss is {loss}", self._advice())
+        if ema_loss is not None and not math.isfinite(ema_loss):
+            problem = f"after step {step} the validation loss of the moving average is {ema_loss}"
+            raise UserError(problem, self._advice())
         if is_main():
             average = "" if ema_loss is None else f"; of the moving average {ema_loss:.4f}"
             with np.errstate(over="ignore"):
-                about = rewards(metrics) or f"perplexity {np.exp(loss):.2f}"
-            self._terminal.print(f"step {step}: validation loss {loss:.4f}, {about}{average}")
+                about = rewards(metrics) or (f"perplexity {np.exp(loss):.2f}" if self._perplexity else "")
+            self._terminal.print(f"step {step}: validation loss {loss:.4f}{about and f', {about}'}{average}")
 
     def paused(self) -> AbstractContextManager[None]:
         """While the block runs, no time is counted as that of steps: for validation and checkpoints."""
