@@ -9,7 +9,10 @@ from camelid.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """An exponential moving average of the trained parameters, which is saved beside them."""
+    """An exponential moving average of the parameters, or of the adapters, which is saved beside them.
+
+    Parameters that `train.freeze` keeps as they are have one too, which is equal to them.
+    """
 
     decay: float = 0.999
     """weight of the previous average in that after a step; the parameters have 1 - decay"""
