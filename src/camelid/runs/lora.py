@@ -74,7 +74,7 @@ def base_dtype(recipe: Recipe) -> str:
 def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) -> Base:
     """Reads the frozen parameters: matrices in the form `lora.base`, and norms and biases in float32.
 
-    They are read and quantized one after another, so that the devices hold one that is not quantized yet.
+    They are read and quantized one after another, so that the devices never hold two that are yet to be quantized.
 
     Raises UserError if they are infinite or NaN, or if they are not those with which the run was started.
     """
@@ -116,9 +116,8 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
 def _load(base: Checkpoint, path: str, spec: Spec, recipe: Recipe, mesh: Mesh) -> jax.Array:
     dtype = jnp.dtype(base_dtype(recipe) if spec.is_matrix else "float32")
     place = placement(spec.axes, mesh, recipe.compute.replicate)
-    return saved_state.load(base.table, base.tensors, {path: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=place)})[
-        path
-    ]
+    target = jax.ShapeDtypeStruct(spec.shape, dtype, sharding=place)
+    return saved_state.load(base.table, base.tensors, {path: target})[path]
 
 
 def _name_of_base(recipe: Recipe, source: Checkpoint) -> str:
