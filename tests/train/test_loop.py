@@ -313,7 +313,7 @@ def test_a_validation_loss_of_the_average_that_is_not_finite_ends_the_run():
     rows: list[dict] = []
     log = MetricsLog(TrainConfig(steps=1), Terminal(0, 1), Speed(0, 1, 1.0, None), [Rows(rows)], 1, lambda: "Way out.")
     with pytest.raises(UserError, match=r"^after step 3 the validation loss of the moving average is nan\nWay out"):
-        log.validation(3, {"loss": 1.5}, math.nan)
+        log.validation(3, {"loss": 1.5}, {"loss": math.nan})
     assert rows[0]["validation_loss"] == 1.5
 
 
