@@ -93,6 +93,9 @@ def test_several_files_and_texts(stories: Path, work: Path, assets: Path):
     assert first["files"] == ["instruct.jsonl", "more.jsonl"]
     assert second == {"files": str(story), "kind": "text"}
     assert table["run"] == "runs/stories260K-instruct-2_more"
+    assert "overlong" not in table["data"]  # the story is longer than a row, and no part of it is lost
+    other = printed(stories, "instruct.jsonl", "--data.sequence_length", 128, "--data.packing", "stream")
+    assert "overlong" not in other["data"]
     texts = printed(stories, story)
     assert texts["data"]["train"] == [{"files": str(story), "kind": "text"}]
     assert "overlong" not in texts["data"]

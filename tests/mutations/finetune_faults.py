@@ -46,9 +46,16 @@ FAULTS = (
     Fault(
         "the length that is given is not the one that rows are planned with",
         "runs/finetune_choices.py",
-        'length = self._value("data", "sequence_length", table["sequence_length"])\n        if not',
-        'length = table["sequence_length"]\n        if not',
+        'length = self._value("data", "sequence_length", table["sequence_length"])\n        longer',
+        'length = table["sequence_length"]\n        longer',
         f"{RUN}test_fields_that_are_given_are_kept_and_the_others_chosen_around_them",
+    ),
+    Fault(
+        "texts that are mixed with examples are truncated",
+        "runs/finetune_choices.py",
+        'all(source["kind"] != "text" for source in sources)',
+        "True",
+        f"{RUN}test_several_files_and_texts",
     ),
     Fault(
         "a batch does not divide over the devices",

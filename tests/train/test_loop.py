@@ -242,12 +242,21 @@ def test_while_updates_are_skipped_checkpoints_wait(story: Story):
 
 
 def test_a_stop_and_the_end_save_although_the_update_was_skipped(story: Story):
-    story.not_finite, story.stop_after = (3, 4), 3
-    story.run(steps=4, checkpoint_every=9)
+    story.not_finite, story.stop_after = (3, 5), 3
+    story.run(steps=5, checkpoint_every=9)
     assert story.steps("save") == [3]
     story.stop_after = None
-    story.run(first=3, steps=4)
-    assert story.steps("save") == [3, 4]
+    story.run(first=3, steps=5)
+    assert story.steps("save") == [3, 5]
+
+
+def test_a_run_that_ends_among_skipped_updates_is_not_finished(story: Story):
+    story.not_finite = (3, 4)
+    with pytest.raises(
+        UserError, match=r"^step 4 has loss 2.0 and gradient norm inf, and the 1 updates before it were "
+    ):
+        story.run(steps=4, checkpoint_every=2)
+    assert story.steps("save") == [2]
 
 
 def test_more_skipped_updates_in_a_row_than_allowed_end_the_run(story: Story):

@@ -1,5 +1,6 @@
 """Runs that train an adapter: what they train and save, how they resume, and from what they may start."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -311,3 +312,19 @@ def test_an_adapter_with_nan_is_refused(base: Path, straight: tuple[Path, Any], 
     save_file(arrays, file)
     with pytest.raises(UserError, match=r"init = .* has infinite or NaN values"):
         start_of(lora_run(tmp_path, base, init=str(tmp_path / "adapter")))
+
+
+def test_a_run_resumes_after_its_base_was_moved_and_names_the_new_place(
+    base: Path, straight: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    on_one_device(monkeypatch)
+    shutil.copytree(base, tmp_path / "moved")
+    shutil.copytree(straight[0], tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "lora.json").read_text())
+    (tmp_path / "run" / "lora.json").write_text(json.dumps(about | {"base": str(tmp_path / "gone")}))
+    shutil.rmtree(tmp_path / "run" / "adapter")  # so that it is written again
+    run(recipe(shared_run(straight[0].parent, tmp_path / "moved", run=str(tmp_path / "run"))))
+    assert json.loads((tmp_path / "run" / "lora.json").read_text())["base"] == str(tmp_path / "moved")
+    assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "moved"
+    )

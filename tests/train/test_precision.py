@@ -27,7 +27,8 @@ def test_16_bit_parameters_are_refused_with_the_reason_and_the_way_out(dtype: st
 
 def test_the_average_of_rows_is_refused_in_float16_because_it_loses_gradients():
     rows = TABLE | {"loss": {"average": "rows"}}
-    with pytest.raises(UserError, match=r"^loss.average = 'rows' with compute.dtype = 'float16' loses gradients: .*\nSet"):
+    message = r"^loss.average = 'rows' with compute.dtype = 'float16' loses gradients: .*\nSet"
+    with pytest.raises(UserError, match=message):
         structure(rows | {"compute": {"dtype": "float16"}})
     assert structure(rows | {"compute": {"dtype": "bfloat16"}}).loss.average == "rows"
     # The reason: with a vocabulary of 32000 and 2048 tokens in a row, the gradients of logits become zero.

@@ -99,7 +99,10 @@ class Chooser:
         longest, tokens = max(lengths, default=0), sum(lengths)
         table["sequence_length"] = defaults.sequence_length(longest, tokens, self.config.max_length, texts)
         length = self._value("data", "sequence_length", table["sequence_length"])
-        if not texts and (longer := sum(each > length for each in lengths)):
+        longer = sum(each > length for each in lengths)
+        # The second part of an example that is split would lack its prompt; texts lose nothing.
+        examples = not texts and all(source["kind"] != "text" for source in sources)
+        if longer and examples and "overlong" not in given and config().packing_method != "stream":
             table["overlong"] = "truncate"
             what = "pairs" if dpo else "examples"
             self.notes.append(

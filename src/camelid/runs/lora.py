@@ -67,6 +67,12 @@ def base_of(source: Checkpoint) -> Checkpoint:
     return source.base if isinstance(source, AdaptedCheckpoint) else source
 
 
+def is_gone(base: str) -> bool:
+    """Whether a base, as lora.json names it, is a path at which there is nothing now."""
+    path = Path(split_prefix(base)[1])
+    return path.is_absolute() and not path.exists()
+
+
 def base_dtype(recipe: Recipe) -> str:
     """The dtype in which the frozen matrices are held, or from which they are quantized."""
     base = (recipe.lora and recipe.lora.base) or recipe.compute.dtype
@@ -99,7 +105,7 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
             )
     if (bits := recipe.lora.base) == "int8" or bits == "nf4":
         params = quantize_layers(params, base.config, bits, mesh, recipe.compute.replicate)
-    name = kept.base if kept is not None else _name_of_base(recipe, source)
+    name = _name_of_base(recipe, source) if kept is None or is_gone(kept.base) else kept.base
     about = RunAdapter(name, recipe.init_ignore, checksums, plan, recipe.lora.dropout)
     frozen, everywhere = freeze(params, plan, base.config), placement((), mesh)
     frozen = jax.tree.map(lambda x: jax.device_put(x, everywhere) if isinstance(x, np.ndarray) else x, frozen)

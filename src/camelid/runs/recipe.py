@@ -77,7 +77,7 @@ class Recipe:
         for name in ("run", "init", "tokenizer"):
             if (path := getattr(self, name)) is not None:
                 named_path(path)  # raises UserError for an empty path
-                object.__setattr__(self, name, expand_home(path))
+                object.__setattr__(self, name, expand_home(path).rstrip("/") or "/")
         if self.init is None and self.model is None:
             raise UserError(
                 "the recipe has neither init nor model",

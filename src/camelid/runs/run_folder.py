@@ -5,6 +5,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,8 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
                 )
         return
     before = _structured(text)
+    if before.lora is not None and recipe.lora is not None:
+        before = replace(before, init=recipe.init)  # a base may be moved: its checksums are compared
     if changed := _changed(write_recipe(completed(before, None)), write_recipe(recipe)):
         raise UserError(
             f"{folder} has a run with another recipe: {changed}",
@@ -201,7 +204,7 @@ def record(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data)
     """
     if not is_main():
         return
-    kept = {name for name in files if has_started(folder) and (folder / name).exists()}
+    kept = {name for name in files if has_started(folder) and (folder / name).exists()} - {LORA}
     # The recipe first: it distinguishes the folder of a run from others.
     about = {RECIPE: write_recipe(recipe).encode(), DATA: (json.dumps(data, indent=1) + "\n").encode()}
     for name, content in {**about, **files}.items():

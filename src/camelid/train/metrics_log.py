@@ -100,7 +100,8 @@ class MetricsLog(contextlib.AbstractContextManager):
         if not spike:
             del row["loss_deviation"]
         self._write(row)
-        if in_a_row > self._config.max_skipped:
+        # A run that ends among skipped updates has probably diverged: its model does not count as finished.
+        if in_a_row > self._config.max_skipped or (step == self._config.steps and in_a_row > 1):
             before = f", and the {in_a_row - 1} updates before it were skipped" if in_a_row > 1 else ""
             raise UserError(f"step {step} has loss {loss} and gradient norm {norm}{before}", self._advice())
         if is_main():
