@@ -292,7 +292,11 @@ def test_the_printed_recipe_is_the_recipe(recipe: Path, tmp_path: Path):
 def test_training_takes_overrides_and_says_where_the_model_is(recipe: Path, tmp_path: Path):
     done = called("train", recipe, "--train.steps", "2", "--run", tmp_path / "other")
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr.splitlines()[-1].startswith(f"model {tmp_path / 'other' / 'model'}")
+    *_, end, generate, convert, evaluate = done.stderr.splitlines()
+    assert end.startswith(f"model {tmp_path / 'other' / 'model'}")
+    assert f"camelid generate {tmp_path / 'other'} " in generate
+    assert f"camelid convert {tmp_path / 'other'} " in convert
+    assert f"camelid evaluate perplexity {tmp_path / 'other'} " in evaluate
     assert "step 2/2" in done.stderr
     assert ESCAPE not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -321,7 +325,7 @@ def test_the_numbers_of_processes_belong_together(recipe: Path, tmp_path: Path):
     [
         (["trian", "r.toml"], "there is no command 'trian'", "Did you mean 'camelid train'?"),
         (["evaluate", "perplexty"], "there is no command 'evaluate perplexty'", "Did you mean 'camelid evaluate perpl"),
-        (["--verbose"], "there is no command '--verbose'", "The commands are generate, evaluate perplexity, train"),
+        (["--verbose"], "there is no command '--verbose'", "The commands are generate, evaluate perplexity, finetune"),
     ],
 )
 def test_an_unknown_command_is_refused_with_the_nearest(arguments: list[str], problem: str, advice: str):

@@ -49,6 +49,7 @@ def test_the_small_version_of_a_recipe_is_built_from_real_files(name: str, asset
         assert build_components(small, mesh).loader.num_rows > small.data.batch_size
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize("name", ["llama2_7b_gsm8k", "wikipedia_mixture"])
 def test_the_small_version_of_a_recipe_trains(name: str, assets: Path, tmp_path: Path):
     done = called(*small_run(name, assets), "--run", tmp_path / "run", "--train.steps", 2, "--data.stages", "[]")

@@ -21,9 +21,9 @@ from camelid.data.config import DataConfig, Source
 from camelid.disk.json_files import write_hf_json
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
+from camelid.runs.file_names import STEPS
 from camelid.runs.recipe import Recipe
 from camelid.runs.run import Outcome, run
-from camelid.runs.run_folder import STEPS
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import read_metrics
 from camelid.train.optimizer_config import OptimizerConfig

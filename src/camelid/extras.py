@@ -25,6 +25,15 @@ def install_hint(extra: str) -> str:
     return f"Run: pip install {source or ' '.join(_libraries(installed.requires or [], extra))}"
 
 
+def installed_commit() -> str | None:
+    """The commit from which camelid was installed, if it was installed from a repository."""
+    try:
+        record = json.loads(metadata.distribution(NAME).read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        return None
+    return record.get("vcs_info", {}).get("commit_id")
+
+
 def _source(record: dict, extra: str) -> str | None:
     """The requirement for pip of the same source with an extra; None if the source is unknown or no longer exists.
 

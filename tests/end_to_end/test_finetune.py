@@ -1,6 +1,7 @@
 """`camelid finetune`: the recipe that it prints, the run that it trains, and what it refuses."""
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,23 @@ def test_fields_that_are_given_are_kept_and_the_others_chosen_around_them(storie
     assert structure(table).lora is not None
 
 
+@pytest.mark.quick_compile
+def test_preferences_are_trained_on_with_dpo(stories: Path, work: Path):
+    write(Path("pairs.jsonl"), *({**PAIR, "prompt": f"Who is {n}?"} for n in range(300)))
+    table = printed(stories, "pairs.jsonl", "--dpo", "--lora")
+    assert table["data"]["train"] == [{"files": "pairs.jsonl", "kind": "preference", "template": "zephyr"}]
+    assert table["run"] == "runs/stories260K-pairs-lora-dpo"
+    assert table["dpo"] == {"beta": 0.1}
+    assert table["optimizer"] == {"learning_rate": 2.5e-4, "warmup_ratio": 0.1, "weight_decay": 0.0}
+    # Both answers of a pair are in one row.
+    assert table["data"]["sequence_length"] == 256
+    short = ["--data.sequence_length", 128, "--data.validation_fraction", 0.0]
+    done = called("finetune", stories, "pairs.jsonl", "--dpo", "--lora", "--train.steps", 2, "--out", "x", *short)
+    assert done.returncode == 0, done.stderr
+    (first, _) = [row for row in read_metrics(Path("x/metrics.jsonl")) if "loss" in row]
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-4)
+
+
 def test_several_files_and_texts(stories: Path, work: Path, assets: Path):
     story = assets / "data" / "tinystories" / "tinystories_sample.txt"
     write(Path("more.jsonl"), {"instruction": "Say hello.", "output": "Hello."})
@@ -75,11 +93,15 @@ def test_several_files_and_texts(stories: Path, work: Path, assets: Path):
     assert first["files"] == ["instruct.jsonl", "more.jsonl"]
     assert second == {"files": str(story), "kind": "text"}
     assert table["run"] == "runs/stories260K-instruct-2_more"
+    assert "overlong" not in table["data"]  # the story is longer than a row, and no part of it is lost
+    other = printed(stories, "instruct.jsonl", "--data.sequence_length", 128, "--data.packing", "stream")
+    assert "overlong" not in other["data"]
     texts = printed(stories, story)
     assert texts["data"]["train"] == [{"files": str(story), "kind": "text"}]
     assert "overlong" not in texts["data"]
 
 
+@pytest.mark.quick_compile
 def test_a_run_trains_says_what_to_try_next_and_is_resumed_by_the_same_command(
     stories: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -136,6 +158,8 @@ def test_the_data_are_named_by_arguments_alone(stories: Path, work: Path):
 def test_a_field_that_does_not_exist_is_named_with_the_option_to_set(stories: Path, work: Path):
     done = called("finetune", stories, "instruct.jsonl", "--optimizer.lr", 1e-4)
     assert_refused(done, "no field 'optimizer.lr'")
+    assert_refused(called("finetune", stories, "instruct.jsonl", "--train.steps", "many"), "train.steps: 'many'")
+    done = called("finetune", stories, "instruct.jsonl", "--optimizer.lr", 1e-4)
     assert "--optimizer.learning-rate" in done.stderr
 
 

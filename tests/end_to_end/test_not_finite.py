@@ -101,7 +101,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path):
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     validated = iter([3.0, 2.0, math.nan])
-    monkeypatch.setattr(camelid.runs.run, "_validation_loss", lambda *given: {"loss": next(validated)})
+    monkeypatch.setattr(camelid.runs.run, "mean_losses", lambda *given: {"loss": next(validated)})
     train_fields = {"steps": 6, "checkpoint_every": 2, "evaluate_every": 2}
     ended = train(tmp_path, tiny_run(tmp_path, train=train_fields, data__validation_fraction=0.1))
     assert_refused(ended, "after step 4 the validation loss is nan")

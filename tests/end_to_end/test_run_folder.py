@@ -66,6 +66,7 @@ def test_a_finished_run_leaves_a_recipe_metrics_a_picture_and_a_model_that_opens
         ".lock",
         "recipe.toml",
         "data.json",
+        "versions.json",
         "finished.json",
         "config.json",
         "tokenizer.json",
@@ -277,13 +278,14 @@ def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_keeps_the_checkpoi
     assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_a_run_that_dies_between_validation_and_checkpoint_leaves_no_gap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("checkpoint_every", [2, 1000])
+def test_a_run_that_dies_in_a_validation_leaves_no_gap(
+    checkpoint_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Whatever is checkpointed is in metrics.jsonl already, so a resumed run has nothing to make up for."""
-    validate, calls = camelid.runs.run._validation_loss, 0
+    """A step is saved before it is validated; a resumed run makes up for the validation, and repeats no other."""
+    validate, calls = camelid.runs.run.mean_losses, 0
 
-    def dying(*given: Any) -> float:
+    def dying(*given: Any) -> dict[str, float]:
         nonlocal calls
         calls += 1
         if calls == 3:  # before training, after step 2, after step 4
@@ -291,11 +293,14 @@ def test_a_run_that_dies_between_validation_and_checkpoint_leaves_no_gap(
         return validate(*given)
 
     fields = {"train__evaluate_every": 2, "data__validation_fraction": 0.1, "train__steps": 6}
+    fields["train__checkpoint_every"] = checkpoint_every
     with monkeypatch.context() as patch:
-        patch.setattr(camelid.runs.run, "_validation_loss", dying)
+        patch.setattr(camelid.runs.run, "mean_losses", dying)
         with pytest.raises(RuntimeError, match="power failure"):
             train(tmp_path, **fields)
-    assert train(tmp_path, **fields).returncode == 0
+    again = train(tmp_path, **fields)
+    assert again.returncode == 0
+    assert ("resuming after step 4" in again.stderr) == (checkpoint_every == 2)
     rows = [(row["step"], "loss" in row) for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     expected = [(0, False), *((1, True), (2, True), (2, False)), *((3, True), (4, True), (4, False))]
     assert rows == [*expected, (5, True), (6, True), (6, False)]

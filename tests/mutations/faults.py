@@ -696,13 +696,13 @@ FAULTS = (
         "runs/run.py",
         "        if validates or due or ending or stopping:\n            log.flush()",
         "        if False:\n            log.flush()",
-        "train/test_loop.py::test_a_step_is_reported_before_it_is_validated_and_validated_before_it_is_saved",
+        "train/test_loop.py::test_a_step_is_reported_before_it_is_saved_and_saved_before_it_is_validated",
     ),
     Fault(
         "a stop runs what belongs to the end",
         "runs/run.py",
-        "(ending and not stopping)",
-        "ending or stopping",
+        "is_validated(made, config) and not stopping",
+        "is_validated(made, config)",
         "train/test_loop.py::test_a_stop_ends_after_the_step_with_its_report_and_a_checkpoint",
     ),
     Fault(
@@ -728,11 +728,11 @@ FAULTS = (
     ),
     # Runs
     Fault(
-        "a checkpoint comes before the validation of its step",
+        "a resumed run does not make up for a validation",
         "runs/run.py",
-        "        if validate is not None and validates:\n",
-        "        checkpoints.save(made, state)\n        if validate is not None and validates:\n",
-        "end_to_end/test_run_folder.py::test_a_run_that_dies_between_validation_and_checkpoint_leaves_no_gap",
+        "and not _has_validation(folder, first)",
+        "and False",
+        "end_to_end/test_run_folder.py::test_a_run_that_dies_in_a_validation_leaves_no_gap[2]",
     ),
     Fault(
         "a run's folder is not locked",

@@ -19,7 +19,7 @@ FAULTS = (
         "train/optimizer.py",
         "everything or (matrices and spec.is_matrix)",
         "(everything or matrices) and spec.is_matrix",
-        EASYLM,
+        f"{OPTIMIZERS}test_weight_decay_reaches_the_parameters_that_are_chosen",
     ),
     Fault(
         "Adafactor takes root mean squares over all layers",

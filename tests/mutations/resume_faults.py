@@ -57,7 +57,7 @@ FAULTS = (
     Fault(
         "the metrics of steps that are made again are lost",
         "runs/run_folder.py",
-        'shutil.copyfile(folder / "metrics.jsonl", aside / "metrics.jsonl")',
+        "shutil.copyfile(folder / METRICS, aside / METRICS)",
         "pass",
         UNDISTURBED,
     ),
@@ -108,7 +108,7 @@ FAULTS = (
     Fault(
         "training goes on after a loss that is not finite",
         "train/metrics_log.py",
-        "if in_a_row > self._config.max_skipped:",
+        "if in_a_row > self._config.max_skipped or (step == self._config.steps and in_a_row > 1):",
         "if False:",
         f"{ENDS}[1]",
     ),

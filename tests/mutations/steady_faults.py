@@ -103,13 +103,13 @@ FAULTS = (
     Fault(
         "a checkpoint that waited is never written",
         "runs/run.py",
-        "due = due or made % config.checkpoint_every == 0",
-        "due = made % config.checkpoint_every == 0",
+        "due = due or schedule.due(made)",
+        "due = schedule.due(made)",
         f"{LOOP}test_while_updates_are_skipped_checkpoints_wait",
     ),
     Fault(
         "the parameters are validated in place of their average",
-        "runs/run.py",
+        "runs/validation.py",
         "validate(replace(state, trainable=state.ema))",
         "validate(state)",
         f"{LOOP}test_the_average_is_validated_beside_the_parameters",

@@ -67,7 +67,7 @@ USER_ERROR = "UserError('no such thing here', 'Copy it.')"
         (1, "camelid.runs.components", "load_tokenizer", USER_ERROR, 2, "no such thing here\n         Copy it."),
         (0, "camelid.runs.components", "Loader", USER_ERROR, 2, "no such thing here\n         Copy it."),
         (1, "camelid.runs.run", "prefetched", USER_ERROR, 2, "no such thing here\n         Copy it."),
-        (1, "camelid.runs.run", "_validation_loss", "ArithmeticError('odd')", 1, "ArithmeticError: odd"),
+        (1, "camelid.runs.run", "mean_losses", "ArithmeticError('odd')", 1, "ArithmeticError: odd"),
     ],
     ids=["before the data", "while the main process prepares the data", "in the loader", "in validation"],
 )

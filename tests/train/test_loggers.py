@@ -70,7 +70,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(path: Path):
     ids=["losses", "with validation", "nan", "empty"],
 )
 def test_the_loss_curve_is_a_png(tmp_path: Path, content: list[dict]):
-    draw_losses(content, tmp_path / "loss.png")
+    draw_losses({"run": content}, tmp_path / "loss.png")
     image = (tmp_path / "loss.png").read_bytes()
     assert image[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", image[16:24])

@@ -16,6 +16,7 @@ from camelid.runs.run import train_steps
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import Speed, Terminal
 from camelid.train.metrics_log import MetricsLog
+from camelid.train.save_schedule import SaveSchedule
 from camelid.train.state import TrainState
 from tiny import tiny_config, tiny_params
 
@@ -36,6 +37,8 @@ class Story(StopSignal):
         self.in_a_row = 0
         self.deviations: dict[int, float] = {}
         self.rows: list[dict] = []
+        self.losses: dict[int, float] = {}
+        self.best: Any = None
 
     def run(self, first: int = 0, validates: bool = True, **config: Any) -> TrainState:
         train = TrainConfig(**config)
@@ -51,6 +54,7 @@ class Story(StopSignal):
             validate,
             checkpoints,
             self,  # type: ignore
+            best=self.best,
         )
 
     def batches(self, first: int, steps: int) -> Iterator[dict]:
@@ -70,7 +74,7 @@ class Story(StopSignal):
 
     def write(self, row: dict) -> None:
         if "validation_loss" in row:
-            assert row == {"step": row["step"], "validation_loss": 1.5}
+            assert row == {"step": row["step"], "validation_loss": self.losses.get(row["step"], 1.5)}
             return
         self.events.append(("report", row["step"]))
         self.rows.append(row)
@@ -79,7 +83,13 @@ class Story(StopSignal):
 
     def validate(self, state: TrainState) -> dict[str, float]:
         self.events.append(("validate", int(state.step)))
-        return {"loss": 1.5}
+        return {"loss": self.losses.get(int(state.step), 1.5)}
+
+    def discard(self, step: int) -> None:
+        self.events.append(("discard", step))
+
+    def offer(self, step: int, loss: float, state: TrainState) -> None:
+        self.events.append(("offer", (step, loss)))
 
     def save(self, step: int, state: TrainState) -> None:
         assert int(state.step) == step
@@ -126,24 +136,24 @@ def test_only_every_nth_step_and_the_last_are_reported(story: Story):
     assert story.steps("report") == [3, 6, 8]
 
 
-def test_a_step_is_reported_before_it_is_validated_and_validated_before_it_is_saved(story: Story):
+def test_a_step_is_reported_before_it_is_saved_and_saved_before_it_is_validated(story: Story):
     """Whoever kills the process after a checkpoint must find the checkpoint's step in metrics.jsonl."""
     story.run(steps=4, checkpoint_every=2, evaluate_every=2)
     assert story.of("report", "validate", "save") == [
         ("report", 1),
         ("report", 2),
-        ("validate", 2),
         ("save", 2),
+        ("validate", 2),
         ("report", 3),
         ("report", 4),
-        ("validate", 4),
         ("save", 4),
+        ("validate", 4),
     ]
 
 
 def test_validation_and_checkpoints_keep_to_their_steps(story: Story):
     story.run(steps=6, evaluate_every=2, checkpoint_every=3)
-    expected = [("validate", 2), ("save", 3), ("validate", 4), ("validate", 6), ("save", 6)]
+    expected = [("validate", 2), ("save", 3), ("validate", 4), ("save", 6), ("validate", 6)]
     assert story.of("validate", "save") == expected
 
 
@@ -165,18 +175,56 @@ def test_without_validation_text_nothing_is_validated(story: Story):
 
 
 def test_a_stop_ends_after_the_step_with_its_report_and_a_checkpoint(story: Story):
-    story.stop_after = 3
-    assert int(story.run(steps=9, checkpoint_every=2, evaluate_every=2).step) == 3
-    assert story.steps("step") == story.steps("report") == [1, 2, 3]
-    assert story.steps("save") == [2, 3]
+    """The validation may take long; the resumed run makes up for it."""
+    story.stop_after = 4
+    assert int(story.run(steps=9, checkpoint_every=3, evaluate_every=2).step) == 4
+    assert story.steps("step") == story.steps("report") == [1, 2, 3, 4]
+    assert story.steps("save") == [3, 4]
     assert story.steps("validate") == [2]
 
 
-def test_a_stop_at_the_last_step_validates_only_if_it_is_due(story: Story):
+def test_a_stop_at_the_last_step_leaves_its_validation_to_the_resumed_run(story: Story):
     story.stop_after = 3
     story.run(steps=3, evaluate_every=2)
     assert story.steps("save") == [3]
     assert story.steps("validate") == [2]
+
+
+def test_milestones_save_besides_checkpoint_every(story: Story):
+    story.run(steps=12, checkpoint_every=8, milestones_every=5)
+    assert story.steps("save") == [5, 8, 10, 12]
+
+
+def test_the_clock_saves_besides_checkpoint_every_and_is_asked_seldom():
+    now, asked = 0.0, 0
+
+    def clock() -> float:
+        nonlocal asked
+        asked += 1
+        return now
+
+    schedule, due = SaveSchedule(TrainConfig(steps=10**6, checkpoint_every=700, checkpoint_minutes=10), 0, clock), []
+    for step in range(1, 2001):
+        now += 1.0 if step < 1200 else 3.0  # seconds
+        if schedule.due(step):
+            due.append(step)
+            schedule.saved(step)
+    # 1235 is two steps late, because the steps became slower meanwhile.
+    assert due == [600, 700, 1235, 1400, 1600, 1800, 2000]
+    assert asked < 70
+
+
+def test_a_checkpoint_whose_validation_loss_is_not_finite_is_discarded(story: Story):
+    story.losses = {4: math.nan}
+    with pytest.raises(UserError, match=r"^after step 4 the validation loss is nan"):
+        story.run(steps=6, evaluate_every=2, checkpoint_every=2)
+    assert story.of("save", "validate", "discard")[2:] == [("save", 4), ("validate", 4), ("discard", 4)]
+
+
+def test_each_validated_step_is_offered_as_the_best_unless_updates_are_skipped(story: Story):
+    story.best, story.losses, story.not_finite = story, {2: 3.0, 6: 2.0}, (4,)
+    story.run(steps=6, evaluate_every=2, keep_best=True)
+    assert story.of("offer") == [("offer", (2, 3.0)), ("offer", (6, 2.0))]
 
 
 def test_a_stop_at_a_step_that_is_saved_anyway_saves_once(story: Story):
@@ -194,12 +242,21 @@ def test_while_updates_are_skipped_checkpoints_wait(story: Story):
 
 
 def test_a_stop_and_the_end_save_although_the_update_was_skipped(story: Story):
-    story.not_finite, story.stop_after = (3, 4), 3
-    story.run(steps=4, checkpoint_every=9)
+    story.not_finite, story.stop_after = (3, 5), 3
+    story.run(steps=5, checkpoint_every=9)
     assert story.steps("save") == [3]
     story.stop_after = None
-    story.run(first=3, steps=4)
-    assert story.steps("save") == [3, 4]
+    story.run(first=3, steps=5)
+    assert story.steps("save") == [3, 5]
+
+
+def test_a_run_that_ends_among_skipped_updates_is_not_finished(story: Story):
+    story.not_finite = (3, 4)
+    with pytest.raises(
+        UserError, match=r"^step 4 has loss 2.0 and gradient norm inf, and the 1 updates before it were "
+    ):
+        story.run(steps=4, checkpoint_every=2)
+    assert story.steps("save") == [2]
 
 
 def test_more_skipped_updates_in_a_row_than_allowed_end_the_run(story: Story):
@@ -249,7 +306,36 @@ def test_the_average_is_validated_beside_the_parameters(story: Story):
 
     state, checkpoints = TrainState(jnp.int32(0), PARAMS, (), ema=average), story
     train_steps(step, state, story.batches(0, 1), TrainConfig(steps=1), log, validate, checkpoints, story)  # type: ignore
-    assert seen == [(1, {"loss": 1.5}, 2.5)]
+    assert seen == [(1, {"loss": 1.5}, {"loss": 2.5})]
+
+
+def test_a_validation_loss_of_the_average_that_is_not_finite_ends_the_run():
+    rows: list[dict] = []
+    log = MetricsLog(TrainConfig(steps=1), Terminal(0, 1), Speed(0, 1, 1.0, None), [Rows(rows)], 1, lambda: "Way out.")
+    with pytest.raises(UserError, match=r"^after step 3 the validation loss of the moving average is nan\nWay out"):
+        log.validation(3, {"loss": 1.5}, {"loss": math.nan})
+    assert rows[0]["validation_loss"] == 1.5
+
+
+class Rows:
+    """A sink that keeps what is written."""
+
+    def __init__(self, rows: list[dict]):
+        self._rows = rows
+
+    def write(self, row: Any) -> None:
+        self._rows.append(dict(row))
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(("of_tokens", "about"), [(True, ", perplexity 4.48"), (False, "")])
+def test_the_exponential_of_a_mean_over_rows_is_not_shown_as_perplexity(
+    of_tokens: bool, about: str, capsys: pytest.CaptureFixture[str]
+):
+    log = MetricsLog(TrainConfig(steps=1), Terminal(0, 1), Speed(0, 1, 1.0, None), [], 1, str, None, of_tokens)
+    log.validation(3, {"loss": 1.5}, {"loss": 1.25})
+    assert capsys.readouterr().err == f"step 3: validation loss 1.5000{about}; of the moving average 1.2500\n"
 
 
 def test_a_later_start_counts_from_the_steps_made_before(story: Story):

@@ -27,7 +27,8 @@ def test_16_bit_parameters_are_refused_with_the_reason_and_the_way_out(dtype: st
 
 def test_the_average_of_rows_is_refused_in_float16_because_it_loses_gradients():
     rows = TABLE | {"loss": {"average": "rows"}}
-    with pytest.raises(UserError, match=r"^loss.average = 'rows' with compute.dtype = 'float16' loses gradients: .*\nSet"):
+    message = r"^loss.average = 'rows' with compute.dtype = 'float16' loses gradients: .*\nSet"
+    with pytest.raises(UserError, match=message):
         structure(rows | {"compute": {"dtype": "float16"}})
     assert structure(rows | {"compute": {"dtype": "bfloat16"}}).loss.average == "rows"
     # The reason: with a vocabulary of 32000 and 2048 tokens in a row, the gradients of logits become zero.
@@ -54,6 +55,11 @@ def test_products_in_float16_have_a_loss_scale_and_others_refuse_one():
     [
         ({"loss_scale": {"initial": 0.5}}, r"loss_scale.initial = 0.5\nChoose a number of 1 or more"),
         ({"loss_scale": {"factor": 1}}, r"loss_scale.factor = 1.0\nChoose a number above 1"),
+        (
+            {"loss_scale": {"initial": 3000}},
+            r"loss_scale.initial = 3000.0 is not a power of two: .*\nChoose 2048 or 4096",
+        ),
+        ({"loss_scale": {"factor": 1.5}}, r"loss_scale.factor = 1.5 is not a power of two: .*\nChoose 2\."),
         ({"loss_scale": {"window": 0}}, r"loss_scale.window = 0\nChoose a number of steps"),
         ({"ema": {"decay": 1}}, r"ema.decay = 1.0\nChoose a number from 0 up to 1"),
         ({"train": {"steps": 1, "max_skipped": -1}}, r"train.max_skipped = -1\nIt is a number of steps"),

@@ -19,7 +19,7 @@ def test_tensorboard_files_hold_the_rows(tmp_path):
         tracker.write(row)
     tracker.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
-    assert scalars(file) == [("loss", 1, 3.5), ("loss", 2, 3.25)]
+    assert scalars(file) == [("train/loss", 1, 3.5), ("train/loss", 2, 3.25)]
 
 
 def scalars(file) -> list[tuple[str, int, float]]:
@@ -80,7 +80,7 @@ def test_runs_of_one_name_have_ids_of_their_own_and_keep_them(tmp_path: Path, wa
     assert all(re.fullmatch("[0-9a-f]{16}", each) for each in ids), "a form that the service takes"
     assert {options["name"] for options in wandb.options} == {"alpaca"}
     assert {options["resume"] for options in wandb.options} == {"allow"}
-    assert wandb.runs[0].rows == [(1, {"loss": 3.5}), (-1, {})]
+    assert wandb.runs[0].rows == [(1, {"train/loss": 3.5}), (-1, {})]
 
 
 def test_a_run_of_an_earlier_version_keeps_the_id_that_it_had(tmp_path: Path, wandb: SimpleNamespace):
@@ -98,3 +98,67 @@ def test_wandb_logs_offline(tmp_path, monkeypatch):
         tracker.write(row)
     tracker.close()
     assert list(tmp_path.glob("**/*.wandb"))
+
+
+class FakeMLflow(SimpleNamespace):
+    """Stands in for MLflow: what is called, in order."""
+
+    def __init__(self) -> None:
+        super().__init__(calls=[])
+
+    def set_experiment(self, name: str) -> None:
+        self.calls.append(("experiment", name))
+
+    def start_run(self, **options: str) -> SimpleNamespace:
+        self.calls.append(("start", options))
+        return SimpleNamespace(info=SimpleNamespace(run_id="abc123"))
+
+    def log_params(self, params: dict) -> None:
+        self.calls.append(("params", params))
+
+    def log_metrics(self, metrics: dict, step: int) -> None:
+        self.calls.append(("metrics", step, metrics))
+
+    def end_run(self) -> None:
+        self.calls.append(("end",))
+
+
+def test_mlflow_resumes_its_run_and_gets_parameters_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake = FakeMLflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for row in ROWS:
+        tracker = make_tracker("mlflow", tmp_path, {"run": "x" * 900, "train": {"steps": 2}})
+        tracker.write(row)
+        tracker.close()
+    assert fake.calls == [
+        ("experiment", "camelid"),
+        ("start", {"run_name": tmp_path.name}),
+        ("params", {"run": "x" * 500, "train.steps": "2"}),
+        ("metrics", 1, {"train/loss": 3.5}),
+        ("end",),
+        ("start", {"run_id": "abc123"}),
+        ("metrics", 2, {"train/loss": 3.25}),
+        ("end",),
+    ]
+
+
+def test_services_get_the_names_that_others_use(tmp_path: Path, wandb: SimpleNamespace):
+    row = {"step": 3, "loss": 1.0, "gradient_norm": 2.0, "learning_rate": 3.0, "tokens_per_second": 4.0, "tokens": 5}
+    tracker = make_tracker("wandb", tmp_path, {})
+    tracker.write(row)
+    tracker.write({"step": 3, "validation_loss": 6.0, "validation_loss/code": 7.0})
+    assert wandb.runs[0].rows == [
+        (
+            3,
+            {
+                "train/loss": 1.0,
+                "train/grad_norm": 2.0,
+                "train/learning_rate": 3.0,
+                "perf/tokens_per_second": 4.0,
+                "train/tokens": 5,
+            },
+        ),
+        (3, {"eval/loss": 6.0, "eval/loss/code": 7.0}),
+    ]

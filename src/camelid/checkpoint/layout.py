@@ -259,7 +259,7 @@ def check_tensors(table: Table, tensors: Mapping[str, Tensor], known: str, descr
 def load(
     table: Table, tensors: Mapping[str, Tensor], targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Reads the parameters of `targets` by path, in its dtypes and shardings; each device's shard is read separately."""
+    """Reads the parameters of `targets` by path, in its dtypes and shardings, separately for each device."""
     with ThreadPoolExecutor(READERS) as pool:
         return {path: _load(table.entries[path], tensors, target, pool) for path, target in targets.items()}
 

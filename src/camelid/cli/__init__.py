@@ -25,6 +25,7 @@ from camelid.cli.finetuning import finetune
 from camelid.cli.help import help_text, summary, with_plain_help
 from camelid.cli.models import generate, inspect, perplexity
 from camelid.cli.packaged_recipes import copy_recipe, list_recipes, show_recipe
+from camelid.cli.runs import plot, runs
 from camelid.cli.shared import path_options
 from camelid.cli.training import demo, train
 from camelid.errors import UserError
@@ -34,6 +35,8 @@ COMMANDS: dict[str, Callable] = {
     "evaluate perplexity": perplexity,
     "finetune": finetune,
     "train": train,
+    "runs": runs,
+    "plot": plot,
     "recipes ls": list_recipes,
     "recipes show": show_recipe,
     "recipes cp": copy_recipe,
@@ -84,6 +87,7 @@ OTHER_NAMES = {
     "info": "inspect",
     "show": "inspect",
     "quickstart": "demo",
+    "status": "runs",
 }
 """What other systems call the commands; suggested, never accepted."""
 

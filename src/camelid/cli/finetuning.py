@@ -28,6 +28,7 @@ def finetune(
     fields: str | None = None,
     text_key: str | None = None,
     template: str | None = None,
+    max_unreadable: float | None = None,
     print_recipe: bool = False,
     ignore_config_field: Ignore = (),
     overrides: Suppress[tuple[str, ...]] = (),
@@ -39,8 +40,8 @@ def finetune(
     camelid finetune ./TinyLlama pairs.jsonl --dpo --lora --print-recipe > dpo.toml
     camelid finetune ./TinyLlama 'texts/*.txt' --train.steps 500 --optimizer.learning-rate 1e-5
 
-    The kind of the data is detected. The recipe depends on the size of the model, on the data and on the devices, and
-    is printed. Any field of it can be set by --table.field VALUE; the others are chosen around it.
+    Any field of the recipe can be set by --table.field VALUE, and the others are chosen around it, for the size of the
+    model, the kind and lengths of the data, and the devices. The recipe is printed before training starts.
 
     Args:
         lora: train LoRA adapters instead of all parameters; --lora.rank 8 sets a field of [lora]
@@ -50,6 +51,7 @@ def finetune(
         fields: train on fields of the records, those in brackets without a loss: '[question],answer'
         text_key: train on texts, which are in this field of the records
         template: chat template of chats, instructions and pairs (default: that of the checkpoint)
+        max_unreadable: maximum fraction of records that may be unreadable; they are counted and skipped
         print_recipe: print the recipe as TOML, for `camelid train`, and exit
     """
     from camelid.parallel.compilation_cache import keep_compiled
@@ -57,7 +59,13 @@ def finetune(
     keep_compiled()
     from camelid.runs.finetune import Request, make_plan
 
-    options = {"kind": kind, "fields": fields, "text_key": text_key, "template": template}
+    options = {
+        "kind": kind,
+        "fields": fields,
+        "text_key": text_key,
+        "template": template,
+        "max_unreadable": max_unreadable,
+    }
     request = Request(
         model=model,
         data=data,

@@ -89,6 +89,11 @@ def _tell_end(outcome: "Outcome", recipe: "Recipe") -> None:
         return
     written = (f"{folder.name} {folder}" for folder in outcome.saved)
     note("   ".join([*written, f"losses {outcome.folder / 'loss.png'}"]))
+    if recipe.lora is not None and recipe.lora.base in ("int8", "nf4") and not recipe.lora.merge:
+        note(
+            f"the base was held in {recipe.lora.base}; generate and convert use it as it is in init. "
+            "The same command with --lora.merge true writes the model that was trained"
+        )
     for what, command in _next(outcome.folder, recipe):
         note(f"  {what:9} {command}")
 
@@ -96,10 +101,11 @@ def _tell_end(outcome: "Outcome", recipe: "Recipe") -> None:
 def _next(folder: Path, recipe: "Recipe") -> Iterator[tuple[str, str]]:
     """Commands to try after a run, as what they do and how they are written."""
     run = shlex.quote(os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder))
-    yield "generate", f'camelid generate {run} "Hello"'
+    model = f"{run}/model" if recipe.lora is not None and recipe.lora.merge else run
+    yield "generate", f'camelid generate {model} "Hello"'
     if recipe.lora is None:
         yield "convert", f"camelid convert {run} model.gguf"
-    else:
+    elif not recipe.lora.merge:
         yield "merge", f"camelid convert {run} merged"
     yield "evaluate", f"camelid evaluate perplexity {run} TEXT.txt"
 

@@ -1,6 +1,7 @@
 """The data section of a recipe; declared without numpy, so that the command line starts fast."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -98,9 +99,14 @@ class Source(SourceOptions):
     .bin and .idx, a prepared store, the folder of a dataset, or hf:NAME of the Hugging Face Hub."""
     weight: float | None = None
     """Fraction of the tokens in the mixture; by default, each source is read equally often."""
+    name: str | None = None
+    """Of validation data, and of a mixture from which documents are held out: the name of the source's own validation
+    loss, validation_loss/NAME."""
 
     def __post_init__(self):
         object.__setattr__(self, "files", tuple(map(expand_home, self.files)))
+        if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
+            raise UserError(f"name = {self.name!r}", "Use letters, digits, dots, hyphens and underscores.")
         if not self.files:
             raise UserError("a source names no file", "Give files = a name, a glob, or a list of them.")
         self._check_options()
@@ -159,6 +165,8 @@ class DataConfig:
     """Validation data, in the same form."""
     validation_fraction: float = 0.0
     """Alternatively: fraction of training documents to hold out, chosen by the seed; of a single document, its end."""
+    max_validation_tokens: int | None = None
+    """Maximum number of tokens in the rows that are validated, which are chosen by the seed; by default, all are."""
     stages: tuple[Stage, ...] = ()
     """Scheduled changes of the mixture weights."""
     packing: Literal["stream", "best_fit", "none"] | None = None
@@ -201,6 +209,17 @@ class DataConfig:
         for name in ("sequence_length", "batch_size", "prepare_workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}", "Choose 1 or more.")
+        if (tokens := self.max_validation_tokens) is not None and tokens < self.sequence_length:
+            raise UserError(
+                f"max_validation_tokens = {tokens} is less than a row of {self.sequence_length} tokens",
+                "Choose a multiple of sequence_length, or leave it out to validate on all rows.",
+            )
+        if tokens is not None and not (self.validation or self.validation_fraction):
+            raise UserError(
+                f"max_validation_tokens = {tokens}, and there is no validation data",
+                "Set validation or validation_fraction, or leave it out.",
+            )
+        self._check_names()
         if self.workers < 0:
             raise UserError(f"workers = {self.workers}", "Choose 0 or more.")
         if not 0 <= self.seed < 2**32:
@@ -223,6 +242,19 @@ class DataConfig:
                     f"the stage from step {stage.first_step} has {weights} weights for {sources} sources",
                     "Give one weight for each source of data.train.",
                 )
+
+    def _check_names(self) -> None:
+        """Raises UserError for names of sources that are repeated, or that have no validation loss of their own."""
+        for split, sources in (("train", self.train), ("validation", self.validation)):
+            names = [source.name for source in sources if source.name is not None]
+            if len(set(names)) < len(names):
+                raise UserError(f"data.{split} has names {names}", "Give each source a name of its own.")
+        mixed = bool(self.stages) or any(source.weight is not None for source in self.train)
+        if any(source.name is not None for source in self.train) and not (mixed and self.validation_fraction):
+            raise UserError(
+                "data.train names a source, and no documents are held out of it alone",
+                "Name the sources of data.validation, or set validation_fraction and a weight for each source.",
+            )
 
     @property
     def packing_method(self) -> Literal["stream", "best_fit", "none"]:

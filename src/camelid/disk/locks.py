@@ -60,3 +60,15 @@ def _lock(folder: Path, wait: bool) -> IO:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
             file.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process of this machine has locked a folder; creates nothing."""
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no lock, or the file system has none
+        return False
+    return False

@@ -27,10 +27,11 @@ from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.parallel.hosts import is_main, main_first
 from camelid.parallel.rules import check_divides
-from camelid.runs.lora import base_of
+from camelid.runs.file_names import FILES
+from camelid.runs.lora import base_of, is_gone
 from camelid.runs.lora_targets import plan_adapters
 from camelid.runs.recipe import Recipe
-from camelid.runs.run_folder import FILES, Data, kept_data
+from camelid.runs.run_folder import Data, kept_data
 from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
@@ -164,8 +165,8 @@ def _model(recipe: Recipe, started: bool) -> tuple[Checkpoint | None, ModelConfi
     if started and recipe.lora is None and (folder / "config.json").is_file():
         return None, read_model_config(folder), companions_in(folder)
     about = read_run_adapter(folder) if started and recipe.lora is not None else None
-    # An adapter that `init` continued from is not needed again.
-    init = recipe.init if about is None else about.base
+    # An adapter that `init` continued from is not needed again; a base that was moved is found by `init`.
+    init = recipe.init if about is None or is_gone(about.base) else about.base
     source = open_checkpoint(init, config=recipe.model, ignore=recipe.init_ignore)
     return source, (source if recipe.lora is None else base_of(source)).config, source.other_companions
 

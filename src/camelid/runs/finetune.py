@@ -34,7 +34,7 @@ class Request:
     dpo: bool = False
     out: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    """options of the sources that are given instead of detected: kind, fields, text_key, template"""
+    """options of the sources that are given instead of detected: kind, fields, text_key, template, max_unreadable"""
     ignore: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     """fields of the recipe, as `--a.b value`"""
@@ -59,7 +59,7 @@ class Request:
             data = first.parent.name
         more = [f"{len(self.data) - 1} more"] if len(self.data) > 1 else []
         words = [*model[-1:], data, *more, *(name for name in ("lora", "dpo") if name in self.given)]
-        return "-".join(filter(None, (re.sub(r"[^\w.]+", "_", word).strip("_.") for word in words)))
+        return "-".join(filter(None, (re.sub(r"[^\w.-]+", "_", word).strip("_.-") for word in words)))
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,18 @@ def _new_table(request: Request) -> tuple[dict[str, Any], list[str]]:
             "Name the files there; --kind, --fields, --text-key and --template set how they are read.",
         )
     options = [_options(name, request, "dpo" in given) for name in request.data]
-    source = open_checkpoint(request.model, ignore=request.ignore)
-    tokenizer = load_tokenizer(source.tokenizer_folder)
-    notes = list(_choose_templates(options, tokenizer, request.model))
     table: dict[str, Any] = {"run": request.run, "init": request.model}
     if request.ignore:
         table["init_ignore"] = list(request.ignore)
-    table |= Chooser(source.config, tokenizer, given, notes).tables(_sources(request.data, options))
-    return table, notes
+    asked = {name: given[name] for name in ("lora", "dpo") if name in given}
+    least = {"train": _sources(request.data, options), "sequence_length": 1, "batch_size": 1}
+    # What is given is checked before the model is opened and choices are made around it.
+    recipe_of(table | asked | {"data": least, "train": {"steps": 1}}, request.overrides)
+    source = open_checkpoint(request.model, ignore=request.ignore)
+    tokenizer = load_tokenizer(source.tokenizer_folder)
+    notes = list(_choose_templates(options, tokenizer, request.model))
+    sources = _sources(request.data, options)
+    return table | Chooser(source.config, tokenizer, given, notes).tables(sources), notes
 
 
 def _options(name: str, request: Request, dpo: bool) -> dict[str, Any]:

@@ -43,18 +43,11 @@ class Chooser:
         steps = self._value("train", "steps", defaults.steps(rows, batch, times))
         dtype = self._value("compute", "dtype", devices.dtype)
         parts, remat = self._memory(parameters, length, batch, devices, dtype)
-        validates = any(
-            {**data, **self.given.get("data", {})}.get(name) for name in ("validation", "validation_fraction")
-        )
-        optimizer: dict[str, Any] = {}
-        if self._value("optimizer", "name", "adamw") == "adamw":
-            optimizer["learning_rate"] = defaults.learning_rate(parameters, lora, dpo)
-        if "warmup_steps" not in self.given.get("optimizer", {}):
-            optimizer["warmup_ratio"] = 0.1 if dpo else 0.03
-        optimizer["weight_decay"] = 0.0
+        both = {**data, **self.given.get("data", {})}
+        validates = bool(both.get("validation") or both.get("validation_fraction"))
         table: dict[str, Any] = {
             "data": data | {"batch_size": batch},
-            "optimizer": optimizer,
+            "optimizer": self._optimizer(parameters, lora, dpo),
             "train": {
                 "steps": steps,
                 **({"accumulate": parts} if parts > 1 else {}),
@@ -69,6 +62,15 @@ class Chooser:
             table["dpo"] = {"beta": 0.1}
         self._tell(rows, examples, batch, steps)
         return table
+
+    def _optimizer(self, parameters: int, lora: bool, dpo: bool) -> dict[str, Any]:
+        """The table [optimizer]; of another optimizer than AdamW, the learning rate is its default."""
+        table: dict[str, Any] = {}
+        if self._value("optimizer", "name", "adamw") == "adamw":
+            table["learning_rate"] = defaults.learning_rate(parameters, lora, dpo)
+        if "warmup_steps" not in self.given.get("optimizer", {}):
+            table["warmup_ratio"] = 0.1 if dpo else 0.03
+        return table | {"weight_decay": 0.0}
 
     def _value(self, table: str, name: str, chosen: Any) -> Any:
         """A field that is given, or else the choice."""
@@ -97,7 +99,10 @@ class Chooser:
         longest, tokens = max(lengths, default=0), sum(lengths)
         table["sequence_length"] = defaults.sequence_length(longest, tokens, self.config.max_length, texts)
         length = self._value("data", "sequence_length", table["sequence_length"])
-        if not texts and (longer := sum(each > length for each in lengths)):
+        longer = sum(each > length for each in lengths)
+        # The second part of an example that is split would lack its prompt; texts lose nothing.
+        examples = not texts and all(source["kind"] != "text" for source in sources)
+        if longer and examples and "overlong" not in given and config().packing_method != "stream":
             table["overlong"] = "truncate"
             what = "pairs" if dpo else "examples"
             self.notes.append(
@@ -134,7 +139,9 @@ class Chooser:
 
     def _tell(self, rows: int, examples: int, batch: int, steps: int) -> None:
         epochs = steps * batch / rows
-        what = f"{examples:,} documents make {rows:,} rows: {steps:,} steps of {batch} rows are {epochs:.2g} epochs"
+        what = (
+            f"{examples:,} examples fill {rows:,} rows, which {steps:,} steps of {batch} rows read {epochs:.2g} times"
+        )
         self.notes.insert(0, what)
 
 

@@ -33,7 +33,7 @@ MAX_LENGTH = 4096  # of rows that longer examples do not exceed
 USABLE = 0.8  # of the memory of a device
 MARGIN = 1.5
 BYTES_PER_PARAMETER = 18  # float32, gradient, two moments, and a copy for the products
-BASE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "nf4": 0.6}
+BASE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.1, "nf4": 0.6}
 ADAPTERS = 0.02  # fraction of the parameters that are adapters
 
 
@@ -69,7 +69,7 @@ def learning_rate(parameters: int, lora: bool, dpo: bool) -> float:
     """The peak learning rate of AdamW."""
     full, adapters = next((full, adapters) for most, full, adapters in LEARNING_RATES if parameters <= most)
     rate = adapters if lora else full
-    return float(f"{rate * DPO_FACTOR:.1g}") if dpo else rate
+    return float(f"{rate * DPO_FACTOR:.2g}") if dpo else rate
 
 
 def epochs(examples: int, texts: bool, dpo: bool) -> int:

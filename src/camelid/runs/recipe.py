@@ -22,7 +22,15 @@ from camelid.model.presets import preset
 from camelid.parallel.mesh import MeshConfig
 from camelid.runs.renamed import renamed_advice
 from camelid.runs.suggestions import as_option, suggest
-from camelid.train.config import DPOConfig, DropoutConfig, EmaConfig, LossConfig, LossScaleConfig, TrainConfig
+from camelid.train.config import (
+    DPOConfig,
+    DropoutConfig,
+    EmaConfig,
+    LossConfig,
+    LossScaleConfig,
+    ProfileConfig,
+    TrainConfig,
+)
 from camelid.train.lora_config import LoRAConfig
 from camelid.train.optimizer_config import OptimizerConfig
 
@@ -60,6 +68,8 @@ class Recipe:
     """a moving average of the parameters; None: none is kept"""
     loss_scale: LossScaleConfig | None = None
     """loss scaling, which only compute.dtype = "float16" has and needs; None: its defaults"""
+    profile: ProfileConfig | None = None
+    """steps that are traced by JAX's profiler, in profile/; None: none are"""
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
 
@@ -67,7 +77,7 @@ class Recipe:
         for name in ("run", "init", "tokenizer"):
             if (path := getattr(self, name)) is not None:
                 named_path(path)  # raises UserError for an empty path
-                object.__setattr__(self, name, expand_home(path))
+                object.__setattr__(self, name, expand_home(path).rstrip("/") or "/")
         if self.init is None and self.model is None:
             raise UserError(
                 "the recipe has neither init nor model",
@@ -86,6 +96,16 @@ class Recipe:
         if self.init is None and self.tokenizer is None:
             raise UserError("the recipe has a model and no tokenizer", "Set tokenizer to a folder with tokenizer.json.")
         self._check_preference()
+        if self.train.keep_best and not (self.data.validation or self.data.validation_fraction):
+            raise UserError(
+                "train.keep_best = true compares validation losses, and the recipe has no validation data",
+                "Set data.validation or data.validation_fraction.",
+            )
+        if self.profile is not None and self.profile.first_step > self.train.steps:
+            raise UserError(
+                f"profile.first_step = {self.profile.first_step} exceeds train.steps = {self.train.steps}",
+                "Choose a step of the run.",
+            )
         if self.compute.param_dtype != "float32":
             raise UserError(
                 f"compute.param_dtype = {self.compute.param_dtype!r} loses updates in training: most are smaller than "

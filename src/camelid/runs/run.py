@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from camelid import interrupts
@@ -24,20 +23,17 @@ from camelid.errors import UserError
 from camelid.model.decoder import Decoder
 from camelid.model.flops import peak_flops, training_flops
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
-from camelid.parallel.hosts import broadcast_from_main, is_main, to_host
+from camelid.parallel.hosts import broadcast_from_main, is_main
 from camelid.parallel.mesh import make_mesh
 from camelid.parallel.rules import COMPUTE, partition
 from camelid.parallel.stop_signal import StopSignal
+from camelid.runs.best import BestCheckpoint
 from camelid.runs.components import Components, build_components
+from camelid.runs.file_names import ADAPTER, ADAPTER_EMA, METRICS, MODEL, MODEL_EMA, PROFILE, STEPS
 from camelid.runs.lora import Base, base_dtype, save_adapter
 from camelid.runs.recipe import Recipe, completed
 from camelid.runs.reference import with_reference
 from camelid.runs.run_folder import (
-    ADAPTER,
-    ADAPTER_EMA,
-    MODEL,
-    MODEL_EMA,
-    STEPS,
     check_folder,
     claimed,
     is_finished,
@@ -48,17 +44,19 @@ from camelid.runs.run_folder import (
 )
 from camelid.runs.start import Start, find_start, shardings
 from camelid.runs.summary import start_summary
+from camelid.runs.validation import Validate, is_validated, mean_losses, validate_step
+from camelid.runs.versions import record_versions
 from camelid.text.tokenizer import CHAT_TEMPLATE
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.metrics_log import MetricsLog
-from camelid.train.objective import Arrays, Objective, Sum
+from camelid.train.objective import Arrays
+from camelid.train.profile import Profiled
+from camelid.train.save_schedule import SaveSchedule
 from camelid.train.state import TrainState
 from camelid.train.step import TrainStep
 from camelid.train.trackers import make_tracker
 from camelid.train.trainable import combine
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
             check_destination(folder / written, True, {"config.json": None, **components.companions})
         with (
             claimed(folder, recipe, components.data),
-            contextlib.closing(RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints)) as checkpoints,
+            contextlib.closing(_checkpoints(folder, recipe.train)) as checkpoints,
         ):
             start = find_start(recipe, previous, from_step, components, checkpoints, mesh)
             terminal = Terminal(int(start.state.step), recipe.train.steps)
@@ -128,7 +126,7 @@ def _train(
     terminal: Terminal,
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
-    config, state, first, sinks = recipe.train, start.state, int(start.state.step), []
+    config, state, first = recipe.train, start.state, int(start.state.step)
     kind = PairBatch if components.precomputes_reference else Batch
     step, starting = components.step, first < config.steps
     if starting:
@@ -136,30 +134,55 @@ def _train(
     # Kernels may refuse the model when they are compiled, so nothing is written before this line.
     base_files = {} if start.base is None else start.base.files
     record(folder, recipe, components.files | base_files, components.data)
+    record_versions(folder, start.resumed or 0)
     mark_unfinished(folder)
-    if starting and components.precomputes_reference:
+    if components.precomputes_reference and (starting or components.validation is not None):
         components = with_reference(components, start, folder, mesh, terminal)
-    if is_main():
-        trackers = (make_tracker(name, folder, asdict(recipe)) for name in config.trackers)
-        sinks = [MetricsFile(folder / METRICS, start.resumed or 0), *trackers]
-    tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
     flops = training_flops(components.config, recipe.data.sequence_length, frozen=recipe.lora is not None)
     speed = Speed(first, config.steps, flops, _peak_flops())
+    log = _metrics_log(recipe, components, folder, checkpoints, terminal, speed, start.resumed or 0)
     validate = None
     if components.validation is not None:
-        about = components.step.objective, components.validation, recipe, mesh, start.frozen
-        validate = partial(_validation_loss, *about)
-    with MetricsLog(config, terminal, speed, sinks, tokens_per_step, checkpoints.recovery_advice) as log:
+        about = components.step.objective, components.validation, recipe, mesh, start.frozen, terminal
+        validate = partial(mean_losses, *about)
+    with log:
+        best = BestCheckpoint(folder, checkpoints) if config.keep_best else None
         if validate is not None and start.resumed is None:
             with log.paused():
-                found = validate(state)
-            log.validation(first, found)
-        with StopSignal(first, config.steps) as stop, contextlib.closing(terminal):
+                means = validate(state)
+            log.validation(first, means)
+        elif validate is not None and is_validated(first, config) and not _has_validation(folder, first):
+            validate_step(validate, state, first, log, checkpoints, best)
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopSignal(first, config.steps))
+            stack.enter_context(contextlib.closing(terminal))
+            if recipe.profile is not None:
+                step = stack.enter_context(Profiled(step, recipe.profile, folder / PROFILE, first))
             batches = _batches(recipe, components.loader, mesh, first, speed)
             export = None if start.base is None else partial(_save_adapter, components, folder, start.base)
-            state = train_steps(step, state, batches, config, log, validate, checkpoints, stop, export)
+            state = train_steps(step, state, batches, config, log, validate, checkpoints, stop, export, best)
             checkpoints.wait()
     return state, int(state.step) == config.steps and not stop.requested
+
+
+def _metrics_log(
+    recipe: Recipe,
+    components: Components,
+    folder: Path,
+    checkpoints: RunCheckpoints,
+    terminal: Terminal,
+    speed: Speed,
+    resume_from: int,
+) -> MetricsLog:
+    """The log of the run, in which metrics.jsonl goes on after the step `resume_from`."""
+    sinks = []
+    if is_main():
+        trackers = (make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers)
+        sinks = [MetricsFile(folder / METRICS, resume_from), *trackers]
+    tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
+    steps_per_epoch = sum(packing.rows_per_epoch for packing in components.loader.packings) / recipe.data.batch_size
+    advice, of_tokens = checkpoints.recovery_advice, recipe.loss.average == "tokens"
+    return MetricsLog(recipe.train, terminal, speed, sinks, tokens_per_step, advice, steps_per_epoch, of_tokens)
 
 
 def train_steps(
@@ -168,16 +191,18 @@ def train_steps(
     batches: Iterable[Arrays],
     config: TrainConfig,
     log: MetricsLog,
-    validate: Callable[[TrainState], Mapping[str, float]] | None,
+    validate: Validate | None,
     checkpoints: RunCheckpoints,
     stop: StopSignal,
     export: Callable[[TrainState], None] | None = None,
+    best: BestCheckpoint | None = None,
 ) -> TrainState:
     """Trains until step `config.steps` or a signal to stop; every process runs the same loop in step.
 
     `export` writes the state in another form too, whenever a checkpoint is saved.
     """
     made, due = int(state.step), False
+    schedule = SaveSchedule(config, made)
     for batch in batches:
         state, metrics = step(state, batch)
         made += 1
@@ -186,24 +211,23 @@ def train_steps(
         log.add(made, metrics)
         stopping, ending = stop.should_stop(made), made == config.steps
 
-        validates = made % (config.evaluate_every or config.steps) == 0 or (ending and not stopping)
-        due = due or made % config.checkpoint_every == 0
+        # A run that is asked to stop ends soon: when it is resumed, it makes up for the validation.
+        validates = validate is not None and is_validated(made, config) and not stopping
+        due = due or schedule.due(made)
         if validates or due or ending or stopping:
             log.flush()  # whoever ends the process after a checkpoint must find its step in metrics.jsonl
-        if validate is not None and validates:
-            with log.paused():
-                found = validate(state)
-                ema_loss = None if state.ema is None else validate(replace(state, trainable=state.ema))["loss"]
-            log.validation(made, found, ema_loss)
         # The parameters may be the reason that updates are skipped: good checkpoints are not replaced until it is over.
         saves = (due and not log.skipping) or ending or stopping
-        if saves:  # after the validation, which a resumed run does not repeat
+        if saves:  # before the validation, which may take long, or fail
             with log.paused():
                 checkpoints.save(made, state)
                 if export is not None:
                     export(state)
+            schedule.saved(made)
             interrupts.set_advice(interrupts.RESUME)
             due = False
+        if validate is not None and validates:
+            validate_step(validate, state, made, log, checkpoints, best)
         if stopping:
             break
     log.flush()
@@ -226,7 +250,7 @@ def _finish(
                 saved.save(folder / name, dtype=dtype, overwrite=True)
         mark_finished(folder, int(state.step))
     if is_main():
-        draw_losses(read_metrics(folder / METRICS), folder / "loss.png")
+        draw_losses({folder.name: read_metrics(folder / METRICS)}, folder / "loss.png")
     written = tuple(folder / name for name in _written(recipe) if (folder / name).is_dir())
     return Outcome(folder, int(state.step), finished, model, written)
 
@@ -291,24 +315,17 @@ def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int, speed: Spee
         yield sharding.place_own(vars(batch))
 
 
-def _validation_loss(
-    objective: Objective, loader: Loader, recipe: Recipe, mesh: Mesh, frozen: Any, state: TrainState
-) -> dict[str, float]:
-    """The mean `loss` over the entire validation split, and the means of the objective's metrics."""
-    rows = recipe.data.batch_size // recipe.train.accumulate
-    sharding = BatchSharding(rows, mesh)
-    params = combine(state.trainable, frozen)
-    sums: dict[str, np.ndarray] = {}
-    for batch in loader.in_order(rows):
-        for name, pair in to_host(_sums(params, sharding.place(vars(batch)), objective)).items():
-            sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
-    return {name: float(total / weight) for name, (total, weight) in sums.items()}
+def _checkpoints(folder: Path, config: TrainConfig) -> RunCheckpoints:
+    return RunCheckpoints(folder / STEPS, config.keep_checkpoints, config.milestones_every)
 
 
-@partial(jax.jit, static_argnames="objective")
-def _sums(params: Decoder, batch: Arrays, objective: Objective) -> dict[str, Sum]:
-    total, weight, metrics = objective(params, batch, None)
-    return {"loss": (total, weight), **metrics}
+def _has_validation(folder: Path, step: int) -> bool:
+    """Whether a validation after this step is in metrics.jsonl; every process calls this."""
+
+    def found() -> bool:
+        return any(row["step"] == step and "validation_loss" in row for row in read_metrics(folder / METRICS))
+
+    return broadcast_from_main(found)
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

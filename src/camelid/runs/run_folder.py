@@ -5,6 +5,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from camelid.disk.atomic import write_atomically
 from camelid.disk.locks import LOCK, locked, no_empty_folders
 from camelid.errors import UserError
 from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
+from camelid.runs.file_names import (
+    ADAPTER,
+    ADAPTER_EMA,
+    DATA,
+    FILES,
+    FINISHED,
+    METRICS,
+    MODEL,
+    MODEL_EMA,
+    RECIPE,
+    STEPS,
+)
 from camelid.runs.recipe import Recipe, completed, structure, write_recipe
 from camelid.runs.recipe_differences import recipe_differences
 from camelid.runs.renamed import with_new_names
@@ -26,30 +39,26 @@ FREE = {
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "checkpoint_minutes",
+        "milestones_every",
+        "keep_best",
         "evaluate_every",
         "trackers",
         "metrics",
         "max_skipped",
         "spike_sigma",
     )
-} | {"run", "lora.merge", "data.workers", "data.prepare_workers", "data.cache", "optimizer.decay_steps"}
+} | {
+    "run",
+    "lora.merge",
+    "data.workers",
+    "data.prepare_workers",
+    "data.cache",
+    "optimizer.decay_steps",
+    "profile.first_step",
+    "profile.steps",
+}
 """Recipe fields that may change when a run is resumed, apart from the mesh; `run`, because a folder may be moved."""
-STEPS = "checkpoints"
-"""name of the folder of the checkpoints"""
-MODEL = "model"
-"""name of the folder of the finished model"""
-ADAPTER = "adapter"
-"""name of the folder of the adapter, in PEFT's form"""
-ADAPTER_EMA = "adapter_ema"
-"""name of the folder of the moving average of the adapter of a finished run"""
-MODEL_EMA = "model_ema"
-"""name of the folder of the moving average of the parameters of a finished run"""
-FINISHED = "finished.json"
-"""name of the file that tells after which step the model was saved"""
-DATA = "data.json"
-"""name of the file that describes the stores from which batches are read"""
-FILES = "files"
-"""its entry for the files of text; the other entries are splits"""
 
 
 def has_started(folder: Path) -> bool:
@@ -95,7 +104,7 @@ def _structured(kept: str) -> Recipe:
 
 
 def _kept_text(folder: Path) -> str | None:
-    kept = folder / "recipe.toml"
+    kept = folder / RECIPE
     return kept.read_text("utf-8") if kept.is_file() and has_started(folder) else None
 
 
@@ -104,7 +113,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
     `recipe` is one that `completed` returned.
     """
-    kept = folder / "recipe.toml"
+    kept = folder / RECIPE
     if not _is_utf8(str(folder)):
         raise UserError(f"{str(folder)!a} is not UTF-8, as the names in recipe.toml are", "Choose another --run.")
     if folder.exists() and not folder.is_dir():
@@ -123,9 +132,10 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
                 )
         return
     before = _structured(text)
+    if before.lora is not None and recipe.lora is not None:
+        before = replace(before, init=recipe.init)  # a base may be moved: its checksums are compared
     differences = recipe_differences(write_recipe(completed(before, None)), write_recipe(recipe))
-    changed = [text for name, text in differences.items() if name not in FREE and not name.startswith("mesh.")]
-    if changed:
+    if changed := [text for name, text in differences.items() if name not in FREE and not name.startswith("mesh.")]:
         raise UserError(
             f"{folder} has a run with another recipe: {'; '.join(changed)}",
             "Choose another --run, or use the recipe in the folder.",
@@ -184,8 +194,8 @@ def new_aside(folder: Path) -> Path:
     while (aside := folder / f"set_aside_{number}").exists():
         number += 1
     aside.mkdir()
-    if (folder / "metrics.jsonl").exists():
-        shutil.copyfile(folder / "metrics.jsonl", aside / "metrics.jsonl")
+    if (folder / METRICS).exists():
+        shutil.copyfile(folder / METRICS, aside / METRICS)
     return aside
 
 
@@ -196,9 +206,9 @@ def record(folder: Path, recipe: Recipe, files: Mapping[str, bytes], data: Data)
     """
     if not is_main():
         return
-    kept = {name for name in files if has_started(folder) and (folder / name).exists()}
+    kept = {name for name in files if has_started(folder) and (folder / name).exists()} - {LORA}
     # The recipe first: it distinguishes the folder of a run from others.
-    about = {"recipe.toml": write_recipe(recipe).encode(), DATA: (json.dumps(data, indent=1) + "\n").encode()}
+    about = {RECIPE: write_recipe(recipe).encode(), DATA: (json.dumps(data, indent=1) + "\n").encode()}
     for name, content in {**about, **files}.items():
         if name not in kept:
             write_atomically(folder / name, content)

@@ -24,9 +24,10 @@ from camelid.model.params import abstract, initialize
 from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 from camelid.runs.adamw_import import import_adamw
 from camelid.runs.components import Components
+from camelid.runs.file_names import STEPS
 from camelid.runs.lora import Base, first_state, load_base
 from camelid.runs.recipe import Recipe
-from camelid.runs.run_folder import STEPS, new_aside
+from camelid.runs.run_folder import new_aside
 from camelid.train.counters import start_counters
 from camelid.train.state import TrainState, abstract_state, start_state
 

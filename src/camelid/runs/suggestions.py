@@ -29,6 +29,8 @@ OTHER_NAMES = {
     "train.checkpoint_every": "savesteps saveinterval saveeverynsteps checkpointinterval savefreq",
     "train.keep_checkpoints": "savetotallimit keepcheckpoints",
     "train.evaluate_every": "evalsteps evalinterval valinterval evaluatesteps",
+    "train.milestones_every": "savemilestonefreq milestonefreq keepperiod",
+    "train.keep_best": "loadbestmodelatend savebest savetopk",
     "train.trackers": "reportto logger usewandb wandb",
     "dpo.beta": "beta dpobeta prefbeta rlbeta",
     "dpo.loss": "losstype prefloss",

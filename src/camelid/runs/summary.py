@@ -32,6 +32,9 @@ def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Sta
         f"{count_parameters(components.config):,} parameters on {sizes} ({jax.devices()[0].device_kind}); "
         f"{components.loader.num_tokens:,} tokens of text, {tokens_per_step:,} per step"
     )
+    if components.validation is not None and recipe.data.max_validation_tokens is not None:
+        rows, total = sum(map(len, components.validation.validation_rows())), components.validation.num_rows
+        yield f"validates {rows:,} of {total:,} rows of validation data, chosen by data.seed"
     if recipe.lora is not None:
         yield _trained_adapters(recipe, components)
     elif recipe.train.freeze:

@@ -9,7 +9,10 @@ from camelid.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """An exponential moving average of the trained parameters, which is saved beside them."""
+    """An exponential moving average of the parameters, or of the adapters, which is saved beside them.
+
+    Parameters that `train.freeze` keeps as they are have one too, which is equal to them.
+    """
 
     decay: float = 0.999
     """weight of the previous average in that after a step; the parameters have 1 - decay"""
@@ -24,10 +27,10 @@ class LossScaleConfig:
     """Dynamic loss scaling for float16 (arXiv:1710.03740): gradients are computed of the loss times a factor."""
 
     initial: float = 65536.0
-    """loss scale of the first step"""
+    """loss scale of the first step, a power of two"""
     factor: float = 2.0
-    """the scale is divided by it when a gradient overflows, to no less than 1, and multiplied by it after `window`
-    steps"""
+    """a power of two: the scale is divided by it when a gradient overflows, to no less than 1, and multiplied by it
+    after `window` steps"""
     window: int = 1000
     """number of steps without an overflow after which the scale grows"""
 
@@ -39,6 +42,15 @@ class LossScaleConfig:
         ):
             if not fits:
                 raise UserError(f"loss_scale.{name} = {getattr(self, name)}", f"Choose {advice}.")
+        for name, least in (("initial", 1), ("factor", 2)):
+            value = getattr(self, name)
+            mantissa, exponent = math.frexp(value)
+            if mantissa != 0.5:
+                near = [f"{2.0**n:g}" for n in (exponent - 1, exponent) if 2.0**n >= least]
+                raise UserError(
+                    f"loss_scale.{name} = {value} is not a power of two: the scale would round the gradients",
+                    f"Choose {' or '.join(near)}.",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +67,15 @@ class TrainConfig:
     """number of steps between checkpoints; another is saved at the end, and on SIGTERM"""
     keep_checkpoints: int = 2
     """number of checkpoints to keep; older ones are removed"""
+    checkpoint_minutes: float | None = None
+    """also save a checkpoint when this many minutes have passed since the last one"""
+    milestones_every: int | None = None
+    """number of steps between checkpoints that are never removed"""
+    keep_best: bool = False
+    """also keep the checkpoint with the lowest validation loss, which best.json names; it is saved when it is found"""
     evaluate_every: int | None = None
     """number of steps between validation losses; with validation text, the last step is always validated"""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """services that also receive the metrics; each is an optional dependency of the same name"""
     max_skipped: int = 10
     """number of updates in a row that may be skipped because a loss or gradient is infinite or NaN; 0 stops at once"""
@@ -70,14 +88,39 @@ class TrainConfig:
     """seed of newly initialized parameters and of dropout"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every"):
+        counts = ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every")
+        for name in (*counts, "milestones_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name} = {value}", "It is a number of items or steps: choose 1 or more.")
+        if self.checkpoint_minutes is not None and not 0 < self.checkpoint_minutes < math.inf:
+            raise UserError(
+                f"train.checkpoint_minutes = {self.checkpoint_minutes}", "Choose a number above 0, such as 30."
+            )
+        if self.keep_best and self.evaluate_every is None:
+            raise UserError(
+                "train.keep_best = true compares validation losses, and only the last step is validated",
+                "Set train.evaluate_every, for example to train.checkpoint_every.",
+            )
         if self.max_skipped < 0:
             raise UserError(f"train.max_skipped = {self.max_skipped}", "It is a number of steps: choose 0 or more.")
         if not self.spike_sigma > 0:
             raise UserError(f"train.spike_sigma = {self.spike_sigma}", "Choose a number above 0; inf reports none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Which steps the profiler of JAX traces."""
+
+    first_step: int = 10
+    """first step that is traced; the first steps of a run are slower than the others"""
+    steps: int = 3
+    """number of steps that are traced"""
+
+    def __post_init__(self) -> None:
+        for name in ("first_step", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"profile.{name} = {getattr(self, name)}", "Choose 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,8 +89,10 @@ class Terminal:
         self._bar: Progress | None = None
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows the metrics of a step: loss, learning_rate, those of Speed, and mfu if it is known."""
+        """Shows the metrics of a step: loss, learning_rate, those of Speed, and others if there are any."""
         text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
+        if "epoch" in metrics:
+            text += f"  epoch {metrics['epoch']:.2f}  {metrics['tokens'] / 1e6:,.2f}M tokens"
         if about := rewards(metrics):
             text += f"  {about}"
         text += f"  {metrics['tokens_per_second']:,.0f} tokens/s"
@@ -105,40 +107,49 @@ class Terminal:
         elif step % self._every == 0 or step == self._steps:
             self.print(f"step {step}/{self._steps}  {text}  {metrics['eta_s']:.0f} s left")
 
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int, every: float = 10.0) -> Iterator[Callable[[int], None]]:
+        """Shows the progress of something beside the steps; gives a function of the number of items that are done.
+
+        Without a terminal it prints a line at most once in `every` seconds.
+        """
+        bar, printed = self._bar or (self._new_bar() if self._draws else None), time.monotonic()
+        task = None if bar is None else bar.add_task("", name=what, total=total)
+
+        def show(done: int) -> None:
+            nonlocal printed
+            if bar is not None and task is not None:
+                bar.update(task, completed=done)
+            elif (now := time.monotonic()) - printed >= every:
+                printed = now
+                self.print(f"{what}: {done:,} of {total:,}")
+
+        if bar is not None:
+            bar.start()
+        try:
+            yield show
+        finally:
+            if bar is not None and task is not None:
+                bar.remove_task(task)
+            if bar is not None and bar is not self._bar:
+                bar.stop()
+
     def _started_bar(self) -> "Progress":
+        bar = self._new_bar()
+        self._task = bar.add_task("", name="train", total=self._steps, completed=self._first)
+        bar.start()
+        return bar
+
+    def _new_bar(self) -> "Progress":
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        bar = Progress(
-            TextColumn("train"),
+        return Progress(
+            TextColumn("{task.fields[name]}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             console=self.console,
         )
-        self._task = bar.add_task("", total=self._steps, completed=self._first)
-        bar.start()
-        return bar
-
-    @contextlib.contextmanager
-    def progress(self, what: str, total: int, every: float = 10.0) -> Iterator[Callable[[int], None]]:
-        """Shows the progress of something that precedes training; gives a function of the number of items done.
-
-        Without a terminal it prints a line at most once in `every` seconds.
-        """
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=self.console, transient=True, disable=not self._draws) as bar:
-            task, printed = bar.add_task("", total=total), time.monotonic()
-
-            def show(done: int) -> None:
-                nonlocal printed
-                bar.update(task, completed=done)
-                if not self._draws and (now := time.monotonic()) - printed >= every:
-                    printed = now
-                    self.print(f"{what}: {done:,} of {total:,}")
-
-            yield show
 
     def print(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -196,19 +207,23 @@ class Speed:
         return {"tokens_per_second": speed, "mfu": mfu, "step_s": seconds, "data_s": waited, "eta_s": left}
 
 
-def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the training and validation losses as a PNG."""
+def draw_losses(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draws the training and validation losses of runs, by name, as a PNG; each run has a color."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for name, style in (("loss", "-"), ("validation_loss", "o-")):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        if points:
-            steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, style, label=name.replace("_", " "))
-            axes.legend()
-    unit = "loss per pair" if any("rewards/margins" in row for row in rows) else "nats per token"
-    axes.set(xlabel="step", ylabel=unit, title="Loss")
+    several = len(runs) > 1
+    for number, (run, rows) in enumerate(runs.items()):
+        run_name = run.replace("$", r"\$") + ": " if several else ""  # a $ starts a formula
+        for order, (name, style) in enumerate((("loss", "-"), ("validation_loss", "o-"))):
+            if points := [(row["step"], row[name]) for row in rows if row.get(name) is not None]:
+                steps, losses = zip(*points, strict=True)
+                color, width = f"C{number if several else order}", 1.0 if several and name == "loss" else 1.5
+                axes.plot(steps, losses, style, color=color, lw=width, label=run_name + name.replace("_", " "))
+    if axes.lines:
+        axes.legend()
+    pairs = any("rewards/margins" in row for rows in runs.values() for row in rows)
+    axes.set(xlabel="step", ylabel="loss per pair" if pairs else "nats per token", title="Loss")
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    figure.savefig(path, format="png")

@@ -37,10 +37,17 @@ class MetricsLog(contextlib.AbstractContextManager):
         sinks: Sequence[Sink],
         tokens_per_step: int,
         advice: Callable[[], str],
+        steps_per_epoch: float | None = None,
+        perplexity: bool = True,
     ):
-        """`advice` is what to do when training stops because losses or gradients are infinite or NaN."""
+        """`advice` is what to do when training stops because losses or gradients are infinite or NaN.
+
+        `steps_per_epoch` is the number of steps in which as many rows are read as there are; None: it is not written.
+        `perplexity` is whether the exponential of the validation loss is the perplexity of a token, and shown.
+        """
         self._config, self._terminal, self._speed, self._sinks = config, terminal, speed, sinks
-        self._tokens_per_step, self._advice = tokens_per_step, advice
+        self._tokens_per_step, self._steps_per_epoch, self._advice = tokens_per_step, steps_per_epoch, advice
+        self._perplexity = perplexity
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         self.skipping = False
         """whether the update of the last step that was read was skipped, because its loss or gradient was not finite"""
@@ -60,22 +67,25 @@ class MetricsLog(contextlib.AbstractContextManager):
         for step, metrics in pending:
             self._write_step(step, {name: value.item() for name, value in to_host(metrics).items()})
 
-    def validation(self, step: int, metrics: Mapping[str, float], ema_loss: float | None = None) -> None:
-        """Writes the validation loss after a step, `loss` of the metrics, and the others; each name begins with
-        `validation_`. Raises UserError if the loss is infinite or NaN.
+    def validation(self, step: int, means: Mapping[str, float], averaged: Mapping[str, float] | None = None) -> None:
+        """Writes the means over the validation data after a step: `loss` as validation_loss, and so on.
 
-        `ema_loss` is that of the moving average of the parameters; None if there is none.
+        `averaged` are those of the moving average of the parameters, whose names end in `_ema`; None if there is none.
+        Raises UserError if the loss is infinite or NaN.
         """
-        averaged = {} if ema_loss is None else {"validation_loss_ema": ema_loss}
-        self._write({"step": step, **{f"validation_{name}": value for name, value in metrics.items()}, **averaged})
-        loss = metrics["loss"]
+        ema = {} if averaged is None else {f"validation_{name}_ema": value for name, value in averaged.items()}
+        self._write({"step": step, **{f"validation_{name}": value for name, value in means.items()}, **ema})
+        loss = means["loss"]
         if not math.isfinite(loss):
             raise UserError(f"after step {step} the validation loss is {loss}", self._advice())
+        if averaged is not None and not math.isfinite(averaged["loss"]):
+            problem = f"after step {step} the validation loss of the moving average is {averaged['loss']}"
+            raise UserError(problem, self._advice())
         if is_main():
-            average = "" if ema_loss is None else f"; of the moving average {ema_loss:.4f}"
+            average = "" if averaged is None else f"; of the moving average {averaged['loss']:.4f}"
             with np.errstate(over="ignore"):
-                about = rewards(metrics) or f"perplexity {np.exp(loss):.2f}"
-            self._terminal.print(f"step {step}: validation loss {loss:.4f}, {about}{average}")
+                about = rewards(means) or (f"perplexity {np.exp(loss):.2f}" if self._perplexity else "")
+            self._terminal.print(f"step {step}: validation loss {loss:.4f}{about and f', {about}'}{average}")
 
     def paused(self) -> AbstractContextManager[None]:
         """While the block runs, no time is counted as that of steps: for validation and checkpoints."""
@@ -89,11 +99,15 @@ class MetricsLog(contextlib.AbstractContextManager):
         spike = finite and metrics["loss_deviation"] > self._config.spike_sigma
         if finite and not spike and step % self._config.log_every and step != self._config.steps:
             return
-        row = {"step": step, **metrics, **self._speed.read(step, self._tokens_per_step)}
+        seen: dict[str, float] = {"tokens": step * self._tokens_per_step}
+        if self._steps_per_epoch is not None:
+            seen["epoch"] = step / self._steps_per_epoch
+        row = {"step": step, **metrics, **seen, **self._speed.read(step, self._tokens_per_step)}
         if not spike:
             del row["loss_deviation"]
         self._write(row)
-        if in_a_row > self._config.max_skipped:
+        # A run that ends among skipped updates has probably diverged: its model does not count as finished.
+        if in_a_row > self._config.max_skipped or (step == self._config.steps and in_a_row > 1):
             before = f", and the {in_a_row - 1} updates before it were skipped" if in_a_row > 1 else ""
             raise UserError(f"step {step} has loss {loss} and gradient norm {norm}{before}", self._advice())
         if is_main():

@@ -1,6 +1,7 @@
 """Services that track experiments. Each is an optional dependency, imported only if a recipe names it."""
 
 import importlib
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,19 @@ from camelid.extras import install_hint
 
 WANDB_ID = "wandb_id.txt"  # in the folder of a run
 
-MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+MLFLOW_ID = "mlflow_id.txt"
+
+MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+
+GROUPS = {
+    "gradient_norm": "train/grad_norm",
+    "tokens_per_second": "perf/tokens_per_second",
+    "mfu": "perf/mfu",
+    "step_s": "perf/step_s",
+    "data_s": "perf/data_s",
+    "eta_s": "perf/eta_s",
+}
+"""Names of metrics in the services; others begin with `train/`, and those of the validation data with `eval/`."""
 
 
 def check_installed(name: str) -> None:
@@ -23,9 +36,9 @@ def check_installed(name: str) -> None:
         raise UserError(f"train.trackers requests {name}: {error}", install_hint(name)) from error
 
 
-def make_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> "TensorBoard | WeightsAndBiases":
+def make_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> "TensorBoard | WeightsAndBiases | MLflow":
     """The tracker with this name, for the run in `folder`."""
-    return {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}[name](folder, recipe)
+    return {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}[name](folder, recipe)
 
 
 class TensorBoard:
@@ -67,6 +80,39 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+class MLflow:
+    """Logs to MLflow; MLFLOW_TRACKING_URI and similar environment variables apply. The folder of the run keeps its id,
+    with which it is resumed."""
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any]):
+        import mlflow
+
+        self._mlflow, kept = mlflow, folder / MLFLOW_ID
+        if kept.is_file():
+            mlflow.start_run(run_id=kept.read_text("utf-8").strip())
+            return
+        if "MLFLOW_EXPERIMENT_NAME" not in os.environ and "MLFLOW_EXPERIMENT_ID" not in os.environ:
+            mlflow.set_experiment("camelid")
+        started = mlflow.start_run(run_name=folder.name)
+        mlflow.log_params(_flat(recipe))  # once: MLflow refuses other values later
+        write_atomically(kept, started.info.run_id + "\n")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._mlflow.log_metrics(_numbers(row), step=row["step"])
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """The values of nested tables by dotted name, as texts of at most 500 characters, which MLflow accepts."""
+    flat: dict[str, str] = {}
+    for name, value in table.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: str(value)[:500]}
+    return flat
+
+
 def _run_id(folder: Path) -> str:
     """The id of a run in Weights & Biases, which is generated once and kept in the folder of the run.
 
@@ -81,4 +127,11 @@ def _run_id(folder: Path) -> str:
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name != "step" and value is not None}
+    """The values of a row by the names that services show in groups."""
+    return {_grouped(name): value for name, value in row.items() if name != "step" and value is not None}
+
+
+def _grouped(name: str) -> str:
+    if name.startswith("validation_"):
+        return f"eval/{name.removeprefix('validation_')}"
+    return GROUPS.get(name, f"train/{name}")

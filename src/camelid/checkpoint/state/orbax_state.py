@@ -31,21 +31,25 @@ from camelid.checkpoint.state.saved_state import (
 from camelid.disk.space import format_bytes
 from camelid.errors import UserError
 from camelid.model.pytree import path_name
-from camelid.parallel.hosts import broadcast_from_main, is_main
+from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 
 REMOVED = ".orbax-checkpoint-tmp"  # after the name of a checkpoint that is being removed; Orbax removes what is left
 MORE_SPACE = "Free some space; the same command resumes from the previous checkpoint."
 
 
 class RunCheckpoints:
-    """The checkpoints of one run, by step. The last `keep` are kept, and older ones are removed.
+    """The checkpoints of one run, by step.
+
+    The last `keep` are kept, that of the step `best`, and those of multiples of `milestones_every`; others are removed.
 
     A checkpoint counts as saved only after its files have been opened again and all arrays were found in them. This
     happens in the next call of `save` or `wait`; until then, no older checkpoint is removed.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self._folder, self._keep = folder.resolve(), keep
+    def __init__(self, folder: Path, keep: int, milestones_every: int | None = None):
+        self._folder, self._keep, self._milestones_every = folder.resolve(), keep, milestones_every
+        self.best: int | None = None
+        """a step whose checkpoint is kept, too; one that is being written replaces it when it is complete"""
         self._opened: ocp.CheckpointManager | None = None
         self._written: tuple[int, ArraySpecs] | None = None
 
@@ -116,12 +120,30 @@ class RunCheckpoints:
         )
 
     def _remove_old(self) -> None:
-        """Removes all checkpoints except for the last; only the main process calls this."""
+        """Removes all checkpoints except for those that are kept; only the main process calls this."""
         for old in steps_in(self._folder)[: -self._keep]:
-            place = self._folder / str(old)
-            if (place / ITEM).is_dir():  # otherwise it is not a checkpoint
-                # Renamed first, so that a step under its own name is complete; Orbax removes leftovers.
-                shutil.rmtree(place.rename(place.with_name(f"{old}{REMOVED}")))
+            is_milestone = self._milestones_every is not None and old % self._milestones_every == 0
+            if old != self.best and not is_milestone:
+                self._remove(old)
+
+    def _remove(self, step: int) -> None:
+        place = self._folder / str(step)
+        if (place / ITEM).is_dir():  # otherwise it is not a checkpoint
+            # Renamed first, so that a step under its own name is complete; Orbax removes leftovers.
+            shutil.rmtree(place.rename(place.with_name(f"{step}{REMOVED}")))
+
+    def discard(self, step: int) -> None:
+        """Removes the checkpoint of a step if it was the last to be saved in this process; earlier ones are kept.
+
+        Every process calls this.
+        """
+        if self._written is None or self._written[0] != step:
+            return
+        self._manager.wait_until_finished()
+        self._written = None
+        if is_main():
+            self._remove(step)
+        wait_for_all("a checkpoint is discarded")
 
     def recovery_advice(self) -> str:
         """Advice for a run that stopped because of infinite or NaN values."""

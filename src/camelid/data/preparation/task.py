@@ -58,7 +58,7 @@ class Task:
         files = [source_files(source) for source in self.sources]
         alike = defaultdict(list)
         for source, paths in zip(self.sources, files, strict=True):
-            alike[dataclasses.replace(source, files=("",), weight=None)] += paths
+            alike[dataclasses.replace(source, files=("",), weight=None, name=None)] += paths
         for paths in alike.values():
             refuse_repeated(paths, "Name each file once.")
         return {"options": self._options(), "files": [[_about(path) for path in paths] for paths in files]}
@@ -76,8 +76,10 @@ class Task:
     def _options(self) -> dict[str, Any]:
         tokenizer = self.tokenizer
         templates = [file for file in tokenizer.files if file.stem in TEMPLATE_FILES]
-        # The weight of a source does not change its store.
+        # The weight and the name of a source do not change its store; stores were prepared before there were names.
         sources = [dataclasses.asdict(dataclasses.replace(source, weight=None)) for source in self.sources]
+        for source in sources:
+            del source["name"]
         mindformers = any(source.compat == "mindformers" for source in self.sources)
         options = {
             "version": VERSION,

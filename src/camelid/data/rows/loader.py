@@ -9,6 +9,7 @@ import numpy as np
 from camelid.data.config import DataConfig
 from camelid.data.preparation.store import AGAIN, Store
 from camelid.data.preparation.task import StageProgress
+from camelid.data.randomness import permute, seed_of
 from camelid.data.rows.batch import Batch, PairBatch
 from camelid.data.rows.mixture import Mixture, RowShares, row_shares
 from camelid.data.rows.packing import Packing
@@ -120,6 +121,27 @@ class Loader:
             rows = np.arange(first, first + batch_size)
             which = np.minimum(np.searchsorted(ends, rows, "right"), len(ends) - 1)
             yield self._rows(which, rows - np.append(0, ends)[which])
+
+    def validation_rows(self) -> list[np.ndarray]:
+        """The numbers of the rows of each of `packings` that are validated, in order: all, or a choice by the seed."""
+        limit, total = self.config.max_validation_tokens, self.num_rows
+        count = total if limit is None else min(total, limit // self.config.sequence_length)
+        chosen = np.arange(total)
+        if count < total:
+            chosen = np.sort(permute(np.arange(count), total, seed_of(self.config.seed, "validation rows")))
+        ends = np.cumsum([packing.num_rows for packing in self.packings])
+        parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+        return [part - first for part, first in zip(parts, [0, *ends[:-1]], strict=True)]
+
+    def for_validation(self, batch_size: int) -> Iterator[tuple[int, Batch]]:
+        """Yields each of `validation_rows` once, in batches of one packing each, with the index of the packing.
+
+        The last batch of a packing is padded with rows of weight 0.
+        """
+        for number, (packing, rows) in enumerate(zip(self.packings, self.validation_rows(), strict=True)):
+            padding = np.full(-len(rows) % batch_size, packing.num_rows)
+            for batch in np.append(rows, padding).reshape(-1, batch_size):
+                yield number, self._checked(packing, batch)
 
     def epochs(self, step: int) -> tuple[float, ...]:
         """Returns how often each of `packings` was read before a step."""

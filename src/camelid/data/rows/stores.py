@@ -31,7 +31,7 @@ def open_stores(
     UserError if there is no data for the split, or if an existing store was prepared with another tokenizer.
     """
     held_out = split == "validation" and bool(config.validation_fraction)
-    groups = _groups(config, config.train if split == "train" or held_out else config.validation)
+    groups = _groups(config, _sources(config, split))
     if not groups:
         raise UserError("there is no validation data", "Set validation or validation_fraction.")
     if split == "validation" and not held_out:
@@ -42,6 +42,17 @@ def open_stores(
         for group in groups
     ]
     return [Store.open(store.folder / VALIDATION) for store in stores] if held_out else stores
+
+
+def store_names(config: DataConfig, split: Split) -> list[str]:
+    """The name of each store of a split: that of its source, or its number, from 1."""
+    groups = _groups(config, _sources(config, split))
+    return [group[0].name or str(number) for number, group in enumerate(groups, 1)]
+
+
+def _sources(config: DataConfig, split: Split) -> tuple[Source, ...]:
+    held_out = bool(config.validation_fraction)
+    return config.train if split == "train" or held_out else config.validation
 
 
 def data_cache(config: DataConfig) -> Path:
@@ -58,9 +69,13 @@ def _groups(config: DataConfig, sources: Sequence[Source]) -> list[tuple[Source,
     """The sources of each store."""
     if is_mixed(config) and sources is config.train:
         return [(source,) for source in sources]
-    alone = [source for source in sources if _is_ready(source)]
-    together = tuple(source for source in sources if not _is_ready(source))
+    alone = [source for source in sources if _has_own_store(source)]
+    together = tuple(source for source in sources if not _has_own_store(source))
     return [*([together] if together else []), *((source,) for source in alone)]
+
+
+def _has_own_store(source: Source) -> bool:
+    return source.name is not None or _is_ready(source)
 
 
 def is_mixed(config: DataConfig) -> bool:
