@@ -431,14 +431,29 @@ def test_an_override_is_laid_over_the_file(file: Path, words: list[str], path: s
         (["--train.steps", "3.7"], r"train\.steps: 3\.7 is not of type int"),
         (["--train.steps", "many"], r"train\.steps: 'many' is not of type int"),
         (["--train", "3"], r"train = 3 is not a table"),
-        (["--data.shuffle", "2024"], r"data\.shuffle: 2024 is not of type bool"),
+        (["--data.shuffle", "2024"], r"data\.shuffle: 2024 is not true or false"),
         (["--train.trackers", "7"], r"trackers: '7' is not one of 'tensorboard', 'wandb'"),
+        (
+            ["--train.freeze", "embed, lm_head"],
+            r"""is one text, not a list\nWrite --train.freeze '\["embed", "lm_head"\]'""",
+        ),
+        (["--train.trackers", "wandb,tensorboard"], r"""Write --train.trackers '\["wandb", "tensorboard"\]'"""),
+        (["--optimizer.decay", "embed,mlp"], r"""Write --optimizer.decay '\["embed", "mlp"\]'"""),
+        (["--lora", "true"], r"^lora = true is not a table\nUse --lora\.rank 16"),
+        (["--lora.merge", "yes"], r"lora\.merge: 'yes' is not true or false"),
         (["--model.preset", "7"], r"preset.*'7'|'7'.*preset"),
     ],
 )
 def test_an_override_that_fits_nowhere_is_refused(file: Path, words: list[str], message: str):
     with pytest.raises(UserError, match=message):
         read_recipe(file, words)
+
+
+def test_a_pattern_and_a_file_may_have_a_comma(file: Path):
+    pattern = r"layers\.\d{1,2}\.mlp"
+    found = read_recipe(file, ["--lora.targets", pattern, "--data.train", "a,b.txt"])
+    assert found.lora is not None
+    assert (found.lora.targets, found.data.train[0].files) == ((pattern,), ("a,b.txt",))
 
 
 # Refusing -------------------------------------------------------------------------------
@@ -548,7 +563,7 @@ def test_an_older_run_with_dropout_is_resumed_by_the_new_names(tmp_path: Path):
 def test_a_boolean_is_a_boolean():
     data = table()["data"]
     for value in ("false", 0, 1):
-        with pytest.raises(UserError, match=rf"data\.shuffle: {value!r} is not of type bool"):
+        with pytest.raises(UserError, match=rf"data\.shuffle: {value!r} is not true or false"):
             structure(table(data=data | {"shuffle": value}))
     assert structure(table(data=data | {"shuffle": False})).data.shuffle is False
 

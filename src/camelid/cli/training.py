@@ -37,8 +37,9 @@ def train(
     camelid train recipe.toml --train.steps 500 --optimizer.learning-rate 1e-4 --run runs/second
     camelid train llama2_7b_alpaca_lora --init ./Llama-2-7b-hf --print-recipe
 
-    Any field of the recipe can be overridden by --table.field VALUE. On Ctrl-C or SIGTERM, training finishes the
-    current step, saves a checkpoint and exits with status 75; a second Ctrl-C exits immediately.
+    Any field of the recipe can be overridden by --table.field VALUE; lists and tables are written as in TOML:
+    --train.freeze '["embed", "lm_head"]'. On Ctrl-C or SIGTERM, training finishes the current step, saves a checkpoint
+    and exits with status 75; a second Ctrl-C exits immediately.
 
     Args:
         print_recipe: print the recipe with the values of all fields, and exit

@@ -4,6 +4,7 @@ import builtins
 import collections.abc
 import copy
 import dataclasses
+import re
 import tomllib
 import types
 import typing
@@ -160,8 +161,13 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         table = tomllib.loads(read_text(path, "a recipe (.toml)"))
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not TOML: {error}", "docs/recipes.md has an example.") from error
+        raise UserError(f"{path} is not TOML: {_without_tuples(error)}", "docs/recipes.md has an example.") from error
     return recipe_of(table, overrides)
+
+
+def _without_tuples(error: tomllib.TOMLDecodeError) -> str:
+    """The message, with the name of a table in place of a tuple such as `('data', 'stages')`."""
+    return re.sub(r"\(('[^']*',? ?)+\)", lambda names: ".".join(re.findall(r"'([^']*)'", names[0])), str(error))
 
 
 def recipe_of(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -179,6 +185,7 @@ def overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
     """A copy of the table, in which `--a.b value` pairs replace fields."""
     changed = copy.deepcopy(dict(table))
     for key, text in _pairs(overrides):
+        _refuse_commas(key, text)
         _set(changed, key, _value(text, _type_of(key)))
     return changed
 
@@ -234,6 +241,20 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
             value = rest.pop(0)
         pairs.append((key.replace("-", "_"), value))
     return pairs
+
+
+def _refuse_commas(key: str, text: str) -> None:
+    """Raises UserError for items separated by commas in place of a list; in file names and patterns, they are text."""
+    items = [typing.get_args(arm)[0] for arm in _options(_type_of(key)) if typing.get_origin(arm) is tuple]
+    if items and items[0] is not Source and "," in text and not any(character in text for character in "[{("):
+        quote = "" if items[0] in (int, float) else '"'
+        listed = ", ".join(quote + item.strip(' "') + quote for item in text.split(","))
+        raise UserError(f"{key} = {text!r} is one text, not a list", f"Write --{key} '[{listed}]'.")
+
+
+def _options(hint: Any) -> Sequence[Any]:
+    """The types of a union, or the type itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _value(text: str, hint: Any) -> Any:
@@ -348,7 +369,10 @@ def _table_class(hint: Any, value: Any, name: str) -> type | None:
         advice = "docs/recipes.md lists every field."
         if name == "model" and isinstance(value, str):
             advice = f"To start from a checkpoint, use init = {value!r}; for a preset, use model.preset."
-        raise UserError(f"{name} = {value!r} is not a table", advice)
+        if name == "lora":
+            advice = "Use --lora.rank 16, or a table [lora] with rank = 16."
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        raise UserError(f"{name} = {shown} is not a table", advice)
     if len(classes) == 1:
         return classes[0]
     kinds = {cls.kind: cls for cls in classes}
@@ -366,7 +390,8 @@ def _converter() -> cattrs.Converter:
     def exactly(*kinds: type):
         def hook(value: Any, kind: type) -> Any:
             if type(value) not in kinds:
-                raise TypeError(f"{value!r} is not of type {kind.__name__}")
+                wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
+                raise TypeError(f"{value!r} is not {wanted}")
             return kind(value)
 
         return hook
