@@ -195,7 +195,11 @@ def _texts(file: str, text_key: str) -> list[str]:
     except UserError as error:
         if "no field" not in error.problem:
             raise
-        raise UserError(error.problem, "Set --text-key to the field that holds the text.") from error
+        raise UserError(
+            error.problem,
+            "Set --text-key to the field that holds the text. The loss of answers after their prompts is the "
+            "validation loss of a run (data.validation); no command computes it.",
+        ) from error
 
 
 def inspect(
