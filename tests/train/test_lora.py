@@ -333,6 +333,15 @@ def test_an_adapter_without_a_table_is_merged_and_what_is_frozen_is_not_counted(
     assert "init is an adapter" not in start_and_lines(lora_run(tmp_path, straight[0]))[1]
 
 
+def test_what_is_frozen_or_decays_is_an_adapter(base: Path, tmp_path: Path):
+    for change in ({"train__freeze": ["embed"]}, {"optimizer__decay": ["norm"]}):
+        message = (
+            r"matches no parameter\nWith \[lora\], only adapters are trained: layers\.attn\.q_proj\.a, .*\.magnitude"
+        )
+        with pytest.raises(UserError, match=message):
+            build_components(recipe(lora_run(tmp_path, base, **change)), one_device())
+
+
 def test_an_adapter_of_another_form_is_refused(base: Path, straight: tuple[Path, Any], tmp_path: Path):
     def table(**lora: Any) -> dict[str, Any]:
         return lora_run(tmp_path, base, LORA | lora, init=str(straight[0]))

@@ -16,6 +16,7 @@ import numpy as np
 from camelid.errors import UserError
 from camelid.model.params import Spec
 from camelid.model.pytree import path_name
+from camelid.model.weights import Adapted
 
 
 def specs_by_path(specs: Any) -> dict[str, Spec]:
@@ -33,12 +34,17 @@ def select(patterns: Iterable[str], specs: Any, field: str) -> dict[str, np.ndar
         found = {path: _matched(pattern, path, spec) for path, spec in specs_by_path(specs).items()}
         if not any(mask.any() for mask in found.values()):
             layers = max((spec.shape[0] for spec in specs_by_path(specs).values() if spec.stacked), default=0)
+            known = "With [lora], only adapters are trained:" if _has_adapters(specs) else "The model has"
             raise UserError(
                 f"{field}: {pattern!r} matches no parameter",
-                f"The model has {', '.join(found)}; its layers are layers.0 to layers.{layers - 1}.",
+                f"{known} {', '.join(found)}; its layers are layers.0 to layers.{layers - 1}.",
             )
         chosen = {path: mask | found[path] for path, mask in chosen.items()}
     return chosen
+
+
+def _has_adapters(specs: Any) -> bool:
+    return any(isinstance(leaf, Adapted) for leaf in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, Adapted)))
 
 
 def per_layer(values: np.ndarray, array: Any) -> np.ndarray:
