@@ -25,5 +25,6 @@ def silent_row_notes(sources: Sequence[SilentRows]) -> Iterator[str]:
             which = "" if found.examined == found.rows else "first "
             yield (
                 f"{found.number:,} of the {which}{found.examined:,} rows of source {number} have no loss: the weights "
-                "of all their tokens are 0"
+                "of all their tokens are 0. The usual cause is a document that is split within its prompt: set a "
+                'larger data.sequence_length, or data.packing = "best_fit" with data.overlong = "drop"'
             )
