@@ -17,4 +17,32 @@ FAULTS = (
         "        spec.size * int(trained[path].any())",
         "train/test_lora.py::test_an_adapter_without_a_table_is_merged_and_what_is_frozen_is_not_counted",
     ),
+    Fault(
+        "a chat gets a second BOS",
+        "cli/models.py",
+        "    return [tokens.tolist() for tokens, _ in rendered]\n",
+        "    return [[tokenizer.bos_id, *tokens.tolist()] for tokens, _ in rendered]\n",
+        "test_cli.py::test_a_chat_is_what_transformers_makes_of_it",
+    ),
+    Fault(
+        "a chat ends before the turn of the assistant",
+        "cli/models.py",
+        "tokenizer, add_generation_prompt=True)",
+        "tokenizer)",
+        "test_cli.py::test_a_chat_is_what_transformers_makes_of_it",
+    ),
+    Fault(
+        "magnitudes are not counted among the parameters of an adapter",
+        "describe.py",
+        "for array in (pair.a, pair.b, pair.magnitude)]",
+        "for array in (pair.a, pair.b)]",
+        "train/test_lora.py::test_inspect_tells_what_the_adapter_is",
+    ),
+    Fault(
+        "names separated by commas are one name",
+        "runs/recipe.py",
+        """and "," in text and""",
+        """and ", and" in text and""",
+        "test_recipe.py::test_an_override_that_fits_nowhere_is_refused",
+    ),
 )
