@@ -97,6 +97,7 @@ def test_a_model_that_learnt_chats_has_their_template_beside_it(tmp_path: Path, 
     done = called("train", write_recipe_file(table, tmp_path / "recipe.toml"))
     assert done.returncode == 0
     assert "note: optimizer.warmup_steps = 2 is not less than train.steps = 1" in done.stderr
+    assert f'camelid generate {tmp_path / "run"} --chat "Hello"' in done.stderr
     for folder in (tmp_path / "run", tmp_path / "run" / "model"):
         assert (folder / "chat_template.jinja").read_text() == NAMED["zephyr"].text
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

@@ -101,9 +101,12 @@ def _tell_end(outcome: "Outcome", recipe: "Recipe") -> None:
 
 def _next(folder: Path, recipe: "Recipe") -> Iterator[tuple[str, str]]:
     """Commands to try after a run, as what they do and how they are written."""
+    from camelid.text.templates import CHAT_TEMPLATE
+
     run = shlex.quote(os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder))
     model = f"{run}/model" if recipe.lora is not None and recipe.lora.merge else run
-    yield "generate", f'camelid generate {model} "Hello"'
+    chat = "--chat " if (folder / CHAT_TEMPLATE).is_file() else ""
+    yield "generate", f'camelid generate {model} {chat}"Hello"'
     if recipe.lora is None:
         yield "convert", f"camelid convert {run} model.gguf"
     elif not recipe.lora.merge:
