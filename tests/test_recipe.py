@@ -289,8 +289,33 @@ def test_a_run_goes_on_with_the_packing_that_it_began_with(tmp_path: Path):
     assert packing("--run", str(tmp_path / "other")) == "best_fit"
     assert 'packing = "stream"' in called("train", file, "--print-recipe").stdout, "a resolved recipe says which it is"
     check_folder(run, completed(read_recipe(file), kept_recipe(run)))
-    with pytest.raises(UserError, match=r"data\.packing = 'stream' there, 'none' here"):
+    with pytest.raises(UserError, match=r'data\.packing = "stream" there, "none" here'):
         check_folder(run, read_recipe(file, ["--data.packing", "none"]))
+
+
+def test_another_recipe_is_described_with_causes_first_and_in_toml(tmp_path: Path):
+    """The defaults of other fields follow the optimizer, and a table that is added is one difference."""
+
+    def refused(**changed: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            check_folder(run, completed(structure(table(run=str(run), **changed)), kept_recipe(run)))
+        return caught.value.problem.removeprefix(f"{run} has a run with another recipe: ")
+
+    run, same = tmp_path / "run", {"name": "muon"}
+    (run / "checkpoints" / "10").mkdir(parents=True)
+    (run / "recipe.toml").write_text(tomli_w.dumps(table(run=str(run), optimizer=same)))
+    listed = refused(optimizer={"name": "adamw"}).split("; ")
+    assert listed[0] == 'optimizer.name = "muon" there, "adamw" here'
+    assert "optimizer.bias_correction = nothing there, true here" in listed[1:]
+    linear = {"name": "muon", "schedule": "linear"}
+    listed = refused(init="models/b", lora={"rank": 8}, optimizer=linear).split("; ")
+    assert listed[0] == 'init = "models/a" there, "models/b" here'
+    assert listed[1] == "no [lora] there, [lora] here"
+    assert listed[2] == 'optimizer.schedule = "cosine" there, "linear" here'
+    one = {"train": ["a.txt", {"files": ["c.txt", "d.txt"]}]}
+    assert refused(data=DATA | one, optimizer=same) == 'data.train[1].files = ["b.txt"] there, ["c.txt", "d.txt"] here'
+    frozen = {"steps": 20, "freeze": ["embed"]}
+    assert refused(train=frozen, optimizer=same) == 'train.freeze = [] there, ["embed"] here'
 
 
 # Home folders, and how the file is encoded ----------------------------------------------

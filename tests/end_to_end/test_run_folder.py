@@ -153,12 +153,13 @@ def test_fewer_steps_than_were_made_are_refused(finished: Path):
 
 @pytest.mark.parametrize(
     ("field", "value", "there"),
-    [("data__seed", 1, "0"), ("optimizer__learning_rate", 0.5, "0.001"), ("compute__dtype", "bfloat16", "'float32'")],
+    [("data__seed", 1, "0"), ("optimizer__learning_rate", 0.5, "0.001"), ("compute__dtype", "bfloat16", '"float32"')],
 )
 def test_another_recipe_is_refused_with_the_field_and_both_values(finished: Path, field: str, value: Any, there: str):
     before = contents(finished / "run")
     path = field.replace("__", ".")
-    assert_refused(train(finished, **{field: value}), f"another recipe: {path} = {there} there, {value!r} here")
+    here = json.dumps(value)
+    assert_refused(train(finished, **{field: value}), f"another recipe: {path} = {there} there, {here} here")
     assert contents(finished / "run") == before
 
 

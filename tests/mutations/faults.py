@@ -744,8 +744,8 @@ FAULTS = (
     Fault(
         "a run goes on with other data",
         "runs/run_folder.py",
-        "not in FREE and",
-        'and field not in {*FREE, "data.seed"} and',
+        "name not in FREE and",
+        'name not in {*FREE, "data.seed"} and',
         "end_to_end/test_run_folder.py::test_another_recipe_is_refused_with_the_field_and_both_values",
     ),
     Fault(

@@ -29,6 +29,7 @@ from camelid.runs.file_names import (
     STEPS,
 )
 from camelid.runs.recipe import Recipe, completed, structure, write_recipe
+from camelid.runs.recipe_differences import recipe_differences
 from camelid.runs.renamed import with_new_names
 
 FREE = {
@@ -133,9 +134,11 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     before = _structured(text)
     if before.lora is not None and recipe.lora is not None:
         before = replace(before, init=recipe.init)  # a base may be moved: its checksums are compared
-    if changed := _changed(write_recipe(completed(before, None)), write_recipe(recipe)):
+    differences = recipe_differences(write_recipe(completed(before, None)), write_recipe(recipe))
+    changed = [text for name, text in differences.items() if name not in FREE and not name.startswith("mesh.")]
+    if changed:
         raise UserError(
-            f"{folder} has a run with another recipe: {changed}",
+            f"{folder} has a run with another recipe: {'; '.join(changed)}",
             "Choose another --run, or use the recipe in the folder.",
         )
 
@@ -246,25 +249,3 @@ def _check_row_orders(folder: Path, before: Data, now: Data) -> None:
                 "Finish it with the release that started it, or start another run from its checkpoint: "
                 f"init = {str(folder)!r}, init_optimizer = true.",
             )
-
-
-def _changed(kept: str, new: str) -> str | None:
-    """Describes the first field in which two recipes differ, apart from those that may change."""
-    old_fields, new_fields = (_flat(tomllib.loads(text)) for text in (kept, new))
-    for field in sorted(old_fields.keys() | new_fields.keys()):
-        before, now = old_fields.get(field), new_fields.get(field)
-        if before != now and field.partition("[")[0] not in FREE and not field.startswith("mesh."):
-            there, here = ("nothing" if value is None else repr(value) for value in (before, now))
-            return f"{field} = {there} there, {here} here"
-    return None
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """The values of a nested table by name, such as data.train[0].kind."""
-    if isinstance(value, dict):
-        inner = {f"{name}.{key}" if name else key: item for key, item in value.items()}
-    elif isinstance(value, list):
-        inner = {f"{name}[{number}]": item for number, item in enumerate(value)}
-    else:
-        return {name: value}
-    return {place: leaf for key, item in inner.items() for place, leaf in _flat(item, key).items()}
