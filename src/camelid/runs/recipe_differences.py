@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 CAUSES = ("optimizer.name", "optimizer.schedule")
 """fields that decide the defaults of others; they are listed before those, and after init, model and entire tables"""
@@ -44,7 +44,7 @@ def _rank(name: str, is_table: bool) -> int:
     return 2 + (CAUSES.index(name) if name in CAUSES else len(CAUSES))
 
 
-def _are_tables(value: Any) -> bool:
+def _are_tables(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
