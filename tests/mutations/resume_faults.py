@@ -108,8 +108,8 @@ FAULTS = (
     Fault(
         "training goes on after a loss that is not finite",
         "train/metrics_log.py",
-        "if in_a_row > self._config.max_skipped:",
-        "if False:",
+        "if in_a_row > self._config.max_skipped or (",
+        "if False and (",
         f"{ENDS}[1]",
     ),
     Fault(
