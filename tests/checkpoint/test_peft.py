@@ -270,6 +270,15 @@ def test_the_base_is_found_beside_the_adapter_or_by_its_path(tmp_path: Path):
             open_checkpoint(folder)
 
 
+def test_the_revision_of_a_base_on_the_hub_is_kept(sound: Path, tmp_path: Path):
+    folder = shutil.copytree(sound, tmp_path / "adapter")
+    edit_config(folder, base_model_name_or_path="some-org/some-model", revision="v2")
+    adapter = open_adapter(folder, LLAMA)
+    assert adapter.base == "some-org/some-model@v2"
+    written = config_of(write_adapter(tmp_path / "written", adapter))
+    assert (written["base_model_name_or_path"], written["revision"]) == ("some-org/some-model", "v2")
+
+
 def test_more_tokens_come_with_the_table_and_the_head(tmp_path: Path):
     base = save_base(LLAMA, tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)

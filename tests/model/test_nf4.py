@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import Mesh
 
 from camelid.model.context import Context
-from camelid.model.decoder import declare_decoder, specs_of
+from camelid.model.decoder import Decoder, declare_decoder, specs_of
 from camelid.model.nf4 import DYNAMIC_VALUES, NF4, quantize_nf4
-from camelid.model.params import Spec, map_specs, named, shardings
-from camelid.model.quantize import quantize, quantize_layers
+from camelid.model.params import Spec, build, map_specs, named, shardings
+from camelid.model.quantize import Bits, quantize, quantize_parameter
 from camelid.model.weights import Quantized, Weight, dense, einsum, lookup
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from model.test_adapted_decoder import assert_close, logits_of
@@ -117,11 +118,16 @@ def dense_twin(params: Any) -> Any:
     return map_specs(one, declare_decoder(CONFIG), params)
 
 
+def quantize_layers(params: Decoder, bits: Bits, mesh: Mesh) -> Decoder:
+    specs, leaves = specs_of(params, CONFIG), named(params)
+    return build(specs, [quantize_parameter(path, leaves[path], s, bits, mesh) for path, s in named(specs).items()])
+
+
 @pytest.mark.parametrize(("bits", "weight_type"), [("nf4", NF4), ("int8", Quantized)])
 def test_a_decoder_with_quantized_layers_on_one_device_and_on_eight(bits: Any, weight_type: type):
     params = tiny_params(CONFIG)
     kept = jax.tree.map(jnp.copy, params)
-    quantized = quantize_layers(kept, CONFIG, bits, one_device())
+    quantized = quantize_layers(kept, bits, one_device())
     specs = specs_of(params, CONFIG)
     for path, spec in named(specs).items():
         leaf = named(quantized)[path]
@@ -139,7 +145,7 @@ def test_a_decoder_with_quantized_layers_on_one_device_and_on_eight(bits: Any, w
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     placed = jax.device_put(params, shardings(specs, params, mesh))
-    sharded = quantize_layers(placed, CONFIG, bits, mesh)
+    sharded = quantize_layers(placed, bits, mesh)
     q_proj = named(sharded)["layers.attn.q_proj"]
     assert q_proj.codes.sharding.shard_shape(q_proj.codes.shape)[1:] == (2, 32, q_proj.codes.shape[-1] // 4)
     for ours, alone in zip(jax.tree.leaves(sharded), jax.tree.leaves(quantized), strict=True):

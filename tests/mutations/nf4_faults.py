@@ -38,7 +38,7 @@ FAULTS = (
     Fault(
         "the original arrays of quantized matrices stay in memory",
         "model/quantize.py",
-        "            whole.delete()\n",
+        "    matrix.delete()\n",
         "",
         DECODER,
     ),

@@ -108,8 +108,8 @@ FAULTS = (
     Fault(
         "training goes on after a loss that is not finite",
         "train/metrics_log.py",
-        "if in_a_row > self._config.max_skipped or (",
-        "if False and (",
+        "if in_a_row > self._config.max_skipped or (step == self._config.steps and in_a_row > 1):",
+        "if False:",
         f"{ENDS}[1]",
     ),
     Fault(

@@ -309,6 +309,35 @@ def test_the_average_is_validated_beside_the_parameters(story: Story):
     assert seen == [(1, {"loss": 1.5}, {"loss": 2.5})]
 
 
+def test_a_validation_loss_of_the_average_that_is_not_finite_ends_the_run():
+    rows: list[dict] = []
+    log = MetricsLog(TrainConfig(steps=1), Terminal(0, 1), Speed(0, 1, 1.0, None), [Rows(rows)], 1, lambda: "Way out.")
+    with pytest.raises(UserError, match=r"^after step 3 the validation loss of the moving average is nan\nWay out"):
+        log.validation(3, {"loss": 1.5}, {"loss": math.nan})
+    assert rows[0]["validation_loss"] == 1.5
+
+
+class Rows:
+    """A sink that keeps what is written."""
+
+    def __init__(self, rows: list[dict]):
+        self._rows = rows
+
+    def write(self, row: Any) -> None:
+        self._rows.append(dict(row))
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(("of_tokens", "about"), [(True, ", perplexity 4.48"), (False, "")])
+def test_the_exponential_of_a_mean_over_rows_is_not_shown_as_perplexity(
+    of_tokens: bool, about: str, capsys: pytest.CaptureFixture[str]
+):
+    log = MetricsLog(TrainConfig(steps=1), Terminal(0, 1), Speed(0, 1, 1.0, None), [], 1, str, None, of_tokens)
+    log.validation(3, {"loss": 1.5}, {"loss": 1.25})
+    assert capsys.readouterr().err == f"step 3: validation loss 1.5000{about}; of the moving average 1.2500\n"
+
+
 def test_a_later_start_counts_from_the_steps_made_before(story: Story):
     assert int(story.run(first=4, steps=7, checkpoint_every=3, evaluate_every=6).step) == 7
     assert story.steps("step") == story.steps("report") == [5, 6, 7]

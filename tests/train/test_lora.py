@@ -6,24 +6,35 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import camelid
 import camelid.runs.run
+from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
+from camelid.model.adapters import initialize_adapters
 from camelid.model.config import ComputeConfig
+from camelid.model.decoder import Decoder
 from camelid.model.params import named
+from camelid.model.weights import Quantized
 from camelid.parallel.mesh import one_device
 from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.components import build_components
+from camelid.runs.lora import Base, load_base
+from camelid.runs.lora import base_of as base_checkpoint
+from camelid.runs.lora_targets import plan_adapters
 from camelid.runs.run import run
 from camelid.runs.run_folder import record
 from camelid.runs.start import Start, find_start
 from camelid.train.loggers import read_metrics
+from camelid.train.state import start_state
+from programs import largest_array
 from runs import VOCAB, called, column, losses, recipe, tiny_run, write_recipe_file
 from tiny import tiny_config, tiny_params, tiny_tokens
 
@@ -142,6 +153,64 @@ def test_without_a_checkpoint_the_folder_of_a_run_is_its_adapter(
     np.testing.assert_allclose(camelid.load(folder).logits(TOKENS), expected, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(UserError, match="has the adapter of a run without checkpoints"):
         run(recipe(shared_run(tmp_path, base, run=str(folder))))
+
+
+# A quantized base ------------------------------------------------------------------------------
+
+
+def base_of(table: dict[str, Any]) -> Base:
+    described = recipe(table)
+    assert described.init is not None
+    assert described.lora is not None
+    source = open_checkpoint(described.init)
+    return load_base(described, source, plan_adapters(described.lora, base_checkpoint(source).config), one_device())
+
+
+def test_a_base_is_read_and_quantized_one_parameter_after_another(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lora = {"targets": ["q_proj"], "rank": 2}
+    plain = base_of(lora_run(tmp_path, base, lora | {"base": "bfloat16"}))
+    before, matrices, held, load = {id(x) for x in jax.live_arrays()}, 7, [], saved_state.load
+
+    def counting(*args: Any) -> Any:
+        alive = [x for x in jax.live_arrays() if id(x) not in before and x.dtype == "bfloat16" and x.ndim > 2]
+        held.append(len(alive))
+        return load(*args)
+
+    monkeypatch.setattr(saved_state, "load", counting)
+    quantized = base_of(lora_run(tmp_path, base, lora | {"base": "int8"}))
+    assert len(held) > matrices
+    assert max(held) == 0, "a matrix is read while another one is not quantized"
+    assert quantized.about.checksums == plain.about.checksums
+    assert sum(isinstance(leaf, Quantized) for leaf in named(quantized.params).values()) == matrices
+
+
+def test_magnitudes_are_computed_of_one_layer_after_another(base: Path, tmp_path: Path):
+    given = base_of(lora_run(tmp_path, base, {"targets": ["mlp"], "rank": 2, "kind": "dora", "base": "int8"}))
+
+    def magnitude(params: Decoder) -> jax.Array:
+        new = initialize_adapters(given.about.plan, CONFIG, jax.random.key(0), params)
+        return named(new)["layers.mlp.up_proj"].magnitude
+
+    matrix = named(given.params)["layers.mlp.up_proj"]
+    rows = jax.vmap(lambda layer: layer.dense())(matrix)
+    np.testing.assert_allclose(jax.jit(magnitude)(given.params), jnp.linalg.norm(rows, axis=-1), rtol=1e-5)
+    assert largest_array(magnitude, given.params) < rows.size
+
+
+def test_the_base_of_an_adapter_is_a_step_of_a_run_that_may_train_on(base: Path, tmp_path: Path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "recipe.toml").write_text("")
+    shutil.copy(base / "config.json", full)
+    checkpoints = RunCheckpoints(full / "checkpoints", 9)
+    checkpoints.save(2, start_state(tiny_params(CONFIG), optax.sgd(0.1)))
+    checkpoints.wait()
+    checkpoints.close()
+    for init in (str(full), f"run::{full}", str(full / "checkpoints" / "2")):
+        name = base_of(lora_run(tmp_path, base, {"targets": ["q_proj"]}, init=init)).about.base
+        assert name.removeprefix("run::") == str(full.resolve() / "checkpoints" / "2")
 
 
 # Resuming, microbatches, meshes ----------------------------------------------------------------

@@ -105,6 +105,7 @@ def test_modules_have_the_names_of_their_family_and_those_of_camelid():
         ({"alpha": -1}, r"lora\.alpha = -1", "above 0"),
         ({"dropout": 1.0}, r"lora\.dropout = 1\.0", "probability"),
         ({"dropout": 0.1, "targets": ["lm_head"]}, r"lora\.dropout = 0\.1 with lm_head", "Leave one"),
+        ({"dropout": 0.1, "targets": ["embed"]}, r"lora\.dropout = 0\.1 has no effect", "add targets"),
         (
             {"kind": "dora", "targets": ["embed"]},
             r"lora\.kind = 'dora' does not apply to the embedding",

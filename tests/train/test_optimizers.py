@@ -50,8 +50,9 @@ PARAMS, GRADS = drawn(0, 0.1), [drawn(seed, 2.0) for seed in range(1, UPDATES + 
 
 def config(name: str, **fields: Any) -> OptimizerConfig:
     """Constant learning rates, all parameters decayed, unless the fields say otherwise."""
-    constant = {"learning_rate": RATE, "schedule": "constant", "first_update": "initial", "decay": ("all",)}
-    return OptimizerConfig(name=name, **constant | {"warmup_steps": 0, "warmup_start": 0.0} | fields)  # pyright: ignore[reportArgumentType]
+    constant = {"learning_rate": RATE, "schedule": "constant", "first_update": "initial"}
+    decay = {"decay": ("all",)} if fields.get("weight_decay", OPTIMIZERS[name]["weight_decay"]) else {}
+    return OptimizerConfig(name=name, **constant | decay | {"warmup_steps": 0, "warmup_start": 0.0} | fields)  # pyright: ignore[reportArgumentType]
 
 
 def updated(optimizer: optax.GradientTransformation, params: Arrays = PARAMS, mask: Any = None) -> Arrays:
@@ -406,6 +407,8 @@ def test_the_state_on_eight_devices_is_sharded_saved_and_restored_and_the_result
         ({"schedule": "inverse_sqrt"}, "schedule = 'inverse_sqrt' has no effect: it continues the warmup"),
         ({"restart_growth": 2.0}, "restart_growth = 2.0 has no effect: restarts is 0"),
         ({"name": "sgd", "momentum": 0.0, "nesterov": True}, "nesterov = True has no effect: momentum is 0"),
+        ({"name": "sgd", "decay": ("all",)}, r"decay = \('all',\) has no effect: weight_decay is 0\nSet weight_decay"),
+        ({"name": "adafactor", "weight_decay_power": 2}, "weight_decay_power = 2 has no effect: weight_decay is 0"),
         ({"name": "adafactor", "moment_dtype": "bfloat16"}, "moment_dtype = 'bfloat16' has no effect"),
         ({"warmup_steps": 1, "warmup_ratio": 0.1}, "both optimizer.warmup_steps = 1 and optimizer.warmup_ratio = 0.1"),
         ({"warmup_ratio": 1.0}, "warmup_ratio = 1.0\nChoose a number from 0 up to 1"),

@@ -55,6 +55,11 @@ def test_products_in_float16_have_a_loss_scale_and_others_refuse_one():
     [
         ({"loss_scale": {"initial": 0.5}}, r"loss_scale.initial = 0.5\nChoose a number of 1 or more"),
         ({"loss_scale": {"factor": 1}}, r"loss_scale.factor = 1.0\nChoose a number above 1"),
+        (
+            {"loss_scale": {"initial": 3000}},
+            r"loss_scale.initial = 3000.0 is not a power of two: .*\nChoose 2048 or 4096",
+        ),
+        ({"loss_scale": {"factor": 1.5}}, r"loss_scale.factor = 1.5 is not a power of two: .*\nChoose 2\."),
         ({"loss_scale": {"window": 0}}, r"loss_scale.window = 0\nChoose a number of steps"),
         ({"ema": {"decay": 1}}, r"ema.decay = 1.0\nChoose a number from 0 up to 1"),
         ({"train": {"steps": 1, "max_skipped": -1}}, r"train.max_skipped = -1\nIt is a number of steps"),

@@ -13,7 +13,7 @@ import torch
 from camelid.data.rows.batch import Batch
 from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
-from camelid.model.params import abstract, named
+from camelid.model.params import Spec, abstract, named
 from camelid.parallel.mesh import one_device
 from camelid.train.config import DropoutConfig
 from camelid.train.objective import NextTokenLoss
@@ -22,6 +22,7 @@ from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.schedules import learning_rate
 from camelid.train.state import TrainState, abstract_state, start_state
 from camelid.train.step import TrainStep
+from camelid.train.trainable import make_mask
 from tiny import tiny_config, tiny_params, tiny_tokens, to_transformers, transformers_twin
 
 pytestmark = pytest.mark.quick_compile
@@ -263,3 +264,16 @@ def test_dropout_is_the_same_for_any_number_of_microbatches():
         seen.append(train(step, params, 3)[1])
     for one, other in zip(*seen, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_param_norm_is_that_of_the_parameters_that_are_trained():
+    specs = {"w": Spec((), ("mlp",), ("embed",), (6, 8), "normal"), "b": Spec((), ("embed",), (), (8,), "zeros")}
+
+    def objective(params: dict, rows: dict, key: jax.Array | None):
+        return jnp.sum(rows["x"] @ params["w"] + params["b"]), jnp.float32(4), {}
+
+    optimizer = optax.sgd(0.1)
+    step = TrainStep(objective, optimizer, lambda n: 0.1, 9.0, param_norm=True, mask=make_mask(["w"], specs))
+    state = start_state({"w": jnp.ones((6, 8)), "b": jnp.ones(8)}, optimizer)
+    state, metrics = jax.jit(step)(state, {"x": jnp.ones((4, 6))})
+    assert float(metrics["param_norm"]) == pytest.approx(np.linalg.norm(state.trainable["b"]), rel=1e-6)

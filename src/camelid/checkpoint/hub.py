@@ -39,6 +39,17 @@ def find_checkpoint_folder(path: str | Path, inspect: Callable[[Path], object] =
     return folder
 
 
+def with_revision(name: str, revision: str | None) -> str:
+    """A name on the Hub with its revision, as `find_checkpoint_folder` reads it."""
+    return f"{name}@{revision}" if revision else name
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """What `with_revision` joined; a folder that exists has no revision."""
+    found = None if Path(expand_home(name)).exists() else NAME.fullmatch(name)
+    return (name, None) if found is None else (found["repo"], found["revision"])
+
+
 def _download(repo: str, revision: str | None, inspect: Callable[[Path], object]) -> Path:
     """Downloads a snapshot with one form of the weights, which come last: a folder that has them is complete."""
     folder = _snapshot(repo, revision, COMPANIONS, quiet=True)

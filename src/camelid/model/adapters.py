@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import Spec, build, named
 from camelid.model.pytree import from_fields
-from camelid.model.weights import Adapted, dense, row_lengths
+from camelid.model.weights import Adapted, Weight, dense, row_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +114,14 @@ def initialize_adapters(plan: LoRAPlan, config: ModelConfig, key: jax.Array, par
         magnitude = None
         if adapter.magnitude is not None:
             base = held["embed" if path == "lm_head" and path not in held else path]
-            values = (jax.vmap(dense) if spec.stacked else dense)(base)
-            rows = values.astype(jnp.float32).reshape(*adapter.magnitude.shape, -1)
-            magnitude = jnp.where(ranks.reshape(*stack, *[1] * len(spec.outputs)) > 0, row_lengths(rows), 0.0)
+            outputs = adapter.magnitude.shape[len(stack) :]
+
+            def lengths(matrix: Weight) -> jax.Array:
+                return row_lengths(dense(matrix).astype(jnp.float32).reshape(*outputs, -1))
+
+            # One layer after another: only one is held in float32.
+            found = lax.map(lengths, base) if spec.stacked else lengths(base)
+            magnitude = jnp.where(ranks.reshape(*stack, *[1] * len(outputs)) > 0, found, 0.0)
         return _adapted(a=a, b=jnp.zeros(adapter.b.shape, jnp.float32), magnitude=magnitude)
 
     specs = named(declare_adapters(plan, config))

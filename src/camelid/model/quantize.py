@@ -1,4 +1,4 @@
-"""Quantizes the matrices of a model's layers: each parameter in turn, so that memory holds one of them twice."""
+"""Quantizes the matrices of a model's layers: one parameter at a time, so that memory holds one of them twice."""
 
 from functools import partial
 from typing import Literal
@@ -10,35 +10,30 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from camelid.errors import UserError
-from camelid.model.config import ModelConfig
-from camelid.model.decoder import Decoder, specs_of
 from camelid.model.nf4 import NF4, quantize_nf4
-from camelid.model.params import Spec, build, named, shardings
+from camelid.model.params import Spec, shardings
 from camelid.model.weights import Quantized
 
 Bits = Literal["int8", "nf4"]
 
 
-def quantize_layers(
-    params: Decoder, config: ModelConfig, bits: Bits, mesh: Mesh, replicate: tuple[str, ...] = ()
-) -> Decoder:
-    """`params` with the matrices of all layers quantized. Embeddings, the head, norms and biases stay as they are.
+def quantize_parameter(
+    path: str, matrix: jax.Array, spec: Spec, bits: Bits, mesh: Mesh, replicate: tuple[str, ...] = ()
+) -> jax.Array | Quantized | NF4:
+    """The parameter quantized, if it is a matrix of all layers; embeddings, the head, norms and biases as they are.
 
-    The arrays of the matrices that are replaced are deleted as soon as they have been quantized. Raises UserError if
-    a matrix cannot be held in NF4, which stores pairs of elements.
+    A matrix that is replaced is deleted as soon as it has been quantized. Raises UserError if it cannot be held in NF4,
+    which stores pairs of elements.
     """
-    leaves = dict(named(params))
-    for path, spec in named(specs_of(params, config)).items():
-        if spec.stacked and spec.is_matrix:
-            if bits == "nf4" and spec.shape[-1] % 2:
-                raise UserError(f"{path} has an odd number of {spec.axes[-1]}, {spec.shape[-1]}", "Use int8 for it.")
-            quantized = jax.eval_shape(partial(quantize, spec=spec, bits=bits), leaves[path])
-            placed = shardings(spec, quantized, mesh, replicate)
-            whole, leaves[path] = leaves[path], None
-            leaves[path] = jax.jit(partial(quantize, spec=spec, bits=bits), out_shardings=placed)(whole)
-            jax.block_until_ready(leaves[path])
-            whole.delete()
-    return build(specs_of(params, config), leaves.values())
+    if not (spec.stacked and spec.is_matrix):
+        return matrix
+    if bits == "nf4" and spec.shape[-1] % 2:
+        raise UserError(f"{path} has an odd number of {spec.axes[-1]}, {spec.shape[-1]}", "Use int8 for it.")
+    program = partial(quantize, spec=spec, bits=bits)
+    placed = shardings(spec, jax.eval_shape(program, matrix), mesh, replicate)
+    quantized = jax.block_until_ready(jax.jit(program, out_shardings=placed)(matrix))
+    matrix.delete()
+    return quantized
 
 
 def quantize(matrix: Float[Array, "..."], spec: Spec, bits: Bits) -> Quantized | NF4:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +24,10 @@ from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
 from camelid.model.adapters import LoRAPlan, freeze, initialize_adapters
-from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
-from camelid.model.params import build, map_specs, named
+from camelid.model.params import Spec, build, named
 from camelid.model.pytree import path_name
-from camelid.model.quantize import quantize_layers
+from camelid.model.quantize import quantize_parameter
 from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.rules import placement
 from camelid.runs.file_names import STEPS
@@ -82,12 +80,22 @@ def base_dtype(recipe: Recipe) -> str:
 def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) -> Base:
     """Reads the frozen parameters: matrices in the form `lora.base`, and norms and biases in float32.
 
+    They are read and quantized one after another, so that the devices never hold two that are yet to be quantized.
+
     Raises UserError if they are infinite or NaN, or if they are not those with which the run was started.
     """
     assert recipe.lora is not None
     base, folder = base_of(source), Path(recipe.run).resolve()
-    params = _load(base, jnp.dtype(base_dtype(recipe)), recipe.compute, mesh)
-    checksums, not_finite = checksum_arrays(params)
+    specs, arrays = declare_decoder(base.config), []
+    checksums: dict[str, int] = {}
+    not_finite: dict[str, int] = {}
+    for path, spec in named(specs).items():
+        array = _load(base, path, spec, recipe, mesh)
+        sums, counts = checksum_arrays({path: array})
+        checksums, not_finite = checksums | sums, not_finite | counts
+        if (bits := recipe.lora.base) == "int8" or bits == "nf4":
+            array = quantize_parameter(path, array, spec, bits, mesh, recipe.compute.replicate)
+        arrays.append(array)
     if not_finite:
         raise UserError(
             f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(not_finite)}",
@@ -103,8 +111,7 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
                 "Restore it: the adapter was trained on the values that it had. To train on the new ones, choose "
                 "another --run.",
             )
-    if (bits := recipe.lora.base) == "int8" or bits == "nf4":
-        params = quantize_layers(params, base.config, bits, mesh, recipe.compute.replicate)
+    params = build(specs, arrays)
     name = _name_of_base(recipe, source) if kept is None or is_gone(kept.base) else kept.base
     about = RunAdapter(name, recipe.init_ignore, checksums, plan, recipe.lora.dropout)
     frozen, everywhere = freeze(params, plan, base.config), placement((), mesh)
@@ -112,16 +119,11 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
     return Base(source, base, params, frozen, about)
 
 
-def _load(base: Checkpoint, dtype: Any, compute: ComputeConfig, mesh: Mesh) -> Decoder:
-    specs = declare_decoder(base.config)
-    targets = map_specs(
-        lambda spec: jax.ShapeDtypeStruct(
-            spec.shape, dtype if spec.is_matrix else jnp.float32, sharding=placement(spec.axes, mesh, compute.replicate)
-        ),
-        specs,
-    )
-    arrays = saved_state.load(base.table, base.tensors, named(targets))
-    return build(specs, [arrays[path] for path in named(specs)])
+def _load(base: Checkpoint, path: str, spec: Spec, recipe: Recipe, mesh: Mesh) -> jax.Array:
+    dtype = jnp.dtype(base_dtype(recipe) if spec.is_matrix else "float32")
+    place = placement(spec.axes, mesh, recipe.compute.replicate)
+    target = jax.ShapeDtypeStruct(spec.shape, dtype, sharding=place)
+    return saved_state.load(base.table, base.tensors, {path: target})[path]
 
 
 def _name_of_base(recipe: Recipe, source: Checkpoint) -> str:
@@ -134,6 +136,8 @@ def _name_of_base(recipe: Recipe, source: Checkpoint) -> str:
         near = Path(path) / name
         name = str(near) if near.exists() else name
     name = str(Path(name).resolve()) if Path(name).exists() else name
+    if (base := base_of(source)).format == "run":  # its step: the run may train on
+        name = str(next(iter(base.tensors.values())).file)
     return name if prefix is None else f"{prefix}::{name}"
 
 

@@ -53,6 +53,12 @@ def plan_adapters(lora: LoRAConfig, config: ModelConfig) -> LoRAPlan:
             "chunks of the rows, has no dropout",
             "Leave one of the two out.",
         )
+    if lora.dropout and matrices.keys() == {"embed"}:
+        raise UserError(
+            f"lora.dropout = {lora.dropout} has no effect: lora.targets adapts the embedding table alone, whose inputs "
+            "are tokens",
+            "Leave it out, or add targets; dropout.embedding drops elements of the embeddings.",
+        )
     return plan
 
 

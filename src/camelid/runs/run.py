@@ -181,8 +181,8 @@ def _metrics_log(
         sinks = [MetricsFile(folder / METRICS, resume_from), *trackers]
     tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
     steps_per_epoch = sum(packing.rows_per_epoch for packing in components.loader.packings) / recipe.data.batch_size
-    advice = checkpoints.recovery_advice
-    return MetricsLog(recipe.train, terminal, speed, sinks, tokens_per_step, advice, steps_per_epoch)
+    advice, of_tokens = checkpoints.recovery_advice, recipe.loss.average == "tokens"
+    return MetricsLog(recipe.train, terminal, speed, sinks, tokens_per_step, advice, steps_per_epoch, of_tokens)
 
 
 def train_steps(

@@ -9,7 +9,10 @@ from camelid.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """An exponential moving average of the trained parameters, which is saved beside them."""
+    """An exponential moving average of the parameters, or of the adapters, which is saved beside them.
+
+    Parameters that `train.freeze` keeps as they are have one too, which is equal to them.
+    """
 
     decay: float = 0.999
     """weight of the previous average in that after a step; the parameters have 1 - decay"""
@@ -24,10 +27,10 @@ class LossScaleConfig:
     """Dynamic loss scaling for float16 (arXiv:1710.03740): gradients are computed of the loss times a factor."""
 
     initial: float = 65536.0
-    """loss scale of the first step"""
+    """loss scale of the first step, a power of two"""
     factor: float = 2.0
-    """the scale is divided by it when a gradient overflows, to no less than 1, and multiplied by it after `window`
-    steps"""
+    """a power of two: the scale is divided by it when a gradient overflows, to no less than 1, and multiplied by it
+    after `window` steps"""
     window: int = 1000
     """number of steps without an overflow after which the scale grows"""
 
@@ -39,6 +42,15 @@ class LossScaleConfig:
         ):
             if not fits:
                 raise UserError(f"loss_scale.{name} = {getattr(self, name)}", f"Choose {advice}.")
+        for name, least in (("initial", 1), ("factor", 2)):
+            value = getattr(self, name)
+            mantissa, exponent = math.frexp(value)
+            if mantissa != 0.5:
+                near = [f"{2.0**n:g}" for n in (exponent - 1, exponent) if 2.0**n >= least]
+                raise UserError(
+                    f"loss_scale.{name} = {value} is not a power of two: the scale would round the gradients",
+                    f"Choose {' or '.join(near)}.",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,13 +38,16 @@ class MetricsLog(contextlib.AbstractContextManager):
         tokens_per_step: int,
         advice: Callable[[], str],
         steps_per_epoch: float | None = None,
+        perplexity: bool = True,
     ):
         """`advice` is what to do when training stops because losses or gradients are infinite or NaN.
 
         `steps_per_epoch` is the number of steps in which as many rows are read as there are; None: it is not written.
+        `perplexity` is whether the exponential of the validation loss is the perplexity of a token, and shown.
         """
         self._config, self._terminal, self._speed, self._sinks = config, terminal, speed, sinks
         self._tokens_per_step, self._steps_per_epoch, self._advice = tokens_per_step, steps_per_epoch, advice
+        self._perplexity = perplexity
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         self.skipping = False
         """whether the update of the last step that was read was skipped, because its loss or gradient was not finite"""
@@ -75,11 +78,14 @@ class MetricsLog(contextlib.AbstractContextManager):
         loss = means["loss"]
         if not math.isfinite(loss):
             raise UserError(f"after step {step} the validation loss is {loss}", self._advice())
+        if averaged is not None and not math.isfinite(averaged["loss"]):
+            problem = f"after step {step} the validation loss of the moving average is {averaged['loss']}"
+            raise UserError(problem, self._advice())
         if is_main():
             average = "" if averaged is None else f"; of the moving average {averaged['loss']:.4f}"
             with np.errstate(over="ignore"):
-                about = rewards(means) or f"perplexity {np.exp(loss):.2f}"
-            self._terminal.print(f"step {step}: validation loss {loss:.4f}, {about}{average}")
+                about = rewards(means) or (f"perplexity {np.exp(loss):.2f}" if self._perplexity else "")
+            self._terminal.print(f"step {step}: validation loss {loss:.4f}{about and f', {about}'}{average}")
 
     def paused(self) -> AbstractContextManager[None]:
         """While the block runs, no time is counted as that of steps: for validation and checkpoints."""

@@ -249,6 +249,18 @@ class OptimizerConfig:
                 "restarts is 0",
                 "Set restarts.",
             ),
+            (
+                "decay",
+                self.decay != _COMMON["decay"] and self.weight_decay == 0,
+                "weight_decay is 0",
+                "Set weight_decay.",
+            ),
+            (
+                "weight_decay_power",
+                self.weight_decay_power != OPTIMIZERS[self.name].get("weight_decay_power") and self.weight_decay == 0,
+                "weight_decay is 0",
+                "Set weight_decay.",
+            ),
             ("nesterov", self.nesterov and self.momentum == 0, "momentum is 0", "Set momentum."),
             (
                 "moment_dtype",
@@ -257,5 +269,5 @@ class OptimizerConfig:
                 "Leave it out, or set momentum.",
             ),
         ):
-            if idle:
+            if idle:  # defaults are not: the kept recipe of a run has the value of every field
                 raise UserError(f"optimizer.{name} = {getattr(self, name)!r} has no effect: {why}", advice)

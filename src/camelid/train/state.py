@@ -17,7 +17,7 @@ from camelid.train.counters import start_counters
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a training step updates. Frozen parameters are passed separately.
+    """Everything that a training step updates. The frozen base of adapters is passed separately.
 
     It is a pytree. The path of a leaf is the name of its array in the checkpoints of a run, so these names, which
     `SAVED_NAMES` holds, are a file format.
@@ -26,7 +26,8 @@ class TrainState:
     step: Any
     """number of updates so far, int32; in a tree of shapes or shardings, its shape or sharding"""
     trainable: Any
-    """the parameters that are trained; None in place of those that are frozen"""
+    """all parameters, of which the step masks those that `train.freeze` names; or adapters, and None in place of the
+    base"""
     opt_state: Any
     """the state of the optax optimizer for `trainable`"""
     ema: Any = None

@@ -77,7 +77,7 @@ class TrainStep:
             "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
             "loss_deviation": loss_deviation(state.counters, loss),
             **{name: counters[name].astype(jnp.float32) for name in REPORTED if name in counters},
-            **({"param_norm": optax.tree.norm(_float32(updated.trainable))} if self.param_norm else {}),
+            **({"param_norm": optax.tree.norm(_float32(self._masked(updated.trainable)))} if self.param_norm else {}),
         }
         return dataclasses.replace(updated, step=state.step + 1, counters=counters), metrics
 

@@ -57,7 +57,7 @@ class Adapter:
     dropout: float = 0.0
     """the dropout used in training"""
     base: str | None = None
-    """a name on the Hub, or a path"""
+    """a name on the Hub, with @ and its revision if it has one, or a path"""
 
     @property
     def dora(self) -> bool:

@@ -34,7 +34,7 @@ from camelid.checkpoint.containers.torch_files import open_torch
 from camelid.checkpoint.files import PlannedFile, TensorPayload, json_file, raw_payload
 from camelid.checkpoint.formats import hf
 from camelid.checkpoint.formats.config_source import read_model_config
-from camelid.checkpoint.hub import find_checkpoint_folder
+from camelid.checkpoint.hub import find_checkpoint_folder, with_revision
 from camelid.checkpoint.layout import (
     Index,
     ParameterEntry,
@@ -92,8 +92,9 @@ def _base_of(folder: Path, ignore: Sequence[str]) -> Path:
     if (near := folder / expand_home(settings.base)).is_dir():
         return near
     try:
-        name = f"{settings.base}@{settings.revision}" if settings.revision else settings.base
-        return find_checkpoint_folder(name, partial(read_model_config, ignore=ignore))
+        return find_checkpoint_folder(
+            with_revision(settings.base, settings.revision), partial(read_model_config, ignore=ignore)
+        )
     except UserError as error:
         raise UserError(
             f"the base of {folder} cannot be opened: {error.problem}",
@@ -173,7 +174,10 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
         for name, tensor in saved_tensors.items()
         for part, layer in rows.tensors[name]
     }
-    return Adapter(config, pairs, saved, settings.rslora, settings.dropout, settings.base)
+    name = settings.base
+    if name and not (folder / expand_home(name)).is_dir():
+        name = with_revision(name, settings.revision)
+    return Adapter(config, pairs, saved, settings.rslora, settings.dropout, name)
 
 
 def _names(config: ModelConfig) -> Table:

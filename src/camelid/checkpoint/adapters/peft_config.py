@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from camelid.checkpoint.hub import split_revision
 from camelid.errors import UserError
 
 NAME = "adapter_config.json"
@@ -208,12 +209,13 @@ def config_json(
 
     `modules` are all modules of the model.
     """
+    name, revision = (None, None) if base is None else split_revision(base)
     alphas = {module: int(alpha) if alpha.is_integer() else alpha for module, alpha in alphas.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "alpha_pattern": _pattern(alphas, alpha, modules),
         "auto_mapping": None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -224,7 +226,7 @@ def config_json(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": _pattern(ranks, rank, modules),
-        "revision": None,
+        "revision": revision,
         "target_modules": _ends_of(ranks, modules),
         "task_type": "CAUSAL_LM",
         "use_dora": dora,

@@ -107,7 +107,7 @@ def _open_base(about: RunAdapter, run: Path, config: ModelConfig | None, open_ba
     except UserError as error:
         raise UserError(
             f"the base of {run} cannot be opened: {error.problem}",
-            "The checkpoints of the run hold an adapter only: put the base back where recipe.toml names it.",
+            "The checkpoints of the run hold an adapter only: put the base back where lora.json names it.",
         ) from error
 
 
