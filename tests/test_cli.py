@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from camelid.cli.format_names import ReadableFormat, WritableFormat
 from camelid.cli.shared import print_json
 from camelid.errors import UserError
 from camelid.runs.recipe import completed, read_recipe, write_recipe
+from camelid.text.templates import NAMED
 from runs import TIMEOUT_S, assert_refused, called, command, tiny_run, words, write_recipe_file
 
 ESCAPE = "\x1b"
@@ -75,6 +77,30 @@ def test_generate_reads_standard_input_and_prints_the_prompt_with_its_continuati
     (completion,) = json.loads(as_json.stdout)["completions"]
     assert (completion["prompt"], completion["tokens"]) == (expected["text"], expected["greedy_ids"])
     assert plain.stdout == expected["text"] + completion["text"] + "\n"
+
+
+def test_a_chat_is_what_transformers_makes_of_it(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The template of Zephyr has no BOS, and that of Llama 2 has one, which is not added a second time."""
+    prompts = []
+
+    def generated(self: camelid.Model, given: Any, **settings: Any) -> list[camelid.Completion]:
+        prompts.append(given)
+        return [camelid.Completion("prompt", "answer", [], "stop")]
+
+    monkeypatch.setattr(camelid.Model, "generate", generated)
+    for name in ("zephyr", "llama2"):
+        folder = tmp_path / name
+        shutil.copytree(stories, folder)
+        (folder / "chat_template.jinja").write_text(NAMED[name].text)
+        done = called("generate", folder, "--chat", "Where is the dog?")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "answer\n", "")
+        chat = [{"role": "user", "content": "Where is the dog?"}]
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert prompts.pop() == [expected]
+        assert (expected[0] == theirs.bos_token_id) == (name == "llama2")
+        assert "--chat applies its chat template" in called("generate", folder, "Where is the dog?").stderr
+    assert_refused(called("generate", stories, "a", "--chat"), "hf has no chat template")
 
 
 def test_a_terminal_that_lacks_a_character_does_not_lose_the_other_texts(stories: Path, user_env: dict[str, str]):

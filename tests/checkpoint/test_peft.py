@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import camelid
 from camelid.checkpoint.adapters.added import with_adapters
-from camelid.checkpoint.adapters.lora import Adapter, Pair, in_memory
+from camelid.checkpoint.adapters.lora import AdaptedCheckpoint, Adapter, Pair, in_memory
 from camelid.checkpoint.adapters.peft import adapter_files, on_base, open_adapter
 from camelid.checkpoint.adapters.peft_config import read_settings
 from camelid.checkpoint.files import write_files
@@ -247,10 +247,23 @@ def test_adapters_are_added_with_weights(tmp_path: Path):
         (["whole=0.5"], "replaces lm_head of the base entirely, which has no weight 0.5"),
         (["whole", "whole"], "and so does"),
         (["nowhere"], "does not exist"),
+        (["base"], "base has no adapter_config.json\n.*or of a run that trains one"),
     ):
         with pytest.raises(UserError, match=problem):
             with_adapters(opened, [str(tmp_path / request) for request in requests])
     with_adapters(opened, [str(tmp_path / "dora")])
+
+
+def test_the_folder_of_a_run_is_the_adapter_that_it_trains(tmp_path: Path):
+    base = save_base(LLAMA, tmp_path / "base")
+    with_adapter(base, target_modules=["q_proj"]).save_pretrained(tmp_path / "run" / "adapter")
+    opened = open_checkpoint(base)
+    one, other = (with_adapters(opened, [str(tmp_path / name)]) for name in ("run", "run/adapter"))
+    assert isinstance(one, AdaptedCheckpoint)
+    assert isinstance(other, AdaptedCheckpoint)
+    assert one.adapter.pairs.keys() == other.adapter.pairs.keys()
+    for key, pair in one.adapter.pairs.items():
+        np.testing.assert_array_equal(pair.b, other.adapter.pairs[key].b)
 
 
 def test_the_base_is_found_beside_the_adapter_or_by_its_path(tmp_path: Path):

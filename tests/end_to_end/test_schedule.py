@@ -10,6 +10,7 @@ import pytest
 import camelid.runs.run
 from camelid.parallel.mesh import one_device
 from camelid.runs.recipe import Recipe, completed, read_recipe
+from camelid.runs.summary import schedule_change
 from camelid.train.schedules import learning_rate
 from runs import called, column, lay_over, losses, recipe, tiny_run, write_recipe_file
 
@@ -77,5 +78,9 @@ def test_a_run_of_1000_steps_that_gets_1000_more_does_not_jump(tmp_path: Path):
     assert again.optimizer.decay_steps == 1000
     shorter = completed(recipe(table | {"train": {"steps": 500}}), first)
     assert shorter.optimizer.decay_steps == 1000
+    told = schedule_change(shorter, first, 400)
+    assert told is not None
+    assert "still decays to 0.0001 at step 1000, which this run does not reach" in told
+    assert told.endswith("(optimizer.decay_steps = 500 ends the decay at step 500)")
     own = recipe(lay_over(table, {"train__steps": 3000, "optimizer__decay_steps": 3000}))
     assert completed(own, longer).optimizer.decay_steps is None  # as long as the run

@@ -32,6 +32,7 @@ from camelid.runs.lora_targets import plan_adapters
 from camelid.runs.run import run
 from camelid.runs.run_folder import record
 from camelid.runs.start import Start, find_start
+from camelid.runs.summary import start_summary
 from camelid.train.loggers import read_metrics
 from camelid.train.state import start_state
 from programs import largest_array
@@ -271,11 +272,17 @@ def test_a_base_that_changed_is_refused(
 
 def start_of(table: dict[str, Any]) -> Start:
     """The state before the first step of a new run."""
+    return start_and_lines(table)[0]
+
+
+def start_and_lines(table: dict[str, Any]) -> tuple[Start, str]:
+    """The state before the first step of a new run, and what is printed about it."""
     described, mesh = recipe(table), one_device()
     with jax.set_mesh(mesh):
         components = build_components(described, mesh)
         checkpoints = RunCheckpoints(Path(described.run) / "checkpoints", 1)
-        return find_start(described, None, None, components, checkpoints, mesh)
+        start = find_start(described, None, None, components, checkpoints, mesh)
+        return start, "\n".join(start_summary(described, components, mesh, start))
 
 
 def test_an_adapter_is_continued_if_the_recipe_describes_it(base: Path, straight: tuple[Path, Any], tmp_path: Path):
@@ -290,6 +297,22 @@ def test_an_adapter_is_continued_if_the_recipe_describes_it(base: Path, straight
             np.testing.assert_array_equal(getattr(named(start.state.trainable)[path], factor), expected, err_msg=name)
         moments = named(start.state.opt_state[0].mu)["layers.attn.k_proj"].a
         assert np.any(moments) == optimizer
+
+
+def test_an_adapter_without_a_table_is_merged_and_what_is_frozen_is_not_counted(
+    straight: tuple[Path, Any], tmp_path: Path
+):
+    table = lora_run(tmp_path, straight[0], train__freeze=["embed", "layers.0-1"])
+    del table["lora"]
+    start, told = start_and_lines(table)
+    assert start.base is None
+    assert "note: init is an adapter: it is merged into its base, and all parameters are trained" in told
+    params = named(start.state.trainable)
+    total = sum(leaf.size for leaf in params.values())
+    count = sum(leaf[2:].size for path, leaf in params.items() if path.startswith("layers."))
+    count += sum(leaf.size for path, leaf in params.items() if not path.startswith(("layers.", "embed")))
+    assert f"trains {count:,} of {total:,} parameters; train.freeze keeps embed, layers.0-1 as they are" in told
+    assert "init is an adapter" not in start_and_lines(lora_run(tmp_path, straight[0]))[1]
 
 
 def test_an_adapter_of_another_form_is_refused(base: Path, straight: tuple[Path, Any], tmp_path: Path):
@@ -313,16 +336,16 @@ def test_the_command_tells_what_is_trained_and_what_can_be_done_next(
     """The base is held in bfloat16, and the adapter in float32."""
     on_one_device(monkeypatch)
     lora = {"targets": ["q_proj"], "rank": 2, "merge": True}
-    table = lora_run(tmp_path, base, lora, compute__dtype="bfloat16", train__steps=1)
+    table = lora_run(tmp_path, base, lora, compute__dtype="bfloat16", train__steps=1, train__freeze=["layers.0"])
     result = called("train", write_recipe_file(table, tmp_path / "recipe.toml"))
     assert result.returncode == 0, result.stderr
-    count = CONFIG.num_layers * 2 * (CONFIG.embed_dim + CONFIG.num_heads * CONFIG.head_dim)
+    count = (CONFIG.num_layers - 1) * 2 * (CONFIG.embed_dim + CONFIG.num_heads * CONFIG.head_dim)
     assert f"trains {count} parameters" in result.stderr
-    assert "adapters for q_proj; the others stay as they are, in bfloat16" in result.stderr
+    assert "adapters for q_proj; the others stay as they are, in bfloat16; train.freeze keeps layers.0" in result.stderr
     folder = tmp_path / "run"
     assert f"adapter {folder / 'adapter'}   model {folder / 'model'}" in result.stderr
-    assert f"camelid generate {folder} PROMPT" in result.stderr
-    assert f"camelid convert {folder} DESTINATION" in result.stderr
+    assert f'camelid generate {folder}/model "Hello"' in result.stderr
+    assert "camelid convert" not in result.stderr
     for file, dtype in (("adapter/adapter_model", "float32"), ("model/model", "bfloat16")):
         assert {dtype} == {array.dtype.name for array in load_file(folder / f"{file}.safetensors").values()}
 

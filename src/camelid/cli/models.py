@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -25,6 +26,9 @@ from camelid.cli.shared import (
 from camelid.errors import UserError
 from camelid.inputs import expand_home, read_text
 
+if TYPE_CHECKING:
+    from camelid.text.tokenizer import Tokenizer
+
 Prompts = Annotated[
     Positional[tuple[str, ...]],
     arg(
@@ -44,6 +48,7 @@ Texts = Annotated[
 def generate(
     model: Checkpoint,
     prompts: Prompts = (),
+    chat: bool = False,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -55,13 +60,15 @@ def generate(
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
-    """Generate a continuation of each prompt.
+    """Generate a continuation of each prompt, or with --chat the answer to it.
 
     camelid generate ./TinyLlama "Once upon a time" --max-new-tokens 100
+    camelid generate ./TinyLlama --chat "Who was Ada Lovelace?"
     camelid generate ./TinyLlama "Hello" "Bonjour" --temperature 0.8 --top-p 0.95 --seed 1 --json
     cat prompt.txt | camelid generate ./TinyLlama
 
     Args:
+        chat: each prompt is the message of a user, in the chat template of the checkpoint; only the answer is printed
         max_new_tokens: generate up to this number of tokens
         temperature: 0 for greedy decoding; higher values are more random
         top_k: sample from the K most probable tokens only
@@ -71,23 +78,43 @@ def generate(
     """
     texts = list(prompts) or [_prompt_from_input()]
     loaded = load(model, dtype, config, ignore_config_field, tokenizer)
-    if loaded.tokenizer is not None and loaded.tokenizer.has_chat_template:
+    if not chat and loaded.tokenizer is not None and loaded.tokenizer.has_chat_template:
         note(
-            "note: this model was finetuned for chats, but prompts are used as they are; to chat, write them in "
-            "the format of its chat template"
+            "note: this model was finetuned for chats, but prompts are used as they are; --chat applies its chat "
+            "template"
         )
     if temperature == 0 and (top_k is not None or top_p is not None):
         note("note: with --temperature 0, --top-k and --top-p have no effect; to sample, set --temperature above 0")
     completions = loaded.generate(
-        texts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        _chats(texts, loaded.tokenizer, model) if chat else texts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
     )
     if json:
         print_json({"completions": [dataclasses.asdict(completion) for completion in completions]})
     else:
         for completion in completions:
-            print_text(completion.prompt + completion.text)
+            print_text(completion.text if chat else completion.prompt + completion.text)
     if any(completion.finish_reason == "error" for completion in completions):
         sys.exit(1)
+
+
+def _chats(texts: Sequence[str], tokenizer: "Tokenizer | None", model: str) -> list[list[int]]:
+    """The tokens of chats that consist of the message of a user, with the start of the assistant's turn."""
+    from camelid.text.chat import load_template
+    from camelid.text.messages import Message
+
+    if tokenizer is None or "default" not in tokenizer.chat_templates:
+        raise UserError(
+            f"{model} has no chat template",
+            "Leave out --chat, and write the prompt as the texts that the model was trained on.",
+        )
+    chats = [[Message("user", text)] for text in texts]
+    rendered = load_template(None, tokenizer).render_batch(chats, tokenizer, add_generation_prompt=True)
+    return [tokens.tolist() for tokens, _ in rendered]
 
 
 def _prompt_from_input() -> str:

@@ -26,8 +26,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str)
         if isinstance(there, dict) and isinstance(here, dict):
             yield from _differences(there, here, f"{name}.")
         elif _are_tables(there) and _are_tables(here) and len(there) == len(here):
-            for number, pair in enumerate(zip(there, here, strict=True)):
-                yield from _differences(*pair, f"{name}[{number}].")
+            for number, (item, other) in enumerate(zip(there, here, strict=True)):
+                yield from _differences(item, other, f"{name}[{number}].")
         elif isinstance(there, dict) and here is None:
             yield _rank(name, True), name, f"[{name}] there, no [{name}] here"
         elif isinstance(here, dict) and there is None:

@@ -135,8 +135,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     if before.lora is not None and recipe.lora is not None:
         before = replace(before, init=recipe.init)  # a base may be moved: its checksums are compared
     differences = recipe_differences(write_recipe(completed(before, None)), write_recipe(recipe))
-    changed = [text for name, text in differences.items() if name not in FREE and not name.startswith("mesh.")]
-    if changed:
+    if changed := [text for name, text in differences.items() if name not in FREE and not name.startswith("mesh.")]:
         raise UserError(
             f"{folder} has a run with another recipe: {'; '.join(changed)}",
             "Choose another --run, or use the recipe in the folder.",

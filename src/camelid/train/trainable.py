@@ -9,7 +9,7 @@ import numpy as np
 
 from camelid.errors import UserError
 from camelid.model.pytree import path_name
-from camelid.train.patterns import per_layer, select
+from camelid.train.patterns import per_layer, select, specs_by_path
 
 
 def partition(params: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, Any]:
@@ -43,6 +43,14 @@ def trained_parameters(freeze: Sequence[str], specs: Any) -> dict[str, np.ndarra
             f"train.freeze = {list(freeze)} freezes every parameter", "Leave at least one parameter to train."
         )
     return trained
+
+
+def count_trained(freeze: Sequence[str], specs: Any) -> int:
+    """The number of parameters that are trained."""
+    trained = trained_parameters(freeze, specs)
+    return sum(
+        spec.size // trained[path].size * int(trained[path].sum()) for path, spec in specs_by_path(specs).items()
+    )
 
 
 def make_mask(freeze: Sequence[str], specs: Any) -> Callable[[Any], Any] | None:

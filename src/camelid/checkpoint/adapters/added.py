@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from camelid.checkpoint.adapters.lora import Adapter
-from camelid.checkpoint.adapters.peft import on_base, open_adapter
+from camelid.checkpoint.adapters.peft import matches, on_base, open_adapter
+from camelid.checkpoint.adapters.peft_config import NAME as CONFIG
 from camelid.checkpoint.checkpoint import Checkpoint
 from camelid.checkpoint.hub import find_checkpoint_folder
+from camelid.checkpoint.state.run_folder import ADAPTER
 from camelid.errors import UserError
 from camelid.inputs import expand_home
 
@@ -16,9 +18,9 @@ from camelid.inputs import expand_home
 def with_adapters(base: Checkpoint, requests: Sequence[str]) -> Checkpoint:
     """The base, of any format, with the adapters of `requests`, each `ADAPTER` or `ADAPTER=WEIGHT`.
 
-    An adapter is a folder in PEFT's form, or its name on the Hub; its update is multiplied by the weight, 1 by default.
-    Sums are computed in float32 and rounded once. Raises UserError if an adapter cannot be opened for this base, or if
-    what it holds cannot be weighted or added.
+    An adapter is a folder in PEFT's form, its name on the Hub, or the folder of a run that trains one; its update is
+    multiplied by the weight, 1 by default. Sums are computed in float32 and rounded once. Raises UserError if an
+    adapter cannot be opened for this base, or if what it holds cannot be weighted or added.
     """
     opened = [_open(request, base) for request in requests]
     whole: dict[str, str] = {}
@@ -57,7 +59,18 @@ def _open(request: str, base: Checkpoint) -> tuple[str, float, Path, Adapter]:
         weight = math.nan
     if not math.isfinite(weight):
         raise UserError(f"{request!r} has the weight {text!r}", "Write it as ADAPTER=0.5.")
-    folder = find_checkpoint_folder(name)
+    folder = _find_folder(name)
     adapter = open_adapter(folder, base.config)
     pairs = {key: replace(pair, alpha=weight * pair.alpha) for key, pair in adapter.pairs.items()}
     return name, weight, folder, replace(adapter, pairs=pairs)
+
+
+def _find_folder(name: str) -> Path:
+    """The folder of an adapter in PEFT's form; that of a run has one in it."""
+    inside = Path(expand_home(name)) / ADAPTER
+    folder = inside if matches(inside) else find_checkpoint_folder(name)
+    if not matches(folder):
+        raise UserError(
+            f"{folder} has no {CONFIG}", "Give the folder of an adapter in PEFT's form, or of a run that trains one."
+        )
+    return folder
