@@ -1,6 +1,7 @@
 """The reports of `camelid inspect`, as JSON-compatible values and as tables. No array is allocated."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from camelid import tables
+from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.disk.space import format_bytes
 from camelid.errors import UserError
@@ -42,7 +44,7 @@ def report(model: str, config: ModelConfig | None = None, ignore: Sequence[str] 
 
     Returns:
       The report; for a preset also its name, for a checkpoint the notes of opening it, the total number of bytes of its
-      parameters, and the dtype and bytes of each.
+      parameters, and the dtype and bytes of each; for an adapter, which is merged into its base, also what it is.
 
     Raises:
       UserError: If there is no such preset or checkpoint, or the checkpoint cannot be opened.
@@ -55,7 +57,22 @@ def report(model: str, config: ModelConfig | None = None, ignore: Sequence[str] 
         entry = result["tree"][path]
         entry |= {"dtype": dtype.name, "bytes": entry["parameters"] * dtype.itemsize}
     total = sum(entry["bytes"] for entry in result["tree"].values())
-    return {"notes": list(checkpoint.notes), "bytes": total} | result
+    adapter = {"adapter": _of_adapter(checkpoint)} if isinstance(checkpoint, AdaptedCheckpoint) else {}
+    return {"notes": list(checkpoint.notes), "bytes": total} | adapter | result
+
+
+def _of_adapter(checkpoint: AdaptedCheckpoint) -> dict[str, Any]:
+    adapter = checkpoint.adapter
+    arrays = [array for pair in adapter.pairs.values() for array in (pair.a, pair.b, pair.magnitude)]
+    parameters = sum(array.size for array in arrays if array is not None)
+    return {
+        "kind": "DoRA" if adapter.dora else "LoRA",
+        "ranks": sorted({pair.rank for pair in adapter.pairs.values()}),
+        "alphas": sorted({pair.alpha for pair in adapter.pairs.values()}),
+        "rank_stabilized": adapter.rslora,
+        "parameters": parameters + sum(math.prod(tensor.shape) for tensor in adapter.saved.values()),
+        "base": adapter.base or str(checkpoint.base.folder),
+    }
 
 
 def of_config(config: ModelConfig) -> dict[str, Any]:
@@ -121,6 +138,18 @@ def show(report: Mapping[str, Any]) -> None:
         console.print(f"({LLAMA_LETTERS})")
     stored = f", {report['bytes']:,} bytes ({format_bytes(report['bytes'])})" if "bytes" in report else ""
     console.print(f"{report['parameters']:,} parameters{stored}")
+    if "adapter" in report:
+        console.print(_adapter(report["adapter"]), soft_wrap=True)
+
+
+def _adapter(about: Mapping[str, Any]) -> str:
+    """What an adapter is, in one line."""
+    ranks, alphas = (
+        f"{name} {values[0]:g}" if len(values) == 1 else f"{name}s {', '.join(f'{value:g}' for value in values)}"
+        for name, values in (("rank", about["ranks"]), ("alpha", about["alphas"]))
+    )
+    scaled = ", rank-stabilized" if about["rank_stabilized"] else ""
+    return f"{about['kind']}, {ranks}, {alphas}{scaled}, {about['parameters']:,} parameters, on {about['base']}"
 
 
 def show_presets(table: Mapping[str, Any]) -> None:

@@ -140,6 +140,24 @@ def test_the_run_the_adapter_and_the_merged_model_are_the_trained_model(straight
         np.testing.assert_allclose(camelid.load(place).logits(TOKENS), expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_inspect_tells_what_the_adapter_is(base: Path, straight: tuple[Path, camelid.Model]):
+    folder = straight[0]
+    count = sum(array.size for array in load_file(folder / "adapter" / "adapter_model.safetensors").values())
+    for place in (folder, folder / "checkpoints" / "4", folder / "adapter"):
+        about = json.loads(called("inspect", place, "--json").stdout)["adapter"]
+        assert about == {
+            "kind": "DoRA",
+            "ranks": [2, 4],
+            "alphas": [3.0, 8.0],
+            "rank_stabilized": False,
+            "parameters": count,
+            "base": str(base.resolve()),
+        }
+        line = f"DoRA, ranks 2, 4, alphas 3, 8, {count:,} parameters, on {base.resolve()}\n"
+        assert called("inspect", place).stdout.endswith(line)
+    assert "adapter" not in json.loads(called("inspect", base, "--json").stdout)
+
+
 def test_training_lowers_the_loss_and_validation_sees_the_adapter(straight: tuple[Path, camelid.Model]):
     found = [row["validation_loss"] for row in read_metrics(straight[0] / "metrics.jsonl") if "validation_loss" in row]
     assert found[0] > found[-1] + 0.01
