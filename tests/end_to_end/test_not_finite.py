@@ -71,7 +71,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step_with_the_last_good_c
         ended = train(tmp_path, table)
         assert_refused(ended, "step 2 has loss ")
         assert "The last checkpoint, of step 1, is kept. The same command would stop here again: start" in ended.stderr
-        assert f"init = '{run / 'checkpoints' / '1'}', init_optimizer = true" in ended.stderr
+        assert f"init = '{run / 'checkpoints' / '1'}', with AdamW also init_optimizer = true" in ended.stderr
         assert steps_of(run) == ["1"]
         assert verify_step(run / "checkpoints" / "1") is None
         assert not (run / "model").exists()
