@@ -764,6 +764,8 @@ def test_a_pattern_without_files_is_named(tmp_path: Path):
         list_files(["*.txt"])
     with pytest.raises(UserError, match=r"folder matches no file in .*\n.*folder/\*"):
         list_files(["folder"])
+    with pytest.raises(UserError, match=r'a list, \["a\.txt", "b\.txt"\]\.$'):
+        list_files(["a.txt, b.txt"])
 
 
 def test_what_is_no_file_is_named_and_never_skipped(monkeypatch: pytest.MonkeyPatch):

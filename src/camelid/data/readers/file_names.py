@@ -67,12 +67,13 @@ def _matching(pattern: str) -> list[Path]:
     if not exact:
         paths = [path for path in paths if not (path.suffix == ".db" and MINDRECORD.search(path.stem))]
     if not paths:
-        raise UserError(
-            f"{pattern} matches no file in {os.getcwd()}",
-            f"For the files of a folder, write {os.path.join(pattern, '*')}."
-            if os.path.isdir(pattern)
-            else "Check the path.",
-        )
+        advice = "Check the path."
+        if os.path.isdir(pattern):
+            advice = f"For the files of a folder, write {os.path.join(pattern, '*')}."
+        elif "," in pattern:
+            names = ", ".join(f'"{name.strip()}"' for name in pattern.split(","))
+            advice = f"Check the path; several files in a recipe are a list, [{names}]."
+        raise UserError(f"{pattern} matches no file in {os.getcwd()}", advice)
     # The two files of Megatron are one data set.
     return list(dict.fromkeys(path.with_suffix("") if path.suffix in (".bin", ".idx") else path for path in paths))
 
