@@ -448,7 +448,7 @@ def on_device(monkeypatch):
 
 def test_capped_scores_are_not_for_cudnn(on_device):
     on_device(*H200)
-    with pytest.raises(UserError, match=r"'cudnn' .* no attn_softcap .* this run has gpu .* attn_softcap = 50\.0"):
+    with pytest.raises(UserError, match=r"'cudnn' .* no attn_softcap, .* this run has gpu .* attn_softcap = 50\.0"):
         choose_kernel("cudnn", "bfloat16", 512, 64, own_keys=True, cap=50.0, dropout=0.0)
     on_device(*TPU)
     assert choose_kernel("auto", "bfloat16", 512, 128, own_keys=True, cap=50.0, dropout=0.0) == "splash"

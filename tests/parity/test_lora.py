@@ -73,8 +73,8 @@ def logits_loss_gradients(trainable: Any, frozen: Any, tokens: jax.Array, config
         params: Decoder = combine(trainable, frozen)
         x, _ = params.hidden(tokens, positions, None, config, ComputeConfig())
         targets, weights = jnp.roll(tokens, -1, 1), jnp.ones(tokens.shape).at[:, -1].set(0)
-        total, weight = params.loss(x, targets, weights, config)
-        return total / weight, params.logits(x, config, ComputeConfig())
+        total = params.loss(x, targets, weights, config).loss
+        return total / weights.sum(), params.logits(x, config, ComputeConfig())
 
     return jax.value_and_grad(loss, has_aux=True)(trainable)
 
