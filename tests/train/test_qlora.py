@@ -16,6 +16,8 @@ from camelid.runs.run import Outcome, run
 from camelid.train.loggers import read_metrics
 from runs import recipe, stories_run
 
+pytestmark = pytest.mark.quick_compile
+
 
 def losses(outcome: Outcome) -> list[float]:
     rows = read_metrics(outcome.folder / "metrics.jsonl")
