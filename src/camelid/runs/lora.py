@@ -77,6 +77,14 @@ def base_dtype(recipe: Recipe) -> str:
     return "bfloat16" if base in ("int8", "nf4") else base
 
 
+def not_finite_error(recipe: Recipe, counts: Mapping[str, int]) -> UserError:
+    """The error for a checkpoint `init` with infinite or NaN values; `counts` is their number by path."""
+    return UserError(
+        f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(counts)}",
+        "Every loss would be NaN: use another checkpoint.",
+    )
+
+
 def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) -> Base:
     """Reads the frozen parameters: matrices in the form `lora.base`, and norms and biases in float32.
 
@@ -97,10 +105,7 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
             array = quantize_parameter(path, array, spec, bits, mesh, recipe.compute.replicate)
         arrays.append(array)
     if not_finite:
-        raise UserError(
-            f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(not_finite)}",
-            "Every loss would be NaN: use another checkpoint.",
-        )
+        raise not_finite_error(recipe, not_finite)
     kept = read_run_adapter(folder) if saved_state.steps_in(folder / STEPS) else None
     if kept is not None:
         odd = list(config_differences(read_model_config(folder), base.config))

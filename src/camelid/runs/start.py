@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from camelid.api import load_params
 from camelid.checkpoint.checkpoint import Checkpoint
-from camelid.checkpoint.integrity import checksum_arrays, describe_counts
+from camelid.checkpoint.integrity import checksum_arrays
 from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.errors import UserError
@@ -25,7 +25,7 @@ from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 from camelid.runs.adamw_import import import_adamw
 from camelid.runs.components import Components
 from camelid.runs.file_names import STEPS
-from camelid.runs.lora import Base, first_state, load_base
+from camelid.runs.lora import Base, first_state, load_base, not_finite_error
 from camelid.runs.recipe import Recipe
 from camelid.runs.run_folder import new_aside
 from camelid.train.counters import start_counters
@@ -86,10 +86,7 @@ def find_start(
     else:
         state = _from_scratch(recipe, components.config, create, target)
     if resumed is None and components.source is not None and (not_finite := checksum_arrays(state)[1]):
-        raise UserError(
-            f"init = {recipe.init!r} has infinite or NaN values in {describe_counts(not_finite)}",
-            "Every loss would be NaN: use another checkpoint.",
-        )
+        raise not_finite_error(recipe, not_finite)
     aside = None if from_step is None else _move_later_aside(folder, from_step)
     return Start(state, resumed, previous, base, aside)
 
@@ -111,10 +108,8 @@ def _from_init(
     recipe: Recipe, source: Checkpoint, create: Callable[[Any], TrainState], target: TrainState, mesh: Mesh
 ) -> TrainState:
     if recipe.init_optimizer:
-        state = import_adamw(source, target, recipe.compute, mesh, recipe.loss_scale)
-    else:
-        state = jax.jit(create, out_shardings=shardings(target))(load_params(source, recipe.compute, mesh))
-    return state
+        return import_adamw(source, target, recipe.compute, mesh, recipe.loss_scale)
+    return jax.jit(create, out_shardings=shardings(target))(load_params(source, recipe.compute, mesh))
 
 
 def _from_scratch(
