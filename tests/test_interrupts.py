@@ -9,7 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -59,6 +59,14 @@ class Started:
 
     def wait(self) -> int:
         return self.process.wait(ENDS_S)
+
+    def until_group_ended(self) -> None:
+        """Waits for the processes that the ended process had started."""
+        with suppress(ProcessLookupError):
+            latest = time.monotonic() + ENDS_S
+            while time.monotonic() < latest:
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.01)
 
 
 @contextmanager
@@ -212,6 +220,33 @@ def test_a_checkpoint_that_is_not_begun_leaves_no_temporary_files(
     assert_interrupted(run)
     assert list((tmp_path / "temporary").iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} == {"temporary", "logs"}
+
+
+def test_a_worker_that_is_being_started_gets_its_arguments_first(tmp_path: Path, user_env: dict[str, str]):
+    """It would print a traceback otherwise."""
+    body = """
+        import multiprocessing.util
+        from camelid.data.preparation.workers import start_worker
+        interrupts.END_S = 60  # a loaded machine may take longer than a user would wait
+        start = multiprocessing.util.spawnv_passfds
+
+        def start_slowly(*about):
+            process = start(*about)
+            if "--multiprocessing-fork" in about[1]:  # not the resource tracker
+                print(flush=True)
+                time.sleep(1)
+            return process
+
+        multiprocessing.util.spawnv_passfds = start_slowly
+        start_worker(bool)
+        time.sleep(600)
+        """
+    with started(program(body), tmp_path, user_env) as run:
+        run.until(lambda: "\n" in run.out)
+        run.interrupt()
+        run.wait()
+        run.until_group_ended()
+        assert_interrupted(run)
 
 
 def test_what_hears_the_signal_decides_when_the_command_ends(tmp_path: Path, user_env: dict[str, str]):

@@ -39,6 +39,7 @@ _advice = ""
 _before_end: Callable[[], None] | None = None
 _message_lock = threading.Lock()
 _message_shown = False
+_undivided = threading.Lock()
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -114,6 +115,7 @@ def end() -> NoReturn:
             if _before_end is not None:
                 with contextlib.suppress(Exception):
                     _before_end()
+            _undivided.acquire(timeout=END_S)  # it is never released: no other block begins
     if _cleaning and threading.current_thread() is not threading.main_thread():
         latest.join()
     os._exit(INTERRUPTED)
@@ -134,6 +136,13 @@ def before_end(do: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _before_end = None
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """An interrupt waits for the end of this short block, at most END_S seconds, before it ends the command."""
+    with _undivided:
+        yield
 
 
 @contextlib.contextmanager

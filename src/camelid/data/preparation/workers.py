@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from camelid.errors import UserError
+from camelid.interrupts import undivided
 
 Worker = tuple[Connection, BaseProcess]
 
@@ -33,7 +34,8 @@ def start_worker(
     resource_tracker.ensure_running()  # otherwise process.start() starts it, which unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *blocked})
     try:
-        process.start()
+        with undivided():  # a process whose parent ends before it has sent the arguments prints a traceback
+            process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
