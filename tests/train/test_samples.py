@@ -45,7 +45,7 @@ class StopAfterTwo(StopSignal):
 
 def sampled_run(folder: Path, samples: dict[str, Any] | None = SAMPLES, **fields: Any) -> dict[str, Any]:
     """A recipe's table: four steps with everything that samples could disturb."""
-    shared = {"ema": {"decay": 0.5}, "dropout": {"residual": 0.1}, "data__validation_fraction": 0.3}
+    shared = {"ema": {"decay": 0.9}, "dropout": {"residual": 0.1}, "data__validation_fraction": 0.3}
     shared |= {"optimizer__learning_rate": 0.1}  # so that the average differs from the parameters
     table = tiny_run(folder, **shared | {"train__checkpoint_every": 2, "optimizer__decay_steps": 4} | fields)
     return table if samples is None else table | {"samples": samples}

@@ -79,7 +79,7 @@ class WeightsAndBiases:
         import wandb
 
         self._run = wandb.init(
-            project="camelid",
+            project=os.environ.get("WANDB_PROJECT", "camelid"),
             id=_run_id(folder),
             name=folder.name,
             dir=str(folder),
