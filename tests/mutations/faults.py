@@ -694,7 +694,7 @@ FAULTS = (
     Fault(
         "a step is reported after its checkpoint",
         "runs/run.py",
-        "        if validates or due or ending or stopping:\n            log.flush()",
+        "        if validates or generates or due or ending or stopping:\n            log.flush()",
         "        if False:\n            log.flush()",
         "train/test_loop.py::test_a_step_is_reported_before_it_is_saved_and_saved_before_it_is_validated",
     ),
@@ -975,9 +975,9 @@ FAULTS = (
     ),
     Fault(
         "a model that learnt chats loses their template",
-        "runs/run.py",
-        "return components.companions | template",
-        "return components.companions",
+        "runs/results.py",
+        "return self.components.companions | template",
+        "return self.components.companions",
         "end_to_end/test_run_folder.py::test_a_model_that_learnt_chats_has_their_template_beside_it[False]",
     ),
     Fault(

@@ -75,7 +75,7 @@ FAULTS = (
     Fault(
         "a finished run is saved again",
         "runs/run.py",
-        "if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, written):",
+        "if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, results.names):",
         "if start.resumed != start.resumed:",
         f"{RUN_FOLDER}test_starting_a_finished_run_again_changes_nothing",
     ),

@@ -86,7 +86,10 @@ def train_recipe(recipe: "Recipe", from_step: int | None = None) -> None:
 def _tell_end(outcome: "Outcome", recipe: "Recipe") -> None:
     """Prints where the result of a run is, and commands to try next."""
     if not outcome.finished:
-        note(f"stopped after step {outcome.steps} of {recipe.train.steps}; run the same command again to resume")
+        again = "run the same command again to resume"
+        if not (recipe.checkpoint.optimizer or recipe.checkpoint.restart_optimizer):
+            again = "to resume with a new state of the optimizer, add --checkpoint.restart-optimizer true"
+        note(f"stopped after step {outcome.steps} of {recipe.train.steps}; {again}")
         return
     written = (f"{folder.name} {folder}" for folder in outcome.saved)
     note("   ".join([*written, f"losses {outcome.folder / 'loss.png'}"]))

@@ -44,7 +44,7 @@ def generate(
     the ids that may be generated (None: all). A row ends at its first logits that are NaN or infinite. Raises UserError
     if a prompt is empty, has an id outside of the vocabulary, or leaves no room in the context.
     """
-    _check(prompts, max_new_tokens, config)
+    check_prompts(prompts, max_new_tokens, config)
     count, longest = len(prompts), max(len(prompt) for prompt in prompts)
     rows = -count % data_parallel_size(mesh) + count
     tokens = np.zeros((rows, min(_round_up(longest), config.max_length)), np.int32)
@@ -71,7 +71,8 @@ def generate(
     return [row[:n].tolist() for row, n in zip(out, counts, strict=True)], finite.tolist()
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
+    """Raises UserError if a prompt is empty, has an id outside of the vocabulary, or leaves no room in the context."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens} is below 1", "Request at least one token.")
     if not prompts:

@@ -32,6 +32,7 @@ from camelid.runs.lora import base_of, is_gone
 from camelid.runs.lora_targets import plan_adapters
 from camelid.runs.recipe import Recipe
 from camelid.runs.run_folder import Data, kept_data
+from camelid.runs.samples import encode_prompts
 from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
@@ -63,6 +64,8 @@ class Components:
     lora: LoRAPlan | None = None
     """the adapters that are trained; None if all parameters are"""
     notes: tuple[str, ...] = ()
+    prompts: Sequence[Sequence[int]] = ()
+    """the token ids of the prompts that are completed in the course of training"""
 
     @property
     def precomputes_reference(self) -> bool:
@@ -150,9 +153,9 @@ def build_components(recipe: Recipe, mesh: Mesh, started: bool = False) -> Compo
     notes = (*notes, *tokenizer.notes, *vocabulary_notes(tokenizer, config.vocab_size), *train.notes)
     if validation is not None and validation.pairs:
         notes = (*notes, *validation.notes)
-    return Components(
-        recipe, source, inherited, config, tokenizer, train, validation, _train_step(recipe, config, plan), plan, notes
-    )
+    prompts = () if recipe.samples is None else encode_prompts(recipe.samples, config, tokenizer, train.stores)
+    step = _train_step(recipe, config, plan)
+    return Components(recipe, source, inherited, config, tokenizer, train, validation, step, plan, notes, prompts)
 
 
 def _model(recipe: Recipe, started: bool) -> tuple[Checkpoint | None, ModelConfig, Sequence[Path]]:

@@ -22,6 +22,7 @@ from camelid.checkpoint.integrity import checksum_arrays, describe_counts
 from camelid.checkpoint.registry import split_prefix
 from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
+from camelid.checkpoint.tensors import dtype_named, rounded
 from camelid.errors import UserError
 from camelid.model.adapters import LoRAPlan, freeze, initialize_adapters
 from camelid.model.decoder import Decoder, declare_decoder
@@ -217,14 +218,20 @@ def _short(values: Sequence[float]) -> str:
 # adapter/ ------------------------------------------------------------------------------------
 
 
-def save_adapter(folder: Path, trainable: Decoder, base: Base, companions: Mapping[str, Path]) -> None:
+def save_adapter(
+    folder: Path, trainable: Decoder, base: Base, companions: Mapping[str, Path], dtype: str | None = None
+) -> None:
     """Writes an adapter in PEFT's form, with the tokenizer's files; every process calls this.
+
+    `dtype` is that of its tensors; None: the one that they have. Raises UserError if a value is out of its range.
 
     The folder is complete at any time: its files are written under other names first. PEFT finds the base by its name
     if it is in Hugging Face's format; otherwise the base has to be given.
     """
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(trainable)}
     arrays = to_host(leaves)
+    if dtype is not None:
+        arrays = {path: rounded(path, array, dtype_named(dtype)) for path, array in arrays.items()}
     if is_main():
         about, name = base.about, split_prefix(base.about.base)[1] if base.checkpoint.format == "hf" else None
         files = adapter_files(to_adapter(about.plan, arrays, base.checkpoint.config, name, about.dropout))

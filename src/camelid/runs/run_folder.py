@@ -5,7 +5,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from camelid.runs.file_names import (
     MODEL,
     MODEL_EMA,
     RECIPE,
+    SAMPLES,
     STEPS,
 )
 from camelid.runs.recipe import Recipe, completed, structure, write_recipe
 from camelid.runs.recipe_differences import recipe_differences
 from camelid.runs.renamed import with_new_names
+from camelid.train.config import CheckpointConfig, SamplesConfig
 
 FREE = {
     f"train.{name}"
@@ -51,6 +53,9 @@ FREE = {
 } | {
     "run",
     "lora.merge",
+    "samples",
+    *(f"samples.{field.name}" for field in fields(SamplesConfig)),
+    *(f"checkpoint.{field.name}" for field in fields(CheckpointConfig)),
     "data.workers",
     "data.prepare_workers",
     "data.cache",
@@ -68,11 +73,16 @@ def has_started(folder: Path) -> bool:
 
 def is_finished(folder: Path, step: int, written: Sequence[str]) -> bool:
     """Whether the folders `written` in that of a run exist and are those after `step`; every process calls this."""
+    return is_written(folder, written) and broadcast_from_main(lambda: _step(folder) == step)
+
+
+def is_written(place: Path, names: Sequence[str]) -> bool:
+    """Whether `place` has the models and adapters of these names; every process calls this."""
 
     def exists(name: str) -> bool:
-        return (folder / name / (CONFIG if name in (ADAPTER, ADAPTER_EMA) else "config.json")).is_file()
+        return (place / name / (CONFIG if name in (ADAPTER, ADAPTER_EMA) else "config.json")).is_file()
 
-    return broadcast_from_main(lambda: all(map(exists, written)) and _step(folder) == step)
+    return broadcast_from_main(lambda: all(map(exists, names)))
 
 
 def _step(folder: Path) -> int | None:
@@ -189,13 +199,17 @@ def kept_data(folder: Path) -> Data | None:
 
 
 def new_aside(folder: Path) -> Path:
-    """Creates the folder set_aside_1, or the next free number, in that of a run, with a copy of metrics.jsonl."""
+    """Creates the folder set_aside_1, or the next free number, in that of a run.
+
+    It has copies of metrics.jsonl and samples.jsonl.
+    """
     number = 1
     while (aside := folder / f"set_aside_{number}").exists():
         number += 1
     aside.mkdir()
-    if (folder / METRICS).exists():
-        shutil.copyfile(folder / METRICS, aside / METRICS)
+    for file in (folder / METRICS, folder / SAMPLES):
+        if file.exists():
+            shutil.copyfile(file, aside / file.name)
     return aside
 
 

@@ -1,7 +1,7 @@
 """The state that training starts from: a checkpoint of the run, the checkpoint `init`, or new parameters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from camelid.model.params import abstract, initialize
 from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 from camelid.runs.adamw_import import import_adamw
 from camelid.runs.components import Components
-from camelid.runs.file_names import STEPS
+from camelid.runs.file_names import MILESTONES, STEPS
 from camelid.runs.lora import Base, first_state, load_base, not_finite_error
 from camelid.runs.recipe import Recipe
 from camelid.runs.run_folder import new_aside
 from camelid.train.counters import start_counters
-from camelid.train.state import TrainState, abstract_state, start_state
+from camelid.train.state import TrainState, abstract_state, start_state, with_new_optimizer_state
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,12 @@ def find_start(
     if resumed is not None:
         # Checkpoints of an older camelid have no counters.
         counters = {f"counters.{name}": value for name, value in start_counters(recipe.loss_scale).items()}
-        state = checkpoints.restore(resumed, target, counters)
+        if checkpoints.holds(resumed, "opt_state"):
+            state = checkpoints.restore(resumed, target, counters)
+        else:
+            _check_restarts(recipe, folder, resumed)
+            saved = checkpoints.restore(resumed, replace(target, opt_state=None), counters)
+            state = with_new_optimizer_state(saved, optimizer, target)
     elif base is not None:
         state = first_state(recipe, base, create, target)
     elif components.source is not None:
@@ -155,13 +160,28 @@ def _step_to_resume(folder: Path, recipe: Recipe, started: bool, from_step: int 
     return step
 
 
+def _check_restarts(recipe: Recipe, folder: Path, step: int) -> None:
+    """Raises UserError unless the recipe says that the optimizer restarts from a checkpoint without its state."""
+    if not recipe.checkpoint.restart_optimizer:
+        raise UserError(
+            f"the checkpoint of step {step} in {folder / STEPS} has no state of the optimizer "
+            "(checkpoint.optimizer = false), so the run cannot be resumed exactly",
+            "Set checkpoint.restart_optimizer = true to go on with new moments, at this step and its learning rate; or "
+            f"start another run with init = {str(folder / STEPS / str(step))!r}.",
+        )
+
+
 def _move_later_aside(folder: Path, step: int) -> Path | None:
-    """Moves the checkpoints of later steps to a new folder, and returns it; every process calls this."""
-    steps = folder / STEPS
-    later = [other for other in saved_state.steps_in(steps) if other > step] if is_main() else []
-    aside = new_aside(folder) if later else None
-    for other in reversed(later):
+    """Moves the checkpoints and milestones of later steps to a new folder, and returns it; every process calls this."""
+    found, aside = [], None
+    if is_main():
+        names = (MILESTONES, STEPS)
+        found = [(name, other) for name in names for other in saved_state.steps_in(folder / name) if other > step]
+        aside = new_aside(folder) if found else None
+    for name, other in reversed(found):  # the latest checkpoint first
         assert aside is not None
-        (steps / str(other)).rename(aside / str(other))
+        place = aside if name == STEPS else aside / name
+        place.mkdir(exist_ok=True)
+        (folder / name / str(other)).rename(place / str(other))
     wait_for_all("later checkpoints are moved aside")
     return aside

@@ -14,7 +14,7 @@ from camelid.parallel.rules import shard
 from camelid.train.config import LossScaleConfig
 from camelid.train.counters import loss_deviation, update_counters
 from camelid.train.objective import Arrays, Objective
-from camelid.train.state import TrainState
+from camelid.train.state import TrainState, is_schedule
 from camelid.train.trainable import combine
 
 REPORTED = ("skipped", "skipped_in_a_row", "loss_scale", "overflows")
@@ -95,10 +95,6 @@ class TrainStep:
 
     def _skipped(self, state: TrainState, grads: Any) -> TrainState:
         """The state without an update; only the counts of schedules advance, as the step does."""
-
-        def is_schedule(node: Any) -> bool:
-            # The state of a learning rate's schedule, and of weight decay's, whose class Optax does not export.
-            return getattr(node, "_fields", ()) == ("count",)
 
         def advanced(node: Any) -> Any:
             return node._replace(count=optax.safe_increment(node.count)) if is_schedule(node) else node
