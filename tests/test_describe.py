@@ -28,6 +28,7 @@ COSTS = {
     "formula",
     "bytes_in",
     "training_bytes",
+    "adapter_training_bytes",
     "cache_bytes_per_token",
     "cache_bytes",
     "flops_per_token",
@@ -156,7 +157,10 @@ def test_training_memory_is_that_of_the_state_and_the_gradients(capsys: pytest.C
     assert sum(sizes.values()) == sum(4 * leaf.size for leaf in arrays if leaf.ndim)
     assert sizes["adamw_moments"] == sum(4 * leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     rows = [line.split() for line in shown(config, capsys).splitlines()]
-    assert ["total", "without", "activations", *format_bytes(sum(sizes.values())).split()] in rows
+    all_sizes = [sizes, *describe.of_config(config)["adapter_training_bytes"].values()]
+    totals = [word for each in all_sizes for word in format_bytes(sum(each.values())).split()]
+    assert len(all_sizes) == 3
+    assert ["total", "without", "activations", *totals] in rows
 
 
 def test_the_closed_formula_stands_beside_the_count():

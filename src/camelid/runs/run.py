@@ -3,20 +3,19 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from camelid import interrupts
 from camelid.api import Model
 from camelid.checkpoint.folder import check_destination
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.data.rows.batch import Batch, PairBatch
+from camelid.data.rows.batch import Batch
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.prefetch import prefetched
 from camelid.errors import UserError
@@ -25,12 +24,12 @@ from camelid.model.flops import peak_flops, training_flops
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
 from camelid.parallel.hosts import broadcast_from_main, is_main
 from camelid.parallel.mesh import make_mesh
-from camelid.parallel.rules import COMPUTE, partition
 from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.best import BestCheckpoint
 from camelid.runs.components import Components, build_components
 from camelid.runs.file_names import ADAPTER, ADAPTER_EMA, METRICS, MODEL, MODEL_EMA, PROFILE, STEPS
 from camelid.runs.lora import Base, base_dtype, save_adapter
+from camelid.runs.program import abstract_batch, trace_step
 from camelid.runs.recipe import Recipe, completed
 from camelid.runs.reference import with_reference
 from camelid.runs.run_folder import (
@@ -42,7 +41,7 @@ from camelid.runs.run_folder import (
     mark_unfinished,
     record,
 )
-from camelid.runs.start import Start, find_start, shardings
+from camelid.runs.start import Start, find_start
 from camelid.runs.summary import start_summary
 from camelid.runs.validation import Validate, is_validated, mean_losses, validate_step
 from camelid.runs.versions import record_versions
@@ -79,9 +78,48 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     With `from_step`, training resumes from this older checkpoint. Checkpoints of later steps are moved to a new
     folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl.
 
-    Raises UserError for a recipe that does not fit the data, the model, the machine or the folder, for a damaged
-    checkpoint, and when losses or gradients of more than `train.max_skipped` steps in a row are infinite or NaN.
-    Nothing is written before training can start.
+    Raises UserError as `open_run`, for a damaged checkpoint, and when losses or gradients of more than
+    `train.max_skipped` steps in a row are infinite or NaN. Nothing is written before training can start.
+    """
+    opened = open_run(recipe)
+    recipe, folder, mesh, components = opened.recipe, opened.folder, opened.mesh, opened.components
+    with (
+        jax.set_mesh(mesh),
+        claimed(folder, recipe, components.data),
+        contextlib.closing(_checkpoints(folder, recipe.train)) as checkpoints,
+    ):
+        start = find_start(recipe, opened.previous, from_step, components, checkpoints, mesh)
+        terminal = Terminal(int(start.state.step), recipe.train.steps)
+        if is_main():
+            for line in start_summary(recipe, components, mesh, start):
+                terminal.print(line)
+        written = written_folders(recipe)
+        if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, written):
+            if is_main():
+                terminal.print(finished_line(recipe))
+            model = _model(recipe, components, folder, mesh, combine(start.state.trainable, start.frozen))
+            return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in written))
+        state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal)
+        return _finish(recipe, components, folder, mesh, start, state, finished)
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run before its state is read."""
+
+    recipe: Recipe
+    """with the fields that depend on how the run was started"""
+    folder: Path
+    previous: Recipe | None
+    """the recipe of the run so far; None for a new run"""
+    mesh: Mesh
+    components: Components
+
+
+def open_run(recipe: Recipe) -> OpenedRun:
+    """Opens and checks what a run consists of; writes nothing but prepared text in the cache.
+
+    Raises UserError for a recipe that does not fit the data, the model, the machine or the folder.
     """
     folder = Path(recipe.run).resolve()
     previous = kept_recipe(folder)
@@ -94,26 +132,14 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         components = build_components(recipe, mesh, started=previous is not None)
-        for written in _written(recipe):
-            check_destination(folder / written, True, {"config.json": None, **components.companions})
-        with (
-            claimed(folder, recipe, components.data),
-            contextlib.closing(_checkpoints(folder, recipe.train)) as checkpoints,
-        ):
-            start = find_start(recipe, previous, from_step, components, checkpoints, mesh)
-            terminal = Terminal(int(start.state.step), recipe.train.steps)
-            if is_main():
-                for line in start_summary(recipe, components, mesh, start):
-                    terminal.print(line)
-            written = _written(recipe)
-            if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, written):
-                if is_main():
-                    made = f"it has made all {recipe.train.steps} steps"
-                    terminal.print(f"this run is finished: {made}; a larger train.steps continues it")
-                model = _model(recipe, components, folder, mesh, combine(start.state.trainable, start.frozen))
-                return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in written))
-            state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal)
-            return _finish(recipe, components, folder, mesh, start, state, finished)
+    for written in written_folders(recipe):
+        check_destination(folder / written, True, {"config.json": None, **components.companions})
+    return OpenedRun(recipe, folder, previous, mesh, components)
+
+
+def finished_line(recipe: Recipe) -> str:
+    """What is printed of a run that has made all steps and written its results."""
+    return f"this run is finished: it has made all {recipe.train.steps} steps; a larger train.steps continues it"
 
 
 def _train(
@@ -127,7 +153,7 @@ def _train(
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
     config, state, first = recipe.train, start.state, int(start.state.step)
-    kind = PairBatch if components.precomputes_reference else Batch
+    kind = components.batch_kind
     step, starting = components.step, first < config.steps
     if starting:
         step = compile_step(step, state, recipe, mesh, terminal, start.frozen, kind)
@@ -242,7 +268,7 @@ def _finish(
     if finished:
         params = {ADAPTER: state.trainable, MODEL: state.trainable, ADAPTER_EMA: state.ema, MODEL_EMA: state.ema}
         dtype = None if recipe.lora is None else base_dtype(recipe)
-        for name in _written(recipe):
+        for name in written_folders(recipe):
             if start.base is not None and name in (ADAPTER, ADAPTER_EMA):
                 save_adapter(folder / name, params[name], start.base, _companions(components, folder))
             else:
@@ -251,11 +277,11 @@ def _finish(
         mark_finished(folder, int(state.step))
     if is_main():
         draw_losses({folder.name: read_metrics(folder / METRICS)}, folder / "loss.png")
-    written = tuple(folder / name for name in _written(recipe) if (folder / name).is_dir())
+    written = tuple(folder / name for name in written_folders(recipe) if (folder / name).is_dir())
     return Outcome(folder, int(state.step), finished, model, written)
 
 
-def _written(recipe: Recipe) -> tuple[str, ...]:
+def written_folders(recipe: Recipe) -> tuple[str, ...]:
     """The folders in that of a finished run that are written for use elsewhere."""
     models = (MODEL,) if recipe.ema is None else (MODEL, MODEL_EMA)
     if recipe.lora is None:
@@ -294,14 +320,7 @@ def compile_step(
     if is_main():
         terminal.print("compiling the training step ...")
     start = time.perf_counter()
-    shape = (recipe.data.batch_size, recipe.data.sequence_length)
-    sharding = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
-    floats = ("weights", "reference")
-    dtypes = {field.name: jnp.float32 if field.name in floats else jnp.int32 for field in fields(kind)}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    # The state keeps its shardings, whatever the compiler would choose for the updates of an optimizer.
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None))
-    compiled = jitted.lower(state, batch, frozen).compile()
+    compiled = trace_step(step, state, frozen, abstract_batch(recipe, mesh, kind)).lower().compile()
     if is_main():
         terminal.print(f"compiled in {time.perf_counter() - start:.1f} s")
     return lambda state, batch: compiled(state, batch, frozen)
