@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from camelid import describe
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.disk.space import format_bytes
+from camelid.model.adapters import freeze, initialize_adapters
 from camelid.model.config import LongRopeScaling, ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.flops import cache_bytes, forward_flops, training_flops
+from camelid.model.params import build, named
 from camelid.model.presets import ALIASES, PRESETS, preset
+from camelid.model.quantize import held_dtype, quantize_parameter
+from camelid.parallel.mesh import one_device
+from camelid.runs.lora_targets import plan_adapters
+from camelid.train.lora_config import LoRAConfig
 from camelid.train.optimizer import make_optimizer
 from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.state import start_state
@@ -111,6 +119,35 @@ def test_presets_are_listed_with_their_sizes_and_other_names():
     for name in PRESETS:
         (line,) = [line for line in printed.splitlines() if line.split()[:1] == [name]]
         assert f" {listed[name]['parameters']:,} " in line
+
+
+def test_training_of_adapters_keeps_what_a_run_of_adapters_holds():
+    config = tiny_config(num_layers=3)
+    sizes = describe.of_config(config)["adapter_training_bytes"]
+    plan = plan_adapters(LoRAConfig(), config)
+    for name, form in (("lora", "bfloat16"), ("qlora", "nf4")):
+        base = {
+            path: np.zeros(spec.shape, held_dtype(spec, form)) for path, spec in named(declare_decoder(config)).items()
+        }
+        params = jax.tree.map(jnp.asarray, build(declare_decoder(config), list(base.values())))
+        if form == "nf4":
+            specs = named(declare_decoder(config))
+            leaves = [
+                quantize_parameter(path, x, specs[path], "nf4", one_device()) for path, x in named(params).items()
+            ]
+            params = build(declare_decoder(config), leaves)
+        assert sizes[name]["frozen_parameters"] == sum(x.nbytes for x in jax.tree.leaves(freeze(params, plan, config)))
+        adapters = initialize_adapters(plan, config, jax.random.key(0), params)
+        assert sizes[name]["parameters"] == sum(x.nbytes for x in jax.tree.leaves(adapters))
+        assert sizes[name]["gradients"] == sizes[name]["parameters"]
+        assert sizes[name]["adamw_moments"] == 2 * sizes[name]["parameters"]
+    assert sizes["qlora"]["frozen_parameters"] < sizes["lora"]["frozen_parameters"] / 2
+
+
+def test_adapters_that_do_not_fit_are_left_out():
+    assert describe.of_config(tiny_config(head_dim=2))["adapter_training_bytes"] == {}
+    odd = describe.of_config(tiny_config(mlp_dim=81))["adapter_training_bytes"]
+    assert odd.keys() == {"lora"}
 
 
 @pytest.mark.parametrize(

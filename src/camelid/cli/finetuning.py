@@ -95,7 +95,9 @@ def finetune(
 
 
 def as_toml(plan: "Plan") -> str:
-    """The fields that were chosen or given, as a recipe."""
+    """The fields that were chosen or given, as a recipe, with comments about defaults that follow from them."""
     import tomli_w
 
-    return tomli_w.dumps(plan.table)
+    from camelid.runs.recipe_defaults import with_defaults
+
+    return with_defaults(tomli_w.dumps(plan.table), plan.table, plan.recipe)

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,6 +56,7 @@ def train(
     """
     from camelid import recipes
     from camelid.runs.recipe import completed, read_recipe, write_recipe
+    from camelid.runs.recipe_defaults import with_defaults
 
     resolved = read_recipe(recipes.find(recipe), overrides)
     if print_recipe:
@@ -63,7 +65,8 @@ def train(
             from camelid.runs.run_folder import kept_recipe  # imports JAX, which is not needed for a new run
 
             kept = kept_recipe(folder)
-        print(write_recipe(completed(resolved, kept)), end="")
+        text = write_recipe(whole := completed(resolved, kept))
+        print(with_defaults(text, tomllib.loads(text), whole), end="")
         return
     keep_compiled()
     from camelid.parallel import hosts
