@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from typing import Literal
 
 ROWS, LENGTH = 2, 512
 DTYPES = ("float32", "bfloat16")
@@ -39,7 +40,7 @@ def in_a_process(layers: int, dtype: str) -> dict:
     return json.loads(done.stdout)
 
 
-def measure(layers: int, dtype: str) -> None:
+def measure(layers: int, dtype: Literal["float32", "bfloat16"]) -> None:
     """Prints seconds of tracing and of compiling the step of AdamW, and the bytes that it takes."""
     import jax
 
@@ -79,6 +80,7 @@ def measure(layers: int, dtype: str) -> None:
         middle = time.perf_counter()
         memory = traced.lower().compile().memory_analysis()
         end = time.perf_counter()
+    assert memory is not None, "the CPU's compiler has an analysis"
     print(
         json.dumps(
             {

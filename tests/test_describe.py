@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from camelid import describe
@@ -17,7 +16,7 @@ from camelid.checkpoint.registry import open_checkpoint
 from camelid.disk.space import format_bytes
 from camelid.model.adapters import freeze, initialize_adapters
 from camelid.model.config import LongRopeScaling, ModelConfig
-from camelid.model.decoder import declare_decoder
+from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import cache_bytes, forward_flops, training_flops
 from camelid.model.params import build, named
 from camelid.model.presets import ALIASES, PRESETS, preset
@@ -123,25 +122,30 @@ def test_presets_are_listed_with_their_sizes_and_other_names():
 
 def test_training_of_adapters_keeps_what_a_run_of_adapters_holds():
     config = tiny_config(num_layers=3)
+    specs, plan = declare_decoder(config), plan_adapters(LoRAConfig(), config)
     sizes = describe.of_config(config)["adapter_training_bytes"]
-    plan = plan_adapters(LoRAConfig(), config)
-    for name, form in (("lora", "bfloat16"), ("qlora", "nf4")):
-        base = {
-            path: np.zeros(spec.shape, held_dtype(spec, form)) for path, spec in named(declare_decoder(config)).items()
-        }
-        params = jax.tree.map(jnp.asarray, build(declare_decoder(config), list(base.values())))
+
+    def held(form: str) -> Decoder:
+        arrays = {path: jnp.zeros(spec.shape, held_dtype(spec, form)) for path, spec in named(specs).items()}
         if form == "nf4":
-            specs = named(declare_decoder(config))
-            leaves = [
-                quantize_parameter(path, x, specs[path], "nf4", one_device()) for path, x in named(params).items()
-            ]
-            params = build(declare_decoder(config), leaves)
-        assert sizes[name]["frozen_parameters"] == sum(x.nbytes for x in jax.tree.leaves(freeze(params, plan, config)))
-        adapters = initialize_adapters(plan, config, jax.random.key(0), params)
-        assert sizes[name]["parameters"] == sum(x.nbytes for x in jax.tree.leaves(adapters))
-        assert sizes[name]["gradients"] == sizes[name]["parameters"]
-        assert sizes[name]["adamw_moments"] == 2 * sizes[name]["parameters"]
-    assert sizes["qlora"]["frozen_parameters"] < sizes["lora"]["frozen_parameters"] / 2
+            mesh = one_device()
+            arrays = {
+                path: quantize_parameter(path, array, named(specs)[path], form, mesh) for path, array in arrays.items()
+            }
+        return build(specs, arrays.values())
+
+    def nbytes(tree: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    for name, form in (("lora", "bfloat16"), ("qlora", "nf4")):
+        params = held(form)
+        adapters = nbytes(initialize_adapters(plan, config, jax.random.key(0), params))
+        assert sizes[name] == {
+            "frozen_parameters": nbytes(freeze(params, plan, config)),
+            "parameters": adapters,
+            "gradients": adapters,
+            "adamw_moments": 2 * adapters,
+        }
 
 
 def test_adapters_that_do_not_fit_are_left_out():
