@@ -185,12 +185,17 @@ def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
             ) from error
         stack.callback(_remove_lock_alone, folder)
         check_folder(folder, recipe)
-        if has_started(folder):
-            kept = kept_data(folder) or {}
-            _check_data(folder, kept, data)
-            _check_row_orders(folder, kept, data)
+        check_data(folder, data)
         wait_for_all("run folder")
         yield
+
+
+def check_data(folder: Path, data: Data) -> None:
+    """Raises UserError if a run has been trained on other data than `data`, or on its rows in another order."""
+    if has_started(folder):
+        kept = kept_data(folder) or {}
+        _check_tokens(folder, kept, data)
+        _check_row_orders(folder, kept, data)
 
 
 def kept_data(folder: Path) -> Data | None:
@@ -236,7 +241,7 @@ def _remove_lock_alone(folder: Path) -> None:
         (folder / LOCK).unlink()
 
 
-def _check_data(folder: Path, before: Data, now: Data) -> None:
+def _check_tokens(folder: Path, before: Data, now: Data) -> None:
     """Raises UserError if the prepared text has changed, so that the batches of all steps would be different."""
     for split, stores in before.items():
         if split == FILES:
