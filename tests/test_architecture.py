@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "api": "text generate checkpoint model parallel inputs interrupts",
     "describe": "checkpoint model parallel disk inputs tables",
     "runs": "*",
+    "trainer": "*",
     "demo": "*",
     "cli": "*",
     "__main__": "*",

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from camelid.runs.summary import start_summary
 from camelid.runs.validation import Validate, is_validated, mean_losses, validate_step
 from camelid.runs.versions import record_versions
 from camelid.text.tokenizer import CHAT_TEMPLATE
+from camelid.train.callbacks import Callback
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.metrics_log import MetricsLog
@@ -73,11 +74,12 @@ class Outcome:
     """the folders that were written for use elsewhere: model/ or adapter/"""
 
 
-def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
+def run(recipe: Recipe, from_step: int | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
     """Trains by a recipe, from the newest checkpoint in the folder of the run if there is one.
 
     With `from_step`, training resumes from this older checkpoint. Checkpoints of later steps are moved to a new
-    folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl.
+    folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl. Every
+    process calls the `callbacks`, and ends with an exception that one of them raises.
 
     Raises UserError for a recipe that does not fit the data, the model, the machine or the folder, for a damaged
     checkpoint, and when losses or gradients of more than `train.max_skipped` steps in a row are infinite or NaN.
@@ -112,7 +114,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
                     terminal.print(f"this run is finished: {made}; a larger train.steps continues it")
                 model = _model(recipe, components, folder, mesh, combine(start.state.trainable, start.frozen))
                 return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in written))
-            state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal)
+            state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal, callbacks)
             return _finish(recipe, components, folder, mesh, start, state, finished)
 
 
@@ -124,6 +126,7 @@ def _train(
     mesh: Mesh,
     start: Start,
     terminal: Terminal,
+    callbacks: Sequence[Callback],
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
     config, state, first = recipe.train, start.state, int(start.state.step)
@@ -140,7 +143,7 @@ def _train(
         components = with_reference(components, start, folder, mesh, terminal)
     flops = training_flops(components.config, recipe.data.sequence_length, frozen=recipe.lora is not None)
     speed = Speed(first, config.steps, flops, _peak_flops())
-    log = _metrics_log(recipe, components, folder, checkpoints, terminal, speed, start.resumed or 0)
+    log = _metrics_log(recipe, components, folder, checkpoints, terminal, speed, start.resumed or 0, callbacks)
     validate = None
     if components.validation is not None:
         about = components.step.objective, components.validation, recipe, mesh, start.frozen, terminal
@@ -173,6 +176,7 @@ def _metrics_log(
     terminal: Terminal,
     speed: Speed,
     resume_from: int,
+    callbacks: Sequence[Callback],
 ) -> MetricsLog:
     """The log of the run, in which metrics.jsonl goes on after the step `resume_from`."""
     sinks = []
@@ -182,7 +186,8 @@ def _metrics_log(
     tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
     steps_per_epoch = sum(packing.rows_per_epoch for packing in components.loader.packings) / recipe.data.batch_size
     advice, of_tokens = checkpoints.recovery_advice, recipe.loss.average == "tokens"
-    return MetricsLog(recipe.train, terminal, speed, sinks, tokens_per_step, advice, steps_per_epoch, of_tokens)
+    about = tokens_per_step, advice, steps_per_epoch, of_tokens
+    return MetricsLog(recipe.train, terminal, speed, sinks, *about, callbacks, folder)
 
 
 def train_steps(
@@ -223,6 +228,7 @@ def train_steps(
                 checkpoints.save(made, state)
                 if export is not None:
                     export(state)
+            log.saved(made)
             schedule.saved(made)
             interrupts.set_advice(interrupts.RESUME)
             due = False
