@@ -124,8 +124,6 @@ class Trainer:
         Raises:
           UserError: If an argument is not valid, or arguments contradict each other.
         """
-        # A worker that prepares data, and runs the script of its parent, must not start another run.
-        refuse_unguarded()
         if task != "text_generation":
             raise UserError(f"task = {task!r} is unknown", 'camelid has the task "text_generation".')
         complete = args is not None and not isinstance(args, Mapping)
@@ -165,7 +163,7 @@ class Trainer:
           UserError: If the recipe does not fit the data, the model, the devices or the folder, which are listed in
             docs/recipes.md; or if training diverges.
         """
-        self._check_trainable()
+        self._check_start()
         if "train" not in {**self._fields.get("data", {}), **self._datasets}:
             raise UserError("there is no training data", "Give train_dataset, or data.train in args.")
         data = {split: self._sources(names) for split, names in self._names().items()}
@@ -187,7 +185,7 @@ class Trainer:
         Raises:
           UserError: If there is no checkpoint or no training data, their kind is not known, or as for `train`.
         """
-        self._check_trainable()
+        self._check_start()
         if "init" not in self._fields:
             raise UserError(
                 "finetune starts from a checkpoint, and the model has random values",
@@ -282,12 +280,17 @@ class Trainer:
         model = self._fields.get("init") or self._fields.get("model", {}).get("preset", "model")
         return Request(model=model, data=data if isinstance(data, tuple) else ("rows",), fields=self._fields).run
 
-    def _check_trainable(self) -> None:
+    def _check_start(self) -> None:
+        """Raises UserError if training has nothing to start from, or would start in a worker of a run."""
+        refuse_unguarded()
         if self._model is not None:
             raise UserError(
                 "training starts from files, and model is a camelid.Model in memory",
                 "Save it with model.save(path), and give the path as model.",
             )
+        self._check_model()
+
+    def _check_model(self) -> None:
         if not self._fields.keys() & {"init", "model"}:
             raise UserError("there is no model", "Give a preset or a checkpoint as model, or init or model in args.")
 
@@ -346,6 +349,7 @@ class Trainer:
 
     def _choose(self, checkpoint: bool | str | Path | None) -> Model:
         """The model that an argument `eval_checkpoint` or `predict_checkpoint` means."""
+        refuse_unguarded()
         if isinstance(checkpoint, str | Path):
             return self._load(checkpoint)
         if checkpoint or (checkpoint is None and self._result is not None):
@@ -354,6 +358,7 @@ class Trainer:
             return self._load(expand_home(self._run) if self._result is None else self._result.folder)
         if self._model is not None:
             return self._model
+        self._check_model()
         if "init" not in self._fields:
             raise UserError(
                 "the model has random values before it is trained",
@@ -413,8 +418,6 @@ def _with_model(table: dict[str, Any], model: str | Path | Model, complete: bool
         raise UserError(f"model = {name!r}, and args has init = {table['init']!r}", "Leave out one of them.")
     if name not in (*PRESETS, *ALIASES) or Path(name).exists():
         return {**table, "init": name}
-    if "init" in table:
-        raise UserError(f"model = {name!r} is a preset, and args has init", "Leave out one of them.")
     return laid_over({"model": {"preset": name}}, table)
 
 
