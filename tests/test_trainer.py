@@ -308,6 +308,7 @@ def test_arguments_that_do_not_exist_or_contradict_each_other_are_refused(model:
         ({"model": 7}, "model = 7", "Give a preset"),
         ({"model": model, "args": {"init": "other"}}, "args has init = 'other'", "Leave out one"),
         ({"train_dataset": "text.txt", "args": {"data.train": ["a.txt"]}}, "args has data.train", "Leave out one"),
+        ({"dataset_options": {"knd": "chat"}}, "dataset_options has 'knd'", "kind, text_key"),
         ({"callbacks": ["print"]}, "callbacks has 'print'", "functions"),
     ):
         refused(lambda given=arguments: Trainer(**given), problem, advice)
@@ -337,3 +338,4 @@ def test_a_call_that_lacks_something_names_it(model: Path):
     refused(lambda: Trainer(model=model).predict("a", chat=True), "no chat template", "Leave out chat")
     refused(lambda: Trainer(model=loaded).predict([[1]], chat=True), "[1] is not a text", "messages")
     assert sorted(path.name for path in Path().iterdir()) == ["runs", "taken", "text.txt"]
+    assert [path.name for path in Path("taken").iterdir()] == ["file"]

@@ -3,13 +3,14 @@
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from camelid import recipes
 from camelid.api import Completion, Model, load
 from camelid.checkpoint.state.saved_state import steps_in
+from camelid.data.config import SourceOptions
 from camelid.data.preparation.partial_stores import refuse_unguarded
 from camelid.disk.paths import cache_folder, make_writable
 from camelid.errors import UserError, in_python, with_arguments
@@ -36,7 +37,7 @@ ROWS = 8  # of a batch that is evaluated before a recipe sets it
 LEAST: Mapping[str, Any] = {
     "run": "-",
     "init": "-",
-    "data": {"train": {"files": "-", "kind": "tokens"}, "sequence_length": 1, "batch_size": 1},
+    "data": {"train": [{"files": "-", "kind": "tokens"}], "sequence_length": 1, "batch_size": 1},
     "train": {"steps": 10**9},
 }
 """A recipe of what every recipe needs, over which fields are laid that are checked, or needed, before training."""
@@ -127,8 +128,8 @@ class Trainer:
         if task != "text_generation":
             raise UserError(f"task = {task!r} is unknown", 'camelid has the task "text_generation".')
         complete = args is not None and not isinstance(args, Mapping)
-        fields = _table("args", args) if model is None else _with_model(_table("args", args), model, complete)
-        self._fields = _without_none(laid_over(fields, _table("overrides", overrides)))
+        table = _table("args", args) if model is None else _with_model(_table("args", args), model, complete)
+        self._fields = _without_none(laid_over(table, _table("overrides", overrides)))
         recipe_of(laid_over(LEAST, self._fields))  # raises UserError for fields that do not exist or fit
         self._model = model if isinstance(model, Model) else None
         self._datasets: dict[str, tuple[str, ...] | Rows] = {}
@@ -139,7 +140,10 @@ class Trainer:
             if not complete and name in self._fields.get("data", {}):
                 raise UserError(f"args has data.{name}, and there is {argument}", "Leave out one of them.")
             self._datasets[name] = names_or_rows(dataset, argument)
-        self._options = _plain(dataset_options or {})
+        self._options = _table("dataset_options", dataset_options)
+        known = [field.name for field in fields(SourceOptions)]
+        if unknown := next((name for name in self._options if name not in known), None):
+            raise UserError(f"dataset_options has {unknown!r}", f"Its fields are {', '.join(known)}.")
         self._callbacks = tuple(callbacks)
         if other := next((callback for callback in self._callbacks if not callable(callback)), None):
             raise UserError(f"callbacks has {other!r:.60}, which is no function", "Give functions of a TrainEvent.")
@@ -194,9 +198,9 @@ class Trainer:
         if "train" not in self._datasets:
             raise UserError("finetune needs train_dataset", "train follows a recipe that names its data.")
         names = self._names()
-        fields = {name: value for name, value in self._fields.items() if name not in ("run", "init", "init_ignore")}
-        if "data" in fields:
-            fields["data"] = {name: value for name, value in fields["data"].items() if name not in names}
+        given = {name: value for name, value in self._fields.items() if name not in ("run", "init", "init_ignore")}
+        if "data" in given:
+            given["data"] = {name: value for name, value in given["data"].items() if name not in names}
         request = Request(
             model=self._fields["init"],
             data=names["train"],
@@ -204,7 +208,7 @@ class Trainer:
             out=self._run,
             options=self._options,
             ignore=tuple(self._fields.get("init_ignore", ())),
-            fields=fields,
+            fields=given,
         )
         plan = make_plan(request)
         if is_main():
@@ -383,21 +387,21 @@ class Trainer:
 # Arguments --------------------------------------------------------------------------------
 
 
-def _table(argument: str, fields: object) -> dict[str, Any]:
-    """The fields of a recipe that an argument gives, as tables."""
-    if fields is None:
+def _table(argument: str, given: object) -> dict[str, Any]:
+    """The fields that an argument gives, as tables."""
+    if given is None:
         return {}
-    if isinstance(fields, Recipe):
-        return tomllib.loads(write_recipe(fields))
-    if isinstance(fields, str | Path) and argument == "args":
-        return read_table(recipes.find(Path(expand_home(fields))))
-    if not isinstance(fields, Mapping):
+    if isinstance(given, Recipe) and argument == "args":
+        return tomllib.loads(write_recipe(given))
+    if isinstance(given, str | Path) and argument == "args":
+        return read_table(recipes.find(Path(expand_home(given))))
+    if not isinstance(given, Mapping):
         raise UserError(
-            f"{argument} = {fields!r:.60} is not a dictionary",
-            "Give fields of the recipe, such as {'train.steps': 100}; docs/recipes.md lists them.",
+            f"{argument} = {given!r:.60} is not a dictionary",
+            "Give a dictionary of fields, such as args={'train.steps': 100}; docs/recipes.md lists them.",
         )
     table: dict[str, Any] = {}
-    for name, value in fields.items():
+    for name, value in given.items():
         value = _plain(value)
         for word in reversed(str(name).split(".")):
             value = {word: value}
@@ -431,8 +435,8 @@ def _plain(value: Any) -> Any:
 
 
 def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {name: value for name, value in table.items() if value is not None}
-    return {name: _without_none(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+    present = {name: value for name, value in table.items() if value is not None}
+    return {name: _without_none(value) if isinstance(value, Mapping) else value for name, value in present.items()}
 
 
 def _chats(prompts: str | Sequence[Any], model: Model) -> list[list[int]]:

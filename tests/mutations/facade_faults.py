@@ -48,7 +48,7 @@ FAULTS = (
         f"{TRAINER}test_callbacks_are_called_when_metrics_are_written_and_checkpoints_saved",
     ),
     Fault(
-        "fields that are given apply to the first start of a finetuning alone",
+        "fields that are given do not replace those that are chosen",
         "runs/finetune.py",
         "    table = laid_over(table, request.fields)\n",
         "",

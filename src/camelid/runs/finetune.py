@@ -108,7 +108,7 @@ def _check_kept(kept: Recipe, request: Request, folder: Path) -> None:
     """Raises UserError if a run is not one of this model, data and method."""
     given = request.given
     differences: list[tuple[str, Any, Any]] = [
-        ("init", kept.init, expand_home(request.model)),
+        ("init", kept.init, expand_home(request.model).rstrip("/") or "/"),
         ("data.train", _files(kept.data.train), sorted(map(expand_home, request.data))),
         *((name, getattr(kept, name, None) is not None, name in given) for name in ("lora", "dpo")),
     ]
