@@ -1,6 +1,7 @@
 """camelid.Trainer: the runs, losses and generations of the commands, from Python."""
 
 import json
+import multiprocessing
 import re
 import signal
 from collections.abc import Callable
@@ -162,6 +163,14 @@ def test_chats_are_finetuned_with_adapters_as_the_command_does(model: Path):
         more.finetune()
 
 
+def test_a_worker_that_runs_the_script_again_starts_nothing(model: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = Trainer(model=model, train_dataset=TEXTS, eval_dataset=TEXTS, args={"run": "run", **SIZES})
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    for call in (trainer.train, trainer.finetune, trainer.evaluate, lambda: trainer.predict("a")):
+        refused(call, "each of them runs the script again", "__main__")
+    assert not Path("run").exists()
+
+
 # Evaluation -------------------------------------------------------------------------------
 
 
@@ -312,6 +321,7 @@ def test_arguments_that_do_not_exist_or_contradict_each_other_are_refused(model:
         ({"callbacks": ["print"]}, "callbacks has 'print'", "functions"),
     ):
         refused(lambda given=arguments: Trainer(**given), problem, advice)
+    Trainer(eval_dataset="text.txt", args={"train.keep_best": True})  # there are validation data
 
 
 def test_a_call_that_lacks_something_names_it(model: Path):

@@ -1,13 +1,11 @@
 """`camelid.Trainer`: training, evaluation and generation from Python, by the recipes and the loop of the commands."""
 
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from camelid import recipes
 from camelid.api import Completion, Model, load
 from camelid.checkpoint.state.saved_state import steps_in
 from camelid.data.config import SourceOptions
@@ -15,16 +13,16 @@ from camelid.data.preparation.partial_stores import refuse_unguarded
 from camelid.disk.paths import cache_folder, make_writable
 from camelid.errors import UserError, in_python, with_arguments
 from camelid.inputs import expand_home
-from camelid.model.presets import ALIASES, PRESETS
 from camelid.parallel.batch_sharding import data_parallel_size
 from camelid.parallel.failure import fail_together
 from camelid.parallel.hosts import broadcast_from_main, is_main
 from camelid.parallel.mesh import MeshConfig
+from camelid.runs.arguments import as_table, with_model, without_none
 from camelid.runs.datasets import Dataset, Rows, names_or_rows
 from camelid.runs.evaluation import evaluate
 from camelid.runs.file_names import INPUTS, METRICS, STEPS
 from camelid.runs.finetune import Request, as_sources, choose_templates, detected_options, make_plan
-from camelid.runs.recipe import Recipe, laid_over, read_table, recipe_of, write_recipe
+from camelid.runs.recipe import Recipe, laid_over, recipe_of
 from camelid.runs.run import run
 from camelid.runs.run_folder import check_is_own, kept_recipe
 from camelid.text.chat import load_template
@@ -128,9 +126,12 @@ class Trainer:
         if task != "text_generation":
             raise UserError(f"task = {task!r} is unknown", 'camelid has the task "text_generation".')
         complete = args is not None and not isinstance(args, Mapping)
-        table = _table("args", args) if model is None else _with_model(_table("args", args), model, complete)
-        self._fields = _without_none(laid_over(table, _table("overrides", overrides)))
-        recipe_of(laid_over(LEAST, self._fields))  # raises UserError for fields that do not exist or fit
+        table = as_table("args", args)
+        if model is not None and not isinstance(model, Model):
+            table = with_model(table, model, complete)
+        self._fields = without_none(laid_over(table, as_table("overrides", overrides)))
+        least = LEAST if eval_dataset is None else laid_over(LEAST, {"data": {"validation": LEAST["data"]["train"]}})
+        recipe_of(laid_over(least, self._fields))  # raises UserError for fields that do not exist or fit
         self._model = model if isinstance(model, Model) else None
         self._datasets: dict[str, tuple[str, ...] | Rows] = {}
         for name, dataset in {"train": train_dataset, "validation": eval_dataset}.items():
@@ -140,7 +141,7 @@ class Trainer:
             if not complete and name in self._fields.get("data", {}):
                 raise UserError(f"args has data.{name}, and there is {argument}", "Leave out one of them.")
             self._datasets[name] = names_or_rows(dataset, argument)
-        self._options = _table("dataset_options", dataset_options)
+        self._options = as_table("dataset_options", dataset_options)
         known = [field.name for field in fields(SourceOptions)]
         if unknown := next((name for name in self._options if name not in known), None):
             raise UserError(f"dataset_options has {unknown!r}", f"Its fields are {', '.join(known)}.")
@@ -382,61 +383,6 @@ class Trainer:
             mesh = recipe_of(laid_over(LEAST, about)).mesh if self._result is None else self._result.mesh
             self._loaded = key, load(path, mesh=mesh, **options)
         return self._loaded[1]
-
-
-# Arguments --------------------------------------------------------------------------------
-
-
-def _table(argument: str, given: object) -> dict[str, Any]:
-    """The fields that an argument gives, as tables."""
-    if given is None:
-        return {}
-    if isinstance(given, Recipe) and argument == "args":
-        return tomllib.loads(write_recipe(given))
-    if isinstance(given, str | Path) and argument == "args":
-        return read_table(recipes.find(Path(expand_home(given))))
-    if not isinstance(given, Mapping):
-        raise UserError(
-            f"{argument} = {given!r:.60} is not a dictionary",
-            "Give a dictionary of fields, such as args={'train.steps': 100}; docs/recipes.md lists them.",
-        )
-    table: dict[str, Any] = {}
-    for name, value in given.items():
-        value = _plain(value)
-        for word in reversed(str(name).split(".")):
-            value = {word: value}
-        table = laid_over(table, value)
-    return table
-
-
-def _with_model(table: dict[str, Any], model: str | Path | Model, complete: bool) -> dict[str, Any]:
-    """The table with a model that is given apart from it; of a `complete` recipe, it replaces the model."""
-    if isinstance(model, Model):
-        return table
-    if not isinstance(model, str | Path):
-        raise UserError(f"model = {model!r:.60} is no model", "Give a preset, the path of a checkpoint, or a Model.")
-    name = str(model)
-    if complete:
-        table = {field: value for field, value in table.items() if field not in ("init", "init_ignore", "model")}
-    if table.get("init", name) != name:
-        raise UserError(f"model = {name!r}, and args has init = {table['init']!r}", "Leave out one of them.")
-    if name not in (*PRESETS, *ALIASES) or Path(name).exists():
-        return {**table, "init": name}
-    return laid_over({"model": {"preset": name}}, table)
-
-
-def _plain(value: Any) -> Any:
-    """A value as TOML has it."""
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
-    present = {name: value for name, value in table.items() if value is not None}
-    return {name: _without_none(value) if isinstance(value, Mapping) else value for name, value in present.items()}
 
 
 def _chats(prompts: str | Sequence[Any], model: Model) -> list[list[int]]:
