@@ -1,5 +1,6 @@
 """camelid.Trainer: the runs, losses and generations of the commands, from Python."""
 
+import dataclasses
 import json
 import multiprocessing
 import re
@@ -129,6 +130,19 @@ def test_a_run_is_resumed_and_other_rows_are_refused(tmp_path: Path):
     assert trainer.train().steps == 4  # it is finished
     assert trainer.train(from_step=3).steps == 4
     assert Path("run/set_aside_1/4").is_dir()
+
+
+def test_a_model_in_memory_is_trained_like_its_checkpoint(model: Path):
+    args = {**SIZES, "train.steps": 2}
+    paths = Trainer(model=model, train_dataset=TEXTS, args={"run": "path", **args}).train()
+    loaded = camelid.load(model)
+    trainer = Trainer(model=loaded, train_dataset=TEXTS, args={"run": "run", **args})
+    result = trainer.train()
+    assert [row["loss"] for row in losses(result.folder)] == [row["loss"] for row in losses(paths.folder)]
+    assert trainer.train().steps == 2  # it is the same model: the run is finished
+    other = dataclasses.replace(loaded, params=result.model().params)
+    with pytest.raises(UserError, match="has a run with another recipe: init"):
+        Trainer(model=other, train_dataset=TEXTS, args={"run": "run", **args}).train()
 
 
 # Finetuning -------------------------------------------------------------------------------
@@ -337,7 +351,7 @@ def test_a_call_that_lacks_something_names_it(model: Path):
         (Trainer(model="llama_7b", train_dataset="text.txt"), "finetune", "the model has random values", "use train"),
         (Trainer(model="llama_7b", train_dataset="text.txt", args=SIZES), "train", "no tokenizer", "Set tokenizer"),
         (Trainer(model=model, train_dataset="text.txt"), "train", "lacks the field", "docs/recipes.md"),
-        (Trainer(model=loaded, train_dataset="text.txt"), "train", "camelid.Model in memory", "model.save(path)"),
+        (Trainer(model=loaded, train_dataset=["A"], args={"run": "taken"}), "finetune", "taken has files", "run"),
         (Trainer(model=model, train_dataset=pairs), "finetune", "holds pairs", "Add args={'dpo': {}}"),
         (Trainer(model=model), "evaluate", "there is no validation data", "validation"),
         (Trainer(), "evaluate", "there is no model", "preset"),

@@ -1,5 +1,6 @@
 """`camelid.Trainer`: training, evaluation and generation from Python, by the recipes and the loop of the commands."""
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from camelid.api import Completion, Model, load
+from camelid.checkpoint.integrity import checksum_arrays
 from camelid.checkpoint.state.saved_state import steps_in
 from camelid.data.config import SourceOptions
 from camelid.data.preparation.partial_stores import refuse_unguarded
@@ -30,6 +32,8 @@ from camelid.text.messages import Message
 from camelid.train.callbacks import Callback
 from camelid.train.loggers import read_metrics
 
+IN_MEMORY = "model"
+"""`init` of a model in memory, before it is saved; runs are named after it"""
 ARGUMENTS = {"train": "train_dataset", "validation": "eval_dataset"}
 ROWS = 8  # of a batch that is evaluated before a recipe sets it
 LEAST: Mapping[str, Any] = {
@@ -105,8 +109,8 @@ class Trainer:
         Args:
           task: "text_generation", the only task there is.
           model: A preset such as "llama_7b", which `train` initializes with random values; or a checkpoint in any
-            format or its name on the Hugging Face Hub, from which training starts; or a `camelid.Model`, which can be
-            evaluated and can generate, but not be trained. None: the `init` or `model` of `args`.
+            format or its name on the Hugging Face Hub, from which training starts; or a `camelid.Model`, which is
+            saved in `inputs/` in the folder of the run before it is trained. None: the `init` or `model` of `args`.
           train_dataset: The path of a file, a glob or `hf:NAME`, or a list of these; or rows, from a list or another
             iterable: texts, or dictionaries whose keys tell their kind, as for `camelid finetune`. Rows are written to
             `inputs/` in the folder of the run.
@@ -127,8 +131,8 @@ class Trainer:
             raise UserError(f"task = {task!r} is unknown", 'camelid has the task "text_generation".')
         complete = args is not None and not isinstance(args, Mapping)
         table = as_table("args", args)
-        if model is not None and not isinstance(model, Model):
-            table = with_model(table, model, complete)
+        if model is not None:
+            table = with_model(table, IN_MEMORY if isinstance(model, Model) else model, complete)
         self._fields = without_none(laid_over(table, as_table("overrides", overrides)))
         least = LEAST if eval_dataset is None else laid_over(LEAST, {"data": {"validation": LEAST["data"]["train"]}})
         recipe_of(laid_over(least, self._fields))  # raises UserError for fields that do not exist or fit
@@ -172,7 +176,8 @@ class Trainer:
         if "train" not in {**self._fields.get("data", {}), **self._datasets}:
             raise UserError("there is no training data", "Give train_dataset, or data.train in args.")
         data = {split: self._sources(names) for split, names in self._names().items()}
-        return self._train(recipe_of(laid_over(self._fields, {"run": self._run, "data": data})), from_step)
+        own = {"run": self._run, "data": data} | self._saved_model()
+        return self._train(recipe_of(laid_over(self._fields, own)), from_step)
 
     @in_python
     def finetune(self, from_step: int | None = None) -> TrainResult:
@@ -203,7 +208,7 @@ class Trainer:
         if "data" in given:
             given["data"] = {name: value for name, value in given["data"].items() if name not in names}
         request = Request(
-            model=self._fields["init"],
+            model=(self._fields | self._saved_model())["init"],
             data=names["train"],
             validation=names.get("validation", ()),
             out=self._run,
@@ -288,11 +293,6 @@ class Trainer:
     def _check_start(self) -> None:
         """Raises UserError if training has nothing to start from, or would start in a worker of a run."""
         refuse_unguarded()
-        if self._model is not None:
-            raise UserError(
-                "training starts from files, and model is a camelid.Model in memory",
-                "Save it with model.save(path), and give the path as model.",
-            )
         self._check_model()
 
     def _check_model(self) -> None:
@@ -305,6 +305,23 @@ class Trainer:
             outcome = run(recipe, from_step, self._callbacks)
         self._result = TrainResult(outcome.folder, outcome.steps, outcome.finished, outcome.saved, recipe.mesh)
         return self._result
+
+    def _saved_model(self) -> dict[str, str]:
+        """The field `init` of a model in memory, which is saved in the folder of the run, under a name of its content.
+
+        So a run is resumed from the same model, and refuses another one.
+        """
+        if self._model is None:
+            return {}
+        run = Path(expand_home(self._run))
+        broadcast_from_main(lambda: check_is_own(run))
+        checksums, _ = checksum_arrays(self._model.params)
+        tokenizer = self._model.tokenizer and self._model.tokenizer.fingerprint
+        about = hashlib.sha256(repr((self._model.config, checksums, tokenizer)).encode()).hexdigest()
+        folder = run / INPUTS / f"model-{about[:16]}"
+        if not broadcast_from_main(folder.exists):
+            self._model.save(folder)
+        return {"init": str(folder)}
 
     # Data -------------------------------------------------------------------------------
 
