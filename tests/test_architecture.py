@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "api": "text generate checkpoint model parallel inputs interrupts",
     "runs": "*",
     "describe": "runs train checkpoint model parallel disk inputs tables",
+    "trainer": "*",
     "demo": "*",
     "cli": "*",
     "__main__": "*",

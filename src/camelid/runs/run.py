@@ -44,6 +44,7 @@ from camelid.runs.start import Start, find_start
 from camelid.runs.summary import start_summary
 from camelid.runs.validation import Validate, is_validated, mean_losses, validate_step
 from camelid.runs.versions import record_versions
+from camelid.train.callbacks import Callback
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.metrics_log import MetricsLog
@@ -70,11 +71,12 @@ class Outcome:
     """the folders that were written for use elsewhere: model/ or adapter/"""
 
 
-def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
+def run(recipe: Recipe, from_step: int | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
     """Trains by a recipe, from the newest checkpoint in the folder of the run if there is one.
 
     With `from_step`, training resumes from this older checkpoint. Checkpoints of later steps are moved to a new
-    folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl.
+    folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl. Every
+    process calls the `callbacks`, and ends with an exception that one of them raises.
 
     Raises UserError as `open_run`, for a damaged checkpoint, and when losses or gradients of more than
     `train.max_skipped` steps in a row are infinite or NaN. Nothing is written before training can start.
@@ -97,7 +99,7 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
                 terminal.print(finished_line(recipe))
             model = results.model(combine(start.state.trainable, start.frozen))
             return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in results.names))
-        state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal, results)
+        state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal, results, callbacks)
         return _finish(results, start, state, finished)
 
 
@@ -153,6 +155,7 @@ def _train(
     start: Start,
     terminal: Terminal,
     results: Results,
+    callbacks: Sequence[Callback],
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
     config, state, first = recipe.train, start.state, int(start.state.step)
@@ -171,7 +174,9 @@ def _train(
     flops = training_flops(components.config, recipe.data.sequence_length, frozen=recipe.lora is not None)
     speed = Speed(first, config.steps, flops, _peak_flops())
     trackers = [make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers] if is_main() else []
-    log = _metrics_log(recipe, components, folder, checkpoints, terminal, speed, start.resumed or 0, trackers)
+    log = _metrics_log(
+        recipe, components, folder, checkpoints, terminal, speed, start.resumed or 0, trackers, callbacks
+    )
     validate = samples = None
     if components.validation is not None:
         about = components.step.objective, components.validation, recipe, mesh, start.frozen, terminal
@@ -212,13 +217,15 @@ def _metrics_log(
     speed: Speed,
     resume_from: int,
     trackers: Sequence[Tracker],
+    callbacks: Sequence[Callback],
 ) -> MetricsLog:
     """The log of the run, in which metrics.jsonl goes on after the step `resume_from`."""
     sinks = [MetricsFile(folder / METRICS, resume_from), *trackers] if is_main() else []
     tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
     steps_per_epoch = sum(packing.rows_per_epoch for packing in components.loader.packings) / recipe.data.batch_size
     advice, of_tokens = checkpoints.recovery_advice, recipe.loss.average == "tokens"
-    return MetricsLog(recipe.train, terminal, speed, sinks, tokens_per_step, advice, steps_per_epoch, of_tokens)
+    about = tokens_per_step, advice, steps_per_epoch, of_tokens
+    return MetricsLog(recipe.train, terminal, speed, sinks, *about, callbacks, folder)
 
 
 def train_steps(
@@ -261,6 +268,7 @@ def train_steps(
                 checkpoints.save(made, state)
                 if export is not None:
                     export(state, step=made)
+            log.saved(made)
             schedule.saved(made)
             interrupts.set_advice(interrupts.RESUME)
             due = False
