@@ -40,7 +40,7 @@ LEAST: Mapping[str, Any] = {
     "run": "-",
     "init": "-",
     "data": {"train": [{"files": "-", "kind": "tokens"}], "sequence_length": 1, "batch_size": 1},
-    "train": {"steps": 10**9},
+    "train": {"steps": 10**9, "evaluate_every": 1},
 }
 """A recipe of what every recipe needs, over which fields are laid that are checked, or needed, before training."""
 
