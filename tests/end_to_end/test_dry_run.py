@@ -122,6 +122,7 @@ def test_the_program_and_the_sizes_are_those_of_the_run(
     assert compiled.memory.alias_size_in_bytes == sum(sizes.values()) - sizes["batch"] - sizes["frozen parameters"]
     metrics = compiled.memory.output_size_in_bytes - compiled.memory.alias_size_in_bytes
     assert 0 < metrics < 1000
+    assert compiled.memory.temp_size_in_bytes > max(sizes.values())
     assert compiled.total == sum(sizes.values()) + metrics + compiled.memory.temp_size_in_bytes
     assert found.disk.checkpoint == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 

@@ -25,9 +25,9 @@ FAULTS = (
     ),
     Fault(
         "a dry run forgets the moving average",
-        "runs/start.py",
-        '"averaged": recipe.ema is not None, ',
-        '"averaged": False, ',
+        "runs/dry_run.py",
+        '"moving average": state.ema,',
+        '"moving average": None,',
         f"{SAME}[full]",
     ),
     Fault(

@@ -58,12 +58,12 @@ def _memory(compiled: Compiled) -> Iterator[tuple[str, str]]:
     for name, size in compiled.held.items():
         if size:
             yield name, format_bytes(size)
-    if compiled.memory is None or compiled.total is None:
+    memory, total = compiled.memory, compiled.total
+    if total is None:
         yield "gradients, activations and temporaries", "the compiler of this backend does not say"
         return
-    memory = compiled.memory
     yield "gradients, activations and temporaries", format_bytes(memory.temp_size_in_bytes)
-    yield "total", format_bytes(compiled.total)
+    yield "total", format_bytes(total)
     arguments, outputs, reused = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes
     of_outputs = f"{format_bytes(outputs)}, of which {format_bytes(reused)} reuse the memory of arguments"
     yield "by the compiler", f"arguments {format_bytes(arguments)}; outputs {of_outputs}"
@@ -83,10 +83,7 @@ def _time(found: DryRun, compiled: Compiled) -> Iterator[tuple[str, str]]:
     rows, length, steps = recipe.data.batch_size, recipe.data.sequence_length, recipe.train.steps - found.first
     per_epoch = sum(packing.rows_per_epoch for packing in loader.packings) / rows
     yield "steps", f"{found.first + 1:,} to {recipe.train.steps:,}"
-    yield (
-        "tokens per step",
-        f"{rows * length:,} ({rows:,} rows of {length:,})",
-    )
+    yield "tokens per step", f"{rows * length:,} ({rows:,} rows of {length:,})"
     yield "steps per epoch", f"{per_epoch:,.1f}"
     epochs = [f"{number:.3g}" for number in loader.epochs(recipe.train.steps)]
     each = f" (of each source: {', '.join(epochs)})" if len(epochs) > 1 else ""
