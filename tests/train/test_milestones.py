@@ -31,7 +31,7 @@ from tiny import tiny_config, tiny_params, tiny_tokens
 
 pytestmark = pytest.mark.quick_compile
 
-CONFIG = tiny_config(vocab_size=VOCAB, bos_id=256, eos_ids=(257,))
+CONFIG = tiny_config(vocab_size=VOCAB, head_dim=8, bos_id=256, eos_ids=(257,))  # EasyLM's form can hold it
 TOKENS = tiny_tokens(CONFIG, 2, 9)
 
 
@@ -48,8 +48,13 @@ def stopped_after_two(table: dict[str, Any]) -> None:
 
 def exporting_run(folder: Path, **fields: Any) -> dict[str, Any]:
     """A recipe's table: four steps, of which the second and the fourth are milestones."""
-    shared = {"train__milestones_every": 2, "train__keep_checkpoints": 1, "optimizer__decay_steps": 4}
-    return tiny_run(folder, **shared | {"checkpoint": {"export": "hf", "dtype": "bfloat16"}} | fields)
+    shared = {"train__milestones_every": 2, "train__keep_checkpoints": 1}
+    return small_run(folder, **shared | {"checkpoint": {"export": "hf", "dtype": "bfloat16"}} | fields)
+
+
+def small_run(folder: Path, **fields: Any) -> dict[str, Any]:
+    """A recipe's table: four steps of the model that CONFIG describes."""
+    return tiny_run(folder, **{"model__head_dim": 8, "optimizer__decay_steps": 4} | fields)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +159,7 @@ def test_milestones_of_adapters_are_opened_by_peft_or_merged(tmp_path: Path, mer
 
 
 def test_a_milestone_may_have_another_format(tmp_path: Path):
-    fields = {"checkpoint__export": "easylm", "checkpoint__dtype": "float32", "model__head_dim": 8}
+    fields = {"checkpoint__export": "easylm", "checkpoint__dtype": "float32", "ema": {"decay": 0.5}}
     run(recipe(exporting_run(tmp_path, train__steps=2, **fields)))
     milestone = tmp_path / "run" / "milestones" / "2" / "model"
     assert (milestone / "streaming_params").is_file()
@@ -182,7 +187,7 @@ def test_exports_that_cannot_work_are_refused_before_training(tmp_path: Path):
         recipe(exporting_run(tmp_path, load_dataset_state="dataset.pkl"))
     assert error.value.advice == "A run keeps its place in the data: the same command resumes it with the next batch."
     with pytest.raises(UserError, match="head_dim"):  # EasyLM's heads add up to embed_dim
-        run(recipe(exporting_run(tmp_path, checkpoint__export="easylm")))
+        run(recipe(exporting_run(tmp_path, checkpoint__export="easylm", model__head_dim=10)))
     assert not (tmp_path / "run").exists()
 
 
@@ -191,7 +196,7 @@ def test_exports_that_cannot_work_are_refused_before_training(tmp_path: Path):
 
 def without_moments(folder: Path, restart: bool = False, **fields: Any) -> dict[str, Any]:
     checkpoint = {"optimizer": False} | ({"restart_optimizer": True} if restart else {})
-    return tiny_run(folder, checkpoint=checkpoint, optimizer__decay_steps=4, **fields)
+    return small_run(folder, checkpoint=checkpoint, **fields)
 
 
 def test_a_run_without_moments_is_resumed_only_when_told(straight: Path, tmp_path: Path):
@@ -224,7 +229,7 @@ def test_an_optimizer_that_keeps_nothing_but_its_schedule_restarts_with_the_same
 
 
 def test_checkpoints_that_have_the_state_of_the_optimizer_are_resumed_exactly(straight: Path, tmp_path: Path):
-    stopped_after_two(tiny_run(tmp_path, optimizer__decay_steps=4))
+    stopped_after_two(small_run(tmp_path))
     run(recipe(without_moments(tmp_path)))
     assert [row["loss"] for row in losses(tmp_path / "run")] == [row["loss"] for row in losses(straight)]
     names = saved_state.open_step(tmp_path / "run" / "checkpoints", 4).keys()
@@ -244,11 +249,11 @@ def test_a_restarted_optimizer_has_new_moments_and_the_schedule_of_its_step():
 
 def test_a_run_without_a_checkpoint_table_is_resumed_as_before(straight: Path, tmp_path: Path):
     """Runs of an older camelid have neither table in their recipe.toml."""
-    stopped_after_two(tiny_run(tmp_path, optimizer__decay_steps=4))
+    stopped_after_two(small_run(tmp_path))
     kept = tmp_path / "run" / "recipe.toml"
     text = kept.read_text()
     start = text.index("[checkpoint]")
     kept.write_text(text[:start] + text[text.index("\n[", start) + 1 :])
-    run(recipe(tiny_run(tmp_path, optimizer__decay_steps=4)))
+    run(recipe(small_run(tmp_path)))
     assert [row["loss"] for row in losses(tmp_path / "run")] == [row["loss"] for row in losses(straight)]
     assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"step": 4}
