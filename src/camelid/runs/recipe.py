@@ -180,11 +180,15 @@ class Recipe:
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, in which `--a.b value` pairs replace fields; raises UserError for anything unknown."""
+    return recipe_of(read_table(path), overrides)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in a TOML file, whose fields are not checked yet; raises UserError if it is not TOML."""
     try:
-        table = tomllib.loads(read_text(path, "a recipe (.toml)"))
+        return tomllib.loads(read_text(path, "a recipe (.toml)"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {_without_tuples(error)}", "docs/recipes.md has an example.") from error
-    return recipe_of(table, overrides)
 
 
 def _without_tuples(error: tomllib.TOMLDecodeError) -> str:
@@ -210,6 +214,18 @@ def overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
         _refuse_commas(key, text)
         _set(changed, key, _value(text, _type_of(key)))
     return changed
+
+
+def laid_over(table: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the table, in which `fields` replace those of the same name, also in the tables in it."""
+    both = copy.deepcopy(dict(table))
+    for name, value in fields.items():
+        below = both.get(name)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            both[name] = laid_over(below, value)
+        else:
+            both[name] = copy.deepcopy(value)
+    return both
 
 
 def structure(table: Mapping[str, Any]) -> Recipe:

@@ -38,12 +38,8 @@ class Results:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The folders that are written: model/ or adapter/, or both, also of the moving average of the parameters."""
-        models = (MODEL,) if self.recipe.ema is None else (MODEL, MODEL_EMA)
-        if self.recipe.lora is None:
-            return models
-        adapters = (ADAPTER,) if self.recipe.ema is None else (ADAPTER, ADAPTER_EMA)
-        return (*adapters, *models) if self.recipe.lora.merge else adapters
+        """The folders that are written."""
+        return result_names(self.recipe)
 
     @property
     def companions(self) -> dict[str, Path]:
@@ -101,6 +97,15 @@ class Results:
 
     def _milestone(self, step: int) -> Path:
         return self.folder / MILESTONES / str(step)
+
+
+def result_names(recipe: Recipe) -> tuple[str, ...]:
+    """The folders that a run writes: model/ or adapter/, or both, also of the moving average of the parameters."""
+    models = (MODEL,) if recipe.ema is None else (MODEL, MODEL_EMA)
+    if recipe.lora is None:
+        return models
+    adapters = (ADAPTER,) if recipe.ema is None else (ADAPTER, ADAPTER_EMA)
+    return (*adapters, *models) if recipe.lora.merge else adapters
 
 
 def _no_values(*about: object) -> np.ndarray:

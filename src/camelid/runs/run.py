@@ -3,19 +3,18 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from camelid import interrupts
 from camelid.api import Model
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.data.rows.batch import Batch, PairBatch
+from camelid.data.rows.batch import Batch
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.prefetch import prefetched
 from camelid.errors import UserError
@@ -23,11 +22,11 @@ from camelid.model.flops import peak_flops, training_flops
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
 from camelid.parallel.hosts import broadcast_from_main, is_main
 from camelid.parallel.mesh import make_mesh
-from camelid.parallel.rules import COMPUTE, partition
 from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.best import BestCheckpoint
 from camelid.runs.components import Components, build_components
 from camelid.runs.file_names import METRICS, PROFILE, STEPS
+from camelid.runs.program import abstract_batch, trace_step
 from camelid.runs.recipe import Recipe, completed
 from camelid.runs.reference import with_reference
 from camelid.runs.results import Results
@@ -41,10 +40,11 @@ from camelid.runs.run_folder import (
     record,
 )
 from camelid.runs.samples import Samples
-from camelid.runs.start import Start, find_start, shardings
+from camelid.runs.start import Start, find_start
 from camelid.runs.summary import start_summary
 from camelid.runs.validation import Validate, is_validated, mean_losses, validate_step
 from camelid.runs.versions import record_versions
+from camelid.train.callbacks import Callback
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.metrics_log import MetricsLog
@@ -71,15 +71,59 @@ class Outcome:
     """the folders that were written for use elsewhere: model/ or adapter/"""
 
 
-def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
+def run(recipe: Recipe, from_step: int | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
     """Trains by a recipe, from the newest checkpoint in the folder of the run if there is one.
 
     With `from_step`, training resumes from this older checkpoint. Checkpoints of later steps are moved to a new
-    folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl.
+    folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl. Every
+    process calls the `callbacks`, and ends with an exception that one of them raises.
 
-    Raises UserError for a recipe that does not fit the data, the model, the machine or the folder, for a damaged
-    checkpoint, and when losses or gradients of more than `train.max_skipped` steps in a row are infinite or NaN.
-    Nothing is written before training can start.
+    Raises UserError as `open_run`, for a damaged checkpoint, and when losses or gradients of more than
+    `train.max_skipped` steps in a row are infinite or NaN. Nothing is written before training can start.
+    """
+    opened = open_run(recipe)
+    recipe, folder, mesh = opened.recipe, opened.folder, opened.mesh
+    components, results = opened.components, opened.results
+    with (
+        jax.set_mesh(mesh),
+        claimed(folder, recipe, components.data),
+        contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
+    ):
+        start = find_start(recipe, opened.previous, from_step, components, checkpoints, mesh)
+        terminal = Terminal(int(start.state.step), recipe.train.steps)
+        if is_main():
+            for line in start_summary(recipe, components, mesh, start):
+                terminal.print(line)
+        if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, results.names):
+            if is_main():
+                terminal.print(finished_line(recipe))
+            model = results.model(combine(start.state.trainable, start.frozen))
+            return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in results.names))
+        state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal, results, callbacks)
+        return _finish(results, start, state, finished)
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run before its state is read."""
+
+    recipe: Recipe
+    """with the fields that depend on how the run was started"""
+    folder: Path
+    previous: Recipe | None
+    """the recipe of the run so far; None for a new run"""
+    mesh: Mesh
+    components: Components
+
+    @property
+    def results(self) -> Results:
+        return Results(self.components, self.folder, self.mesh)
+
+
+def open_run(recipe: Recipe) -> OpenedRun:
+    """Opens and checks what a run consists of; writes nothing but prepared text in the cache.
+
+    Raises UserError for a recipe that does not fit the data, the model, the machine or the folder.
     """
     folder = Path(recipe.run).resolve()
     previous = kept_recipe(folder)
@@ -92,25 +136,14 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         components = build_components(recipe, mesh, started=previous is not None)
-        results = Results(components, folder, mesh)
-        results.check()
-        with (
-            claimed(folder, recipe, components.data),
-            contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
-        ):
-            start = find_start(recipe, previous, from_step, components, checkpoints, mesh)
-            terminal = Terminal(int(start.state.step), recipe.train.steps)
-            if is_main():
-                for line in start_summary(recipe, components, mesh, start):
-                    terminal.print(line)
-            if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, results.names):
-                if is_main():
-                    made = f"it has made all {recipe.train.steps} steps"
-                    terminal.print(f"this run is finished: {made}; a larger train.steps continues it")
-                model = results.model(combine(start.state.trainable, start.frozen))
-                return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in results.names))
-            state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal, results)
-            return _finish(results, start, state, finished)
+    opened = OpenedRun(recipe, folder, previous, mesh, components)
+    opened.results.check()
+    return opened
+
+
+def finished_line(recipe: Recipe) -> str:
+    """What is printed of a run that has made all steps and written its results."""
+    return f"this run is finished: it has made all {recipe.train.steps} steps; a larger train.steps continues it"
 
 
 def _train(
@@ -122,10 +155,11 @@ def _train(
     start: Start,
     terminal: Terminal,
     results: Results,
+    callbacks: Sequence[Callback],
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
     config, state, first = recipe.train, start.state, int(start.state.step)
-    kind = PairBatch if components.precomputes_reference else Batch
+    kind = components.batch_kind
     step, starting = components.step, first < config.steps
     if starting:
         step = compile_step(step, state, recipe, mesh, terminal, start.frozen, kind)
@@ -140,7 +174,9 @@ def _train(
     flops = training_flops(components.config, recipe.data.sequence_length, frozen=recipe.lora is not None)
     speed = Speed(first, config.steps, flops, _peak_flops())
     trackers = [make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers] if is_main() else []
-    log = _metrics_log(recipe, components, folder, checkpoints, terminal, speed, start.resumed or 0, trackers)
+    log = _metrics_log(
+        recipe, components, folder, checkpoints, terminal, speed, start.resumed or 0, trackers, callbacks
+    )
     validate = samples = None
     if components.validation is not None:
         about = components.step.objective, components.validation, recipe, mesh, start.frozen, terminal
@@ -181,13 +217,15 @@ def _metrics_log(
     speed: Speed,
     resume_from: int,
     trackers: Sequence[Tracker],
+    callbacks: Sequence[Callback],
 ) -> MetricsLog:
     """The log of the run, in which metrics.jsonl goes on after the step `resume_from`."""
     sinks = [MetricsFile(folder / METRICS, resume_from), *trackers] if is_main() else []
     tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
     steps_per_epoch = sum(packing.rows_per_epoch for packing in components.loader.packings) / recipe.data.batch_size
     advice, of_tokens = checkpoints.recovery_advice, recipe.loss.average == "tokens"
-    return MetricsLog(recipe.train, terminal, speed, sinks, tokens_per_step, advice, steps_per_epoch, of_tokens)
+    about = tokens_per_step, advice, steps_per_epoch, of_tokens
+    return MetricsLog(recipe.train, terminal, speed, sinks, *about, callbacks, folder)
 
 
 def train_steps(
@@ -230,6 +268,7 @@ def train_steps(
                 checkpoints.save(made, state)
                 if export is not None:
                     export(state, step=made)
+            log.saved(made)
             schedule.saved(made)
             interrupts.set_advice(interrupts.RESUME)
             due = False
@@ -270,14 +309,7 @@ def compile_step(
     if is_main():
         terminal.print("compiling the training step ...")
     start = time.perf_counter()
-    shape = (recipe.data.batch_size, recipe.data.sequence_length)
-    sharding = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
-    floats = ("weights", "reference")
-    dtypes = {field.name: jnp.float32 if field.name in floats else jnp.int32 for field in fields(kind)}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    # The state keeps its shardings, whatever the compiler would choose for the updates of an optimizer.
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None))
-    compiled = jitted.lower(state, batch, frozen).compile()
+    compiled = trace_step(step, state, frozen, abstract_batch(recipe, mesh, kind)).lower().compile()
     if is_main():
         terminal.print(f"compiled in {time.perf_counter() - start:.1f} s")
     return lambda state, batch: compiled(state, batch, frozen)

@@ -22,6 +22,7 @@ from camelid.runs.file_names import (
     DATA,
     FILES,
     FINISHED,
+    INPUTS,
     METRICS,
     MODEL,
     MODEL_EMA,
@@ -119,19 +120,24 @@ def _kept_text(folder: Path) -> str | None:
     return kept.read_text("utf-8") if kept.is_file() and has_started(folder) else None
 
 
+def check_is_own(folder: Path) -> None:
+    """Raises UserError if the folder exists and is neither that of a run nor empty."""
+    if not _is_utf8(str(folder)):
+        raise UserError(f"{str(folder)!a} is not UTF-8, as the names in recipe.toml are", "Choose another --run.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", "Choose another folder with --run.")
+    files = [] if (folder / RECIPE).is_file() or not folder.exists() else folder.iterdir()
+    if any(not file.name.startswith(".") and file.name != INPUTS for file in files):
+        raise UserError(f"{folder} has files and is not the folder of a run", "Choose another folder with --run.")
+
+
 def check_folder(folder: Path, recipe: Recipe) -> None:
     """Raises UserError if the folder is not that of a run, or of a run that was started with another recipe.
 
     `recipe` is one that `completed` returned.
     """
-    kept = folder / RECIPE
-    if not _is_utf8(str(folder)):
-        raise UserError(f"{str(folder)!a} is not UTF-8, as the names in recipe.toml are", "Choose another --run.")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file", "Choose another folder with --run.")
-    if not kept.is_file():
-        if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
-            raise UserError(f"{folder} has files and is not the folder of a run", "Choose another folder with --run.")
+    check_is_own(folder)
+    if not (folder / RECIPE).is_file():
         return
     if (text := _kept_text(folder)) is None:
         for name in (MODEL, ADAPTER, MODEL_EMA, ADAPTER_EMA):
@@ -186,12 +192,17 @@ def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
             ) from error
         stack.callback(_remove_lock_alone, folder)
         check_folder(folder, recipe)
-        if has_started(folder):
-            kept = kept_data(folder) or {}
-            _check_data(folder, kept, data)
-            _check_row_orders(folder, kept, data)
+        check_data(folder, data)
         wait_for_all("run folder")
         yield
+
+
+def check_data(folder: Path, data: Data) -> None:
+    """Raises UserError if a run has been trained on other data than `data`, or on its rows in another order."""
+    if has_started(folder):
+        kept = kept_data(folder) or {}
+        _check_tokens(folder, kept, data)
+        _check_row_orders(folder, kept, data)
 
 
 def kept_data(folder: Path) -> Data | None:
@@ -237,7 +248,7 @@ def _remove_lock_alone(folder: Path) -> None:
         (folder / LOCK).unlink()
 
 
-def _check_data(folder: Path, before: Data, now: Data) -> None:
+def _check_tokens(folder: Path, before: Data, now: Data) -> None:
     """Raises UserError if the prepared text has changed, so that the batches of all steps would be different."""
     for split, stores in before.items():
         if split == FILES:

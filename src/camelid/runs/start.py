@@ -66,11 +66,9 @@ def find_start(
     aside. Raises UserError if the step is missing or damaged, or if parameters are infinite or NaN.
     """
     folder = Path(recipe.run).resolve()
-    resumed = broadcast_from_main(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))
-    optimizer = components.step.optimizer
-    options = {"averaged": recipe.ema is not None, "loss_scale": recipe.loss_scale}
-    target = abstract_start(components.config, optimizer, recipe.compute, mesh, components.lora, **options)
-    create = partial(start_state, optimizer=optimizer, **options)
+    resumed = step_to_resume(folder, recipe, previous is not None, from_step)
+    target = abstract_first_state(recipe, components, mesh)
+    create = partial(start_state, optimizer=components.step.optimizer, **_options(recipe))
     base = None
     if components.lora is not None:
         assert components.source is not None, "an adapter has a base"
@@ -83,7 +81,7 @@ def find_start(
         else:
             _check_restarts(recipe, folder, resumed)
             saved = checkpoints.restore(resumed, replace(target, opt_state=None), counters)
-            state = with_new_optimizer_state(saved, optimizer, target)
+            state = with_new_optimizer_state(saved, components.step.optimizer, target)
     elif base is not None:
         state = first_state(recipe, base, create, target)
     elif components.source is not None:
@@ -94,6 +92,17 @@ def find_start(
         raise not_finite_error(recipe, not_finite)
     aside = None if from_step is None else _move_later_aside(folder, from_step)
     return Start(state, resumed, previous, base, aside)
+
+
+def abstract_first_state(recipe: Recipe, components: Components, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state that a run starts from; nothing is read or allocated."""
+    optimizer, compute = components.step.optimizer, recipe.compute
+    return abstract_start(components.config, optimizer, compute, mesh, components.lora, **_options(recipe))
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """Those of `start_state`."""
+    return {"averaged": recipe.ema is not None, "loss_scale": recipe.loss_scale}
 
 
 def abstract_start(
@@ -133,12 +142,16 @@ def shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def _step_to_resume(folder: Path, recipe: Recipe, started: bool, from_step: int | None) -> int | None:
-    """The step of the checkpoint to resume from; None for a new run.
+def step_to_resume(folder: Path, recipe: Recipe, started: bool, from_step: int | None) -> int | None:
+    """The step of the checkpoint to resume from; None for a new run. Every process calls this.
 
     Raises UserError if there are checkpoints now and there were none before, or the reverse; `started` is what was
     found before.
     """
+    return broadcast_from_main(lambda: _step_to_resume(folder, recipe, started, from_step))
+
+
+def _step_to_resume(folder: Path, recipe: Recipe, started: bool, from_step: int | None) -> int | None:
     steps = saved_state.steps_in(folder / STEPS)
     if bool(steps) != started:
         changed = "were removed" if started else "were created"
