@@ -37,12 +37,16 @@ def printed(given: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def test_defaults_that_follow_from_other_fields_are_comments():
-    comments = printed(table(lora={"rank": 8}, compute={"dtype": "bfloat16"}, mesh={"data": 2}))
+    samples = {"prompts": ["One day"]}
+    given = table(lora={"rank": 8}, compute={"dtype": "bfloat16"}, mesh={"data": 2}, samples=samples)
+    comments = printed(given)
     assert comments == {
         "": ['tokenizer = "model"'],
         "data": ['packing = "best_fit"'],
         "lora": ["alpha = 16.0", 'base = "bfloat16"'],
+        "samples": ["every = 200"],
     }
+    assert printed(given | {"train": {"steps": 200, "evaluate_every": 50}})["samples"] == ["every = 50"]
 
 
 def test_what_is_given_has_no_comment():

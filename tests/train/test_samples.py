@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,10 +60,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with samples, on eight devices."""
     folder = tmp_path_factory.mktemp("straight")
-    programs = camelid.generate.decode._generate._cache_size()
+    jitted: Any = camelid.generate.decode._generate
+    programs = jitted._cache_size()
     done = called("train", write_recipe_file(sampled_run(folder), folder / "recipe.toml"))
     assert done.returncode == 0, done.stderr
-    assert camelid.generate.decode._generate._cache_size() == programs + 1, "one program is compiled"
+    assert jitted._cache_size() == programs + 1, "one program is compiled"
     (folder / "stderr.txt").write_text(done.stderr)
     return folder / "run"
 
@@ -115,12 +117,14 @@ def test_a_resumed_run_has_the_lines_of_one_that_was_not_interrupted(
     assert (tmp_path / "run" / "samples.jsonl").read_text() == expected
 
 
-def test_prompts_may_change_when_a_run_is_resumed(straight: Path):
-    table = sampled_run(straight.parent, SAMPLES | {"prompts": ["new"]}, train__steps=5)
-    before = rows(straight)
+def test_prompts_may_change_when_a_run_is_resumed(straight: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    table = sampled_run(straight.parent, SAMPLES | {"prompts": ["new"]}, train__steps=5) | {"run": str(folder)}
     run(recipe(table))
-    assert rows(straight)[: len(before)] == before
-    assert [(row["step"], row["prompt"]) for row in rows(straight)[len(before) :]] == [(4, "new"), (5, "new")]
+    before = rows(straight)
+    assert rows(folder)[: len(before)] == before
+    assert [(row["step"], row["prompt"]) for row in rows(folder)[len(before) :]] == [(4, "new"), (5, "new")]
 
 
 # Prompts ------------------------------------------------------------------------------------

@@ -58,6 +58,9 @@ def _defaults(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         yield "optimizer.decay_steps", steps, "train.steps"
     if optimizer.warmup_steps is None:
         yield "optimizer.warmup_steps", optimizer.warmup(steps), "warmup_ratio x decay_steps"
+    if recipe.samples is not None and recipe.samples.every is None:
+        every = recipe.train.evaluate_every
+        yield "samples.every", every or steps, "train.steps" if every is None else "train.evaluate_every"
     if recipe.lora is not None:
         if recipe.lora.alpha is None:
             yield "lora.alpha", recipe.lora.usual_alpha, "2 x rank"

@@ -75,8 +75,9 @@ def run(recipe: Recipe, from_step: int | None = None, callbacks: Sequence[Callba
     """Trains by a recipe, from the newest checkpoint in the folder of the run if there is one.
 
     With `from_step`, training resumes from this older checkpoint. Checkpoints of later steps are moved to a new
-    folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl. Every
-    process calls the `callbacks`, and ends with an exception that one of them raises.
+    folder in that of the run, `set_aside_1` or the next free number, together with milestones of later steps and copies
+    of metrics.jsonl and samples.jsonl. Every process calls the `callbacks`, and ends with an exception that one of them
+    raises.
 
     Raises UserError as `open_run`, for a damaged checkpoint, and when losses or gradients of more than
     `train.max_skipped` steps in a row are infinite or NaN. Nothing is written before training can start.

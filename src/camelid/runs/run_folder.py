@@ -54,6 +54,7 @@ FREE = {
 } | {
     "run",
     "lora.merge",
+    "profile",
     "samples",
     *(f"samples.{field.name}" for field in fields(SamplesConfig)),
     *(f"checkpoint.{field.name}" for field in fields(CheckpointConfig)),
