@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "extras": "",
     "tables": "",
     "interrupts": "",
+    "huge_pages": "",
     "disk": "inputs interrupts",
     "parallel": "disk interrupts",
     "text": "inputs",

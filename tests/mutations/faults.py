@@ -437,14 +437,14 @@ FAULTS = (
     Fault(
         "remat: the two choices are exchanged",
         "model/decoder.py",
-        'policies.nothing_saveable if compute.remat == "layer"',
-        'policies.nothing_saveable if compute.remat == "elementwise"',
+        'names = (LAYER_INPUT,) if compute.remat == "layer"',
+        'names = (LAYER_INPUT,) if compute.remat == "elementwise"',
         "model/test_decoder.py::test_remat_layer_keeps_the_input_of_each_layer_only",
     ),
     Fault(
         "remat: products are computed twice",
         "model/weights.py",
-        "y = checkpoint_name(_base_product(flat, weight, dtype), KEPT)",
+        "y = kept(_base_product(flat, weight, dtype))",
         "y = _base_product(flat, weight, dtype)",
         "model/test_decoder.py::test_remat_elementwise_keeps_products_and_attention_but_not_what_lies_between",
     ),
