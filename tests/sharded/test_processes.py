@@ -49,7 +49,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def devices_env(user_env: dict[str, str]) -> dict[str, str]:
     # NPROC: see conftest.py.
-    return user_env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "16"}
+    return user_env | {"XLA_FLAGS": f"{user_env['XLA_FLAGS']} --xla_force_host_platform_device_count=4", "NPROC": "16"}
 
 
 def free_port() -> int:
