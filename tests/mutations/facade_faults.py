@@ -62,6 +62,13 @@ FAULTS = (
         f"{TRAINER}test_chats_are_finetuned_with_adapters_as_the_command_does",
     ),
     Fault(
+        "a template that a run wrote is used without its name",
+        "runs/finetune.py",
+        '                each["template"] = name\n',
+        "                pass\n",
+        f"{TRAINER}test_instructions_with_inputs_are_evaluated_as_in_the_run",
+    ),
+    Fault(
         "the model before training is evaluated as the trained one",
         "trainer.py",
         "if checkpoint or (checkpoint is None and self._result is not None):",
