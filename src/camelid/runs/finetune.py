@@ -14,6 +14,7 @@ from camelid.errors import UserError
 from camelid.inputs import expand_home
 from camelid.runs.finetune_choices import Chooser
 from camelid.runs.recipe import Recipe, laid_over, overridden, recipe_of, write_recipe
+from camelid.text.templates import NAMED
 
 if TYPE_CHECKING:
     from camelid.text.tokenizer import Tokenizer
@@ -180,9 +181,16 @@ def _options(name: str, given: dict[str, Any], dpo: bool) -> dict[str, Any]:
 
 
 def choose_templates(options: Iterable[dict[str, Any]], tokenizer: "Tokenizer", model: str) -> Iterator[str]:
-    """Sets the template of sources that need one, if the model has none."""
+    """Sets the template of sources that need one, if the model has none; yields notes on the choice.
+
+    A template of camelid's that the model has as its own, because a run wrote it, is set by its name, which also says
+    how the input of an instruction is written.
+    """
     needing = [each for each in options if each["kind"] in TEMPLATES and "template" not in each]
-    if "default" in tokenizer.chat_templates:
+    if (own := tokenizer.chat_templates.get("default")) is not None:
+        if (name := next((name for name, named in NAMED.items() if named.text == own), None)) is not None:
+            for each in needing:
+                each["template"] = name
         return
     for each in needing:
         each["template"] = TEMPLATES[each["kind"]]

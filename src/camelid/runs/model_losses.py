@@ -20,7 +20,7 @@ from camelid.train.objective import NextTokenLoss
 from camelid.train.state import TrainState
 
 
-def evaluate(model: Model, recipe: Recipe, sources: Sequence[Source] | None = None) -> dict[str, float]:
+def model_losses(model: Model, recipe: Recipe, sources: Sequence[Source] | None = None) -> dict[str, float]:
     """Returns the means over the validation data of a recipe, or over `sources`, in rows and batches of the recipe.
 
     `loss` is in nats per token that has a loss; `perplexity` is its exponential, unless the recipe averages over rows.
