@@ -14,6 +14,8 @@ from camelid.model.context import Context
 from camelid.model.loss import project, summed_loss, token_log_probs
 from camelid.model.weights import Adapted, Quantized, dense
 
+pytestmark = pytest.mark.quick_compile
+
 ROWS, LENGTH, EMBED, VOCAB, RANK = 4, 24, 16, 520, 3
 Operands = dict[str, Any]
 
