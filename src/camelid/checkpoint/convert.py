@@ -181,8 +181,5 @@ def _fingerprint(checkpoint: Checkpoint, adapters: Sequence[str], lora_alpha: fl
     """A hash that changes when one of the files with tensors does, or the way in which they are read."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     entries = [(path, entry.rule, entry.start) for path, entry in checkpoint.table.entries.items()]
-    return hashlib.sha256(
-        repr((checkpoint.config, stats, entries, *adapters, *filter(None, [lora_alpha]))).encode(
-            errors="surrogateescape"
-        )
-    ).hexdigest()
+    how = (*adapters, *filter(None, [lora_alpha]))
+    return hashlib.sha256(repr((checkpoint.config, stats, entries, *how)).encode(errors="surrogateescape")).hexdigest()
