@@ -12,6 +12,8 @@ from camelid.errors import UserError
 from camelid.inputs import expand_home
 from camelid.runs.finetune_choices import Chooser
 from camelid.runs.recipe import Recipe, overridden, recipe_of, write_recipe
+from camelid.runs.recipe_differences import table_differences
+from camelid.text.templates import NAMED
 
 if TYPE_CHECKING:
     from camelid.text.tokenizer import Tokenizer
@@ -98,18 +100,17 @@ def make_plan(request: Request) -> Plan:
 
 def _check_kept(kept: Recipe, request: Request, folder: Path) -> None:
     """Raises UserError if a run is not one of this model, data and method."""
-    given = request.given
-    differences: list[tuple[str, Any, Any]] = [
-        ("init", kept.init, expand_home(request.model)),
-        ("data.train", _files(kept), sorted(map(expand_home, request.data))),
-        *((name, getattr(kept, name, None) is not None, name in given) for name in ("lora", "dpo")),
-    ]
-    for name, value in request.options.items():
-        differences += [(name, getattr(source, name), value) for source in kept.data.train]
-    for name, was, now in differences:
-        if was != now:
+    given, kinds = request.given, ("lora", "dpo")
+    there = {"init": kept.init, "data": {"train": {"files": _files(kept)}}}
+    here = {"init": expand_home(request.model), "data": {"train": {"files": sorted(map(expand_home, request.data))}}}
+    there |= {name: {} for name in kinds if getattr(kept, name) is not None}
+    here |= {name: {} for name in kinds if name in given}
+    for source in kept.data.train:
+        read = {name: getattr(source, name) for name in request.options}
+        found = table_differences({**there, "data.train": read}, {**here, "data.train": dict(request.options)})
+        if found:
             raise UserError(
-                f"{folder} has a run with another recipe: {name} is {was!r} there, and {now!r} here",
+                f"{folder} has a run with another recipe: {next(iter(found.values()))}",
                 "Choose another --out for a new run, or repeat the command that began this one.",
             )
 
@@ -142,7 +143,7 @@ def _new_table(request: Request) -> tuple[dict[str, Any], list[str]]:
     recipe_of(table | asked | {"data": least, "train": {"steps": 1}}, request.overrides)
     source = open_checkpoint(request.model, ignore=request.ignore)
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    notes = list(_choose_templates(options, tokenizer, request.model))
+    notes = list(choose_templates(options, tokenizer, request.model))
     sources = _sources(request.data, options)
     return table | Chooser(source.config, tokenizer, given, notes).tables(sources), notes
 
@@ -161,10 +162,17 @@ def _options(name: str, request: Request, dpo: bool) -> dict[str, Any]:
     return found | given
 
 
-def _choose_templates(options: list[dict[str, Any]], tokenizer: "Tokenizer", model: str) -> Iterator[str]:
-    """Sets the template of sources that need one, if the model has none."""
+def choose_templates(options: list[dict[str, Any]], tokenizer: "Tokenizer", model: str) -> Iterator[str]:
+    """Sets the template of sources that need one, if the model has none; yields notes on the choice.
+
+    A template of camelid's that the model has as its own, because a run wrote it, is set by its name, which also says
+    how the input of an instruction is written.
+    """
     needing = [each for each in options if each["kind"] in TEMPLATES and "template" not in each]
-    if "default" in tokenizer.chat_templates:
+    if (own := tokenizer.chat_templates.get("default")) is not None:
+        if (name := next((name for name, named in NAMED.items() if named.text == own), None)) is not None:
+            for each in needing:
+                each["template"] = name
         return
     for each in needing:
         each["template"] = TEMPLATES[each["kind"]]
