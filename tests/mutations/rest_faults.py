@@ -1,4 +1,4 @@
-"""Faults in what reads MindFormers' LoRA factors."""
+"""Faults in adapters of MindFormers, adapted heads, float16, evaluation, patterns and full disks."""
 
 from mutations.fault import Fault
 
@@ -47,5 +47,47 @@ FAULTS = (
         "alpha=weight * pair.alpha",
         "alpha=pair.alpha",
         f"{TEST}test_an_adapter_with_another_weight_is_written_with_its_alpha_multiplied",
+    ),
+    Fault(
+        "inputs of an adapted head are dropped anew in each chunk",
+        "model/weights.py",
+        "if not isinstance(weight, Adapted) or context.adapter_dropout == 0.0 or context.dropout_key is None:",
+        "if True:",
+        "model/test_head.py::test_inputs_of_an_adapted_head_are_dropped_once_for_all_chunks[adapted-fused]",
+    ),
+    Fault(
+        "float16 loses the gradients of the average over rows",
+        "train/objective.py",
+        "factor = 2.0 ** (tokens.shape[1] - 1).bit_length()",
+        "factor = 1.0",
+        "train/test_precision.py::test_the_average_of_rows_keeps_its_gradients_in_float16",
+    ),
+    Fault(
+        "a skipped step has an accuracy of 0",
+        "train/step.py",
+        "jnp.where(jnp.isfinite(loss), _mean(*pair), jnp.nan)",
+        "_mean(*pair)",
+        "train/test_skipped_updates.py::test_an_update_that_is_not_finite_is_skipped_bit_for_bit_and_the_schedule_goes_on",
+    ),
+    Fault(
+        "the training data of a recipe are evaluated",
+        "runs/evaluation.py",
+        'recipe.data, "validation", recipe.loss',
+        'recipe.data, "train", recipe.loss',
+        "end_to_end/test_evaluation.py::test_the_loss_of_answers_is_the_validation_loss_of_a_run",
+    ),
+    Fault(
+        "the targets of adapters are regular expressions alone",
+        "runs/lora_targets.py",
+        "return found or {",
+        "return found and {",
+        "train/test_lora_targets.py::test_patterns_of_parameters_choose_modules_too",
+    ),
+    Fault(
+        "a full disk names no file",
+        "disk/atomic.py",
+        "error.filename = error.filename or str(path)",
+        "error.filename = None",
+        "end_to_end/test_faults.py::test_a_full_disk_ends_the_run_which_is_resumed_from_its_last_checkpoint",
     ),
 )
