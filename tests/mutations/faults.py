@@ -983,8 +983,8 @@ FAULTS = (
     Fault(
         "a journal of the other rotary layout of the source goes on",
         "checkpoint/convert.py",
-        "repr((checkpoint.config, stats, entries, *adapters))",
-        "repr((checkpoint.config, stats, *adapters))",
+        "repr((checkpoint.config, stats, entries, *how))",
+        "repr((checkpoint.config, stats, *how))",
         "checkpoint/test_files.py::test_another_layout_of_the_same_names_and_sizes_does_not_go_on",
     ),
     Fault(
