@@ -35,7 +35,7 @@ TINY = {**SIZES, "data.sequence_length": 64, "train.steps": 2, "optimizer.learni
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a tiny model, with a tokenizer of bytes."""
-    config = tiny_config(vocab_size=VOCAB, bos_id=BOS, eos_ids=(257,), context_length=128)
+    config = tiny_config(vocab_size=VOCAB, bos_id=BOS, eos_ids=(257,), context_length=512)
     folder = save_hf(transformers_twin(config, tiny_params(config, scale=1.0)), tmp_path_factory.mktemp("model"))
     return save_byte_tokenizer(folder)
 
@@ -189,7 +189,7 @@ def test_a_worker_that_runs_the_script_again_starts_nothing(model: Path, monkeyp
 
 def test_instructions_with_inputs_are_evaluated_as_in_the_run(model: Path):
     rows = [{"instruction": "Repeat", "input": word, "output": word * 2} for word in ("ab", "cd", "ef")]
-    args = {"run": "run", **TINY, "train.steps": 1}
+    args = {"run": "run", **TINY, "data.sequence_length": 512, "train.steps": 1}  # the template is long
     trainer = Trainer(model=model, train_dataset=rows, eval_dataset=rows[:2], args=args)
     result = trainer.finetune()
     assert result.metrics["validation_loss"] == trainer.evaluate()["loss"]
