@@ -217,8 +217,8 @@ def _texts(file: str, text_key: str) -> list[str]:
             raise
         raise UserError(
             error.problem,
-            "Set --text-key to the field that holds the text. Of chats, instructions and questions with answers, the "
-            "answers are scored; a recipe whose data.validation they are describes others.",
+            "Set --text-key to the field that holds the text. The loss of answers is computed of chats, instructions "
+            "and questions; for others, give a recipe that has them as data.validation.",
         ) from error
 
 
