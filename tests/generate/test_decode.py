@@ -1,6 +1,7 @@
 """Complete generations. tests/parity compares greedy ones with transformers."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +9,20 @@ import numpy as np
 import pytest
 
 from camelid.errors import UserError
-from camelid.generate.decode import generate
-from camelid.generate.sampling import Sampling, sampling, select
+from camelid.generate.config import GenerationConfig
+from camelid.generate.sampling import select
 from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import abstract
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
+from generation import generated, sampling
 from tiny import tiny_config, tiny_params, tiny_tokens
 
 pytestmark = pytest.mark.quick_compile
 
 CONFIG = tiny_config()
-GREEDY, SAMPLED = sampling(0.0, None, None), sampling(0.8, 40, 0.95)
+GREEDY = GenerationConfig(max_new_tokens=20)
+SAMPLED = GenerationConfig(max_new_tokens=20, temperature=0.8, top_k=40, top_p=0.95)
 PROMPTS = [tiny_tokens(CONFIG, 1, length, seed=length)[0].tolist() for length in (1, 9, 30, 5)]
 SEEDS = [3, 2**32 + 5, -7, 3]
 
@@ -31,16 +34,15 @@ def params() -> Decoder:
 
 @pytest.fixture(scope="module")
 def run(params: Decoder):
-    def run(prompts, seeds, options: Sampling, max_new_tokens: int = 30, eos_ids=()) -> list[list[int]]:
-        return generate(
-            params, prompts, seeds, options, max_new_tokens, eos_ids, CONFIG, ComputeConfig(), one_device()
-        )[0]
+    def run(prompts, seeds, options: GenerationConfig, max_new_tokens: int = 30, eos_ids=(), **how) -> list[list[int]]:
+        options = replace(options, max_new_tokens=max_new_tokens)
+        return generated(params, prompts, seeds, options, eos_ids, CONFIG, ComputeConfig(), one_device(), **how)
 
     return run
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_row_of_a_batch_is_what_it_is_alone(run, options: Sampling):
+def test_a_row_of_a_batch_is_what_it_is_alone(run, options: GenerationConfig):
     together = run(PROMPTS, SEEDS, options)
     assert [len(row) for row in together] == [30] * len(PROMPTS)
     for prompt, seed, row in zip(PROMPTS, SEEDS, together, strict=True):
@@ -52,7 +54,8 @@ def test_a_mesh_generates_what_one_device_does(run, params: Decoder):
     mesh, compute = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), ComputeConfig(replicate=("vocab", "vocab_in"))
     specs = abstract(declare_decoder(CONFIG), jnp.float32, mesh, compute.replicate)
     cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
-    rows, _ = generate(cut, PROMPTS[:3], SEEDS[:3], SAMPLED, 30, (), CONFIG, compute, mesh)
+    options = replace(SAMPLED, max_new_tokens=30)
+    rows = generated(cut, PROMPTS[:3], SEEDS[:3], options, (), CONFIG, compute, mesh)
     assert rows == run(PROMPTS, SEEDS, SAMPLED)[:3]
 
 
@@ -64,18 +67,18 @@ def test_replicated_key_heads_generate_what_one_device_does(heads: int, kv_heads
     mesh = make_mesh(MeshConfig(tensor=tensor))
     specs = abstract(declare_decoder(config), jnp.float32, mesh, compute.replicate)
     cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
-    alone = generate(params, PROMPTS, SEEDS, SAMPLED, 20, (), config, ComputeConfig(), one_device())
-    assert generate(cut, PROMPTS, SEEDS, SAMPLED, 20, (), config, compute, mesh) == alone
+    alone = generated(params, PROMPTS, SEEDS, SAMPLED, (), config, ComputeConfig(), one_device())
+    assert generated(cut, PROMPTS, SEEDS, SAMPLED, (), config, compute, mesh) == alone
 
 
 def test_sampled_tokens_are_those_of_full_forwards_without_a_cache(run, params: Decoder):
     logits = jax.jit(lambda tokens: params(tokens, jnp.arange(64)[None], None, CONFIG, ComputeConfig())[0])
-    tokens = list(PROMPTS[1])
+    tokens, settings = list(PROMPTS[1]), sampling(0.8, 40, 0.95)
     for step in range(12):
         row = np.zeros((1, 64), np.int32)
         row[0, : len(tokens)] = tokens
         last = logits(row)[:, len(tokens) - 1]
-        tokens += select(last, SAMPLED, jnp.uint32([SEEDS[1] % 2**32]), jnp.int32([step])).tolist()
+        tokens += select(last, settings, jnp.uint32([SEEDS[1] % 2**32]), jnp.int32([step])).tolist()
     assert run(PROMPTS[1:2], SEEDS[1:2], SAMPLED, 12) == [tokens[len(PROMPTS[1]) :]]
 
 
@@ -86,7 +89,7 @@ def test_seeds_differ_and_repeat(run):
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_row_ends_before_its_first_eos_and_the_others_continue(run, options: Sampling):
+def test_a_row_ends_before_its_first_eos_and_the_others_continue(run, options: GenerationConfig):
     free = run(PROMPTS, SEEDS, options)
     # Any of several ids ends a row; these two are the last that are new to theirs.
     eos = [max(row, key=row.index) for row in free[:2]]
@@ -113,7 +116,6 @@ def test_a_prompt_may_fill_the_context_to_the_last_token(run):
         ([[1], []], 5, "prompt 1 is empty"),
         ([[1, 97]], 5, "prompt 0 has token 97, and the vocabulary has 97"),
         ([[5], [-1, 5]], 5, "prompt 1 has token -1"),
-        ([[1]], 0, "max_new_tokens = 0 is below 1"),
         (
             [[1] * 40],
             25,

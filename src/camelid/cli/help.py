@@ -6,7 +6,7 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from tyro.conf import arg
@@ -72,6 +72,8 @@ def _with_plain_fields(cls: Any) -> Any:
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"{{{','.join(get_args(kind))}}}"
+    if get_origin(kind) is Mapping:
+        return "ID=NUMBER,..."
     return "{True,False}" if kind is bool else kind.__name__.upper()
 
 
