@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from camelid.errors import UserError
+from camelid.generate import decode
 from camelid.generate.config import GenerationConfig
+from camelid.generate.decode import Generation
 from camelid.generate.sampling import select
 from camelid.model.config import ComputeConfig
 from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.params import abstract
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from generation import generated, sampling
-from tiny import tiny_config, tiny_params, tiny_tokens
+from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
 
 pytestmark = pytest.mark.quick_compile
 
@@ -127,3 +130,125 @@ def test_a_prompt_may_fill_the_context_to_the_last_token(run):
 def test_what_cannot_be_generated_is_refused(run, prompts, max_new_tokens: int, message: str):
     with pytest.raises(UserError, match=re.escape(message)):
         run(prompts, [0] * len(prompts), GREEDY, max_new_tokens)
+
+
+# Dispatches, completions of one prompt, and what ends a row -----------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_the_number_of_tokens_per_dispatch_makes_no_difference(run, steps: int):
+    eos = [run(PROMPTS, SEEDS, SAMPLED)[1][11]]
+    assert run(PROMPTS, SEEDS, SAMPLED, eos_ids=eos, steps=steps) == run(PROMPTS, SEEDS, SAMPLED, eos_ids=eos)
+
+
+def test_several_completions_of_a_prompt_follow_each_other(run):
+    """The first has the prompt's seed; none depends on the other prompts, or on how many there are."""
+    three = replace(SAMPLED, n=3)
+    rows = run(PROMPTS, SEEDS, three)
+    assert len({tuple(row) for row in rows[:3]}) == 3
+    assert rows[::3] == run(PROMPTS, SEEDS, SAMPLED)
+    assert run(PROMPTS[1:2], SEEDS[1:2], three) == rows[3:6]
+    assert run(PROMPTS[1:2], SEEDS[1:2], replace(SAMPLED, n=2)) == rows[3:5]
+
+
+def test_several_completions_on_a_mesh_are_those_of_one_device(run, params: Decoder):
+    mesh, options = make_mesh(MeshConfig(data=2)), replace(SAMPLED, n=3, max_new_tokens=30)
+    specs = abstract(declare_decoder(CONFIG), jnp.float32, mesh, ())
+    cut = jax.tree.map(lambda array, spec: jax.device_put(array, spec.sharding), params, specs)
+    rows = generated(cut, PROMPTS[:3], SEEDS[:3], options, (), CONFIG, ComputeConfig(), mesh)
+    assert rows == run(PROMPTS[:3], SEEDS[:3], options)
+
+
+def test_stop_tokens_end_a_row_as_eos_does(run):
+    free = run(PROMPTS, SEEDS, GREEDY)
+    stop = free[1][5]
+    ended = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert run(PROMPTS, SEEDS, replace(GREEDY, stop_token_ids=(stop,))) == ended
+    ignored = run(PROMPTS, SEEDS, replace(GREEDY, ignore_eos=True), eos_ids=[stop])
+    assert [len(row) for row in ignored] == [30] * len(PROMPTS)
+    assert all(stop not in row for row in ignored)
+
+
+def test_no_row_ends_before_the_minimum_of_new_tokens(run):
+    free = run(PROMPTS, SEEDS, GREEDY)
+    eos = [row[3] for row in free]
+    rows = run(PROMPTS, SEEDS, replace(GREEDY, min_new_tokens=9), eos_ids=eos)
+    assert all(len(row) >= 9 for row in rows)
+    assert not any(token in row[:9] for token in eos for row in rows)
+    assert any(len(row) < 9 for row in run(PROMPTS, SEEDS, GREEDY, eos_ids=eos))
+
+
+def test_log_probabilities_are_those_of_full_forwards(params: Decoder):
+    """Of the logits before any option changes them."""
+    options = GenerationConfig(max_new_tokens=6, temperature=0.7, logit_bias={3: 5.0}, logprobs=True, top_logprobs=4)
+    generation = Generation(params, PROMPTS, SEEDS, options, (), CONFIG, ComputeConfig(), one_device())
+    first, rest = generation.advance(), generation.advance()
+    assert first.counts.tolist() == [1] * 4
+    forward = jax.jit(lambda tokens: params(tokens, jnp.arange(64)[None], None, CONFIG, ComputeConfig())[0])
+    for row, prompt in enumerate(PROMPTS):
+        tokens = [*prompt, first.tokens[row, 0], *rest.tokens[row, :5]]
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(tokens)] = tokens
+        expected = np.asarray(jax.nn.log_softmax(forward(padded)[0, len(prompt) - 1 : len(tokens) - 1]))
+        ours = np.concatenate([first.log_probs[row, :1], rest.log_probs[row, :5]])
+        np.testing.assert_allclose(ours, expected[np.arange(6), tokens[len(prompt) :]], rtol=0, atol=2e-5)
+        top = np.concatenate([first.top_ids[row, :1], rest.top_ids[row, :5]])
+        np.testing.assert_array_equal(top, np.argsort(-expected, kind="stable")[:, :4])
+
+
+def test_greedy_tokens_with_processors_equal_transformers(params: Decoder, run):
+    twin = transformers_twin(CONFIG, params)
+    how = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 8, "max_new_tokens": 30}
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        eos = run([prompt], [0], GREEDY)[0][4]
+        theirs = twin.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, eos_token_id=eos, **how
+        )[0, len(prompt) :].tolist()
+        ours = run([prompt], [0], GenerationConfig(**how), eos_ids=[eos])[0]
+        assert ours == [token for token in theirs if token != eos]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"suppress_tokens": (97,)}, "suppress_tokens has token 97, and the vocabulary has 97"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias has token -1"),
+        ({"stop_token_ids": (200,)}, "stop_token_ids has token 200"),
+        ({"suppress_tokens": tuple(range(97))}, "the options exclude every token"),
+    ],
+)
+def test_options_that_do_not_fit_the_vocabulary_are_refused(run, options: dict, message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        run([[1]], [0], GenerationConfig(**options))
+
+
+def test_nothing_is_compiled_again_for_other_options_or_lengths(params: Decoder):
+    """Prompts and numbers of new tokens within one bucket, and any sampling options."""
+
+    def programs() -> int:
+        return decode._first_tokens._cache_size() + decode._more_tokens._cache_size()
+
+    def run(prompts, **options) -> None:
+        generated(params, prompts, SEEDS, GenerationConfig(**options), (), CONFIG, ComputeConfig(), one_device())
+
+    run(PROMPTS, max_new_tokens=9)
+    before = programs()
+    run(PROMPTS[::-1], max_new_tokens=25, temperature=0.9, top_p=0.5, min_p=0.1, typical_p=0.9)
+    run(PROMPTS, max_new_tokens=5, repetition_penalty=1.2, no_repeat_ngram_size=2, min_new_tokens=3)
+    assert programs() == before
+
+
+def test_the_cache_is_updated_in_place(params: Decoder):
+    """A dispatch needs no second cache: its buffers are those of the dispatch before."""
+    options = GenerationConfig(max_new_tokens=9)
+    generation = Generation(params, PROMPTS, SEEDS, options, (), CONFIG, ComputeConfig(), one_device())
+    generation.advance()
+    carry = generation._carry
+    assert carry is not None
+    static = {"config": CONFIG, "compute": ComputeConfig(), "top": None}
+    arguments = generation._step_params, carry, np.ones(4, bool), np.int32(5), None, generation._ending
+    analysis = decode._more_tokens.lower(*arguments, **static).compile().memory_analysis()
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(carry.state.cache))
+    assert analysis.alias_size_in_bytes >= cache
+    assert analysis.temp_size_in_bytes < cache

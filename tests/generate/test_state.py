@@ -105,9 +105,8 @@ def prompts_of(config: ModelConfig) -> list[list[int]]:
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_loop_in_python_gives_the_tokens_of_the_device_loop(steps: Steps, options: Sampling):
     prompts = prompts_of(steps.config)
-    config = GenerationConfig(
-        max_new_tokens=20, **(options is SAMPLED) * {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
-    )
+    how = {"temperature": 0.8, "top_k": 40, "top_p": 0.95} if options is SAMPLED else {}
+    config = GenerationConfig(max_new_tokens=20, **how)
     ours = generated(steps.params, prompts, SEEDS, config, (), steps.config, ComputeConfig(), one_device())
     _, tokens = steps.decode(*steps.prefill(prompts, options=options), 20)
     assert tokens.tolist() == ours

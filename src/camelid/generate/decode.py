@@ -311,8 +311,8 @@ def _select_next(
     ended = state.active & finite & jnp.any(token[:, None] == ending, -1)
     active = state.active & finite & ~ended
 
-    def put(stored: Array, new: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(stored, new[:, None], step, 1)
+    def put(stored: Array | np.ndarray, new: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(jnp.asarray(stored), new[:, None], step, 1)
 
     recorded = {
         "tokens": put(out.tokens, token),
