@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# A training step touches fresh memory; in huge pages that costs less (glibc on Linux, for every library alike).
+# As `camelid train` does by itself; here it is for every library alike (glibc on Linux).
 HUGE := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 STAMP := $(VENV)/.stamp
 # Processes that run tests; each takes up to 5 GB.
@@ -20,7 +20,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## train, evaluate and use a small Llama, offline, in minutes (MODEL=path finetunes yours)
-	@$(HUGE) $(RUN) -m camelid demo $(if $(MODEL),--model "$(MODEL)")
+	@$(RUN) -m camelid demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(STAMP) ## run the tests (ARGS="-k rope -x" goes to pytest, JOBS=4 are processes)
 	@$(RUN) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)

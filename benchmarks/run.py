@@ -1,11 +1,12 @@
-"""Training and decoding beside transformers: same weights, shapes, dtype and threads, taken in turns in one process.
+"""Training and decoding beside transformers: same weights, shapes, dtype and threads, taken in turns.
 
-    make bench                     both, and loading (load.py says how)
-    make bench ARGS="train"        one of them: train, decode, load
+    make bench                     both, and loading
+    make bench ARGS="train"        one of them: train (training.py says how), decode, load (load.py)
     make bench ARGS="convert"      formats, 6.9 GB to and fro (convert.py says how); only where it is asked for
 
 Ratios are peer / ours of median times: above 1, camelid is faster. `limit_fraction` is the share of what the machine
-was measured to do in the same run: products for training, a plain read of memory for decoding.
+was measured to do in the same run: products for training, a plain read of memory for decoding. Decoding runs in one
+process.
 """
 
 import os
@@ -29,57 +30,42 @@ import jax.numpy as jnp
 import load
 import numpy as np
 import torch
+import training
 import transformers
 from rich.console import Console
 from rich.table import Table
 
 import camelid
-from camelid.checkpoint.formats.hf_config import config_to_hf
-from camelid.disk.atomic import write_json
-from camelid.model.config import ComputeConfig, ModelConfig
-from camelid.model.decoder import declare_decoder
+from camelid.model.config import ModelConfig
 from camelid.model.flops import count_parameters, training_flops
-from camelid.model.params import map_specs
 from camelid.parallel.compilation_cache import keep_compiled
-from camelid.train.objective import NextTokenLoss
-from camelid.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from camelid.train.state import start_state
-from camelid.train.step import TrainStep
 
 RESULTS = Path(__file__).parent / "results"
-CONFIG = ModelConfig(
-    vocab_size=32000,
-    embed_dim=768,
-    mlp_dim=2048,
-    num_layers=12,
-    num_heads=12,
-    num_kv_heads=4,
-    head_dim=64,
-    context_length=1024,
-    norm_eps=1e-5,
-    rope_theta=10_000.0,
-)
-ROWS, LENGTH = 2, 512
+CONFIG = ModelConfig(**training.SHAPES)
+ROWS, LENGTH = training.ROWS, training.LENGTH
 PROMPT, NEW = 16, 64
 REST = 0.3  # seconds between sides: the threads of the one before still spin for a while
-OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
 
 
 def main(words: list[str]) -> None:
     torch.set_num_threads(THREADS)
     keep_compiled()
-    parts = {"train": bench_training, "decode": bench_decoding}
-    if unknown := set(words) - {*parts, "load", "convert"}:
-        sys.exit(f"benchmarks/run.py: no part {sorted(unknown)}; parts: {', '.join([*parts, 'load', 'convert'])}")
-    words = words or [*parts, "load"]
-    if names := [name for name in words if name in parts]:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = write_twin(Path(folder) / "llama-125m")
-            rows = [
-                row for name in names for dtype in ("float32", "bfloat16") for row in parts[name](checkpoint, dtype)
-            ]
-        show(rows)
-        keep("cpu", {"rows": rows})
+    parts = ("train", "decode", "load", "convert")
+    if unknown := set(words) - {*parts}:
+        sys.exit(f"benchmarks/run.py: no part {sorted(unknown)}; parts: {', '.join(parts)}")
+    words = words or ["train", "decode", "load"]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "llama-125m"
+        if "train" in words or "decode" in words:
+            training.write_twin(checkpoint)
+        if "train" in words:
+            report = bench_training(checkpoint)
+            show(report["rows"])
+            keep("cpu-train", report)
+        if "decode" in words:
+            rows = [row for dtype in training.DTYPES for row in bench_decoding(checkpoint, dtype)]
+            show(rows)
+            keep("cpu-decode", {"rows": rows})
     if "load" in words:
         report = load.measure()
         show(report["rows"])
@@ -100,75 +86,14 @@ def keep(name: str, measured: dict) -> None:
     print(json.dumps(measured))
 
 
-def write_twin(folder: Path) -> Path:
-    """A random checkpoint that both sides open."""
-    folder.mkdir()
-    write_json(folder / "config.json", config_to_hf(CONFIG, "float32"))
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
-    return folder
-
-
-def bench_training(checkpoint: Path, dtype: str) -> list[dict]:
-    """One AdamW step on 2 x 512 tokens with clipping; float32 weights, products in `dtype`."""
-    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (ROWS, LENGTH + 1))
-    sides = {"ours": our_step(checkpoint, dtype, tokens)}
-    sides |= {"eager": their_step(checkpoint, dtype, tokens, compiled=False)}
-    sides |= {"compile": their_step(checkpoint, dtype, tokens, compiled=True)}
-    seconds = in_turns(sides, rounds=5)
-    peer = min(("eager", "compile"), key=seconds.get)
-    flops = training_flops(CONFIG, LENGTH) * ROWS * LENGTH
-    limit = product_limit(dtype)
-    return [
-        row(f"train step, transformers {peer}", dtype, seconds["ours"], seconds[peer], flops / seconds["ours"] / limit)
-    ]
-
-
-def our_step(checkpoint: Path, dtype: str, tokens: np.ndarray) -> Callable[[], None]:
-    model = camelid.load(checkpoint)
-    decay = map_specs(lambda spec: spec.is_matrix, declare_decoder(CONFIG))
-    optimizer = make_optimizer(OPTIMIZER, 1000, decay)
-    objective = NextTokenLoss(config=CONFIG, compute=ComputeConfig(dtype=dtype))
-    train_step = TrainStep(objective, optimizer, learning_rate(OPTIMIZER, 1000), OPTIMIZER.clip_norm)
-    step = jax.jit(train_step, donate_argnums=0)
-    state = [jax.jit(lambda params: start_state(params, optimizer))(model.params)]
-    shape = (ROWS, LENGTH)
-    batch = {
-        "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
-        "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
-        "weights": jnp.ones(shape),
-        "positions": jnp.broadcast_to(jnp.arange(LENGTH), shape),
-        "segments": jnp.ones(shape, jnp.int32),
-    }
-
-    def run() -> None:
-        state[0], metrics = step(state[0], batch)
-        jax.block_until_ready((state[0], metrics))
-
-    return run
-
-
-def their_step(checkpoint: Path, dtype: str, tokens: np.ndarray, compiled: bool) -> Callable[[], None]:
-    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
-    forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=OPTIMIZER.learning_rate,
-        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
-        weight_decay=OPTIMIZER.weight_decay,
-        fused=True,
-    )
-    ids = torch.tensor(tokens[:, :-1])
-
-    def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = forward(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return run
+def bench_training(checkpoint: Path) -> dict:
+    """The rows of training.py, with the fraction of the machine's limit that camelid reaches, and compile times."""
+    measured = training.measure(checkpoint)
+    limits = {dtype: product_limit(dtype) for dtype in training.DTYPES}
+    for entry in measured["rows"]:
+        flops = ROWS * LENGTH * training_flops(CONFIG, LENGTH, frozen="lora" in entry["name"])
+        entry["limit_fraction"] = round(flops / entry["ours"] / limits[entry["dtype"]], 3)
+    return measured
 
 
 def bench_decoding(checkpoint: Path, dtype: str) -> list[dict]:
@@ -231,7 +156,7 @@ def show(rows: list[dict]) -> None:
         table.add_column(column.replace("bytes", "MB"), justify="left" if words else "right")
     for entry in rows:
         table.add_row(*(f"{v / 1e6:,.0f}" if k.endswith("bytes") else str(v) for k, v in entry.items()))
-    Console(stderr=True, width=120).print(table)
+    Console(stderr=True, width=160).print(table)
 
 
 def machine() -> str:

@@ -15,6 +15,8 @@ ON_GPU = os.environ.get("CAMELID_TEST_PLATFORM", "cpu") == "gpu"
 
 PROGRAMS = ROOT / ".cache" / "programs"
 PROGRAMS_BYTES = 2 << 30
+# A compiled program takes some ten mappings of memory, of which Linux gives a process 65,530.
+MANY_MAPPINGS = 20_000
 
 # Prepared data is of files in temporary folders, which no other run will see.
 DATA_CACHE = tempfile.mkdtemp(prefix="camelid-tests-")
@@ -56,6 +58,8 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+import quick  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # jaxtyping's wrapper takes most of the time of small functions: it is for modules with shapes alone.
 SHAPED = [file for file in (ROOT / "src" / "camelid").rglob("*.py") if "jaxtyping" in file.read_text("utf-8")]
@@ -87,9 +91,14 @@ def takes_long(item: pytest.Item) -> bool:
     return item.path.parent.name == "sharded" or item.path.name in ("test_docs.py", "test_migrating.py")
 
 
+def is_quick(node: pytest.Item) -> bool:
+    return node.get_closest_marker("quick_compile") is not None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # One process would wait for the other if the longest tests were the last.
-    items.sort(key=takes_long, reverse=True)
+    # One process would wait for the other if the longest tests were the last. Those with quick_compile stand together,
+    # because programs that were compiled before it was turned on or off are not used again.
+    items.sort(key=lambda item: (not takes_long(item), is_quick(item)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and jax.default_backend() != "gpu":
         for item in on_gpu:
@@ -104,10 +113,20 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Turns XLA's optimizations off or on, before any fixture; what was compiled the other way is not used again."""
-    quick = item.get_closest_marker("quick_compile") is not None
-    if quick != jax.config.read("jax_disable_most_optimizations"):
-        jax.config.update("jax_disable_most_optimizations", quick)
+    """Turns XLA's optimizations off or on, before any fixture."""
+    quick.turn(is_quick(item))
+
+
+def mappings() -> int:
+    """The mappings of this process; 0 where the system does not list them."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Drops compiled programs at the end of a file, once there are many."""
+    if nextitem is not None and nextitem.path != item.path and mappings() > MANY_MAPPINGS:
         jax.clear_caches()
 
 
@@ -131,5 +150,4 @@ def stories(assets: Path) -> Path:
 @pytest.fixture
 def user_env(request: pytest.FixtureRequest) -> dict[str, str]:
     """The environment of a command that is run as a user would run it: one CPU device, this Python's scripts first."""
-    quick = request.node.get_closest_marker("quick_compile")
-    return USER_ENVIRONMENT | ({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if quick else {})
+    return quick.environment(USER_ENVIRONMENT) if is_quick(request.node) else USER_ENVIRONMENT.copy()

@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from camelid import describe
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.disk.space import format_bytes
+from camelid.model.adapters import freeze, initialize_adapters
 from camelid.model.config import LongRopeScaling, ModelConfig
-from camelid.model.decoder import declare_decoder
+from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.flops import cache_bytes, forward_flops, training_flops
+from camelid.model.params import build, named
 from camelid.model.presets import ALIASES, PRESETS, preset
+from camelid.model.quantize import held_dtype, quantize_parameter
+from camelid.parallel.mesh import one_device
+from camelid.runs.lora_targets import plan_adapters
+from camelid.train.lora_config import LoRAConfig
 from camelid.train.optimizer import make_optimizer
 from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.state import start_state
@@ -28,6 +35,7 @@ COSTS = {
     "formula",
     "bytes_in",
     "training_bytes",
+    "adapter_training_bytes",
     "cache_bytes_per_token",
     "cache_bytes",
     "flops_per_token",
@@ -112,6 +120,40 @@ def test_presets_are_listed_with_their_sizes_and_other_names():
         assert f" {listed[name]['parameters']:,} " in line
 
 
+def test_training_of_adapters_keeps_what_a_run_of_adapters_holds():
+    config = tiny_config(num_layers=3)
+    specs, plan = declare_decoder(config), plan_adapters(LoRAConfig(), config)
+    sizes = describe.of_config(config)["adapter_training_bytes"]
+
+    def held(form: str) -> Decoder:
+        arrays = {path: jnp.zeros(spec.shape, held_dtype(spec, form)) for path, spec in named(specs).items()}
+        if form == "nf4":
+            mesh = one_device()
+            arrays = {
+                path: quantize_parameter(path, array, named(specs)[path], form, mesh) for path, array in arrays.items()
+            }
+        return build(specs, arrays.values())
+
+    def nbytes(tree: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    for name, form in (("lora", "bfloat16"), ("qlora", "nf4")):
+        params = held(form)
+        adapters = nbytes(initialize_adapters(plan, config, jax.random.key(0), params))
+        assert sizes[name] == {
+            "frozen_parameters": nbytes(freeze(params, plan, config)),
+            "parameters": adapters,
+            "gradients": adapters,
+            "adamw_moments": 2 * adapters,
+        }
+
+
+def test_adapters_that_do_not_fit_are_left_out():
+    assert describe.of_config(tiny_config(head_dim=2))["adapter_training_bytes"] == {}
+    odd = describe.of_config(tiny_config(mlp_dim=81))["adapter_training_bytes"]
+    assert odd.keys() == {"lora"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem", "advice"),
     [
@@ -156,7 +198,10 @@ def test_training_memory_is_that_of_the_state_and_the_gradients(capsys: pytest.C
     assert sum(sizes.values()) == sum(4 * leaf.size for leaf in arrays if leaf.ndim)
     assert sizes["adamw_moments"] == sum(4 * leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     rows = [line.split() for line in shown(config, capsys).splitlines()]
-    assert ["total", "without", "activations", *format_bytes(sum(sizes.values())).split()] in rows
+    all_sizes = [sizes, *describe.of_config(config)["adapter_training_bytes"].values()]
+    totals = [word for each in all_sizes for word in format_bytes(sum(each.values())).split()]
+    assert len(all_sizes) == 3
+    assert ["total", "without", "activations", *totals] in rows
 
 
 def test_the_closed_formula_stands_beside_the_count():

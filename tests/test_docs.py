@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+from runs import TIMEOUT_S
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 SHELLS = ("bash", "console", "sh", "shell")
@@ -141,7 +143,9 @@ def printed_subcommands() -> dict[str, str]:
 
 def test_every_printed_subcommand_exists(user_env: dict[str, str]):
     command = [sys.executable, "-m", "camelid", "--help"]
-    help_text = subprocess.run(command, env=user_env, capture_output=True, text=True, timeout=120, check=True).stdout
+    help_text = subprocess.run(
+        command, env=user_env, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+    ).stdout
     listed = set(re.findall(r"^[^\w\n]*([a-z][a-z_-]*)\b", help_text, re.M))
     listed |= {name for names in re.findall(r"\{([^}\n]+)\}", help_text) for name in names.split(",")}
     unknown = {name: place for name, place in printed_subcommands().items() if name not in listed}

@@ -18,7 +18,6 @@ from camelid.interrupts import INTERRUPTED, STOPPED
 from runs import TIMEOUT_S, losses, tiny_run, wait_until, words, write_recipe_file
 
 LINE = "camelid: interrupted"
-ENDS_S = 60  # in which a process ends that was interrupted, or has little to do, on a machine that is busy
 
 
 class Started:
@@ -58,12 +57,12 @@ class Started:
             os.killpg(self.process.pid, signal.SIGINT)
 
     def wait(self) -> int:
-        return self.process.wait(ENDS_S)
+        return self.process.wait(TIMEOUT_S)
 
     def until_group_ended(self) -> None:
         """Waits for the processes that the ended process had started."""
         with suppress(ProcessLookupError):
-            latest = time.monotonic() + ENDS_S
+            latest = time.monotonic() + TIMEOUT_S
             while time.monotonic() < latest:
                 os.killpg(self.process.pid, 0)
                 time.sleep(0.01)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from runs import TIMEOUT_S
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "camelid"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -42,7 +44,7 @@ def third_party(tree: ast.AST, runs: bool = True) -> Iterator[tuple[str, bool]]:
 
 
 def run(*arguments: str, env: dict[str, str]) -> str:
-    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,11 +1,13 @@
 """The reports of `camelid inspect`, as JSON-compatible values and as tables. No array is allocated."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.table import Table
 
 from camelid import tables
@@ -14,6 +16,7 @@ from camelid.checkpoint.registry import open_checkpoint
 from camelid.disk.space import format_bytes
 from camelid.errors import UserError
 from camelid.inputs import expand_home
+from camelid.model.adapters import declare_adapters, freeze
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.flops import (
@@ -27,10 +30,16 @@ from camelid.model.flops import (
 )
 from camelid.model.params import Spec, named
 from camelid.model.presets import ALIASES, PRESETS, preset
+from camelid.model.quantize import held_shapes
+from camelid.runs.lora_targets import plan_adapters
+from camelid.train.lora_config import LoRAConfig
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 TRAINING = {"parameters": 4, "gradients": 4, "adamw_moments": 8}
-"""Bytes per parameter that training keeps: all are float32, also if products are bfloat16."""
+"""Bytes per trained parameter that training keeps: all are float32, also if products are bfloat16."""
+ADAPTER_BASES = {"lora": "bfloat16", "qlora": "nf4"}
+"""The form of the frozen matrices, `lora.base`, of which the report gives the memory of training adapters."""
+ADAPTER_NAMES = {"lora": "LoRA", "qlora": "QLoRA"}
 
 
 def report(model: str, config: ModelConfig | None = None, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -89,6 +98,7 @@ def of_config(config: ModelConfig) -> dict[str, Any]:
         "formula": None if formula is None else {"text": LLAMA_FORMULA, "parameters": formula},
         "bytes_in": {dtype: parameters * size for dtype, size in ITEMSIZE.items()},
         "training_bytes": {name: parameters * size for name, size in TRAINING.items()},
+        "adapter_training_bytes": _of_adapter_training(config),
         "cache_bytes_per_token": {dtype: cache_bytes(config, dtype) for dtype in ITEMSIZE},
         "cache_bytes": {dtype: cache_bytes(config, dtype) * length for dtype in ITEMSIZE},
         "flops_per_token": {
@@ -99,6 +109,19 @@ def of_config(config: ModelConfig) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "tree": tree,
     }
+
+
+def _of_adapter_training(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """What LoRA and QLoRA keep, with the defaults of [lora]; without those that a very small model cannot have."""
+    found = {}
+    for name, form in ADAPTER_BASES.items():
+        with contextlib.suppress(UserError):
+            plan = plan_adapters(LoRAConfig(), config)
+            arrays = jax.tree.leaves(freeze(held_shapes(config, form), plan, config))
+            frozen = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+            trained = sum(spec.size for spec in jax.tree.leaves(declare_adapters(plan, config)))
+            found[name] = {"frozen_parameters": frozen} | {key: trained * size for key, size in TRAINING.items()}
+    return found
 
 
 def presets() -> dict[str, Any]:
@@ -207,11 +230,14 @@ def _bytes(report: Mapping[str, Any]) -> Table:
 
 
 def _training(report: Mapping[str, Any]) -> Table:
-    sizes = report["training_bytes"]
-    grid = tables.grid("training memory", ">float32")
-    for label, size in zip(("parameters", "gradients", "AdamW moments"), sizes.values(), strict=True):
-        grid.add_row(label, format_bytes(size))
-    grid.add_row("total without activations", format_bytes(sum(sizes.values())))
+    adapters = report["adapter_training_bytes"]
+    forms = [f">{ADAPTER_NAMES[name]}, {ADAPTER_BASES[name]} base" for name in adapters]
+    grid = tables.grid("training memory", ">all parameters", *forms)
+    columns = [{"frozen_parameters": 0} | report["training_bytes"], *adapters.values()]
+    labels = ("frozen parameters", "trained parameters", "gradients", "AdamW moments")
+    for label, sizes in zip(labels, zip(*(column.values() for column in columns), strict=True), strict=True):
+        grid.add_row(label, *map(format_bytes, sizes))
+    grid.add_row("total without activations", *(format_bytes(sum(column.values())) for column in columns))
     return grid
 
 

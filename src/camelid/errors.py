@@ -30,6 +30,11 @@ _OPTIONS = (
     (r"--dtype (\w+)", r'dtype="\1"'),
     (r"--sequence-length (\d+)", r"length=\1"),
     (r"--(tokenizer|format|dtype)\b", r"\1=..."),
+    (r"--(run|out)\b", "args={'run': ...}"),
+    (r"--(lora|dpo)\b", r"args={'\1': {}}"),
+    (r"--fields ('[^']*')", r"dataset_options={'fields': \1}"),
+    (r"--text-key (\S+)", r"dataset_options={'text_key': '\1'}"),
+    (r"--template\b", "dataset_options={'template': ...}"),
 )
 
 
@@ -44,10 +49,14 @@ def in_python(function: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            text = str(error)
-            for option, argument in _OPTIONS:
-                text = re.sub(option, argument, text)
-            error.args = (text,)
+            error.args = (with_arguments(str(error)),)
             raise
 
     return wrapped
+
+
+def with_arguments(text: str) -> str:
+    """A message with arguments of Python in place of options of the command line."""
+    for option, argument in _OPTIONS:
+        text = re.sub(option, argument, text)
+    return text

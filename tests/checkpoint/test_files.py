@@ -32,7 +32,7 @@ from camelid.checkpoint.files import (
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.checkpoint.tensors import PlannedTensor
 from camelid.errors import UserError
-from runs import contents
+from runs import TIMEOUT_S, contents
 from tiny import save_hf, tiny_config, tiny_params, transformers_twin
 
 CONFIG = tiny_config(head_dim=8, vocab_size=96)
@@ -148,7 +148,7 @@ def test_the_first_failure_ends_the_others(tmp_path: Path):
     def read(name: str) -> None:
         asked.append(name)
         if name in ("a0", "a1"):
-            waiting.wait(10)
+            waiting.wait(TIMEOUT_S)
         if name == "a1":
             raise RuntimeError("broken")
         time.sleep(0.2)
@@ -199,14 +199,14 @@ def test_a_conversion_that_was_killed_goes_on_to_the_same_bytes(
     out = tmp_path / "out"
     words = ["convert", str(model), str(out), "--to", to, *WRITTEN[to], "--resume"]
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *words], env=user_env, capture_output=True, timeout=60, check=False
+        [sys.executable, "-c", KILLED, *words], env=user_env, capture_output=True, timeout=TIMEOUT_S, check=False
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()
     done = len((tmp_path / ".out.incomplete" / JOURNAL).read_text().splitlines())
     assert done > 1
     again = subprocess.run(
-        [sys.executable, "-m", "camelid", *words], env=user_env, capture_output=True, timeout=60, check=False
+        [sys.executable, "-m", "camelid", *words], env=user_env, capture_output=True, timeout=TIMEOUT_S, check=False
     )
     assert again.returncode == 0, again.stderr
     options: dict[str, Any] = {

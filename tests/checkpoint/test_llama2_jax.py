@@ -31,7 +31,7 @@ from camelid.model.decoder import Decoder
 from camelid.model.params import named
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from families import FAMILIES
-from runs import tensor_bytes
+from runs import TIMEOUT_S, tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, to_transformers, transformers_twin
 from writing import put
 
@@ -261,7 +261,7 @@ def test_a_process_with_nothing_but_classes_of_the_same_names_unpickles_it(tmp_p
         kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(np.float32)
         arrays = convert_llama(config, tiny_params(config)).items()
         expected.append({f"{name} {dtype}": array.astype(kind).view(f"u{kind.itemsize}") for name, array in arrays})
-    subprocess.run([sys.executable, "-c", STAND_IN, *arguments], env=user_env, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", STAND_IN, *arguments], env=user_env, check=True, timeout=TIMEOUT_S)
     for target, arrays in zip(arguments[1::2], expected, strict=True):
         found = np.load(target)
         assert list(found) == list(arrays)

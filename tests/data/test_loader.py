@@ -28,6 +28,7 @@ from camelid.data.rows.prefetch import prefetched
 from camelid.data.rows.stores import data_cache, open_stores
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
+from runs import TIMEOUT_S
 from text.tiny import BOS, EOS, save_byte_tokenizer
 
 FIELDS = ("tokens", "targets", "weights", "positions", "segments")
@@ -549,7 +550,7 @@ def test_batches_are_made_ahead_by_a_thread_but_not_further_than_told(config: Da
     loader = Watched(config, tokenizer)
     batches = prefetched(loader, 0, 100, depth=2)
     next(batches)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + TIMEOUT_S
     while len(loader.asked) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert [step for step, _ in loader.asked] == [0, 1, 2]
@@ -724,7 +725,7 @@ def test_processes_leave_signals_to_their_parent_and_end_with_it(large: DataConf
             os.killpg(process.pid, signal.SIGTERM if n % 2 else signal.SIGINT)
             answers.append(ask())
         after = workers_of(process.pid)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT_S
     while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in left:
@@ -741,7 +742,7 @@ def test_a_program_may_end_in_the_midst_of_its_batches(large: DataConfig, tokeni
     with command(tokenizer) as (process, ask):
         ask()
         workers = workers_of(process.pid)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, err) == (0, "")
     assert len(workers) == 2
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]

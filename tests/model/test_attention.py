@@ -23,6 +23,8 @@ from camelid.model.mask import EVERY_SEGMENT, Mask
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from programs import largest_array
 
+pytestmark = pytest.mark.quick_compile
+
 SCORING = Context()
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 6, 3, 10
 DENSE, BLOCKWISE = ComputeConfig(attention="dense"), ComputeConfig(attention="blockwise")
@@ -516,10 +518,14 @@ LOCAL = pytest.mark.parametrize(
 )
 
 
+# Plain scores on a mesh are in test_replicated_heads_read_the_keys_that_they_read_on_one_device.
 @LOCAL
-@pytest.mark.parametrize("cap", [None, 2.0], ids=["plain", "capped"])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=1, tensor=4)], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    ("mesh", "cap"),
+    [(None, None), (None, 2.0), (MeshConfig(data=2, fsdp=1, tensor=4), 2.0)],
+    ids=["plain", "capped", "capped on a mesh"],
+)
 def test_splash_equals_dense_in_outputs_and_gradients(
     packed: bool, mesh: MeshConfig | None, cap: float | None, config: ModelConfig, local, monkeypatch
 ):

@@ -169,19 +169,25 @@ def test_rematerialization_changes_neither_logits_nor_gradients(run_packed, rema
         assert_close(named(gradients)[path], values)
 
 
-def kept_numbers(remat: str) -> int:
-    """How many numbers a token each layer keeps for the backward pass, parameters not counted."""
+def kept_arrays(remat: str, dtype: str = "float32") -> dict[str, int]:
+    """How many numbers of each dtype a layer keeps per token for the backward pass, parameters not counted."""
     rows, length = 5, 11
     params = jax.eval_shape(lambda: tiny_params(CONFIG))
     tokens = jnp.zeros((rows, length), jnp.int32)
 
     def pullback(params):
-        compute = ComputeConfig(remat=remat)
+        compute = ComputeConfig(remat=remat, dtype=dtype, attention="blockwise")
         return jax.vjp(lambda p: p.hidden(tokens, counted(length, rows), None, CONFIG, compute)[0], params)[1]
 
-    leaves = jax.tree.leaves(jax.eval_shape(pullback, params))
-    kept = [leaf.size for leaf in leaves if leaf.shape[:2] == (CONFIG.num_layers, rows)]
-    return sum(kept) // (CONFIG.num_layers * rows * length)
+    kept: dict[str, int] = {}
+    for leaf in jax.tree.leaves(jax.eval_shape(pullback, params)):
+        if leaf.shape[:2] == (CONFIG.num_layers, rows):
+            kept[leaf.dtype.name] = kept.get(leaf.dtype.name, 0) + leaf.size // (CONFIG.num_layers * rows * length)
+    return kept
+
+
+def kept_numbers(remat: str) -> int:
+    return sum(kept_arrays(remat).values())
 
 
 def test_remat_layer_keeps_the_input_of_each_layer_only():
@@ -194,6 +200,37 @@ def test_remat_elementwise_keeps_products_and_attention_but_not_what_lies_betwee
     attention = q + CONFIG.num_heads  # the output, and the sum of exponentials
     assert kept_numbers("elementwise") == CONFIG.embed_dim + products + attention
     assert kept_numbers("none") > kept_numbers("elementwise") + 2 * CONFIG.mlp_dim
+
+
+@pytest.mark.parametrize("remat", ["layer", "elementwise"])
+def test_what_cpus_keep_in_bfloat16_are_integers(remat: str, monkeypatch: pytest.MonkeyPatch):
+    """XLA's CPU backend would convert all layers' arrays of 16-bit floats to float32 and back in every layer."""
+    scores = CONFIG.num_heads if remat == "elementwise" else 0  # the sums of exponentials are float32 in any case
+    expected = {"uint16": kept_numbers(remat) - scores} | ({"float32": scores} if scores else {})
+    assert kept_arrays(remat, "bfloat16") == expected
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "uint16" not in kept_arrays(remat, "bfloat16")
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_gradients_in_bfloat16_are_those_without_integers(param_dtype: str, monkeypatch: pytest.MonkeyPatch):
+    params = jax.tree.map(lambda x: x.astype(param_dtype), tiny_params(CONFIG))
+    tokens, compute = jnp.asarray(tiny_tokens(CONFIG, 2, 20)), ComputeConfig(dtype="bfloat16", attention="blockwise")
+    factors = jax.random.normal(jax.random.key(0), (2, 20, CONFIG.embed_dim))
+
+    def gradients() -> dict[str, np.ndarray]:
+        def loss(params: Decoder) -> jax.Array:
+            x, _ = params.hidden(tokens, counted(20, 2), None, CONFIG, compute)
+            return jnp.sum(x.astype(jnp.float32) * factors)
+
+        found = jax.jit(jax.grad(loss))(params)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {param_dtype}
+        return {path: np.asarray(g, np.float32) for path, g in named(found).items()}
+
+    ours = gradients()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for path, expected in gradients().items():
+        np.testing.assert_allclose(ours[path], expected, rtol=0, atol=0.03 * np.abs(expected).max(), err_msg=path)
 
 
 # Layers ---------------------------------------------------------------------------------

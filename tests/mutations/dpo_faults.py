@@ -88,15 +88,15 @@ FAULTS = (
     Fault(
         "the reference of another init is kept",
         "runs/reference.py",
-        'about["init"] = checksum_arrays(params)[0]',
-        "pass",
+        'about = {**_about(components, loaders), "init": checksum_arrays(params)[0]}',
+        "about = _about(components, loaders)",
         f"{RUNS}test_a_run_without_a_checkpoint_keeps_the_values_of_the_same_reference_only",
     ),
     Fault(
         "a resumed run compares with the parameters that it has reached",
         "runs/reference.py",
-        "    elif start.resumed is not None:\n",
-        "    elif False:\n",
+        "    if start.resumed is not None:\n",
+        "    if False:\n",
         f"{RUNS}test_a_run_does_not_resume_without_its_reference[missing]",
     ),
 )

@@ -18,7 +18,7 @@ FAULTS = (
     ),
     Fault(
         "a skipped update stops the schedule of weight decay",
-        "train/step.py",
+        "train/state.py",
         'return getattr(node, "_fields", ()) == ("count",)',
         "return isinstance(node, optax.ScaleByScheduleState)",
         "train/test_skipped_updates.py::test_the_schedule_of_weight_decay_advances_with_that_of_the_learning_rate[palm]",

@@ -71,8 +71,8 @@ FAULTS = (
     Fault(
         "param_norm is that before the update",
         "train/step.py",
-        "optax.tree.norm(_float32(self._masked(updated.trainable)))",
-        "optax.tree.norm(_float32(self._masked(state.trainable)))",
+        "global_norm(_float32(self._masked(updated.trainable)))",
+        "global_norm(_float32(self._masked(state.trainable)))",
         EASYLM,
     ),
     Fault(

@@ -238,8 +238,8 @@ FAULTS = (
     Fault(
         "the recipe is written before the run is accepted",
         "runs/run.py",
-        "            start = find_start(",
-        "            record(folder, recipe, components.files, components.data)\n            start = find_start(",
+        "        start = find_start(",
+        "        record(folder, recipe, components.files, components.data)\n        start = find_start(",
         f"{USER}test_a_refused_start_leaves_a_run_as_it_was",
     ),
     Fault(

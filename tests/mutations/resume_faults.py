@@ -57,7 +57,7 @@ FAULTS = (
     Fault(
         "the metrics of steps that are made again are lost",
         "runs/run_folder.py",
-        "shutil.copyfile(folder / METRICS, aside / METRICS)",
+        "shutil.copyfile(file, aside / file.name)",
         "pass",
         UNDISTURBED,
     ),

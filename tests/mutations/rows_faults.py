@@ -36,7 +36,7 @@ FAULTS = (
     Fault(
         "a run that read its rows in another order is resumed",
         "runs/run_folder.py",
-        "            _check_row_orders(folder, kept, data)\n",
+        "        _check_row_orders(folder, kept, data)\n",
         "",
         "end_to_end/test_row_order.py::test_a_run_with_another_order_of_many_rows_is_not_resumed[the order]",
     ),

@@ -9,8 +9,8 @@ FAULTS = (
     Fault(
         "each process chooses the step to go on from",
         "runs/start.py",
-        "broadcast_from_main(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))",
-        "_step_to_resume(folder, recipe, previous is not None, from_step)",
+        "broadcast_from_main(lambda: _step_to_resume(folder, recipe, started, from_step))",
+        "_step_to_resume(folder, recipe, started, from_step)",
         OLD,
     ),
     Fault(

@@ -116,7 +116,7 @@ FAULTS = (
     ),
     Fault(
         "the trained parameters are saved as their average",
-        "runs/run.py",
+        "runs/results.py",
         "MODEL_EMA: state.ema}",
         "MODEL_EMA: state.trainable}",
         RESUMED,

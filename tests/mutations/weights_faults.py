@@ -10,8 +10,8 @@ FAULTS = (
     Fault(
         "adapters: the scale is left out",
         "model/weights.py",
-        "KEPT).astype(jnp.float32) * scale",
-        "KEPT).astype(jnp.float32)",
+        "h = kept(_rowwise_product(given, a, x.dtype)).astype(jnp.float32) * scale",
+        "h = kept(_rowwise_product(given, a, x.dtype)).astype(jnp.float32)",
         f"{WEIGHTS}::test_products_of_adapted_weights_and_their_gradients_are_those_of_peft[BSE,ME->BSM-lora]",
     ),
     Fault(

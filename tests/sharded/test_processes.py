@@ -42,13 +42,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         train={"steps": STEPS, "checkpoint_every": 1000, "evaluate_every": 12},
         data__validation_fraction=0.1,
         optimizer__learning_rate=1e-3,
+        samples={"prompts": ["abc", "h"], "max_new_tokens": 4},
     )
 
 
 @pytest.fixture
 def devices_env(user_env: dict[str, str]) -> dict[str, str]:
     # NPROC: see conftest.py.
-    return user_env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "16"}
+    return user_env | {"XLA_FLAGS": f"{user_env['XLA_FLAGS']} --xla_force_host_platform_device_count=4", "NPROC": "16"}
 
 
 def free_port() -> int:
@@ -114,6 +115,9 @@ def test_ctrl_c_in_one_of_two_processes_ends_both_and_one_and_then_two_go_on_to_
     with two_processes(file, devices_env, "second") as processes:
         ended(processes, file, "second")
     assert f"resuming after step {again}" in file.with_name("second.0.log").read_text()
+    samples = [read_metrics(folder / "samples.jsonl") for folder in (run, run.with_name("together"))]
+    assert [(row["step"], row["prompt"]) for row in samples[0]] == [(n, x) for n in (0, 12, 24) for x in ("abc", "h")]
+    assert samples[0][:2] == samples[1][:2]
     rows = read_metrics(run / "metrics.jsonl")
     assert [(row["step"], "loss" in row) for row in rows] == [(row["step"], "loss" in row) for row in together]
     for name in ("loss", "gradient_norm", "validation_loss", "weight", "learning_rate"):

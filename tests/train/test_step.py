@@ -21,7 +21,7 @@ from camelid.train.optimizer import make_optimizer
 from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.schedules import learning_rate
 from camelid.train.state import TrainState, abstract_state, start_state
-from camelid.train.step import TrainStep
+from camelid.train.step import TrainStep, global_norm
 from camelid.train.trainable import make_mask
 from tiny import tiny_config, tiny_params, tiny_tokens, to_transformers, transformers_twin
 
@@ -277,3 +277,12 @@ def test_param_norm_is_that_of_the_parameters_that_are_trained():
     state = start_state({"w": jnp.ones((6, 8)), "b": jnp.ones(8)}, optimizer)
     state, metrics = jax.jit(step)(state, {"x": jnp.ones((4, 6))})
     assert float(metrics["param_norm"]) == pytest.approx(np.linalg.norm(state.trainable["b"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_the_global_norm_is_that_of_all_elements(backend: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    chance, shapes = np.random.default_rng(0), ((3, 5, 48), (16,), (7, 9), (1000, 16), ())
+    tree = {str(shape): chance.standard_normal(shape, np.float32) for shape in shapes[:-1]} | {"scalar": np.float32(3)}
+    expected = np.linalg.norm(np.concatenate([np.ravel(x) for x in tree.values()]).astype(np.float64))
+    assert float(jax.jit(lambda tree: global_norm(tree))(tree)) == pytest.approx(expected, rel=3e-7)

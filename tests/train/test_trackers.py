@@ -162,3 +162,32 @@ def test_services_get_the_names_that_others_use(tmp_path: Path, wandb: SimpleNam
         ),
         (3, {"eval/loss": 6.0, "eval/loss/code": 7.0}),
     ]
+
+
+SAMPLES = [{"step": 2, "prompt": "One *day*", "completion": "a dog\nsat", "finish_reason": "stop", "seed": 0}]
+
+
+def test_tensorboard_shows_samples_as_they_are(tmp_path: Path):
+    tracker = make_tracker("tensorboard", tmp_path, {})
+    tracker.write_samples(2, SAMPLES)
+    tracker.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"    One *day*\n    ---\n    a dog\n    sat\n" in file.read_bytes()
+    assert [(tag, step) for tag, step, _ in scalars(file)] == [("samples/0/text_summary", 2)]
+
+
+def test_wandb_gets_samples_as_a_table_and_mlflow_as_a_text(
+    tmp_path: Path, wandb: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    wandb.Table = lambda columns, data: (columns, data)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    make_tracker("wandb", tmp_path, {}).write_samples(2, SAMPLES)
+    table = (["step", "prompt", "completion"], [[2, "One *day*", "a dog\nsat"]])
+    assert wandb.runs[0].rows == [(2, {"samples": table})]
+    assert wandb.options[0]["project"] == "mine"
+    texts = []
+    fake = FakeMLflow()
+    fake.log_text = lambda text, place: texts.append((text, place))
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    make_tracker("mlflow", tmp_path, {}).write_samples(2, SAMPLES)
+    assert texts == [("One *day*\n---\na dog\nsat\n", "samples/step_2.txt")]

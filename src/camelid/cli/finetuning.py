@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, Suppress, arg
 
 from camelid.cli.shared import Checkpoint, Ignore, note, tell
-from camelid.cli.training import train_recipe
+from camelid.cli.training import dry_run_recipe, train_recipe
 from camelid.data.config import Kind
 from camelid.errors import UserError
 
@@ -30,6 +30,7 @@ def finetune(
     template: str | None = None,
     max_unreadable: float | None = None,
     print_recipe: bool = False,
+    dry_run: bool = False,
     ignore_config_field: Ignore = (),
     overrides: Suppress[tuple[str, ...]] = (),
 ) -> None:
@@ -53,6 +54,7 @@ def finetune(
         template: chat template of chats, instructions and pairs (default: that of the checkpoint)
         max_unreadable: maximum fraction of records that may be unreadable; they are counted and skipped
         print_recipe: print the recipe as TOML, for `camelid train`, and exit
+        dry_run: print the memory, the time and the disk space that the run needs, and exit; nothing is trained
     """
     from camelid.parallel.compilation_cache import keep_compiled
 
@@ -86,14 +88,16 @@ def finetune(
             note(f"{plan.recipe.run} has a run of this model and data, which continues with its recipe")
         else:
             note(f"\n{as_toml(plan)}")
-        train_recipe(plan.recipe)
+        (dry_run_recipe if dry_run else train_recipe)(plan.recipe)
     except UserError as error:
         # The folder of a run is --run for `camelid train`.
         raise UserError(error.problem.replace("--run", "--out"), error.advice.replace("--run", "--out")) from error
 
 
 def as_toml(plan: "Plan") -> str:
-    """The fields that were chosen or given, as a recipe."""
+    """The fields that were chosen or given, as a recipe, with comments about defaults that follow from them."""
     import tomli_w
 
-    return tomli_w.dumps(plan.table)
+    from camelid.runs.recipe_defaults import with_defaults
+
+    return with_defaults(tomli_w.dumps(plan.table), plan.table, plan.recipe)

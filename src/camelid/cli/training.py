@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +25,7 @@ def train(
         Positional[Path], arg(metavar="RECIPE", help="a .toml file, or a name that `camelid recipes` lists")
     ],
     print_recipe: bool = False,
+    dry_run: bool = False,
     from_step: int | None = None,
     coordinator: str | None = None,
     processes: int | None = None,
@@ -36,6 +38,7 @@ def train(
     camelid train recipe.toml
     camelid train recipe.toml --train.steps 500 --optimizer.learning-rate 1e-4 --run runs/second
     camelid train llama2_7b_alpaca_lora --init ./Llama-2-7b-hf --print-recipe
+    camelid train recipe.toml --dry-run
 
     Any field of the recipe can be overridden by --table.field VALUE; lists and tables are written as in TOML:
     --train.freeze '["embed", "lm_head"]'. On Ctrl-C or SIGTERM, training finishes the current step, saves a checkpoint
@@ -43,6 +46,8 @@ def train(
 
     Args:
         print_recipe: print the recipe with the values of all fields, and exit
+        dry_run: open the data and the checkpoint and compile the training step, print the memory, the time and the disk
+            space that the run needs, and exit; nothing is trained or written
         from_step: resume from the checkpoint of this step; checkpoints of later steps are moved aside, not deleted
         coordinator: address of process 0, host:port, for training with several processes
         processes: number of processes
@@ -51,6 +56,7 @@ def train(
     """
     from camelid import recipes
     from camelid.runs.recipe import completed, read_recipe, write_recipe
+    from camelid.runs.recipe_defaults import with_defaults
 
     resolved = read_recipe(recipes.find(recipe), overrides)
     if print_recipe:
@@ -59,13 +65,29 @@ def train(
             from camelid.runs.run_folder import kept_recipe  # imports JAX, which is not needed for a new run
 
             kept = kept_recipe(folder)
-        print(write_recipe(completed(resolved, kept)), end="")
+        text = write_recipe(whole := completed(resolved, kept))
+        print(with_defaults(text, tomllib.loads(text), whole), end="")
         return
     keep_compiled()
     from camelid.parallel import hosts
 
     hosts.start(hosts.Processes(coordinator=coordinator, count=processes, id=process_id, detect=detect))
-    train_recipe(resolved, from_step)
+    (dry_run_recipe if dry_run else train_recipe)(resolved, from_step)
+
+
+def dry_run_recipe(recipe: "Recipe", from_step: int | None = None) -> None:
+    """Prints what a run would do and take."""
+    from camelid.parallel import hosts
+    from camelid.parallel.failure import fail_together
+
+    with fail_together(lambda error: as_user_error(error, "train")):
+        from camelid.runs.dry_run import dry_run
+        from camelid.runs.dry_run_report import report_lines
+
+        found = dry_run(recipe, from_step)
+        if hosts.is_main():
+            for line in report_lines(found):
+                print(line)
 
 
 def train_recipe(recipe: "Recipe", from_step: int | None = None) -> None:
@@ -86,7 +108,10 @@ def train_recipe(recipe: "Recipe", from_step: int | None = None) -> None:
 def _tell_end(outcome: "Outcome", recipe: "Recipe") -> None:
     """Prints where the result of a run is, and commands to try next."""
     if not outcome.finished:
-        note(f"stopped after step {outcome.steps} of {recipe.train.steps}; run the same command again to resume")
+        again = "run the same command again to resume"
+        if not (recipe.checkpoint.optimizer or recipe.checkpoint.restart_optimizer):
+            again = "to resume with a new state of the optimizer, add --checkpoint.restart-optimizer true"
+        note(f"stopped after step {outcome.steps} of {recipe.train.steps}; {again}")
         return
     written = (f"{folder.name} {folder}" for folder in outcome.saved)
     note("   ".join([*written, f"losses {outcome.folder / 'loss.png'}"]))

@@ -70,11 +70,10 @@ class Generation:
         """Checks the prompts; the first call of `advance` processes them.
 
         `seeds` has one for each prompt, in place of `options.seed`. `drawable` marks the ids that may be generated
-        (None: all). Raises UserError if a prompt is empty, has an id
-        outside of the vocabulary, or leaves no room in the context, or if the options exclude every token or name one
-        that is not in the vocabulary.
+        (None: all). Raises UserError as `check_prompts`, or if the options exclude every token or name one that is not
+        in the vocabulary.
         """
-        _check(prompts, options.max_new_tokens, config)
+        check_prompts(prompts, options.max_new_tokens, config)
         ending = [*(() if options.ignore_eos else eos_ids), *options.stop_token_ids]
         self._bias = _bias(options, drawable, eos_ids, ending, config.vocab_size)
         self._ending = np.array(ending, np.int32)
@@ -145,7 +144,10 @@ def _completion_seeds(seed: int, n: int) -> list[int]:
     return [seed, *(int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(1, n))]
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
+    """Raises UserError if a prompt is empty, has an id outside of the vocabulary, or leaves no room in the context."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens = {max_new_tokens} is below 1", "Request at least one token.")
     if not prompts:
         raise UserError("there is no prompt", "Give at least one.")
     for number, prompt in enumerate(prompts):

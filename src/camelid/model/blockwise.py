@@ -11,12 +11,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from camelid.model.kernels import Scoring
 from camelid.model.mask import MASKED, AttentionDropout, Mask
-from camelid.model.products import KEPT, dot
+from camelid.model.products import dot, kept
 
 BLOCK = 256  # tokens; the scores of one pair of blocks stay in a CPU's cache, and products are still large
 
@@ -82,7 +81,7 @@ def _forward(q, k, v, leaves, structure, scoring, q_block, k_block):
         return None, ((total / normalizer[..., None]).astype(q.dtype), maximum + jnp.log(normalizer))
 
     _, (out, logsumexp) = lax.scan(one_query_block, None, jnp.arange(q.shape[3] // q_block))
-    out, logsumexp = (checkpoint_name(_concatenate(x, 3), KEPT) for x in (out, logsumexp))
+    out, logsumexp = (kept(_concatenate(x, 3)) for x in (out, logsumexp))
     return out, (q, k, v, leaves, out, logsumexp)
 
 

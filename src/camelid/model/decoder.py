@@ -20,7 +20,7 @@ from camelid.model.kv_cache import KVCache
 from camelid.model.loss import LossSums, TokenLogProbs, project, summed_loss, token_log_probs
 from camelid.model.mask import forgetful_mask
 from camelid.model.params import child, declare, module, param
-from camelid.model.products import KEPT
+from camelid.model.products import KEPT, LAYER_INPUT, as_bits, from_bits, kept
 from camelid.model.rope import rotate, rotations
 from camelid.model.weights import Adapted, Weight, add_bias, einsum, lookup
 from camelid.parallel.rules import shard
@@ -352,6 +352,7 @@ def run_layers(
     def one_layer(x, cache, index, windowed, layer):
         kind = 0 if config.local_rope_theta is None else jnp.int32(windowed)
         inputs = LayerInputs(index, positions, segments, (cos[kind], sin[kind]), windowed, valid)
+        x = kept(x, LAYER_INPUT)
         return layer(x, inputs, cache, config, compute, context.layer(index))
 
     if not isinstance(layers, Layer):
@@ -368,12 +369,15 @@ def run_layers(
     kinds = config.windowed[first : first + count]
     alike = len(set(kinds)) == 1
 
+    stacks, tree = jax.tree.flatten(layers)
+
     def scanned(carry, item):
-        (x, cache), (index, windowed, layer) = carry, item
-        return one_layer(x, cache, index, kinds[0] if alike else windowed, layer), None
+        (x, cache), (index, windowed, arrays, bits) = carry, item
+        arrays = [array if b is None else from_bits(b, array) for array, b in zip(arrays, bits, strict=True)]
+        return one_layer(x, cache, index, kinds[0] if alike else windowed, jax.tree.unflatten(tree, arrays)), None
 
     # The cache is part of the carry, which XLA updates in place; as an output of the scan it would be copied.
-    items = (jnp.arange(first, first + count), jnp.array(kinds), layers)
+    items = (jnp.arange(first, first + count), jnp.array(kinds), stacks, list(map(as_bits, stacks)))
     (x, cache), _ = lax.scan(rematerialized(scanned, compute, prevent_cse=False), (x, cache), items)
     return x, cache
 
@@ -385,8 +389,8 @@ def rematerialized(one_layer: Callable, compute: ComputeConfig, prevent_cse: boo
     """
     if compute.remat == "none":
         return one_layer
-    policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable if compute.remat == "layer" else policies.save_only_these_names(KEPT)
+    names = (LAYER_INPUT,) if compute.remat == "layer" else (LAYER_INPUT, KEPT)
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint(one_layer, policy=policy, prevent_cse=prevent_cse)
 
 

@@ -3,7 +3,11 @@
 Nothing is allocated.
 """
 
+import math
+from typing import Any
+
 import jax.numpy as jnp
+from jax.extend import core
 
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
@@ -67,6 +71,30 @@ def training_flops(config: ModelConfig, length: int, frozen: bool = False) -> fl
     return 3 * forward_flops(config, length) - weights
 
 
+def product_flops(jaxpr: core.Jaxpr) -> tuple[float, bool]:
+    """Floating-point operations of the products of a traced function, and whether all of its products are counted.
+
+    What the function computes again, such as activations in a backward pass, counts again; loops count as often as
+    they run. Not counted are products in compiled kernels, and those in loops whose number of steps depends on values.
+    """
+    total, complete = 0.0, True
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left: Any = equation.invars[0].aval
+            product: Any = equation.outvars[0].aval
+            total += 2.0 * math.prod(product.shape) * math.prod(left.shape[axis] for axis in contracted)
+        inner = [product_flops(each) for each in core.jaxprs_in_params(equation.params)]
+        counts = [count for count, _ in inner]
+        if name in KERNELS or (name == "while" and any(counts)):
+            complete = False
+            continue
+        complete = complete and all(known for _, known in inner)
+        total += max(counts) if name == "cond" else equation.params.get("length", 1) * sum(counts)
+    return total, complete
+
+
 def _attended_keys(config: ModelConfig, length: int) -> float:
     """The number of keys that a query attends to, summed over layers and averaged over a row of `length` tokens."""
     # Query i attends to min(i + 1, window) keys.
@@ -74,6 +102,9 @@ def _attended_keys(config: ModelConfig, length: int) -> float:
     keys = {True: window - window * (window - 1) / (2 * length), False: (length + 1) / 2}
     return sum(keys[windowed] for windowed in config.windowed)
 
+
+KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper")
+"""Operations of a jaxpr that compute attention in a compiled kernel: of splash and of cuDNN."""
 
 # Peak FLOPs per second of dense 16-bit matrix products, from the vendors' data sheets, by a substring of device_kind.
 PEAK = {

@@ -16,11 +16,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from camelid.model.context import Context
-from camelid.model.products import KEPT, dequantized_product
+from camelid.model.products import dequantized_product, kept
 from camelid.model.pytree import register_pytree
 
 BLOCK = 64
@@ -89,7 +88,7 @@ class NF4:
 
     def product(self, x: Float[Array, "B S I"], dtype: Any, context: Context) -> Float[Array, "B S O"]:
         """x times the transposed matrix, in `dtype`."""
-        return checkpoint_name(dequantized_product(x, self, dtype), KEPT)
+        return kept(dequantized_product(x, self, dtype))
 
     def rows(self, tokens: Int[Array, "B S"], context: Context) -> Float32[Array, "B S E"]:
         """The rows of the table for these tokens, in float32."""

@@ -9,10 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32
 
 KEPT = "kept"  # the name of what ComputeConfig.remat = "elementwise" saves for the backward pass
+LAYER_INPUT = "layer input"  # the name of what is saved for the backward pass of a layer in any case
 
 
 @runtime_checkable
@@ -75,3 +77,32 @@ def weight_gradient(g: Float[Array, "B S O"], x: Float[Array, "B S I"]) -> Float
 def dot(equation: str, a: Array, b: Array) -> Array:
     """`jnp.einsum` of two arrays of one dtype, accumulated and returned in float32."""
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+# XLA's CPU backend slices and updates arrays of 16-bit floats in float32. In a scan over layers it would hold a
+# float32 copy of all parameters, and convert what all layers have saved, there and back, in every layer. Integers are
+# sliced and updated in place.
+
+
+def kept(x: Array, name: str = KEPT) -> Array:
+    """`x`, which rematerialization saves for the backward pass where its policy has this name."""
+    bits = as_bits(x)
+    return checkpoint_name(x, name) if bits is None else from_bits(checkpoint_name(bits, name), x)
+
+
+def as_bits(x: Array) -> Array | None:
+    """The bits of an array of 16-bit floats as integers, if XLA's CPU backend slices it; None for all others."""
+    if x.dtype.itemsize != 2 or not jnp.issubdtype(x.dtype, jnp.floating) or jax.default_backend() != "cpu":
+        return None
+    return lax.bitcast_convert_type(lax.stop_gradient(x), jnp.uint16)
+
+
+@jax.custom_jvp
+def from_bits(bits: Array, x: Array) -> Array:
+    """`x`, computed from its bits: unless it is differentiated, the array itself is not used."""
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@from_bits.defjvp
+def _from_bits_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return lax.bitcast_convert_type(primals[0], primals[1].dtype), tangents[1]

@@ -1,7 +1,7 @@
-"""Quantizes the matrices of a model's layers: one parameter at a time, so that memory holds one of them twice."""
+"""Frozen parameters in fewer bits: quantized one at a time, so that memory holds one of them twice."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,39 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from camelid.errors import UserError
+from camelid.model.config import ModelConfig
+from camelid.model.decoder import Decoder, declare_decoder
 from camelid.model.nf4 import NF4, quantize_nf4
-from camelid.model.params import Spec, shardings
+from camelid.model.params import Spec, build, named, shardings
 from camelid.model.weights import Quantized
 
 Bits = Literal["int8", "nf4"]
+
+
+def dtype_of(form: str) -> str:
+    """The dtype of the frozen matrices of a model whose form is int8, nf4 or a dtype; 8 and 4 bits are made of it."""
+    return "bfloat16" if form in ("int8", "nf4") else form
+
+
+def held_dtype(spec: Spec, form: str) -> Any:
+    """The dtype in which a frozen parameter is held, or from which it is quantized."""
+    return jnp.dtype(dtype_of(form) if spec.is_matrix else "float32")
+
+
+def held_shapes(config: ModelConfig, form: str) -> Decoder:
+    """Shapes and dtypes of the frozen parameters of a model with its matrices in `form`; nothing is allocated.
+
+    Raises UserError for a matrix that cannot be held in this form.
+    """
+    specs = declare_decoder(config)
+
+    def held(path: str, spec: Spec) -> Any:
+        dtype = held_dtype(spec, form)
+        if form == "int8" or form == "nf4":
+            return quantized_shape(path, spec, dtype, form)
+        return jax.ShapeDtypeStruct(spec.shape, dtype)
+
+    return build(specs, [held(path, spec) for path, spec in named(specs).items()])
 
 
 def quantize_parameter(
@@ -25,15 +53,24 @@ def quantize_parameter(
     A matrix that is replaced is deleted as soon as it has been quantized. Raises UserError if it cannot be held in NF4,
     which stores pairs of elements.
     """
+    held = quantized_shape(path, spec, matrix.dtype, bits)
+    if isinstance(held, jax.ShapeDtypeStruct):
+        return matrix
+    program = partial(quantize, spec=spec, bits=bits)
+    placed = shardings(spec, held, mesh, replicate)
+    quantized = jax.block_until_ready(jax.jit(program, out_shardings=placed)(matrix))
+    matrix.delete()
+    return quantized
+
+
+def quantized_shape(path: str, spec: Spec, dtype: Any, bits: Bits) -> Any:
+    """Shapes and dtypes of what `quantize_parameter` returns for a parameter in `dtype`; raises the same errors."""
+    matrix = jax.ShapeDtypeStruct(spec.shape, dtype)
     if not (spec.stacked and spec.is_matrix):
         return matrix
     if bits == "nf4" and spec.shape[-1] % 2:
         raise UserError(f"{path} has an odd number of {spec.axes[-1]}, {spec.shape[-1]}", "Use int8 for it.")
-    program = partial(quantize, spec=spec, bits=bits)
-    placed = shardings(spec, jax.eval_shape(program, matrix), mesh, replicate)
-    quantized = jax.block_until_ready(jax.jit(program, out_shardings=placed)(matrix))
-    matrix.delete()
-    return quantized
+    return jax.eval_shape(partial(quantize, spec=spec, bits=bits), matrix)
 
 
 def quantize(matrix: Float[Array, "..."], spec: Spec, bits: Bits) -> Quantized | NF4:

@@ -16,12 +16,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from camelid.model.context import Context, dropout
 from camelid.model.nf4 import NF4
-from camelid.model.products import KEPT, dequantized_product, dot, product
+from camelid.model.products import dequantized_product, dot, kept, product
 from camelid.model.pytree import register_pytree
 
 
@@ -55,7 +54,7 @@ class Quantized:
 
     def product(self, x: Float[Array, "B S I"], dtype: Any, context: Context) -> Float[Array, "B S O"]:
         """x times the transposed matrix, in `dtype`."""
-        return checkpoint_name(_base_product(x, self, dtype), KEPT)
+        return kept(_base_product(x, self, dtype))
 
     def rows(self, tokens: Int[Array, "B S"], context: Context) -> Float32[Array, "B S E"]:
         """The rows of the table for these tokens, in float32."""
@@ -120,13 +119,13 @@ class Adapted:
             a, b, scale = a[index], b[index], scale[index]
         if off is not None:
             scale = jnp.where(off, 0.0, scale)[:, None, None]
-        h = checkpoint_name(_rowwise_product(given, a, x.dtype), KEPT).astype(jnp.float32) * scale
+        h = kept(_rowwise_product(given, a, x.dtype)).astype(jnp.float32) * scale
         delta = _rowwise_product(h.astype(x.dtype), b, dtype)
         if self.magnitude is None:
-            return checkpoint_name(_base_product(x, self._base, dtype) + delta, KEPT)
+            return kept(_base_product(x, self._base, dtype) + delta)
         # Saved before it is rescaled: the gradient of the magnitude needs this value.
-        y = checkpoint_name(_base_product(given, self._base, dtype) + delta, KEPT)
-        ratio = checkpoint_name(self._ratio(), KEPT)
+        y = kept(_base_product(given, self._base, dtype) + delta)
+        ratio = kept(self._ratio())
         ratio = ratio if index is None else ratio[index]
         if off is not None:
             ratio = jnp.where(off[:, None], 1.0, ratio)[:, None]
@@ -203,7 +202,7 @@ def einsum(equation: str, x: Array, weight: Weight, context: Context, dtype: Any
     flat = x.reshape(*x.shape[: len(batch)], width)
     dtype = x.dtype if dtype is None else dtype
     if isinstance(weight, Array):
-        y = checkpoint_name(_base_product(flat, weight, dtype), KEPT)
+        y = kept(_base_product(flat, weight, dtype))
     else:
         y = weight.product(flat, dtype, context)
     return y.reshape(*x.shape[: len(batch)], *weight.shape[: len(outputs)])

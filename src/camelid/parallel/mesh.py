@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from camelid.errors import UserError
 from camelid.parallel.backend import prepare_backend
@@ -64,6 +64,16 @@ def one_device() -> "jax.sharding.Mesh":
     import jax
 
     return _mesh(MeshConfig().sizes(1), _found(jax.local_devices)[:1])
+
+
+def device_memory(device: Any) -> int | None:
+    """The memory of a device in bytes, None if it is not known; devices of the CPU share that of the machine."""
+    if device.platform == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(device.client.devices())
+        except (ValueError, OSError, AttributeError):
+            return None
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _found(devices: Callable[[], list]) -> list:

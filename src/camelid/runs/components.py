@@ -18,6 +18,7 @@ from camelid.checkpoint.registry import open_checkpoint
 from camelid.data.config import Source
 from camelid.data.preparation.store import Store, is_store
 from camelid.data.readers.sources import source_files
+from camelid.data.rows.batch import Batch, PairBatch
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.stores import Split, mark_used
 from camelid.disk.json_files import hf_json
@@ -28,10 +29,11 @@ from camelid.model.decoder import declare_decoder
 from camelid.parallel.hosts import is_main, main_first
 from camelid.parallel.rules import check_divides
 from camelid.runs.file_names import FILES
-from camelid.runs.lora import base_of, is_gone
+from camelid.runs.lora import base_of, check_continues, is_gone
 from camelid.runs.lora_targets import plan_adapters
 from camelid.runs.recipe import Recipe
 from camelid.runs.run_folder import Data, kept_data
+from camelid.runs.samples import encode_prompts
 from camelid.text.chat import load_template
 from camelid.text.templates import NAMED
 from camelid.text.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, vocabulary_notes
@@ -63,6 +65,8 @@ class Components:
     lora: LoRAPlan | None = None
     """the adapters that are trained; None if all parameters are"""
     notes: tuple[str, ...] = ()
+    prompts: Sequence[Sequence[int]] = ()
+    """the token ids of the prompts that are completed in the course of training"""
 
     @property
     def precomputes_reference(self) -> bool:
@@ -72,6 +76,11 @@ class Components:
         """
         new_adapters = self.lora is not None and not isinstance(self.source, AdaptedCheckpoint)
         return self.recipe.dpo is not None and not new_adapters
+
+    @property
+    def batch_kind(self) -> type[Batch]:
+        """The type of the batches that the step receives."""
+        return PairBatch if self.precomputes_reference else Batch
 
     @property
     def companions(self) -> dict[str, Path]:
@@ -130,6 +139,8 @@ def build_components(recipe: Recipe, mesh: Mesh, started: bool = False) -> Compo
             "Use shorter rows.",
         )
     plan = None if recipe.lora is None else plan_adapters(recipe.lora, config)
+    if plan is not None and isinstance(source, AdaptedCheckpoint) and not started:
+        check_continues(recipe, source, plan)
     for name in recipe.train.trackers:
         check_installed(name)
     progress = tokenizing() if is_main() else None
@@ -150,9 +161,9 @@ def build_components(recipe: Recipe, mesh: Mesh, started: bool = False) -> Compo
     notes = (*notes, *tokenizer.notes, *vocabulary_notes(tokenizer, config.vocab_size), *train.notes)
     if validation is not None and validation.pairs:
         notes = (*notes, *validation.notes)
-    return Components(
-        recipe, source, inherited, config, tokenizer, train, validation, _train_step(recipe, config, plan), plan, notes
-    )
+    prompts = () if recipe.samples is None else encode_prompts(recipe.samples, config, tokenizer, train.stores)
+    step = _train_step(recipe, config, plan)
+    return Components(recipe, source, inherited, config, tokenizer, train, validation, step, plan, notes, prompts)
 
 
 def _model(recipe: Recipe, started: bool) -> tuple[Checkpoint | None, ModelConfig, Sequence[Path]]:
@@ -236,9 +247,7 @@ def _check_training(source: Checkpoint, recipe: Recipe) -> None:
             f"init_optimizer = true continues with moments of AdamW, and optimizer.name = {recipe.optimizer.name!r}",
             "Leave out init_optimizer, so that only the parameters are used, or use AdamW.",
         )
-    step = None if source.training is None else source.training.step
-    if recipe.lora is not None:  # of all parameters, the moments are of no use
-        step = int(source.step.name) if isinstance(source, AdaptedCheckpoint) and source.step is not None else None
+    step = step_of_init(source, recipe)
     if step is None:
         kind = "" if recipe.lora is None else " for an adapter"
         raise UserError(
@@ -251,6 +260,14 @@ def _check_training(source: Checkpoint, recipe: Recipe) -> None:
             f"init has already made {step} steps, and the recipe sets train.steps = {recipe.train.steps}",
             f"train.steps includes the steps of init: set it to more than {step}.",
         )
+
+
+def step_of_init(source: Checkpoint, recipe: Recipe) -> int | None:
+    """The step from which `init_optimizer` continues; None if `init` has no optimizer state that the run can use."""
+    if recipe.lora is None:
+        return None if source.training is None else source.training.step
+    # Of all parameters, the moments are of no use.
+    return int(source.step.name) if isinstance(source, AdaptedCheckpoint) and source.step is not None else None
 
 
 def _check_pairs(loader: Loader, recipe: Recipe) -> None:

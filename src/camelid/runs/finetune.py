@@ -1,17 +1,19 @@
 """The recipe that `camelid finetune MODEL DATA...` makes, and how it continues a run that it began."""
 
+import itertools
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from camelid.data.config import Source
 from camelid.data.detection import detect
 from camelid.errors import UserError
 from camelid.inputs import expand_home
 from camelid.runs.finetune_choices import Chooser
-from camelid.runs.recipe import Recipe, overridden, recipe_of, write_recipe
+from camelid.runs.recipe import Recipe, laid_over, overridden, recipe_of, write_recipe
 
 if TYPE_CHECKING:
     from camelid.text.tokenizer import Tokenizer
@@ -30,19 +32,24 @@ class Request:
     model: str
     data: tuple[str, ...]
     """files, globs, and the other names that a source can have"""
+    validation: tuple[str, ...] = ()
+    """in the same form; if there are none, a part of the data is held out"""
     lora: bool = False
     dpo: bool = False
     out: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """options of the sources that are given instead of detected: kind, fields, text_key, template, max_unreadable"""
     ignore: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """fields of the recipe that are given, as tables"""
     overrides: tuple[str, ...] = ()
-    """fields of the recipe, as `--a.b value`"""
+    """fields of the recipe that are given, as `--a.b value`, which replace those of `fields`"""
 
     @property
     def given(self) -> dict[str, Any]:
         """The table of the fields that are given, with empty tables [lora] and [dpo] if these are asked for."""
-        return overridden({name: {} for name in ("lora", "dpo") if getattr(self, name)}, self.overrides)
+        asked = {name: {} for name in ("lora", "dpo") if getattr(self, name)}
+        return overridden(laid_over(asked, self.fields), self.overrides)
 
     @property
     def run(self) -> str:
@@ -91,6 +98,7 @@ def make_plan(request: Request) -> Plan:
     else:
         table, notes = _new_table(request)
     # The choices are made around what is given, which is laid over them here, where mistakes name the option.
+    table = laid_over(table, request.fields)
     return Plan(
         overridden(table, request.overrides), recipe_of(table, request.overrides), tuple(notes), kept is not None
     )
@@ -100,10 +108,13 @@ def _check_kept(kept: Recipe, request: Request, folder: Path) -> None:
     """Raises UserError if a run is not one of this model, data and method."""
     given = request.given
     differences: list[tuple[str, Any, Any]] = [
-        ("init", kept.init, expand_home(request.model)),
-        ("data.train", _files(kept), sorted(map(expand_home, request.data))),
+        ("init", kept.init, expand_home(request.model).rstrip("/") or "/"),
+        ("data.train", _files(kept.data.train), sorted(map(expand_home, request.data))),
         *((name, getattr(kept, name, None) is not None, name in given) for name in ("lora", "dpo")),
     ]
+    if request.validation:
+        validation = sorted(map(expand_home, request.validation))
+        differences.append(("data.validation", _files(kept.data.validation), validation))
     for name, value in request.options.items():
         differences += [(name, getattr(source, name), value) for source in kept.data.train]
     for name, was, now in differences:
@@ -114,8 +125,8 @@ def _check_kept(kept: Recipe, request: Request, folder: Path) -> None:
             )
 
 
-def _files(recipe: Recipe) -> list[str]:
-    return sorted(name for source in recipe.data.train for name in source.files)
+def _files(sources: Sequence[Source]) -> list[str]:
+    return sorted(name for source in sources for name in source.files)
 
 
 # A new recipe -------------------------------------------------------------------------------
@@ -132,24 +143,31 @@ def _new_table(request: Request) -> tuple[dict[str, Any], list[str]]:
             "data.train is set by the arguments after MODEL",
             "Name the files there; --kind, --fields, --text-key and --template set how they are read.",
         )
-    options = [_options(name, request, "dpo" in given) for name in request.data]
+    names = {"train": request.data} | ({"validation": request.validation} if request.validation else {})
+    options = {split: detected_options(names[split], request.options, "dpo" in given) for split in names}
     table: dict[str, Any] = {"run": request.run, "init": request.model}
     if request.ignore:
         table["init_ignore"] = list(request.ignore)
     asked = {name: given[name] for name in ("lora", "dpo") if name in given}
-    least = {"train": _sources(request.data, options), "sequence_length": 1, "batch_size": 1}
+    least = {split: as_sources(names[split], options[split]) for split in names}
+    least_table = table | asked | {"data": least | {"sequence_length": 1, "batch_size": 1}, "train": {"steps": 1}}
     # What is given is checked before the model is opened and choices are made around it.
-    recipe_of(table | asked | {"data": least, "train": {"steps": 1}}, request.overrides)
+    recipe_of(laid_over(least_table, request.fields), request.overrides)
     source = open_checkpoint(request.model, ignore=request.ignore)
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    notes = list(_choose_templates(options, tokenizer, request.model))
-    sources = _sources(request.data, options)
-    return table | Chooser(source.config, tokenizer, given, notes).tables(sources), notes
+    notes = list(choose_templates(itertools.chain(*options.values()), tokenizer, request.model))
+    data = {split: as_sources(names[split], options[split]) for split in names}
+    train = data.pop("train")
+    chosen = Chooser(source.config, tokenizer, laid_over(given, {"data": data}), notes).tables(train)
+    return laid_over(table | chosen, {"data": data}), notes
 
 
-def _options(name: str, request: Request, dpo: bool) -> dict[str, Any]:
-    """The options of the source that reads `name`: those given, and the kind that is detected if it is not given."""
-    given = dict(request.options)
+def detected_options(names: Sequence[str], given: Mapping[str, Any], dpo: bool) -> list[dict[str, Any]]:
+    """The options of the sources that read the names: those given, and the kind that is detected if it is not given."""
+    return [_options(name, dict(given), dpo) for name in names]
+
+
+def _options(name: str, given: dict[str, Any], dpo: bool) -> dict[str, Any]:
     implied = {"fields": "fields", "text_key": "text"}
     kind = given.pop("kind", None) or next((kind for key, kind in implied.items() if key in given), None)
     found = detect(name, dpo) if kind is None else {"kind": kind}
@@ -161,7 +179,7 @@ def _options(name: str, request: Request, dpo: bool) -> dict[str, Any]:
     return found | given
 
 
-def _choose_templates(options: list[dict[str, Any]], tokenizer: "Tokenizer", model: str) -> Iterator[str]:
+def choose_templates(options: Iterable[dict[str, Any]], tokenizer: "Tokenizer", model: str) -> Iterator[str]:
     """Sets the template of sources that need one, if the model has none."""
     needing = [each for each in options if each["kind"] in TEMPLATES and "template" not in each]
     if "default" in tokenizer.chat_templates:
@@ -172,7 +190,7 @@ def _choose_templates(options: list[dict[str, Any]], tokenizer: "Tokenizer", mod
         yield f"{model} has no chat template: {name!r} is used; --template chooses another"
 
 
-def _sources(names: Sequence[str], options: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def as_sources(names: Sequence[str], options: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The sources that read the names; those with the same options are one."""
     files: dict[str, list[str]] = {}
     of: dict[str, dict[str, Any]] = {}

@@ -1,14 +1,13 @@
 """Chooses the fields of a recipe from the facts: reads the text, and asks for the model's size and the devices."""
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from camelid.data.config import DataConfig, Source
 from camelid.model.config import ComputeConfig
-from camelid.parallel.mesh import MeshConfig, make_mesh
+from camelid.parallel.mesh import MeshConfig, device_memory, make_mesh
 from camelid.runs import finetune_defaults as defaults
 from camelid.runs.recipe import recipe_of
 from camelid.train.lora_config import LoRAConfig
@@ -116,7 +115,7 @@ class Chooser:
 
         mesh = make_mesh(replace(MeshConfig(), **self.given.get("mesh", {})))
         device = mesh.devices.flat[0]
-        return defaults.Devices(device.platform, mesh.size, _memory_of(device), data_parallel_size(mesh))
+        return defaults.Devices(device.platform, mesh.size, device_memory(device), data_parallel_size(mesh))
 
     def _memory(
         self, parameters: int, length: int, batch: int, devices: defaults.Devices, dtype: str
@@ -159,13 +158,3 @@ def _lengths(stores: Sequence["Store"], pairs: bool) -> list[int]:
 
     found = [np.diff(store.offsets) for store in stores]
     return np.concatenate([each.reshape(-1, 2).sum(1) if pairs else each for each in found]).tolist()
-
-
-def _memory_of(device: Any) -> int | None:
-    """The memory of a device in bytes; devices of the CPU share that of the machine."""
-    if device.platform == "cpu":
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(device.client.devices())
-        except (ValueError, OSError, AttributeError):
-            return None
-    return (device.memory_stats() or {}).get("bytes_limit")

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,12 +22,14 @@ from camelid.checkpoint.integrity import checksum_arrays, describe_counts
 from camelid.checkpoint.registry import split_prefix
 from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
+from camelid.checkpoint.tensors import dtype_named, rounded
 from camelid.errors import UserError
 from camelid.model.adapters import LoRAPlan, freeze, initialize_adapters
+from camelid.model.config import ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder
-from camelid.model.params import Spec, build, named
+from camelid.model.params import Spec, build, named, shardings
 from camelid.model.pytree import path_name
-from camelid.model.quantize import quantize_parameter
+from camelid.model.quantize import dtype_of, held_dtype, held_shapes, quantize_parameter
 from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.rules import placement
 from camelid.runs.file_names import STEPS
@@ -71,10 +73,26 @@ def is_gone(base: str) -> bool:
     return path.is_absolute() and not path.exists()
 
 
+def base_form(recipe: Recipe) -> str:
+    """The form in which the frozen matrices are held: `lora.base`, or its default."""
+    return (recipe.lora and recipe.lora.base) or recipe.compute.dtype
+
+
 def base_dtype(recipe: Recipe) -> str:
     """The dtype in which the frozen matrices are held, or from which they are quantized."""
-    base = (recipe.lora and recipe.lora.base) or recipe.compute.dtype
-    return "bfloat16" if base in ("int8", "nf4") else base
+    return dtype_of(base_form(recipe))
+
+
+def abstract_frozen(recipe: Recipe, config: ModelConfig, plan: LoRAPlan, mesh: Mesh) -> Decoder:
+    """Shapes, dtypes and shardings of `Base.frozen`; nothing is read or allocated."""
+    shapes = held_shapes(config, base_form(recipe))
+    places = shardings(declare_decoder(config), shapes, mesh, recipe.compute.replicate)
+    frozen, everywhere = freeze(jax.tree.map(_placed, shapes, places), plan, config), placement((), mesh)
+    return jax.tree.map(lambda x: _placed(x, everywhere) if isinstance(x, np.ndarray) else x, frozen)
+
+
+def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def not_finite_error(recipe: Recipe, counts: Mapping[str, int]) -> UserError:
@@ -125,9 +143,8 @@ def load_base(recipe: Recipe, source: Checkpoint, plan: LoRAPlan, mesh: Mesh) ->
 
 
 def _load(base: Checkpoint, path: str, spec: Spec, recipe: Recipe, mesh: Mesh) -> jax.Array:
-    dtype = jnp.dtype(base_dtype(recipe) if spec.is_matrix else "float32")
     place = placement(spec.axes, mesh, recipe.compute.replicate)
-    target = jax.ShapeDtypeStruct(spec.shape, dtype, sharding=place)
+    target = jax.ShapeDtypeStruct(spec.shape, held_dtype(spec, base_form(recipe)), sharding=place)
     return saved_state.load(base.table, base.tensors, {path: target})[path]
 
 
@@ -155,12 +172,11 @@ def first_state(recipe: Recipe, base: Base, create: Callable[[Decoder], TrainSta
     `create` is `start_state` with the options of the run.
 
     With `init_optimizer`, step, adapters and optimizer state are those of a step of another run. Raises UserError if
-    the adapter of `init` is not of the form that the recipe describes, or has the state of another optimizer.
+    that run had another optimizer.
     """
     source, plan, config = base.source, base.about.plan, base.checkpoint.config
     places = jax.tree.map(lambda x: x.sharding, target)
     if isinstance(source, AdaptedCheckpoint):
-        _check_continues(recipe, source, plan)
         if recipe.init_optimizer and source.step is not None:
             wanted, others = replace(target, ema=None, counters={}), ("ema", "counters")
             try:
@@ -184,8 +200,8 @@ def first_state(recipe: Recipe, base: Base, create: Callable[[Decoder], TrainSta
     return jax.jit(initialized, out_shardings=places)(jax.random.key(recipe.train.seed), base.params)
 
 
-def _check_continues(recipe: Recipe, source: AdaptedCheckpoint, plan: LoRAPlan) -> None:
-    """Raises UserError unless the adapter of `init` has the parameters, ranks and scales of the recipe."""
+def check_continues(recipe: Recipe, source: AdaptedCheckpoint, plan: LoRAPlan) -> None:
+    """Raises UserError unless the adapter `init` has the parameters, ranks and scales of the recipe."""
     assert recipe.lora is not None
     if source.adapter.saved:
         names = ", ".join(dict.fromkeys(path for path, _ in source.adapter.saved))
@@ -217,14 +233,20 @@ def _short(values: Sequence[float]) -> str:
 # adapter/ ------------------------------------------------------------------------------------
 
 
-def save_adapter(folder: Path, trainable: Decoder, base: Base, companions: Mapping[str, Path]) -> None:
+def save_adapter(
+    folder: Path, trainable: Decoder, base: Base, companions: Mapping[str, Path], dtype: str | None = None
+) -> None:
     """Writes an adapter in PEFT's form, with the tokenizer's files; every process calls this.
+
+    `dtype` is that of its tensors; None: the one that they have. Raises UserError if a value is out of its range.
 
     The folder is complete at any time: its files are written under other names first. PEFT finds the base by its name
     if it is in Hugging Face's format; otherwise the base has to be given.
     """
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(trainable)}
     arrays = to_host(leaves)
+    if dtype is not None:
+        arrays = {path: rounded(path, array, dtype_named(dtype)) for path, array in arrays.items()}
     if is_main():
         about, name = base.about, split_prefix(base.about.base)[1] if base.checkpoint.format == "hf" else None
         files = adapter_files(to_adapter(about.plan, arrays, base.checkpoint.config, name, about.dropout))

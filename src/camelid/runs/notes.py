@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from camelid.data.config import DataConfig
 from camelid.data.report import SilentRows
 from camelid.runs.recipe import Recipe
 
@@ -15,6 +16,16 @@ def warmup_notes(recipe: Recipe) -> Iterator[str]:
         yield (
             f"optimizer.{name} = {getattr(recipe.optimizer, name)} is not less than train.steps = {steps}: the "
             f"learning rate rises to {first + (peak - first) * steps / warmup:.3g} at the last step and does not decay"
+        )
+
+
+def batch_notes(data: DataConfig, rows: float) -> Iterator[str]:
+    """A note if a batch has more rows than the training data, which has `rows`."""
+    if data.batch_size > rows:
+        yield (
+            f"the training data fills {rows:,.4g} rows of {data.sequence_length} tokens, and data.batch_size is "
+            f"{data.batch_size}, so that each step reads it {data.batch_size / rows:.2g} times. Use a smaller "
+            "data.batch_size or data.sequence_length, or more data"
         )
 
 

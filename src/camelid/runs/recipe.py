@@ -24,12 +24,14 @@ from camelid.parallel.mesh import MeshConfig
 from camelid.runs.renamed import renamed_advice
 from camelid.runs.suggestions import as_option, suggest
 from camelid.train.config import (
+    CheckpointConfig,
     DPOConfig,
     DropoutConfig,
     EmaConfig,
     LossConfig,
     LossScaleConfig,
     ProfileConfig,
+    SamplesConfig,
     TrainConfig,
 )
 from camelid.train.lora_config import LoRAConfig
@@ -69,6 +71,9 @@ class Recipe:
     """a moving average of the parameters; None: none is kept"""
     loss_scale: LossScaleConfig | None = None
     """loss scaling, which only compute.dtype = "float16" has and needs; None: its defaults"""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig | None = None
+    """prompts that are completed in the course of training; None: none are"""
     profile: ProfileConfig | None = None
     """steps that are traced by JAX's profiler, in profile/; None: none are"""
     compute: ComputeConfig = ComputeConfig()
@@ -102,6 +107,7 @@ class Recipe:
                 "train.keep_best = true compares validation losses, and the recipe has no validation data",
                 "Set data.validation or data.validation_fraction.",
             )
+        self._check_export()
         if self.profile is not None and self.profile.first_step > self.train.steps:
             raise UserError(
                 f"profile.first_step = {self.profile.first_step} exceeds train.steps = {self.train.steps}",
@@ -125,6 +131,22 @@ class Recipe:
             raise UserError(
                 f"the recipe has a loss_scale and compute.dtype = {self.compute.dtype!r}",
                 "Only float16 needs loss scaling: remove the table, or set compute.dtype = 'float16'.",
+            )
+
+    def _check_export(self) -> None:
+        """Raises UserError if no milestone is written in the form that `checkpoint.export` names."""
+        if (form := self.checkpoint.export) is None:
+            return
+        if self.train.milestones_every is None:
+            raise UserError(
+                f"checkpoint.export = {form!r} writes milestones, and the recipe has none",
+                "Set train.milestones_every, for example to 1000.",
+            )
+        if self.lora is not None and not self.lora.merge and form != "hf":
+            raise UserError(
+                f"checkpoint.export = {form!r} writes entire models, and [lora] trains an adapter, which has PEFT's "
+                "form",
+                "Set checkpoint.export = 'hf' for adapters, or lora.merge = true for models.",
             )
 
     def _check_preference(self) -> None:
@@ -158,11 +180,15 @@ class Recipe:
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, in which `--a.b value` pairs replace fields; raises UserError for anything unknown."""
+    return recipe_of(read_table(path), overrides)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in a TOML file, whose fields are not checked yet; raises UserError if it is not TOML."""
     try:
-        table = tomllib.loads(read_text(path, "a recipe (.toml)"))
+        return tomllib.loads(read_text(path, "a recipe (.toml)"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {_without_tuples(error)}", "docs/recipes.md has an example.") from error
-    return recipe_of(table, overrides)
 
 
 def _without_tuples(error: tomllib.TOMLDecodeError) -> str:
@@ -188,6 +214,18 @@ def overridden(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
         _refuse_commas(key, text)
         _set(changed, key, _value(text, _type_of(key)))
     return changed
+
+
+def laid_over(table: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the table, in which `fields` replace those of the same name, also in the tables in it."""
+    both = copy.deepcopy(dict(table))
+    for name, value in fields.items():
+        below = both.get(name)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            both[name] = laid_over(below, value)
+        else:
+            both[name] = copy.deepcopy(value)
+    return both
 
 
 def structure(table: Mapping[str, Any]) -> Recipe:
@@ -244,7 +282,12 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _refuse_commas(key: str, text: str) -> None:
-    """Raises UserError for items separated by commas in place of a list; in file names and patterns, they are text."""
+    """Raises UserError for items separated by commas in place of a list.
+
+    In file names, patterns and the prompts of samples, commas are text.
+    """
+    if key == "samples.prompts":
+        return
     items = [typing.get_args(arm)[0] for arm in _options(_type_of(key)) if typing.get_origin(arm) is tuple]
     if items and items[0] is not Source and "," in text and not any(character in text for character in "[{("):
         quote = "" if items[0] in (int, float) else '"'

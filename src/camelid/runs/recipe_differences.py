@@ -33,7 +33,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str)
         elif isinstance(here, dict) and there is None:
             yield _rank(name, True), name, f"no [{name}] there, [{name}] here"
         else:
-            yield _rank(name, False), name, f"{name} = {_toml(there)} there, {_toml(here)} here"
+            yield _rank(name, False), name, f"{name} = {in_toml(there)} there, {in_toml(here)} here"
 
 
 def _rank(name: str, is_table: bool) -> int:
@@ -48,14 +48,14 @@ def _are_tables(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _toml(value: Any) -> str:
+def in_toml(value: Any) -> str:
     """A value in one line of TOML, and "nothing" for a field that is not there."""
     import tomli_w
 
     if value is None:
         return "nothing"
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(in_toml, value))}]"
     if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key} = {_toml(item)}' for key, item in value.items())} }}"
+        return f"{{ {', '.join(f'{key} = {in_toml(item)}' for key, item in value.items())} }}"
     return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")

@@ -49,26 +49,36 @@ def with_reference(components: Components, start: Start, folder: Path, mesh: Mes
     They are read from the folder of the run. A run that has no checkpoint computes them if they are missing or of other
     parameters or data. Raises UserError if those of a run that has one are missing, and for values that are not finite.
     """
-    loaders = {"train": components.loader}
-    if components.validation is not None:
-        loaders["validation"] = components.validation
-    about = _about(components, loaders)
-    params = combine(start.state.trainable, start.frozen)
-    if start.resumed is None:
-        about["init"] = checksum_arrays(params)[0]
-    if broadcast_from_main(lambda: _is_kept(folder / REFERENCE, about)):
+    loaders = _loaders(components)
+    if start.resumed is not None:
+        check_reference(components, folder)
         values = _read(folder / REFERENCE, loaders)
-    elif start.resumed is not None:
+    else:
+        params = combine(start.state.trainable, start.frozen)
+        about = {**_about(components, loaders), "init": checksum_arrays(params)[0]}
+        if broadcast_from_main(lambda: _is_kept(folder / REFERENCE, about)):
+            values = _read(folder / REFERENCE, loaders)
+        else:
+            values = _computed(components, loaders, params, mesh, terminal)
+            if is_main():
+                _write(folder / REFERENCE, values, about)
+    loaders = {split: loader.with_reference(values[split]) for split, loader in loaders.items()}
+    return dataclasses.replace(components, loader=loaders["train"], validation=loaders.get("validation"))
+
+
+def check_reference(components: Components, folder: Path) -> None:
+    """Raises UserError if the folder of a run that has a checkpoint lacks them; every process calls this."""
+    about = _about(components, _loaders(components))
+    if not broadcast_from_main(lambda: _is_kept(folder / REFERENCE, about)):
         raise UserError(
             f"{folder / REFERENCE} is missing or damaged: it holds what the model that the run started from predicts",
             "Restore it from a copy of the folder, or train from init again with another --run.",
         )
-    else:
-        values = _computed(components, loaders, params, mesh, terminal)
-        if is_main():
-            _write(folder / REFERENCE, values, about)
-    loaders = {split: loader.with_reference(values[split]) for split, loader in loaders.items()}
-    return dataclasses.replace(components, loader=loaders["train"], validation=loaders.get("validation"))
+
+
+def _loaders(components: Components) -> dict[str, Loader]:
+    loaders = {"train": components.loader}
+    return loaders if components.validation is None else loaders | {"validation": components.validation}
 
 
 def _about(components: Components, loaders: dict[str, Loader]) -> dict[str, Any]:

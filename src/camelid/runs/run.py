@@ -2,37 +2,34 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from camelid import interrupts
 from camelid.api import Model
-from camelid.checkpoint.folder import check_destination
 from camelid.checkpoint.state.orbax_state import RunCheckpoints
-from camelid.data.rows.batch import Batch, PairBatch
+from camelid.data.rows.batch import Batch
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.prefetch import prefetched
 from camelid.errors import UserError
-from camelid.model.decoder import Decoder
 from camelid.model.flops import peak_flops, training_flops
 from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
 from camelid.parallel.hosts import broadcast_from_main, is_main
 from camelid.parallel.mesh import make_mesh
-from camelid.parallel.rules import COMPUTE, partition
 from camelid.parallel.stop_signal import StopSignal
 from camelid.runs.best import BestCheckpoint
 from camelid.runs.components import Components, build_components
-from camelid.runs.file_names import ADAPTER, ADAPTER_EMA, METRICS, MODEL, MODEL_EMA, PROFILE, STEPS
-from camelid.runs.lora import Base, base_dtype, save_adapter
+from camelid.runs.file_names import METRICS, PROFILE, STEPS
+from camelid.runs.program import abstract_batch, trace_step
 from camelid.runs.recipe import Recipe, completed
 from camelid.runs.reference import with_reference
+from camelid.runs.results import Results
 from camelid.runs.run_folder import (
     check_folder,
     claimed,
@@ -42,11 +39,12 @@ from camelid.runs.run_folder import (
     mark_unfinished,
     record,
 )
-from camelid.runs.start import Start, find_start, shardings
+from camelid.runs.samples import Samples
+from camelid.runs.start import Start, find_start
 from camelid.runs.summary import start_summary
 from camelid.runs.validation import Validate, is_validated, mean_losses, validate_step
 from camelid.runs.versions import record_versions
-from camelid.text.tokenizer import CHAT_TEMPLATE
+from camelid.train.callbacks import Callback
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import MetricsFile, Speed, Terminal, draw_losses, read_metrics
 from camelid.train.metrics_log import MetricsLog
@@ -55,7 +53,7 @@ from camelid.train.profile import Profiled
 from camelid.train.save_schedule import SaveSchedule
 from camelid.train.state import TrainState
 from camelid.train.step import TrainStep
-from camelid.train.trackers import make_tracker
+from camelid.train.trackers import Tracker, make_tracker
 from camelid.train.trainable import combine
 
 
@@ -73,15 +71,60 @@ class Outcome:
     """the folders that were written for use elsewhere: model/ or adapter/"""
 
 
-def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
+def run(recipe: Recipe, from_step: int | None = None, callbacks: Sequence[Callback] = ()) -> Outcome:
     """Trains by a recipe, from the newest checkpoint in the folder of the run if there is one.
 
     With `from_step`, training resumes from this older checkpoint. Checkpoints of later steps are moved to a new
-    folder in that of the run, `set_aside_1` or the next free number, together with a copy of metrics.jsonl.
+    folder in that of the run, `set_aside_1` or the next free number, together with milestones of later steps and copies
+    of metrics.jsonl and samples.jsonl. Every process calls the `callbacks`, and ends with an exception that one of them
+    raises.
 
-    Raises UserError for a recipe that does not fit the data, the model, the machine or the folder, for a damaged
-    checkpoint, and when losses or gradients of more than `train.max_skipped` steps in a row are infinite or NaN.
-    Nothing is written before training can start.
+    Raises UserError as `open_run`, for a damaged checkpoint, and when losses or gradients of more than
+    `train.max_skipped` steps in a row are infinite or NaN. Nothing is written before training can start.
+    """
+    opened = open_run(recipe)
+    recipe, folder, mesh = opened.recipe, opened.folder, opened.mesh
+    components, results = opened.components, opened.results
+    with (
+        jax.set_mesh(mesh),
+        claimed(folder, recipe, components.data),
+        contextlib.closing(_checkpoints(folder, recipe)) as checkpoints,
+    ):
+        start = find_start(recipe, opened.previous, from_step, components, checkpoints, mesh)
+        terminal = Terminal(int(start.state.step), recipe.train.steps)
+        if is_main():
+            for line in start_summary(recipe, components, mesh, start):
+                terminal.print(line)
+        if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, results.names):
+            if is_main():
+                terminal.print(finished_line(recipe))
+            model = results.model(combine(start.state.trainable, start.frozen))
+            return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in results.names))
+        state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal, results, callbacks)
+        return _finish(results, start, state, finished)
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run before its state is read."""
+
+    recipe: Recipe
+    """with the fields that depend on how the run was started"""
+    folder: Path
+    previous: Recipe | None
+    """the recipe of the run so far; None for a new run"""
+    mesh: Mesh
+    components: Components
+
+    @property
+    def results(self) -> Results:
+        return Results(self.components, self.folder, self.mesh)
+
+
+def open_run(recipe: Recipe) -> OpenedRun:
+    """Opens and checks what a run consists of; writes nothing but prepared text in the cache.
+
+    Raises UserError for a recipe that does not fit the data, the model, the machine or the folder.
     """
     folder = Path(recipe.run).resolve()
     previous = kept_recipe(folder)
@@ -94,26 +137,14 @@ def run(recipe: Recipe, from_step: int | None = None) -> Outcome:
     _check_rows(recipe, mesh)
     with jax.set_mesh(mesh):
         components = build_components(recipe, mesh, started=previous is not None)
-        for written in _written(recipe):
-            check_destination(folder / written, True, {"config.json": None, **components.companions})
-        with (
-            claimed(folder, recipe, components.data),
-            contextlib.closing(_checkpoints(folder, recipe.train)) as checkpoints,
-        ):
-            start = find_start(recipe, previous, from_step, components, checkpoints, mesh)
-            terminal = Terminal(int(start.state.step), recipe.train.steps)
-            if is_main():
-                for line in start_summary(recipe, components, mesh, start):
-                    terminal.print(line)
-            written = _written(recipe)
-            if start.resumed == recipe.train.steps and is_finished(folder, recipe.train.steps, written):
-                if is_main():
-                    made = f"it has made all {recipe.train.steps} steps"
-                    terminal.print(f"this run is finished: {made}; a larger train.steps continues it")
-                model = _model(recipe, components, folder, mesh, combine(start.state.trainable, start.frozen))
-                return Outcome(folder, recipe.train.steps, True, model, tuple(folder / name for name in written))
-            state, finished = _train(recipe, components, folder, checkpoints, mesh, start, terminal)
-            return _finish(recipe, components, folder, mesh, start, state, finished)
+    opened = OpenedRun(recipe, folder, previous, mesh, components)
+    opened.results.check()
+    return opened
+
+
+def finished_line(recipe: Recipe) -> str:
+    """What is printed of a run that has made all steps and written its results."""
+    return f"this run is finished: it has made all {recipe.train.steps} steps; a larger train.steps continues it"
 
 
 def _train(
@@ -124,10 +155,12 @@ def _train(
     mesh: Mesh,
     start: Start,
     terminal: Terminal,
+    results: Results,
+    callbacks: Sequence[Callback],
 ) -> tuple[TrainState, bool]:
     """The state after the last step, and whether all steps were made."""
     config, state, first = recipe.train, start.state, int(start.state.step)
-    kind = PairBatch if components.precomputes_reference else Batch
+    kind = components.batch_kind
     step, starting = components.step, first < config.steps
     if starting:
         step = compile_step(step, state, recipe, mesh, terminal, start.frozen, kind)
@@ -136,16 +169,24 @@ def _train(
     record(folder, recipe, components.files | base_files, components.data)
     record_versions(folder, start.resumed or 0)
     mark_unfinished(folder)
+    results.make_up(state, start)
     if components.precomputes_reference and (starting or components.validation is not None):
         components = with_reference(components, start, folder, mesh, terminal)
     flops = training_flops(components.config, recipe.data.sequence_length, frozen=recipe.lora is not None)
     speed = Speed(first, config.steps, flops, _peak_flops())
-    log = _metrics_log(recipe, components, folder, checkpoints, terminal, speed, start.resumed or 0)
-    validate = None
+    trackers = [make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers] if is_main() else []
+    log = _metrics_log(
+        recipe, components, folder, checkpoints, terminal, speed, start.resumed or 0, trackers, callbacks
+    )
+    validate = samples = None
     if components.validation is not None:
         about = components.step.objective, components.validation, recipe, mesh, start.frozen, terminal
         validate = partial(mean_losses, *about)
-    with log:
+    with log, contextlib.ExitStack() as stack:
+        if recipe.samples is not None:
+            about = start.frozen, folder, terminal, trackers, start.resumed or 0
+            samples = Samples(recipe, results.model, components.prompts, *about)
+            stack.enter_context(contextlib.closing(samples))
         best = BestCheckpoint(folder, checkpoints) if config.keep_best else None
         if validate is not None and start.resumed is None:
             with log.paused():
@@ -153,14 +194,17 @@ def _train(
             log.validation(first, means)
         elif validate is not None and is_validated(first, config) and not _has_validation(folder, first):
             validate_step(validate, state, first, log, checkpoints, best)
+        if samples is not None and (start.resumed is None or samples.is_due(first)):
+            with log.paused():
+                samples.write(state, first)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopSignal(first, config.steps))
             stack.enter_context(contextlib.closing(terminal))
             if recipe.profile is not None:
                 step = stack.enter_context(Profiled(step, recipe.profile, folder / PROFILE, first))
             batches = _batches(recipe, components.loader, mesh, first, speed)
-            export = None if start.base is None else partial(_save_adapter, components, folder, start.base)
-            state = train_steps(step, state, batches, config, log, validate, checkpoints, stop, export, best)
+            export = partial(results.save_at_checkpoint, start=start)
+            state = train_steps(step, state, batches, config, log, validate, checkpoints, stop, export, best, samples)
             checkpoints.wait()
     return state, int(state.step) == config.steps and not stop.requested
 
@@ -173,16 +217,16 @@ def _metrics_log(
     terminal: Terminal,
     speed: Speed,
     resume_from: int,
+    trackers: Sequence[Tracker],
+    callbacks: Sequence[Callback],
 ) -> MetricsLog:
     """The log of the run, in which metrics.jsonl goes on after the step `resume_from`."""
-    sinks = []
-    if is_main():
-        trackers = (make_tracker(name, folder, asdict(recipe)) for name in recipe.train.trackers)
-        sinks = [MetricsFile(folder / METRICS, resume_from), *trackers]
+    sinks = [MetricsFile(folder / METRICS, resume_from), *trackers] if is_main() else []
     tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length
     steps_per_epoch = sum(packing.rows_per_epoch for packing in components.loader.packings) / recipe.data.batch_size
     advice, of_tokens = checkpoints.recovery_advice, recipe.loss.average == "tokens"
-    return MetricsLog(recipe.train, terminal, speed, sinks, tokens_per_step, advice, steps_per_epoch, of_tokens)
+    about = tokens_per_step, advice, steps_per_epoch, of_tokens
+    return MetricsLog(recipe.train, terminal, speed, sinks, *about, callbacks, folder)
 
 
 def train_steps(
@@ -194,12 +238,13 @@ def train_steps(
     validate: Validate | None,
     checkpoints: RunCheckpoints,
     stop: StopSignal,
-    export: Callable[[TrainState], None] | None = None,
+    export: Callable[..., None] | None = None,
     best: BestCheckpoint | None = None,
+    samples: Samples | None = None,
 ) -> TrainState:
     """Trains until step `config.steps` or a signal to stop; every process runs the same loop in step.
 
-    `export` writes the state in another form too, whenever a checkpoint is saved.
+    `export(state, step=made)` writes the state in another form too, whenever a checkpoint is saved.
     """
     made, due = int(state.step), False
     schedule = SaveSchedule(config, made)
@@ -211,10 +256,11 @@ def train_steps(
         log.add(made, metrics)
         stopping, ending = stop.should_stop(made), made == config.steps
 
-        # A run that is asked to stop ends soon: when it is resumed, it makes up for the validation.
+        # A run that is asked to stop ends soon: when it is resumed, it makes up for the validation and the samples.
         validates = validate is not None and is_validated(made, config) and not stopping
+        generates = samples is not None and samples.is_due(made) and not stopping
         due = due or schedule.due(made)
-        if validates or due or ending or stopping:
+        if validates or generates or due or ending or stopping:
             log.flush()  # whoever ends the process after a checkpoint must find its step in metrics.jsonl
         # The parameters may be the reason that updates are skipped: good checkpoints are not replaced until it is over.
         saves = (due and not log.skipping) or ending or stopping
@@ -222,62 +268,32 @@ def train_steps(
             with log.paused():
                 checkpoints.save(made, state)
                 if export is not None:
-                    export(state)
+                    export(state, step=made)
+            log.saved(made)
             schedule.saved(made)
             interrupts.set_advice(interrupts.RESUME)
             due = False
         if validate is not None and validates:
             validate_step(validate, state, made, log, checkpoints, best)
+        if samples is not None and generates:
+            with log.paused():
+                samples.write(state, made)
         if stopping:
             break
     log.flush()
     return jax.block_until_ready(state)
 
 
-def _finish(
-    recipe: Recipe, components: Components, folder: Path, mesh: Mesh, start: Start, state: TrainState, finished: bool
-) -> Outcome:
+def _finish(results: Results, start: Start, state: TrainState, finished: bool) -> Outcome:
     """Saves the results of a finished run: models and adapters of the last step; and draws the losses."""
-    model = _model(recipe, components, folder, mesh, combine(state.trainable, start.frozen))
+    folder, model = results.folder, results.model(combine(state.trainable, start.frozen))
     if finished:
-        params = {ADAPTER: state.trainable, MODEL: state.trainable, ADAPTER_EMA: state.ema, MODEL_EMA: state.ema}
-        dtype = None if recipe.lora is None else base_dtype(recipe)
-        for name in _written(recipe):
-            if start.base is not None and name in (ADAPTER, ADAPTER_EMA):
-                save_adapter(folder / name, params[name], start.base, _companions(components, folder))
-            else:
-                saved = replace(model, params=combine(params[name], start.frozen))
-                saved.save(folder / name, dtype=dtype, overwrite=True)
+        results.save(state, start, folder)
         mark_finished(folder, int(state.step))
     if is_main():
         draw_losses({folder.name: read_metrics(folder / METRICS)}, folder / "loss.png")
-    written = tuple(folder / name for name in _written(recipe) if (folder / name).is_dir())
+    written = tuple(folder / name for name in results.names if (folder / name).is_dir())
     return Outcome(folder, int(state.step), finished, model, written)
-
-
-def _written(recipe: Recipe) -> tuple[str, ...]:
-    """The folders in that of a finished run that are written for use elsewhere."""
-    models = (MODEL,) if recipe.ema is None else (MODEL, MODEL_EMA)
-    if recipe.lora is None:
-        return models
-    adapters = (ADAPTER,) if recipe.ema is None else (ADAPTER, ADAPTER_EMA)
-    return (*adapters, *models) if recipe.lora.merge else adapters
-
-
-def _model(recipe: Recipe, components: Components, folder: Path, mesh: Mesh, params: Decoder) -> Model:
-    files = tuple(_companions(components, folder).values())
-    return Model(components.config, params, components.tokenizer, recipe.compute, mesh, files)
-
-
-def _companions(components: Components, folder: Path) -> dict[str, Path]:
-    """The files that are copied with the model, with the chat template of the training data."""
-    template = {} if components.chat_template is None else {CHAT_TEMPLATE: folder / CHAT_TEMPLATE}
-    return components.companions | template
-
-
-def _save_adapter(components: Components, folder: Path, base: Base, state: TrainState) -> None:
-    """Writes adapter/ in the folder of the run."""
-    save_adapter(folder / ADAPTER, state.trainable, base, _companions(components, folder))
 
 
 def compile_step(
@@ -294,14 +310,7 @@ def compile_step(
     if is_main():
         terminal.print("compiling the training step ...")
     start = time.perf_counter()
-    shape = (recipe.data.batch_size, recipe.data.sequence_length)
-    sharding = NamedSharding(mesh, partition(("batch", "seq"), COMPUTE))
-    floats = ("weights", "reference")
-    dtypes = {field.name: jnp.float32 if field.name in floats else jnp.int32 for field in fields(kind)}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-    # The state keeps its shardings, whatever the compiler would choose for the updates of an optimizer.
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None))
-    compiled = jitted.lower(state, batch, frozen).compile()
+    compiled = trace_step(step, state, frozen, abstract_batch(recipe, mesh, kind)).lower().compile()
     if is_main():
         terminal.print(f"compiled in {time.perf_counter() - start:.1f} s")
     return lambda state, batch: compiled(state, batch, frozen)
@@ -315,8 +324,9 @@ def _batches(recipe: Recipe, loader: Loader, mesh: Mesh, first: int, speed: Spee
         yield sharding.place_own(vars(batch))
 
 
-def _checkpoints(folder: Path, config: TrainConfig) -> RunCheckpoints:
-    return RunCheckpoints(folder / STEPS, config.keep_checkpoints, config.milestones_every)
+def _checkpoints(folder: Path, recipe: Recipe) -> RunCheckpoints:
+    without = () if recipe.checkpoint.optimizer else ("opt_state",)
+    return RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints, recipe.train.milestones_every, without)
 
 
 def _has_validation(folder: Path, step: int) -> bool:

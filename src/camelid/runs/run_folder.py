@@ -5,7 +5,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,18 @@ from camelid.runs.file_names import (
     DATA,
     FILES,
     FINISHED,
+    INPUTS,
     METRICS,
     MODEL,
     MODEL_EMA,
     RECIPE,
+    SAMPLES,
     STEPS,
 )
 from camelid.runs.recipe import Recipe, completed, structure, write_recipe
 from camelid.runs.recipe_differences import recipe_differences
 from camelid.runs.renamed import with_new_names
+from camelid.train.config import CheckpointConfig, SamplesConfig
 
 FREE = {
     f"train.{name}"
@@ -51,6 +54,10 @@ FREE = {
 } | {
     "run",
     "lora.merge",
+    "profile",
+    "samples",
+    *(f"samples.{field.name}" for field in fields(SamplesConfig)),
+    *(f"checkpoint.{field.name}" for field in fields(CheckpointConfig)),
     "data.workers",
     "data.prepare_workers",
     "data.cache",
@@ -68,11 +75,16 @@ def has_started(folder: Path) -> bool:
 
 def is_finished(folder: Path, step: int, written: Sequence[str]) -> bool:
     """Whether the folders `written` in that of a run exist and are those after `step`; every process calls this."""
+    return is_written(folder, written) and broadcast_from_main(lambda: _step(folder) == step)
+
+
+def is_written(place: Path, names: Sequence[str]) -> bool:
+    """Whether `place` has the models and adapters of these names; every process calls this."""
 
     def exists(name: str) -> bool:
-        return (folder / name / (CONFIG if name in (ADAPTER, ADAPTER_EMA) else "config.json")).is_file()
+        return (place / name / (CONFIG if name in (ADAPTER, ADAPTER_EMA) else "config.json")).is_file()
 
-    return broadcast_from_main(lambda: all(map(exists, written)) and _step(folder) == step)
+    return broadcast_from_main(lambda: all(map(exists, names)))
 
 
 def _step(folder: Path) -> int | None:
@@ -108,19 +120,24 @@ def _kept_text(folder: Path) -> str | None:
     return kept.read_text("utf-8") if kept.is_file() and has_started(folder) else None
 
 
+def check_is_own(folder: Path) -> None:
+    """Raises UserError if the folder exists and is neither that of a run nor empty."""
+    if not _is_utf8(str(folder)):
+        raise UserError(f"{str(folder)!a} is not UTF-8, as the names in recipe.toml are", "Choose another --run.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", "Choose another folder with --run.")
+    files = [] if (folder / RECIPE).is_file() or not folder.exists() else folder.iterdir()
+    if any(not file.name.startswith(".") and file.name != INPUTS for file in files):
+        raise UserError(f"{folder} has files and is not the folder of a run", "Choose another folder with --run.")
+
+
 def check_folder(folder: Path, recipe: Recipe) -> None:
     """Raises UserError if the folder is not that of a run, or of a run that was started with another recipe.
 
     `recipe` is one that `completed` returned.
     """
-    kept = folder / RECIPE
-    if not _is_utf8(str(folder)):
-        raise UserError(f"{str(folder)!a} is not UTF-8, as the names in recipe.toml are", "Choose another --run.")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file", "Choose another folder with --run.")
-    if not kept.is_file():
-        if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
-            raise UserError(f"{folder} has files and is not the folder of a run", "Choose another folder with --run.")
+    check_is_own(folder)
+    if not (folder / RECIPE).is_file():
         return
     if (text := _kept_text(folder)) is None:
         for name in (MODEL, ADAPTER, MODEL_EMA, ADAPTER_EMA):
@@ -175,12 +192,17 @@ def claimed(folder: Path, recipe: Recipe, data: Data) -> Iterator[None]:
             ) from error
         stack.callback(_remove_lock_alone, folder)
         check_folder(folder, recipe)
-        if has_started(folder):
-            kept = kept_data(folder) or {}
-            _check_data(folder, kept, data)
-            _check_row_orders(folder, kept, data)
+        check_data(folder, data)
         wait_for_all("run folder")
         yield
+
+
+def check_data(folder: Path, data: Data) -> None:
+    """Raises UserError if a run has been trained on other data than `data`, or on its rows in another order."""
+    if has_started(folder):
+        kept = kept_data(folder) or {}
+        _check_tokens(folder, kept, data)
+        _check_row_orders(folder, kept, data)
 
 
 def kept_data(folder: Path) -> Data | None:
@@ -189,13 +211,17 @@ def kept_data(folder: Path) -> Data | None:
 
 
 def new_aside(folder: Path) -> Path:
-    """Creates the folder set_aside_1, or the next free number, in that of a run, with a copy of metrics.jsonl."""
+    """Creates the folder set_aside_1, or the next free number, in that of a run.
+
+    It has copies of metrics.jsonl and samples.jsonl.
+    """
     number = 1
     while (aside := folder / f"set_aside_{number}").exists():
         number += 1
     aside.mkdir()
-    if (folder / METRICS).exists():
-        shutil.copyfile(folder / METRICS, aside / METRICS)
+    for file in (folder / METRICS, folder / SAMPLES):
+        if file.exists():
+            shutil.copyfile(file, aside / file.name)
     return aside
 
 
@@ -222,7 +248,7 @@ def _remove_lock_alone(folder: Path) -> None:
         (folder / LOCK).unlink()
 
 
-def _check_data(folder: Path, before: Data, now: Data) -> None:
+def _check_tokens(folder: Path, before: Data, now: Data) -> None:
     """Raises UserError if the prepared text has changed, so that the batches of all steps would be different."""
     for split, stores in before.items():
         if split == FILES:

@@ -1,7 +1,7 @@
 """The state that training starts from: a checkpoint of the run, the checkpoint `init`, or new parameters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from camelid.model.params import abstract, initialize
 from camelid.parallel.hosts import broadcast_from_main, is_main, wait_for_all
 from camelid.runs.adamw_import import import_adamw
 from camelid.runs.components import Components
-from camelid.runs.file_names import STEPS
+from camelid.runs.file_names import MILESTONES, STEPS
 from camelid.runs.lora import Base, first_state, load_base, not_finite_error
 from camelid.runs.recipe import Recipe
 from camelid.runs.run_folder import new_aside
 from camelid.train.counters import start_counters
-from camelid.train.state import TrainState, abstract_state, start_state
+from camelid.train.state import TrainState, abstract_state, start_state, with_new_optimizer_state
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,9 @@ def find_start(
     aside. Raises UserError if the step is missing or damaged, or if parameters are infinite or NaN.
     """
     folder = Path(recipe.run).resolve()
-    resumed = broadcast_from_main(lambda: _step_to_resume(folder, recipe, previous is not None, from_step))
-    optimizer = components.step.optimizer
-    options = {"averaged": recipe.ema is not None, "loss_scale": recipe.loss_scale}
-    target = abstract_start(components.config, optimizer, recipe.compute, mesh, components.lora, **options)
-    create = partial(start_state, optimizer=optimizer, **options)
+    resumed = step_to_resume(folder, recipe, previous is not None, from_step)
+    target = abstract_first_state(recipe, components, mesh)
+    create = partial(start_state, optimizer=components.step.optimizer, **_options(recipe))
     base = None
     if components.lora is not None:
         assert components.source is not None, "an adapter has a base"
@@ -78,7 +76,12 @@ def find_start(
     if resumed is not None:
         # Checkpoints of an older camelid have no counters.
         counters = {f"counters.{name}": value for name, value in start_counters(recipe.loss_scale).items()}
-        state = checkpoints.restore(resumed, target, counters)
+        if checkpoints.holds(resumed, "opt_state"):
+            state = checkpoints.restore(resumed, target, counters)
+        else:
+            _check_restarts(recipe, folder, resumed)
+            saved = checkpoints.restore(resumed, replace(target, opt_state=None), counters)
+            state = with_new_optimizer_state(saved, components.step.optimizer, target)
     elif base is not None:
         state = first_state(recipe, base, create, target)
     elif components.source is not None:
@@ -89,6 +92,17 @@ def find_start(
         raise not_finite_error(recipe, not_finite)
     aside = None if from_step is None else _move_later_aside(folder, from_step)
     return Start(state, resumed, previous, base, aside)
+
+
+def abstract_first_state(recipe: Recipe, components: Components, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state that a run starts from; nothing is read or allocated."""
+    optimizer, compute = components.step.optimizer, recipe.compute
+    return abstract_start(components.config, optimizer, compute, mesh, components.lora, **_options(recipe))
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """Those of `start_state`."""
+    return {"averaged": recipe.ema is not None, "loss_scale": recipe.loss_scale}
 
 
 def abstract_start(
@@ -128,12 +142,16 @@ def shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def _step_to_resume(folder: Path, recipe: Recipe, started: bool, from_step: int | None) -> int | None:
-    """The step of the checkpoint to resume from; None for a new run.
+def step_to_resume(folder: Path, recipe: Recipe, started: bool, from_step: int | None) -> int | None:
+    """The step of the checkpoint to resume from; None for a new run. Every process calls this.
 
     Raises UserError if there are checkpoints now and there were none before, or the reverse; `started` is what was
     found before.
     """
+    return broadcast_from_main(lambda: _step_to_resume(folder, recipe, started, from_step))
+
+
+def _step_to_resume(folder: Path, recipe: Recipe, started: bool, from_step: int | None) -> int | None:
     steps = saved_state.steps_in(folder / STEPS)
     if bool(steps) != started:
         changed = "were removed" if started else "were created"
@@ -155,13 +173,28 @@ def _step_to_resume(folder: Path, recipe: Recipe, started: bool, from_step: int 
     return step
 
 
+def _check_restarts(recipe: Recipe, folder: Path, step: int) -> None:
+    """Raises UserError unless the recipe says that the optimizer restarts from a checkpoint without its state."""
+    if not recipe.checkpoint.restart_optimizer:
+        raise UserError(
+            f"the checkpoint of step {step} in {folder / STEPS} has no state of the optimizer "
+            "(checkpoint.optimizer = false), so the run cannot be resumed exactly",
+            "Set checkpoint.restart_optimizer = true to go on with new moments, at this step and its learning rate; or "
+            f"start another run with init = {str(folder / STEPS / str(step))!r}.",
+        )
+
+
 def _move_later_aside(folder: Path, step: int) -> Path | None:
-    """Moves the checkpoints of later steps to a new folder, and returns it; every process calls this."""
-    steps = folder / STEPS
-    later = [other for other in saved_state.steps_in(steps) if other > step] if is_main() else []
-    aside = new_aside(folder) if later else None
-    for other in reversed(later):
+    """Moves the checkpoints and milestones of later steps to a new folder, and returns it; every process calls this."""
+    found, aside = [], None
+    if is_main():
+        names = (MILESTONES, STEPS)
+        found = [(name, other) for name in names for other in saved_state.steps_in(folder / name) if other > step]
+        aside = new_aside(folder) if found else None
+    for name, other in reversed(found):  # the latest checkpoint first
         assert aside is not None
-        (steps / str(other)).rename(aside / str(other))
+        place = aside if name == STEPS else aside / name
+        place.mkdir(exist_ok=True)
+        (folder / name / str(other)).rename(place / str(other))
     wait_for_all("later checkpoints are moved aside")
     return aside

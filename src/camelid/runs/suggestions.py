@@ -31,6 +31,9 @@ OTHER_NAMES = {
     "train.evaluate_every": "evalsteps evalinterval valinterval evaluatesteps",
     "train.milestones_every": "savemilestonefreq milestonefreq keepperiod",
     "train.keep_best": "loadbestmodelatend savebest savetopk",
+    "checkpoint.dtype": "floatdtype",
+    "checkpoint.optimizer": "saveoptimizerstate saveoptimizer",
+    "samples.prompts": "sampleprompts evalprompts",
     "train.trackers": "reportto logger usewandb wandb",
     "dpo.beta": "beta dpobeta prefbeta rlbeta",
     "dpo.loss": "losstype prefloss",
@@ -59,6 +62,7 @@ OTHER_NAMES = {
     "tokenizer": "tokenizername tokenizerpath tokenizernameorpath",
 }
 FIELD_OF = {name: field for field, names in OTHER_NAMES.items() for name in names.split()}
+DATASET_STATE = frozenset(["loaddatasetstate", "datasetstate"])
 EPOCHS = frozenset(["epochs", "epoch", "numepochs", "numtrainepochs", "trainepochs", "maxepochs"])
 
 
@@ -68,6 +72,8 @@ def suggest(field: str, known: Iterable[str]) -> str:
     plain = name.replace("_", "").replace("-", "").lower()
     if plain in EPOCHS:
         return "A run is measured in steps: set train.steps. `camelid data inspect RECIPE.toml` shows the repeats."
+    if plain in DATASET_STATE:
+        return "A run keeps its place in the data: the same command resumes it with the next batch."
     if plain in FIELD_OF and table.partition(".")[0] != "model":
         return f"Did you mean {FIELD_OF[plain]!r}?"
     known = list(known)

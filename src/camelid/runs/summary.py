@@ -14,7 +14,7 @@ from camelid.model.decoder import declare_decoder
 from camelid.model.flops import count_parameters
 from camelid.runs.components import Components
 from camelid.runs.lora import base_dtype
-from camelid.runs.notes import silent_row_notes, warmup_notes
+from camelid.runs.notes import batch_notes, silent_row_notes, warmup_notes
 from camelid.runs.recipe import Recipe
 from camelid.runs.start import Start
 from camelid.train.schedules import learning_rate
@@ -24,7 +24,8 @@ from camelid.train.trainable import count_trained
 def start_summary(recipe: Recipe, components: Components, mesh: Mesh, start: Start) -> Iterator[str]:
     """The lines, in order."""
     silent = [silent_among_first(packing) for packing in components.loader.packings]
-    for note in (*components.notes, *silent_row_notes(silent), *warmup_notes(recipe)):
+    few = batch_notes(recipe.data, sum(packing.rows_per_epoch for packing in components.loader.packings))
+    for note in (*components.notes, *few, *silent_row_notes(silent), *warmup_notes(recipe)):
         yield f"note: {note}"
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     tokens_per_step = recipe.data.batch_size * recipe.data.sequence_length

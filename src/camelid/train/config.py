@@ -108,6 +108,88 @@ class TrainConfig:
             raise UserError(f"train.spike_sigma = {self.spike_sigma}", "Choose a number above 0; inf reports none.")
 
 
+ExportFormat = Literal[
+    "hf",
+    "meta",
+    "easylm",
+    "easylm-flax",
+    "mindspore",
+    "mindspore-safetensors",
+    "mindspore-interleaved",
+    "megatron",
+    "megatron-legacy",
+    "llama2-jax",
+    "llama2c",
+    "llama2c-v1",
+    "llama2c-v2",
+    "gguf",
+    "gguf-q8_0",
+    "gguf-q4_0",
+]
+"""The formats in which `camelid convert` writes a model and nothing else, by the names of its option --to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What the checkpoints of a run hold, and in which form its models and adapters are written for use elsewhere."""
+
+    export: ExportFormat | None = None
+    """format in which each milestone is also written, to milestones/STEP/ in the folder of the run; None: in none"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """dtype of the models and adapters that are written for use elsewhere; checkpoints keep the dtypes of training"""
+    optimizer: bool = True
+    """whether checkpoints hold the state of the optimizer, without which no run is resumed exactly"""
+    restart_optimizer: bool = False
+    """resume from a checkpoint without the state of the optimizer: with new moments, at its step and learning rate"""
+
+    def __post_init__(self) -> None:
+        if self.restart_optimizer and self.optimizer:
+            raise UserError(
+                "checkpoint.restart_optimizer = true applies to checkpoints without the state of the optimizer, and "
+                "checkpoint.optimizer = true",
+                "Leave it out, or set checkpoint.optimizer = false.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Prompts that are completed in the course of training, to show what the model has learned."""
+
+    prompts: tuple[str, ...]
+    """the prompts: the beginnings of texts, or messages of the user if `chat` is true"""
+    chat: bool | None = None
+    """whether a prompt is a message of the user, in the chat template of the training data; None: if they have one"""
+    system: str | None = None
+    """chat: the system message before each prompt"""
+    every: int | None = None
+    """number of steps between samples; None: train.evaluate_every. The last step always has samples"""
+    max_new_tokens: int = 64
+    """number of tokens after which a sample ends, if it has not ended before"""
+    temperature: float = 0.0
+    """the logits are divided by it before a token is drawn; 0: the most probable token"""
+    seed: int = 0
+    """seed of the draws; prompt i has seed + i, the same at every step"""
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(self.prompts):
+            raise UserError(
+                f"samples.prompts = {list(self.prompts)!r}",
+                "Give at least one text that is not empty, or remove [samples].",
+            )
+        for name in ("every", "max_new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"samples.{name} = {value}", "Choose 1 or more.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"samples.temperature = {self.temperature}", "Choose 0 for the most probable tokens, or a number above."
+            )
+        if self.system is not None and self.chat is False:
+            raise UserError(
+                f"samples.system = {self.system!r} is a message of a chat, and samples.chat = false",
+                "Leave out one of the two.",
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """Which steps the profiler of JAX traces."""

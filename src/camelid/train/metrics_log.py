@@ -4,13 +4,15 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
 
 from camelid.errors import UserError
 from camelid.parallel.hosts import is_main, to_host
+from camelid.train.callbacks import Callback, TrainEvent
 from camelid.train.config import TrainConfig
 from camelid.train.loggers import Speed, Terminal, rewards
 
@@ -23,7 +25,9 @@ class Sink(Protocol):
 
 
 class MetricsLog(contextlib.AbstractContextManager):
-    """Writes metrics to the sinks and shows them on the terminal; as a context manager, it closes the sinks.
+    """Writes metrics to the sinks, shows them on the terminal, and calls the callbacks.
+
+    As a context manager, it closes the sinks.
 
     Reading the metrics of a step waits until the devices have computed it. `add` therefore only takes them, and `flush`
     reads them when the next step is running. Every process calls all methods in the same order.
@@ -39,15 +43,18 @@ class MetricsLog(contextlib.AbstractContextManager):
         advice: Callable[[], str],
         steps_per_epoch: float | None = None,
         perplexity: bool = True,
+        callbacks: Sequence[Callback] = (),
+        folder: Path = Path(),
     ):
         """`advice` is what to do when training stops because losses or gradients are infinite or NaN.
 
         `steps_per_epoch` is the number of steps in which as many rows are read as there are; None: it is not written.
         `perplexity` is whether the exponential of the validation loss is the perplexity of a token, and shown.
+        `folder` is that of the run, of which the callbacks are told; unlike the sinks, every process has them.
         """
         self._config, self._terminal, self._speed, self._sinks = config, terminal, speed, sinks
         self._tokens_per_step, self._steps_per_epoch, self._advice = tokens_per_step, steps_per_epoch, advice
-        self._perplexity = perplexity
+        self._perplexity, self._callbacks, self._folder = perplexity, callbacks, folder
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         self.skipping = False
         """whether the update of the last step that was read was skipped, because its loss or gradient was not finite"""
@@ -74,7 +81,8 @@ class MetricsLog(contextlib.AbstractContextManager):
         Raises UserError if the loss is infinite or NaN.
         """
         ema = {} if averaged is None else {f"validation_{name}_ema": value for name, value in averaged.items()}
-        self._write({"step": step, **{f"validation_{name}": value for name, value in means.items()}, **ema})
+        metrics = {f"validation_{name}": value for name, value in means.items()} | ema
+        self._write({"step": step, **metrics})
         loss = means["loss"]
         if not math.isfinite(loss):
             raise UserError(f"after step {step} the validation loss is {loss}", self._advice())
@@ -86,6 +94,11 @@ class MetricsLog(contextlib.AbstractContextManager):
             with np.errstate(over="ignore"):
                 about = rewards(means) or (f"perplexity {np.exp(loss):.2f}" if self._perplexity else "")
             self._terminal.print(f"step {step}: validation loss {loss:.4f}{about and f', {about}'}{average}")
+        self._call("evaluate", step, metrics)
+
+    def saved(self, step: int) -> None:
+        """Tells the callbacks that the checkpoint of a step is being written."""
+        self._call("save", step, {})
 
     def paused(self) -> AbstractContextManager[None]:
         """While the block runs, no time is counted as that of steps: for validation and checkpoints."""
@@ -114,10 +127,19 @@ class MetricsLog(contextlib.AbstractContextManager):
             self._terminal.show(step, row)
             if (note := _note(metrics, finite, spike)) is not None:
                 self._terminal.print(f"step {step}: {note}")
+        self._call("log", step, {name: value for name, value in row.items() if name != "step"})
 
     def _write(self, row: Mapping[str, Any]) -> None:
         for sink in self._sinks:
             sink.write(row)
+
+    def _call(self, kind: Literal["log", "evaluate", "save"], step: int, metrics: Mapping[str, Any]) -> None:
+        if not self._callbacks:
+            return
+        event = TrainEvent(kind, step, metrics, self._folder)
+        with self.paused():
+            for callback in self._callbacks:
+                callback(event)
 
 
 def _note(metrics: Mapping[str, float], finite: bool, spike: bool) -> str | None:

@@ -66,6 +66,33 @@ def start_state(
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(masters), ema, start_counters(loss_scale))
 
 
+def is_schedule(node: Any) -> bool:
+    """Whether a part of an optimizer's state counts the steps of a schedule, of the learning rate or weight decay.
+
+    Optax does not export all of these classes; they have one field.
+    """
+    return getattr(node, "_fields", ()) == ("count",)
+
+
+def with_new_optimizer_state(
+    state: TrainState, optimizer: optax.GradientTransformation, target: TrainState
+) -> TrainState:
+    """`state`, which has none, with the first state of the optimizer, whose schedules are at the step of `state`.
+
+    `target` has the shardings.
+    """
+
+    def started(trainable: Any, step: jax.Array) -> Any:
+        new = start_state(trainable, optimizer).opt_state
+        return jax.tree.map(
+            lambda node: node._replace(count=step) if is_schedule(node) else node, new, is_leaf=is_schedule
+        )
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, target.opt_state)
+    opt_state = jax.jit(started, out_shardings=places)(state.trainable, state.step)
+    return dataclasses.replace(state, opt_state=opt_state)
+
+
 def abstract_state(trainable: Any, optimizer: optax.GradientTransformation, **options: Any) -> TrainState:
     """Shapes, dtypes and shardings of `start_state`, which has the same options; nothing is allocated.
 

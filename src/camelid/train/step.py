@@ -14,11 +14,13 @@ from camelid.parallel.rules import shard
 from camelid.train.config import LossScaleConfig
 from camelid.train.counters import loss_deviation, update_counters
 from camelid.train.objective import Arrays, Objective
-from camelid.train.state import TrainState
+from camelid.train.state import TrainState, is_schedule
 from camelid.train.trainable import combine
 
 REPORTED = ("skipped", "skipped_in_a_row", "loss_scale", "overflows")
 """the counters of a state that are metrics of the step"""
+BLOCK = 16
+"""numbers whose squares are summed at once on CPUs"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class TrainStep:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         scale = None if self.loss_scale is None else state.counters["loss_scale"]
         (total, weight, extra), summed = self.summed_gradients(state.trainable, frozen, batch, key, scale)
-        loss, norm = _mean(total, weight), optax.tree.norm(self.mean_gradients(summed, weight))
+        loss, norm = _mean(total, weight), global_norm(self.mean_gradients(summed, weight))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         shrink = jnp.minimum(1.0, self.clip_norm / norm)
 
@@ -77,7 +79,7 @@ class TrainStep:
             "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
             "loss_deviation": loss_deviation(state.counters, loss),
             **{name: counters[name].astype(jnp.float32) for name in REPORTED if name in counters},
-            **({"param_norm": optax.tree.norm(_float32(self._masked(updated.trainable)))} if self.param_norm else {}),
+            **({"param_norm": global_norm(_float32(self._masked(updated.trainable)))} if self.param_norm else {}),
         }
         return dataclasses.replace(updated, step=state.step + 1, counters=counters), metrics
 
@@ -95,10 +97,6 @@ class TrainStep:
 
     def _skipped(self, state: TrainState, grads: Any) -> TrainState:
         """The state without an update; only the counts of schedules advance, as the step does."""
-
-        def is_schedule(node: Any) -> bool:
-            # The state of a learning rate's schedule, and of weight decay's, whose class Optax does not export.
-            return getattr(node, "_fields", ()) == ("count",)
 
         def advanced(node: Any) -> Any:
             return node._replace(count=optax.safe_increment(node.count)) if is_schedule(node) else node
@@ -151,6 +149,21 @@ class TrainStep:
     def _masked(self, tree: Any) -> Any:
         """Gradients or updates without those that are frozen, which weight decay must not move either."""
         return tree if self.mask is None else self.mask(tree)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The square root of the sum of the squares of all elements, in float32."""
+    if jax.default_backend() != "cpu":
+        return optax.tree.norm(tree)
+    return jnp.sqrt(sum(map(_sum_of_squares, jax.tree.leaves(tree)), jnp.zeros(())))
+
+
+def _sum_of_squares(x: jax.Array) -> jax.Array:
+    if x.ndim == 0 or x.shape[-1] % BLOCK:
+        return jnp.sum(jnp.square(x))
+    # XLA's CPU backend splits a long sum into several, and stores all squares before the first; not for a short one.
+    blocks = jnp.sum(jnp.square(x).reshape(*x.shape[:-1], -1, BLOCK), -1)
+    return jnp.sum(lax.optimization_barrier(blocks))
 
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:

@@ -3,9 +3,9 @@
 import importlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from camelid.disk.atomic import write_atomically
 from camelid.errors import UserError
@@ -36,7 +36,15 @@ def check_installed(name: str) -> None:
         raise UserError(f"train.trackers requests {name}: {error}", install_hint(name)) from error
 
 
-def make_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> "TensorBoard | WeightsAndBiases | MLflow":
+class Tracker(Protocol):
+    """A service that receives the metrics of a run, and the samples that it generates."""
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
+    def close(self) -> None: ...
+
+
+def make_tracker(name: str, folder: Path, recipe: Mapping[str, Any]) -> Tracker:
     """The tracker with this name, for the run in `folder`."""
     return {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}[name](folder, recipe)
 
@@ -53,6 +61,12 @@ class TensorBoard:
         for name, value in _numbers(row).items():
             self._writer.add_scalar(name, value, row["step"])
 
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        for number, sample in enumerate(samples):
+            # TensorBoard shows Markdown, in which indented lines are shown as they are.
+            text = f"{sample['prompt']}\n---\n{sample['completion']}"
+            self._writer.add_text(f"samples/{number}", "".join(f"    {line}\n" for line in text.split("\n")), step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -65,7 +79,7 @@ class WeightsAndBiases:
         import wandb
 
         self._run = wandb.init(
-            project="camelid",
+            project=os.environ.get("WANDB_PROJECT", "camelid"),
             id=_run_id(folder),
             name=folder.name,
             dir=str(folder),
@@ -75,6 +89,13 @@ class WeightsAndBiases:
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._run.log(_numbers(row), step=row["step"])
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        columns = ["step", "prompt", "completion"]
+        table = wandb.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])
+        self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -99,6 +120,10 @@ class MLflow:
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._mlflow.log_metrics(_numbers(row), step=row["step"])
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        text = "\n\n".join(f"{sample['prompt']}\n---\n{sample['completion']}" for sample in samples)
+        self._mlflow.log_text(text + "\n", f"samples/step_{step}.txt")
 
     def close(self) -> None:
         self._mlflow.end_run()

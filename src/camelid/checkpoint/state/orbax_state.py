@@ -1,6 +1,7 @@
 """Saves and restores training state through Orbax: asynchronously, atomically, and onto any mesh."""
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -46,7 +47,9 @@ class RunCheckpoints:
     happens in the next call of `save` or `wait`; until then, no older checkpoint is removed.
     """
 
-    def __init__(self, folder: Path, keep: int, milestones_every: int | None = None):
+    def __init__(self, folder: Path, keep: int, milestones_every: int | None = None, without: Collection[str] = ()):
+        """`without` names fields of the state, a dataclass, that are not saved."""
+        self._without = without
         self._folder, self._keep, self._milestones_every = folder.resolve(), keep, milestones_every
         self.best: int | None = None
         """a step whose checkpoint is kept, too; one that is being written replaces it when it is complete"""
@@ -77,6 +80,8 @@ class RunCheckpoints:
         """
         if step == broadcast_from_main(self.latest):
             return
+        if self._without:
+            state = dataclasses.replace(state, **dict.fromkeys(self._without))
         checksums, not_finite = checksum_arrays(state)
         if not_finite:
             raise UserError(
@@ -150,11 +155,26 @@ class RunCheckpoints:
         self.wait()
         if (step := self.latest()) is None:
             return "There is no checkpoint yet. Start again with a lower learning rate, or with other data."
+        moments = "" if "opt_state" in self._without else "with AdamW also init_optimizer = true, "
         return (
             f"The last checkpoint, of step {step}, is kept. The same command would stop here again: start another run "
-            f"from it with init = {str(self._folder / str(step))!r}, with AdamW also init_optimizer = true, and a "
-            "lower learning rate or another data.seed."
+            f"from it with init = {str(self._folder / str(step))!r}, {moments}and a lower learning rate or another "
+            "data.seed."
         )
+
+    def holds(self, step: int, field: str) -> bool:
+        """Whether the checkpoint of a step has arrays of a field of the state; every process calls this.
+
+        True if the step is damaged, which `restore` reports.
+        """
+
+        def found() -> bool:
+            try:
+                return any(name.partition(".")[0] == field for name in open_arrays(self._folder / str(step)))
+            except DamagedState:
+                return True
+
+        return broadcast_from_main(found)
 
     def restore(
         self, step: int, target: Any, initial: Mapping[str, Any] | None = None, ignore: Collection[str] = ()
