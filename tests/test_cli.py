@@ -60,7 +60,7 @@ def test_generate_json_is_one_object_with_the_reference_tokens_and_nothing_else(
     assert (name, rest) == ("completions", [])
     tokenizer = transformers.AutoTokenizer.from_pretrained(stories)
     for completion, expected in zip(completions, reference, strict=True):
-        assert completion.keys() == {"prompt", "text", "tokens", "finish_reason"}
+        assert completion.keys() == {"prompt", "text", "tokens", "finish_reason", "prompt_index"}
         assert completion["prompt"] == expected["text"]
         assert completion["tokens"] == expected["greedy_ids"]
         assert completion["finish_reason"] == "length"

@@ -2,28 +2,23 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from camelid import describe
 from camelid.checkpoint.registry import open_checkpoint
 from camelid.disk.space import format_bytes
-from camelid.model.adapters import freeze, initialize_adapters
 from camelid.model.config import LongRopeScaling, ModelConfig
-from camelid.model.decoder import Decoder, declare_decoder
+from camelid.model.decoder import declare_decoder
 from camelid.model.flops import cache_bytes, forward_flops, training_flops
-from camelid.model.params import build, named
+from camelid.model.params import named
 from camelid.model.presets import ALIASES, PRESETS, preset
-from camelid.model.quantize import held_dtype, quantize_parameter
-from camelid.parallel.mesh import one_device
-from camelid.runs.lora_targets import plan_adapters
-from camelid.train.lora_config import LoRAConfig
 from camelid.train.optimizer import make_optimizer
 from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.state import start_state
@@ -121,27 +116,24 @@ def test_presets_are_listed_with_their_sizes_and_other_names():
 
 
 def test_training_of_adapters_keeps_what_a_run_of_adapters_holds():
+    """A base in bfloat16, or in NF4 with a byte for 64 elements and four for 256 of these, and adapters of rank 16."""
     config = tiny_config(num_layers=3)
-    specs, plan = declare_decoder(config), plan_adapters(LoRAConfig(), config)
     sizes = describe.of_config(config)["adapter_training_bytes"]
-
-    def held(form: str) -> Decoder:
-        arrays = {path: jnp.zeros(spec.shape, held_dtype(spec, form)) for path, spec in named(specs).items()}
-        if form == "nf4":
-            mesh = one_device()
-            arrays = {
-                path: quantize_parameter(path, array, named(specs)[path], form, mesh) for path, array in arrays.items()
-            }
-        return build(specs, arrays.values())
-
-    def nbytes(tree: Any) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-    for name, form in (("lora", "bfloat16"), ("qlora", "nf4")):
-        params = held(form)
-        adapters = nbytes(initialize_adapters(plan, config, jax.random.key(0), params))
+    specs = named(declare_decoder(config))
+    matrices = [(math.prod(s.shape[1 : 1 + len(s.outputs)]), s) for s in specs.values() if s.stacked and s.is_matrix]
+    scales = 4 * 3 * len(matrices)
+    others = sum(spec.size * (2 if spec.is_matrix else 4) for spec in specs.values()) + scales
+    others -= sum(2 * spec.size for _, spec in matrices)
+    nf4, adapters = 0, 0
+    for outputs, spec in matrices:
+        inputs = spec.size // 3 // outputs
+        blocks = outputs * math.ceil(inputs / 64)
+        nf4 += 3 * (outputs * inputs // 2 + blocks + 4 * math.ceil(blocks / 256) + 4)
+        adapters += 4 * 3 * 16 * (inputs + outputs)
+    frozen = {"lora": others + sum(2 * spec.size for _, spec in matrices), "qlora": others + nf4}
+    for name, size in frozen.items():
         assert sizes[name] == {
-            "frozen_parameters": nbytes(freeze(params, plan, config)),
+            "frozen_parameters": size,
             "parameters": adapters,
             "gradients": adapters,
             "adamw_moments": 2 * adapters,

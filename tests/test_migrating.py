@@ -21,6 +21,8 @@ from camelid.runs.recipe import Recipe, read_recipe
 from runs import called
 from test_docs import ROOT, parse
 
+pytestmark = pytest.mark.quick_compile
+
 PAGES = sorted(page for page in (ROOT / "docs" / "migrating").glob("*.md") if page.name != "index.md")
 HF = "models/stories260K/hf"
 TEXT = {"train.jsonl": "golden/easylm/train.jsonl", "held_out.txt": "data/tinystories/tinystories_sample.txt"}

@@ -187,6 +187,14 @@ def test_a_worker_that_runs_the_script_again_starts_nothing(model: Path, monkeyp
 # Evaluation -------------------------------------------------------------------------------
 
 
+def test_instructions_with_inputs_are_evaluated_as_in_the_run(model: Path):
+    rows = [{"instruction": "Repeat", "input": word, "output": word * 2} for word in ("ab", "cd", "ef")]
+    args = {"run": "run", **TINY, "train.steps": 1}
+    trainer = Trainer(model=model, train_dataset=rows, eval_dataset=rows[:2], args=args)
+    result = trainer.finetune()
+    assert result.metrics["validation_loss"] == trainer.evaluate()["loss"]
+
+
 def test_the_loss_of_a_text_is_that_of_its_tokens(model: Path):
     """As `evaluate perplexity` computes it, apart from the tokens at the ends of texts."""
     loaded = camelid.load(model)

@@ -31,6 +31,7 @@ from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.params import named
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from families import FAMILIES
+from mindspore_files import field, file, float32, number, record
 from runs import tensor_bytes
 from tiny import save_hf, tiny_config, tiny_params, to_transformers, transformers_twin
 from writing import put
@@ -95,33 +96,6 @@ def to_hf(source: Checkpoint, folder: Path) -> Path:
 
 def params(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return {k: np.asarray(v) for k, v in named(load_params(checkpoint, ComputeConfig(), one_device())).items()}
-
-
-# A second writer, from the description of the format -------------------------------------
-
-
-def number(value: int) -> bytes:
-    out = bytearray()
-    value %= 2**64
-    while value >= 128:
-        out.append(value % 128 + 128)
-        value //= 128
-    return bytes([*out, value])
-
-
-def field(key: int, value: int | bytes) -> bytes:
-    if isinstance(value, int):
-        return number(key * 8) + number(value)
-    return number(key * 8 + 2) + number(len(value)) + value
-
-
-def record(tag: str, kind: str, dims: tuple[int, ...], data: bytes) -> bytes:
-    tensor = b"".join(field(1, n) for n in dims) + field(2, kind.encode()) + field(3, data)
-    return field(1, field(1, tag.encode()) + field(2, tensor))
-
-
-def float32(tag: str, array: np.ndarray) -> bytes:
-    return record(tag, "Float32", array.shape, array.astype("<f4").tobytes())
 
 
 def strategy(layouts: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], int, int]]) -> bytes:
@@ -325,10 +299,6 @@ def their_arrays(config: ModelConfig = TINY) -> dict[str, np.ndarray]:
         columns = config.embed_dim if "wo" not in name else array[0].size
         arrays[name] = array if array.ndim < 3 else array.reshape(-1, columns)
     return arrays
-
-
-def file(arrays: Mapping[str, np.ndarray]) -> bytes:
-    return b"".join(float32(name, array) for name, array in arrays.items())
 
 
 def assert_tiny(checkpoint: Checkpoint) -> None:

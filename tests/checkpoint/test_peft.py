@@ -562,3 +562,40 @@ def test_damaged_and_incomplete_folders_are_refused(sound: Path, tmp_path: Path)
         open_checkpoint(folder)
     with pytest.raises(UserError, match="is an adapter, whose model is that of its base"):
         open_checkpoint(sound, config=LLAMA)
+
+
+# A quantized base -------------------------------------------------------------------------
+
+
+def test_an_adapter_is_added_to_the_values_of_a_quantized_base(assets: Path, tmp_path: Path):
+    draw, path, gguf = np.random.default_rng(0), "layers.attn.o_proj", tmp_path / "base.gguf"
+    original = assets / "models" / "stories260K" / "hf"
+    assert called("convert", original, gguf, "--to", "gguf-q8_0").returncode == 0
+    pair = Pair(draw.standard_normal((2, 64), np.float32), draw.standard_normal((64, 2), np.float32), 4.0)
+    adapter = write_adapter(tmp_path / "adapter", Adapter(read_model_config(original), {(path, 1): pair}))
+    done = called("convert", gguf, tmp_path / "merged", "--adapter", adapter)
+    assert done.returncode == 0, done.stderr
+    assert "are quantized (q8_0); they are read as float32" in done.stderr
+    index = (slice(0, 64), slice(0, 8), slice(0, 8))
+    before, exact, after = (
+        open_checkpoint(place).read_slice(path, 1, index, np.dtype(np.float32)).reshape(64, 64)
+        for place in (gguf, original, tmp_path / "merged")
+    )
+    assert 0 < np.abs(before - exact).max() < 0.02 * np.abs(exact).max()
+    np.testing.assert_allclose(after, before + 2 * pair.b @ pair.a, rtol=0, atol=1e-5)
+
+
+def test_a_base_of_quantized_weights_that_are_not_read_is_refused_with_the_way_out(tmp_path: Path):
+    base = save_base(LLAMA, tmp_path / "base")
+    pair = Pair(np.ones((1, 60), np.float32), np.ones((48, 1), np.float32), 1.0)
+    adapter = write_adapter(tmp_path / "adapter", Adapter(LLAMA, {("layers.attn.o_proj", 1): pair}))
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    refused = called("convert", base, tmp_path / "merged", "--adapter", adapter)
+    assert refused.returncode == 2
+    message = " ".join(refused.stderr.split())
+    assert "quantization_config = {'quant_method': 'bitsandbytes'" in message
+    assert "use the model that was quantized, also as the base of an adapter" in message
+    ignoring = ("--ignore-config-field", "quantization_config")  # the weights are not quantized, as the advice says
+    assert called("convert", base, tmp_path / "merged", "--adapter", adapter, *ignoring).returncode == 0

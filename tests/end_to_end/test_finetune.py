@@ -125,9 +125,12 @@ def test_a_run_trains_says_what_to_try_next_and_is_resumed_by_the_same_command(
     assert max(row["learning_rate"] for row in rows) <= 5e-3
     # Another run is refused, by the names of this command.
     write(Path("other.jsonl"), {"instruction": "Say hello.", "output": "Hello."})
-    assert_refused(called("finetune", stories, "other.jsonl", "--lora", "--out", "x"), "x has a run", "data.train is")
+    other = called("finetune", stories, "other.jsonl", "--lora", "--out", "x")
+    assert_refused(other, 'another recipe: data.train.files = ["instruct.jsonl"] there, ["other.jsonl"] here')
     full = called("finetune", stories, "instruct.jsonl", "--out", "x")
-    assert_refused(full, "x has a run with another recipe: lora is True there, and False here")
+    assert_refused(full, "x has a run with another recipe: [lora] there, no [lora] here")
+    kind = called(*command, "--template", "zephyr")
+    assert_refused(kind, 'x has a run with another recipe: data.train.template = "alpaca" there, "zephyr" here')
     assert "Choose another --out" in full.stderr
     rate = called(*command, "--optimizer.learning_rate", 1e-4)
     assert_refused(rate, "another recipe", "learning_rate")

@@ -16,6 +16,8 @@ from camelid.runs.recipe import structure
 from camelid.text.tokenizer import load_tokenizer
 from runs import assert_refused, called, lay_over, losses, recipe, tensor_bytes, tiny_run, write_recipe_file
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(autouse=True)
 def _on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:

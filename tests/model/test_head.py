@@ -1,5 +1,6 @@
 """The output head of any weight type, trained or frozen: what the loss computes for its gradient."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from jax import lax
 from camelid.model.context import Context
 from camelid.model.loss import project, summed_loss, token_log_probs
 from camelid.model.weights import Adapted, Quantized, dense
+
+pytestmark = pytest.mark.quick_compile
 
 ROWS, LENGTH, EMBED, VOCAB, RANK = 4, 24, 16, 520, 3
 Operands = dict[str, Any]
@@ -104,6 +107,48 @@ def test_losses_and_gradients_of_any_head_are_those_of_the_unchunked_logits(name
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         other = dict(jax.tree_util.tree_leaves_with_path(theirs))[path]
         np.testing.assert_allclose(gradient, other, rtol=0, atol=1e-5 * np.abs(other).max(), err_msg=str(path))
+
+
+DROPPING = Context("training", adapter_dropout=0.3, dropout_key=jax.random.key(3), rows=jnp.arange(ROWS))
+
+
+@LOSSES
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "quantized"])
+def test_inputs_of_an_adapted_head_are_dropped_once_for_all_chunks(name: str, loss: Callable, targets):
+    """In the loss, and in the product of the whole rows, whose dropout is PEFT's (tests/parity/test_lora.py)."""
+    head = HEADS[name]()
+    operands = {"hidden": normal(ROWS, LENGTH, EMBED), "head": trainable(head), "bias": None}
+
+    def ours(operands):
+        return loss(operands | {"head": with_trainable(head, operands["head"])}, targets, DROPPING)
+
+    def reference(operands):
+        whole = DROPPING.at("lm_head")
+        logits = project(operands["hidden"], with_trainable(head, operands["head"]), None, 20.0, whole)
+        logsumexp = jax.nn.logsumexp(logits, axis=-1)
+        log_prob = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - logsumexp
+        if loss is per_token:
+            return -jnp.tanh(log_prob).sum() + (logsumexp**2).sum()
+        return -(jnp.cos(jnp.arange(targets.size, dtype=jnp.float32)).reshape(targets.shape) * log_prob).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(ours))(operands)
+    expected, theirs = jax.jit(jax.value_and_grad(reference))(operands)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        other = dict(jax.tree_util.tree_leaves_with_path(theirs))[path]
+        np.testing.assert_allclose(gradient, other, rtol=0, atol=1e-5 * np.abs(other).max(), err_msg=str(path))
+    undropped = loss(operands | {"head": head}, targets)
+    assert abs(float(value) / float(undropped) - 1) > 1e-3
+
+
+def test_each_row_of_the_global_batch_drops_its_own_inputs_of_a_head(targets):
+    operands = {"hidden": normal(ROWS, LENGTH, EMBED), "head": HEADS["adapted"](), "bias": None}
+    whole = per_token(operands, targets, DROPPING)
+    parts = 0.0
+    for rows in (slice(0, 1), slice(1, 4)):
+        own = operands | {"hidden": operands["hidden"][rows]}
+        parts += per_token(own, targets[rows], dataclasses.replace(DROPPING, rows=jnp.arange(ROWS)[rows]))
+    assert float(parts) == pytest.approx(float(whole), rel=1e-5)
 
 
 @LOSSES

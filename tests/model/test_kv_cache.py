@@ -19,6 +19,8 @@ from camelid.model.context import Context
 from camelid.model.kv_cache import KVCache, empty_cache
 from tiny import tiny_config
 
+pytestmark = pytest.mark.quick_compile
+
 ROWS, TOKENS, SLOTS, PAGE, WINDOW = 2, 30, 32, 4, 6
 # Of each kind, one layer stands before that of the same index of the other kind, and one after it.
 CONFIG = tiny_config(num_layers=4, sliding_window=WINDOW, window_pattern=(True, False, False, True))

@@ -10,6 +10,8 @@ from camelid.model import loss
 from camelid.model.loss import summed_loss
 from programs import largest_array
 
+pytestmark = pytest.mark.quick_compile
+
 ROWS, LENGTH, EMBED, VOCAB = 3, 13, 17, 41
 
 

@@ -24,6 +24,8 @@ from camelid.model.config import (
 from camelid.model.rope import rotate, rotations
 from tiny import tiny_config
 
+pytestmark = pytest.mark.quick_compile
+
 turning = partial(jax.jit, static_argnames="config")(rotations)
 
 HEAD_DIM, ORIGINAL, CONTEXT = 64, 4096, 16384

@@ -18,6 +18,8 @@ from families import FAMILIES
 from programs import largest_array
 from tiny import tiny_params, tiny_tokens, transformers_twin
 
+pytestmark = pytest.mark.quick_compile
+
 ROWS, LENGTH, EMBED, VOCAB = 4, 13, 16, 48
 CHUNKS = pytest.mark.parametrize("chunk", [None, 1, 5, LENGTH], ids=["default", "1", "not dividing", "all"])
 HEADS = pytest.mark.parametrize(("biased", "softcap"), [(False, None), (True, 3.0)], ids=["plain", "bias, softcap"])

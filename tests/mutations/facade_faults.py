@@ -7,7 +7,7 @@ TRAINER = "test_trainer.py::"
 FAULTS = (
     Fault(
         "evaluation packs rows in another way than the run",
-        "runs/evaluation.py",
+        "runs/model_losses.py",
         "    packing = data.packing_method  # by default, it depends on the training data\n",
         '    packing = "none"\n',
         f"{TRAINER}test_a_story_from_random_values_to_a_text",
@@ -60,6 +60,13 @@ FAULTS = (
         "choose_templates(itertools.chain(*options.values()), tokenizer",
         'choose_templates(options["train"], tokenizer',
         f"{TRAINER}test_chats_are_finetuned_with_adapters_as_the_command_does",
+    ),
+    Fault(
+        "a template that a run wrote is used without its name",
+        "runs/finetune.py",
+        '                each["template"] = name\n',
+        "                pass\n",
+        f"{TRAINER}test_instructions_with_inputs_are_evaluated_as_in_the_run",
     ),
     Fault(
         "the model before training is evaluated as the trained one",

@@ -79,7 +79,7 @@ FAULTS = (
         "model/kernels.py",
         "segments = jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments",
         "segments = jnp.ones(q.shape[:2], jnp.int32)",
-        f"{ATTENTION}test_splash_equals_dense_in_outputs_and_gradients[one device-packed-plain-all tokens]",
+        f"{ATTENTION}test_splash_equals_dense_in_outputs_and_gradients[plain-packed-all tokens]",
     ),
     # Cache
     Fault(
@@ -178,7 +178,7 @@ FAULTS = (
         "model/kernels.py",
         "pallas.LocalMask(square, (window - 1, 0), 0)",
         "pallas.LocalMask(square, (window, 0), 0)",
-        f"{ATTENTION}test_splash_equals_dense_in_outputs_and_gradients[one device-packed-plain-window]",
+        f"{ATTENTION}test_splash_equals_dense_in_outputs_and_gradients[plain-packed-window]",
     ),
     Fault(
         "a device's kernel has the window in every layer",
@@ -983,8 +983,8 @@ FAULTS = (
     Fault(
         "a journal of the other rotary layout of the source goes on",
         "checkpoint/convert.py",
-        "repr((checkpoint.config, stats, entries, *adapters))",
-        "repr((checkpoint.config, stats, *adapters))",
+        "repr((checkpoint.config, stats, entries, *how))",
+        "repr((checkpoint.config, stats, *how))",
         "checkpoint/test_files.py::test_another_layout_of_the_same_names_and_sizes_does_not_go_on",
     ),
     Fault(

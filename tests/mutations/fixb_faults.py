@@ -10,13 +10,6 @@ MOMENTS = "checkpoint/test_run_folder.py::test_moments_are_those_of_the_paramete
 
 FAULTS = (
     Fault(
-        "float16 is trained with the average of rows",
-        "runs/recipe.py",
-        'if self.compute.dtype == "float16" and self.loss.average == "rows":',
-        "if False:",
-        f"{PRECISION}test_the_average_of_rows_is_refused_in_float16_because_it_loses_gradients",
-    ),
-    Fault(
         "a skipped update stops the schedule of weight decay",
         "train/state.py",
         'return getattr(node, "_fields", ()) == ("count",)',
@@ -26,8 +19,8 @@ FAULTS = (
     Fault(
         "an added adapter removes the tokens of the one before it",
         "checkpoint/adapters/added.py",
-        "vocab_size=max(adapter.config.vocab_size, base.config.vocab_size),",
-        "vocab_size=adapter.config.vocab_size,",
+        "vocab_size=max(each.adapter.config.vocab_size, base.config.vocab_size),",
+        "vocab_size=each.adapter.config.vocab_size,",
         f"{PEFT}test_an_added_adapter_keeps_the_tokens_that_another_one_brought",
     ),
     Fault(

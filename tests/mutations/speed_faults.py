@@ -16,8 +16,8 @@ FAULTS = (
     Fault(
         "remat: 16-bit floats are kept as they are",
         "model/products.py",
-        "return checkpoint_name(x, name) if bits is None else",
-        "return checkpoint_name(x, name) if bits is not None else",
+        "bits = as_bits(x)",
+        "bits = None",
         "model/test_decoder.py::test_what_cpus_keep_in_bfloat16_are_integers[elementwise]",
     ),
     Fault(

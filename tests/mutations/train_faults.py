@@ -31,8 +31,8 @@ FAULTS = (
     Fault(
         "metrics are divided by the number of rows, not by their weight",
         "train/step.py",
-        "{name: _mean(*pair) for name, pair in extra.items()}",
-        "{name: _mean(pair[0], jnp.float32(len(batch['tokens']))) for name, pair in extra.items()}",
+        "jnp.where(jnp.isfinite(loss), _mean(*pair), jnp.nan)",
+        "_mean(pair[0], jnp.float32(len(batch['tokens'])))",
         f"{STEP}test_metrics_of_an_objective_are_means_that_no_microbatch_changes[1]",
     ),
     Fault(

@@ -16,7 +16,15 @@ from runs import TIMEOUT_S, lines, tiny_run, wait_until, write_recipe_file
 
 pytestmark = pytest.mark.quick_compile
 
-COMMAND = "from camelid.__main__ import main; main()"
+# How long processes wait for each other before they end: a loaded machine may take longer than a user would wait.
+COMMAND = """
+from camelid import interrupts
+from camelid.__main__ import main
+from camelid.parallel import failure
+
+interrupts.END_S, failure.ACKNOWLEDGE_MS, failure.EXIT_DELAY_S = 60, 60_000, 2
+main()
+"""
 PATCHED = f"""
 import camelid.runs.components, camelid.runs.run
 from camelid.errors import UserError

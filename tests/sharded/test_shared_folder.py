@@ -12,6 +12,8 @@ from camelid.train.loggers import read_metrics
 from runs import TIMEOUT_S, losses, recipe, tiny_run, write_recipe_file
 from sharded.test_failing_processes import COMMAND, logs, two_processes
 
+pytestmark = pytest.mark.quick_compile
+
 BLIND = f"""
 # As on a network file system whose cached listings are old: the run has no recipe and no checkpoints yet.
 from pathlib import Path

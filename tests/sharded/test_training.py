@@ -45,6 +45,7 @@ def assert_same_training(rows: list[dict], reference: list[dict], rtol: float) -
         np.testing.assert_allclose(column(rows, name), column(reference, name), rtol=rtol, err_msg=name)
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_twenty_losses_and_gradient_norms_are_those_of_one_device(
     assets: Path, alone: list[dict], tmp_path: Path, mesh: dict[str, int]
@@ -58,6 +59,7 @@ def test_twenty_losses_and_gradient_norms_are_those_of_one_device(
     assert_same_training(losses(tmp_path / "run"), alone, rtol=1e-4)
 
 
+@pytest.mark.quick_compile
 def test_microbatches_on_a_mesh_change_nothing(assets: Path, alone: list[dict], tmp_path: Path):
     table = stories_run(tmp_path, assets, mesh=MESHES["all"], train__accumulate=2)
     camelid.runs.run.run(recipe(table))
@@ -68,6 +70,7 @@ RATES = ("embedding", "attention", "residual", "mlp", "forgetful_max_ratio")
 DROPOUT = {"train__steps": 8, **{f"dropout__{name}": 0.1 for name in RATES}}
 
 
+@pytest.mark.quick_compile
 def test_dropout_depends_on_no_mesh_and_no_microbatch(
     assets: Path, alone: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -87,6 +90,7 @@ class StopAfterEight(StopSignal):
         return step == 8
 
 
+@pytest.mark.quick_compile
 def test_a_run_stopped_on_one_mesh_goes_on_on_another(assets: Path, alone: list[dict], tmp_path: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(camelid.runs.run, "StopSignal", StopAfterEight)

@@ -46,7 +46,7 @@ TOKENS = tiny_tokens(CONFIG, 2, 9)
 # Everything at once: ranks that differ, a layer without an adapter, magnitudes, dropout and microbatches.
 LORA = {
     "rank": 4,
-    "targets": ["attention", r"layers\.[02]\.mlp\.(up|down)_proj"],
+    "targets": ["attention", r"layers\.[02]\.mlp\.(up|down)_proj", "lm_head"],
     "kind": "dora",
     "dropout": 0.25,
     "rank_pattern": {r"layers\.1\.self_attn\.(q|v)_proj": 2},
@@ -113,7 +113,7 @@ def test_only_factors_and_magnitudes_have_gradients_moments_and_places_in_a_chec
     assert ends == {"a", "b", "magnitude"}
     paths = {name.removeprefix("params.").rpartition(".")[0] for name in names if name.startswith("params.")}
     attention = {f"layers.attn.{name}_proj" for name in "qkvo"}
-    assert paths == attention | {"layers.mlp.up_proj", "layers.mlp.down_proj"}
+    assert paths == attention | {"layers.mlp.up_proj", "layers.mlp.down_proj", "lm_head"}
 
 
 def test_what_is_not_used_of_a_factor_stays_zero_and_a_layer_without_an_adapter_stays_as_it_is(

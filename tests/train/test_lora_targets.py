@@ -58,6 +58,19 @@ def test_targets_are_groups_names_and_patterns(targets: list[str], expected: dic
     assert ranks(targets=targets) == expected
 
 
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["layers.0-1.attn"], {"q_proj": (4, 4, 0), "k_proj": (4, 4, 0), "v_proj": (4, 4, 0), "o_proj": (4, 4, 0)}),
+        (["*ate_proj", "layers.2-9.attn.o_proj"], {"gate_proj": (4, 4, 4), "o_proj": (0, 0, 4)}),
+        ([r"layers.1.*q_proj"], {"q_proj": (0, 4, 0)}),  # a regular expression, since it matches
+    ],
+    ids=str,
+)
+def test_patterns_of_parameters_choose_modules_too(targets: list[str], expected: dict[str, tuple[int, ...]]):
+    assert ranks(targets=targets) == expected
+
+
 def test_the_first_pattern_that_matches_gives_the_rank_and_the_alpha():
     found = plan(
         rank=4,
@@ -104,7 +117,6 @@ def test_modules_have_the_names_of_their_family_and_those_of_camelid():
         ({"rank_pattern": {"q_proj": 0}}, r"lora\.rank_pattern has 'q_proj' = 0", "1 or more"),
         ({"alpha": -1}, r"lora\.alpha = -1", "above 0"),
         ({"dropout": 1.0}, r"lora\.dropout = 1\.0", "probability"),
-        ({"dropout": 0.1, "targets": ["lm_head"]}, r"lora\.dropout = 0\.1 with lm_head", "Leave one"),
         ({"dropout": 0.1, "targets": ["embed"]}, r"lora\.dropout = 0\.1 has no effect", "add targets"),
         (
             {"kind": "dora", "targets": ["embed"]},

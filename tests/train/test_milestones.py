@@ -119,10 +119,11 @@ def test_a_milestone_that_a_killed_process_did_not_write_is_made_up_for_and_writ
     run(recipe(stopping))
     assert contents(place / "2") == contents(straight / "milestones" / "2")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
-    (place / "2" / "model" / "mine.txt").write_text("not written again")
+    written = (place / "2" / "model" / "config.json").stat()
     run(recipe(table))
     assert sorted(path.name for path in place.iterdir()) == ["2", "4"]
-    assert (place / "2" / "model" / "mine.txt").exists()
+    now = (place / "2" / "model" / "config.json").stat()
+    assert (now.st_ino, now.st_mtime_ns) == (written.st_ino, written.st_mtime_ns), "it is written again"
     assert contents(place / "4") == contents(straight / "milestones" / "4")
 
 

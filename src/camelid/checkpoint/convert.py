@@ -3,17 +3,24 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from camelid.checkpoint.adapters.added import with_adapters
-from camelid.checkpoint.checkpoint import AdamExport, Checkpoint, ExportSpec
+from camelid.checkpoint.adapters.lora import AdaptedCheckpoint
+from camelid.checkpoint.adapters.peft import adapter_files, base_name
+from camelid.checkpoint.checkpoint import AdamExport, Checkpoint, ExportSpec, copy_companions
+from camelid.checkpoint.files import json_file, write_files
+from camelid.checkpoint.folder import new_folder
+from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.checkpoint.integrity import count_not_finite, describe_counts
 from camelid.checkpoint.layout import Index, SliceReader, slice_reader
 from camelid.checkpoint.registry import TRAIN_STATE, open_checkpoint, write_checkpoint
 from camelid.checkpoint.replacing import refuse_sources
 from camelid.checkpoint.tensors import dtype_named
+from camelid.errors import UserError
 from camelid.model.config import ModelConfig
 
 
@@ -26,6 +33,7 @@ def convert(
     config: ModelConfig | None = None,
     ignore: Sequence[str] = (),
     adapters: Sequence[str] = (),
+    lora_alpha: float | None = None,
     dtype: str | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -41,11 +49,12 @@ def convert(
     Args:
         source: a path or a Hugging Face Hub name, see `registry.open_checkpoint`.
         destination: a folder, or a file for formats that are one file.
-        to: the format to write.
+        to: the format to write; "peft" writes the only adapter of `source` or `adapters`, without its base.
         format: the format of `source`; None detects it from the files.
         config: describes the model if the files of `source` do not.
         ignore: fields of config.json that are treated as absent.
         adapters: LoRA adapters that are added to `source`, see `with_adapters`.
+        lora_alpha: of MindFormers' LoRA factors, in `adapters` if there are any, and otherwise in `source`.
         dtype: dtype of all tensors in the destination; None keeps that of each tensor.
         tensor_parallel: number of shards of each matrix.
         pipeline_parallel: number of pipeline stages.
@@ -59,9 +68,12 @@ def convert(
     Infinite and NaN values are written as they are, and noted. Raises UserError if `source` cannot be opened, if the
     format cannot hold the model, or if `destination` may not be replaced or would replace `source`.
     """
-    checkpoint = with_adapters(open_checkpoint(source, format, config, ignore), adapters)
+    checkpoint = open_source(source, format, config, ignore, adapters, lora_alpha)
     if overwrite:
         refuse_sources(destination, checkpoint.source_paths)
+    if to == "peft":
+        given = dtype is not None or (tensor_parallel, pipeline_parallel, shards, resume) != (1, 1, None, False)
+        return _write_adapter(Path(destination), checkpoint, source, given, with_tokenizer, overwrite, companions)
     dtypes = checkpoint.dtypes
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, dtype_named(dtype))
@@ -82,7 +94,7 @@ def convert(
         to,
         overwrite=overwrite,
         resume=resume,
-        source=_fingerprint(checkpoint, adapters),
+        source=_fingerprint(checkpoint, adapters, lora_alpha),
         progress=progress,
     )
     notes = [*checkpoint.notes, *format_notes]
@@ -95,6 +107,54 @@ def convert(
             counts[path] += count
         notes.append(f"infinite or NaN values are written as they are: {describe_counts(counts)}")
     return tuple(notes)
+
+
+def open_source(
+    source: str | Path,
+    format: str | None,
+    config: ModelConfig | None,
+    ignore: Sequence[str],
+    adapters: Sequence[str],
+    lora_alpha: float | None,
+) -> Checkpoint:
+    """Opens a checkpoint and adds adapters to it; the arguments are those of `convert`."""
+    opened = open_checkpoint(source, format, config, ignore, None if adapters else lora_alpha)
+    return with_adapters(opened, adapters, lora_alpha)
+
+
+def _write_adapter(
+    destination: Path,
+    checkpoint: Checkpoint,
+    source: str | Path,
+    given: bool,
+    with_tokenizer: bool,
+    overwrite: bool,
+    companions: Callable[[Sequence[Path]], Sequence[Path]],
+) -> tuple[str, ...]:
+    """Writes the adapter of a checkpoint in PEFT's form; `given` is whether options were given that do not apply."""
+    if not isinstance(checkpoint, AdaptedCheckpoint):
+        raise UserError(f"{source} has no adapter to write in PEFT's form", "Name one with --adapter.")
+    if isinstance(checkpoint.base, AdaptedCheckpoint):
+        raise UserError(
+            "PEFT's form holds one adapter, and here are several",
+            "Write each of them by itself, or merge them all with --to hf.",
+        )
+    if given:
+        raise UserError(
+            "an adapter is written as it is: dtype, numbers of shards and resume do not apply to it", "Leave them out."
+        )
+    adapter = checkpoint.adapter
+    if adapter.base is None and checkpoint.base.format == "hf":
+        adapter = replace(adapter, base=base_name(source))
+    # config.json describes the adapted model, and lets `overwrite` recognize the folder as a checkpoint.
+    about = json_file("config.json", config_to_hf(adapter.config, checkpoint.dtypes["embed"].name))
+    files = [*adapter_files(adapter), about]
+    others = companions(checkpoint.companions if with_tokenizer else checkpoint.other_companions)
+    expected = {file.name: None for file in files} | {file.name: file for file in others}
+    with new_folder(destination, sum(file.size for file in files), overwrite, expected=expected) as folder:
+        write_files(folder, files)
+        copy_companions(others, folder)
+    return checkpoint.notes
 
 
 def _counting(read_slice: SliceReader, counts: dict[tuple, int]) -> SliceReader:
@@ -117,10 +177,9 @@ def _training(checkpoint: Checkpoint) -> AdamExport | None:
     return AdamExport(state.step, *(slice_reader(checkpoint.table, moments) for moments in (state.mu, state.nu)))
 
 
-def _fingerprint(checkpoint: Checkpoint, adapters: Sequence[str]) -> str:
+def _fingerprint(checkpoint: Checkpoint, adapters: Sequence[str], lora_alpha: float | None) -> str:
     """A hash that changes when one of the files with tensors does, or the way in which they are read."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     entries = [(path, entry.rule, entry.start) for path, entry in checkpoint.table.entries.items()]
-    return hashlib.sha256(
-        repr((checkpoint.config, stats, entries, *adapters)).encode(errors="surrogateescape")
-    ).hexdigest()
+    how = (*adapters, *filter(None, [lora_alpha]))
+    return hashlib.sha256(repr((checkpoint.config, stats, entries, *how)).encode(errors="surrogateescape")).hexdigest()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from camelid.checkpoint.adapters import peft
+from camelid.checkpoint.adapters import mindformers, peft
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, copy_companions
 from camelid.checkpoint.files import JOURNAL, WORKERS, PlannedFile, json_file, write_files
 from camelid.checkpoint.folder import complete_replacement, new_folder
@@ -95,7 +95,7 @@ FORMATS: Mapping[str, Format] = {
     "mindspore": Format(
         "MindSpore: .ckpt files or rank_x folders with MindFormers' names",
         mindspore.matches,
-        mindspore.open_checkpoint,
+        mindformers.open_checkpoint,
         mindspore.plan_files,
         sharding=TENSOR + PIPELINE,
         patterns="*.ckpt rank_* strategy",
@@ -103,14 +103,14 @@ FORMATS: Mapping[str, Format] = {
     "mindspore-safetensors": Format(
         "MindSpore: safetensors with MindFormers' names",
         _never,
-        mindspore.open_checkpoint,
+        mindformers.open_checkpoint,
         partial(mindspore.plan_files, safetensors=True),
         sharding=TENSOR + PIPELINE,
     ),
     "mindspore-interleaved": Format(
         "MindSpore, with MindFormers' rotary layout before August 2023",
         _never,
-        partial(mindspore.open_checkpoint, rope_layout="interleaved"),
+        partial(mindformers.open_checkpoint, rope_layout="interleaved"),
         partial(mindspore.plan_files, rope_layout="interleaved"),
         sharding=TENSOR + PIPELINE,
     ),
@@ -185,7 +185,7 @@ FORMATS: Mapping[str, Format] = {
 }
 OPENERS: Mapping[str, Callable[[Path, ModelConfig | None], Checkpoint]] = {
     **{prefix: partial(easylm.open_checkpoint, prefix=prefix) for prefix in easylm.PREFIXES},
-    "mindspore-half": partial(mindspore.open_checkpoint, rope_layout="half"),
+    "mindspore-half": partial(mindformers.open_checkpoint, rope_layout="half"),
     **{name: format.open for name, format in FORMATS.items()},
 }
 """by every prefix that a path `prefix::path` may have"""
@@ -200,6 +200,7 @@ def open_checkpoint(
     format: str | None = None,
     config: ModelConfig | None = None,
     ignore: Sequence[str] = (),
+    lora_alpha: float | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint of any format in its place, or a repository of the Hugging Face Hub by its name.
 
@@ -208,6 +209,7 @@ def open_checkpoint(
         format: one of READABLE; None detects the format from the files.
         config: describes the model if the files do not, and takes precedence over config.json.
         ignore: fields of config.json that are treated as absent; without effect if `config` is given.
+        lora_alpha: of LoRA factors in a MindSpore checkpoint; None reads it from a YAML file in the folder.
 
     Raises UserError if the checkpoint is damaged, incomplete, ambiguous or not supported.
     """
@@ -228,6 +230,13 @@ def open_checkpoint(
         elif (folder / "config.json").is_file():
             fields, notes = read_config_json(folder, ignore)
             config = config_from_hf(fields)
+    if lora_alpha is not None:
+        if not format.startswith("mindspore"):
+            raise UserError(
+                f"lora_alpha = {lora_alpha:g} is for LoRA factors in MindSpore files, and {place} is {format}",
+                "Leave it out.",
+            )
+        opener = partial(opener, lora_alpha=lora_alpha)
     checkpoint = opener(place, config)
     return replace(checkpoint, notes=(*notes, *checkpoint.notes, *checkpoint.mixed))
 

@@ -5,13 +5,14 @@ import math
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from camelid.cli.format_names import ReadableFormat, WritableFormat
+from camelid.cli.format_names import ConvertedFormat, ReadableFormat
 from camelid.cli.shared import (
     Ignore,
     model_config,
@@ -26,6 +27,7 @@ from camelid.inputs import read_text
 from camelid.interrupts import cleaned_up
 
 if TYPE_CHECKING:
+    from camelid.checkpoint.checkpoint import Checkpoint
     from camelid.checkpoint.compare import Difference
 
 
@@ -37,7 +39,7 @@ def convert(
         Positional[Path | None],
         arg(metavar="[DESTINATION]", help="folder to create, or a single file if it ends in .gguf"),
     ] = None,
-    to: Annotated[WritableFormat | None, arg(metavar="FORMAT")] = None,
+    to: Annotated[ConvertedFormat | None, arg(metavar="FORMAT")] = None,
     from_format: Annotated[ReadableFormat | None, arg(name="from", metavar="FORMAT")] = None,
     config: str | None = None,
     ignore_config_field: Ignore = (),
@@ -49,9 +51,11 @@ def convert(
         UseAppendAction,
         arg(
             metavar="ADAPTER[=WEIGHT]",
-            help="add this LoRA adapter of PEFT, a folder or its name on the Hub; can be given several times",
+            help="add this LoRA adapter: PEFT's folder or its name on the Hub, or a file of MindFormers; can be given "
+            "several times",
         ),
     ] = (),
+    lora_alpha: float | None = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         arg(help="dtype of the tensors; by default, each keeps its own"),
@@ -71,11 +75,13 @@ def convert(
     camelid convert ./TinyLlama ./tinyllama-meta --to meta --tensor-parallel 2 --verify
     camelid convert ./TinyLlama tinyllama.gguf --to gguf-q8_0
     camelid convert ./TinyLlama ./merged --adapter ./lora-a --adapter ./lora-b=0.5
+    camelid convert ./TinyLlama ./lora --adapter ./mindformers-lora.ckpt --lora-alpha 16 --to peft
     camelid convert ./TinyLlama --check
 
     FORMAT is hf, meta, easylm, easylm-flax, easylm-trainstate, mindspore, mindspore-safetensors,
     mindspore-interleaved, megatron, megatron-legacy, llama2-jax, llama2c, llama2c-v1, llama2c-v2, gguf, gguf-q8_0 or
-    gguf-q4_0; with --from also dcp, run or peft. docs/migrating has a page for each system.
+    gguf-q4_0; with --from also dcp, run or peft. --to peft writes an adapter without its base. docs/migrating has a
+    page for each system.
 
     Args:
         to: format to write; by default gguf if DESTINATION ends in .gguf, otherwise hf
@@ -83,6 +89,8 @@ def convert(
         config: model configuration of SOURCE, if its files do not contain it: a preset, a config.json or a folder with
             one, whose tokenizer is used if SOURCE has none
         tokenizer: folder or file of a tokenizer to write instead of that of SOURCE
+        lora_alpha: alpha of MindFormers' LoRA factors, in ADAPTER or SOURCE, whose files do not contain it; by default
+            that of a YAML file in the same folder
         rope_layout: rotary layout of MindSpore files; auto selects the one with the lower loss on --reference
         reference: text file for --rope-layout auto
         tensor_parallel: number of tensor-parallel shards, for formats that support them
@@ -94,8 +102,10 @@ def convert(
         overwrite: replace the checkpoint in DESTINATION; other files there are kept
         without_tokenizer: do not write the tokenizer, for example if GGUF does not support it
     """
-    from camelid.checkpoint.convert import convert
+    from camelid.checkpoint.convert import convert, open_source
 
+    if lora_alpha is not None and not 0 < lora_alpha < math.inf:
+        raise UserError(f"--lora-alpha {lora_alpha}", "It is a number above 0.")
     if (destination is None) != check:
         advice = "Give either a DESTINATION or --check."
         raise UserError("convert has no DESTINATION" if destination is None else "--check writes nothing", advice)
@@ -103,6 +113,7 @@ def convert(
         _refuse_with_check(
             to=to,
             adapter=adapter,
+            lora_alpha=lora_alpha,
             dtype=dtype,
             tokenizer=tokenizer,
             tensor_parallel=tensor_parallel != 1,
@@ -131,6 +142,7 @@ def convert(
             config=described,
             ignore=ignore_config_field,
             adapters=adapter,
+            lora_alpha=lora_alpha,
             dtype=dtype,
             tensor_parallel=tensor_parallel,
             pipeline_parallel=pipeline_parallel,
@@ -144,7 +156,8 @@ def convert(
     tell(notes)
     note(f"wrote {destination}")
     if verify:
-        _verify(source, destination, opened_as, described, ignore_config_field, to, adapter)
+        adapted = partial(open_source, source, opened_as, described, ignore_config_field, adapter, lora_alpha)
+        _verify(adapted, source, destination, to)
     return None
 
 
@@ -322,19 +335,15 @@ def _differences_json(fields, shapes, found) -> dict[str, object]:
     return {"config": config, "shapes": shapes, "parameters": parameters}
 
 
-def _verify(
-    source: str, written: Path, format: str | None, config, ignore: tuple[str, ...], to: str, adapters: tuple[str, ...]
-) -> None:
+def _verify(open_source: Callable[[], "Checkpoint"], source: str, written: Path, to: str) -> None:
     """Compares a written checkpoint with its source, and reports what only its config.json specifies."""
-    from camelid.checkpoint.adapters.added import with_adapters
     from camelid.checkpoint.checkpoint import shown
     from camelid.checkpoint.compare import compare, config_differences
     from camelid.checkpoint.registry import FORMATS, open_checkpoint
     from camelid.evaluate.parity import compare_logits, sample_tokens
     from camelid.text.tokenizer import find_tokenizer
 
-    opened = with_adapters(open_checkpoint(source, format, config, ignore), adapters)
-    pair = opened, open_checkpoint(written, to)
+    pair = open_source(), open_checkpoint(written, to)
     with progress_bar("verify") as progress:
         found = list(compare(*pair, progress))
     note(f"compared {len(found)} parameters of {source}, read as {pair[0].format}, with {written}, read as {to}")

@@ -22,4 +22,5 @@ WritableFormat = Literal[
     "gguf-q8_0",
     "gguf-q4_0",
 ]
+ConvertedFormat = Literal[WritableFormat, "peft"]
 ReadableFormat = Literal[WritableFormat, "dcp", "run", "peft"]

@@ -1,11 +1,12 @@
 """Commands that use a model: generate, evaluate perplexity, inspect."""
 
+import contextlib
 import dataclasses
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
@@ -43,7 +44,8 @@ Texts = Annotated[
     Positional[tuple[str, ...]],
     arg(
         metavar="FILE...",
-        help="files of examples (.jsonl, .json, .parquet; also .gz, .zst) or of plain UTF-8 text",
+        help="files of examples (.jsonl, .json, .parquet; also .gz, .zst) or of plain UTF-8 text; or a recipe (.toml) "
+        "or the folder of a run",
     ),
 ]
 
@@ -143,33 +145,51 @@ def perplexity(
     files: Texts,
     sequence_length: int | None = None,
     max_tokens: int | None = None,
-    text_key: str = "text",
+    text_key: str | None = None,
+    template: str | None = None,
     config: Config = None,
     ignore_config_field: Ignore = (),
     tokenizer: TokenizerPath = None,
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
-    """Compute the perplexity of text: also loss (nats per token) and bits per byte.
+    """Compute the perplexity of text or of answers: also loss (nats per token) and bits per byte.
 
     camelid evaluate perplexity ./TinyLlama test.txt
     camelid evaluate perplexity ./TinyLlama test.txt --sequence-length 256 --max-tokens 100000 --json
     camelid evaluate perplexity ./TinyLlama held_out.jsonl --text-key body
+    camelid evaluate perplexity runs/assistant instructions.json
+    camelid evaluate perplexity ./TinyLlama runs/assistant
 
     A text is one example of a .jsonl, .json or .parquet file, as training reads it, or the entire content of any other
     file. The texts are concatenated without BOS and scored in windows; every token except the first is scored once.
 
+    Of chats, instructions and questions with answers, only the answers are scored, as in finetuning. Of a recipe or a
+    run, its validation data are scored: the result is the validation loss that a run with this model would report.
+
     Args:
         sequence_length: tokens per window (default: the context length of the model, at most 2048)
-        max_tokens: score only up to this number of tokens
-        text_key: name of the field that holds the text of an example
+        max_tokens: score only up to this number of tokens of texts
+        text_key: name of the field that holds the text of an example (default: text)
+        template: chat template of instructions and chats (default: that of the checkpoint)
         json: print the result as one JSON object
     """
     import numpy as np
 
     from camelid.evaluate.perplexity import perplexity
 
-    texts = [text for file in files for text in _texts(file, text_key)]
+    what = _to_evaluate(files, text_key)
+    for option, value, kinds in (
+        ("--max-tokens", max_tokens, ("texts",)),
+        ("--template", template, ("answers",)),
+        ("--sequence-length", sequence_length, ("texts", "answers")),
+    ):
+        if value is not None and what not in kinds:
+            raise UserError(f"{option} does not apply to {files[0]}", "Leave it out.")
+    if what != "texts":
+        loaded = load(model, dtype, config, ignore_config_field, tokenizer)
+        return _evaluate(loaded, model, files, what, sequence_length, template, json)
+    texts = [text for file in files for text in _texts(file, text_key or "text")]
     if not any(texts):
         raise UserError(f"{', '.join(files)}: no text to score", "Give a file that contains text.")
     loaded = load(model, dtype, config, ignore_config_field, tokenizer)
@@ -209,9 +229,70 @@ def _texts(file: str, text_key: str) -> list[str]:
             raise
         raise UserError(
             error.problem,
-            "Set --text-key to the field that holds the text. The loss of answers after their prompts is the "
-            "validation loss of a run (data.validation); no command computes it.",
+            "Set --text-key to the field that holds the text. Of chats, instructions and questions with answers, the "
+            "answers are scored; a recipe whose data.validation they are describes others.",
         ) from error
+
+
+def _to_evaluate(files: Sequence[str], text_key: str | None) -> Literal["texts", "answers", "recipe"]:
+    """What files hold: texts; examples, of which the answers are scored; or one recipe with validation data."""
+    from camelid.data.detection import detect
+    from camelid.data.readers.sources import holds_records
+
+    paths = [Path(expand_home(file)) for file in files]
+    recipes = [path for path in paths if path.suffix == ".toml" or (path / "recipe.toml").is_file()]
+    if recipes:
+        if len(files) > 1 or text_key is not None:
+            raise UserError(f"{recipes[0]} is a recipe, and there is more than its validation data", "Give it alone.")
+        return "recipe"
+    answers = set()
+    for file, path in zip(files, paths, strict=True):
+        kind = "text"
+        if text_key is None and holds_records(path):
+            with contextlib.suppress(UserError):  # records of no known kind are texts, whose reader names their fields
+                kind = detect(file)["kind"]
+        answers.add(kind not in ("text", "tokens"))
+    if len(answers) > 1:
+        raise UserError("some files hold texts, and others examples with answers", "Evaluate them separately.")
+    return "answers" if answers == {True} else "texts"
+
+
+def _evaluate(
+    loaded,
+    model: str,
+    files: Sequence[str],
+    what: str,
+    sequence_length: int | None,
+    template: str | None,
+    json: bool,
+) -> None:
+    """Prints the loss of a model on the answers in files, or on the validation data of a recipe."""
+    from camelid.runs.evaluation import evaluate_examples, evaluate_recipe
+
+    if loaded.tokenizer is None:
+        raise UserError(f"{model} has no tokenizer", "Give one with --tokenizer.")
+    with progress_bar("score") as progress:
+        if what == "recipe":
+            result = evaluate_recipe(loaded, Path(expand_home(files[0])), progress)
+        else:
+            length = sequence_length or min(2048, loaded.config.context_length)
+            result = evaluate_examples(loaded, files, length, template, model, progress)
+    tell(result.notes)
+    perplexity, per_token = result.perplexity, result.perplexity is not None
+    if json:
+        finite = perplexity is not None and math.isfinite(perplexity)
+        tokens = result.weight if per_token else None
+        return print_json(
+            {"perplexity": perplexity if finite else None, "loss": result.loss, "tokens": tokens, "rows": result.rows}
+        )
+    if per_token:
+        print(f"perplexity     {perplexity:.4f}")
+        print(f"loss           {result.loss:.4f} nats per token of the answers")
+        print(f"tokens         {result.weight:,.0f}")
+    else:
+        print(f"loss           {result.loss:.4f} nats per token, averaged over rows")
+    print(f"rows           {result.rows:,}")
+    return None
 
 
 def inspect(

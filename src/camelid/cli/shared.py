@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from camelid.cli.arguments import numbers_by_id
 from camelid.errors import UserError
 from camelid.inputs import expand_home, named_path
 from camelid.parallel.compilation_cache import keep_compiled
@@ -98,26 +99,18 @@ def parsers() -> ConstructorRegistry:
         )
 
     @registry.primitive_rule
-    def numbers_by_id(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    def numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         if info.type_origin is not Mapping:
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar="ID=NUMBER,...",
-            instance_from_str=lambda words: _numbers_by_id(words[0]),
+            instance_from_str=lambda words: numbers_by_id(words[0]),
             is_instance=lambda value: isinstance(value, Mapping),
             str_from_instance=lambda value: [",".join(f"{key}={number}" for key, number in value.items())],
         )
 
     return registry
-
-
-def _numbers_by_id(text: str) -> dict[int, float]:
-    try:
-        pairs = [pair.split("=") for pair in text.split(",")]
-        return {int(key): float(number) for key, number in pairs}
-    except ValueError:
-        raise UserError(f"{text!r} is not a list of numbers by token id", "Write for example 29871=-5,13=2.") from None
 
 
 @contextlib.contextmanager

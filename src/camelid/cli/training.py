@@ -136,7 +136,8 @@ def _next(folder: Path, recipe: "Recipe") -> Iterator[tuple[str, str]]:
         yield "convert", f"camelid convert {run} model.gguf"
     elif not recipe.lora.merge:
         yield "merge", f"camelid convert {run} merged"
-    yield "evaluate", f"camelid evaluate perplexity {run} TEXT.txt"
+    examples = any(source.has_prompts for source in recipe.data.train) and recipe.dpo is None
+    yield "evaluate", f"camelid evaluate perplexity {run} {'EXAMPLES.jsonl' if examples else 'TEXT.txt'}"
 
 
 def demo(

@@ -26,10 +26,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.incomplete")  # others may write the same file
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with naming(path):
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names `path` in errors of writing to it, of which some name no file: that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 

@@ -30,6 +30,9 @@ class Context:
     """probability with which an element that attention or the MLP adds to the residual stream is dropped"""
     adapter_dropout: float = field(default=0.0, metadata={"static": True})
     """probability with which an input of an adapter's factors is dropped; lookups in a table drop nothing"""
+    adapter_inputs: bool = field(default=False, metadata={"static": True})
+    """whether the input of a product is followed, on its last axis, by the one of the adapter's factors, from which
+    elements are dropped already: see `weights.beside_dropped`"""
     mlp_dropout: float = field(default=0.0, metadata={"static": True})
     """probability with which an element of the MLP's hidden layer, the input of its last matrix, is dropped"""
     forgetful_ratios: tuple[float, float] = field(default=(0.0, 0.0), metadata={"static": True})

@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from camelid.model.context import Context
-from camelid.model.weights import Weight, einsum
+from camelid.model.weights import Weight, beside_dropped, einsum
 from camelid.parallel.rules import COMPUTE
 
 # A smaller chunk has less work for each addition to the gradient of the head, which is as large as the head.
@@ -109,6 +109,7 @@ def summed_loss(
       label_smoothing: Probability that the smoothed targets divide equally among all tokens of the vocabulary.
       accuracy: Whether `correct` is wanted.
     """
+    hidden, context = beside_dropped(hidden, head, context.at("lm_head"))
     (hidden, targets, weights), chunk = _chunked(chunk, head.shape[0], hidden, targets, weights)
     leaves, tree = jax.tree.flatten((hidden, head, bias, context))
     terms = _Terms(z, label_smoothing, accuracy)
@@ -137,6 +138,7 @@ def token_log_probs(
     `top_k` > 0 also returns the K most probable tokens, which are not differentiated.
     """
     length = targets.shape[1]
+    hidden, context = beside_dropped(hidden, head, context.at("lm_head"))
     (hidden, targets), chunk = _chunked(chunk, head.shape[0], hidden, targets)
     leaves, tree = jax.tree.flatten((hidden, head, bias, context))
     result = _statistics_of_tokens(tree, softcap, chunk, top_k, leaves, targets)

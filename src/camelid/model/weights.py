@@ -114,7 +114,7 @@ class Adapted:
         """x times the transposed matrix, in `dtype`."""
         a, b, scale = self._factors()
         index, off = self._index(context), None if context.adapters is None else context.adapters < 0
-        given = dropout(x, context.adapter_dropout, f"adapter of {context.module}", context)
+        x, given = _inputs(x, context)
         if index is not None:
             a, b, scale = a[index], b[index], scale[index]
         if off is not None:
@@ -198,7 +198,7 @@ def einsum(equation: str, x: Array, weight: Weight, context: Context, dtype: Any
     inputs = "".join(axis for axis in w_axes if axis in x_axes)
     batch, outputs = x_axes.removesuffix(inputs), w_axes.removesuffix(inputs)
     assert (x_axes, w_axes, out) == (batch + inputs, outputs + inputs, batch + outputs), equation
-    width = math.prod(weight.shape[len(outputs) :])
+    width = math.prod(weight.shape[len(outputs) :]) * (2 if context.adapter_inputs else 1)
     flat = x.reshape(*x.shape[: len(batch)], width)
     dtype = x.dtype if dtype is None else dtype
     if isinstance(weight, Array):
@@ -206,6 +206,27 @@ def einsum(equation: str, x: Array, weight: Weight, context: Context, dtype: Any
     else:
         y = weight.product(flat, dtype, context)
     return y.reshape(*x.shape[: len(batch)], *weight.shape[: len(outputs)])
+
+
+def beside_dropped(
+    x: Float[Array, "B S I"], weight: Weight, context: Context
+) -> tuple[Float[Array, "B S I"] | Float[Array, "B S J"], Context]:
+    """`x` and the context for `einsum`, whose result of a part of the tokens is then a part of that of all tokens.
+
+    Dropout is drawn for rows as a whole. Here it is drawn at once for the factors of an adapter, and its result
+    follows `x` on the last axis, which has twice the size: parts of it have the same elements dropped.
+    """
+    if not isinstance(weight, Adapted) or context.adapter_dropout == 0.0 or context.dropout_key is None:
+        return x, context
+    return jnp.concatenate(_inputs(x, context), -1), dataclasses.replace(context, adapter_inputs=True)
+
+
+def _inputs(x: Float[Array, "B S J"], context: Context) -> tuple[Float[Array, "B S I"], Float[Array, "B S I"]]:
+    """The input of a product, and that of an adapter's factors, of which elements are dropped."""
+    if context.adapter_inputs:
+        x, given = jnp.split(x, 2, -1)
+        return x, given
+    return x, dropout(x, context.adapter_dropout, f"adapter of {context.module}", context)
 
 
 def lookup(weight: Weight, tokens: Int[Array, "B S"], context: Context, dtype: Any) -> Float[Array, "B S E"]:

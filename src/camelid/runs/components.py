@@ -217,7 +217,13 @@ def _kept_stores(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Mapping[str, Seq
     except UserError:
         return {}, None
     for store, was in ((store, was) for split in splits for store, was in zip(found[split], kept[split], strict=True)):
-        store.check_tokenizer(tokenizer.fingerprint, tokenizer.files[0])
+        try:
+            store.check_tokenizer(tokenizer.fingerprint, tokenizer.files[0])
+        except UserError as error:
+            raise UserError(
+                f"{recipe.run} was trained on text of another tokenizer than {tokenizer.files[0]}",
+                "Put the tokenizer back, of which the folder of the run has a copy, or begin another run.",
+            ) from error
         if store.fingerprint != was["fingerprint"]:
             return {}, None
         mark_used(store, recipe.data)

@@ -14,6 +14,8 @@ from camelid.errors import UserError
 from camelid.inputs import expand_home
 from camelid.runs.finetune_choices import Chooser
 from camelid.runs.recipe import Recipe, laid_over, overridden, recipe_of, write_recipe
+from camelid.runs.recipe_differences import table_differences
+from camelid.text.templates import NAMED
 
 if TYPE_CHECKING:
     from camelid.text.tokenizer import Tokenizer
@@ -107,20 +109,22 @@ def make_plan(request: Request) -> Plan:
 def _check_kept(kept: Recipe, request: Request, folder: Path) -> None:
     """Raises UserError if a run is not one of this model, data and method."""
     given = request.given
-    differences: list[tuple[str, Any, Any]] = [
-        ("init", kept.init, expand_home(request.model).rstrip("/") or "/"),
-        ("data.train", _files(kept.data.train), sorted(map(expand_home, request.data))),
-        *((name, getattr(kept, name, None) is not None, name in given) for name in ("lora", "dpo")),
-    ]
+    there: dict[str, Any] = {"init": kept.init}
+    here: dict[str, Any] = {"init": expand_home(request.model).rstrip("/") or "/"}
+    there["data"] = {"train": {"files": _files(kept.data.train)}}
+    here["data"] = {"train": {"files": sorted(map(expand_home, request.data))}}
     if request.validation:
-        validation = sorted(map(expand_home, request.validation))
-        differences.append(("data.validation", _files(kept.data.validation), validation))
-    for name, value in request.options.items():
-        differences += [(name, getattr(source, name), value) for source in kept.data.train]
-    for name, was, now in differences:
-        if was != now:
+        there["data"]["validation"] = {"files": _files(kept.data.validation)}
+        here["data"]["validation"] = {"files": sorted(map(expand_home, request.validation))}
+    kinds = ("lora", "dpo")
+    there |= {name: {} for name in kinds if getattr(kept, name) is not None}
+    here |= {name: {} for name in kinds if name in given}
+    for source in kept.data.train:
+        read = {name: getattr(source, name) for name in request.options}
+        found = table_differences({**there, "data.train": read}, {**here, "data.train": dict(request.options)})
+        if found:
             raise UserError(
-                f"{folder} has a run with another recipe: {name} is {was!r} there, and {now!r} here",
+                f"{folder} has a run with another recipe: {next(iter(found.values()))}",
                 "Choose another --out for a new run, or repeat the command that began this one.",
             )
 
@@ -180,9 +184,16 @@ def _options(name: str, given: dict[str, Any], dpo: bool) -> dict[str, Any]:
 
 
 def choose_templates(options: Iterable[dict[str, Any]], tokenizer: "Tokenizer", model: str) -> Iterator[str]:
-    """Sets the template of sources that need one, if the model has none."""
+    """Sets the template of sources that need one, if the model has none; yields notes on the choice.
+
+    A template of camelid's that the model has as its own, because a run wrote it, is set by its name, which also says
+    how the input of an instruction is written.
+    """
     needing = [each for each in options if each["kind"] in TEMPLATES and "template" not in each]
-    if "default" in tokenizer.chat_templates:
+    if (own := tokenizer.chat_templates.get("default")) is not None:
+        if (name := next((name for name, named in NAMED.items() if named.text == own), None)) is not None:
+            for each in needing:
+                each["template"] = name
         return
     for each in needing:
         each["template"] = TEMPLATES[each["kind"]]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from camelid.checkpoint.formats import hf
@@ -12,7 +12,8 @@ from camelid.model.adapters import LoRAPlan, MatrixPlan
 from camelid.model.config import ModelConfig
 from camelid.model.decoder import declare_decoder
 from camelid.model.params import Spec, named
-from camelid.train.lora_config import GROUPS, LoRAConfig
+from camelid.train.lora_config import GROUPS, LoRAConfig, is_expression
+from camelid.train.patterns import matches_name
 
 Key = tuple[str, int | None]
 """path and layer of a matrix; the layer is None if it is not stacked"""
@@ -27,7 +28,7 @@ def plan_adapters(lora: LoRAConfig, config: ModelConfig) -> LoRAPlan:
     modules, specs = _modules(config), named(declare_decoder(dataclasses.replace(config, tie_embeddings=False)))
     chosen: set[Key] = set()
     for target in lora.targets:
-        found = [key for key, names in modules.items() for name in GROUPS.get(target, (target,)) if _ends(name, names)]
+        found = {key for name in GROUPS.get(target, (target,)) for key in _matching(name, modules)}
         if not found:
             raise UserError(f"lora.targets has {target!r}, which matches no module of the model", _advice(modules))
         chosen.update(found)
@@ -47,12 +48,6 @@ def plan_adapters(lora: LoRAConfig, config: ModelConfig) -> LoRAPlan:
         matrices[path] = MatrixPlan(own, tuple(float(alphas.get(key, 0.0)) for key in keys))
     plan = LoRAPlan(matrices, lora.kind == "dora", lora.rank_stabilized)
     _check_dora(plan, config)
-    if lora.dropout and "lm_head" in matrices:
-        raise UserError(
-            f"lora.dropout = {lora.dropout} with lm_head among lora.targets: the head, whose logits are computed in "
-            "chunks of the rows, has no dropout",
-            "Leave one of the two out.",
-        )
     if lora.dropout and matrices.keys() == {"embed"}:
         raise UserError(
             f"lora.dropout = {lora.dropout} has no effect: lora.targets adapts the embedding table alone, whose inputs "
@@ -76,22 +71,30 @@ def _modules(config: ModelConfig) -> dict[Key, tuple[str, str]]:
     return dict(sorted(found.items(), key=lambda item: (paths.index(item[0][0]), item[0][1] or 0)))
 
 
-def _ends(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a pattern matches the end of a name, as the keys of PEFT's rank_pattern do."""
-    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+def _matching(pattern: str, modules: Mapping[Key, tuple[str, str]]) -> set[Key]:
+    """The modules that a pattern chooses.
+
+    It is a regular expression that matches the end of a name, as the keys of PEFT's rank_pattern do. One that matches
+    no module, such as layers.0-3.mlp or *_proj, is a pattern of parameters, as in train.freeze.
+    """
+    found = set()
+    if is_expression(pattern):
+        ending = re.compile(rf"(.*\.)?({pattern})$")
+        found = {key for key, names in modules.items() if any(map(ending.match, names))}
+    return found or {key for key, names in modules.items() if any(matches_name(pattern, name) for name in names)}
 
 
 def _by_pattern(
     field: str, patterns: Mapping[str, Any], default: Any, modules: Mapping[Key, tuple[str, str]], chosen: set[Key]
 ) -> dict[Key, Any]:
     """The value for each module that has an adapter."""
+    found = {pattern: _matching(pattern, modules) for pattern in patterns}
     for pattern in patterns:
-        if not any(_ends(pattern, modules[key]) for key in chosen):
+        if found[pattern].isdisjoint(chosen):
             targeted = {key: names for key, names in modules.items() if key in chosen}
             raise UserError(f"lora.{field} has {pattern!r}, which matches no module with an adapter", _advice(targeted))
     return {
-        key: next((value for pattern, value in patterns.items() if _ends(pattern, modules[key])), default)
-        for key in chosen
+        key: next((value for pattern, value in patterns.items() if key in found[pattern]), default) for key in chosen
     }
 
 

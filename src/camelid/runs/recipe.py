@@ -119,12 +119,6 @@ class Recipe:
                 "the rounding error of a 16-bit parameter",
                 "Leave it out, so that parameters are float32. compute.dtype = 'bfloat16' multiplies in 16 bits.",
             )
-        if self.compute.dtype == "float16" and self.loss.average == "rows":
-            raise UserError(
-                "loss.average = 'rows' with compute.dtype = 'float16' loses gradients: each token's is divided by the "
-                "tokens of its row before it is rounded to 16 bits, which no loss scale can undo",
-                "Set compute.dtype = 'bfloat16', or loss.average = 'tokens'.",
-            )
         if self.compute.dtype == "float16":
             object.__setattr__(self, "loss_scale", self.loss_scale or LossScaleConfig())
         elif self.loss_scale is not None:

@@ -13,8 +13,12 @@ def recipe_differences(before: str, now: str) -> dict[str, str]:
 
     A table that only one of them has is one difference, and so is a list. Causes come before consequences.
     """
-    found = sorted(_differences(tomllib.loads(before), tomllib.loads(now), ""))
-    return {name: text for _, name, text in found}
+    return table_differences(tomllib.loads(before), tomllib.loads(now))
+
+
+def table_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """As `recipe_differences`, of two tables with the fields that are to be compared."""
+    return {name: text for _, name, text in sorted(_differences(before, now, ""))}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> Iterator[tuple[int, str, str]]:

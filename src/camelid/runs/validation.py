@@ -70,16 +70,32 @@ def mean_losses(
     With several stores, `loss/NAME` is that of each one that has a token with a loss.
     """
     rows = recipe.data.batch_size // recipe.train.accumulate
-    sharding = BatchSharding(rows, mesh)
-    params, done = combine(state.trainable, frozen), 0
-    sums: list[dict[str, np.ndarray]] = [{} for _ in loader.packings]
     total = sum(map(len, loader.validation_rows()))
     with terminal.progress("validation rows", total) if is_main() else nullcontext(lambda done: None) as show:
-        for store, batch in loader.for_validation(rows):
-            for name, pair in to_host(_sums(params, sharding.place(vars(batch)), objective)).items():
-                sums[store][name] = sums[store].get(name, np.zeros(2)) + np.array(pair, np.float64)
-            show(done := min(done + rows, total))
+        sums = validation_sums(objective, loader, rows, mesh, combine(state.trainable, frozen), show)
     return _means(sums, store_names(recipe.data, "validation"))
+
+
+def validation_sums(
+    objective: Objective,
+    loader: Loader,
+    rows: int,
+    mesh: Mesh,
+    params: Decoder,
+    show: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, np.ndarray]]:
+    """For each store, the sum and the weight of the loss and of each metric of the objective, by name.
+
+    `rows` are computed at once; `show` is called with the number of rows that are done.
+    """
+    sharding, done = BatchSharding(rows, mesh), 0
+    sums: list[dict[str, np.ndarray]] = [{} for _ in loader.packings]
+    total = sum(map(len, loader.validation_rows()))
+    for store, batch in loader.for_validation(rows):
+        for name, pair in to_host(_sums(params, sharding.place(vars(batch)), objective)).items():
+            sums[store][name] = sums[store].get(name, np.zeros(2)) + np.array(pair, np.float64)
+        show(done := min(done + rows, total))
+    return sums
 
 
 def _means(sums: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from camelid.disk.atomic import write_atomically
+from camelid.disk.atomic import naming, write_atomically
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -30,13 +30,16 @@ class MetricsFile:
         earlier = read_metrics(path) if resume_from and path.exists() else []
         kept = [row for row in earlier if row["step"] <= resume_from]
         write_atomically(path, "".join(map(_line, kept)))
+        self._path = path
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(_line(row))
+        with naming(self._path):
+            self._file.write(_line(row))
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ class LoRAConfig:
     """probability of dropping an input of the factors"""
     targets: tuple[str, ...] = ("attention", "mlp")
     """modules that get an adapter: groups (attention, mlp), names such as "q_proj", "embed" and "lm_head", or regular
-    expressions that match the end of a module's path"""
+    expressions that match the end of a module's path, or patterns of parameters as in train.freeze"""
     kind: Literal["lora", "dora"] = "lora"
     """dora also trains the length of each output's row (arXiv:2402.09353)"""
     rank_stabilized: bool = False
@@ -63,15 +63,23 @@ class LoRAConfig:
                 raise UserError(f"lora.alpha_pattern has {key!r} = {alpha}", "Choose a number above 0.")
         for name in ("targets", "rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
+                if not is_expression(pattern) and not re.fullmatch(r"[\w.*-]+", pattern):
                     raise UserError(
-                        f"lora.{name} has {pattern!r}, which is not a regular expression: {error}",
-                        "Write a name such as q_proj, or a regular expression such as 'layers\\.[0-7]\\..*_proj'.",
-                    ) from error
+                        f"lora.{name} has {pattern!r}, which is not a regular expression",
+                        "Write a name such as q_proj, a part of names such as layers.0-7.mlp, or a regular expression "
+                        "such as 'layers\\.[0-7]\\..*_proj'.",
+                    )
 
     @property
     def usual_alpha(self) -> float:
         """`alpha`, or its default."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+def is_expression(pattern: str) -> bool:
+    """Whether a pattern is a regular expression; "*_proj" is none."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

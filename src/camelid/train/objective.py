@@ -67,6 +67,11 @@ class NextTokenLoss:
         tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
         x, _ = params.hidden(tokens, positions, segments, self.config, self.compute, context=context)
         weights, weight = averaged(batch["weights"], self.loss.average)
+        if self.loss.average == "rows" and self.compute.dtype == "float16":
+            # By a power of two, which rounds nothing, so that a token weighs 1 or more, as it does in the average over
+            # tokens: float16 would lose the gradients of smaller ones, and the loss scale multiplies them afterwards.
+            factor = 2.0 ** (tokens.shape[1] - 1).bit_length()
+            weights, weight = weights * factor, weight * factor
         sums = params.loss(
             x,
             batch["targets"],

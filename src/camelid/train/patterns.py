@@ -35,9 +35,11 @@ def select(patterns: Iterable[str], specs: Any, field: str) -> dict[str, np.ndar
         if not any(mask.any() for mask in found.values()):
             layers = max((spec.shape[0] for spec in specs_by_path(specs).values() if spec.stacked), default=0)
             known = "With [lora], only adapters are trained:" if _has_adapters(specs) else "The model has"
+            plain = re.fullmatch(r"[\w.*-]*", pattern)
+            kind = "" if plain else " Patterns are no regular expressions: docs/training.md describes them."
             raise UserError(
                 f"{field}: {pattern!r} matches no parameter",
-                f"{known} {', '.join(found)}; its layers are layers.0 to layers.{layers - 1}.",
+                f"{known} {', '.join(found)}; its layers are layers.0 to layers.{layers - 1}.{kind}",
             )
         chosen = {path: mask | found[path] for path, mask in chosen.items()}
     return chosen
@@ -57,13 +59,14 @@ def _shape(spec: Spec) -> tuple[int, ...]:
 
 
 def _matched(pattern: str, path: str, spec: Spec) -> np.ndarray:
-    if not spec.stacked or _matches(pattern, path):
-        return np.full(_shape(spec), _matches(pattern, path))
+    if not spec.stacked or matches_name(pattern, path):
+        return np.full(_shape(spec), matches_name(pattern, path))
     first, rest = path.split(".", 1)
-    return np.array([_matches(pattern, f"{first}.{number}.{rest}") for number in range(spec.shape[0])])
+    return np.array([matches_name(pattern, f"{first}.{number}.{rest}") for number in range(spec.shape[0])])
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches_name(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a part of a name between dots."""
     words, parts = pattern.split("."), name.split(".")
     windows = (parts[start : start + len(words)] for start in range(len(parts) - len(words) + 1))
     return any(all(map(_word_matches, words, window)) for window in windows)

@@ -53,7 +53,8 @@ class TrainStep:
         and the optimizer's state stay as they are. The step and the counts of schedules advance.
 
         The metrics are loss, weight, gradient_norm, learning_rate, skipped, skipped_in_a_row, loss_deviation, in
-        float16 loss_scale and overflows, and those of the objective, all float32 scalars.
+        float16 loss_scale and overflows, and those of the objective, all float32 scalars. Those of the objective are
+        NaN if the loss is not finite.
         `frozen` holds the parameters that are not trained, as `partition` returns them: they get no gradients.
         """
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
@@ -72,7 +73,8 @@ class TrainStep:
         updated = lax.cond(finite, update, self._skipped, state, summed)
         counters = update_counters(state.counters, loss, weight, finite, self.loss_scale)
         metrics = {
-            **{name: _mean(*pair) for name, pair in extra.items()},
+            # Of a loss that is not finite, an accuracy of 0 would be reported.
+            **{name: jnp.where(jnp.isfinite(loss), _mean(*pair), jnp.nan) for name, pair in extra.items()},
             "loss": loss,
             "weight": weight,
             "gradient_norm": norm,

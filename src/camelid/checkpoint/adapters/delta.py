@@ -16,7 +16,7 @@ import numpy as np
 
 from camelid.checkpoint.adapters.exact_delta import NAME, VERSION, open_exact, plan_exact
 from camelid.checkpoint.adapters.low_rank import approximate
-from camelid.checkpoint.adapters.peft import adapter_files, matches, on_base, open_adapter
+from camelid.checkpoint.adapters.peft import adapter_files, base_name, matches, on_base, open_adapter
 from camelid.checkpoint.checkpoint import Checkpoint, ExportSpec, companions_in, copy_companions
 from camelid.checkpoint.files import PlannedFile, json_file, write_files
 from camelid.checkpoint.folder import new_folder
@@ -78,7 +78,7 @@ def make(
     assert rank is not None
     difference = _combined(one, other, np.subtract)
     adapter, residual, notes = approximate(one, other, difference, rank, progress)
-    adapter = replace(adapter, base=_name_of(base) if one.format == "hf" else None)
+    adapter = replace(adapter, base=base_name(base) if one.format == "hf" else None)
     # config.json describes the tuned model, and lets --overwrite recognize the folder as a checkpoint.
     about = json_file("config.json", config_to_hf(adapter.config, other.dtypes["embed"].name))
     _write(Path(destination), [*adapter_files(adapter), about], other, overwrite, lambda done, total: None)
@@ -147,12 +147,6 @@ def _kind(folder: Path) -> str:
             f"This version of camelid supports version {VERSION} of exact and sum.",
         )
     return about["kind"]
-
-
-def _name_of(base: str | Path) -> str:
-    """Returns the name of the base in an adapter: an absolute path, or a name on the Hub."""
-    path = Path(expand_home(str(base).removeprefix("hf::")))
-    return str(path.resolve()) if path.exists() else str(base).removeprefix("hf::")
 
 
 def _write(

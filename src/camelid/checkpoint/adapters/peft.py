@@ -279,6 +279,12 @@ def _read_pair(module: str, found: Mapping[str, Tensor], settings: Settings, row
 # Writing --------------------------------------------------------------------------------
 
 
+def base_name(base: str | Path) -> str:
+    """The name of a base of the format hf in an adapter: an absolute path, or a name on the Hub."""
+    path = Path(expand_home(str(base).removeprefix("hf::")))
+    return str(path.resolve()) if path.exists() else str(base).removeprefix("hf::")
+
+
 def adapter_files(adapter: Adapter) -> list[PlannedFile]:
     """Plans the files of an adapter for PEFT's PeftModel.from_pretrained, which accepts a `base` of None."""
     rows = _names(adapter.config)

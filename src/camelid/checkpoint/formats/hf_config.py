@@ -15,6 +15,11 @@ ORIGINAL = "original_max_position_embeddings"
 # Fields of every family, which the functions below read.
 SPECIAL = frozenset({"model_type", "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters", ORIGINAL})
 HINTS = get_type_hints(ModelConfig)
+QUANTIZED = (
+    "Quantized weights of this kind are not read: use the model that was quantized, also as the base of an adapter, or "
+    "save model.dequantize() in transformers. If the files hold unquantized weights after all, add "
+    "--ignore-config-field quantization_config (in Python ignore=['quantization_config'])."
+)
 LAYER_TYPES = {True: "sliding_attention", False: "full_attention"}
 MAX_LAYERS = 10_000
 ADVICE = "Download or copy the file again."
@@ -84,7 +89,7 @@ def _check_fixed(hf: Mapping[str, Any], fixed: Mapping[str, tuple]) -> None:
         if name in hf and hf[name] not in allowed:
             raise UserError(
                 f"config.json has {name} = {hf[name]!r}; camelid supports {' or '.join(repr(a) for a in allowed)}",
-                advice_to_ignore(name),
+                QUANTIZED if name == "quantization_config" else advice_to_ignore(name),
             )
 
 

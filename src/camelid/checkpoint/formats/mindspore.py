@@ -26,7 +26,7 @@ from camelid.checkpoint.formats.config_source import find_config
 from camelid.checkpoint.formats.mindspore_ranks import ShardLayout, open_ranks, ranks_in, strategy_bytes
 from camelid.checkpoint.layout import Table, TensorRule, check_tensors
 from camelid.checkpoint.tensor_parallel import shard_export, sharded_axis
-from camelid.checkpoint.tensors import PlannedTensor, files_holding, unverified_note
+from camelid.checkpoint.tensors import PlannedTensor, Tensor, files_holding, unverified_note
 from camelid.checkpoint.tied_head import without_tied_head
 from camelid.errors import UserError
 from camelid.model.config import ModelConfig
@@ -124,13 +124,27 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, rope_layout: 
     RopeLayout either; None assumes the one of MindFormers since 3 August 2023 (its commit f40d0aab8). Raises UserError
     if the model is unknown, or the files are damaged, incomplete, or of another model.
     """
+    return from_tensors(path, *open_tensors(path), config, rope_layout)
+
+
+def open_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file, of a folder with one, or of a folder of ranks; and the names of values of training."""
+    if path.is_dir() and ranks_in(path):
+        return open_ranks(path)
+    tensors = open_tensor_file(path if path.is_file() else single(path))
+    return tensors, [name for name in tensors if re.fullmatch(TRAINING, name)]
+
+
+def from_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    aside: Sequence[str],
+    config: ModelConfig | None,
+    rope_layout: RopeLayout | None,
+) -> Checkpoint:
+    """The checkpoint of `path` with these tensors; `aside` are the names of values that are not read."""
     folder = path if path.is_dir() else path.parent
     notes: list[str] = []
-    if path.is_dir() and ranks_in(path):
-        tensors, aside = open_ranks(path)
-    else:
-        tensors = open_tensor_file(path if path.is_file() else single(path))
-        aside = [name for name in tensors if re.fullmatch(TRAINING, name)]
     source = find_config(config, folder)
     if source is None:
         raise UserError(
@@ -154,6 +168,12 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, rope_layout: 
         tensors = without_tied_head(tensors, table.entries["embed"].rule.name, HEAD, described_by)
     check_tensors(table, tensors, TRAINING, described_by)
     return Checkpoint("mindspore", folder, config, tensors, table, tuple(notes), assumed_layout=layout)
+
+
+def rope_layout_of(checkpoint: Checkpoint) -> RopeLayout:
+    """The layout in which a MindSpore checkpoint was opened; "half" for checkpoints of other formats."""
+    entry = checkpoint.table.entries["layers.attn.q_proj"]
+    return "interleaved" if entry.rule == RULES["interleaved"][1] else "half"
 
 
 # Writing --------------------------------------------------------------------------------
