@@ -56,7 +56,7 @@ def test_one_text_and_a_list_and_ids_are_prompts(model: camelid.Model, free):
 
 def test_row_i_draws_with_seed_plus_i(model: camelid.Model, free):
     (second,) = model.generate("the red camel", max_new_tokens=20, temperature=0.7, seed=5)
-    assert second == free[1]
+    assert second == dataclasses.replace(free[1], prompt_index=0)
 
 
 def test_the_text_is_that_of_the_tokens(model: camelid.Model, free):
@@ -359,7 +359,8 @@ def test_a_row_whose_logits_are_not_finite_does_not_lose_the_others(folder: Path
     with pytest.warns(UserWarning, match="prompt 1: the logits became NaN or infinite after 0 new tokens"):
         found = spoilt.generate(["ab", "aXb", "the red camel"], max_new_tokens=8)
     assert [completion.finish_reason for completion in found] == ["length", "error", "length"]
-    assert [found[0], found[2]] == model.generate(["ab", "the red camel"], max_new_tokens=8)
+    expected = model.generate(["ab", "the red camel"], max_new_tokens=8)
+    assert [found[0].tokens, found[2].tokens] == [completion.tokens for completion in expected]
     assert (found[1].tokens, found[1].text) == ([], "")
     with pytest.warns(UserWarning, match="prompt 1"):
         done = called("generate", path, "ab", "aXb", "--max-new-tokens", 8)
@@ -436,3 +437,51 @@ def test_advice_is_in_the_words_of_the_interface(model: camelid.Model, folder: P
     with pytest.raises(camelid.UserError, match="tokenizer=") as refused:
         dataclasses.replace(model, tokenizer=None).generate("ab")
     assert "--tokenizer" in refused.value.advice
+
+
+# Streams and stop strings ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "seed": 5}, {"temperature": 1.5, "stop": ["e", "th"]}])
+def test_a_stream_is_the_text_that_generate_returns(model: camelid.Model, options: dict):
+    pieces = list(model.stream("Once", max_new_tokens=40, **options))
+    (completion,) = model.generate("Once", max_new_tokens=40, **options)
+    assert "".join(pieces) == completion.text
+    assert all(pieces)
+
+
+def test_a_completion_ends_before_a_stop_string(model: camelid.Model):
+    """Its tokens include the one that completes the stop string; the other rows continue."""
+    prompts, how = ["Once", "upon"], {"max_new_tokens": 30, "temperature": 1.5, "seed": 2}
+    free = model.generate(prompts, **how)
+    stop = free[0].text[7:9]
+    stopped = model.generate(prompts, stop=stop, **how)
+    for ours, whole in zip(stopped, free, strict=True):
+        assert ours.text == whole.text.split(stop)[0]
+        assert ours.finish_reason == ("stop" if stop in whole.text else "length")
+        assert ours.tokens == whole.tokens[: len(ours.tokens)]
+    assert len(stopped[0].tokens) < 30
+
+
+def test_completions_know_their_prompt(model: camelid.Model):
+    completions = model.generate(["Once", "upon"], n=2, temperature=1.0, max_new_tokens=3, top_logprobs=2)
+    assert [(each.prompt, each.prompt_index) for each in completions] == [("Once", 0)] * 2 + [("upon", 1)] * 2
+    assert [len(top) for top in completions[0].top_logprobs or ()] == [2, 2, 2]
+    assert completions[0].logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda model: model.generate("a", top_kk=3),
+            "there is no option 'top_kk' of generation\nDid you mean 'top_k'",
+        ),
+        (lambda model: model.stream("a", n=2, temperature=1.0), "n = 2 completions cannot be streamed"),
+        (lambda model: dataclasses.replace(model, tokenizer=None).stream([3]), "there is no text to stream"),
+        (lambda model: dataclasses.replace(model, tokenizer=None).generate([[3]], stop="a"), "no stop string can be"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_at_once(model: camelid.Model, call, message: str):
+    with pytest.raises(camelid.UserError, match=re.escape(message)):
+        call(model)

@@ -60,7 +60,7 @@ def test_generate_json_is_one_object_with_the_reference_tokens_and_nothing_else(
     assert (name, rest) == ("completions", [])
     tokenizer = transformers.AutoTokenizer.from_pretrained(stories)
     for completion, expected in zip(completions, reference, strict=True):
-        assert completion.keys() == {"prompt", "text", "tokens", "finish_reason"}
+        assert completion.keys() == {"prompt", "text", "tokens", "finish_reason", "prompt_index"}
         assert completion["prompt"] == expected["text"]
         assert completion["tokens"] == expected["greedy_ids"]
         assert completion["finish_reason"] == "length"
@@ -119,7 +119,39 @@ def test_prompts_are_answered_in_order_and_seeds_repeat(stories: Path):
     assert [completion["prompt"] for completion in first["completions"]] == ["One day", "Lily", "One day"]
     assert first == again
     assert first != other
-    assert first["completions"][0] != first["completions"][2]
+    assert first["completions"][0]["tokens"] != first["completions"][2]["tokens"]
+
+
+def test_a_stream_is_the_text_of_the_completion(stories: Path):
+    options = ("--max-new-tokens", 40, "--temperature", 0.8, "--seed", 3)
+    streamed = called("generate", stories, "One day", "Lily", *options, "--stream")
+    assert streamed.stdout == called("generate", stories, "One day", "Lily", *options).stdout
+    assert_refused(called("generate", stories, "a", "--stream", "--json"), "--stream and --json exclude each other")
+    assert_refused(called("generate", stories, "a", "--stream", "--n", 2, "--temperature", 1), "n = 2")
+
+
+def test_options_of_generation_reach_the_model(stories: Path):
+    options = ["--n", 2, "--temperature", 1, "--stop", "day", "--stop", ".", "--top-logprobs", 3, "--logprobs"]
+    options += ["--suppress-tokens", 5, "--suppress-tokens", 6, "--logit-bias", "7=-3,8=2.5", "--ignore-eos"]
+    done = called("generate", stories, "Once upon a time", *options, "--json")
+    completions = json.loads(done.stdout)["completions"]
+    expected = camelid.load(stories).generate(
+        "Once upon a time",
+        n=2,
+        temperature=1.0,
+        stop=["day", "."],
+        top_logprobs=3,
+        logprobs=True,
+        suppress_tokens=[5, 6],
+        logit_bias={7: -3.0, 8: 2.5},
+        ignore_eos=True,
+    )
+    assert [completion["text"] for completion in completions] == [completion.text for completion in expected]
+    for ours, theirs in zip(completions, expected, strict=True):
+        assert ours["logprobs"] == pytest.approx(theirs.logprobs)
+        assert [list(map(int, top)) for top in ours["top_logprobs"]] == list(map(list, theirs.top_logprobs or ()))
+    assert_refused(called("generate", stories, "a", "--logit-bias", "7"), "'7' is not a list of numbers by token id")
+    assert_refused(called("generate", stories, "a", "--min-p", "2"), "min_p = 2.0 is not in (0, 1]")
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_refused(stories: Path):
@@ -542,7 +574,7 @@ def test_the_formats_are_listed_once_in_the_help_of_convert():
 def test_options_of_sampling_without_a_temperature_are_reported(stories: Path):
     done = called("generate", stories, "One day", "--top-k", "3", "--max-new-tokens", "1")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
-    assert done.stderr.startswith("note: with --temperature 0, --top-k and --top-p have no effect")
+    assert done.stderr.startswith("note: with --temperature 0, --top-k has no effect")
     sampled = called("generate", stories, "One day", "--top-k", "3", "--max-new-tokens", "1", "--temperature", "1")
     assert sampled.stderr == ""
 

@@ -1,16 +1,18 @@
 """camelid: the Llama family end to end in JAX.
 
 The public API: `load` returns a `Model`, which `ComputeConfig`, `MeshConfig` and `ModelConfig` configure.
-`Model.generate` returns `Completion`s. `Trainer` trains by a recipe and returns a `TrainResult`; its callbacks
-receive `TrainEvent`s. Errors that a user can fix are raised as `UserError`.
+`Model.generate` returns `Completion`s, by the options of `GenerationConfig`. `Trainer` trains by a recipe and returns a
+`TrainResult`; its callbacks receive `TrainEvent`s. Errors that a user can fix are raised as `UserError`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from camelid.api import Completion, Model, load
+    from camelid.api import Model, load
+    from camelid.completion import Completion
     from camelid.errors import UserError
+    from camelid.generate.config import GenerationConfig
     from camelid.model.config import ComputeConfig, ModelConfig
     from camelid.parallel.mesh import MeshConfig
     from camelid.train.callbacks import TrainEvent
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Completion",
     "ComputeConfig",
+    "GenerationConfig",
     "MeshConfig",
     "Model",
     "ModelConfig",
@@ -30,8 +33,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Completion": "api",
+    "Completion": "completion",
     "ComputeConfig": "model.config",
+    "GenerationConfig": "generate.config",
     "MeshConfig": "parallel.mesh",
     "Model": "api",
     "ModelConfig": "model.config",

@@ -3,12 +3,12 @@
 import collections
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,10 @@ from camelid.checkpoint.files import WORKERS
 from camelid.checkpoint.registry import open_checkpoint, plan_files, write_checkpoint
 from camelid.checkpoint.state import saved_state
 from camelid.checkpoint.tensors import dtype_named, rounded
+from camelid.completion import Completion, TextGeneration
 from camelid.errors import UserError, in_python
-from camelid.generate.decode import generate
-from camelid.generate.sampling import sampling, whole_number
+from camelid.generate.config import GenerationConfig, generation_config
+from camelid.generate.decode import Generation
 from camelid.interrupts import cleaned_up
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import Decoder, declare_decoder, untied
@@ -37,7 +38,6 @@ from camelid.parallel.backend import prepare_backend
 from camelid.parallel.hosts import is_main, to_host, wait_for_all
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
 from camelid.parallel.rules import check_divides
-from camelid.text.stream import TextStream
 from camelid.text.tokenizer import (
     Tokenizer,
     companions_with,
@@ -47,19 +47,8 @@ from camelid.text.tokenizer import (
     vocabulary_notes,
 )
 
-
-@dataclass(frozen=True)
-class Completion:
-    """The continuation of one prompt."""
-
-    prompt: str
-    """the prompt as text; empty for a model without a tokenizer"""
-    text: str
-    """the generated text, without the prompt; empty for a model without a tokenizer"""
-    tokens: list[int]
-    """ids of the generated tokens, without EOS"""
-    finish_reason: Literal["stop", "length", "error"]
-    """"stop": EOS was generated; "length": max_new_tokens was reached; "error": the logits became NaN or infinite"""
+STREAM_STEPS = 4
+"""tokens that are generated between two pieces of a stream"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,54 +116,80 @@ class Model:
     def generate(
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]] | Int[Array | np.ndarray, "B S"],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
+        options: GenerationConfig | None = None,
+        **changes: Any,
     ) -> list[Completion]:
-        """Generates a continuation of each prompt.
+        """Generates continuations of each prompt.
 
         Args:
           prompts: One text, or a sequence of texts or of rows of token ids. Texts are encoded with the tokenizer's
             special tokens; rows of ids are used as they are, so they must already start with BOS.
-          max_new_tokens: Number of tokens after which generation stops if the model has not generated EOS.
-          temperature: The logits are divided by it before sampling; 0 selects the most probable token (greedy).
-          top_k: Sample from the K most probable tokens only. None: from all.
-          top_p: Sample from the smallest set of tokens whose probabilities add up to at least this (nucleus sampling,
-            arXiv:1904.09751); applied after temperature and top_k. None: from all.
-          seed: Seed of the random numbers. Prompt i uses `seed + i`, so its completion does not depend on the others.
+          options: How to generate. None: the defaults of GenerationConfig.
+          **changes: Fields of GenerationConfig, for example max_new_tokens=100, temperature=0.8, top_p=0.95, seed=1.
 
         Returns:
-          One Completion for each prompt, in order. Ids that the tokenizer does not define are never generated.
+          `n` Completions for each prompt, in order. They do not depend on the other prompts. Ids that the tokenizer
+          does not define are never generated.
 
         Raises:
-          UserError: If a prompt does not fit the context, an argument is out of range, or the logits of every prompt
-            are NaN or infinite.
+          UserError: If a prompt does not fit the context, an option is unknown or out of range, or the logits of every
+            prompt are NaN or infinite.
 
         Warns:
           UserWarning: If the logits of some prompts become NaN or infinite; the completions of those end there, with
             finish_reason "error".
         """
         each = [prompts] if isinstance(prompts, str) else _each(prompts)
-        ids = [self._encode(prompt, number) for number, prompt in enumerate(each)]
-        seed = whole_number("seed", seed)
-        seeds = [seed + i for i in range(len(each))]
-        settings = sampling(temperature, top_k, top_p)
-        limit = whole_number("max_new_tokens", max_new_tokens)
-        eos_ids = self.config.eos_ids if self.tokenizer is None else self.tokenizer.eos_ids
-        rows, finite = generate(
-            self.params, ids, seeds, settings, limit, eos_ids, self.config, self.compute, self.mesh, self._drawable
-        )
-        if not any(finite):
+        generation = self._begin(each, generation_config(options, changes))
+        collections.deque(generation.pieces(), maxlen=0)
+        completions = generation.completions
+        failed = [completion for completion in completions if completion.finish_reason == "error"]
+        if len(failed) == len(completions):
             raise not_finite(self.params, self.compute, "the logits are")
-        for number, (row, ok) in enumerate(zip(rows, finite, strict=True)):
-            if not ok:
-                warnings.warn(
-                    f"prompt {number}: the logits became NaN or infinite after {len(row)} new tokens", stacklevel=3
-                )
-        return [self._completion(*row, limit) for row in zip(each, ids, rows, finite, strict=True)]
+        for completion in failed:
+            warnings.warn(
+                f"prompt {completion.prompt_index}: the logits became NaN or infinite after {len(completion.tokens)} "
+                "new tokens",
+                stacklevel=3,
+            )
+        return completions
+
+    @in_python
+    def stream(
+        self, prompt: str | Sequence[int], options: GenerationConfig | None = None, **changes: Any
+    ) -> Iterator[str]:
+        """Generates a continuation of one prompt, and yields its text as it grows, in complete characters.
+
+        Joined, the pieces are the text of the completion that `generate` returns. Arguments are those of `generate`.
+
+        Raises:
+          UserError: As `generate`, before the first piece; or if more than one completion is requested, or the model
+            has no tokenizer.
+        """
+        options = generation_config(options, changes)
+        if options.n > 1:
+            raise UserError(f"n = {options.n} completions cannot be streamed", "Stream one, or call generate.")
+        if self.tokenizer is None:
+            raise UserError("the checkpoint has no tokenizer, so there is no text to stream", "Call generate.")
+        return self._pieces(self._begin([prompt], options))
+
+    def _pieces(self, generation: TextGeneration) -> Iterator[str]:
+        for (piece,) in generation.pieces(STREAM_STEPS):
+            if piece:
+                yield piece
+        if generation.completions[0].finish_reason == "error":
+            raise not_finite(self.params, self.compute, "the logits are")
+
+    def _begin(self, prompts: Sequence[str | Sequence[int]], options: GenerationConfig) -> TextGeneration:
+        if options.stop and self.tokenizer is None:
+            raise UserError("the checkpoint has no tokenizer, so no stop string can be found", "Use stop_token_ids.")
+        ids = [self._encode(prompt, number) for number, prompt in enumerate(prompts)]
+        eos_ids = self.config.eos_ids if self.tokenizer is None else self.tokenizer.eos_ids
+        seeds = [options.seed + i for i in range(len(ids))]
+        generation = Generation(
+            self.params, ids, seeds, options, eos_ids, self.config, self.compute, self.mesh, self._drawable
+        )
+        return TextGeneration(generation, prompts, ids, options, self.tokenizer)
 
     def _encode(self, prompt: str | Sequence[int], number: int) -> list[int]:
         if not isinstance(prompt, str):
@@ -194,16 +209,6 @@ class Model:
             return None
         drawable = np.isin(np.arange(self.config.vocab_size), [*self.tokenizer.token_ids, *self.tokenizer.eos_ids])
         return None if drawable.all() else drawable
-
-    def _completion(
-        self, prompt: str | Sequence[int], ids: list[int], new: list[int], finite: bool, limit: int
-    ) -> Completion:
-        reason = "error" if not finite else "length" if len(new) == limit else "stop"
-        if self.tokenizer is None:
-            return Completion("", "", new, reason)
-        stream = TextStream(self.tokenizer, ids)
-        text = "".join(stream.push(token) for token in new) + stream.flush()
-        return Completion(prompt if isinstance(prompt, str) else self.tokenizer.decode(ids), text, new, reason)
 
     @in_python
     def save(

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from camelid.api import Completion, Model, load
+from camelid.api import Model, load
 from camelid.checkpoint.integrity import checksum_arrays
 from camelid.checkpoint.state.saved_state import steps_in
+from camelid.completion import Completion
 from camelid.data.config import SourceOptions
 from camelid.data.preparation.partial_stores import refuse_unguarded
 from camelid.disk.paths import cache_folder, make_writable
@@ -258,7 +259,7 @@ class Trainer:
         predict_checkpoint: bool | str | Path | None = None,
         *,
         chat: bool = False,
-        **sampling: Any,
+        **options: Any,
     ) -> list[Completion]:
         """Generates a continuation of each prompt, or with `chat` the answer to it.
 
@@ -266,7 +267,7 @@ class Trainer:
           input_data: A prompt, or several: texts or rows of token ids.
           predict_checkpoint: As `eval_checkpoint` of `evaluate`.
           chat: Each prompt is the message of a user, which is rendered with the chat template of the model.
-          **sampling: max_new_tokens, temperature, top_k, top_p and seed, as of `Model.generate`.
+          **options: fields of `GenerationConfig`, as of `Model.generate`.
 
         Returns:
           One Completion for each prompt, in order.
@@ -275,7 +276,7 @@ class Trainer:
           UserError: If there is no such model or template, or as for `Model.generate`.
         """
         model = self._choose(predict_checkpoint)
-        return model.generate(_chats(input_data, model) if chat else input_data, **sampling)
+        return model.generate(_chats(input_data, model) if chat else input_data, **options)
 
     # Training ---------------------------------------------------------------------------
 

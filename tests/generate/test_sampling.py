@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from camelid.errors import UserError
-from camelid.generate.sampling import Sampling, filter_logits, sampling, select
+from camelid.generate.sampling import Sampling, filter_logits, select
+from generation import sampling
 
 ROWS, VOCAB = 40, 61
 
@@ -40,7 +40,7 @@ def test_kept_tokens_are_those_of_the_definition(logits, temperature: float, top
     """Temperature first, then top-k, then top-p among what is left; the token that crosses top-p is kept."""
     scaled = jnp.asarray(logits) / jnp.float32(temperature)
     options = sampling(temperature, top_k, top_p)
-    kept = filter_logits(scaled, options.top_k, options.top_p)
+    kept = filter_logits(scaled, options)
     expected = np.stack([kept_in_numpy(row, temperature, top_k, top_p) for row in logits])
     np.testing.assert_array_equal(np.isfinite(kept), expected)
     np.testing.assert_array_equal(kept, np.where(expected, scaled, -np.inf))
@@ -52,7 +52,7 @@ def test_kept_tokens_are_those_of_transformers(logits, temperature: float, top_k
     theirs = theirs if top_k is None else TopKLogitsWarper(top_k)(None, theirs)
     theirs = theirs if top_p is None else TopPLogitsWarper(top_p)(None, theirs)
     options = sampling(temperature, top_k, top_p)
-    ours = filter_logits(jnp.asarray(logits) / options.temperature, options.top_k, options.top_p)
+    ours = filter_logits(jnp.asarray(logits) / options.temperature, options)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
 
 
@@ -63,22 +63,17 @@ def test_top_k_without_sorting_keeps_what_sorting_keeps(logits, k: int):
     rows = np.concatenate([rows, np.where(np.arange(VOCAB) % 2, 0.0, -0.0)[None]]).astype(np.float32)
     threshold = np.sort(rows, -1)[:, [-k]]
     expected = np.where(rows < threshold, -np.inf, rows)
-    ours = filter_logits(jnp.asarray(rows), np.full(len(rows), k, np.int32), np.float32([1]))
+    ours = filter_logits(jnp.asarray(rows), sampling(top_k=k))
     np.testing.assert_array_equal(ours, expected)
-    # A last row with top-p makes all rows take the other branch.
-    top_p = np.append(np.ones(len(rows) - 1), 0.5).astype(np.float32)
-    sorted_ones = filter_logits(jnp.asarray(rows), np.full(len(rows), k, np.int32), top_p)
-    np.testing.assert_array_equal(sorted_ones[:-1], expected[:-1])
 
 
-def test_only_top_p_sorts(logits):
-    jaxpr = jax.make_jaxpr(filter_logits)(jnp.asarray(logits), np.int32([5]), np.float32([1]))
-    (switch,) = (equation for equation in jaxpr.jaxpr.eqns if equation.primitive.name == "cond")
-    assert ["sort" in str(branch) for branch in switch.params["branches"]] == [False, False, True]
+def test_no_filter_sorts(logits):
+    """Sorting a vocabulary of 128,256 takes several times as long as searching a threshold."""
+    assert "sort" not in str(jax.make_jaxpr(filter_logits)(jnp.asarray(logits), sampling(1.0, 5, 0.9, typical_p=0.5)))
 
 
 def test_the_best_token_is_always_kept(logits):
-    kept = filter_logits(jnp.asarray(logits), np.int32([0]), np.float32([1e-6]))
+    kept = filter_logits(jnp.asarray(logits), sampling(top_p=1e-6))
     np.testing.assert_array_equal(np.isfinite(kept).sum(-1), np.ones(ROWS))
     np.testing.assert_array_equal(np.argmax(kept, -1), logits.argmax(-1))
 
@@ -88,7 +83,7 @@ def test_top_p_of_one_keeps_every_token():
     options = sampling(1.0, None, 1.0)
     for seed in range(8):
         logits = jax.random.normal(jax.random.key(seed), (4, 32000))
-        assert np.isfinite(filter_logits(logits, options.top_k, options.top_p)).all()
+        assert np.isfinite(filter_logits(logits, options)).all()
 
 
 def drawn(logits: np.ndarray, seeds, step: int, options: Sampling) -> np.ndarray:
@@ -173,20 +168,3 @@ def test_greedy_rows_neither_sort_nor_draw(logits):
     outside = {equation.primitive.name for equation in jaxpr.jaxpr.eqns}
     assert "cond" in outside
     assert not outside & {"sort", "cumsum", "random_bits", "exp"}
-
-
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ((-0.1, None, None), "temperature = -0.1"),
-        ((float("nan"), None, None), "temperature = nan"),
-        ((float("inf"), None, None), "temperature = inf"),
-        ((1.0, 0, None), "top_k = 0"),
-        ((1.0, None, 0.0), "top_p = 0.0"),
-        ((1.0, None, 1.1), "top_p = 1.1"),
-        ((1.0, None, float("nan")), "top_p = nan"),
-    ],
-)
-def test_values_out_of_range_are_refused(numbers: tuple, message: str):
-    with pytest.raises(UserError, match=message):
-        sampling(*numbers)

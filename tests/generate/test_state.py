@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from camelid.generate.decode import generate
-from camelid.generate.sampling import Sampling, sampling, select
+from camelid.generate.config import GenerationConfig
+from camelid.generate.sampling import Sampling, select
 from camelid.generate.state import (
     DecodeState,
+    PromptBatch,
     admit,
     advance,
     prefill,
-    prefill_with_log_probs,
     release,
     reorder,
     rollback,
@@ -29,6 +29,7 @@ from camelid.model.kv_cache import empty_cache
 from camelid.model.weights import Adapted
 from camelid.parallel.mesh import one_device
 from families import FAMILIES
+from generation import generated, sampling
 from leaves import adapted
 from programs import largest_array
 from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
@@ -83,9 +84,8 @@ class Steps:
 
 @partial(jax.jit, static_argnums=(6, 7, 8))
 def _prefill(params, prompts, lengths, final, options, seeds, config, compute, max_rollback):
-    return prefill(
-        params, prompts, lengths, final, options, seeds, config, compute, slots=SLOTS, max_rollback=max_rollback
-    )
+    batch = PromptBatch(prompts, lengths, final, options, seeds)
+    return prefill(params, batch, config, compute, slots=SLOTS, max_rollback=max_rollback)[:2]
 
 
 _advance = jax.jit(advance, static_argnames=("config", "compute"))
@@ -105,7 +105,9 @@ def prompts_of(config: ModelConfig) -> list[list[int]]:
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_loop_in_python_gives_the_tokens_of_the_device_loop(steps: Steps, options: Sampling):
     prompts = prompts_of(steps.config)
-    ours, _ = generate(steps.params, prompts, SEEDS, options, 20, (), steps.config, ComputeConfig(), one_device())
+    how = {"temperature": 0.8, "top_k": 40, "top_p": 0.95} if options is SAMPLED else {}
+    config = GenerationConfig(max_new_tokens=20, **how)
+    ours = generated(steps.params, prompts, SEEDS, config, (), steps.config, ComputeConfig(), one_device())
     _, tokens = steps.decode(*steps.prefill(prompts, options=options), 20)
     assert tokens.tolist() == ours
 
@@ -207,13 +209,14 @@ def test_counts_out_of_range_are_refused(wrong: int):
 
 
 def scored_prefill(steps: Steps, prompts, lengths) -> tuple:
-    args = steps.params, jnp.asarray(prompts, jnp.int32), lengths, lengths + 30, SAMPLED
-    return _scored_prefill(*args, jnp.asarray([3, 5, 7], jnp.uint32), steps.config, ComputeConfig())
+    seeds = jnp.asarray([3, 5, 7], jnp.uint32)
+    batch = PromptBatch(jnp.asarray(prompts, jnp.int32), lengths, lengths + 30, SAMPLED, seeds)
+    return _scored_prefill(steps.params, batch, steps.config, ComputeConfig())
 
 
-@partial(jax.jit, static_argnums=(6, 7))
+@partial(jax.jit, static_argnums=(2, 3))
 def _scored_prefill(*args):
-    return prefill_with_log_probs(*args, slots=SLOTS, max_rollback=MAX_ROLLBACK, top_k=3)
+    return prefill(*args, slots=SLOTS, max_rollback=MAX_ROLLBACK, top_log_probs=3)
 
 
 def test_prompts_are_scored_while_they_are_processed(steps: Steps):
@@ -256,12 +259,14 @@ def test_scoring_prompts_stores_the_logits_of_a_chunk_at_a_time(monkeypatch):
     monkeypatch.setattr(loss, "MAX_LOGITS", chunk)
     args = jax.ShapeDtypeStruct((rows, length), jnp.int32), *(jax.ShapeDtypeStruct((rows,), jnp.int32),) * 2
 
-    def largest(function) -> int:
-        options = {"config": config, "compute": ComputeConfig(), "slots": SLOTS}
-        run = partial(function, sampling=GREEDY, seeds=jnp.zeros(rows, jnp.uint32), **options)
+    def largest(top_log_probs: int | None) -> int:
+        def run(params, *prompts):
+            batch = PromptBatch(*prompts, GREEDY, jnp.zeros(rows, jnp.uint32))
+            return prefill(params, batch, config, ComputeConfig(), slots=SLOTS, top_log_probs=top_log_probs)
+
         return largest_array(run, params, *args)
 
-    assert last <= largest(prefill) < chunk <= largest(prefill_with_log_probs) < whole
+    assert last <= largest(None) < chunk <= largest(0) < whole
 
 
 def test_a_row_that_was_rolled_back_is_as_if_nothing_had_happened(steps: Steps):
@@ -372,14 +377,15 @@ def test_each_row_decodes_with_its_own_adapter():
     factors = ("a", "b", "scale")
     several = Adapted(base, *(jnp.stack([getattr(one, name) for one in single], 1) for name in factors))
     prompts, index = jnp.asarray(tiny_tokens(config, 3, 9)), jnp.array([1, -1, 0])
-    args = jnp.full(3, 9), jnp.full(3, 20), GREEDY, jnp.zeros(3, jnp.uint32), config, ComputeConfig()
+    rows = jnp.full(3, 9), jnp.full(3, 20), GREEDY, jnp.zeros(3, jnp.uint32)
 
     def with_q_proj(weight) -> Decoder:
         attn = dataclasses.replace(params.layers.attn, q_proj=weight)
         return dataclasses.replace(params, layers=dataclasses.replace(params.layers, attn=attn))
 
     def decoded(weight, adapters=None, swap: bool = False) -> np.ndarray:
-        state, logits = prefill(with_q_proj(weight), prompts, *args, slots=SLOTS, adapters=adapters)
+        batch = PromptBatch(prompts, *rows, adapters)
+        state, logits, _ = prefill(with_q_proj(weight), batch, config, ComputeConfig(), slots=SLOTS)
         state, more = advance(with_q_proj(weight), state, jnp.asarray(prompts[:, :2]), config, ComputeConfig())
         if swap:
             state = reorder(state, jnp.array([2, 1, 0]))
@@ -398,9 +404,9 @@ def test_a_kernel_that_cannot_process_a_prompt_is_not_used_for_it():
     config = CONFIGS["llama"]
     params = Steps(config, tiny_params(config)).params
     prompts = jnp.asarray(tiny_tokens(config, 1, 9))
-    args = prompts, jnp.array([9]), jnp.array([20]), GREEDY, jnp.zeros(1, jnp.uint32), config
-    _, logits = prefill(params, *args, ComputeConfig(attention="cudnn"), slots=SLOTS)
-    np.testing.assert_array_equal(logits, prefill(params, *args, ComputeConfig(), slots=SLOTS)[1])
+    batch = PromptBatch(prompts, jnp.array([9]), jnp.array([20]), GREEDY, jnp.zeros(1, jnp.uint32))
+    _, logits, _ = prefill(params, batch, config, ComputeConfig(attention="cudnn"), slots=SLOTS)
+    np.testing.assert_array_equal(logits, prefill(params, batch, config, ComputeConfig(), slots=SLOTS)[1])
 
 
 def test_gemma2_with_a_ring_for_its_local_layers_equals_transformers():
@@ -421,7 +427,8 @@ def test_gemma2_with_a_ring_for_its_local_layers_equals_transformers():
         whole = torch.from_numpy(np.concatenate([prompts, tokens[:, :-1]], 1).astype(np.int64))
         theirs = twin(whole).logits.numpy()[:, 8:]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
-    unrolled, _ = generate(params, prompts.tolist(), [0, 0], GREEDY, 32, (), config, ComputeConfig(), one_device())
+    options = GenerationConfig(max_new_tokens=32)
+    unrolled = generated(params, prompts.tolist(), [0, 0], options, (), config, ComputeConfig(), one_device())
     assert unrolled == tokens.tolist() == theirs.argmax(-1).tolist()
 
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 import camelid
-from camelid.generate.decode import generate
-from camelid.generate.sampling import sampling
+from camelid.generate.config import GenerationConfig
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.context import Context
 from camelid.model.decoder import Decoder, declare_decoder, decode_params, specs_of
@@ -24,6 +23,7 @@ from camelid.model.finite import not_finite
 from camelid.model.params import build, map_specs, named, shardings
 from camelid.model.weights import Adapted, Quantized, dense
 from camelid.parallel.mesh import MeshConfig, make_mesh, one_device
+from generation import generated
 from leaves import adapted, quantized
 from tiny import tiny_config, tiny_params, tiny_tokens, transformers_twin
 
@@ -214,11 +214,11 @@ def test_decoding_with_adapted_and_quantized_weights_gives_the_tokens_of_the_den
     assert isinstance(unstacked.layers[2].attn.q_proj, Adapted)
     prompts = [[5, 7, 11], [3], [90, 1, 2, 8, 4]]
     found = [
-        generate(params, prompts, [0, 1, 2], sampling(0.0, None, None), 9, (), CONFIG, COMPUTE, one_device())
+        generated(params, prompts, [0, 1, 2], GenerationConfig(max_new_tokens=9), (), CONFIG, COMPUTE, one_device())
         for params in (mixed, dense_params(mixed))
     ]
     assert found[0] == found[1]
-    assert len({tuple(row) for row in found[0][0]}) == 3
+    assert len({tuple(row) for row in found[0]}) == 3
 
 
 def test_each_row_of_a_batch_uses_the_adapters_that_the_context_selects(mixed: Decoder):

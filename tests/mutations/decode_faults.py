@@ -143,9 +143,9 @@ FAULTS = (
     ),
     Fault(
         "one row's top-p is that of all",
-        "generate/sampling.py",
-        "k, p = jnp.asarray(top_k)[:, None], jnp.asarray(top_p)[:, None]",
-        "k, p = jnp.asarray(top_k)[:, None], jnp.asarray(top_p)[:1, None]",
+        "generate/filters.py",
+        "jax.nn.softmax(logits, -1), top_p[:, None])",
+        "jax.nn.softmax(logits, -1), top_p[:1, None])",
         "generate/test_sampling.py::test_each_row_has_its_own_settings",
     ),
     Fault(

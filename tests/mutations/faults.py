@@ -565,16 +565,16 @@ FAULTS = (
     # Generation
     Fault(
         "top-p drops the token that crosses it",
-        "generate/sampling.py",
-        "before = jnp.cumsum(probabilities, -1) - probabilities",
-        "before = jnp.cumsum(probabilities, -1)",
+        "generate/filters.py",
+        "return keys >= lax.fori_loop",
+        "return keys > lax.fori_loop",
         "generate/test_sampling.py::test_kept_tokens_are_those_of_transformers",
     ),
     Fault(
         "temperature comes after top-p",
         "generate/sampling.py",
-        "filter_logits(scaled, sampling.top_k, sampling.top_p)",
-        "filter_logits(logits, sampling.top_k, sampling.top_p) / sampling.temperature[:, None]",
+        "kept = filter_logits(scaled, sampling)",
+        "kept = filter_logits(logits, sampling) / sampling.temperature[:, None]",
         "generate/test_sampling.py::test_draws_follow_the_distribution",
     ),
     Fault(
@@ -594,7 +594,7 @@ FAULTS = (
     Fault(
         "the first new token follows the padding, not the prompt",
         "generate/state.py",
-        "jnp.take_along_axis(x, jnp.maximum(state.lengths - 1, 0)[:, None, None], 1)",
+        "jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], 1)",
         "x[:, -1:]",
         "generate/test_decode.py::test_sampled_tokens_are_those_of_full_forwards_without_a_cache",
     ),
@@ -608,22 +608,22 @@ FAULTS = (
     Fault(
         "EOS is one of the new tokens",
         "generate/decode.py",
-        "return out, counts",
-        "return out, jnp.minimum(counts + 1, limit)",
+        "out.counts + active.astype(jnp.int32)",
+        "out.counts + state.active.astype(jnp.int32)",
         "generate/test_decode.py::test_a_row_may_end_at_once",
     ),
     Fault(
         "only the first of several EOS ids ends a row",
         "generate/decode.py",
-        "token[:, None] == eos",
-        "token[:, None] == eos[:1]",
+        "token[:, None] == ending",
+        "token[:, None] == ending[:1]",
         "generate/test_decode.py::test_a_row_ends_before_its_first_eos_and_the_others_continue[sampled]",
     ),
     Fault(
         "every row draws with the same seed",
         "api.py",
-        "seeds = [seed + i for i in range(len(each))]",
-        "seeds = [seed] * len(each)",
+        "seeds = [options.seed + i for i in range(len(ids))]",
+        "seeds = [options.seed] * len(ids)",
         "test_api.py::test_row_i_draws_with_seed_plus_i",
     ),
     # Evaluation

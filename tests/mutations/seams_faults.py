@@ -25,8 +25,8 @@ FAULTS = (
     Fault(
         "a prompt's tokens are scored by the logits after them",
         "generate/state.py",
-        "params.token_log_probs(x, jnp.roll(prompts, -1, 1), ",
-        "params.token_log_probs(x, prompts, ",
+        "targets = jnp.roll(prompts.tokens, -1, 1)",
+        "targets = prompts.tokens",
         f"{STATE}test_prompts_are_scored_while_they_are_processed",
     ),
     Fault(
@@ -52,7 +52,7 @@ FAULTS = (
     ),
     Fault(
         "negative logits are in the wrong order",
-        "generate/sampling.py",
+        "generate/filters.py",
         "jnp.where(bits < sign, bits | sign, ~bits)",
         "bits ^ sign",
         f"{SAMPLING}test_top_k_without_sorting_keeps_what_sorting_keeps",

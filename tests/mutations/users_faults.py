@@ -36,8 +36,8 @@ FAULTS = (
     Fault(
         "unused options of sampling are not reported",
         "cli/models.py",
-        "if temperature == 0 and (top_k is not None or top_p is not None):",
-        "if temperature == 0 and top_k == 0:",
+        "if generation.temperature == 0 and (",
+        "if generation.temperature < 0 and (",
         "test_cli.py::test_options_of_sampling_without_a_temperature_are_reported",
     ),
 )

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from camelid.generate.decode import generate
-from camelid.generate.sampling import sampling
+from camelid.generate.config import GenerationConfig
 from camelid.model.config import ComputeConfig, ModelConfig
 from camelid.model.decoder import Decoder
 from camelid.model.params import named
 from camelid.parallel.mesh import one_device
 from families import FAMILIES
+from generation import generated
 from tiny import tiny_params, tiny_tokens, transformers_twin, twin_gradients
 
 ROWS, LENGTH = 2, 41  # longer than LLAMA3.original_context, and no multiple of anything
@@ -96,12 +96,11 @@ def test_the_gradient_of_every_parameter_equals_transformers(pair: Pair):
 
 def test_32_greedy_tokens_equal_transformers(pair: Pair):
     prompts = pair.tokens[:, :9]
-    ours, _ = generate(
+    ours = generated(
         pair.params,
         prompts.tolist(),
         [0] * ROWS,
-        sampling(0.0, None, None),
-        32,
+        GenerationConfig(max_new_tokens=32),
         pair.config.eos_ids,
         pair.config,
         ComputeConfig(),

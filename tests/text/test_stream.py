@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from camelid.errors import UserError
-from camelid.text.stream import TextStream
+from camelid.text.stream import StopStrings, TextStream
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from text.tiny import BOS, VOCAB_SIZE, save_byte_tokenizer
 
@@ -109,3 +109,40 @@ def test_an_id_costs_the_same_however_long_the_text(tokenizer: Tokenizer, monkey
 def test_ids_outside_the_vocabulary_are_refused(bytewise: Tokenizer):
     with pytest.raises(UserError, match=f"{VOCAB_SIZE} is outside"):
         TextStream(bytewise).push(VOCAB_SIZE)
+
+
+# Stop strings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_text_ends_before_the_first_stop_wherever_it_is_cut(seed: int):
+    """And what is held back is the longest end of the text that could begin a stop, no more."""
+    chance = random.Random(seed)
+    text = "".join(chance.choice("ab ") for _ in range(60))
+    stops = ["".join(chance.choice("ab ") for _ in range(chance.randint(3, 6))) for _ in range(3)]
+    found = min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+    for _ in range(10):
+        stream, shown, given = StopStrings(stops), "", 0
+        while given < len(text):
+            step = chance.randint(1, 5)
+            shown += stream.push(text[given : given + step])
+            given += step
+            if stream.found:
+                assert found is not None
+                break
+            held = text[len(shown) : min(given, len(text))]
+            assert not held or any(stop.startswith(held) for stop in stops)
+        assert stream.found == (found is not None)
+        assert shown + stream.flush() == text[:found]
+
+
+def test_a_stop_may_lie_across_pieces_and_begin_twice():
+    stream = StopStrings(["aab"])
+    assert [stream.push(piece) for piece in ("xa", "a", "a", "c", "aa", "by")] == ["x", "", "a", "aac", "", ""]
+    assert stream.found
+    assert stream.flush() == ""
+
+
+def test_without_stops_nothing_is_held_back():
+    stream = StopStrings([])
+    assert stream.push("text") == "text"

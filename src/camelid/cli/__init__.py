@@ -26,7 +26,7 @@ from camelid.cli.help import help_text, summary, with_plain_help
 from camelid.cli.models import generate, inspect, perplexity
 from camelid.cli.packaged_recipes import copy_recipe, list_recipes, show_recipe
 from camelid.cli.runs import plot, runs
-from camelid.cli.shared import path_options
+from camelid.cli.shared import parsers
 from camelid.cli.training import demo, train
 from camelid.errors import UserError
 
@@ -151,7 +151,7 @@ def _run(arguments: list[str]) -> None:
         description=help_text(COMMANDS[name]),
         args=rest,
         config=(tyro.conf.FlagCreatePairsOff,),  # --json has no --no-json
-        registry=path_options(),
+        registry=parsers(),
     )
 
 

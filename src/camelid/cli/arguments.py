@@ -8,7 +8,7 @@ import difflib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from tyro.conf import Positional, Suppress
@@ -155,6 +155,8 @@ def _check_value(argument: Argument, value: str) -> None:
         suggestion = f"Did you mean {near!r}? " if near in argument.choices else ""
         listed = f"The {what}s are {', '.join(argument.choices)}."
         raise UserError(f"{argument.name} has no {what} {value!r}", suggestion + listed)
+    if get_origin(argument.kind) is Mapping:
+        numbers_by_id(value)
     if argument.kind in NUMBERS:
         try:
             argument.kind(value)
@@ -163,6 +165,15 @@ def _check_value(argument: Argument, value: str) -> None:
                 f"{argument.name} {value!r} is not {NUMBERS[argument.kind][0]}",
                 f"Write {argument.name} {_example(argument)}, for example.",
             ) from None
+
+
+def numbers_by_id(text: str) -> dict[int, float]:
+    """The value of an option such as --logit-bias. Raises UserError if it is not of the form ID=NUMBER,..."""
+    try:
+        pairs = [pair.split("=") for pair in text.split(",")]
+        return {int(key): float(number) for key, number in pairs}
+    except ValueError:
+        raise UserError(f"{text!r} is not a list of numbers by token id", "Write for example 29871=-5,13=2.") from None
 
 
 def _example(argument: Argument) -> str:

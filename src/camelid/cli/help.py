@@ -6,7 +6,7 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from tyro.conf import arg
@@ -34,7 +34,7 @@ def with_plain_help(command: Callable) -> Callable:
     hints = typing.get_type_hints(command, include_extras=True)
 
     def described(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
+        return command(*map(_declared, args), **{name: _declared(value) for name, value in kwargs.items()})
 
     signature = inspect.signature(command)
     parameters = [
@@ -66,12 +66,29 @@ def _with_plain_fields(cls: Any) -> Any:
         (field.name, _with_plain_help(hints[field.name], field.default), dataclasses.field(default=field.default))
         for field in dataclasses.fields(cls)
     ]
-    return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True)
+    namespace = {"__post_init__": _unchecked}
+    return dataclasses.make_dataclass(
+        cls.__name__, fields, bases=(cls,), namespace=namespace, frozen=True, kw_only=True
+    )
+
+
+def _unchecked(options: Any) -> None:
+    """In place of the checks of a dataclass, whose errors tyro would report in a form of its own."""
+
+
+def _declared(value: Any) -> Any:
+    """An instance of the class that `_with_plain_fields` has extended, which checks its fields; others as they are."""
+    if getattr(type(value), "__post_init__", None) is not _unchecked:
+        return value
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return type(value).__mro__[1](**fields)
 
 
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"{{{','.join(get_args(kind))}}}"
+    if get_origin(kind) is Mapping:
+        return "ID=NUMBER,..."
     return "{True,False}" if kind is bool else kind.__name__.upper()
 
 

@@ -6,9 +6,9 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from camelid.cli.shared import (
     Checkpoint,
@@ -20,14 +20,17 @@ from camelid.cli.shared import (
     model_config,
     note,
     print_json,
+    print_pieces,
     print_text,
     progress_bar,
     tell,
 )
 from camelid.errors import UserError
+from camelid.generate.config import GenerationConfig
 from camelid.inputs import expand_home, read_text
 
 if TYPE_CHECKING:
+    from camelid.completion import Completion
     from camelid.text.tokenizer import Tokenizer
 
 Prompts = Annotated[
@@ -49,13 +52,10 @@ Texts = Annotated[
 
 def generate(
     model: Checkpoint,
+    generation: Annotated[GenerationConfig, OmitArgPrefixes, UseAppendAction],
     prompts: Prompts = (),
     chat: bool = False,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    stream: bool = False,
     config: Config = None,
     ignore_config_field: Ignore = (),
     tokenizer: TokenizerPath = None,
@@ -67,41 +67,53 @@ def generate(
     camelid generate ./TinyLlama "Once upon a time" --max-new-tokens 100
     camelid generate ./TinyLlama --chat "Who was Ada Lovelace?"
     camelid generate ./TinyLlama "Hello" "Bonjour" --temperature 0.8 --top-p 0.95 --seed 1 --json
+    camelid generate ./TinyLlama "The capital of" --stop . --n 3 --temperature 1
     cat prompt.txt | camelid generate ./TinyLlama
+
+    Options are applied in this order: --logit-bias and excluded tokens, --repetition-penalty, --presence-penalty and
+    --frequency-penalty, --no-repeat-ngram-size, --min-new-tokens, --temperature, --top-k, --top-p, --min-p,
+    --typical-p.
 
     Args:
         chat: each prompt is the message of a user, in the chat template of the checkpoint; only the answer is printed
-        max_new_tokens: generate up to this number of tokens
-        temperature: 0 for greedy decoding; higher values are more random
-        top_k: sample from the K most probable tokens only
-        top_p: sample from the smallest set of tokens whose probabilities sum to P (nucleus sampling)
-        seed: seed of the random numbers; prompt i uses seed + i
+        stream: print text as it is generated, one prompt after the other; the default for one prompt in a terminal
         json: print the result as one JSON object
     """
     texts = list(prompts) or [_prompt_from_input()]
+    if stream and json:
+        raise UserError("--stream and --json exclude each other", "Leave one of them out.")
     loaded = load(model, dtype, config, ignore_config_field, tokenizer)
     if not chat and loaded.tokenizer is not None and loaded.tokenizer.has_chat_template:
         note(
             "note: this model was finetuned for chats, but prompts are used as they are; --chat applies its chat "
             "template"
         )
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        note("note: with --temperature 0, --top-k and --top-p have no effect; to sample, set --temperature above 0")
-    completions = loaded.generate(
-        _chats(texts, loaded.tokenizer, model) if chat else texts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+    filters = ("top_k", "top_p", "min_p", "typical_p")
+    if generation.temperature == 0 and (given := [name for name in filters if getattr(generation, name) is not None]):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        note(f"note: with --temperature 0, {names} has no effect; to sample, set --temperature above 0")
+    given = _chats(texts, loaded.tokenizer, model) if chat else texts
+    if stream or (
+        sys.stdout.isatty() and len(texts) == generation.n == 1 and not json and loaded.tokenizer is not None
+    ):
+        for number, prompt in enumerate(given):
+            seeded = dataclasses.replace(generation, seed=generation.seed + number)
+            print_pieces(loaded.stream(prompt, seeded), "" if chat else texts[number])
+        return
+    completions = loaded.generate(given, generation)
     if json:
-        print_json({"completions": [dataclasses.asdict(completion) for completion in completions]})
+        print_json({"completions": [_as_json(completion) for completion in completions]})
     else:
         for completion in completions:
             print_text(completion.text if chat else completion.prompt + completion.text)
     if any(completion.finish_reason == "error" for completion in completions):
         sys.exit(1)
+
+
+def _as_json(completion: "Completion") -> dict[str, Any]:
+    """The fields of a completion; log-probabilities only if they were requested."""
+    fields = dataclasses.asdict(completion)
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _chats(texts: Sequence[str], tokenizer: "Tokenizer | None", model: str) -> list[list[int]]:

@@ -1,15 +1,17 @@
 """Options, progress bars and output that several commands share."""
 
 import contextlib
+import itertools
 import json as json_module
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from camelid.cli.arguments import numbers_by_id
 from camelid.errors import UserError
 from camelid.inputs import expand_home, named_path
 from camelid.parallel.compilation_cache import keep_compiled
@@ -80,8 +82,8 @@ def model_config(text: str | None, ignore: tuple[str, ...] = ()):
     return preset(text)
 
 
-def path_options() -> ConstructorRegistry:
-    """The parser of options and arguments of type Path, which expands `~`, also in `--out=~/x`."""
+def parsers() -> ConstructorRegistry:
+    """The parsers of options and arguments of the types Path, which expands `~`, also in `--out=~/x`, and Mapping."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
@@ -94,6 +96,18 @@ def path_options() -> ConstructorRegistry:
             instance_from_str=lambda words: named_path(words[0]),
             is_instance=lambda value: isinstance(value, Path),
             str_from_instance=lambda value: [str(value)],
+        )
+
+    @registry.primitive_rule
+    def numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type_origin is not Mapping:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="ID=NUMBER,...",
+            instance_from_str=lambda words: numbers_by_id(words[0]),
+            is_instance=lambda value: isinstance(value, Mapping),
+            str_from_instance=lambda value: [",".join(f"{key}={number}" for key, number in value.items())],
         )
 
     return registry
@@ -124,10 +138,16 @@ def print_json(value: object) -> None:
 
 def print_text(text: str) -> None:
     """Prints a text; characters that the encoding of standard output lacks are escaped."""
-    try:
-        print(text)
-    except UnicodeEncodeError as error:
-        print(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+    print_pieces([text])
+
+
+def print_pieces(pieces: Iterable[str], before: str = "") -> None:
+    """Prints a text while it arrives in pieces, and the end of the line; see print_text."""
+    for piece in itertools.chain([before], pieces, ["\n"]):
+        try:
+            print(piece, end="", flush=True)
+        except UnicodeEncodeError as error:
+            print(piece.encode(error.encoding, "backslashreplace").decode(error.encoding), end="", flush=True)
 
 
 def note(text: str) -> None:

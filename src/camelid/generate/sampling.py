@@ -1,12 +1,9 @@
 """From logits to the next token of each row.
 
-Axes: B batch, V vocab.
+Axes: B batch, V vocab, L the tokens of the longest row.
 """
 
 import dataclasses
-import math
-import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,47 +11,104 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from camelid.errors import UserError
+from camelid.generate.config import MAX_TOP_K, GenerationConfig
+from camelid.generate.filters import keep_min_p, keep_top_k, keep_top_p, keep_typical_p
+from camelid.generate.processors import (
+    count_tokens,
+    forbid_repeated_ngrams,
+    forbid_tokens,
+    penalize_counts,
+    penalize_repetition,
+)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token of each row is selected. Fields of shape (1,) apply to all rows."""
+    """How the next token of each row is selected. Fields of shape (1,) apply to all rows. See GenerationConfig."""
 
     temperature: Shaped[Array | np.ndarray, " #B"]
-    """float32; logits are divided by it. 0: greedy, the token of the largest logit"""
+    """float32; 0: greedy, the token of the largest logit"""
     top_k: Shaped[Array | np.ndarray, " #B"]
-    """int32; only the top_k largest logits are kept. 0: all"""
+    """int32; 0: off"""
     top_p: Shaped[Array | np.ndarray, " #B"]
-    """float32; only the fewest tokens whose probabilities add up to top_p are kept. 1: all"""
+    """float32; 1: off"""
+    min_p: Shaped[Array | np.ndarray, " #B"]
+    """float32; 0: off"""
+    typical_p: Shaped[Array | np.ndarray, " #B"]
+    """float32; 1: off"""
+    repetition_penalty: Shaped[Array | np.ndarray, " #B"]
+    """float32; 1: off"""
+    presence_penalty: Shaped[Array | np.ndarray, " #B"]
+    """float32; 0: off"""
+    frequency_penalty: Shaped[Array | np.ndarray, " #B"]
+    """float32; 0: off"""
+    no_repeat_ngram_size: Shaped[Array | np.ndarray, " #B"]
+    """int32; 0: off"""
+    min_new_tokens: Shaped[Array | np.ndarray, " #B"]
+    """int32"""
 
 
-def sampling(temperature: float, top_k: int | None, top_p: float | None) -> Sampling:
-    """The same settings for all rows; None turns a filter off. Raises UserError for values out of range."""
-    if not 0 <= temperature < math.inf:
-        raise UserError(
-            f"temperature = {temperature} is not in [0, inf)", "Use 0 for greedy decoding, or a positive number."
-        )
-    if top_k is not None and whole_number("top_k", top_k) < 1:
-        raise UserError(f"top_k = {top_k} is below 1", "Use 1 or more, or leave it out to keep every token.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(
-            f"top_p = {top_p} is not in (0, 1]", "Use a fraction of 1, or leave it out to keep every token."
-        )
-    return Sampling(
-        np.array([temperature], np.float32),
-        np.array([0 if top_k is None else min(top_k, 2**31 - 1)], np.int32),
-        np.array([1 if top_p is None else top_p], np.float32),
-    )
+def sampling(config: GenerationConfig) -> Sampling:
+    """The settings of a configuration, for all rows."""
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+    values = {}
+    for field in dataclasses.fields(Sampling):
+        value = getattr(config, field.name)
+        value = off[field.name] if value is None else value
+        whole = field.name in ("top_k", "no_repeat_ngram_size", "min_new_tokens")
+        values[field.name] = np.array([min(value, MAX_TOP_K) if whole else value], np.int32 if whole else np.float32)
+    return Sampling(**values)
 
 
-def whole_number(name: str, value: Any) -> int:
-    """The value as an int. Raises UserError if it is not an integer."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise UserError(f"{name} = {value!r} is not a whole number", f"Give {name} as an int.") from None
+def process(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    tokens: Int[Array, "B L"],
+    lengths: Int[Array, " B"],
+    prompt_lengths: Int[Array, " B"],
+    bias: Float[Array, "#B V"] | None,
+    ending: Int[Array, " ids"],
+) -> Float[Array, "B V"]:
+    """The logits from which the next token is selected, changed by what each row consists of so far.
+
+    The order is that of transformers: bias, repetition penalty, presence and frequency penalty, repeated n-grams, and
+    at last the minimum of new tokens. Each costs nothing where no row uses it.
+
+    Args:
+      logits: Of the next token of each row.
+      sampling: Settings of each row, or of all.
+      tokens: Of each row, the prompt and what was generated.
+      lengths: How many tokens each row has; the others are not read.
+      prompt_lengths: How many of these are the prompt.
+      bias: What is added to the logits; -inf excludes a token. None: nothing.
+      ending: Ids of the tokens that end a row, which are excluded before `min_new_tokens`.
+    """
+    index, vocab = jnp.arange(tokens.shape[1]), logits.shape[-1]
+    present = index < lengths[:, None]
+
+    def repetition(logits: Array) -> Array:
+        return penalize_repetition(logits, count_tokens(tokens, present, vocab) > 0, repetition_penalty)
+
+    def counts(logits: Array) -> Array:
+        generated = count_tokens(tokens, present & (index >= prompt_lengths[:, None]), vocab)
+        return penalize_counts(logits, generated, presence_penalty, frequency_penalty)
+
+    def ngrams(logits: Array) -> Array:
+        return forbid_repeated_ngrams(logits, tokens, lengths, ngram_size)
+
+    def minimum(logits: Array) -> Array:
+        return forbid_tokens(logits, ending, short)
+
+    repetition_penalty, ngram_size = map(jnp.asarray, (sampling.repetition_penalty, sampling.no_repeat_ngram_size))
+    presence_penalty, frequency_penalty = map(jnp.asarray, (sampling.presence_penalty, sampling.frequency_penalty))
+    short = lengths - prompt_lengths < sampling.min_new_tokens
+    if bias is not None:
+        logits = logits + bias
+    logits = _where_used(repetition_penalty != 1, repetition, logits)
+    logits = _where_used((presence_penalty != 0) | (frequency_penalty != 0), counts, logits)
+    logits = _where_used(ngram_size > 0, ngrams, logits)
+    return _where_used(short, minimum, logits)
 
 
 def select(
@@ -73,7 +127,7 @@ def select(
 
     def drawn() -> Array:
         scaled = logits / jnp.where(random, sampling.temperature, 1.0)[:, None]
-        kept = filter_logits(scaled, sampling.top_k, sampling.top_p)
+        kept = filter_logits(scaled, sampling)
         return jnp.where(random, jax.vmap(draw)(seeds, steps, kept).astype(jnp.int32), greedy)
 
     return lax.cond(jnp.any(random), drawn, lambda: greedy)
@@ -84,49 +138,18 @@ def all_finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
     return ~jnp.any(jnp.isnan(logits) | (logits == jnp.inf), -1)
 
 
-def filter_logits(
-    logits: Float[Array, "B V"], top_k: Shaped[Array | np.ndarray, " #B"], top_p: Shaped[Array | np.ndarray, " #B"]
-) -> Float[Array, "B V"]:
-    """The logits with -inf for all but the `top_k` largest, and of these all but the fewest that reach `top_p`.
+def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """The logits, already divided by the temperature, with -inf for the tokens that are not to be drawn.
 
-    The token whose probability crosses `top_p` is kept, and so are tokens equal to the last one that is kept
-    (nucleus sampling, arXiv:1904.09751). `top_k` 0 and `top_p` 1 keep every token.
+    The order is that of transformers: top-k, top-p, min-p, typical-p, each among what the one before has kept.
     """
-    vocab = logits.shape[-1]
-    k, p = jnp.asarray(top_k)[:, None], jnp.asarray(top_p)[:, None]
-    k = jnp.broadcast_to(jnp.where((k < 1) | (k > vocab), vocab, k), (len(logits), 1))
-
-    def most_probable() -> Array:
-        return jnp.where(logits < _kth_largest(logits, k), -jnp.inf, logits)
-
-    def filtered() -> Array:
-        descending = jnp.sort(logits, -1, descending=True)
-        smallest = jnp.take_along_axis(descending, k - 1, -1)
-        descending = jnp.where(descending < smallest, -jnp.inf, descending)
-        probabilities = jax.nn.softmax(descending, -1)
-        before = jnp.cumsum(probabilities, -1) - probabilities
-        in_nucleus = jnp.min(jnp.where(before < p, descending, jnp.inf), -1, keepdims=True)
-        smallest = jnp.where(p < 1, jnp.maximum(smallest, in_nucleus), smallest)
-        return jnp.where(logits < smallest, -jnp.inf, logits)
-
-    # Only top-p needs the order of the logits.
-    needed = jnp.where(jnp.any(p < 1), 2, jnp.any(k < vocab).astype(jnp.int32))
-    return lax.switch(needed, (lambda: logits, most_probable, filtered))
+    k, p, min_p, typical_p = map(jnp.asarray, (sampling.top_k, sampling.top_p, sampling.min_p, sampling.typical_p))
+    logits = _where_used((k > 0) & (k < logits.shape[-1]), lambda x: keep_top_k(x, k), logits)
+    logits = _where_used(p < 1, lambda x: keep_top_p(x, p), logits)
+    logits = _where_used(min_p > 0, lambda x: keep_min_p(x, min_p), logits)
+    return _where_used(typical_p < 1, lambda x: keep_typical_p(x, typical_p), logits)
 
 
-def _kth_largest(logits: Float[Array, "B V"], k: Int[Array, "B 1"]) -> Float[Array, "B 1"]:
-    """The k-th largest logit of each row, k from 1 to V; equal ones count as often as they occur.
-
-    It is found bit by bit, from the highest: each bit costs one comparison of all logits, which together take a small
-    part of the time of sorting them.
-    """
-    sign = jnp.uint32(1 << 31)
-    bits = lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
-    ordered = jnp.where(bits < sign, bits | sign, ~bits)  # as unsigned integers, in the order of the logits
-
-    def one_bit(i: Array, found: Array) -> Array:
-        larger = found | (sign >> i.astype(jnp.uint32))
-        return jnp.where(jnp.sum(ordered >= larger, -1, keepdims=True) >= k, larger, found)
-
-    found = lax.fori_loop(0, 32, one_bit, jnp.zeros(k.shape, jnp.uint32))
-    return lax.bitcast_convert_type(jnp.where(found < sign, ~found, found ^ sign), jnp.float32).astype(logits.dtype)
+def _where_used(used: Bool[Array, " #B"], change, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """The changed logits if any row uses the change; otherwise it is not computed."""
+    return lax.cond(jnp.any(used), change, lambda logits: logits, logits)

@@ -1,8 +1,9 @@
 """The state of decoding, and the steps between which a caller acts.
 
-    state, logits = prefill(params, prompts, lengths, ...)
+    state, logits, _ = prefill(params, PromptBatch(...), config, compute, slots=...)
     while ...:
-        tokens = select(logits, state.sampling, state.seeds, state.steps)
+        processed = process(logits, state.sampling, state.tokens, state.lengths, state.prompt_lengths, ...)
+        tokens = select(processed, state.sampling, state.seeds, state.steps)
         state, logits = advance(params, state, tokens[:, None], config, compute)
         logits = logits[:, -1]
 
@@ -11,7 +12,7 @@ selects rows with `reorder`; speculative decoding advances each row by its own n
 that are rejected with `rollback`; a server frees a row with `release` and fills it with another prompt with `admit`.
 All are pure functions of arrays, for use inside or outside jax.jit.
 
-Axes: B batch, P tokens of the longest prompt, S tokens of a step, E embed, V vocab.
+Axes: B batch, P tokens of the longest prompt, S tokens of a step, V vocab.
 """
 
 import dataclasses
@@ -38,6 +39,8 @@ class DecodeState:
 
     cache: KVCache
     """keys and values of the tokens of each row"""
+    tokens: Int[Array, "B slots"]
+    """the tokens of each row; those from its length on have no meaning"""
     lengths: Int[Array, " B"]
     """the number of tokens of each row in the cache, which is the position of its next token"""
     prompt_lengths: Int[Array, " B"]
@@ -63,99 +66,92 @@ class DecodeState:
         return self.lengths - self.prompt_lengths
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """Prompts to be continued, and how."""
+
+    tokens: Int[Array, "B P"]
+    """ids; each row is padded at its end"""
+    lengths: Int[Array, " B"]
+    """the number of tokens of each prompt; a row of length 0 is inactive"""
+    final_lengths: Int[Array, " B"]
+    """the length that each row will have reached at the end"""
+    sampling: Sampling
+    """settings of each row, or of all"""
+    seeds: UInt32[Array, " B"]
+    """the seed of each row"""
+    adapters: Int[Array, " B"] | None = None
+    """for each row the index of its adapter; see DecodeState.adapters"""
+
+
 def prefill(
     params: Decoder,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
-    final_lengths: Int[Array, " B"],
-    sampling: Sampling,
-    seeds: UInt32[Array, " B"],
+    prompts: PromptBatch,
     config: ModelConfig,
     compute: ComputeConfig,
     *,
     slots: int,
     max_rollback: int | None = 1,
     cache: KVCache | None = None,
-    adapters: Int[Array, " B"] | None = None,
-) -> tuple[DecodeState, Float[Array, "B V"]]:
+    top_log_probs: int | None = None,
+) -> tuple[DecodeState, Float[Array, "B V"], TokenLogProbs | None]:
     """Processes prompts, and returns the state and the logits (float32) of each row's next token.
 
-    Row b of `prompts` has `lengths[b]` tokens, then padding; a row of length 0 is inactive. No row may become longer
-    than `slots`. `max_rollback` bounds `rollback`, and thereby the memory of layers with a sliding window (see
-    empty_cache); None: no bound. `cache` is an empty cache of another kind, with at least `slots` slots in each row.
-    `adapters` selects an adapter for each row.
+    Args:
+      params: The parameters.
+      prompts: The prompts.
+      config: The model.
+      compute: Its precision and kernels.
+      slots: No row may become longer.
+      max_rollback: Bounds `rollback`, and thereby the memory of layers with a sliding window (see empty_cache). None:
+        no bound.
+      cache: An empty cache of another kind, with at least `slots` slots in each row.
+      top_log_probs: The prompts are scored too, with this number of most probable tokens. None: they are not.
+
+    Returns:
+      The state; the logits; and what the model predicts for the tokens of the prompts, in arrays of (B, P - 1), or
+      None. Element [b, t] is about token t + 1 of prompt b, given the tokens up to t: the first token is not predicted.
+      Elements from t = lengths[b] - 1 on are about padding and have no meaning. The logits of all positions are never
+      stored (see Decoder.token_log_probs).
     """
-    rows = prompts, lengths, final_lengths, sampling, seeds
-    state, x = _process(params, *rows, config, compute, slots, max_rollback, cache, adapters)
-    return state, _next_logits(params, state, x, config, compute)
-
-
-def prefill_with_log_probs(
-    params: Decoder,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
-    final_lengths: Int[Array, " B"],
-    sampling: Sampling,
-    seeds: UInt32[Array, " B"],
-    config: ModelConfig,
-    compute: ComputeConfig,
-    *,
-    slots: int,
-    max_rollback: int | None = 1,
-    cache: KVCache | None = None,
-    adapters: Int[Array, " B"] | None = None,
-    top_k: int = 0,
-) -> tuple[DecodeState, Float[Array, "B V"], TokenLogProbs]:
-    """As `prefill`, and also what the model predicts for the tokens of the prompts, in arrays of (B, P - 1).
-
-    Element [b, t] is about the token prompts[b, t + 1], given the tokens up to t: the first token is not predicted.
-    Those from t = lengths[b] - 1 on are about padding and have no meaning. `top_k` > 0 adds the most probable tokens.
-    The logits of all positions are never stored (see Decoder.token_log_probs).
-    """
-    rows = prompts, lengths, final_lengths, sampling, seeds
-    state, x = _process(params, *rows, config, compute, slots, max_rollback, cache, adapters)
-    context = Context(phase="prefill", adapters=adapters)
-    # The last position has no target; it is kept, so that prompts of one token need no case of their own.
-    predicted = params.token_log_probs(x, jnp.roll(prompts, -1, 1), config, context=context, top_k=top_k)
-    predicted = jax.tree.map(lambda statistic: statistic[:, :-1], predicted)
-    return state, _next_logits(params, state, x, config, compute), predicted
-
-
-def _process(
-    params: Decoder,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
-    final_lengths: Int[Array, " B"],
-    sampling: Sampling,
-    seeds: UInt32[Array, " B"],
-    config: ModelConfig,
-    compute: ComputeConfig,
-    slots: int,
-    max_rollback: int | None,
-    cache: KVCache | None,
-    adapters: Int[Array, " B"] | None,
-) -> tuple[DecodeState, Float[Array, "B P E"]]:
-    """The state after the prompts, and the output of `Decoder.hidden` for all their tokens."""
-    batch, padded = prompts.shape
+    (batch, padded), lengths = prompts.tokens.shape, prompts.lengths
     if cache is None:
         cache = empty_cache(config, batch, slots, jnp.dtype(compute.dtype), compute.replicate, max_rollback)
     positions = jnp.where(jnp.arange(padded) < lengths[:, None], jnp.arange(padded), -1)
-    context = Context(phase="prefill", adapters=adapters)
+    context = Context(phase="prefill", adapters=prompts.adapters)
     x, cache = params.hidden(
-        prompts, positions, None, config, compute, context=context, cache=cache, lengths=final_lengths
+        prompts.tokens, positions, None, config, compute, context=context, cache=cache, lengths=prompts.final_lengths
     )
     assert cache is not None
-    rows = jax.tree.map(lambda setting: jnp.broadcast_to(setting, (batch,)), sampling)
-    state = DecodeState(cache, lengths, lengths, lengths, final_lengths, lengths > 0, rows, seeds, adapters)
-    return state, x
+    state = DecodeState(
+        cache=cache,
+        tokens=_placed(jnp.zeros((batch, slots), jnp.int32), prompts.tokens, positions),
+        lengths=lengths,
+        prompt_lengths=lengths,
+        written=lengths,
+        final_lengths=prompts.final_lengths,
+        active=lengths > 0,
+        sampling=jax.tree.map(lambda setting: jnp.broadcast_to(setting, (batch,)), prompts.sampling),
+        seeds=prompts.seeds,
+        adapters=prompts.adapters,
+    )
+    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], 1)
+    logits = params.logits(last, config, compute, context=context)[:, 0]
+    if top_log_probs is None:
+        return state, logits, None
+    # The last position has no target; it is kept, so that prompts of one token need no case of their own.
+    targets = jnp.roll(prompts.tokens, -1, 1)
+    predicted = params.token_log_probs(x, targets, config, context=context, top_k=top_log_probs)
+    return state, logits, jax.tree.map(lambda statistic: statistic[:, :-1], predicted)
 
 
-def _next_logits(
-    params: Decoder, state: DecodeState, x: Float[Array, "B P E"], config: ModelConfig, compute: ComputeConfig
-) -> Float[Array, "B V"]:
-    """The logits of the token after each prompt."""
-    last = jnp.take_along_axis(x, jnp.maximum(state.lengths - 1, 0)[:, None, None], 1)
-    return params.logits(last, config, compute, context=Context(phase="prefill", adapters=state.adapters))[:, 0]
+def _placed(
+    stored: Int[Array, "B slots"], tokens: Int[Array, "B S"], positions: Int[Array, "B S"]
+) -> Int[Array, "B slots"]:
+    """The stored tokens with others at their positions; those with negative positions are placed nowhere."""
+    slots = jnp.where(positions < 0, stored.shape[1], positions)
+    return stored.at[jnp.arange(len(tokens))[:, None], slots].set(tokens, mode="drop")
 
 
 def advance(
@@ -191,7 +187,8 @@ def advance(
     assert cache is not None
     lengths = state.lengths + counts
     written = jnp.maximum(state.written, lengths)
-    return dataclasses.replace(state, cache=cache, lengths=lengths, written=written), logits
+    stored = _placed(state.tokens, tokens, positions)
+    return dataclasses.replace(state, cache=cache, tokens=stored, lengths=lengths, written=written), logits
 
 
 def reorder(state: DecodeState, rows: Int[Array, " N"]) -> DecodeState:
@@ -226,9 +223,7 @@ def release(state: DecodeState, row: int | Int[Array, ""]) -> DecodeState:
 def admit(
     state: DecodeState, row: int | Int[Array, ""], other: DecodeState, other_row: int | Int[Array, ""] = 0
 ) -> DecodeState:
-    """The state with one row replaced by a row of another state, whose cache was created with the same `slots` and
-    `max_rollback`.
-    """
+    """The state with one row replaced by a row of another state, created with the same `slots` and `max_rollback`."""
     rows = jax.tree.map(lambda x, y: x.at[row].set(y[other_row]), _but_cache(state), _but_cache(other))
     return DecodeState(cache=state.cache.insert(row, other.cache, other_row), **rows)
 

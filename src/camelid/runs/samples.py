@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from camelid.api import Completion, Model
+from camelid.api import Model
+from camelid.completion import Completion
 from camelid.data.preparation.store import Store
 from camelid.errors import UserError
 from camelid.generate.decode import check_prompts

@@ -2,7 +2,7 @@
 
 import codecs
 import os.path
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
 from camelid.text.tokenizer import Tokenizer
@@ -37,6 +37,42 @@ class TextStream:
         seen = len(os.path.commonprefix([self._shown, text]))
         self._shown = ""
         return text[seen:]
+
+
+class StopStrings:
+    """Ends a text that arrives in pieces before the first occurrence of one of some texts.
+
+    Text is held back as long as it could be the beginning of one of them, and no longer.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""
+        self.found = False
+        """whether one of the texts has occurred"""
+
+    def push(self, text: str) -> str:
+        """Adds a piece, and returns the text that is now certain; none after a stop was found."""
+        if self.found:
+            return ""
+        text = self._held + text
+        first = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        if first is not None:
+            self.found, self._held = True, ""
+            return text[:first]
+        certain = len(text) - max((self._begun(text, stop) for stop in self._stops), default=0)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def flush(self) -> str:
+        """The text that is still held back; call it once, at the end."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _begun(text: str, stop: str) -> int:
+        """The length of the longest end of `text` with which `stop` begins."""
+        return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class _ByteLevelDecoder:
