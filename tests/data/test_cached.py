@@ -27,7 +27,7 @@ from camelid.disk.locks import locked
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer
 from data.stores import documents_of
-from runs import called
+from runs import TIMEOUT_S, called
 
 ROOT = Path("cache/data")
 FROZEN = {"inode": 1, "bytes": 1, "mtime_ns": 2**62, "ctime_ns": 2**62}
@@ -183,7 +183,7 @@ def test_a_file_that_cannot_be_read_ends_the_reading_of_the_others(
     def slow(path: Path, stopped: Callable[[], bool], read: Callable[[int], None]) -> str:
         if path.name == "b.txt":
             raise OSError("broken")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + TIMEOUT_S
         while not stopped():
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -30,6 +30,7 @@ from camelid.disk.locks import locked
 from camelid.errors import UserError
 from camelid.text.tokenizer import Tokenizer, load_tokenizer
 from data.stores import documents_of, write_store
+from runs import TIMEOUT_S
 from text.tiny import BOS, EOS, save_byte_tokenizer
 
 SOURCE_ROOT = str(Path(camelid.__file__).parents[1])
@@ -205,7 +206,7 @@ def test_an_error_does_not_wait_for_the_hashes_of_all_files(
     ends: list[bool] = []
 
     def hash_slowly(path: Path, stopped: Callable[[], bool]) -> str:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + TIMEOUT_S
         while not stopped() and time.monotonic() < deadline:
             time.sleep(0.01)
         ends.append(stopped())
@@ -275,7 +276,7 @@ def test_who_waited_for_another_store_leaves_nothing(tokenizer: Tokenizer, sourc
     with ThreadPoolExecutor(1) as pool:
         with locked(work):
             waiting = pool.submit(prepare, sources, tokenizer, Path("store"))
-            assert asked.wait(30)
+            assert asked.wait(TIMEOUT_S)
             Path("other").rename("store")
         with pytest.raises(UserError, match="store was prepared before, and sources was"):
             waiting.result()
@@ -317,7 +318,7 @@ if __name__ == "__main__":
     def progress(done, total):
         print(done, total, flush=True)
         if done > total // 3 and "slow" in sys.argv:
-            time.sleep(60)
+            time.sleep(600)
     prepare([Source(files=("a.jsonl",))], load_tokenizer(sys.argv[1]), Path("store"), workers=int(sys.argv[2]),
             progress=progress, validation_fraction=0.2)
 """
@@ -349,8 +350,8 @@ def gone(pid: int) -> bool:
         return True
 
 
-def until(true: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -417,8 +418,8 @@ def test_workers_end_with_their_parent_in_the_midst_of_a_part(tokenizer: Tokeniz
     workers = [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     process.send_signal(number)
-    process.wait(30)
-    until(lambda: all(map(gone, workers)), seconds=8)
+    process.wait(TIMEOUT_S)
+    until(lambda: all(map(gone, workers)))
     process.communicate()
     assert not Path("store").exists()
 
@@ -429,7 +430,7 @@ def test_an_interrupt_that_does_not_wake_the_main_thread_ends_it_too(tokenizer: 
     until(lambda: len(list(Path().glob(".store.incomplete/parts-*/.0*"))) == 2)
     process.send_signal(signal.SIGINT)
     try:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
     assert "KeyboardInterrupt" in err
@@ -441,7 +442,7 @@ def test_a_worker_that_was_killed_is_named(tokenizer: Tokenizer):
     until(lambda: len(list(Path().glob(".store.incomplete/parts-*/.0*"))) == 2)
     worker = next(pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(worker, signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=TIMEOUT_S)
     assert "WorkerEnded: a process that prepares data ended unexpectedly (exit code -9)" in err
     assert process.returncode == 1
 
@@ -470,7 +471,7 @@ def test_what_is_left_by_a_process_that_was_killed_at_its_end_goes(
 def test_a_script_without_a_guard_is_told_so(tokenizer: Tokenizer):
     write_documents("a.jsonl", 300)
     process = start(tokenizer, 2, guarded=False)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=TIMEOUT_S)
     assert "Put its code behind `if __name__ == '__main__':`" in err
     assert "a process that prepares data ended unexpectedly (exit code 1)" in err
 

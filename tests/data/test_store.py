@@ -208,7 +208,7 @@ def test_a_huge_store_read_at_random_takes_no_memory_of_its_own(tmp_path: Path):
 def _hold(folder: Path, taken, release) -> None:
     with locked(folder):
         taken.set()
-        release.wait(30)
+        release.wait(600)
         time.sleep(0.5)  # while another process comes to the lock
         (folder / "made").touch()
 
@@ -220,7 +220,7 @@ def test_a_folder_is_held_by_one_process_until_it_lets_go_or_dies(tmp_path: Path
         taken, release = spawn.Event(), spawn.Event()
         other = spawn.Process(target=_hold, args=(folder, taken, release))
         other.start()
-        assert taken.wait(30)
+        assert taken.wait(600)
         if dies:
             os.kill(other.pid or 0, 9)
         else:
