@@ -9,13 +9,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from runs import TIMEOUT_S
+from runs import called
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -141,11 +140,8 @@ def printed_subcommands() -> dict[str, str]:
     return found
 
 
-def test_every_printed_subcommand_exists(user_env: dict[str, str]):
-    command = [sys.executable, "-m", "camelid", "--help"]
-    help_text = subprocess.run(
-        command, env=user_env, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
-    ).stdout
+def test_every_printed_subcommand_exists():
+    help_text = called("--help").stdout
     listed = set(re.findall(r"^[^\w\n]*([a-z][a-z_-]*)\b", help_text, re.M))
     listed |= {name for names in re.findall(r"\{([^}\n]+)\}", help_text) for name in names.split(",")}
     unknown = {name: place for name, place in printed_subcommands().items() if name not in listed}

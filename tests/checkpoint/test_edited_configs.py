@@ -19,6 +19,8 @@ from camelid.checkpoint.formats.hf_config import config_to_hf
 from camelid.checkpoint.formats.hf_ignored_fields import IGNORED
 from camelid.errors import UserError
 
+pytestmark = pytest.mark.quick_compile
+
 Json = dict[str, Any]
 TINY: Json = {
     "vocab_size": 97,

@@ -350,8 +350,8 @@ def gone(pid: int) -> bool:
         return True
 
 
-def until(true: Callable[[], bool], seconds: float = TIMEOUT_S) -> None:
-    deadline = time.monotonic() + seconds
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -419,7 +419,7 @@ def test_workers_end_with_their_parent_in_the_midst_of_a_part(tokenizer: Tokeniz
     assert len(workers) == 2
     process.send_signal(number)
     process.wait(TIMEOUT_S)
-    until(lambda: all(map(gone, workers)), seconds=300)  # they would sleep for 600
+    until(lambda: all(map(gone, workers)))
     process.communicate()
     assert not Path("store").exists()
 

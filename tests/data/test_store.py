@@ -16,7 +16,6 @@ from camelid.data.rows.packing import Packing
 from camelid.disk.locks import locked
 from camelid.errors import UserError
 from data.stores import documents_of, write_store
-from runs import TIMEOUT_S
 
 
 def test_documents_and_weights_come_back(tmp_path: Path):
@@ -209,7 +208,7 @@ def test_a_huge_store_read_at_random_takes_no_memory_of_its_own(tmp_path: Path):
 def _hold(folder: Path, taken, release) -> None:
     with locked(folder):
         taken.set()
-        release.wait(TIMEOUT_S)
+        release.wait(600)
         time.sleep(0.5)  # while another process comes to the lock
         (folder / "made").touch()
 
@@ -221,7 +220,7 @@ def test_a_folder_is_held_by_one_process_until_it_lets_go_or_dies(tmp_path: Path
         taken, release = spawn.Event(), spawn.Event()
         other = spawn.Process(target=_hold, args=(folder, taken, release))
         other.start()
-        assert taken.wait(TIMEOUT_S)
+        assert taken.wait(600)
         if dies:
             os.kill(other.pid or 0, 9)
         else:

@@ -18,6 +18,8 @@ from names import KINDS
 from runs import assert_refused, called, contents, tensor_bytes, tiny_run, write_recipe_file, write_text
 from text.tiny import save_byte_tokenizer
 
+pytestmark = pytest.mark.quick_compile
+
 Snapshot = dict[str, tuple]
 
 

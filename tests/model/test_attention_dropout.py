@@ -17,6 +17,8 @@ from camelid.parallel.mesh import MeshConfig, make_mesh
 from model.test_attention import CAPPED_WINDOW, CLOSE, PLAIN, documents, inputs
 from model.test_attention import on_device as on_device  # a fixture
 
+pytestmark = pytest.mark.quick_compile
+
 RATE, ROWS, LENGTH = 0.3, jnp.asarray([4, 9]), 29
 DENSE, BLOCKWISE = ComputeConfig(attention="dense"), ComputeConfig(attention="blockwise")
 

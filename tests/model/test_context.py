@@ -16,6 +16,8 @@ from camelid.parallel.batch_sharding import BatchSharding
 from camelid.parallel.mesh import MeshConfig, make_mesh
 from tiny import tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = tiny_config(vocab_size=96)
 ROWS, LENGTH = 8, 14
 TOKENS = tiny_tokens(CONFIG, ROWS, LENGTH)

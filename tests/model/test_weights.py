@@ -14,6 +14,8 @@ from camelid.model.params import Spec
 from camelid.model.weights import Adapted, Quantized, Weight, dense, einsum, lookup
 from leaves import adapted, quantized
 
+pytestmark = pytest.mark.quick_compile
+
 B, S, E, H, K, D, M = 2, 7, 12, 6, 3, 4, 20
 # The products of a layer, with their operands' shapes.
 PRODUCTS = {

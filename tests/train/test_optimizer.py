@@ -14,6 +14,8 @@ from camelid.train.optimizer_config import OptimizerConfig
 from camelid.train.schedules import learning_rate
 from tiny import tiny_config, tiny_params
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = OptimizerConfig(learning_rate=0.5, final_fraction=0.1, warmup_steps=10)
 
 
