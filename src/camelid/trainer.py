@@ -22,9 +22,9 @@ from camelid.parallel.hosts import broadcast_from_main, is_main
 from camelid.parallel.mesh import MeshConfig
 from camelid.runs.arguments import as_table, with_model, without_none
 from camelid.runs.datasets import Dataset, Rows, names_or_rows
+from camelid.runs.evaluation import evaluate_rows
 from camelid.runs.file_names import INPUTS, METRICS, STEPS
 from camelid.runs.finetune import Request, as_sources, choose_templates, detected_options, make_plan
-from camelid.runs.model_losses import model_losses
 from camelid.runs.recipe import Recipe, laid_over, recipe_of
 from camelid.runs.run import run
 from camelid.runs.run_folder import check_is_own, kept_recipe
@@ -250,7 +250,7 @@ class Trainer:
         tables = None if dataset is None else self._sources(dataset, model)
         recipe = self._recipe_to_evaluate(model, tables)
         sources = None if tables is None else recipe_of(laid_over(LEAST, {"data": {"train": tables}})).data.train
-        return model_losses(model if model is self._model else replace(model, compute=recipe.compute), recipe, sources)
+        return evaluate_rows(model if model is self._model else replace(model, compute=recipe.compute), recipe, sources)
 
     @in_python
     def predict(

@@ -86,7 +86,7 @@ def test_the_result_is_printed_with_the_template_that_is_assumed(work: Path, sto
         (["story.txt", "--template", "alpaca"], "--template does not apply to"),
         (["run", "held_out.jsonl"], "is a recipe, and there is more than its validation data"),
         (["none.toml"], "has no validation data"),
-        (["pairs.toml"], "compares pairs of answers, whose loss depends on a reference"),
+        (["pairs.toml"], "the recipe has [dpo], whose loss compares the model with the reference of its run"),
         (["bad.toml"], "bad.toml is not TOML"),
         (["held_out.jsonl", "--sequence-length", "1000"], "rows of 1000 tokens exceed the context of 512"),
         (["held_out.jsonl", "--sequence-length", "10"], "with a loss"),

@@ -7,7 +7,7 @@ TRAINER = "test_trainer.py::"
 FAULTS = (
     Fault(
         "evaluation packs rows in another way than the run",
-        "runs/model_losses.py",
+        "runs/evaluation.py",
         "    packing = data.packing_method  # by default, it depends on the training data\n",
         '    packing = "none"\n',
         f"{TRAINER}test_a_story_from_random_values_to_a_text",

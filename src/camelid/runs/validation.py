@@ -73,7 +73,7 @@ def mean_losses(
     total = sum(map(len, loader.validation_rows()))
     with terminal.progress("validation rows", total) if is_main() else nullcontext(lambda done: None) as show:
         sums = validation_sums(objective, loader, rows, mesh, combine(state.trainable, frozen), show)
-    return _means(sums, store_names(recipe.data, "validation"))
+    return means_of(sums, store_names(recipe.data, "validation"))
 
 
 def validation_sums(
@@ -98,7 +98,7 @@ def validation_sums(
     return sums
 
 
-def _means(sums: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]) -> dict[str, float]:
+def means_of(sums: Sequence[Mapping[str, np.ndarray]], names: Sequence[str]) -> dict[str, float]:
     """The means of all stores together, and the loss of each; `sums` has the sum and the weight of each metric."""
     present = {name: found["loss"] for name, found in zip(names, sums, strict=True) if found and found["loss"][1] > 0}
     if not present:
