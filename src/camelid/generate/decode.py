@@ -193,7 +193,7 @@ def _bias(
     if options.allowed_tokens:
         bias[~np.isin(np.arange(vocab), [*options.allowed_tokens, *ending])] = -np.inf
     if options.ignore_eos:
-        bias[list(eos_ids)] = -np.inf
+        bias[[token for token in eos_ids if token < vocab]] = -np.inf
     bias[list(options.suppress_tokens)] = -np.inf
     for token, value in (options.logit_bias or {}).items():
         bias[token] += value
