@@ -83,7 +83,7 @@ def test_a_chat_is_what_transformers_makes_of_it(stories: Path, tmp_path: Path, 
     """The template of Zephyr has no BOS, and that of Llama 2 has one, which is not added a second time."""
     prompts = []
 
-    def generated(self: camelid.Model, given: Any, **settings: Any) -> list[camelid.Completion]:
+    def generated(self: camelid.Model, given: Any, *options: Any) -> list[camelid.Completion]:
         prompts.append(given)
         return [camelid.Completion("prompt", "answer", [], "stop")]
 

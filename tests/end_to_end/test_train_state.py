@@ -39,8 +39,6 @@ from camelid.train.state import TrainState, start_state
 from camelid.train.step import TrainStep
 from runs import assert_refused, called, column, losses, recipe, stories_run, tensor_bytes, tiny_run, write_recipe_file
 
-pytestmark = pytest.mark.quick_compile
-
 STATE = "streaming_train_state"
 
 
@@ -189,6 +187,7 @@ def same_rows(left: Path, right: Path, *names: str) -> bool:
     return all(column(losses(left), name).tolist() == column(losses(right), name).tolist() for name in ("step", *names))
 
 
+@pytest.mark.quick_compile
 def test_a_recipe_goes_on_from_the_step_of_a_train_state_on_any_mesh(
     assets: Path, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -370,6 +369,7 @@ def killed(folder: Path, last: int) -> tuple[Path, dict[int, TrainState]]:
     return folder / "run", held
 
 
+@pytest.mark.quick_compile
 def test_a_run_killed_in_the_middle_opens_as_a_model_and_still_goes_on(tmp_path: Path, whole: Path):
     run, held = killed(tmp_path / "killed", 3)
     assert list(held) == [2]

@@ -36,8 +36,9 @@ def logits() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
-    """Few different ids, so that sequences recur. The last two columns are beyond the length of the rows."""
-    return np.random.default_rng(1).integers(0, 3, (ROWS, LENGTH + 2)).astype(np.int32)
+    """Few different ids, so that sequences recur; and another one beyond the length of the rows."""
+    recurring = np.random.default_rng(1).integers(0, 3, (ROWS, LENGTH))
+    return np.pad(recurring, ((0, 0), (0, 2)), constant_values=9).astype(np.int32)
 
 
 def processed(logits, tokens, options: Sampling, bias=None, lengths=LENGTH, prompt_lengths=PROMPT) -> np.ndarray:
@@ -165,13 +166,12 @@ def test_filters_equal_transformers(logits, tokens, name: str):
 
 
 def test_filters_that_keep_everything_change_nothing(logits):
-    options = sampling(1.0, VOCAB, 1.0, typical_p=1.0)
-    np.testing.assert_array_equal(_filter(jnp.asarray(logits), options), logits)
-    # Beside rows that use them too.
-    mixed = jax.tree.map(
-        lambda *x: np.concatenate(x), options, *[sampling(1.0, 3, 0.5, min_p=0.3, typical_p=0.5)] * (ROWS - 1)
-    )
-    np.testing.assert_array_equal(_filter(jnp.asarray(logits), mixed)[0], logits[0])
+    """Also for a row whose probabilities add up to 1 before its last token, and beside rows that use the filters."""
+    certain = np.concatenate([logits, np.where(np.arange(VOCAB) == 3, 40.0, logits[-1:])]).astype(np.float32)
+    off, on = sampling(1.0, VOCAB, 1.0, typical_p=1.0), sampling(1.0, 3, 0.5, min_p=0.3, typical_p=0.5)
+    np.testing.assert_array_equal(_filter(certain, off), certain)
+    mixed = jax.tree.map(lambda *x: np.concatenate(x), *[on] * ROWS, off)
+    np.testing.assert_array_equal(_filter(certain, mixed)[-1], certain[-1])
 
 
 def test_what_no_row_uses_is_not_computed(logits, tokens):

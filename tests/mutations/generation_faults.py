@@ -17,7 +17,7 @@ FAULTS = (
         "tokens beyond the length of a row are penalized",
         "generate/sampling.py",
         "present = index < lengths[:, None]",
-        "present = index >= 0",
+        "present = jnp.broadcast_to(index >= 0, tokens.shape)",
         f"{PROCESSORS}test_repetition_penalty_equals_transformers",
     ),
     Fault(
