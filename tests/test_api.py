@@ -477,11 +477,14 @@ def test_completions_know_their_prompt(model: camelid.Model):
             lambda model: model.generate("a", top_kk=3),
             "there is no option 'top_kk' of generation\nDid you mean 'top_k'",
         ),
+        (lambda model: model.generate("a", {"top_k": 3}), "options = {'top_k': 3} is not a GenerationConfig"),
+        (lambda model: model.stream(["a", "b"]), "several prompts cannot be streamed together"),
+        (lambda model: model.stream("a", logprobs=True), "a stream is text alone"),
         (lambda model: model.stream("a", n=2, temperature=1.0), "n = 2 completions cannot be streamed"),
         (lambda model: dataclasses.replace(model, tokenizer=None).stream([3]), "there is no text to stream"),
         (lambda model: dataclasses.replace(model, tokenizer=None).generate([[3]], stop="a"), "no stop string can be"),
     ],
 )
-def test_what_cannot_be_generated_is_refused_at_once(model: camelid.Model, call, message: str):
+def test_what_cannot_be_generated_is_refused_at_once(model: camelid.Model, call, message: str, as_users_call):
     with pytest.raises(camelid.UserError, match=re.escape(message)):
         call(model)

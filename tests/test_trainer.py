@@ -172,7 +172,7 @@ def test_chats_are_finetuned_with_adapters_as_the_command_does(model: Path):
     assert trainer.predict(["Say ab."], max_new_tokens=4) == loaded.generate("Say ab.", max_new_tokens=4)
     assert trainer.finetune().steps == 2  # the same call finds the run, which is finished
     more = Trainer(model=model, train_dataset=CHATS[:-1], args=args)
-    with pytest.raises(UserError, match=r"has a run with another recipe: data\.train is"):
+    with pytest.raises(UserError, match=r"has a run with another recipe: data\.train\.files = "):
         more.finetune()
 
 

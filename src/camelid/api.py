@@ -167,6 +167,10 @@ class Model:
             has no tokenizer.
         """
         options = generation_config(options, changes)
+        if not isinstance(prompt, str) and any(isinstance(part, str) for part in prompt):
+            raise UserError("several prompts cannot be streamed together", "Stream one, or call generate.")
+        if options.logprobs or options.top_logprobs:
+            raise UserError("a stream is text alone, without log-probabilities", "Call generate for them.")
         if options.n > 1:
             raise UserError(f"n = {options.n} completions cannot be streamed", "Stream one, or call generate.")
         if self.tokenizer is None:

@@ -23,8 +23,8 @@ class Completion:
     tokens: list[int]
     """ids of the generated tokens: without EOS or the stop token, but with the token that completes a stop string"""
     finish_reason: Literal["stop", "length", "error"]
-    """"stop": EOS, a stop token or a stop string was generated; "length": max_new_tokens was reached; "error": the
-    logits became NaN or infinite"""
+    """"stop": EOS, a stop token or a stop string was generated, or the options excluded every token; "length":
+    max_new_tokens was reached; "error": the logits became NaN or infinite"""
     prompt_index: int = 0
     """the number of the prompt"""
     logprobs: list[float] | None = None
@@ -103,10 +103,11 @@ class _Row:
                 self.finish_reason = "stop"
                 break
         if self.finish_reason is None and not active:
-            self.finish_reason = "error" if not new.finite[i] else "stop" if new.ended[i] else "length"
             if self._stream is not None:
                 pieces.append(self._stops.push(self._stream.flush()))
                 pieces.append(self._stops.flush())
+            stopped = new.ended[i] or self._stops.found
+            self.finish_reason = "error" if not new.finite[i] else "stop" if stopped else "length"
         self._text += pieces
         return "".join(pieces)
 

@@ -15,6 +15,7 @@ from camelid.data.config import SourceOptions
 from camelid.data.preparation.partial_stores import refuse_unguarded
 from camelid.disk.paths import cache_folder, make_writable
 from camelid.errors import UserError, in_python, with_arguments
+from camelid.generate.config import GenerationConfig
 from camelid.inputs import expand_home
 from camelid.parallel.batch_sharding import data_parallel_size
 from camelid.parallel.failure import fail_together
@@ -103,7 +104,7 @@ class Trainer:
         args: str | Path | Recipe | Mapping[str, Any] | None = None,
         overrides: Mapping[str, Any] | None = None,
         dataset_options: Mapping[str, Any] | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callback | Sequence[Callback] = (),
     ):
         """Reads no data and loads no model yet.
 
@@ -123,7 +124,7 @@ class Trainer:
           overrides: Fields that replace those of `args`, in the form of a dictionary; None removes a field.
           dataset_options: How all files and rows are read, if it is not as detected: `kind`, `fields`, `text_key`,
             `template` and other fields of a source.
-          callbacks: Functions that are called with a `TrainEvent` in the course of training.
+          callbacks: One or several functions that are called with a `TrainEvent` in the course of training.
 
         Raises:
           UserError: If an argument is not valid, or arguments contradict each other.
@@ -150,7 +151,7 @@ class Trainer:
         known = [field.name for field in fields(SourceOptions)]
         if unknown := next((name for name in self._options if name not in known), None):
             raise UserError(f"dataset_options has {unknown!r}", f"Its fields are {', '.join(known)}.")
-        self._callbacks = tuple(callbacks)
+        self._callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
         if other := next((callback for callback in self._callbacks if not callable(callback)), None):
             raise UserError(f"callbacks has {other!r:.60}, which is no function", "Give functions of a TrainEvent.")
         self._result: TrainResult | None = None
@@ -259,7 +260,8 @@ class Trainer:
         predict_checkpoint: bool | str | Path | None = None,
         *,
         chat: bool = False,
-        **options: Any,
+        options: GenerationConfig | None = None,
+        **changes: Any,
     ) -> list[Completion]:
         """Generates a continuation of each prompt, or with `chat` the answer to it.
 
@@ -267,7 +269,8 @@ class Trainer:
           input_data: A prompt, or several: texts or rows of token ids.
           predict_checkpoint: As `eval_checkpoint` of `evaluate`.
           chat: Each prompt is the message of a user, which is rendered with the chat template of the model.
-          **options: fields of `GenerationConfig`, as of `Model.generate`.
+          options: How to generate. None: the defaults of GenerationConfig.
+          **changes: Fields of GenerationConfig, as of `Model.generate`.
 
         Returns:
           One Completion for each prompt, in order.
@@ -276,7 +279,7 @@ class Trainer:
           UserError: If there is no such model or template, or as for `Model.generate`.
         """
         model = self._choose(predict_checkpoint)
-        return model.generate(_chats(input_data, model) if chat else input_data, **options)
+        return model.generate(_chats(input_data, model) if chat else input_data, options, **changes)
 
     # Training ---------------------------------------------------------------------------
 
@@ -375,6 +378,11 @@ class Trainer:
         refuse_unguarded()
         if isinstance(checkpoint, str | Path):
             return self._load(checkpoint)
+        if not isinstance(checkpoint, bool | None):
+            raise UserError(
+                f"{checkpoint!r:.80} is not a checkpoint",
+                "Give True, False or a path. Options of generation are given by name: options=GenerationConfig(...).",
+            )
         if checkpoint or (checkpoint is None and self._result is not None):
             if self._kept() is None:
                 raise UserError("there is no trained model yet", "Call train or finetune first.")

@@ -170,6 +170,12 @@ def test_stop_tokens_end_a_row_as_eos_does(run):
     assert all(stop not in row for row in ignored)
 
 
+def test_a_row_ends_where_its_options_exclude_every_token(run):
+    options = GenerationConfig(max_new_tokens=9, allowed_tokens=(3, 4), no_repeat_ngram_size=1)
+    rows = run([[5, 6], [3, 6]], [0, 0], options, 9)
+    assert [sorted(row) for row in rows] == [[3, 4], [4]]
+
+
 def test_no_row_ends_before_the_minimum_of_new_tokens(run):
     free = run(PROMPTS, SEEDS, GREEDY)
     eos = [row[3] for row in free]
@@ -216,6 +222,7 @@ def test_greedy_tokens_with_processors_equal_transformers(params: Decoder, run):
         ({"suppress_tokens": (97,)}, "suppress_tokens has token 97, and the vocabulary has 97"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias has token -1"),
         ({"stop_token_ids": (200,)}, "stop_token_ids has token 200"),
+        ({"top_logprobs": 98}, "top_logprobs = 98 exceeds the vocabulary of 97"),
         ({"suppress_tokens": tuple(range(97))}, "the options exclude every token"),
     ],
 )

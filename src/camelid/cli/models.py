@@ -82,6 +82,10 @@ def generate(
     texts = list(prompts) or [_prompt_from_input()]
     if stream and json:
         raise UserError("--stream and --json exclude each other", "Leave one of them out.")
+    if stream and generation.n > 1:
+        raise UserError(f"--n {generation.n} completions cannot be streamed together", "Leave out --stream or --n.")
+    if (generation.logprobs or generation.top_logprobs) and not json:
+        raise UserError("--logprobs and --top-logprobs are part of the JSON output alone", "Add --json.")
     loaded = load(model, dtype, config, ignore_config_field, tokenizer)
     if not chat and loaded.tokenizer is not None and loaded.tokenizer.has_chat_template:
         note(

@@ -3,13 +3,14 @@
 import difflib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from camelid.errors import UserError
 
 MAX_TOP_K = 2**31 - 1
+SMALLEST, LARGEST = 2.0**-126, 3.4e38  # in float32
 OTHER_NAMES = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
@@ -87,25 +88,44 @@ class GenerationConfig:
             object.__setattr__(self, "num_return_sequences", None)
         for name in ("max_new_tokens", "min_new_tokens", "n", "no_repeat_ngram_size", "seed", "top_logprobs"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop: Any = self.stop
+        if not isinstance(stop, str | Sequence):
+            raise UserError(f"stop = {stop!r} is not a list of texts", "Give one text, or several.")
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         for name in ("suppress_tokens", "allowed_tokens", "stop_token_ids"):
             object.__setattr__(self, name, tuple(whole_number(name, token) for token in getattr(self, name)))
+        for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"):
+            self._check_number(name, getattr(self, name), optional=name in ("top_p", "min_p", "typical_p"))
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check_number(name, getattr(self, name))
         self._check_counts()
         self._check_sampling()
-        for name in ("repetition_penalty",):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} = {getattr(self, name)} is not in (0, inf)", "Use 1 for none, or more.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(
+                f"repetition_penalty = {self.repetition_penalty} is not in (0, inf)", "Use 1 for none, or more."
+            )
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name} = {getattr(self, name)} is not finite", "Use 0 for none, or more.")
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise UserError(
+                f"logit_bias = {self.logit_bias!r} is not a mapping", "Give numbers by token id: {13: -5.0}."
+            )
         for token, bias in (self.logit_bias or {}).items():
-            if math.isnan(bias) or bias == math.inf:
+            whole_number("logit_bias", token)
+            self._check_number(f"logit_bias of token {token}", bias)
+            if math.isnan(bias) or bias > LARGEST:
                 raise UserError(
                     f"logit_bias of token {token} is {bias}",
                     "Use a number; -inf excludes a token as suppress_tokens does.",
                 )
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop = {list(self.stop)} has an empty text", "Give texts of at least one character.")
+
+    @staticmethod
+    def _check_number(name: str, value: Any, optional: bool = False) -> None:
+        if not isinstance(value, int | float) and not (optional and value is None):
+            raise UserError(f"{name} = {value!r} is not a number", "Give a float.")
 
     def _check_counts(self) -> None:
         if self.max_new_tokens < 1:
@@ -137,7 +157,7 @@ class GenerationConfig:
             raise UserError(f"top_k = {self.top_k} is below 1", "Use 1 or more, or leave it out to keep every token.")
         for name in ("top_p", "min_p", "typical_p"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            if value is not None and not SMALLEST <= value <= 1:
                 raise UserError(
                     f"{name} = {value} is not in (0, 1]", "Use a fraction of 1, or leave it out to keep every token."
                 )
@@ -145,6 +165,11 @@ class GenerationConfig:
 
 def generation_config(options: GenerationConfig | None, changes: Mapping[str, Any]) -> GenerationConfig:
     """The options (None: the defaults) with some fields changed. Raises UserError if there is no such field."""
+    if not isinstance(options, GenerationConfig | None):
+        raise UserError(
+            f"options = {options!r:.80} is not a GenerationConfig",
+            "Give camelid.GenerationConfig(...), or its fields by name: max_new_tokens=100.",
+        )
     names = [field.name for field in fields(GenerationConfig)]
     for name in changes:
         if name not in names:

@@ -37,7 +37,7 @@ class NewTokens:
     counts: Int[Array | np.ndarray, " B"]
     """how many of the tokens each completion has: those before the one that ended it"""
     ended: Bool[Array | np.ndarray, " B"]
-    """whether EOS or a stop token has ended the completion"""
+    """whether EOS or a stop token has ended the completion, or no token was left that it may have"""
     finite: Bool[Array | np.ndarray, " B"]
     """False: the completion has ended because its logits were NaN or infinite"""
     log_probs: Float[Array | np.ndarray, "B N"] | None
@@ -74,6 +74,11 @@ class Generation:
         in the vocabulary.
         """
         check_prompts(prompts, options.max_new_tokens, config)
+        if options.top_logprobs > config.vocab_size:
+            raise UserError(
+                f"top_logprobs = {options.top_logprobs} exceeds the vocabulary of {config.vocab_size}",
+                f"Use at most {config.vocab_size}.",
+            )
         ending = [*(() if options.ignore_eos else eos_ids), *options.stop_token_ids]
         self._bias = _bias(options, drawable, eos_ids, ending, config.vocab_size)
         self._ending = np.array(ending, np.int32)
@@ -310,7 +315,8 @@ def _select_next(
     processed = process(logits, settings, state.tokens, state.lengths, state.prompt_lengths, bias, ending)
     token = select(processed, settings, state.seeds, state.steps)
     finite = carry.finite & (~state.active | all_finite(logits))
-    ended = state.active & finite & jnp.any(token[:, None] == ending, -1)
+    impossible = jnp.all(processed == -jnp.inf, -1)
+    ended = state.active & finite & (jnp.any(token[:, None] == ending, -1) | impossible)
     active = state.active & finite & ~ended
 
     def put(stored: Array | np.ndarray, new: Array) -> Array:

@@ -104,5 +104,6 @@ def from_bits(bits: Array, x: Array) -> Array:
 
 
 @from_bits.defjvp
-def _from_bits_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _from_bits_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Array]) -> tuple[Array, Array]:
+    # Integers have tangents without values, which are NumPy arrays outside of a trace.
     return lax.bitcast_convert_type(primals[0], primals[1].dtype), tangents[1]

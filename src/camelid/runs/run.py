@@ -267,14 +267,15 @@ def train_steps(
         if saves:  # before the validation, which may take long, or fail
             with log.paused():
                 checkpoints.save(made, state)
-                if export is not None:
-                    export(state, step=made)
             log.saved(made)
             schedule.saved(made)
             interrupts.set_advice(interrupts.RESUME)
             due = False
         if validate is not None and validates:
             validate_step(validate, state, made, log, checkpoints, best)
+        if saves and export is not None:  # a state whose validation loss is not finite has ended the run
+            with log.paused():
+                export(state, step=made)
         if samples is not None and generates:
             with log.paused():
                 samples.write(state, made)
