@@ -294,6 +294,9 @@ def test_a_file_of_rows_is_named_after_its_content():
 def test_an_iterator_is_read_once_and_a_list_again(tmp_path: Path):
     once, again = rows_of(iter(TEXTS)), rows_of(texts := list(TEXTS))
     assert once.file(tmp_path) == once.file(tmp_path) == again.file(tmp_path)
+    elsewhere = Path(once.file(tmp_path / "elsewhere"))
+    assert elsewhere.parent == tmp_path / "elsewhere"
+    assert elsewhere.read_bytes() == Path(again.file(tmp_path)).read_bytes()
     texts.append("One more.")
     assert again.file(tmp_path) != once.file(tmp_path)
 

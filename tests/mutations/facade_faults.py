@@ -15,8 +15,8 @@ FAULTS = (
     Fault(
         "rows that were changed keep the name of their file",
         "runs/datasets.py",
-        "if not once or self._file is None:",
-        "if self._file is None:",
+        "        self._file = _write(_checked(rows, self._what), folder)\n",
+        "        self._file = self._file or _write(_checked(rows, self._what), folder)\n",
         f"{TRAINER}test_an_iterator_is_read_once_and_a_list_again",
     ),
     Fault(

@@ -41,9 +41,10 @@ class Rows:
         The rows of a list are read again at every call, in case they have changed, and those of an iterator once. An
         existing file with this content is not touched. Raises UserError for a row that JSON cannot represent.
         """
-        once = iter(self._dataset) is self._dataset
-        if not once or self._file is None:
-            self._file = _write(_checked(self._rows if once else self._dataset, self._what), folder)
+        rows = self._dataset
+        if iter(rows) is rows:  # an iterator has no rows a second time, but its file may be needed in another folder
+            rows = self._rows if self._file is None else _read(self._file)
+        self._file = _write(_checked(rows, self._what), folder)
         return self._file
 
 
@@ -111,6 +112,11 @@ def _mixed(what: str, text: object, name: object) -> UserError:
         f"{what} has both texts and names of files: {text!r:.60} and {str(name)!r:.60}",
         "Give names of files that exist, or write all texts as {'text': '...'}.",
     )
+
+
+def _read(file: str) -> Iterator[Row]:
+    with open(file, encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
 
 
 def _write(rows: Iterable[Row], folder: Path) -> str:
