@@ -289,6 +289,8 @@ def change(name: str, value: np.ndarray | None) -> Callable[[Arrays], Arrays]:
 FIRST = "model.layers.0.attention.wq.mindpet_delta_lora"
 CASES: dict[str, tuple[Callable[[Arrays], Arrays], str | None, str]] = {
     "no alpha": (dict, None, r"factors of rank 3, and not their lora_alpha.*--lora-alpha NUMBER"),
+    "alpha 0": (dict, "lora_alpha: 0\n", r"has lora_alpha = 0"),
+    "no number": (dict, "lora_alpha: 1.2.3\n", r"has lora_alpha = 1\.2\.3"),
     "two alphas": (dict, yaml() + "      lora_alpha: 13\n", r"lora_alpha is ambiguous: 12 in .*, 13 in"),
     "the YAML of another run": (dict, yaml(rank=8), r"run_llama_7b_lora.yaml has lora_rank 8, and .* have rank 3"),
     "one factor of two": (change(f"{FIRST}_b", None), yaml(), "without the factor b of model.layers.0.attention.wq"),

@@ -11,6 +11,7 @@ A is (rank, inputs) and B (outputs, rank), with the rows of M.weight. The update
 in the file, but in the YAML of the run, or in mindformers_adapter_config.json.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -218,7 +219,7 @@ def _alpha(path: Path, ranks: Sequence[int], given: float | None) -> float:
     folder = path if path.is_dir() else path.parent
     files = [*folder.glob("*.yaml"), *folder.glob("*.yml"), *folder.glob("mindformers_adapter_config.json")]
     texts = {file: read_text(file) for file in sorted(files)}
-    alphas = [(file, number) for file, text in texts.items() for number in sorted(_numbers("lora_alpha", text))]
+    alphas = [(file, number) for file, text in texts.items() for number in sorted(_numbers("lora_alpha", file, text))]
     if len({number for _, number in alphas}) != 1:
         found = ", ".join(f"{alpha:g} in {file.name}" for file, alpha in alphas)
         raise UserError(
@@ -228,7 +229,7 @@ def _alpha(path: Path, ranks: Sequence[int], given: float | None) -> float:
             f"copy that YAML to {folder}.",
         )
     file, alpha = alphas[0]
-    if (configured := _numbers("lora_rank", texts[file])) and {int(rank) for rank in configured} != {*ranks}:
+    if (configured := _numbers("lora_rank", file, texts[file])) and {int(rank) for rank in configured} != {*ranks}:
         raise UserError(
             f"{file} has lora_rank {', '.join(f'{rank:g}' for rank in configured)}, and the factors in {path} have "
             f"rank {', '.join(map(str, ranks))}",
@@ -237,7 +238,16 @@ def _alpha(path: Path, ranks: Sequence[int], given: float | None) -> float:
     return alpha
 
 
-def _numbers(field: str, text: str) -> set[float]:
-    """The values of a field in YAML or JSON."""
-    found = re.findall(rf"^[^#\n]*\b{field}[\"']?\s*:\s*([0-9][0-9.eE+-]*)", text, re.MULTILINE)
-    return set(map(float, found))
+def _numbers(field: str, file: Path, text: str) -> set[float]:
+    """The values of a field in YAML or JSON; raises UserError for one that is no number above 0."""
+    found = re.findall(rf"^[^#\n]*\b{field}[\"']?\s*:\s*([0-9][^\s,}}#]*)", text, re.MULTILINE)
+    try:
+        numbers = set(map(float, found))
+    except ValueError:
+        numbers = {0.0}
+    if not all(0 < number < math.inf for number in numbers):
+        raise UserError(
+            f"{file} has {field} = {', '.join(found)}",
+            "It is a number above 0: correct it, or give --lora-alpha NUMBER.",
+        )
+    return numbers
