@@ -22,6 +22,7 @@ from camelid.errors import UserError
 from camelid.model.config import ComputeConfig
 from camelid.parallel.mesh import one_device
 from camelid.parallel.stop_signal import StopSignal
+from camelid.runs.dry_run import dry_run
 from camelid.runs.results import Results
 from camelid.runs.run import run
 from camelid.train.config import ExportFormat
@@ -222,9 +223,13 @@ def test_a_run_without_moments_is_resumed_only_when_told(straight: Path, tmp_pat
 
 def test_a_run_without_moments_goes_on_with_checkpoints_that_have_them(tmp_path: Path):
     stopped_after_two(without_moments(tmp_path))
-    with pytest.raises(UserError, match=r"step 2 .* has no state of the optimizer"):
-        run(recipe(small_run(tmp_path, checkpoint={"optimizer": True})))
+    before = contents(tmp_path / "run")
+    for start in (run, dry_run):
+        with pytest.raises(UserError, match=r"step 2 .* has no state of the optimizer"):
+            start(recipe(small_run(tmp_path, checkpoint={"optimizer": True})))
     pair = small_run(tmp_path, checkpoint={"optimizer": True, "restart_optimizer": True}, train__steps=3)
+    assert dry_run(recipe(pair)).first == 2
+    assert contents(tmp_path / "run") == before
     run(recipe(pair))
     names = saved_state.open_step(tmp_path / "run" / "checkpoints", 3).keys()
     assert "opt_state" in {name.partition(".")[0] for name in names}

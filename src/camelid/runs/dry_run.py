@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.checkpoint.state.saved_state import steps_in
 from camelid.model.flops import count_parameters, product_flops, training_flops
 from camelid.parallel.hosts import broadcast_from_main
@@ -23,7 +24,7 @@ from camelid.runs.reference import check_reference
 from camelid.runs.results import result_names
 from camelid.runs.run import OpenedRun, open_run
 from camelid.runs.run_folder import check_data, is_finished
-from camelid.runs.start import Start, abstract_first_state, step_to_resume
+from camelid.runs.start import Start, abstract_first_state, restarts_optimizer, step_to_resume
 from camelid.train.state import TrainState
 
 
@@ -107,6 +108,8 @@ def dry_run(recipe: Recipe, from_step: int | None = None) -> DryRun:
         source, first = components.source, resumed or 0
         if resumed is None and source is not None and recipe.init_optimizer:
             first = step_of_init(source, recipe) or 0
+        if resumed is not None:
+            restarts_optimizer(recipe, RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints), resumed)
         if resumed is not None and components.precomputes_reference:
             check_reference(components, folder)
         state = replace(abstract_first_state(recipe, components, mesh), step=np.int32(first))
