@@ -1,6 +1,7 @@
 """A dry run: it finds the program and the sizes of the run itself, says what the run would do, and leaves nothing."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import camelid.runs.dry_run
 import camelid.runs.run
 from camelid.api import Model
+from camelid.checkpoint.state import saved_state
 from camelid.disk.locks import locked
+from camelid.disk.space import format_bytes
 from camelid.errors import UserError
 from camelid.model.config import ComputeConfig
 from camelid.model.decoder import declare_decoder
@@ -155,8 +158,7 @@ def test_what_a_dry_run_says_comes_true(tmp_path: Path, monkeypatch: pytest.Monk
 
     outcome = run(recipe(table))
     assert [path.name for path in outcome.saved] == ["model"]
-    written = sum(len(content) for _, _, content in tensor_bytes(folder / "model").values())
-    assert new.disk.results == {"model": written}
+    assert new.disk.results == {"model": bytes_of_tensors(folder / "model")}
 
     before = contents(folder)
     finished = called("train", file, "--dry-run")
@@ -182,6 +184,33 @@ def test_what_a_dry_run_says_comes_true(tmp_path: Path, monkeypatch: pytest.Monk
     write_text(tmp_path / "text.jsonl", documents=41)
     with pytest.raises(UserError, match=r"text\.jsonl changed since"):
         dry_run(recipe(table))
+
+
+@pytest.mark.parametrize("trained", ["all", "adapters"])
+def test_the_disk_space_is_that_of_what_is_written(
+    trained: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    on_one_device(monkeypatch)
+    table = tiny_run(tmp_path, ema={"decay": 0.9}) if trained == "all" else adapters(tmp_path, base, merge=True)
+    train = {"steps": 2, "checkpoint_every": 1, "milestones_every": 1}
+    checkpoint = {"optimizer": False, "dtype": "bfloat16", "export": "hf"}
+    table = lay_over(table, {"train": train, "checkpoint": checkpoint})
+    found = dry_run(recipe(table))
+    folder = run(recipe(table)).folder
+    names = ("model", "model_ema") if trained == "all" else ("adapter", "model")
+    sizes = {name: bytes_of_tensors(folder / name) for name in names}
+    assert found.disk.results == sizes
+    assert [bytes_of_tensors(folder / "milestones" / "1" / name) for name in names] == list(sizes.values())
+    arrays = saved_state.open_step(folder / "checkpoints", 2)
+    assert found.disk.checkpoint == sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
+    assert found.disk.milestones == len(saved_state.steps_in(folder / "milestones")) == 2
+    assert found.disk.needed == found.disk.checkpoints * found.disk.checkpoint + 3 * sum(sizes.values())
+    lines = "\n".join(report_lines(found))
+    assert f"milestones/  {format_bytes(sum(sizes.values()))} each, 2 in the run" in lines
+
+
+def bytes_of_tensors(folder: Path) -> int:
+    return sum(len(content) for _, _, content in tensor_bytes(folder).values())
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ from camelid.errors import UserError
 from camelid.model.config import ComputeConfig
 from camelid.parallel.mesh import one_device
 from camelid.parallel.stop_signal import StopSignal
+from camelid.runs.dry_run import dry_run
 from camelid.runs.results import Results
 from camelid.runs.run import run
 from camelid.train.config import ExportFormat
 from camelid.train.state import TrainState, start_state, with_new_optimizer_state
-from runs import VOCAB, contents, losses, recipe, tensor_bytes, tiny_run
+from runs import VOCAB, contents, lay_over, losses, recipe, tensor_bytes, tiny_run
 from tiny import tiny_config, tiny_params, tiny_tokens
 
 pytestmark = pytest.mark.quick_compile
@@ -178,7 +179,6 @@ def test_exports_that_cannot_work_are_refused_before_training(tmp_path: Path):
         ({"checkpoint__dtype": "int8"}, r"checkpoint\.dtype: 'int8' is not one of"),
         ({"train__milestones_every": None}, r"checkpoint\.export = 'hf' writes milestones, and the recipe has none"),
         ({"init": "x", "lora": {}, "checkpoint__export": "gguf"}, r"checkpoint\.export = 'gguf' writes entire models"),
-        ({"checkpoint__restart_optimizer": True}, r"restart_optimizer = true applies to checkpoints without"),
     ):
         table = exporting_run(tmp_path, **fields)
         table["train"] = {name: value for name, value in table["train"].items() if value is not None}
@@ -189,6 +189,8 @@ def test_exports_that_cannot_work_are_refused_before_training(tmp_path: Path):
     assert error.value.advice == "A run keeps its place in the data: the same command resumes it with the next batch."
     with pytest.raises(UserError, match="head_dim"):  # EasyLM's heads add up to embed_dim
         run(recipe(exporting_run(tmp_path, checkpoint__export="easylm", model__head_dim=10)))
+    with pytest.raises(UserError, match=r"restart_optimizer = true applies to checkpoints without"):
+        run(recipe(exporting_run(tmp_path, checkpoint__restart_optimizer=True)))
     assert not (tmp_path / "run").exists()
 
 
@@ -217,6 +219,21 @@ def test_a_run_without_moments_is_resumed_only_when_told(straight: Path, tmp_pat
     assert ours[2]["loss"] == theirs[2]["loss"], "the same parameters and the same batch"
     assert ours[3]["loss"] != theirs[3]["loss"], "new moments"
     assert camelid.load(tmp_path / "run" / "model")
+
+
+def test_a_run_without_moments_goes_on_with_checkpoints_that_have_them(tmp_path: Path):
+    stopped_after_two(without_moments(tmp_path))
+    before = contents(tmp_path / "run")
+    for start in (run, dry_run):
+        with pytest.raises(UserError, match=r"step 2 .* has no state of the optimizer"):
+            start(recipe(small_run(tmp_path, checkpoint={"optimizer": True})))
+    pair = small_run(tmp_path, checkpoint={"optimizer": True, "restart_optimizer": True}, train__steps=3)
+    assert dry_run(recipe(pair)).first == 2
+    assert contents(tmp_path / "run") == before
+    run(recipe(pair))
+    names = saved_state.open_step(tmp_path / "run" / "checkpoints", 3).keys()
+    assert "opt_state" in {name.partition(".")[0] for name in names}
+    assert run(recipe(lay_over(pair, {"train__steps": 4}))).finished, "the same command resumes the run"
 
 
 def test_an_optimizer_that_keeps_nothing_but_its_schedule_restarts_with_the_same_bits(tmp_path: Path):

@@ -11,19 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from camelid.checkpoint.state.orbax_state import RunCheckpoints
 from camelid.checkpoint.state.saved_state import steps_in
 from camelid.model.flops import count_parameters, product_flops, training_flops
 from camelid.parallel.hosts import broadcast_from_main
 from camelid.runs.components import step_of_init
 from camelid.runs.file_names import ADAPTER, ADAPTER_EMA, STEPS
-from camelid.runs.lora import abstract_frozen, base_dtype
+from camelid.runs.lora import abstract_frozen
 from camelid.runs.program import abstract_batch, trace_step
 from camelid.runs.recipe import Recipe
 from camelid.runs.reference import check_reference
 from camelid.runs.results import result_names
 from camelid.runs.run import OpenedRun, open_run
 from camelid.runs.run_folder import check_data, is_finished
-from camelid.runs.start import Start, abstract_first_state, step_to_resume
+from camelid.runs.start import Start, abstract_first_state, restarts_optimizer, step_to_resume
 from camelid.train.state import TrainState
 
 
@@ -63,13 +64,20 @@ class Disk:
     """number of checkpoints that exist at once, at most"""
     results: Mapping[str, int]
     """sizes of the folders that are written for use elsewhere"""
+    milestones: int
+    """number of milestones, each of which has all of these folders; 0 if none is exported"""
     free: int
     """free space, and what the folder of the run takes already"""
 
     @property
     def needed(self) -> int:
         """All of it."""
-        return self.checkpoint * self.checkpoints + sum(self.results.values())
+        return self.checkpoint * self.checkpoints + self.milestone * (1 + self.milestones)
+
+    @property
+    def milestone(self) -> int:
+        """The size of one exported milestone."""
+        return sum(self.results.values())
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,8 @@ def dry_run(recipe: Recipe, from_step: int | None = None) -> DryRun:
         source, first = components.source, resumed or 0
         if resumed is None and source is not None and recipe.init_optimizer:
             first = step_of_init(source, recipe) or 0
+        if resumed is not None:
+            restarts_optimizer(recipe, RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints), resumed)
         if resumed is not None and components.precomputes_reference:
             check_reference(components, folder)
         state = replace(abstract_first_state(recipe, components, mesh), step=np.int32(first))
@@ -151,9 +161,9 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _bytes(tree: Any) -> int:
-    """The bytes of the arrays of a tree, on all devices together."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _bytes(tree: Any, dtype: str | None = None) -> int:
+    """The bytes of the arrays of a tree, on all devices together: in their own dtypes, or all in `dtype`."""
+    return sum(math.prod(x.shape) * np.dtype(dtype or x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def _disk(opened: OpenedRun, state: TrainState) -> Disk:
@@ -162,10 +172,13 @@ def _disk(opened: OpenedRun, state: TrainState) -> Disk:
     kept = config.keep_checkpoints + 1 + config.keep_best + milestones  # one more while a new one is written
     irregular = config.checkpoint_minutes is not None or config.keep_best
     saved = config.steps if irregular else -(-config.steps // config.checkpoint_every) + milestones
-    dtype = recipe.compute.param_dtype if recipe.lora is None else base_dtype(recipe)
-    model, adapter = count_parameters(opened.components.config) * np.dtype(dtype).itemsize, _bytes(state.trainable)
+    dtype = opened.results.dtype or recipe.compute.param_dtype
+    model = count_parameters(opened.components.config) * np.dtype(dtype).itemsize
+    adapter = _bytes(state.trainable, recipe.checkpoint.dtype)
     sizes = {name: adapter if name in (ADAPTER, ADAPTER_EMA) else model for name in result_names(recipe)}
     place = next(path for path in (opened.folder, *opened.folder.parents) if path.exists())
     files = (file.stat() for file in opened.folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(place).free + sum(512 * stat.st_blocks for stat in files)
-    return Disk(_bytes(state), min(kept, saved), sizes, free)
+    checkpoint = state if recipe.checkpoint.optimizer else replace(state, opt_state=None)
+    exported = 0 if recipe.checkpoint.export is None else milestones
+    return Disk(_bytes(checkpoint), min(kept, saved), sizes, exported, free)

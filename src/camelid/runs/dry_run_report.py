@@ -112,6 +112,8 @@ def _space(disk: Disk) -> Iterator[tuple[str, str]]:
     yield "checkpoints", f"{format_bytes(disk.checkpoint)} each, at most {disk.checkpoints} at once"
     for name, size in disk.results.items():
         yield f"{name}/", format_bytes(size)
+    if disk.milestones:
+        yield "milestones/", f"{format_bytes(disk.milestone)} each, {disk.milestones:,} in the run"
     yield "disk", f"{format_bytes(disk.needed)} are needed, {format_bytes(disk.free)} are free"
 
 

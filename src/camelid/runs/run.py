@@ -131,6 +131,7 @@ def open_run(recipe: Recipe) -> OpenedRun:
     if previous is None:
         interrupts.set_advice("no step was saved; run the same command again to start from the beginning")
         recipe.optimizer.check_decay()
+        recipe.checkpoint.check_new()
     recipe = completed(recipe, previous)
     broadcast_from_main(lambda: check_folder(folder, recipe))
     mesh = make_mesh(recipe.mesh)

@@ -76,12 +76,11 @@ def find_start(
     if resumed is not None:
         # Checkpoints of an older camelid have no counters.
         counters = {f"counters.{name}": value for name, value in start_counters(recipe.loss_scale).items()}
-        if checkpoints.holds(resumed, "opt_state"):
-            state = checkpoints.restore(resumed, target, counters)
-        else:
-            _check_restarts(recipe, folder, resumed)
+        if restarts_optimizer(recipe, checkpoints, resumed):
             saved = checkpoints.restore(resumed, replace(target, opt_state=None), counters)
             state = with_new_optimizer_state(saved, components.step.optimizer, target)
+        else:
+            state = checkpoints.restore(resumed, target, counters)
     elif base is not None:
         state = first_state(recipe, base, create, target)
     elif components.source is not None:
@@ -173,15 +172,22 @@ def _step_to_resume(folder: Path, recipe: Recipe, started: bool, from_step: int 
     return step
 
 
-def _check_restarts(recipe: Recipe, folder: Path, step: int) -> None:
-    """Raises UserError unless the recipe says that the optimizer restarts from a checkpoint without its state."""
+def restarts_optimizer(recipe: Recipe, checkpoints: RunCheckpoints, step: int) -> bool:
+    """Whether the checkpoint of a step lacks the state of the optimizer; every process calls this.
+
+    Raises UserError if it does, and the recipe does not say that the optimizer restarts.
+    """
+    if checkpoints.holds(step, "opt_state"):
+        return False
     if not recipe.checkpoint.restart_optimizer:
+        folder = Path(recipe.run).resolve()
         raise UserError(
             f"the checkpoint of step {step} in {folder / STEPS} has no state of the optimizer "
             "(checkpoint.optimizer = false), so the run cannot be resumed exactly",
             "Set checkpoint.restart_optimizer = true to go on with new moments, at this step and its learning rate; or "
             f"start another run with init = {str(folder / STEPS / str(step))!r}.",
         )
+    return True
 
 
 def _move_later_aside(folder: Path, step: int) -> Path | None:

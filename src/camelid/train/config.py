@@ -142,7 +142,12 @@ class CheckpointConfig:
     restart_optimizer: bool = False
     """resume from a checkpoint without the state of the optimizer: with new moments, at its step and learning rate"""
 
-    def __post_init__(self) -> None:
+    def check_new(self) -> None:
+        """Raises UserError if a new run, which will save the state of the optimizer, is told to restart without it.
+
+        A run that is resumed may be told so: from a checkpoint without this state, it goes on with checkpoints that
+        have it.
+        """
         if self.restart_optimizer and self.optimizer:
             raise UserError(
                 "checkpoint.restart_optimizer = true applies to checkpoints without the state of the optimizer, and "
