@@ -137,6 +137,15 @@ def test_a_run_trains_says_what_to_try_next_and_is_resumed_by_the_same_command(
     assert "Choose another --out" in rate.stderr
 
 
+def test_the_note_on_the_data_has_the_singular_and_plain_numbers(stories: Path, work: Path):
+    write(Path("one.jsonl"), {"instruction": "Say hello.", "output": "Hello."})
+    steps, rows = ("--train.steps", 5000), ("--data.batch_size", 8)
+    done = called("finetune", stories, "one.jsonl", *steps, *rows, "--print-recipe")
+    assert "1 example fills 1 row, which 5,000 steps of 8 rows read 40,000 times" in done.stderr
+    done = called("finetune", stories, "one.jsonl", "--train.steps", 1, *rows, "--print-recipe")
+    assert "1 example fills 1 row, which 1 step of 8 rows reads 8 times" in done.stderr
+
+
 def test_what_is_contradictory_is_refused_before_the_model_is_read(work: Path):
     write(Path("pairs.jsonl"), PAIR)
     write(Path("odd.jsonl"), {"q": "a", "a": "b"})
