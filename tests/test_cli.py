@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from camelid.cli.arguments import _arguments
 from camelid.cli.format_names import ReadableFormat, WritableFormat
 from camelid.cli.shared import print_json
 from camelid.errors import UserError
+from camelid.generate.config import GenerationConfig
 from camelid.runs.recipe import completed, read_recipe, write_recipe
 from camelid.text.templates import NAMED
 from runs import TIMEOUT_S, assert_refused, called, command, tiny_run, words, write_recipe_file
@@ -182,6 +184,13 @@ def test_a_warning_is_one_line_also_from_a_thread(user_env: dict[str, str]):
     words = [sys.executable, "-c", WARNS, "inspect"]
     done = subprocess.run(words, env=user_env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert (done.returncode, done.stderr) == (0, "warning: a process ended; another goes on\n")
+
+
+def test_the_help_names_the_options_of_generation_that_can_be_given_several_times():
+    several = {f"--{each.name.replace('_', '-')}" for each in fields(GenerationConfig) if each.default == ()}
+    text = " ".join(re.sub(r"-\n +", "-", called("generate", "--help").stdout).split())
+    (note,) = re.findall(r"typical-p\. ([^.]*), and can be given several times\.", text)
+    assert set(re.findall(r"--[a-z-]+", note)) == several
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"], ["--help"]], ids=" ".join)

@@ -140,10 +140,22 @@ def test_training_of_adapters_keeps_what_a_run_of_adapters_holds():
         }
 
 
-def test_adapters_that_do_not_fit_are_left_out():
-    assert describe.of_config(tiny_config(head_dim=2))["adapter_training_bytes"] == {}
-    odd = describe.of_config(tiny_config(mlp_dim=81))["adapter_training_bytes"]
-    assert odd.keys() == {"lora"}
+def test_adapters_that_do_not_fit_are_left_out(capsys: pytest.CaptureFixture[str]):
+    none, odd = (describe.of_config(tiny_config(**{name: size})) for name, size in (("head_dim", 2), ("mlp_dim", 81)))
+    assert none["adapter_training_bytes"] == {}
+    assert odd["adapter_training_bytes"].keys() == {"lora"}
+    describe.show(none)
+    assert "LoRA" not in capsys.readouterr().out
+    describe.show(odd)
+    assert "\nLoRA: rank 16, all matrices of attention and mlp." in capsys.readouterr().out
+
+
+def test_the_memory_of_training_adapters_names_what_is_assumed(capsys: pytest.CaptureFixture[str]):
+    describe.show(describe.of_config(tiny_config(num_layers=3)))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "LoRA and QLoRA: rank 16, all matrices of attention and mlp. For a recipe of your own: camelid train" in shown
+    )
 
 
 @pytest.mark.parametrize(

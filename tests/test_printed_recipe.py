@@ -8,7 +8,8 @@ import pytest
 import tomli_w
 
 from camelid.data.config import DataConfig, Source
-from camelid.runs.notes import batch_notes
+from camelid.data.report import SilentRows
+from camelid.runs.notes import batch_notes, counted, silent_row_notes, times
 from camelid.runs.recipe import structure
 from camelid.runs.recipe_defaults import with_defaults
 from runs import lay_over
@@ -76,4 +77,29 @@ def test_a_batch_of_more_rows_than_there_are_is_noted():
     data = DataConfig(train=(Source(files=("a",)),), sequence_length=8, batch_size=12)
     (note,) = batch_notes(data, 5.0)
     assert "fills 5 rows of 8 tokens, and data.batch_size is 12, so that each step reads it 2.4 times" in note
+    (note,) = batch_notes(data, 1.0)
+    assert "fills 1 row of 8 tokens, and data.batch_size is 12, so that each step reads it 12 times" in note
     assert not list(batch_notes(data, 12.0))
+
+
+@pytest.mark.parametrize(
+    ("number", "rows", "often"),
+    [
+        (1, "1 row", "once"),
+        (1.0, "1 row", "once"),
+        (0.5, "0.5 rows", "0.5 times"),
+        (8, "8 rows", "8 times"),
+        (2500, "2,500 rows", "2,500 times"),
+        (123456, "123,456 rows", "120,000 times"),
+        (123456.0, "123,500 rows", "120,000 times"),
+        (8e-6, "0.000008 rows", "0.000008 times"),
+    ],
+)
+def test_notes_have_plain_numbers_with_the_singular_for_one(number: float, rows: str, often: str):
+    assert counted(number, "row") == rows
+    assert times(number) == often
+
+
+def test_the_note_on_one_row_without_a_loss_has_the_singular():
+    (note,) = silent_row_notes([SilentRows(number=1, examined=5, rows=9)])
+    assert note.startswith("1 of the first 5 rows of source 1 has no loss: the weights of all its tokens are 0. ")

@@ -238,6 +238,13 @@ def _training(report: Mapping[str, Any]) -> Table:
     for label, sizes in zip(labels, zip(*(column.values() for column in columns), strict=True), strict=True):
         grid.add_row(label, *map(format_bytes, sizes))
     grid.add_row("total without activations", *(format_bytes(sum(column.values())) for column in columns))
+    if adapters:
+        lora = LoRAConfig()
+        grid.caption = (
+            f"{' and '.join(ADAPTER_NAMES[name] for name in adapters)}: rank {lora.rank}, all matrices of "
+            f"{' and '.join(lora.targets)}. For a recipe of your own: camelid train RECIPE --dry-run"
+        )
+        grid.caption_justify = "left"
     return grid
 
 

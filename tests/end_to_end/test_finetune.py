@@ -137,6 +137,37 @@ def test_a_run_trains_says_what_to_try_next_and_is_resumed_by_the_same_command(
     assert "Choose another --out" in rate.stderr
 
 
+def test_the_note_on_the_data_has_the_singular_and_plain_numbers(stories: Path, work: Path):
+    write(Path("one.jsonl"), {"instruction": "Say hello.", "output": "Hello."})
+    steps, rows = ("--train.steps", 5000), ("--data.batch_size", 8)
+    done = called("finetune", stories, "one.jsonl", *steps, *rows, "--print-recipe")
+    assert "1 example fills 1 row, which 5,000 steps of 8 rows read 40,000 times" in done.stderr
+    done = called("finetune", stories, "one.jsonl", "--train.steps", 1, *rows, "--print-recipe")
+    assert "1 example fills 1 row, which 1 step of 8 rows reads 8 times" in done.stderr
+
+
+def test_a_record_that_cannot_be_used_is_skipped_by_the_option_that_the_error_names(stories: Path, work: Path):
+    write(Path("pairs.jsonl"), *({**PAIR, "prompt": f"Who is {n}?"} for n in range(9)), {**PAIR, "rejected": "A boy."})
+    command = ["finetune", stories, "pairs.jsonl", "--dpo", "--print-recipe"]
+    refused = called(*command)
+    assert_refused(refused, "pairs.jsonl, line 10: chosen and rejected are equal")
+    assert "set --max-unreadable to the fraction" in refused.stderr
+    assert "or raise --max-unreadable" in called(*command, "--max-unreadable", 0.01).stderr
+    done = called(*command, "--max-unreadable", 0.1)
+    assert done.returncode == 0, done.stderr
+    assert "9 examples fill" in done.stderr
+
+
+def test_pairs_that_are_not_used_are_noted(stories: Path, work: Path):
+    write(Path("both.jsonl"), {"instruction": "Say hello.", "output": "Hello.", "chosen": "Hello.", "rejected": "No."})
+    ignored = "both.jsonl is read as kind 'instruct': its keys chosen and rejected are ignored; --dpo trains on them"
+    command = ["finetune", stories, "both.jsonl", "--train.steps", 1, "--print-recipe"]
+    assert ignored in called(*command).stderr
+    assert "are ignored" not in called(*command, "--kind", "instruct").stderr
+    assert "are ignored" not in called(*command, "--dpo").stderr
+    assert "are ignored" not in called("finetune", stories, "instruct.jsonl", "--print-recipe").stderr
+
+
 def test_what_is_contradictory_is_refused_before_the_model_is_read(work: Path):
     write(Path("pairs.jsonl"), PAIR)
     write(Path("odd.jsonl"), {"q": "a", "a": "b"})

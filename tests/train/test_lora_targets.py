@@ -103,6 +103,21 @@ def test_modules_have_the_names_of_their_family_and_those_of_camelid():
             r"lora\.targets has 'layers",
             r"model\.layers\.0\.self_attn\.q_proj",
         ),
+        (
+            {"targets": [".*wq|.*wv"]},
+            r"lora\.targets has '\.\*wq\|\.\*wv', which matches no module",
+            r"\nwq is named q_proj here\. wv is named v_proj here\. The modules are embed_tokens",
+        ),
+        (
+            {"targets": ["attention.w_qkv"]},
+            "which matches no module",
+            r"w_qkv is named q_proj, k_proj, v_proj here\. The",
+        ),
+        (
+            {"targets": ["q_proj"], "rank_pattern": {"w2": 2}},
+            r"lora\.rank_pattern has 'w2'",
+            r"w2 is named down_proj here\. The modules are q_proj",
+        ),
         ({"targets": ["attn_norm"]}, r"lora\.targets has 'attn_norm'", "attention and mlp are groups"),
         ({"targets": []}, r"lora\.targets = \(\)", "Name modules"),
         ({"targets": ["q_proj("]}, r"lora\.targets has 'q_proj\(', which is not a regular expression", "Write a name"),

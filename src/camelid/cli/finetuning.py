@@ -1,5 +1,6 @@
 """`camelid finetune`."""
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, Suppress, arg
@@ -90,8 +91,9 @@ def finetune(
             note(f"\n{as_toml(plan)}")
         (dry_run_recipe if dry_run else train_recipe)(plan.recipe)
     except UserError as error:
-        # The folder of a run is --run for `camelid train`.
-        raise UserError(error.problem.replace("--run", "--out"), error.advice.replace("--run", "--out")) from error
+        # The folder of a run is --run for `camelid train`, and max_unreadable a field of its recipe.
+        advice = re.sub(r"(?<![\w.-])max_unreadable\b", "--max-unreadable", error.advice)
+        raise UserError(error.problem.replace("--run", "--out"), advice.replace("--run", "--out")) from error
 
 
 def as_toml(plan: "Plan") -> str:

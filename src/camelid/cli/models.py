@@ -74,6 +74,8 @@ def generate(
     --frequency-penalty, --no-repeat-ngram-size, --min-new-tokens, --temperature, --top-k, --top-p, --min-p,
     --typical-p.
 
+    --suppress-tokens, --allowed-tokens, --stop and --stop-token-ids take one value, and can be given several times.
+
     Args:
         chat: each prompt is the message of a user, in the chat template of the checkpoint; only the answer is printed
         stream: print text as it is generated, one prompt after the other; the default for one prompt in a terminal

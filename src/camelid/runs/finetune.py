@@ -1,5 +1,6 @@
 """The recipe that `camelid finetune MODEL DATA...` makes, and how it continues a run that it began."""
 
+import contextlib
 import itertools
 import re
 import tomllib
@@ -24,6 +25,8 @@ TEMPLATES = {"instruct": "alpaca", "chat": "zephyr", "preference": "zephyr"}
 """The chat template of a model that has none; their markers are text that any tokenizer can encode."""
 UNNAMED = ("hf", "model", "adapter", "checkpoint", "checkpoints", "final")
 """Names of folders that do not name a model."""
+IMPLIED = {"fields": "fields", "text_key": "text"}
+"""The kind of a source that has an option of this kind alone."""
 ENDINGS = re.compile(r"(\.(jsonl|ndjson|json|csv|tsv|txt|parquet|mindrecord|gz|zst))+$", re.IGNORECASE)
 
 
@@ -159,7 +162,8 @@ def _new_table(request: Request) -> tuple[dict[str, Any], list[str]]:
     recipe_of(laid_over(least_table, request.fields), request.overrides)
     source = open_checkpoint(request.model, ignore=request.ignore)
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    notes = list(choose_templates(itertools.chain(*options.values()), tokenizer, request.model))
+    notes = [] if "dpo" in given or request.options.keys() & {"kind", *IMPLIED} else list(_ignored_pairs(request.data))
+    notes += choose_templates(itertools.chain(*options.values()), tokenizer, request.model)
     data = {split: as_sources(names[split], options[split]) for split in names}
     train = data.pop("train")
     chosen = Chooser(source.config, tokenizer, laid_over(given, {"data": data}), notes).tables(train)
@@ -172,8 +176,7 @@ def detected_options(names: Sequence[str], given: Mapping[str, Any], dpo: bool) 
 
 
 def _options(name: str, given: dict[str, Any], dpo: bool) -> dict[str, Any]:
-    implied = {"fields": "fields", "text_key": "text"}
-    kind = given.pop("kind", None) or next((kind for key, kind in implied.items() if key in given), None)
+    kind = given.pop("kind", None) or next((kind for key, kind in IMPLIED.items() if key in given), None)
     found = detect(name, dpo) if kind is None else {"kind": kind}
     if dpo and found["kind"] not in ("preference", "tokens"):
         raise UserError(
@@ -181,6 +184,15 @@ def _options(name: str, given: dict[str, Any], dpo: bool) -> dict[str, Any]:
             "Leave out --dpo, or give records with the keys prompt, chosen and rejected.",
         )
     return found | given
+
+
+def _ignored_pairs(names: Iterable[str]) -> Iterator[str]:
+    """A note on each name whose records have pairs of answers beside what they are detected as."""
+    for name in names:
+        with contextlib.suppress(UserError):  # most data hold no pairs
+            if detect(name, preference=True)["kind"] == "preference":
+                kind = detect(name)["kind"]
+                yield f"{name} is read as kind {kind!r}: its keys chosen and rejected are ignored; --dpo trains on them"
 
 
 def choose_templates(options: Iterable[dict[str, Any]], tokenizer: "Tokenizer", model: str) -> Iterator[str]:

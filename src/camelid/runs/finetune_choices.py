@@ -9,6 +9,7 @@ from camelid.data.config import DataConfig, Source
 from camelid.model.config import ComputeConfig
 from camelid.parallel.mesh import MeshConfig, device_memory, make_mesh
 from camelid.runs import finetune_defaults as defaults
+from camelid.runs.notes import counted, times
 from camelid.runs.recipe import recipe_of
 from camelid.train.lora_config import LoRAConfig
 
@@ -103,10 +104,10 @@ class Chooser:
         examples = not texts and all(source["kind"] != "text" for source in sources)
         if longer and examples and "overlong" not in given and config().packing_method != "stream":
             table["overlong"] = "truncate"
-            what = "pairs" if dpo else "examples"
+            are = "is" if longer == 1 else "are"
             self.notes.append(
-                f"{longer:,} of {len(lengths):,} {what} are longer than a row of {length} tokens, and are truncated; "
-                f"the longest has {longest:,}"
+                f"{longer:,} of {counted(len(lengths), 'pair' if dpo else 'example')} {are} longer than a row of "
+                f"{counted(length, 'token')}, and {are} truncated; the longest has {longest:,}"
             )
         return table, Loader(config(), self.tokenizer, "train", stores=stores).num_rows, len(lengths)
 
@@ -137,11 +138,12 @@ class Chooser:
         return defaults.microbatches(rows, planned[remat].rows), remat
 
     def _tell(self, rows: int, examples: int, batch: int, steps: int) -> None:
-        epochs = steps * batch / rows
-        what = (
-            f"{examples:,} examples fill {rows:,} rows, which {steps:,} steps of {batch} rows read {epochs:.2g} times"
+        fill, read = ("fills" if examples == 1 else "fill"), ("reads" if steps == 1 else "read")
+        self.notes.insert(
+            0,
+            f"{counted(examples, 'example')} {fill} {counted(rows, 'row')}, which {counted(steps, 'step')} of "
+            f"{counted(batch, 'row')} {read} {times(steps * batch / rows)}",
         )
-        self.notes.insert(0, what)
 
 
 def _held_out(sources: Sequence[Source]) -> float:

@@ -17,6 +17,18 @@ from camelid.train.patterns import matches_name
 
 Key = tuple[str, int | None]
 """path and layer of a matrix; the layer is None if it is not stacked"""
+OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "wq": ("q_proj",),
+    "wk": ("k_proj",),
+    "wv": ("v_proj",),
+    "wo": ("o_proj",),
+    "w1": ("gate_proj",),
+    "w2": ("down_proj",),
+    "w3": ("up_proj",),
+    "w_qkv": ("q_proj", "k_proj", "v_proj"),
+    "w_gate_hidden": ("gate_proj", "up_proj"),
+}
+"""names of modules in Meta's files and in MindFormers, and the names here; suggested, never accepted"""
 
 
 def plan_adapters(lora: LoRAConfig, config: ModelConfig) -> LoRAPlan:
@@ -30,7 +42,9 @@ def plan_adapters(lora: LoRAConfig, config: ModelConfig) -> LoRAPlan:
     for target in lora.targets:
         found = {key for name in GROUPS.get(target, (target,)) for key in _matching(name, modules)}
         if not found:
-            raise UserError(f"lora.targets has {target!r}, which matches no module of the model", _advice(modules))
+            raise UserError(
+                f"lora.targets has {target!r}, which matches no module of the model", _advice(modules, target)
+            )
         chosen.update(found)
     ranks = _by_pattern("rank_pattern", lora.rank_pattern, lora.rank, modules, chosen)
     alphas = _by_pattern("alpha_pattern", lora.alpha_pattern, lora.usual_alpha, modules, chosen)
@@ -92,17 +106,23 @@ def _by_pattern(
     for pattern in patterns:
         if found[pattern].isdisjoint(chosen):
             targeted = {key: names for key, names in modules.items() if key in chosen}
-            raise UserError(f"lora.{field} has {pattern!r}, which matches no module with an adapter", _advice(targeted))
+            raise UserError(
+                f"lora.{field} has {pattern!r}, which matches no module with an adapter", _advice(targeted, pattern)
+            )
     return {
         key: next((value for pattern, value in patterns.items() if key in found[pattern]), default) for key in chosen
     }
 
 
-def _advice(modules: Mapping[Key, tuple[str, str]]) -> str:
-    """The modules that there are."""
+def _advice(modules: Mapping[Key, tuple[str, str]], pattern: str) -> str:
+    """The names here of the modules in a pattern that has other names, and the modules that there are."""
     ends = dict.fromkeys(name.rpartition(".")[2] for names in modules.values() for name in names)
     example = max((name for name, _ in modules.values()), key=len)
-    return f"The modules are {', '.join(ends)}, with paths such as {example}; {' and '.join(GROUPS)} are groups."
+    others = [word for word in re.findall(r"\w+", pattern) if word in OTHER_NAMES]
+    return (
+        "".join(f"{word} is named {', '.join(OTHER_NAMES[word])} here. " for word in others)
+        + f"The modules are {', '.join(ends)}, with paths such as {example}; {' and '.join(GROUPS)} are groups."
+    )
 
 
 def _largest_rank(spec: Spec) -> int:

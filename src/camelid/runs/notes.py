@@ -1,10 +1,28 @@
 """Notes on recipes that are valid, but probably not what was intended."""
 
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 
 from camelid.data.config import DataConfig
 from camelid.data.report import SilentRows
 from camelid.runs.recipe import Recipe
+
+
+def counted(number: float, name: str) -> str:
+    """How many things there are, such as 1 row or 1,000 rows; a fraction is rounded to four significant digits."""
+    shown = _rounded(number, 4) if isinstance(number, float) else f"{number:,}"
+    return f"{shown} {name}" if number == 1 else f"{shown} {name}s"
+
+
+def times(number: float) -> str:
+    """How often something is done, in two significant digits: once, or 2,500 times."""
+    shown = _rounded(number, 2)
+    return "once" if shown == "1" else f"{shown} times"
+
+
+def _rounded(number: float, digits: int) -> str:
+    """A number in some significant digits, without an exponent."""
+    return f"{Decimal(f'{number:.{digits}g}').normalize():,f}"
 
 
 def warmup_notes(recipe: Recipe) -> Iterator[str]:
@@ -23,8 +41,8 @@ def batch_notes(data: DataConfig, rows: float) -> Iterator[str]:
     """A note if a batch has more rows than the training data, which has `rows`."""
     if data.batch_size > rows:
         yield (
-            f"the training data fills {rows:,.4g} rows of {data.sequence_length} tokens, and data.batch_size is "
-            f"{data.batch_size}, so that each step reads it {data.batch_size / rows:.2g} times. Use a smaller "
+            f"the training data fills {counted(rows, 'row')} of {data.sequence_length} tokens, and data.batch_size is "
+            f"{data.batch_size}, so that each step reads it {times(data.batch_size / rows)}. Use a smaller "
             "data.batch_size or data.sequence_length, or more data"
         )
 
@@ -34,8 +52,9 @@ def silent_row_notes(sources: Sequence[SilentRows]) -> Iterator[str]:
     for number, found in enumerate(sources, start=1):
         if found.number:
             which = "" if found.examined == found.rows else "first "
+            have, their = ("has", "its") if found.number == 1 else ("have", "their")
             yield (
-                f"{found.number:,} of the {which}{found.examined:,} rows of source {number} have no loss: the weights "
-                "of all their tokens are 0. The usual cause is a document that is split within its prompt: set a "
-                'larger data.sequence_length, or data.packing = "best_fit" with data.overlong = "drop"'
+                f"{found.number:,} of the {which}{counted(found.examined, 'row')} of source {number} {have} no loss: "
+                f"the weights of all {their} tokens are 0. The usual cause is a document that is split within its "
+                'prompt: set a larger data.sequence_length, or data.packing = "best_fit" with data.overlong = "drop"'
             )
