@@ -2,10 +2,12 @@
 
 import contextlib
 import math
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -161,6 +163,16 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def _allocated(folder: Path) -> int:
+    """The bytes on the disk of all files in a folder, from which a run may remove some meanwhile."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += 512 * os.lstat(os.path.join(root, name)).st_blocks
+    return total
+
+
 def _bytes(tree: Any, dtype: str | None = None) -> int:
     """The bytes of the arrays of a tree, on all devices together: in their own dtypes, or all in `dtype`."""
     return sum(math.prod(x.shape) * np.dtype(dtype or x.dtype).itemsize for x in jax.tree.leaves(tree))
@@ -177,8 +189,7 @@ def _disk(opened: OpenedRun, state: TrainState) -> Disk:
     adapter = _bytes(state.trainable, recipe.checkpoint.dtype)
     sizes = {name: adapter if name in (ADAPTER, ADAPTER_EMA) else model for name in result_names(recipe)}
     place = next(path for path in (opened.folder, *opened.folder.parents) if path.exists())
-    files = (file.stat() for file in opened.folder.rglob("*") if file.is_file())
-    free = shutil.disk_usage(place).free + sum(512 * stat.st_blocks for stat in files)
+    free = shutil.disk_usage(place).free + _allocated(opened.folder)
     checkpoint = state if recipe.checkpoint.optimizer else replace(state, opt_state=None)
     exported = 0 if recipe.checkpoint.export is None else milestones
     return Disk(_bytes(checkpoint), min(kept, saved), sizes, exported, free)
