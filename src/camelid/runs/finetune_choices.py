@@ -9,6 +9,7 @@ from camelid.data.config import DataConfig, Source
 from camelid.model.config import ComputeConfig
 from camelid.parallel.mesh import MeshConfig, device_memory, make_mesh
 from camelid.runs import finetune_defaults as defaults
+from camelid.runs.notes import truncation_note
 from camelid.runs.recipe import recipe_of
 from camelid.train.lora_config import LoRAConfig
 
@@ -104,10 +105,7 @@ class Chooser:
         if longer and examples and "overlong" not in given and config().packing_method != "stream":
             table["overlong"] = "truncate"
             what = "pairs" if dpo else "examples"
-            self.notes.append(
-                f"{longer:,} of {len(lengths):,} {what} are longer than a row of {length} tokens, and are truncated; "
-                f"the longest has {longest:,}"
-            )
+            self.notes.append(truncation_note(longer, len(lengths), what, length, longest))
         return table, Loader(config(), self.tokenizer, "train", stores=stores).num_rows, len(lengths)
 
     def _devices(self) -> defaults.Devices:

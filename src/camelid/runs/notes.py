@@ -39,3 +39,11 @@ def silent_row_notes(sources: Sequence[SilentRows]) -> Iterator[str]:
                 "of all their tokens are 0. The usual cause is a document that is split within its prompt: set a "
                 'larger data.sequence_length, or data.packing = "best_fit" with data.overlong = "drop"'
             )
+
+
+def truncation_note(longer: int, total: int, what: str, length: int, longest: int) -> str:
+    """A note on examples that are truncated; `longest` is the number of tokens of the longest one."""
+    return (
+        f"{longer:,} of {total:,} {what} are longer than a row of {length} tokens, and are truncated; "
+        f"the longest has {longest:,}"
+    )
