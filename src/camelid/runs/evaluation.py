@@ -129,6 +129,15 @@ def _check_losses(recipe: Recipe) -> None:
         )
 
 
+def pairs_error(data: str | Path) -> UserError:
+    """The error if data that is evaluated consists of pairs of answers."""
+    return UserError(
+        f"{data} holds pairs of a chosen and a rejected answer, and preferences cannot be evaluated outside of a run",
+        "The metrics.jsonl of a run with dpo has its validation losses. To evaluate the chosen answers alone, leave "
+        "out dpo, and set kind = 'fields' and fields = '[prompt],chosen'.",
+    )
+
+
 def _evaluate(
     model: Model,
     data: DataConfig,
@@ -173,6 +182,8 @@ def _sums(
             f"rows of {length} tokens exceed the context of {model.config.max_length}",
             f"Use rows of {model.config.max_length} tokens or less.",
         )
+    if loader.pairs:
+        raise pairs_error(loader.stores[0].folder)
     loader.check_ids(model.config.vocab_size)
     objective = NextTokenLoss(config=model.config, compute=model.compute, loss=loss, accuracy=accuracy)
     with jax.set_mesh(model.mesh):
