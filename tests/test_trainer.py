@@ -13,6 +13,8 @@ import pytest
 
 import camelid
 from camelid import Trainer, TrainEvent, UserError
+from camelid.data.config import Source
+from camelid.data.preparation.prepare import prepare
 from camelid.evaluate.perplexity import perplexity
 from camelid.runs.datasets import Rows, names_or_rows
 from camelid.runs.recipe import structure
@@ -207,6 +209,24 @@ def test_the_loss_of_a_text_is_that_of_its_tokens(model: Path):
     assert Trainer(model=loaded).predict("ab", max_new_tokens=3) == loaded.generate("ab", max_new_tokens=3)
 
 
+def test_preferences_are_not_evaluated_but_their_chosen_answers_are(model: Path):
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    tokenizer = camelid.load(model).tokenizer
+    assert tokenizer is not None
+    Path("pairs.jsonl").write_text(json.dumps(pairs[0]))
+    prepare([Source(files=("pairs.jsonl",), kind="preference", template="alpaca")], tokenizer, Path("store"))
+    args = {"data.packing": "best_fit"}
+    for trainer in (
+        Trainer(model=model, eval_dataset=pairs),
+        Trainer(model=model, eval_dataset=pairs, args={"dpo": {}}),
+        Trainer(model=model, eval_dataset=pairs, dataset_options={"kind": "preference"}),
+        Trainer(model=model, eval_dataset="store", args=args, dataset_options={"kind": "tokens"}),
+    ):
+        refused(trainer.evaluate, "preferences cannot be evaluated", "metrics.jsonl")
+    chosen = Trainer(model=model, eval_dataset=pairs, dataset_options={"fields": "[prompt],chosen"})
+    assert chosen.evaluate()["loss"] > 0
+
+
 # Callbacks --------------------------------------------------------------------------------
 
 
@@ -363,7 +383,7 @@ def test_a_call_that_lacks_something_names_it(model: Path):
         (Trainer(model=model, train_dataset="text.txt"), "train", "lacks the field", "docs/recipes.md"),
         (Trainer(model=loaded, train_dataset=["A"], args={"run": "taken"}), "finetune", "taken has files", "run"),
         (Trainer(model=model, train_dataset=pairs), "finetune", "holds pairs", "Add args={'dpo': {}}"),
-        (Trainer(model=model), "evaluate", "there is no validation data", "validation"),
+        (Trainer(model=model), "evaluate", "there is no validation data", "Give eval_dataset, or args with"),
         (Trainer(), "evaluate", "there is no model", "preset"),
         (Trainer(model=model, train_dataset=["A text."], args={"run": "taken"}), "finetune", "taken has files", "run"),
     ):

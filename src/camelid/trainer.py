@@ -23,7 +23,7 @@ from camelid.parallel.hosts import broadcast_from_main, is_main
 from camelid.parallel.mesh import MeshConfig
 from camelid.runs.arguments import as_table, with_model, without_none
 from camelid.runs.datasets import Dataset, Rows, names_or_rows
-from camelid.runs.evaluation import evaluate_rows
+from camelid.runs.evaluation import evaluate_rows, pairs_error
 from camelid.runs.file_names import INPUTS, METRICS, STEPS
 from camelid.runs.finetune import Request, as_sources, choose_templates, detected_options, make_plan
 from camelid.runs.recipe import Recipe, laid_over, recipe_of
@@ -240,7 +240,7 @@ class Trainer:
           that the validation of the recipe has.
 
         Raises:
-          UserError: If there is no data or no such model.
+          UserError: If there is no data or no such model, or if the data are pairs of answers.
         """
         model, dataset = self._choose(eval_checkpoint), self._datasets.get("validation")
         if eval_dataset is not None:
@@ -248,8 +248,13 @@ class Trainer:
         if isinstance(dataset, Rows):  # a run may never begin, and its folder may belong to others
             make_writable(folder := cache_folder() / INPUTS)
             dataset = (dataset.file(folder),)
-        tables = None if dataset is None else self._sources(dataset, model)
+        tables = None if dataset is None else self._sources_to_evaluate(dataset, model)
         recipe = self._recipe_to_evaluate(model, tables)
+        if dataset is None and not (recipe.data.validation or recipe.data.validation_fraction):
+            raise UserError(
+                "there is no validation data",
+                "Give eval_dataset, or args with data.validation or data.validation_fraction.",
+            )
         sources = None if tables is None else recipe_of(laid_over(LEAST, {"data": {"train": tables}})).data.train
         return evaluate_rows(model if model is self._model else replace(model, compute=recipe.compute), recipe, sources)
 
@@ -350,6 +355,18 @@ class Trainer:
             for _ in choose_templates(options, model.tokenizer, "the model"):
                 pass
         return as_sources(names, options)
+
+    def _sources_to_evaluate(self, names: Sequence[str], model: Model) -> list[dict[str, Any]]:
+        """As `_sources`; raises UserError if they hold pairs of answers, of which the preference is not evaluated."""
+        try:
+            tables = self._sources(names, model)
+        except UserError as error:
+            if "pairs of a chosen and a rejected answer" not in error.problem:
+                raise
+            raise pairs_error(", ".join(names)) from error
+        if any(table["kind"] == "preference" for table in tables):
+            raise pairs_error(", ".join(names))
+        return tables
 
     def _recipe_to_evaluate(self, model: Model, sources: Sequence[Mapping[str, Any]] | None) -> Recipe:
         """The recipe of the run; before it has begun, one of the given fields, with defaults for the others."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,28 @@ def test_the_result_is_printed_with_the_template_that_is_assumed(work: Path, sto
     assert "nats per token of the answers\n" in done.stdout
     named = called("evaluate", "perplexity", stories, work / "held_out.jsonl", "--template", "alpaca")
     assert "has no chat template" not in named.stderr
+    assert "truncated" not in named.stderr
+    of_recipe = called("evaluate", "perplexity", stories, work / "run")
+    assert "nats per token of the validation data\n" in of_recipe.stdout
+
+
+def test_truncated_answers_are_noted_and_tokens_are_counted(work: Path, stories: Path):
+    short, long = ({"instruction": "Repeat", "output": "dog " * count} for count in (1, 200))
+    given = write(work / "long.jsonl", short, long, short), "--template", "alpaca", "--sequence-length"
+    done = called("evaluate", "perplexity", stories, *given, 256, "--json")
+    note = re.search(r"note: 1 of 3 examples are longer than a row of 256 tokens, and are truncated; .*", done.stderr)
+    assert note is not None, done.stderr
+    tokenizer = camelid.load(stories).tokenizer
+    assert tokenizer is not None
+    tokens = len(tokenizer.encode("dog " * 200, bos=False))
+    assert tokens < int(note.group().split()[-1].replace(",", "")) < tokens + 256
+    assert isinstance(json.loads(done.stdout)["tokens"], int)
+
+
+def test_rows_that_prompts_fill_are_refused(work: Path, stories: Path):
+    refused = called("evaluate", "perplexity", stories, work / "held_out.jsonl", "--sequence-length", 10)
+    assert_refused(refused, "held_out.jsonl: no answer has a token with a loss in rows of 10 tokens")
+    assert "Increase --sequence-length, up to the context of the model, 512 tokens" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -89,7 +112,6 @@ def test_the_result_is_printed_with_the_template_that_is_assumed(work: Path, sto
         (["pairs.toml"], "the recipe has [dpo], whose loss compares the model with the reference of its run"),
         (["bad.toml"], "bad.toml is not TOML"),
         (["held_out.jsonl", "--sequence-length", "1000"], "rows of 1000 tokens exceed the context of 512"),
-        (["held_out.jsonl", "--sequence-length", "10"], "with a loss"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(work: Path, stories: Path, arguments: list[str], message: str):

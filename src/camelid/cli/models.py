@@ -282,18 +282,30 @@ def _evaluate(
             result = evaluate_recipe(loaded, Path(expand_home(files[0])), progress)
         else:
             length = sequence_length or min(2048, loaded.config.context_length)
-            result = evaluate_examples(loaded, files, length, template, model, progress)
+            try:
+                result = evaluate_examples(loaded, files, length, template, model, progress)
+            except UserError as error:
+                if "has a token with a loss" not in error.problem:
+                    raise
+                raise UserError(
+                    f"{', '.join(files)}: no answer has a token with a loss in rows of {length} tokens",
+                    "Prompts fill the rows. Increase --sequence-length, up to the context of the model, "
+                    f"{loaded.config.context_length} tokens, or shorten the prompts.",
+                ) from error
     tell(result.notes)
     perplexity, per_token = result.perplexity, result.perplexity is not None
     if json:
         finite = perplexity is not None and math.isfinite(perplexity)
         tokens = result.weight if per_token else None
+        if tokens is not None and tokens.is_integer():
+            tokens = int(tokens)
         return print_json(
             {"perplexity": perplexity if finite else None, "loss": result.loss, "tokens": tokens, "rows": result.rows}
         )
     if per_token:
+        scored = "validation data" if what == "recipe" else "answers"
         print(f"perplexity     {perplexity:.4f}")
-        print(f"loss           {result.loss:.4f} nats per token of the answers")
+        print(f"loss           {result.loss:.4f} nats per token of the {scored}")
         print(f"tokens         {result.weight:,.0f}")
     else:
         print(f"loss           {result.loss:.4f} nats per token, averaged over rows")

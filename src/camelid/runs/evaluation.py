@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from camelid.parallel.batch_sharding import data_parallel_size
 from camelid.parallel.hosts import is_main, main_first
 from camelid.runs.file_names import RECIPE
 from camelid.runs.finetune import choose_templates
+from camelid.runs.notes import truncation_note
 from camelid.runs.recipe import Recipe, recipe_of, structure
 from camelid.runs.renamed import with_new_names
 from camelid.runs.validation import means_of, validation_sums
@@ -128,6 +129,15 @@ def _check_losses(recipe: Recipe) -> None:
         )
 
 
+def pairs_error(data: str | Path) -> UserError:
+    """The error if data that is evaluated consists of pairs of answers."""
+    return UserError(
+        f"{data} holds pairs of a chosen and a rejected answer, and preferences cannot be evaluated outside of a run",
+        "The metrics.jsonl of a run with dpo has its validation losses. To evaluate the chosen answers alone, leave "
+        "out dpo, and set kind = 'fields' and fields = '[prompt],chosen'.",
+    )
+
+
 def _evaluate(
     model: Model,
     data: DataConfig,
@@ -145,7 +155,16 @@ def _evaluate(
     if not weight:
         raise UserError("no row has a token with a loss", "Use longer rows: prompts may fill them.")
     mean = float(total / weight)
-    return Evaluation(mean, _perplexity(mean, loss), float(weight), count, (*notes, *loader.notes))
+    notes = (*notes, *loader.notes, *_truncation_notes(loader))
+    return Evaluation(mean, _perplexity(mean, loss), float(weight), count, notes)
+
+
+def _truncation_notes(loader: Loader) -> Iterator[str]:
+    """A note if rows hold truncated examples."""
+    if truncated := sum(packing.plan.truncated for packing in loader.packings if packing.plan is not None):
+        lengths = np.concatenate([np.diff(store.offsets) for store in loader.stores])
+        length = loader.config.sequence_length
+        yield truncation_note(truncated, len(lengths), "example", length, int(lengths.max()))
 
 
 def _sums(
@@ -163,6 +182,8 @@ def _sums(
             f"rows of {length} tokens exceed the context of {model.config.max_length}",
             f"Use rows of {model.config.max_length} tokens or less.",
         )
+    if loader.pairs:
+        raise pairs_error(loader.stores[0].folder)
     loader.check_ids(model.config.vocab_size)
     objective = NextTokenLoss(config=model.config, compute=model.compute, loss=loss, accuracy=accuracy)
     with jax.set_mesh(model.mesh):

@@ -9,7 +9,7 @@ from camelid.data.config import DataConfig, Source
 from camelid.model.config import ComputeConfig
 from camelid.parallel.mesh import MeshConfig, device_memory, make_mesh
 from camelid.runs import finetune_defaults as defaults
-from camelid.runs.notes import counted, times
+from camelid.runs.notes import counted, times, truncation_note
 from camelid.runs.recipe import recipe_of
 from camelid.train.lora_config import LoRAConfig
 
@@ -104,11 +104,8 @@ class Chooser:
         examples = not texts and all(source["kind"] != "text" for source in sources)
         if longer and examples and "overlong" not in given and config().packing_method != "stream":
             table["overlong"] = "truncate"
-            are = "is" if longer == 1 else "are"
-            self.notes.append(
-                f"{longer:,} of {counted(len(lengths), 'pair' if dpo else 'example')} {are} longer than a row of "
-                f"{counted(length, 'token')}, and {are} truncated; the longest has {longest:,}"
-            )
+            what = "pair" if dpo else "example"
+            self.notes.append(truncation_note(longer, len(lengths), what, length, longest))
         return table, Loader(config(), self.tokenizer, "train", stores=stores).num_rows, len(lengths)
 
     def _devices(self) -> defaults.Devices:

@@ -58,3 +58,12 @@ def silent_row_notes(sources: Sequence[SilentRows]) -> Iterator[str]:
                 f"the weights of all {their} tokens are 0. The usual cause is a document that is split within its "
                 'prompt: set a larger data.sequence_length, or data.packing = "best_fit" with data.overlong = "drop"'
             )
+
+
+def truncation_note(longer: int, total: int, what: str, length: int, longest: int) -> str:
+    """A note on examples (`what`: one of them) that are truncated; `longest` is the length of the longest in tokens."""
+    are = "is" if longer == 1 else "are"
+    return (
+        f"{longer:,} of {counted(total, what)} {are} longer than a row of {counted(length, 'token')}, and {are} "
+        f"truncated; the longest has {longest:,}"
+    )
