@@ -85,7 +85,7 @@ def test_truncated_answers_are_noted_and_tokens_are_counted(work: Path, stories:
     short, long = ({"instruction": "Repeat", "output": "dog " * count} for count in (1, 200))
     given = write(work / "long.jsonl", short, long, short), "--template", "alpaca", "--sequence-length"
     done = called("evaluate", "perplexity", stories, *given, 256, "--json")
-    note = re.search(r"note: 1 of 3 examples are longer than a row of 256 tokens, and are truncated; .*", done.stderr)
+    note = re.search(r"note: 1 of 3 examples is longer than a row of 256 tokens, and is truncated; .*", done.stderr)
     assert note is not None, done.stderr
     tokenizer = camelid.load(stories).tokenizer
     assert tokenizer is not None
