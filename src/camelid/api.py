@@ -47,7 +47,7 @@ from camelid.text.tokenizer import (
     vocabulary_notes,
 )
 
-STREAM_STEPS = 4
+STREAM_STEPS = 16
 """tokens that are generated between two pieces of a stream"""
 
 

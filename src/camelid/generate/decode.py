@@ -25,7 +25,8 @@ from camelid.parallel.batch_sharding import BatchSharding, data_parallel_size
 from camelid.parallel.hosts import to_host
 
 BUCKET = 64  # lengths of prompts and of new tokens are rounded up to multiples, so that few shapes are compiled
-STEPS = 64  # the largest number of tokens that one dispatch generates; fewer need no other program
+# In 16 bits, XLA's CPU backend converts all weights to float32 once per dispatch, in the time of some seven tokens.
+STEPS = 256  # the largest number of tokens that one dispatch generates; fewer need no other program
 
 
 @jax.tree_util.register_dataclass
