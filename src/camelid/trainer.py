@@ -30,7 +30,6 @@ from camelid.runs.recipe import Recipe, laid_over, recipe_of
 from camelid.runs.run import run
 from camelid.runs.run_folder import check_is_own, kept_recipe
 from camelid.text.chat import load_template
-from camelid.text.messages import Message
 from camelid.train.callbacks import Callback
 from camelid.train.loggers import read_metrics
 
@@ -437,6 +436,4 @@ def _chats(prompts: str | Sequence[Any], model: Model) -> list[list[int]]:
         raise UserError(
             "the model has no chat template", "Leave out chat, and write prompts as the texts that it was trained on."
         )
-    chats = [[Message("user", text)] for text in texts]
-    rendered = load_template(None, model.tokenizer).render_batch(chats, model.tokenizer, add_generation_prompt=True)
-    return [tokens.tolist() for tokens, _ in rendered]
+    return load_template(None, model.tokenizer).encode_questions(texts, model.tokenizer)

@@ -234,7 +234,7 @@ def test_what_is_wrong_with_a_recipe_shows(fields: dict[str, Any], problem: str,
 
 def test_a_run_that_cannot_be_resumed_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     on_one_device(monkeypatch)
-    monkeypatch.setattr(camelid.runs.dry_run, "_compile", lambda opened: None)  # what it finds is tested above
+    monkeypatch.setattr(camelid.runs.dry_run, "_compile", lambda opened, state: None)  # what it finds is tested above
     table = pairs_run(tmp_path, train={"steps": 1}, data__batch_size=64)
     del table["data"]["validation_fraction"]
     new = "\n".join(report_lines(dry_run(recipe(table))))

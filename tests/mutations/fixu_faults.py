@@ -19,16 +19,16 @@ FAULTS = (
     ),
     Fault(
         "a chat gets a second BOS",
-        "cli/models.py",
+        "text/chat.py",
         "    return [tokens.tolist() for tokens, _ in rendered]\n",
         "    return [[tokenizer.bos_id, *tokens.tolist()] for tokens, _ in rendered]\n",
         "test_cli.py::test_a_chat_is_what_transformers_makes_of_it",
     ),
     Fault(
         "a chat ends before the turn of the assistant",
-        "cli/models.py",
-        "tokenizer, add_generation_prompt=True)",
-        "tokenizer)",
+        "text/chat.py",
+        "self.render_batch(chats, tokenizer, add_generation_prompt=True)",
+        "self.render_batch(chats, tokenizer)",
         "test_cli.py::test_a_chat_is_what_transformers_makes_of_it",
     ),
     Fault(

@@ -95,8 +95,8 @@ def generate(
             "template"
         )
     filters = ("top_k", "top_p", "min_p", "typical_p")
-    if generation.temperature == 0 and (given := [name for name in filters if getattr(generation, name) is not None]):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if generation.temperature == 0 and (unused := [name for name in filters if getattr(generation, name) is not None]):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         note(f"note: with --temperature 0, {names} has no effect; to sample, set --temperature above 0")
     given = _chats(texts, loaded.tokenizer, model) if chat else texts
     if stream or (
@@ -125,16 +125,13 @@ def _as_json(completion: "Completion") -> dict[str, Any]:
 def _chats(texts: Sequence[str], tokenizer: "Tokenizer | None", model: str) -> list[list[int]]:
     """The tokens of chats that consist of the message of a user, with the start of the assistant's turn."""
     from camelid.text.chat import load_template
-    from camelid.text.messages import Message
 
     if tokenizer is None or "default" not in tokenizer.chat_templates:
         raise UserError(
             f"{model} has no chat template",
             "Leave out --chat, and write the prompt as the texts that the model was trained on.",
         )
-    chats = [[Message("user", text)] for text in texts]
-    rendered = load_template(None, tokenizer).render_batch(chats, tokenizer, add_generation_prompt=True)
-    return [tokens.tolist() for tokens, _ in rendered]
+    return load_template(None, tokenizer).encode_questions(texts, tokenizer)
 
 
 def _prompt_from_input() -> str:

@@ -109,9 +109,7 @@ def perplexity(
             progress(min(start + at_once, count), count)
     loss = total / weight
     bits = total / math.log(2) / max(text_bytes, 1)
-    return Perplexity(
-        perplexity=math.exp(loss) if loss < 709 else math.inf, loss=loss, bits_per_byte=bits, tokens=int(weight)
-    )
+    return Perplexity(perplexity=perplexity_of(loss), loss=loss, bits_per_byte=bits, tokens=int(weight))
 
 
 def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
@@ -129,3 +127,8 @@ def _score(
     x, _ = params.hidden(rows["tokens"], positions, None, config, compute)
     log_prob = params.token_log_probs(x, rows["targets"], config).log_prob
     return -jnp.sum(log_prob * rows["weights"]), jnp.sum(rows["weights"])
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), of a mean loss in nats per token; infinity if that overflows."""
+    return math.exp(loss) if loss < 709 else math.inf

@@ -121,18 +121,18 @@ def dry_run(recipe: Recipe, from_step: int | None = None) -> DryRun:
             restarts_optimizer(recipe, RunCheckpoints(folder / STEPS, recipe.train.keep_checkpoints), resumed)
         if resumed is not None and components.precomputes_reference:
             check_reference(components, folder)
-        state = replace(abstract_first_state(recipe, components, mesh), step=np.int32(first))
-        start = Start(state, resumed, opened.previous, base=None, aside=None)
+        state = abstract_first_state(recipe, components, mesh)
+        start = Start(replace(state, step=np.int32(first)), resumed, opened.previous, base=None, aside=None)
         steps = recipe.train.steps
         finished = resumed == steps and is_finished(folder, steps, result_names(recipe))
-        compiled = None if first == steps else _compile(opened)
+        compiled = None if first == steps else _compile(opened, state)
         later = [] if from_step is None else [step for step in steps_in(folder / STEPS) if step > from_step]
         return DryRun(opened, start, later, finished, compiled, _disk(opened, state))
 
 
-def _compile(opened: OpenedRun) -> Compiled:
+def _compile(opened: OpenedRun, state: TrainState) -> Compiled:
     recipe, mesh, components = opened.recipe, opened.mesh, opened.components
-    state, plan = abstract_first_state(recipe, components, mesh), components.lora
+    plan = components.lora
     frozen = None if plan is None else abstract_frozen(recipe, components.config, plan, mesh)
     batch = abstract_batch(recipe, mesh, components.batch_kind)
     start = time.perf_counter()

@@ -17,6 +17,7 @@ from camelid.data.detection import detect
 from camelid.data.rows.loader import Loader
 from camelid.data.rows.stores import Split, open_stores, store_names
 from camelid.errors import UserError
+from camelid.evaluate.perplexity import perplexity_of
 from camelid.inputs import read_text
 from camelid.model.finite import not_finite
 from camelid.parallel.batch_sharding import data_parallel_size
@@ -198,6 +199,4 @@ def _count(loader: Loader) -> int:
 
 
 def _perplexity(loss: float, config: LossConfig) -> float | None:
-    if config.average == "rows":
-        return None
-    return math.exp(loss) if loss < 709 else math.inf
+    return None if config.average == "rows" else perplexity_of(loss)

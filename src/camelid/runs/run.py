@@ -185,8 +185,10 @@ def _train(
         validate = partial(mean_losses, *about)
     with log, contextlib.ExitStack() as stack:
         if recipe.samples is not None:
-            about = start.frozen, folder, terminal, trackers, start.resumed or 0
-            samples = Samples(recipe, results.model, components.prompts, *about)
+            places = folder, terminal, trackers
+            samples = Samples(
+                recipe, results.model, components.prompts, start.frozen, *places, resume_from=start.resumed or 0
+            )
             stack.enter_context(contextlib.closing(samples))
         best = BestCheckpoint(folder, checkpoints) if config.keep_best else None
         if validate is not None and start.resumed is None:
@@ -198,11 +200,11 @@ def _train(
         if samples is not None and (start.resumed is None or samples.is_due(first)):
             with log.paused():
                 samples.write(state, first)
-        with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopSignal(first, config.steps))
-            stack.enter_context(contextlib.closing(terminal))
+        with contextlib.ExitStack() as loop:
+            stop = loop.enter_context(StopSignal(first, config.steps))
+            loop.enter_context(contextlib.closing(terminal))
             if recipe.profile is not None:
-                step = stack.enter_context(Profiled(step, recipe.profile, folder / PROFILE, first))
+                step = loop.enter_context(Profiled(step, recipe.profile, folder / PROFILE, first))
             batches = _batches(recipe, components.loader, mesh, first, speed)
             export = partial(results.save_at_checkpoint, start=start)
             state = train_steps(step, state, batches, config, log, validate, checkpoints, stop, export, best, samples)

@@ -17,7 +17,6 @@ from camelid.parallel.hosts import broadcast_from_main, is_main
 from camelid.runs.file_names import SAMPLES
 from camelid.runs.recipe import Recipe
 from camelid.text.chat import ChatTemplate, load_template
-from camelid.text.messages import Message
 from camelid.text.tokenizer import Tokenizer
 from camelid.train.config import SamplesConfig
 from camelid.train.loggers import MetricsFile, Terminal, read_metrics
@@ -37,10 +36,7 @@ def encode_prompts(
     if template is None:
         ids = [tokenizer.encode(prompt, specials=True) for prompt in samples.prompts]
     else:
-        system = [] if samples.system is None else [Message("system", samples.system)]
-        chats = [[*system, Message("user", prompt)] for prompt in samples.prompts]
-        rendered = template.render_batch(chats, tokenizer, add_generation_prompt=True)
-        ids = [tokens.tolist() for tokens, _ in rendered]
+        ids = template.encode_questions(samples.prompts, tokenizer, samples.system)
     try:
         check_prompts(ids, samples.max_new_tokens, config)
     except UserError as error:

@@ -70,6 +70,15 @@ class ChatTemplate:
             for chat, encoding in zip(rendered, encodings, strict=True)
         ]
 
+    def encode_questions(
+        self, texts: Iterable[str], tokenizer: Tokenizer, system: str | None = None
+    ) -> list[list[int]]:
+        """The token ids of chats that are to be answered: each has the message of a user, after that of the system."""
+        before = [] if system is None else [Message("system", system)]
+        chats = [[*before, Message("user", text)] for text in texts]
+        rendered = self.render_batch(chats, tokenizer, add_generation_prompt=True)
+        return [tokens.tolist() for tokens, _ in rendered]
+
 
 def load_template(name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
     """The template of a name: one of `NAMED` or of the checkpoint's own; None is the default of the checkpoint."""

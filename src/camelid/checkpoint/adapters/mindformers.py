@@ -239,7 +239,7 @@ def _alpha(path: Path, ranks: Sequence[int], given: float | None) -> float:
 
 
 def _numbers(field: str, file: Path, text: str) -> set[float]:
-    """The values of a field in YAML or JSON; raises UserError for one that is no number above 0."""
+    """The values of a field in YAML or JSON; raises UserError for one that is not a number above 0."""
     found = re.findall(rf"^[^#\n]*\b{field}[\"']?\s*:\s*([0-9][^\s,}}#]*)", text, re.MULTILINE)
     try:
         numbers = set(map(float, found))
